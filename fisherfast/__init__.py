@@ -1,0 +1,3 @@
+"""fisherfast."""
+from fisherfast import ops
+from fisherfast._backend import BackendError, backend

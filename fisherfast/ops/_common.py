@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the squares ops have in common: the tail of their schema, its checks, and how the reference walks samples.
+
+Common arguments (N samples; a *sample gradient* is the parameter-shaped gradient of one sample):
+
+* ``scale``    multiplies what is added to ``acc``; ``total`` and ``sqnorm`` are not scaled.
+* ``weight``   [N] float32, ``w_n``: ``acc += scale * sum_n w_n (sample gradient)^2``, ``total += sum_n w_n (sample gradient)``.
+* ``offsets``  [N+1] int64, rising from 0 to M: rows are packed, ``[M, ...]`` instead of ``[N, T, ...]``, and sample n owns
+  rows ``offsets[n]:offsets[n+1]``.
+* ``total``    like ``acc``: receives the sum of the sample gradients.
+* ``sqnorm``   [N] float32 or float64: ``sqnorm[n] += |sample gradient|^2`` (unweighted).
+* ``flag``     [1] int32: set to 1 when an input is not finite; while it is set, nothing is added to any output.
+  Without it non-finite inputs propagate as in any torch op.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+OUTPUTS = (
+    "float scale=1.0, *, Tensor? weight=None, Tensor? offsets=None, "
+    "Tensor(b!)? total=None, Tensor(c!)? sqnorm=None, Tensor(d!)? flag=None"
+)
+INPUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+ACCUMULATOR_DTYPES = (torch.float32, torch.float64)
+
+
+def shape(tensor: Tensor) -> tuple[int, ...]:
+    """A tensor's shape as a plain tuple, for messages."""
+    return tuple(tensor.shape)
+
+
+def check_dtype(op: str, name: str, tensor: Tensor, allowed: tuple[torch.dtype, ...]) -> None:
+    """Raise TypeError unless ``tensor`` has one of the allowed dtypes."""
+    torch._check_type(
+        tensor.dtype in allowed,
+        lambda: f"{op}: {name} must be one of {[str(d).removeprefix('torch.') for d in allowed]}, got {tensor.dtype}",
+    )
+
+
+def check_shape(op: str, name: str, tensor: Tensor, symbols: str, expected: tuple[int, ...]) -> None:
+    """Raise ValueError unless ``tensor`` is contiguous and has the expected shape."""
+    same = tensor.dim() == len(expected) and all(a == b for a, b in zip(tensor.shape, expected, strict=True))
+    torch._check_value(same, lambda: f"{op}: {name} must be {symbols} = {expected}, got {shape(tensor)}")
+    torch._check_value(
+        tensor.is_contiguous(), lambda: f"{op}: {name} must be contiguous, got strides {tensor.stride()}; it is written in place"
+    )
+
+
+def check_rows(op: str, g: Tensor, offsets: Tensor | None, feature: str) -> int:
+    """Check the layout of ``g`` and return N."""
+    if offsets is None:
+        torch._check_value(g.dim() == 3, lambda: f"{op}: g must be [N, T, {feature}], got {shape(g)}; T is 1 where there are no positions")
+        return g.shape[0]
+    torch._check_value(g.dim() == 2, lambda: f"{op}: with offsets g must be [M, {feature}], got {shape(g)}")
+    torch._check_value(offsets.dim() == 1 and offsets.shape[0] >= 1, lambda: f"{op}: offsets must be [N+1], got {shape(offsets)}")
+    check_dtype(op, "offsets", offsets, (torch.int64,))
+    return offsets.shape[0] - 1
+
+
+def check_outputs(
+    op: str,
+    acc: Tensor,
+    symbols: str,
+    expected: tuple[int, ...],
+    samples: int,
+    *,
+    weight: Tensor | None,
+    total: Tensor | None,
+    sqnorm: Tensor | None,
+    flag: Tensor | None,
+) -> None:
+    """Check accumulator and the optional tensors against the shapes the inputs imply."""
+    check_dtype(op, "acc", acc, ACCUMULATOR_DTYPES)
+    check_shape(op, "acc", acc, symbols, expected)
+    if weight is not None:
+        check_dtype(op, "weight", weight, (torch.float32,))
+        check_shape(op, "weight", weight, "[N]", (samples,))
+    if total is not None:
+        check_dtype(op, "total", total, ACCUMULATOR_DTYPES)
+        check_shape(op, "total", total, symbols, expected)
+    if sqnorm is not None:
+        check_dtype(op, "sqnorm", sqnorm, ACCUMULATOR_DTYPES)
+        check_shape(op, "sqnorm", sqnorm, "[N]", (samples,))
+    if flag is not None:
+        check_dtype(op, "flag", flag, (torch.int32,))
+        check_shape(op, "flag", flag, "[1]", (1,))
+
+
+def check_devices(op: str, acc: Tensor, **tensors: Tensor | None) -> None:
+    """Raise ValueError unless all tensors are on the accumulator's device."""
+    for name, tensor in tensors.items():
+        if tensor is not None:
+            torch._check_value(
+                tensor.device == acc.device,
+                lambda name=name, tensor=tensor: f"{op}: {name} must be on acc's device {acc.device}, got {tensor.device}",
+            )
+
+
+def stopped(flag: Tensor | None, *inputs: Tensor | None) -> bool:
+    """Update ``flag`` from the inputs; True if nothing may be added."""
+    if flag is None:
+        return False
+    for tensor in inputs:
+        if tensor is not None and not torch.isfinite(tensor).all():
+            flag.fill_(1)
+    return bool(flag.item())
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """Half-precision inputs as float32: products and squares are never formed in 16 bits."""
+    return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
+
+
+def samples(g: Tensor, offsets: Tensor | None) -> Iterator[tuple[int, slice | int]]:
+    """Yield ``(n, index)`` such that ``g[index]`` holds the rows ``[T_n, ...]`` of sample n."""
+    if offsets is None:
+        yield from ((n, n) for n in range(g.shape[0]))
+        return
+    bounds = offsets.tolist()
+    if bounds[0] != 0 or bounds[-1] != g.shape[0] or sorted(bounds) != bounds:
+        raise ValueError(f"offsets: must rise from 0 to M = {g.shape[0]}, got {bounds}")
+    yield from ((n, slice(a, b)) for n, (a, b) in enumerate(zip(bounds, bounds[1:], strict=False)))
+
+
+def add_sample(
+    n: int,
+    gradient: Tensor,
+    acc: Tensor,
+    scale: float,
+    weight: Tensor | None,
+    total: Tensor | None,
+    sqnorm: Tensor | None,
+) -> None:
+    """Add one sample gradient, already shaped like the parameter, to every output that was asked for."""
+    w = 1.0 if weight is None else float(weight[n])
+    square = gradient.square()
+    acc.add_(square, alpha=scale * w)
+    if total is not None:
+        total.add_(gradient, alpha=w)
+    if sqnorm is not None:
+        sqnorm[n] += square.sum(dtype=torch.float64)

@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Build fisherfast: Python from fisherfast/ and kernels/, native code from csrc/. Metadata is in pyproject.toml."""
+
+import os
+from pathlib import Path
+
+import torch
+from setuptools import find_packages, setup
+from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
+
+ROOT = Path(__file__).parent
+NATIVE = os.getenv("FISHERFAST_NATIVE", "auto")  # auto | cuda | cpu | none
+STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # libtorch's stable ABI as of torch 2.10
+CXX = ["-O3", "-std=c++17", "-ffp-contract=fast", "-Wall", STABLE_ABI]
+NVCC = ["-O3", "-std=c++17", "-DUSE_CUDA", STABLE_ABI]
+
+
+def extensions() -> list:
+    if NATIVE not in ("auto", "cuda", "cpu", "none"):
+        raise SystemExit(f"FISHERFAST_NATIVE: must be auto, cuda, cpu or none, got {NATIVE!r}")
+    if NATIVE == "none":
+        return []
+    cuda = NATIVE == "cuda" or (NATIVE == "auto" and CUDA_HOME is not None and torch.version.cuda is not None)
+    patterns = ["csrc/*.cpp", "csrc/cpu/*.cpp", *(["csrc/cuda/*.cu"] if cuda else [])]
+    sources = sorted(str(p.relative_to(ROOT)) for pattern in patterns for p in ROOT.glob(pattern))
+    headers = sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/**/*.h*"))
+    kind = CUDAExtension if cuda else CppExtension
+    return [
+        kind(
+            "fisherfast._C",
+            sources,
+            depends=headers,
+            include_dirs=[str(ROOT / "csrc")],
+            extra_compile_args={"cxx": CXX, "nvcc": NVCC},
+            py_limited_api=True,
+        )
+    ]
+
+
+setup(
+    packages=["fisherfast", *(f"fisherfast.{p}" for p in find_packages("fisherfast")), "fisherfast.kernels"],
+    package_dir={"fisherfast": "fisherfast", "fisherfast.kernels": "kernels"},
+    ext_modules=extensions(),
+    cmdclass={"build_ext": BuildExtension},
+    options={"bdist_wheel": {"py_limited_api": "cp311"}},
+)
