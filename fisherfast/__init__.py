@@ -1,3 +1,37 @@
-"""fisherfast."""
-from fisherfast import ops
+# SPDX-License-Identifier: Apache-2.0
+"""fisherfast: the Fisher information of large networks at the cost of a training step, and the information in their weights."""
+
+from fisherfast import ops, rules
 from fisherfast._backend import BackendError, backend
+from fisherfast.fisher import DiagonalFisher, FisherFileError, FisherWarning, Provenance, load
+from fisherfast.fisher.collect import collect
+from fisherfast.fisher.collectors import Diagonal
+from fisherfast.fisher.measure import fisher
+from fisherfast.fisher.run import Interrupted
+from fisherfast.information import information_in_weights
+from fisherfast.likelihood import Bernoulli, Categorical, CausalLM, Gaussian
+from fisherfast.passes import NonFiniteError
+from fisherfast.rules import rule
+
+__all__ = [
+    "BackendError",
+    "Bernoulli",
+    "Categorical",
+    "CausalLM",
+    "Diagonal",
+    "DiagonalFisher",
+    "FisherFileError",
+    "FisherWarning",
+    "Gaussian",
+    "Interrupted",
+    "NonFiniteError",
+    "Provenance",
+    "backend",
+    "collect",
+    "fisher",
+    "information_in_weights",
+    "load",
+    "ops",
+    "rule",
+    "rules",
+]

@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Batches: what a data set may yield, and how it is moved, cut and fed to a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Output = str | Callable[[Any], Tensor] | None
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One batch: positional or keyword inputs, labels or None, an attention mask or None; N samples."""
+
+    inputs: tuple[Any, ...] | dict[str, Any]
+    targets: Tensor | None
+    mask: Tensor | None
+    N: int
+
+    @classmethod
+    def of(cls, item: Any, device: torch.device) -> Batch:
+        """From ``(inputs, targets)``, ``(inputs, None)`` or a dict (Hugging Face); moved to ``device``.
+
+        A tuple of inputs is ``model(*x)``, a dict ``model(**x)``. A dict batch's ``labels`` are its targets and are not
+        passed to the model.
+        """
+        if isinstance(item, Mapping):
+            inputs: Any = {key: value for key, value in item.items() if key != "labels"}
+            targets = item.get("labels")
+        elif isinstance(item, (tuple, list)) and len(item) == 2:
+            inputs, targets = item
+        else:
+            raise TypeError(
+                f"data: a batch must be (inputs, targets), (inputs, None) or a dict, got {type(item).__name__}; "
+                "wrap inputs without labels as (inputs, None)"
+            )
+        if isinstance(inputs, Mapping):
+            inputs = {key: _moved(value, device) for key, value in inputs.items()}
+            mask = inputs.get("attention_mask")
+        else:
+            inputs = tuple(_moved(value, device) for value in (inputs if isinstance(inputs, (tuple, list)) else (inputs,)))
+            mask = None
+        tensors = [v for v in (inputs.values() if isinstance(inputs, dict) else inputs) if isinstance(v, Tensor) and v.dim()]
+        if not tensors:
+            raise ValueError("data: a batch's inputs must hold a tensor with a sample axis, got none")
+        N = tensors[0].shape[0]
+        if N == 0:
+            raise ValueError(f"data: a batch must hold at least one sample, got inputs of shape {tuple(tensors[0].shape)}")
+        targets = None if targets is None else _moved(torch.as_tensor(targets), device)
+        if targets is not None and (targets.dim() == 0 or targets.shape[0] != N):
+            raise ValueError(f"data: inputs and targets must hold the same samples, got {N} and targets {tuple(targets.shape)}")
+        return cls(inputs, targets, mask, N)
+
+    def cut(self, start: int, stop: int) -> Batch:
+        """Samples ``start:stop``; tensors whose first axis is not the sample axis are kept whole."""
+
+        def part(value: Any) -> Any:
+            return value[start:stop] if isinstance(value, Tensor) and value.dim() and value.shape[0] == self.N else value
+
+        if isinstance(self.inputs, dict):
+            inputs: Any = {key: part(value) for key, value in self.inputs.items()}
+        else:
+            inputs = tuple(part(value) for value in self.inputs)
+        return Batch(inputs, part(self.targets), part(self.mask), stop - start)
+
+    def feed(self, model: nn.Module, output: Output = None) -> Tensor:
+        """The model's output tensor for this batch: the result itself, its ``.logits``, or what ``output`` picks."""
+        result = model(**self.inputs) if isinstance(self.inputs, dict) else model(*self.inputs)
+        picked = _picked(result, output)
+        if not isinstance(picked, Tensor):
+            raise TypeError(
+                f"model: the output must be a tensor or have .logits, got {type(picked).__name__}; say which part with "
+                "output='name' or output=lambda result: ..."
+            )
+        if picked.dim() == 0 or picked.shape[0] != self.N:
+            raise ValueError(
+                f"model: the output must have the sample axis first, {self.N} samples, got shape {tuple(picked.shape)}; "
+                "give the log-likelihood's input per sample, or pick it with output="
+            )
+        return picked
+
+
+def _picked(result: Any, output: Output) -> Any:
+    if callable(output):
+        return output(result)
+    if output is not None:
+        return result[output] if isinstance(result, Mapping) else getattr(result, output)
+    return getattr(result, "logits", result)
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    return value.to(device) if isinstance(value, Tensor) else value

@@ -1,0 +1,277 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Capture: what is caught is the use of a parameter by a function, whatever module wrote the call.
+
+A ``TorchFunctionMode`` sees every torch function that receives a tracked parameter. Where a rule covers the call, the
+parameter is replaced by its detached alias (so autograd never runs the weight-gradient GEMM) and the output passes
+through a *tap*: an autograd node that changes nothing, keeps the saved inputs as any node does, and in the backward pass
+hands them with g to whoever listens. Where no rule covers it, the parameter is replaced by a leaf alias that autograd can
+differentiate, for the loop over samples. The model itself is never touched: no hooks, no flags, no ``.grad``.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from fisherfast.layout import Layout
+from fisherfast.rules import RULES, Form, Use
+
+LOOP = "loop"
+
+_DROPOUTS = {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout}
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The user's own module inside compile and data-parallel wrappers."""
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        if inner is None and isinstance(model, nn.parallel.DistributedDataParallel):
+            inner = model.module
+        if inner is None:
+            return model
+        model = inner
+
+
+class Tracked:
+    """A parameter that asks for a gradient, its two stand-ins, and how it is covered."""
+
+    def __init__(self, name: str, parameter: Tensor) -> None:
+        self.name, self.parameter = name, parameter
+        self.detached = parameter.detach()
+        self.leaf = parameter.detach().requires_grad_()
+        self.loop_reason: str | None = None
+        self.expand = False
+
+
+@dataclass
+class CallUse:
+    """One tracked parameter in one caught call; ``picks`` are the positions of its inputs among the call's saved ones."""
+
+    tracked: Tracked
+    form: Form
+    picks: tuple[int, ...]
+    key: tuple[str, int] = ("", 0)
+
+
+@dataclass
+class Call:
+    """One caught call: its place in the forward pass and the uses that share its tap."""
+
+    index: int
+    capture: Capture
+    uses: list[CallUse] = field(default_factory=list)
+    counted: bool = False  # whether its samples are in num_samples already: a second backward pass is another draw
+
+
+class _Tap(torch.autograd.Function):
+    """The identity on a call's output; in the backward pass, shows g and the saved inputs to the capture's listener."""
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, anchor: Tensor, call: Call, *saved: Tensor) -> Tensor:
+        ctx.call = call
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*saved)
+        ctx.mark_dirty(out)  # the same tensor, not a view of it: an in-place activation may follow
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor | None) -> tuple[Tensor | None, ...]:
+        if g is not None:
+            ctx.call.capture.heard(ctx.call, g, ctx.saved_tensors)
+        return (g, None, None, *(None for _ in ctx.saved_tensors))
+
+
+class Capture(TorchFunctionMode):
+    """The mode that catches the uses of a model's parameters while it is entered."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        root = unwrapped(model)
+        named = [(name, p) for name, p in root.named_parameters() if p.requires_grad]
+        if not named:
+            raise ValueError("model: must have a parameter with requires_grad=True, got none; nothing to measure")
+        devices = sorted({str(p.device) for _, p in named})
+        if len(devices) > 1:
+            raise ValueError(f"model: parameters must be on one device, got {devices}; move the model to one of them")
+        self.device = named[0][1].device
+        self.tracked = {name: Tracked(name, p) for name, p in named}
+        self._by_id = {id(t.parameter): t for t in self.tracked.values()}
+        self.aliases = {
+            alias: self._by_id[id(p)].name
+            for alias, p in root.named_parameters(remove_duplicate=False)
+            if id(p) in self._by_id and alias != self._by_id[id(p)].name
+        }
+        self.anchor = torch.zeros((), device=self.device, requires_grad=True)
+        self.exploring = True  # until layouts are known, stand-ins keep autograd's own path open beside the tap
+        self.num_samples: int | None = None  # of the batch being run, where known: needed to expand
+        self.layouts: dict[tuple[str, int], Layout] = {}
+        self.listener: Callable[[Call, Tensor, tuple[Tensor, ...]], None] | None = None
+        self._counter = itertools.count()
+
+    def forget(self, name: str) -> None:
+        """Stop tracking a parameter."""
+        del self._by_id[id(self.tracked.pop(name).parameter)]
+
+    def heard(self, call: Call, g: Tensor, saved: tuple[Tensor, ...]) -> None:
+        """Pass a tap's gradient on to the listener of the current backward pass."""
+        if self.listener is None:
+            raise RuntimeError(
+                "collect: a backward pass reached captured layers without stats.backward(); call stats.backward(loss) with "
+                "the vector of per-sample losses instead of loss.backward()"
+            )
+        self.listener(call, g, saved)
+
+    # -- the forward pass
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run ``func``; where it receives tracked parameters, with their stand-ins and a tap."""
+        kwargs = kwargs or {}
+        _refuse_train_mode(func, args, kwargs)
+        found = [t for a in _tensors((args, kwargs)) if (t := self._by_id.get(id(a))) is not None]
+        if not found or getattr(func, "__name__", "") == "__set__":
+            return func(*args, **kwargs)
+        if getattr(func, "__name__", "") == "__get__" and not isinstance(func(*args, **kwargs), Tensor):
+            return func(*args, **kwargs)
+        uses = self._covered(func, args, kwargs, found)
+        if uses is None:
+            return self._uncovered(func, args, kwargs, found)
+        stand_ins = {
+            id(t.parameter): t.leaf if self.exploring or t.loop_reason else t.detached for t in found
+        }
+        out = func(*_replaced(args, stand_ins), **_replaced(kwargs, stand_ins))
+        return self._tapped(out, [u for u in uses if self._by_id[id(u.parameter)].loop_reason is None])
+
+    def _covered(self, func: Any, args: Any, kwargs: Any, found: list[Tracked]) -> list[Use] | None:
+        """The uses the function's rule declares, or None unless they cover every tracked argument exactly once."""
+        if func not in RULES or not torch.is_grad_enabled():
+            return None
+        uses = [u for u in RULES[func](*args, **kwargs) if id(u.parameter) in self._by_id]
+        complete = sorted(id(u.parameter) for u in uses) == sorted(id(t.parameter) for t in found)
+        return uses if complete else None
+
+    def _uncovered(self, func: Any, args: Any, kwargs: Any, found: list[Tracked]) -> Any:
+        stand_ins = {id(t.parameter): t.leaf for t in found}
+        out = func(*_replaced(args, stand_ins), **_replaced(kwargs, stand_ins))
+        if any(o.requires_grad for o in _tensors((out,))):
+            for t in found:
+                t.loop_reason = t.loop_reason or f"no rule for {getattr(func, '__name__', func)}"
+        return out
+
+    def _tapped(self, out: Tensor, uses: list[Use]) -> Tensor:
+        if not uses:
+            return out
+        if self.num_samples is not None and any(self._by_id[id(u.parameter)].expand for u in uses):
+            out = out.expand(self.num_samples, *(out.shape[1:] if out.shape[0] == 1 else out.shape))
+        if out._is_view() or out.is_leaf and out.requires_grad:
+            out = out.clone()  # a tap writes its output's version; what a view shares memory with stays untouched
+        saved: list[Tensor] = []
+        call = Call(next(self._counter), self)
+        for use in uses:
+            picks = []
+            for tensor in use.inputs:
+                if all(tensor is not s for s in saved):
+                    saved.append(tensor)
+                picks.append(next(i for i, s in enumerate(saved) if s is tensor))
+            call.uses.append(CallUse(self._by_id[id(use.parameter)], use.form, tuple(picks)))
+        self._learn_num_samples(call, out)
+        return _Tap.apply(out, self.anchor, call, *saved)
+
+    def _learn_num_samples(self, call: Call, out: Tensor) -> None:
+        # Around a user's own forward nobody says how many samples the batch has; an earlier layer of known layout does.
+        layout = self.layouts.get((call.uses[0].tracked.name, 0))
+        if self.num_samples is None and layout is not None and layout.kind.value == "axis":
+            self.num_samples = out.shape[layout.axis]
+
+    # -- the graph behind a loss
+
+    def calls(self, root: Tensor) -> list[tuple[Call, Any]]:
+        """The taps that ``root`` depends on, in the order of the forward pass, each with its autograd node.
+
+        Read off the graph, so a forward pass that is never differentiated counts for nothing. Also numbers the uses of
+        each parameter in this order: a use's key is (parameter name, number).
+        """
+        seen, stack, found = set(), [root.grad_fn], []
+        while stack:
+            node = stack.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            call = getattr(node, "call", None)
+            if isinstance(call, Call) and call.capture is self:
+                found.append((call, node))
+            stack.extend(parent for parent, _ in node.next_functions)
+        found.sort(key=lambda pair: pair[0].index)
+        numbers: defaultdict[str, int] = defaultdict(int)
+        for call, _ in found:
+            for use in call.uses:
+                use.key = (use.tracked.name, numbers[use.tracked.name])
+                numbers[use.tracked.name] += 1
+        return found
+
+    def first_non_finite(self, root: Tensor) -> str | None:
+        """The parameter whose call first received an input that is not finite, by the tensors the graph still holds."""
+        for call, node in self.calls(root):
+            if any(s.is_floating_point() and not torch.isfinite(s).all() for s in node.saved_tensors):
+                return call.uses[0].tracked.name
+        return None
+
+
+def _tensors(tree: Any) -> Iterator[Tensor]:
+    for item in tree.values() if isinstance(tree, dict) else tree:
+        if isinstance(item, Tensor):
+            yield item
+        elif isinstance(item, (tuple, list, dict)):
+            yield from _tensors(item)
+
+
+def _replaced(tree: Any, stand_ins: dict[int, Tensor]) -> Any:
+    if isinstance(tree, Tensor):
+        return stand_ins.get(id(tree), tree)
+    if isinstance(tree, dict):
+        return {key: _replaced(value, stand_ins) for key, value in tree.items()}
+    if type(tree) in (tuple, list):
+        return type(tree)(_replaced(item, stand_ins) for item in tree)
+    return tree
+
+
+def _refuse_train_mode(func: Any, args: Any, kwargs: Any) -> None:
+    """Dropout and batch statistics make samples depend on chance or on each other; there is no per-sample gradient."""
+    if func in _DROPOUTS:
+        probability = kwargs.get("p", args[1] if len(args) > 1 else 0.5)
+        training = kwargs.get("training", args[2] if len(args) > 2 else func not in (F.alpha_dropout, F.feature_alpha_dropout))
+        if training and probability > 0:
+            raise ValueError(f"model: must not draw dropout, got {func.__name__}(p={probability}, training=True); call model.eval()")
+    elif func is F.scaled_dot_product_attention:
+        probability = kwargs.get("dropout_p", args[4] if len(args) > 4 else 0.0)
+        if probability > 0:
+            raise ValueError(f"model: must not draw dropout, got attention with dropout_p={probability}; call model.eval()")
+    elif func is F.batch_norm:
+        if kwargs.get("training", args[5] if len(args) > 5 else False):
+            raise ValueError("model: must not use batch statistics, got batch_norm(training=True); call model.eval()")
+
+
+def refuse_train_mode(model: nn.Module) -> None:
+    """Raise ValueError naming the modules whose train mode has no per-sample gradient: dropout and batch statistics."""
+    culprits = [
+        name
+        for name, module in unwrapped(model).named_modules()
+        if module.training
+        and (
+            isinstance(module, nn.modules.batchnorm._BatchNorm)
+            or isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0
+        )
+    ]
+    if culprits:
+        shown = ", ".join(repr(name) for name in culprits[:5]) + (", ..." if len(culprits) > 5 else "")
+        raise ValueError(
+            f"model: dropout and batch statistics must be off, got {len(culprits)} such modules in train mode ({shown}); "
+            "call model.eval(). In train mode a sample has no gradient of its own"
+        )

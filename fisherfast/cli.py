@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line: ``fisherfast info`` measures a network, ``fisherfast env`` says what will run here."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import itertools
+import math
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from torch import nn
+
+import fisherfast as ff
+from fisherfast import environment, report, timing
+from fisherfast import likelihood as likelihoods
+
+app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_show_locals=False)
+
+_TIMED_BATCHES = 8
+
+
+class FisherType(StrEnum):
+    """Whose labels the gradients are taken at."""
+
+    mc = "mc"
+    exact = "exact"
+    empirical = "empirical"
+
+
+class Likelihood(StrEnum):
+    """What the network's outputs parameterise."""
+
+    categorical = "categorical"
+    bernoulli = "bernoulli"
+    gaussian = "gaussian"
+    causal_lm = "causal-lm"
+
+    def resolve(self) -> likelihoods.Likelihood:
+        """The object of this name."""
+        return ff.CausalLM() if self is Likelihood.causal_lm else likelihoods.resolve(self.value)
+
+
+def _positive(value: float | None) -> float | None:
+    if value is not None and not (math.isfinite(value) and value > 0):
+        raise typer.BadParameter(f"must be a finite number > 0, got {value:g}")
+    return value
+
+
+def _prior_scale(text: str) -> float | str:
+    if text == "fit":
+        return text
+    try:
+        value = float(text)
+    except ValueError:
+        raise typer.BadParameter(f"must be 'fit' or a number > 0, got {text!r}") from None
+    _positive(value)
+    return value
+
+
+_MODEL = typer.Option(help="module:function that returns the network, a torch.nn.Module")
+_DATA = typer.Option(help="module:function that returns an iterable of (inputs, targets) batches")
+_TYPE = typer.Option(help="labels drawn from the model, all of them weighted, or those of the data")
+_LIKELIHOOD = typer.Option(help="what the outputs parameterise")
+_BETA = typer.Option(callback=_positive, show_default="1 / N", help="what one nat may cost, in units of the mean loss")
+_PRIOR = typer.Option(
+    parser=_prior_scale, metavar="NUMBER|fit", help="standard deviation of the prior; fit: the best one, by layer"
+)
+_DRAWS = typer.Option(min=1, help="labels drawn per sample, with mc")
+_SEED = typer.Option(help="of the drawn labels")
+_OUT = typer.Option(file_okay=False, help="folder for the Fisher, the plot and the numbers")
+_DEVICE = typer.Option(show_default="where the network is", help="cpu, cuda, cuda:1")
+_ROUNDS = typer.Option(min=0, help=f"timed runs against plain forward+backward, over the first {_TIMED_BATCHES} batches; 0: none")
+
+
+@app.command()
+def info(
+    model: Annotated[str, _MODEL],
+    data: Annotated[str, _DATA],
+    fisher_type: Annotated[FisherType, _TYPE] = FisherType.mc,
+    likelihood: Annotated[Likelihood, _LIKELIHOOD] = Likelihood.categorical,
+    beta: Annotated[float | None, _BETA] = None,
+    prior_scale: Annotated[Any, _PRIOR] = "fit",
+    draws: Annotated[int, _DRAWS] = 1,
+    seed: Annotated[int, _SEED] = 0,
+    out: Annotated[Path, _OUT] = Path("out"),
+    device: Annotated[str | None, _DEVICE] = None,
+    rounds: Annotated[int, _ROUNDS] = 5,
+) -> None:
+    """Measure a network: its Fisher and the information in its weights, by layer; written to a folder."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise typer.BadParameter("the report has a plot and matplotlib is not installed; pip install 'fisherfast[plot]'")
+    # At the end of the path: a folder of the user's that has the name of an installed package must not replace it.
+    sys.path.append(os.getcwd())
+    make_model, make_data = _function(model, "--model"), _function(data, "--data")
+    network = make_model()
+    if not isinstance(network, nn.Module):
+        raise typer.BadParameter(f"{model} must return a torch.nn.Module, got {_kind(network)}", param_hint="--model")
+    network = network.eval() if device is None else network.eval().to(device)
+    resolved = likelihood.resolve()
+
+    def measure(batches: Iterable[Any], progress: bool = False) -> ff.DiagonalFisher:
+        return ff.fisher(
+            network, batches, fisher_type=fisher_type.value, likelihood=resolved, draws=draws, seed=seed, progress=progress
+        )
+
+    console = Console()
+    with _kept(out):
+        F = measure(_batches(make_data, data), progress=True)
+        information = ff.information_in_weights(F, network, prior_scale=prior_scale, beta=beta or 1 / F.num_samples)
+        ratio = None
+        if rounds:
+            batches = list(itertools.islice(_batches(make_data, data), _TIMED_BATCHES))
+            ratio = timing.against_plain(measure, network, batches, resolved, rounds)
+    console.print(report.render(F, information, ratio))
+    for path in report.write_report(out, F, information, ratio):
+        console.print(f"wrote {path}", soft_wrap=True, highlight=False)
+
+
+@app.command()
+def env() -> None:
+    """Versions, devices, and for each op the backend that will run here and why not the others."""
+    Console().print(environment.render())
+
+
+def _function(spec: str, option: str) -> Callable[[], Any]:
+    """The function that ``module:function`` names."""
+    module_name, _, name = spec.partition(":")
+    if not (module_name and name):
+        raise typer.BadParameter(f"must be module:function, got {spec!r}", param_hint=option)
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if not f"{module_name}.".startswith(f"{error.name}."):
+            raise
+        raise typer.BadParameter(
+            f"there is no module {error.name!r} here or among the installed packages", param_hint=option
+        ) from None
+    function = getattr(module, name, None)
+    if function is None:
+        known = sorted(
+            key for key, value in vars(module).items() if callable(value) and getattr(value, "__module__", "") == module_name
+        )
+        raise typer.BadParameter(f"module {module_name!r} has no {name!r}; its functions: {known}", param_hint=option)
+    if not callable(function):
+        raise typer.BadParameter(f"{spec} must be a function, got {_kind(function)}", param_hint=option)
+    return function
+
+
+def _batches(make_data: Callable[[], Any], spec: str) -> Iterable[Any]:
+    batches = make_data()
+    if not isinstance(batches, Iterable):
+        raise typer.BadParameter(
+            f"{spec} must return an iterable of (inputs, targets) batches, got {_kind(batches)}", param_hint="--data"
+        )
+    return batches
+
+
+def _kind(value: Any) -> str:
+    return f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
+
+
+@contextmanager
+def _kept(out: Path) -> Iterator[None]:
+    """On an error keep what was measured, and show the error alone if it is fisherfast's own, made for the user to read."""
+    try:
+        yield
+    except (KeyboardInterrupt, ArithmeticError, ValueError, TypeError, RuntimeError) as error:
+        partial = getattr(error, "fisher", None)
+        if partial is not None and partial.num_samples:
+            out.mkdir(parents=True, exist_ok=True)
+            partial.save(out / "partial.safetensors")
+            typer.echo(f"kept the {partial.num_samples:,} samples measured so far in {out / 'partial.safetensors'}", err=True)
+        if not _ours(error):
+            raise
+        typer.echo(f"Error: {error}", err=True)
+        raise typer.Exit(2) from None
+
+
+def _ours(error: BaseException) -> bool:
+    """Whether fisherfast itself raised the error, rather than the user's code or a library under it."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and trace.tb_frame.f_globals.get("__name__", "").startswith("fisherfast.")

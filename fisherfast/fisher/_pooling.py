@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which measurements may be pooled: those of the same parameters, taken in the same way.
+
+A measurement's identity is a dictionary of plain values. Two identities are compared directly, those of many ranks by
+their digests, so that no rank has to send names to the others and none is left waiting in a collective that cannot match.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from fisherfast.fisher.protocol import Provenance
+
+
+def identity(shapes: Mapping[str, torch.Size], aliases: Mapping[str, str], provenance: Provenance) -> dict[str, Any]:
+    """What must be equal for pooling to mean anything."""
+    return {
+        "parameters": {name: list(shape) for name, shape in shapes.items()},
+        "aliases": dict(aliases),
+        "fisher_type": provenance.fisher_type,
+        "likelihood": provenance.likelihood,
+        "model": provenance.model,
+    }
+
+
+def check_same(mine: Mapping[str, Any], other: Mapping[str, Any]) -> None:
+    """Raise ValueError, with the reason, unless the two identities are equal."""
+    for field, value in mine.items():
+        if value != other[field]:
+            raise ValueError(f"+: both Fishers must have the same {field}, got {_difference(value, other[field])}")
+
+
+def _difference(a: Any, b: Any) -> str:
+    if not isinstance(a, Mapping):
+        return f"{a!r} and {b!r}"
+    name = next(name for name in {**a, **b} if a.get(name) != b.get(name))
+    return f"{a.get(name, 'nothing')} and {b.get(name, 'nothing')} for {name!r}"
+
+
+def check_ranks(mine: Mapping[str, Any], group: dist.ProcessGroup | None, device: torch.device) -> None:
+    """Raise ValueError, on every rank alike, unless the identities of all ranks are equal."""
+    if different := differing_fields(mine, group, device):
+        raise ValueError(f"all_reduce: all ranks must have the same {' and '.join(different)}; here {mine[different[0]]!r}")
+
+
+def differing_fields(mine: Mapping[str, Any], group: dist.ProcessGroup | None, device: torch.device) -> list[str]:
+    """The fields in which the ranks of ``group`` differ; one collective, the same answer on every rank."""
+    digests = torch.tensor([_digest(value) for value in mine.values()], device=device)
+    extremes = torch.stack([digests, -digests])
+    dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=group)
+    return [field for field, differs in zip(mine, (extremes.sum(0) != 0).tolist(), strict=True) if differs]
+
+
+def _digest(value: Any) -> int:
+    canonical = json.dumps(value, sort_keys=True).encode()
+    return int.from_bytes(hashlib.sha256(canonical).digest()[:7], "big")  # 56 bits: its negative is an int64 too
+
+
+def pooled_provenance(mine: Provenance, *, different: list[str]) -> Provenance:
+    """The provenance of the whole: None for whichever of draws and seed is not one value."""
+    return dataclasses.replace(mine, **dict.fromkeys(different))
+
+
+def pooled_coverage(mine: Mapping[str, str], other: Mapping[str, str]) -> dict[str, str]:
+    """How each parameter was measured, both ways named where they differ."""
+    return {name: " + ".join(dict.fromkeys(c[name] for c in (mine, other) if name in c)) for name in {**mine, **other}}

@@ -1,0 +1,286 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The diagonal Fisher: for every parameter the mean over samples of its squared score.
+
+Sums and weights are held per parameter, not means: a run that stopped in the middle of a backward pass has counted
+different numbers of samples for different parameters, and each mean is right with its own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import operator
+import os
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fisherfast.accumulator import Accumulator
+from fisherfast.fisher import _arguments, _pooling, serialize
+from fisherfast.fisher.protocol import Damping, FisherWarning, LayerSummary, Provenance, Spectrum, Vector, layer_of, missing
+
+
+class SummaryRow(NamedTuple):
+    """One line of a table by layer; ``share`` is the layer's part of the whole trace."""
+
+    layer: str
+    parameters: int
+    trace: float
+    share: float
+
+
+@serialize.storable("diagonal")
+class DiagonalFisher:
+    """``f_i = (1/N) sum_n E_y[(d/dw_i log p_w(y | x_n))^2]``, the diagonal of the Fisher matrix; all else is taken as zero.
+
+    Built here from means computed elsewhere, by ``fisher`` and ``collect`` from sums (``from_accumulators``).
+
+    Shapes:   diagonal {parameter name: tensor shaped like the parameter}; vectors are the same, or flat in ``names`` order.
+    Scale:    a mean over ``num_samples`` samples, never a sum, never a squared batch gradient.
+    Errors:   ValueError or TypeError, naming the entry, for values that are negative, not finite or not floating, for
+              counts that are not positive and for aliases of nothing.
+    Numerics: sums and weights are kept in float64; tensors shaped like parameters come out in float32 unless asked.
+    Source:   Amari 1998; as per-sample second moments, Dangel et al. 2020 (arXiv:1912.10985).
+    """
+
+    structure: ClassVar[str]
+
+    def __init__(
+        self,
+        diagonal: Mapping[str, Tensor],
+        num_samples: int,
+        *,
+        num_positions: int | None = None,
+        provenance: Provenance | None = None,
+        coverage: Mapping[str, str] | None = None,
+        aliases: Mapping[str, str] | None = None,
+    ) -> None:
+        if operator.index(num_samples) < 1:
+            raise ValueError(f"DiagonalFisher: num_samples must be an integer > 0, got {num_samples}")
+        for name, mean in diagonal.items():
+            _arguments.check_mean(name, mean)
+        sums = {name: Accumulator(mean.detach().double() * num_samples, num_samples) for name, mean in diagonal.items()}
+        self._assign(sums, num_samples, num_positions, provenance, coverage, aliases, 0)
+
+    @classmethod
+    def from_accumulators(
+        cls,
+        sums: Mapping[str, Accumulator],
+        *,
+        num_samples: int,
+        num_positions: int | None = None,
+        provenance: Provenance | None = None,
+        coverage: Mapping[str, str] | None = None,
+        aliases: Mapping[str, str] | None = None,
+        batches: int = 0,
+    ) -> DiagonalFisher:
+        """From sums of squared scores, each with its own weight. The accumulators are kept, not copied."""
+        fisher = cls.__new__(cls)
+        fisher._assign(sums, num_samples, num_positions, provenance, coverage, aliases, batches)
+        return fisher
+
+    def _assign(self, sums, num_samples, num_positions, provenance, coverage, aliases, batches) -> None:
+        self._sums: dict[str, Accumulator] = dict(sums)
+        if not self._sums:
+            raise ValueError("DiagonalFisher: needs at least one parameter, got none")
+        _arguments.check_distinct({name: accumulator.sum for name, accumulator in self._sums.items()})
+        self.num_samples: int = operator.index(num_samples)
+        self.num_positions: int = self.num_samples if num_positions is None else operator.index(num_positions)
+        self.batches: int = operator.index(batches)
+        if min(self.num_samples, self.num_positions, self.batches) < 0:
+            raise ValueError(f"DiagonalFisher: counts must be >= 0, got {self.num_samples}, {self.num_positions}, {self.batches}")
+        self.provenance: Provenance = provenance or Provenance()
+        self.coverage: dict[str, str] = dict(coverage or {})
+        self.aliases: dict[str, str] = dict(aliases or {})
+        for alias, name in self.aliases.items():
+            if alias in self._sums or name not in self._sums:
+                raise ValueError(f"DiagonalFisher: aliases must map other names to {self.names}, got {alias!r}: {name!r}")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The parameters, in the model's order; a tied tensor once, under its first name."""
+        return tuple(self._sums)
+
+    @property
+    def shapes(self) -> dict[str, torch.Size]:
+        """The shape of each parameter."""
+        return {name: accumulator.sum.shape for name, accumulator in self._sums.items()}
+
+    @property
+    def num_parameters(self) -> int:
+        """How many numbers the diagonal has."""
+        return sum(shape.numel() for shape in self.shapes.values())
+
+    def accumulators(self) -> dict[str, Accumulator]:
+        """The sums and weights themselves, not copies: what a resumed run goes on from."""
+        return self._sums
+
+    def _mean(self, name: str) -> Tensor:
+        if self._sums[name].weight == 0:
+            raise ValueError(f"DiagonalFisher: {name!r} has counted no samples; the run ended before its first backward pass")
+        return self._sums[name].mean()
+
+    def _regular(self, method: str, name: str, damping: float) -> Tensor:
+        damped = self._mean(name) + damping
+        if zeros := int((damped == 0).sum()):
+            raise ValueError(f"{method}: F + damping I must be regular, got {zeros} zero entries in {name!r}; pass damping > 0")
+        return damped
+
+    def diagonal(self, *, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+        """``{name: f}``, shaped like the parameters."""
+        return {name: self._mean(name).to(dtype) for name in self.names}
+
+    def trace(self) -> float:
+        """``sum_i f_i``."""
+        return math.fsum(float(self._mean(name).sum()) for name in self.names)
+
+    def logdet(self, damping: Damping = 0.0) -> float:
+        """``sum_i log(f_i + damping_i)``; -inf with a FisherWarning that counts the zero entries if there are any."""
+        dampings = _arguments.damping_by_name("logdet", damping, self.names)
+        total, zeros = [], 0
+        for name in self.names:
+            damped = self._mean(name) + dampings[name]
+            zeros += int((damped == 0).sum())
+            total.append(float(damped.log().sum()))
+        if zeros:
+            message = f"logdet: {zeros} of {self.num_parameters} entries of F + damping I are zero: -inf; pass damping > 0"
+            warnings.warn(message, FisherWarning, stacklevel=2)
+            return -math.inf
+        return math.fsum(total)
+
+    def __matmul__(self, v: Vector) -> Vector:
+        """``f_i v_i``, in the dtype and on the device of v."""
+        parts = _arguments.split("F @ v", v, self.shapes)
+        return _like(v, {name: (self._mean(name).to(part.device) * part).to(part.dtype) for name, part in parts.items()})
+
+    def solve(self, v: Vector, damping: Damping = 0.0) -> Vector:
+        """``v_i / (f_i + damping_i)``, in the dtype and on the device of v. Errors: ValueError if some divisor is zero."""
+        dampings = _arguments.damping_by_name("solve", damping, self.names)
+        parts = _arguments.split("solve", v, self.shapes)
+        for name, part in parts.items():
+            parts[name] = (part / self._regular("solve", name, dampings[name]).to(part.device)).to(part.dtype)
+        return _like(v, parts)
+
+    def eigenvalues(self) -> Tensor:
+        """All f_i in one float64 tensor, largest first, on the device of the first parameter."""
+        device = self._sums[self.names[0]].sum.device
+        return torch.cat([self._mean(name).flatten().to(device) for name in self.names]).sort(descending=True).values
+
+    def spectra(self) -> Iterator[Spectrum]:
+        """One block with one factor, the flat float64 diagonal, for each parameter."""
+        for name in self.names:
+            yield Spectrum(layer_of(name), (name,), (self._mean(name).flatten(),))
+
+    def sample(
+        self, n: int, *, damping: Damping = 0.0, generator: torch.Generator | None = None, dtype: torch.dtype = torch.float32
+    ) -> dict[str, Tensor]:
+        """``n`` draws from ``N(0, (F + damping I)^-1)``, {name: [n, *shape]}. Errors: ValueError if that is singular."""
+        dampings = _arguments.damping_by_name("sample", damping, self.names)
+        draws = {}
+        for name in self.names:
+            scale = self._regular("sample", name, dampings[name]).rsqrt().to(dtype)
+            source = scale.device if generator is None else generator.device
+            normal = torch.randn((n, *scale.shape), dtype=dtype, device=source, generator=generator)
+            draws[name] = normal.to(scale.device).mul_(scale)
+        return draws
+
+    def by_layer(self) -> dict[str, LayerSummary]:
+        """Each layer's parameters and trace, in the order of ``names``."""
+        layers: dict[str, list[str]] = {}
+        for name in self.names:
+            layers.setdefault(layer_of(name), []).append(name)
+        return {layer: self._summarised(layer, tuple(members)) for layer, members in layers.items()}
+
+    def _summarised(self, layer: str, members: tuple[str, ...]) -> LayerSummary:
+        trace = math.fsum(float(self._mean(name).sum()) for name in members)
+        return LayerSummary(layer, members, sum(self.shapes[name].numel() for name in members), trace)
+
+    def summary(self) -> list[SummaryRow]:
+        """A table by layer: (layer, parameters, trace, share of the whole trace)."""
+        layers = self.by_layer().values()
+        total = math.fsum(layer.trace for layer in layers)
+        return [SummaryRow(k.name, k.num_parameters, k.trace, k.trace / total if total else 0.0) for k in layers]
+
+    def __add__(self, other: DiagonalFisher) -> DiagonalFisher:
+        """The Fisher of both data sets together. Errors: ValueError if they were measured in different ways.
+
+        Two runs that drew labels with the same seed for the same sample indices used the same random numbers twice; give
+        them different seeds or sample offsets.
+        """
+        if not isinstance(other, DiagonalFisher):
+            return NotImplemented
+        _pooling.check_same(self._identity(), other._identity())
+        different = [field for field, value in self._draws().items() if value != other._draws()[field]]
+        return DiagonalFisher.from_accumulators(
+            {name: accumulator + other._sums[name] for name, accumulator in self._sums.items()},
+            num_samples=self.num_samples + other.num_samples,
+            num_positions=self.num_positions + other.num_positions,
+            provenance=_pooling.pooled_provenance(self.provenance, different=different),
+            coverage=_pooling.pooled_coverage(self.coverage, other.coverage),
+            aliases=self.aliases,
+            batches=self.batches + other.batches,
+        )
+
+    def all_reduce(self, group: dist.ProcessGroup | None = None) -> DiagonalFisher:
+        """Pool the data of all ranks of ``group``, in place on every rank; returns self. ``coverage`` stays the rank's own.
+
+        Errors: ValueError on every rank alike, before anything is added, if the ranks measured different things.
+        """
+        device = self._sums[self.names[0]].sum.device
+        _pooling.check_ranks(self._identity(), group, device)
+        different = _pooling.differing_fields(self._draws(), group, device)
+        self.provenance = _pooling.pooled_provenance(self.provenance, different=different)
+        for name in sorted(self.names):  # one order of collectives, whatever the order in which a rank met its parameters
+            self._sums[name].all_reduce(group)
+        counts = torch.tensor([self.num_samples, self.num_positions, self.batches], device=device)
+        dist.all_reduce(counts, group=group)
+        self.num_samples, self.num_positions, self.batches = counts.tolist()
+        return self
+
+    def _identity(self) -> dict[str, Any]:
+        return _pooling.identity(self.shapes, self.aliases, self.provenance)
+
+    def _draws(self) -> dict[str, Any]:
+        return {"draws": self.provenance.draws, "seed": self.provenance.seed}
+
+    def save(self, path: str | os.PathLike[str], *, extra: Mapping[str, str] | None = None) -> None:
+        """Write to a safetensors file, whole or not at all; ``fisherfast.load`` reads it back bit by bit."""
+        serialize.save(self, path, extra)
+
+    def state(self) -> serialize.State:
+        """Sums, and everything else as plain values; see ``serialize.Storable``."""
+        fields = {
+            "provenance": dataclasses.asdict(self.provenance),
+            "num_samples": self.num_samples,
+            "num_positions": self.num_positions,
+            "batches": self.batches,
+            "weights": {name: accumulator.weight for name, accumulator in self._sums.items()},
+            "coverage": self.coverage,
+            "aliases": self.aliases,
+        }
+        return {name: accumulator.sum for name, accumulator in self._sums.items()}, fields
+
+    @classmethod
+    def from_state(cls, tensors: dict[str, Tensor], fields: dict[str, Any]) -> DiagonalFisher:
+        """The object whose ``state`` this is; its weights, not its tensors, carry the order of the parameters."""
+        sums = {name: Accumulator(tensors[name], weight) for name, weight in fields.pop("weights").items()}
+        provenance = Provenance(**fields.pop("provenance"))
+        return cls.from_accumulators(sums, provenance=provenance, **fields)
+
+    def __repr__(self) -> str:
+        known = [f"{field}={value!r}" for field, value in dataclasses.asdict(self.provenance).items() if value is not None]
+        excluded = len(missing(self.coverage))
+        layers = len({layer_of(name) for name in self.names})
+        return (
+            f"DiagonalFisher({self.num_parameters:,} parameters in {len(self.names)} tensors and {layers} layers, "
+            f"{self.num_samples:,} samples, {self.num_positions:,} positions, {', '.join(known)}"
+            f"{f', {excluded} tensors missing' if excluded else ''})"
+        )
+
+
+def _like(v: Vector, parts: dict[str, Tensor]) -> Vector:
+    return torch.cat([part.flatten() for part in parts.values()]) if isinstance(v, Tensor) else parts

@@ -1,0 +1,287 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``fisher``: the Fisher of a model on a data set, in one call."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor, nn
+
+from fisherfast.batches import Batch, Output
+from fisherfast.capture import refuse_train_mode
+from fisherfast.fisher import serialize
+from fisherfast.fisher.collectors import Diagonal
+from fisherfast.fisher.diagonal import DiagonalFisher
+from fisherfast.fisher.protocol import Provenance
+from fisherfast.fisher.run import Run, model_name
+from fisherfast.likelihood import FISHER_TYPES, Likelihood, Predictions, resolve
+from fisherfast.passes import Pass, conclude
+
+_STRUCTURES = {"diagonal": Diagonal}
+_PROBED = 4  # samples the probe looks at
+_CHECKPOINT_SECONDS = 60.0
+
+
+def fisher(
+    model: nn.Module,
+    data: Iterable[Any],
+    structure: str = "diagonal",
+    fisher_type: str = "mc",
+    likelihood: str | Likelihood = "categorical",
+    *,
+    draws: int = 1,
+    seed: int = 0,
+    sample_offset: int = 0,
+    max_passes: int = 1000,
+    output: Output = None,
+    allow_missing: bool = False,
+    checkpoint: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+) -> DiagonalFisher:
+    """``F = (1/N) sum_n E_y[s_n s_n^T]``, ``s_n = grad_w log p_w(y | x_n)``, for every parameter that asks for a gradient.
+
+    ``data`` yields ``(inputs, targets)``, ``(inputs, None)`` or dict batches (Hugging Face). A tuple of inputs is
+    ``model(*x)``, a dict ``model(**x)``; the output is a tensor, has ``.logits``, or is what ``output`` picks (a name or a
+    function). ``fisher_type``: "mc" draws ``draws`` labels per sample from the model; "exact" takes the expectation, one
+    backward pass per column of a square root of the output Hessian; "empirical" uses the labels of the data, which is
+    *not* the Fisher. ``likelihood``: "categorical", "bernoulli", "gaussian", ``ff.CausalLM()`` or an object.
+    ``sample_offset`` is the number of the first sample: give each rank its own, so that no two share random numbers.
+    ``checkpoint``: a file written every minute, on any error and at the end; if it exists, the run resumes after its
+    batches and ends with the same numbers (every batch is then staged, which takes one more tensor per parameter).
+
+    Shapes:   the output has the sample axis first; see the likelihoods for the rest.
+    Scale:    per sample, mean over samples; independent of loss reduction, batch size and number of devices.
+    Errors:   ValueError, TypeError or NonFiniteError for what cannot be measured, naming parameter or batch; any error has
+              ``.fisher`` with what was accumulated before, and Ctrl-C raises ``ff.Interrupted`` with it.
+    Numerics: gradients in the model's precision, squares in float32 or wider, sums over samples in float64. Labels are a
+              function of (seed, sample number, position, draw) alone.
+    Source:   Achille, Paolini, Soatto 2019 (arXiv:1905.12213), Preliminaries; columns of the exact Fisher: docs/design.md.
+    """
+    if structure not in _STRUCTURES:
+        raise ValueError(f"fisher: structure must be one of {sorted(_STRUCTURES)}, got {structure!r}")
+    if fisher_type == "type-2":
+        fisher_type = "exact"
+    if fisher_type not in FISHER_TYPES:
+        raise ValueError(f"fisher: fisher_type must be one of {list(FISHER_TYPES)} (or 'type-2' for 'exact'), got {fisher_type!r}")
+    if draws < 1 or (draws > 1 and fisher_type != "mc"):
+        raise ValueError(f"fisher: draws must be >= 1, and 1 unless fisher_type='mc', got {draws} with {fisher_type!r}")
+    refuse_train_mode(model)
+    measurement = _Measurement(
+        model, _STRUCTURES[structure](), fisher_type, resolve(likelihood), draws, seed, sample_offset, max_passes, output,
+        allow_missing, transactional=checkpoint is not None,
+    )  # fmt: skip
+    return measurement.over(data, progress, None if checkpoint is None else Path(checkpoint))
+
+
+class _Measurement:
+    """One call of ``fisher``: feeds batches, turns the likelihood into passes, and loops over samples where it must."""
+
+    def __init__(
+        self, model, structure, fisher_type, likelihood, draws, seed, sample_offset, max_passes, output, allow_missing, transactional
+    ) -> None:
+        self.model, self.fisher_type, self.likelihood = model, fisher_type, likelihood
+        self.draws, self.seed, self.sample_offset = draws, seed, sample_offset
+        self.max_passes, self.output = max_passes, output
+        drawn = fisher_type == "mc"
+        self.provenance = Provenance(
+            fisher_type=fisher_type,
+            likelihood=likelihood.name,
+            draws=draws if drawn else None,
+            seed=seed if drawn else None,
+            model=model_name(model),
+        )
+        self.run = Run(model, (structure,), self.provenance, allow_missing, transactional)
+        self.capture = self.run.capture
+        self._explored = self._probed = False
+
+    # -- the data set
+
+    def over(self, data: Iterable[Any], progress: bool, checkpoint: Path | None) -> DiagonalFisher:
+        done = self._resume(checkpoint)
+        written = time.monotonic()
+        with self.run.rescue():
+            try:
+                for number, item in enumerate(_shown(data, progress)):
+                    if number < done:
+                        continue
+                    self.batch(Batch.of(item, self.capture.device))
+                    if checkpoint is not None and time.monotonic() - written > _CHECKPOINT_SECONDS:
+                        self._write(checkpoint)
+                        written = time.monotonic()
+                if not self.run.num_samples:
+                    raise ValueError("fisher: data must yield at least one batch, got none; was the iterator used up?")
+            finally:
+                if checkpoint is not None and self.run.num_samples:
+                    self._write(checkpoint)
+        (result,) = self.run.results()
+        return result
+
+    def _resume(self, checkpoint: Path | None) -> int:
+        if checkpoint is None or not checkpoint.exists():
+            return 0
+        before, extra = serialize.load_with_extra(checkpoint, device=str(self.capture.device))
+        if extra != self._settings() or before.provenance != self.provenance:
+            raise ValueError(
+                f"fisher: {checkpoint} must be of the same measurement, got {before.provenance} {extra} instead of "
+                f"{self.provenance} {self._settings()}; remove the file or give another"
+            )
+        self.run.restore(before)
+        return before.batches
+
+    def _write(self, checkpoint: Path) -> None:
+        (result,) = self.run.results()
+        result.save(checkpoint, extra=self._settings())
+
+    def _settings(self) -> dict[str, str]:
+        return {"sample_offset": str(self.sample_offset)}
+
+    # -- one batch
+
+    def batch(self, batch: Batch) -> None:
+        """Add one batch."""
+        if self.fisher_type == "empirical" and batch.targets is None:
+            raise ValueError("fisher: fisher_type='empirical' needs the labels of the data, got a batch without; use 'mc' or 'exact'")
+        if not self._explored or (not self._probed and batch.N > 1):
+            self._explore(batch.cut(0, min(batch.N, _PROBED)))
+        predictions = self._forward(batch)
+        count = self._num_passes(predictions)
+        if predictions.values.grad_fn is None:
+            raise ValueError("model: the output must depend on the parameters through autograd, got one without a graph; is grad disabled?")
+        with self.run.transaction(batch.N, count):
+            self.run.passes.run(predictions.values, self._passes(predictions.detached()), count)
+            undetermined = bool(self.run.passes.undetermined)
+            self._loop(batch, predictions.detached())
+        self._probed = self._probed and not undetermined
+        self.run.num_samples += batch.N
+        self.run.num_positions += predictions.num_positions
+        self.run.batches += 1
+
+    def _forward(self, batch: Batch, first: int = 0) -> Predictions:
+        """Run the model on a batch whose first sample is number ``first`` of the current one."""
+        self.capture.num_samples = batch.N
+        with self.capture, torch.enable_grad():
+            output = batch.feed(self.model, self.output)
+        start = self.sample_offset + self.run.num_samples + first
+        sample = torch.arange(start, start + batch.N, device=output.device)
+        predictions = self.likelihood.predictions(output, batch.targets, batch.mask, sample)
+        self.run.check_finite(predictions.values, predictions.values, "the model's output")
+        return predictions
+
+    def _num_passes(self, predictions: Predictions) -> int:
+        if self.fisher_type != "exact":
+            return self.draws
+        count = self.likelihood.num_columns(predictions)
+        if count > self.max_passes:
+            raise ValueError(
+                f"fisher: fisher_type='exact' must take at most max_passes = {self.max_passes} backward passes, got {count} "
+                f"for an output {tuple(predictions.values.shape)}; use fisher_type='mc', or raise max_passes"
+            )
+        return count
+
+    @torch.no_grad()
+    def _passes(self, predictions: Predictions) -> Iterator[Pass]:
+        if self.fisher_type == "empirical":
+            yield Pass(self.likelihood.empirical(predictions))
+        elif self.fisher_type == "mc":
+            for draw in range(self.draws):
+                yield Pass(self.likelihood.sampled(predictions, self.seed, draw), 1 / self.draws)
+        else:
+            for column in self.likelihood.columns(predictions):
+                yield Pass(column)
+
+    # -- finding out how the model uses its parameters
+
+    def _explore(self, few: Batch) -> None:
+        """On a few samples: what is reached, in which forms, where the sample axis is; expands or loops where it has to."""
+        self.capture.exploring = True
+        values = self._forward(few).values
+        if not self._explored:
+            self.run.check_reached(values)
+            self.run.note_ops(values)
+            self.run.passes.route_mixed_forms(values)
+            self._explored = True
+        if few.N > 1:
+            mixing = self._probe(values)
+            if mixing:
+                self._resolve(few, values, mixing)
+            self._probed = True
+        self.capture.exploring = False
+
+    def _probe(self, values: Tensor) -> set[str]:
+        generator = torch.Generator().manual_seed(0)
+        cotangent = torch.randn(values.shape, generator=generator).to(values.device, values.dtype)
+        return conclude(self.capture, self.run.passes.probe(values, cotangent))
+
+    def _resolve(self, few: Batch, values: Tensor, mixing: set[str]) -> None:
+        """Parameters without a sample axis where they are used: expand there if that works, else loop over samples."""
+        alone = self._forward(few.cut(0, 1)).values
+        if not _close(alone, values[:1]):
+            raise ValueError(
+                "model: samples must not depend on each other, but the first sample's output changes with its batch (by "
+                f"{float((alone - values[:1]).abs().max()):.2g}); rows that mix samples reach {sorted(mixing)[:3]}. Batch statistics and "
+                "contrastive losses have no per-sample gradient"
+            )
+        for name in mixing:
+            self.capture.tracked[name].expand = True
+        try:
+            expanded = self._forward(few).values
+            still = self._probe(expanded) if _close(expanded, values) else mixing
+        except (RuntimeError, IndexError):  # a shape that does not broadcast: this use cannot be expanded
+            still = mixing
+        for name in still:
+            tracked = self.capture.tracked[name]
+            tracked.expand, tracked.loop_reason = False, "no sample axis where it is used"
+
+    # -- the loop over samples, for what no rule covers
+
+    def _loop(self, batch: Batch, predictions: Predictions) -> None:
+        names = self.run.looped
+        if not names:
+            return
+        tracked = [self.capture.tracked[name] for name in names]
+        exploring, self.capture.exploring = self.capture.exploring, True  # leaf stand-ins for every name of the loop
+        try:
+            for n in range(batch.N):
+                # Labels and columns come from the whole batch's output, so that every parameter sees the same ones.
+                squares = self._sample_squares(batch.cut(n, n + 1), predictions.one(n), [t.leaf for t in tracked])
+                for one, square in zip(tracked, squares, strict=True):
+                    for collector in self.run.collectors:
+                        collector.add_square(one, square)
+        finally:
+            self.capture.exploring = exploring
+
+    def _sample_squares(self, single: Batch, predictions: Predictions, leaves: list[Tensor]) -> list[Tensor]:
+        squares = [torch.zeros_like(leaf, dtype=torch.promote_types(leaf.dtype, torch.float32)) for leaf in leaves]
+        values = self._forward(single).values
+        for one in self._passes(predictions):
+            grads = torch.autograd.grad(values, leaves, one.cotangent, retain_graph=True, allow_unused=True)
+            for square, grad in zip(squares, grads, strict=True):
+                if grad is not None:
+                    square.add_(grad.to(square.dtype).square(), alpha=one.scale)
+        return squares
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    # Rounding differs with the batch size; dependence between samples does not hide below this.
+    tolerance = 64 * torch.finfo(a.dtype).eps * max(1.0, float(b.detach().abs().max()))
+    return a.shape == b.shape and float((a - b).detach().abs().max()) <= tolerance
+
+
+def _shown(data: Iterable[Any], progress: bool) -> Iterator[Any]:
+    """The batches, with a progress bar on a terminal."""
+    if not progress:
+        yield from data
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    total = len(data) if hasattr(data, "__len__") else None
+    with Progress(*columns, transient=True) as bar:
+        task = bar.add_task("Fisher", total=total)
+        for item in data:
+            yield item
+            bar.advance(task)

@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A run: what ``ff.fisher`` and ``ff.collect`` share - the capture, the passes, the counts, and the result at any moment."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from fisherfast.capture import Capture, unwrapped
+from fisherfast.fisher.collectors import Diagonal, DiagonalCollector
+from fisherfast.fisher.diagonal import DiagonalFisher
+from fisherfast.fisher.protocol import Provenance
+from fisherfast.passes import NonFiniteError, Passes
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C during a run; ``.fisher`` holds what was accumulated before."""
+
+    fisher: DiagonalFisher
+
+
+class Run:
+    """The state of one measurement."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        structures: tuple[Diagonal, ...],
+        provenance: Provenance,
+        allow_missing: bool,
+        transactional: bool = False,
+    ) -> None:
+        self.capture = Capture(model)
+        self.collectors: list[DiagonalCollector] = [s.collector(self.capture, transactional) for s in structures]
+        self.passes = Passes(self.capture, list(self.collectors))
+        self.provenance = provenance
+        self.allow_missing = allow_missing
+        self.num_samples = self.num_positions = self.batches = 0
+        self.missing: dict[str, str] = {}
+        self.ops: dict[str, str] = {}
+
+    def check_reached(self, root: Tensor) -> None:
+        """After a first forward pass: raise, or record, parameters that the loss does not depend on."""
+        reached = self.passes.reached(root)
+        lost = [name for name in self.capture.tracked if name not in reached]
+        if not lost:
+            return
+        if len(lost) == len(self.capture.tracked) or not self.allow_missing:
+            shown = ", ".join(repr(name) for name in lost[:5]) + (", ..." if len(lost) > 5 else "")
+            raise ValueError(
+                f"model: every parameter with requires_grad must reach the loss, got {len(lost)} of {len(self.capture.tracked)} that "
+                f"do not ({shown}); freeze them (requires_grad_(False)), or pass allow_missing=True to record them as missing. "
+                "Calls inside an already compiled model are not seen: pass the model itself"
+            )
+        for name in lost:
+            self.missing[name] = "missing: the loss does not depend on it"
+            self.capture.forget(name)
+            for collector in self.collectors:
+                collector.forget(name)
+
+    def note_ops(self, root: Tensor) -> None:
+        """Remember which op serves each parameter, for the coverage report."""
+        for call, _ in self.capture.calls(root):
+            for use in call.uses:
+                self.ops.setdefault(use.tracked.name, use.form.op)
+
+    def restore(self, before: DiagonalFisher) -> None:
+        """Go on from a checkpoint."""
+        self.num_samples, self.num_positions, self.batches = before.num_samples, before.num_positions, before.batches
+        for collector in self.collectors:
+            collector.restore(before)
+
+    @property
+    def coverage(self) -> dict[str, str]:
+        """How each parameter is covered: an op, "loop: reason", or "missing: reason"."""
+        covered = {
+            name: f"loop: {t.loop_reason}" if t.loop_reason else self.ops.get(name, "not used yet")
+            for name, t in self.capture.tracked.items()
+        }
+        return {**covered, **self.missing}
+
+    @property
+    def looped(self) -> list[str]:
+        """Parameters that need the loop over samples in the batch at hand."""
+        return [name for name, t in self.capture.tracked.items() if t.loop_reason or name in self.passes.undetermined]
+
+    def results(self) -> tuple[DiagonalFisher, ...]:
+        """What has been accumulated so far."""
+        return tuple(
+            c.result(self.capture, self.num_samples, self.num_positions, self.batches, self.provenance, self.coverage)
+            for c in self.collectors
+        )
+
+    def check_finite(self, root: Tensor, values: Tensor, what: str) -> None:
+        """Raise before the backward pass if the forward pass produced NaN or infinity, naming where it began."""
+        if torch.isfinite(values.detach().sum(dtype=torch.float64 if values.dtype == torch.float64 else torch.float32)):
+            return
+        name = self.capture.first_non_finite(root)
+        where = f"the input of {name!r} is the first that is not finite" if name else "all inputs of parameters are finite"
+        raise NonFiniteError(
+            f"batch {self.batches}: {what} must be finite, got NaN or infinity; {where}. Nothing of this batch was added"
+        )
+
+    @contextmanager
+    def transaction(self, N: int, passes: int) -> Iterator[None]:
+        """One batch: whatever happens inside, what was added gets its weight and the error carries the result so far."""
+        for collector in self.collectors:
+            collector.begin(passes)
+        complete = False
+        try:
+            yield
+            complete = True
+        finally:
+            self.passes.undetermined.clear()
+            bad = [name for c in self.collectors for name in c.settle(N, complete)]
+        if bad:
+            raise NonFiniteError(
+                f"batch {self.batches}: gradients must be finite, got NaN or infinity, first at {bad[0]!r} "
+                f"({len(bad)} parameters in all); they added nothing of this batch"
+            )
+
+    @contextmanager
+    def rescue(self) -> Iterator[None]:
+        """Attach the result so far to any error (``err.fisher``) and turn Ctrl-C into ``Interrupted``."""
+        try:
+            yield
+        except KeyboardInterrupt as interrupt:
+            error = Interrupted(*interrupt.args)
+            self._attach(error)
+            raise error from interrupt
+        except Exception as error:
+            self._attach(error)
+            raise
+
+    def _attach(self, error: BaseException) -> None:
+        results = self.results()
+        error.fisher = results[0] if len(results) == 1 else results  # type: ignore[attr-defined]
+        error.add_note(
+            f"fisherfast: stopped in batch {self.batches}; the {self.num_samples} samples of the batches before are kept in .fisher"
+        )
+
+
+def model_name(model: nn.Module) -> str:
+    """What provenance calls the model."""
+    return type(unwrapped(model)).__name__

@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fishers on disk: safetensors with string metadata, written whole or not at all, checked when read, no pickle.
+
+A structure registers itself under its name, gives its state as tensors and plain values, and is rebuilt from them; this
+file knows no structure. The checksum covers metadata and tensors, because one flipped bit in a sum is still a number.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import secrets
+import zlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Protocol, TypeVar
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+FORMAT, FORMAT_VERSION = "fisherfast", 1
+State = tuple[dict[str, Tensor], dict[str, Any]]  # tensors, and fields of plain values that JSON keeps exactly
+_OWN = ("format", "format_version", "fisherfast_version", "structure", "extra", "checksum")
+
+
+class FisherFileError(ValueError):
+    """A file is not a whole, undamaged Fisher that this version can read; the message says which and why."""
+
+
+class Storable(Protocol):
+    """What a structure must offer to be saved and loaded."""
+
+    structure: ClassVar[str]
+
+    def state(self) -> State:
+        """Tensors and fields from which ``from_state`` rebuilds the object bit by bit."""
+
+    @classmethod
+    def from_state(cls, tensors: dict[str, Tensor], fields: dict[str, Any]) -> Any:
+        """The object whose ``state`` this is."""
+
+
+_STRUCTURES: dict[str, type[Storable]] = {}
+_Class = TypeVar("_Class", bound=type[Storable])
+
+
+def storable(structure: str) -> Callable[[_Class], _Class]:
+    """Class decorator: files of this structure are loaded as the decorated class."""
+
+    def register(cls: _Class) -> _Class:
+        cls.structure = structure
+        _STRUCTURES[structure] = cls
+        return cls
+
+    return register
+
+
+def save(fisher: Storable, path: str | os.PathLike[str], extra: Mapping[str, str] | None = None) -> None:
+    """Write ``fisher`` and the caller's own ``extra`` strings to ``path``; a file already there is replaced at the end.
+
+    Shapes:   any.
+    Scale:    sums and weights are stored, not means.
+    Errors:   OSError if the folder cannot be written; TypeError if ``extra`` holds anything but strings. After an error
+              or a killed process ``path`` is what it was before.
+    Numerics: bit-exact.
+    Source:   the safetensors format.
+    """
+    path, extra = Path(path), dict(extra or {})
+    if not all(isinstance(text, str) for item in extra.items() for text in item):
+        raise TypeError("save: extra must be {str: str}; encode other values as JSON")
+    if path.is_dir():
+        raise IsADirectoryError(f"save: path must be a file, got the folder {path}")
+    tensors, fields = fisher.state()
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    metadata = {
+        "format": FORMAT,
+        "format_version": str(FORMAT_VERSION),
+        "fisherfast_version": importlib.metadata.version("fisherfast"),
+        "structure": fisher.structure,
+        "extra": json.dumps(extra),
+        **{field: json.dumps(value) for field, value in fields.items()},
+    }
+    metadata["checksum"] = _checksum(metadata, tensors)
+    _write_whole(path, tensors, metadata)
+
+
+def _write_whole(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    temporary.touch()
+    try:
+        # safetensors makes its files readable to their owner only; a result should be as readable as any other file.
+        mode = temporary.stat().st_mode
+        save_file(tensors, temporary, metadata)
+        temporary.chmod(mode)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load(path: str | os.PathLike[str], device: str = "cpu") -> Any:
+    """The Fisher that ``save`` wrote to ``path``, with its tensors on ``device``.
+
+    Shapes:   as saved.
+    Scale:    as saved.
+    Errors:   FileNotFoundError; FisherFileError (a ValueError) for a damaged, truncated or foreign file, and for one
+              written by a newer version.
+    Numerics: bit-exact; a checksum over metadata and tensors is verified.
+    Source:   the safetensors format.
+    """
+    return load_with_extra(path, device)[0]
+
+
+def load_with_extra(path: str | os.PathLike[str], device: str = "cpu") -> tuple[Any, dict[str, str]]:
+    """``load`` and the ``extra`` strings given to ``save``: what a checkpoint needs to go on."""
+    path = Path(path)
+    if path.is_dir():
+        raise _bad(path, "it is a folder")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            _check_readable(path, metadata)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except SafetensorError as error:
+        raise _bad(path, f"it is damaged, truncated or not a safetensors file ({error})") from error
+    if metadata.get("checksum") != _checksum(metadata, tensors):
+        raise _bad(path, "it is damaged: the checksum does not match its contents")
+    fields = {field: json.loads(text) for field, text in metadata.items() if field not in _OWN}
+    tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
+    return _STRUCTURES[metadata["structure"]].from_state(tensors, fields), json.loads(metadata["extra"])
+
+
+def _check_readable(path: Path, metadata: Mapping[str, str]) -> None:
+    if metadata.get("format") != FORMAT:
+        raise _bad(path, f"it is a safetensors file of something else (format {metadata.get('format')!r})")
+    version = metadata.get("format_version", "")
+    if not version.isdecimal():
+        raise _bad(path, f"it is damaged: format_version is {version!r}")
+    writer = f"it was written by fisherfast {metadata.get('fisherfast_version')}"
+    if int(version) > FORMAT_VERSION:
+        raise _bad(path, f"{writer} in format {version}, this version reads up to {FORMAT_VERSION}; upgrade fisherfast")
+    if metadata.get("structure") not in _STRUCTURES:
+        raise _bad(path, f"{writer}, with structure {metadata.get('structure')!r}; known here: {sorted(_STRUCTURES)}")
+
+
+def _checksum(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
+    described = {field: text for field, text in metadata.items() if field != "checksum"}
+    crc = zlib.crc32(json.dumps(described, sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        crc = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), crc)
+        crc = zlib.crc32(tensor.numpy().data, crc)
+    return f"{crc:08x}"
+
+
+def _bad(path: Path, reason: str) -> FisherFileError:
+    return FisherFileError(f"load: {path} cannot be read as a Fisher: {reason}")

@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The prior's scale lambda for every parameter: given once, given by layer or parameter, or fitted by layer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from fisherfast.fisher import LayerSummary, Spectrum
+from fisherfast.information import _series
+
+_MAX_STEPS = 100
+_CONVERGED = 1e-12  # of log lambda^2
+
+
+def check_positive(name: str, value: float, advice: str) -> float:
+    """Raise ValueError unless ``value`` is a finite number above zero."""
+    if not (isinstance(value, (int, float)) and math.isfinite(value) and value > 0):
+        raise ValueError(f"information_in_weights: {name} must be a finite number > 0, got {value!r}; {advice}")
+    return float(value)
+
+
+def check_scale(name: str, value: float) -> float:
+    """Raise ValueError unless ``value`` can be a prior scale; says what to compute instead of an infinite one."""
+    if value == math.inf:
+        raise ValueError(
+            f"information_in_weights: {name} must be finite, got inf; the information in the weights grows without bound with it "
+            "and only differences of 0.5 * F.logdet(damping=...) between models of the same size are meaningful: compare those"
+        )
+    return check_positive(name, value, "it is the standard deviation of the weights before training")
+
+
+def given(prior_scale: float | Mapping[str, float], layers: Mapping[str, LayerSummary]) -> dict[str, float]:
+    """Lambda by parameter name, from one number or a mapping of layer and parameter names; a parameter's own name wins."""
+    layer_of = {name: layer for layer, summary in layers.items() for name in summary.parameters}
+    if not isinstance(prior_scale, Mapping):
+        return dict.fromkeys(layer_of, check_scale("prior_scale", prior_scale))
+    if unknown := sorted(set(prior_scale) - {*layer_of, *layers}):
+        raise ValueError(
+            f"information_in_weights: prior_scale must name layers or parameters of F, got {unknown}; layers: {list(layers)}"
+        )
+    keys = {name: name if name in prior_scale else layer for name, layer in layer_of.items()}
+    if missing := [name for name, key in keys.items() if key not in prior_scale]:
+        raise ValueError(f"information_in_weights: prior_scale must cover every parameter, got none for {missing}")
+    return {name: check_scale(f"prior_scale[{key!r}]", prior_scale[key]) for name, key in keys.items()}
+
+
+def fitted(spectra: Sequence[Spectrum], squared_distance: float, temperature: float) -> float:
+    """The lambda of one layer that minimises the Lagrangian: the fixed point of ``lambda^2 = (||w - c||^2 + tr Sigma) / k``.
+
+    With Sigma at its own optimum this reads ``lambda^2 sum_j u_j = ||w - c||^2``, u_j the share of direction j. The left
+    side grows with lambda, so the solution is unique; in logarithms its slope lies between 1 and 2, so Newton's steps
+    always contract, where the fixed-point iteration crawls on flat layers. Two limits carry no information: weights at
+    their center (lambda = 0), and a layer whose Fisher is zero (lambda = inf).
+    """
+    if squared_distance == 0:
+        return 0.0
+    if not any(_series.sum_over(spectrum, 1.0, _series.share)[0] for spectrum in spectra):
+        return math.inf
+    target = math.log(squared_distance)
+    log_square = target - math.log(sum(spectrum.num_parameters for spectrum in spectra))
+    for _ in range(_MAX_STEPS):
+        scale = math.exp(log_square) / temperature
+        sums = [_series.sum_over(spectrum, scale, _series.share, lambda s: _series.share(s).square()) for spectrum in spectra]
+        shares, squares = (math.fsum(column) for column in zip(*sums, strict=True))
+        step = (log_square + math.log(shares) - target) / (2 - squares / shares)
+        log_square -= step
+        if abs(step) < _CONVERGED:
+            return math.exp(log_square / 2)
+    raise ArithmeticError(f"information_in_weights: prior_scale='fit' did not converge in {_MAX_STEPS} steps; give a number")

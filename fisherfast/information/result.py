@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What ``information_in_weights`` returns: the nats, in all and by layer, with everything they depend on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fisherfast.fisher import Fisher
+
+WHOLE = "(model)"  # what is shown for the layer named "": the parameters that the model itself holds
+
+
+@dataclass(frozen=True)
+class LayerInformation:
+    """The information in one layer's weights.
+
+    ``share`` is this layer's part of the network's KL divergence. ``effective_dimension`` counts the directions that the
+    data, rather than the prior, decide: ``sum_j s_j / (1 + s_j)``. ``prior_scale`` is None where the layer's parameters
+    have different ones; they are in ``Information.prior_scales``.
+    """
+
+    parameters: int
+    trace: float
+    nats: float
+    kl: float
+    share: float
+    effective_dimension: float
+    squared_distance: float
+    prior_scale: float | None
+
+    @property
+    def bits(self) -> float:
+        """``nats / log 2``."""
+        return self.nats / math.log(2)
+
+    @property
+    def bits_per_parameter(self) -> float:
+        """``bits / parameters``."""
+        return self.bits / self.parameters if self.parameters else 0.0
+
+
+@dataclass(frozen=True)
+class Information:
+    """The information in a network's weights; made by ``information_in_weights``, which says what the numbers mean.
+
+    ``nats`` is ``kl`` for ``variant="exact"`` and the printed eq. 8 for ``variant="paper"``. ``lagrangian_rise`` is what
+    coarse weights cost in all, in units of the mean loss: ``1/2 tr(F Sigma) + beta kl``. ``complexity`` adds the loss to
+    it and is None where no loss was given. ``excluded`` names the parameters the Fisher lacks.
+    """
+
+    nats: float
+    kl: float
+    lagrangian_rise: float
+    layers: Mapping[str, LayerInformation] = field(repr=False)
+    beta: float
+    prior_scale: float | Mapping[str, float] | str
+    prior_scales: Mapping[str, float] = field(repr=False)
+    centered: bool
+    variant: str
+    loss: float | None
+    excluded: tuple[str, ...]
+    fisher: Fisher = field(repr=False)
+
+    @property
+    def bits(self) -> float:
+        """``nats / log 2``."""
+        return self.nats / math.log(2)
+
+    @property
+    def parameters(self) -> int:
+        """The number of weights k that the nats are of."""
+        return sum(layer.parameters for layer in self.layers.values())
+
+    @property
+    def trace(self) -> float:
+        """The trace of the Fisher."""
+        return math.fsum(layer.trace for layer in self.layers.values())
+
+    @property
+    def complexity(self) -> float | None:
+        """The Lagrangian ``E_Q loss + beta KL`` at its minimum over Sigma, or None without a loss."""
+        return None if self.loss is None else self.loss + self.lagrangian_rise
+
+    @property
+    def temperature(self) -> float:
+        """``beta``, or ``beta / 2`` for the formulas as printed: the t of ``Sigma = t (F + t / lambda^2)^-1``."""
+        return self.beta if self.variant == "exact" else self.beta / 2
+
+    def by_layer(self) -> dict[str, LayerInformation]:
+        """The information by layer, in the order of the Fisher's parameters."""
+        return dict(self.layers)
+
+    @torch.no_grad()
+    def posterior_variance(self) -> dict[str, Tensor]:
+        """``Sigma = t / (f + t / lambda^2)`` by parameter: the variance of the noise each weight tolerates.
+
+        Shapes:   like ``F.diagonal()``.
+        Scale:    t = beta (exact) or beta / 2 (as printed).
+        Errors:   none for a Fisher that ``information_in_weights`` accepted.
+        Numerics: float64.
+        Source:   Proposition 2.5 of arXiv:1905.12213.
+        """
+        t = self.temperature
+        precisions = {name: t / scale**2 if scale else math.inf for name, scale in self.prior_scales.items()}
+        return {name: t / (f + precisions[name]) for name, f in self.fisher.diagonal(dtype=torch.float64).items()}
+
+    def plot(self, path: str | Path | None = None) -> Any:
+        """Draw nats and Fisher trace by layer; returns the matplotlib figure, written to ``path`` if given.
+
+        Errors:   ImportError if matplotlib is not installed (``pip install fisherfast[plot]``).
+        """
+        from fisherfast.information import _plot
+
+        figure = _plot.by_layer(self)
+        if path is not None:
+            figure.savefig(path, dpi=150)
+        return figure
+
+    def prior_in_words(self) -> str:
+        """The prior scale and its center: ``0.1 around 0``."""
+        if isinstance(self.prior_scale, str):
+            scale = "fitted by layer"
+        else:
+            scale = "given by layer" if isinstance(self.prior_scale, Mapping) else f"{self.prior_scale:g}"
+        return f"{scale} around {'the given center' if self.centered else '0'}"
+
+    def conditions(self) -> str:
+        """Everything the nats depend on, in one line."""
+        F = self.fisher
+        return (
+            f"beta = {self.beta:.3g}, prior scale {self.prior_in_words()}, {self.variant} formulas, "
+            f"k = {self.parameters:,} weights, N = {F.num_samples:,} samples, {F.provenance.fisher_type} Fisher, {F.structure}"
+        )
+
+    def __str__(self) -> str:
+        lacking = f"; excluded, because the Fisher lacks them: {', '.join(self.excluded)}" if self.excluded else ""
+        return f"{self.nats:,.1f} nats ({self.bits:,.1f} bits) in the weights: {self.conditions()}{lacking}"

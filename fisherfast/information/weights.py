@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The information in the weights: the nats a trained network's weights hold, by the Fisher and a Gaussian prior.
+
+The prior is ``P = N(c, lambda^2 I)``, the noise that the weights tolerate ``Q = N(w, Sigma)``, and Sigma minimises
+``E_Q loss + beta KL(Q || P)`` to second order. In the eigenbasis of the Fisher everything is a sum over directions, so a
+singular Fisher costs nothing where it is flat. The formulas as printed are the same ones at ``t = beta / 2`` instead of
+``t = beta``, with a constant k/2 too much subtracted: that is all ``variant="paper"`` changes.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from fisherfast.capture import unwrapped
+from fisherfast.fisher import Fisher, FisherWarning, LayerSummary, Spectrum
+from fisherfast.information import _prior, _series
+from fisherfast.information.result import Information, LayerInformation
+
+VARIANTS = ("exact", "paper")
+Weights = nn.Module | Mapping[str, Tensor]
+
+
+@torch.no_grad()
+def information_in_weights(
+    F: Fisher,
+    model: Weights,
+    *,
+    prior_scale: float | Mapping[str, float] | str,
+    beta: float,
+    center: Weights | None = None,
+    variant: str = "exact",
+    loss: float | None = None,
+) -> Information:
+    """``KL(Q || P) = ||w - c||^2 / (2 lambda^2) + 1/2 sum_j g(s_j)``, s_j = lambda^2 f_j / beta, g(s) = log(1+s) - s/(1+s).
+
+    How many nats it takes to write the trained weights down, given the prior, as coarsely as the loss allows when one nat
+    is worth ``beta`` of mean loss. f_j are the eigenvalues of the Fisher.
+
+    ``model``        the weights w: the network F was measured on, or {parameter name: tensor}.
+    ``prior_scale``  lambda, the prior's standard deviation: a number; {layer or parameter name: number}; or ``"fit"``, for
+                     each layer the value with the smallest Lagrangian, ``lambda^2 = (||w - c||^2 + tr Sigma) / k``.
+    ``beta``         1 / N is the Bayesian choice for N training samples; larger values keep coarser weights.
+    ``center``       c: the initial or pre-trained weights, a network or {name: tensor}; 0 if not given.
+    ``variant``      ``"exact"``, or ``"paper"`` for the formulas as printed: then ``.nats`` is the printed eq. 8 and ``.kl``
+                     the true divergence at the printed Sigma, k/2 nats above it.
+    ``loss``         the mean loss at w, if the whole Lagrangian is wanted in ``.complexity``.
+
+    Shapes:   every tensor of ``model`` and ``center`` has the shape of the same name in F.
+    Scale:    F is a mean over samples, so beta goes with a mean loss; with a summed loss in mind divide beta by N.
+    Errors:   ValueError for a beta or prior_scale not above zero, an infinite prior_scale (compare 0.5 * F.logdet instead),
+              an unknown variant, names or shapes that differ between F, model and center, a Fisher that is negative or not
+              finite. FisherWarning where F lacks parameters; ``.excluded`` lists them.
+    Numerics: float64 sums, one parameter at a time; g by a series for small s, relative error below 1e-13.
+    Source:   Proposition 2.5 and eq. 8 of Achille, Paolini and Soatto (arXiv:1905.12213).
+    """
+    beta = _prior.check_positive("beta", beta, "1 / (number of training samples) is the Bayesian choice")
+    if variant not in VARIANTS:
+        raise ValueError(f"information_in_weights: variant must be one of {list(VARIANTS)}, got {variant!r}")
+    if isinstance(prior_scale, str) and prior_scale != "fit":
+        raise ValueError(f"information_in_weights: prior_scale must be a number, a mapping or 'fit', got {prior_scale!r}")
+    temperature = beta if variant == "exact" else beta / 2
+    summaries = F.by_layer()
+    scales = {} if isinstance(prior_scale, str) else _prior.given(prior_scale, summaries)
+    excluded = tuple(name for name, how in F.coverage.items() if how.startswith("missing"))
+    weights, centers = _tensors(model), None if center is None else _tensors(center)
+    _check_names(F, model, weights, excluded)
+    if centers is not None:
+        _check_center(F, weights, centers)
+    measured: dict[str, LayerInformation] = {}
+    for layer, blocks in _blocks_by_layer(F, summaries, weights, centers):
+        if isinstance(prior_scale, str):
+            scales |= dict.fromkeys(summaries[layer].parameters, _fitted(blocks, temperature))
+        measured[layer] = _measure(summaries[layer], blocks, scales, temperature, variant)
+    if excluded:
+        message = f"information_in_weights: the nats exclude parameters that the Fisher lacks: {list(excluded)}"
+        warnings.warn(message, FisherWarning, stacklevel=2)
+    kl = math.fsum(layer.kl for layer in measured.values())
+    dimension = math.fsum(layer.effective_dimension for layer in measured.values())
+    return Information(
+        nats=math.fsum(layer.nats for layer in measured.values()),
+        kl=kl,
+        lagrangian_rise=temperature / 2 * dimension + beta * kl,
+        layers={name: replace(measured[name], share=measured[name].kl / kl if kl else 0.0) for name in summaries},
+        beta=beta,
+        prior_scale=prior_scale,
+        prior_scales=scales,
+        centered=center is not None,
+        variant=variant,
+        loss=loss,
+        excluded=excluded,
+        fisher=F,
+    )
+
+
+@dataclass(frozen=True)
+class _Block:
+    """A block of the Fisher, and how far its weights are from the prior's center."""
+
+    spectrum: Spectrum
+    squared_distance: float
+
+
+def _tensors(source: Weights) -> dict[str, Tensor]:
+    return dict(unwrapped(source).named_parameters()) if isinstance(source, nn.Module) else dict(source)
+
+
+def _check_names(F: Fisher, model: Weights, weights: Mapping[str, Tensor], excluded: tuple[str, ...]) -> None:
+    """Raise ValueError unless F and the model name the same parameters, but for those F says it lacks."""
+    if lacking := [name for name in F.names if name not in weights]:
+        raise ValueError(f"information_in_weights: model must hold every parameter of F, lacks {lacking}")
+    covered = {*F.names, *F.aliases, *excluded}
+    # A frozen parameter asks for no Fisher; in a mapping there is no such mark, and everything counts.
+    wanted = [name for name, tensor in weights.items() if tensor.requires_grad or not isinstance(model, nn.Module)]
+    if unknown := [name for name in wanted if name not in covered]:
+        raise ValueError(f"information_in_weights: F must cover every parameter of model, lacks {unknown}; leave them out")
+
+
+def _check_center(F: Fisher, weights: Mapping[str, Tensor], centers: Mapping[str, Tensor]) -> None:
+    """Raise ValueError unless the center has every parameter of F in the model's shape."""
+    if lacking := [name for name in F.names if name not in centers]:
+        raise ValueError(f"information_in_weights: center must hold every parameter of F, lacks {lacking}")
+    for name in F.names:
+        if (got := tuple(centers[name].shape)) != (shape := tuple(weights[name].shape)):
+            raise ValueError(f"information_in_weights: center[{name!r}] must be {shape} as in model, got {got}")
+
+
+def _blocks_by_layer(
+    F: Fisher, summaries: Mapping[str, LayerSummary], weights: Mapping[str, Tensor], centers: Mapping[str, Tensor] | None
+) -> Iterator[tuple[str, list[_Block]]]:
+    """Each layer with its blocks, as soon as F has given the last of them: one layer's spectrum is in memory at a time."""
+    waiting = {layer: set(summary.parameters) for layer, summary in summaries.items()}
+    blocks: dict[str, list[_Block]] = {layer: [] for layer in summaries}
+    for spectrum in F.spectra():
+        entries = sum(weights[name].numel() for name in spectrum.parameters)
+        if entries != spectrum.num_parameters:
+            raise ValueError(
+                f"information_in_weights: model must have the shapes F was measured on, got {entries} entries instead of "
+                f"{spectrum.num_parameters} in {list(spectrum.parameters)}"
+            )
+        origins = [None if centers is None else centers[name] for name in spectrum.parameters]
+        distance = math.fsum(map(_series.squared_distance, (weights[name] for name in spectrum.parameters), origins))
+        if not math.isfinite(distance):
+            raise ValueError(f"information_in_weights: weights must be finite, got others in {list(spectrum.parameters)}")
+        blocks[spectrum.layer].append(_Block(spectrum, distance))
+        waiting[spectrum.layer] -= set(spectrum.parameters)
+        if not waiting[spectrum.layer]:
+            yield spectrum.layer, blocks.pop(spectrum.layer)
+
+
+def _fitted(blocks: Sequence[_Block], temperature: float) -> float:
+    return _prior.fitted([block.spectrum for block in blocks], math.fsum(block.squared_distance for block in blocks), temperature)
+
+
+def _measure(
+    summary: LayerSummary, blocks: Sequence[_Block], scales: Mapping[str, float], temperature: float, variant: str
+) -> LayerInformation:
+    """Everything but the layer's share of the whole network."""
+    kl, dimension = 0.0, 0.0
+    for block in blocks:
+        scale = scales[block.spectrum.parameters[0]]
+        # At a fitted limit (scale 0 or inf) the block is at its center or its Fisher is zero, and the terms below vanish.
+        if block.squared_distance:
+            kl += block.squared_distance / (2 * scale**2)
+        if 0 < scale < math.inf:
+            costs, shares = _series.sum_over(block.spectrum, scale**2 / temperature, _series.cost, _series.share)
+            kl += costs / 2
+            dimension += shares
+    distinct = {scales[name] for name in summary.parameters}
+    return LayerInformation(
+        parameters=summary.num_parameters,
+        trace=summary.trace,
+        nats=kl if variant == "exact" else kl - summary.num_parameters / 2,
+        kl=kl,
+        share=0.0,
+        effective_dimension=dimension,
+        squared_distance=math.fsum(block.squared_distance for block in blocks),
+        prior_scale=distinct.pop() if len(distinct) == 1 else None,
+    )

@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a person reads after a run: a table by layer, and three files another program can read.
+
+``fisher.safetensors`` is the Fisher itself, ``information.png`` its picture, ``report.json`` every number of the table.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from fisherfast.fisher import Fisher
+from fisherfast.information import WHOLE, Information
+from fisherfast.timing import TimeRatio
+
+MEANING = (
+    "nats: what it takes to write a layer's weights down as coarsely as the loss allows, given the prior; share: of all nats; "
+    "trace: how sharply the network's predictions depend on the layer's weights."
+)
+
+
+def render(F: Fisher, info: Information, ratio: TimeRatio | None = None) -> Group:
+    """The run in a few lines and a table by layer, for ``rich.console.Console.print``."""
+    lines = [Text(f"{key:>12}  {value}") for key, value in summary(F, info, ratio).items()]
+    return Group(*lines, Text(), layer_table(info), Text(MEANING, style="dim"))
+
+
+def summary(F: Fisher, info: Information, ratio: TimeRatio | None = None) -> dict[str, str]:
+    """The lines above the table: everything its numbers depend on, in words."""
+    lines = {
+        "Fisher": f"{F.provenance.fisher_type}, {F.structure}, {F.provenance.likelihood} likelihood",
+        "data": f"N = {F.num_samples:,} samples, {F.num_positions:,} labels",
+        "price": f"beta = {info.beta:.3g} of mean loss for a nat; prior scale {info.prior_in_words()}; {info.variant} formulas",
+        "information": f"{info.nats:,.1f} nats = {info.bits:,.1f} bits in {info.parameters:,} weights",
+    }
+    if info.excluded:
+        lines["excluded"] = ", ".join(info.excluded)
+    if ratio is not None:
+        lines["time"] = str(ratio)
+    return lines
+
+
+def layer_table(info: Information) -> Table:
+    """One row per layer, and the total."""
+    table = Table(title="Information in the weights, by layer", title_justify="left")
+    table.add_column("layer", overflow="fold")
+    for heading in ("parameters", "trace", "nats", "bits/parameter", "share"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for name, layer in info.by_layer().items():
+        table.add_row(name or WHOLE, *_cells(layer.parameters, layer.trace, layer.nats, layer.bits_per_parameter, layer.share))
+    table.add_section()
+    total = info.bits / info.parameters if info.parameters else 0.0
+    table.add_row(
+        "all", *_cells(info.parameters, info.trace, info.nats, total, sum(layer.share for layer in info.by_layer().values()))
+    )
+    return table
+
+
+def write_report(out: str | Path, F: Fisher, info: Information, ratio: TimeRatio | None = None) -> list[Path]:
+    """Write the Fisher, the picture and the numbers into the folder ``out``; returns the paths.
+
+    Errors:   OSError where the folder cannot be written; ImportError if matplotlib is not installed.
+    """
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / "fisher.safetensors", folder / "information.png", folder / "report.json"]
+    F.save(paths[0])
+    info.plot(paths[1])
+    paths[2].write_text(json.dumps(as_dict(F, info, ratio), indent=2, allow_nan=False) + "\n")
+    return paths
+
+
+def as_dict(F: Fisher, info: Information, ratio: TimeRatio | None = None) -> dict[str, Any]:
+    """Every number of the report as JSON can hold it; infinity, a limit a fitted prior scale can take, becomes ``"inf"``."""
+    layers = {
+        name: {**asdict(layer), "bits": layer.bits, "bits_per_parameter": layer.bits_per_parameter}
+        for name, layer in info.by_layer().items()
+    }
+    fields = (
+        "nats",
+        "bits",
+        "kl",
+        "lagrangian_rise",
+        "parameters",
+        "beta",
+        "prior_scale",
+        "centered",
+        "variant",
+        "loss",
+        "excluded",
+    )
+    return _plain(
+        {
+            "fisherfast": importlib.metadata.version("fisherfast"),
+            "fisher": {
+                "structure": F.structure,
+                **asdict(F.provenance),
+                "num_samples": F.num_samples,
+                "num_positions": F.num_positions,
+                "trace": info.trace,
+                "coverage": F.coverage,
+            },
+            "information": {field: getattr(info, field) for field in fields},
+            "layers": layers,
+            "time": None if ratio is None else asdict(ratio),
+        }
+    )
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (tuple, list)):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _cells(parameters: int, trace: float, nats: float, bits_per_parameter: float, share: float) -> list[str]:
+    return [f"{parameters:,}", f"{trace:.3g}", f"{nats:,.1f}", f"{bits_per_parameter:.3g}", f"{share:.1%}"]

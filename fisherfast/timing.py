@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a Fisher costs: its time as a ratio to plain forward and backward passes over the same data, in one process."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from fisherfast.batches import Batch
+from fisherfast.likelihood import Likelihood
+
+
+@dataclass(frozen=True)
+class TimeRatio:
+    """The median over rounds of Fisher time by plain time, each round timing both; the seconds are medians too."""
+
+    ratio: float
+    fisher_seconds: float
+    plain_seconds: float
+    rounds: int
+    num_samples: int
+
+    def __str__(self) -> str:
+        return (
+            f"the Fisher took {self.ratio:.2f}x one plain forward+backward over the same {self.num_samples:,} samples "
+            f"({_duration(self.fisher_seconds)} against {_duration(self.plain_seconds)}, median of {self.rounds} paired runs)"
+        )
+
+
+def against_plain(
+    fisher: Callable[[Sequence[Any]], Any], model: nn.Module, batches: Sequence[Any], likelihood: Likelihood, rounds: int
+) -> TimeRatio:
+    """Time ``fisher(batches)`` against plain passes over the same batches; the model's ``.grad`` are left as they were.
+
+    The plain pass back-propagates the gradient of the log-likelihood, in closed form, to every parameter that asks for it.
+
+    Errors:   ValueError if there are no batches or rounds.
+    """
+    if not batches or rounds < 1:
+        raise ValueError(f"against_plain: needs at least one batch and one round, got {len(batches)} and {rounds}")
+    device = next(model.parameters()).device
+    before = [(p, p.grad) for p in model.parameters()]
+    seconds = []
+    try:
+        for _ in range(rounds + 1):
+            seconds.append((_timed(lambda: fisher(batches), device), _timed(lambda: _plain(model, batches, likelihood), device)))
+    finally:
+        for parameter, gradient in before:
+            parameter.grad = gradient
+    measured = seconds[1:]  # the first round warms up
+    return TimeRatio(
+        ratio=statistics.median(ours / plain for ours, plain in measured),
+        fisher_seconds=statistics.median(ours for ours, _ in measured),
+        plain_seconds=statistics.median(plain for _, plain in measured),
+        rounds=rounds,
+        num_samples=sum(Batch.of(batch, device).N for batch in batches),
+    )
+
+
+def _plain(model: nn.Module, batches: Sequence[Any], likelihood: Likelihood) -> None:
+    device = next(model.parameters()).device
+    for item in batches:
+        model.zero_grad(set_to_none=True)
+        batch = Batch.of(item, device)
+        sample = torch.arange(batch.N, device=device)
+        predictions = likelihood.predictions(batch.feed(model), batch.targets, batch.mask, sample)
+        labelled = predictions.detached()
+        score = likelihood.sampled(labelled, 0, 0) if batch.targets is None else likelihood.empirical(labelled)
+        predictions.values.backward(score)
+
+
+def _timed(work: Callable[[], Any], device: torch.device) -> float:
+    # Work on an accelerator is only queued when a call returns.
+    wait = torch.accelerator.synchronize if device.type != "cpu" else lambda: None
+    wait()
+    start = time.perf_counter()
+    work()
+    wait()
+    return time.perf_counter() - start
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds >= 1 else f"{seconds * 1e3:.0f} ms"
