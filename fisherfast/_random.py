@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Random numbers by counting: a pure function of (seed, sample, position, draw), so that what a sample draws depends
-neither on the batch it is in, nor on padding, order or rank. No generator state is read or changed."""
+neither on the batch it is in, nor on padding, order or rank. No generator state is read or changed.
+"""
 
 from __future__ import annotations
 

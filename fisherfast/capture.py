@@ -89,6 +89,9 @@ class _Tap(torch.autograd.Function):
         return (g, None, None, *(None for _ in ctx.saved_tensors))
 
 
+Listener = Callable[[Call, Tensor, tuple[Tensor, ...]], None]
+
+
 class Capture(TorchFunctionMode):
     """The mode that catches the uses of a model's parameters while it is entered."""
 
@@ -113,7 +116,7 @@ class Capture(TorchFunctionMode):
         self.exploring = True  # until layouts are known, stand-ins keep autograd's own path open beside the tap
         self.num_samples: int | None = None  # of the batch being run, where known: needed to expand
         self.layouts: dict[tuple[str, int], Layout] = {}
-        self.listener: Callable[[Call, Tensor, tuple[Tensor, ...]], None] | None = None
+        self.listener: Listener | None = None
         self._counter = itertools.count()
 
     def forget(self, name: str) -> None:
@@ -143,9 +146,7 @@ class Capture(TorchFunctionMode):
         uses = self._covered(func, args, kwargs, found)
         if uses is None:
             return self._uncovered(func, args, kwargs, found)
-        stand_ins = {
-            id(t.parameter): t.leaf if self.exploring or t.loop_reason else t.detached for t in found
-        }
+        stand_ins = {id(t.parameter): t.leaf if self.exploring or t.loop_reason else t.detached for t in found}
         out = func(*_replaced(args, stand_ins), **_replaced(kwargs, stand_ins))
         return self._tapped(out, [u for u in uses if self._by_id[id(u.parameter)].loop_reason is None])
 
@@ -170,7 +171,7 @@ class Capture(TorchFunctionMode):
             return out
         if self.num_samples is not None and any(self._by_id[id(u.parameter)].expand for u in uses):
             out = out.expand(self.num_samples, *(out.shape[1:] if out.shape[0] == 1 else out.shape))
-        if out._is_view() or out.is_leaf and out.requires_grad:
+        if out._is_view() or (out.is_leaf and out.requires_grad):
             out = out.clone()  # a tap writes its output's version; what a view shares memory with stays untouched
         saved: list[Tensor] = []
         call = Call(next(self._counter), self)
@@ -248,7 +249,9 @@ def _refuse_train_mode(func: Any, args: Any, kwargs: Any) -> None:
         probability = kwargs.get("p", args[1] if len(args) > 1 else 0.5)
         training = kwargs.get("training", args[2] if len(args) > 2 else func not in (F.alpha_dropout, F.feature_alpha_dropout))
         if training and probability > 0:
-            raise ValueError(f"model: must not draw dropout, got {func.__name__}(p={probability}, training=True); call model.eval()")
+            raise ValueError(
+                f"model: must not draw dropout, got {func.__name__}(p={probability}, training=True); call model.eval()"
+            )
     elif func is F.scaled_dot_product_attention:
         probability = kwargs.get("dropout_p", args[4] if len(args) > 4 else 0.0)
         if probability > 0:
@@ -266,7 +269,8 @@ def refuse_train_mode(model: nn.Module) -> None:
         if module.training
         and (
             isinstance(module, nn.modules.batchnorm._BatchNorm)
-            or isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0
+            or (isinstance(module, nn.modules.dropout._DropoutNd)
+            and module.p > 0)
         )
     ]
     if culprits:

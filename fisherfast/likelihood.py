@@ -80,7 +80,9 @@ class Likelihood(Protocol):
 
 
 def _batch_mismatch(name: str, output: Tensor, targets: Tensor) -> ValueError:
-    return ValueError(f"{name}: targets do not fit the output, got targets {tuple(targets.shape)} and output {tuple(output.shape)}")
+    return ValueError(
+        f"{name}: targets do not fit the output, got targets {tuple(targets.shape)} and output {tuple(output.shape)}"
+    )
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,9 @@ class Categorical:
                 "likelihood=ff.Categorical(axis=1) (images) or ff.Categorical(axis=3)"
             )
         if targets is not None and targets.is_floating_point():
-            raise ValueError(f"{self.name}: targets must be class indices (integers), got {targets.dtype}; use 'gaussian' or 'bernoulli'")
+            raise ValueError(
+                f"{self.name}: targets must be class indices (integers), got {targets.dtype}; use 'gaussian' or 'bernoulli'"
+            )
         values = output.movedim(self.axis, -1)
         labels = values.shape[:-1]
         if targets is not None and targets.shape != labels:

@@ -15,8 +15,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from fisherfast.capture import Call, Capture, CallUse, Tracked
-from fisherfast.layout import WHOLE, Evidence, Kind, Layout, masks
+from fisherfast.capture import Call, CallUse, Capture, Listener, Tracked
+from fisherfast.layout import WHOLE, Evidence, masks
 from fisherfast.rules import Form, Rows
 
 
@@ -172,10 +172,26 @@ class Passes:
         for collector in self.collectors:
             collector.add(use.tracked, use.form, x, g, scale)
 
-    def _backward(self, root: Tensor, cotangent: Tensor, listener, keep: bool) -> None:
+    def squares(self, root: Tensor, tracked: list[Tracked], passes: Iterable[Pass]) -> list[Tensor]:
+        """One sample's squared gradients by autograd itself, summed over passes: the loop's share. Keeps the graph."""
+        leaves = [t.leaf for t in tracked]
+        squares = [torch.zeros_like(leaf, dtype=torch.promote_types(leaf.dtype, torch.float32)) for leaf in leaves]
+        for one in passes:
+            grads = self._grad(root, leaves, one.cotangent, lambda *_: None, keep=True)
+            for square, grad in zip(squares, grads, strict=True):
+                if grad is not None:
+                    square.add_(grad.to(square.dtype).square(), alpha=one.scale)
+        return squares
+
+    def _backward(self, root: Tensor, cotangent: Tensor, listener: Listener, keep: bool) -> None:
+        self._grad(root, [self.capture.anchor], cotangent, listener, keep)
+
+    def _grad(
+        self, root: Tensor, inputs: list[Tensor], cotangent: Tensor, listener: Listener, keep: bool
+    ) -> tuple[Tensor | None, ...]:
         self.capture.listener = listener
         try:
-            torch.autograd.grad(root, [self.capture.anchor], cotangent, retain_graph=keep, allow_unused=True)
+            return torch.autograd.grad(root, inputs, cotangent, retain_graph=keep, allow_unused=True)
         finally:
             self.capture.listener = None
 
@@ -194,6 +210,3 @@ def conclude(capture: Capture, evidence: dict[tuple[str, int], Evidence]) -> set
         elif seen.mixes_samples:
             mixing.add(key[0])
     return mixing
-
-
-__all__ = ["Collector", "Kind", "Layout", "NonFiniteError", "Pass", "Passes", "conclude"]

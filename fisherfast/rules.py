@@ -22,7 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fisherfast import ops
+from fisherfast.ops.embedding_sq import embedding_sq_
+from fisherfast.ops.linear_sq import linear_sq_
+from fisherfast.ops.scale_sq import scale_sq_
 
 Rows = tuple[Tensor | None, Tensor]
 
@@ -54,14 +56,16 @@ class MatMul(Form):
     op = "linear_sq_"
 
     def rows(self, g: Tensor, inputs: tuple[Tensor, ...]) -> Rows:
+        """See ``Form``."""
         (x,) = inputs
         return x.to(g.dtype).expand(*g.shape[:-1], x.shape[-1]), g
 
     def accumulate(self, acc: Tensor, x: Tensor | None, g: Tensor, scale: float, flag: Tensor) -> None:
+        """See ``Form``."""
         assert x is not None
         # The sample gradient of W^T is the transpose of that of W: swap the roles of x and g.
         x, g = (g, x) if self.transposed else (x, g)
-        ops.linear_sq_(acc, x, g, scale, flag=flag)
+        linear_sq_(acc, x, g, scale, flag=flag)
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,7 @@ class Elementwise(Form):
     op = "scale_sq_"
 
     def rows(self, g: Tensor, inputs: tuple[Tensor, ...]) -> Rows:
+        """See ``Form``."""
         x = None
         if inputs:
             (x,) = inputs if self.prepare is None else (self.prepare(inputs[0]),)
@@ -86,9 +91,11 @@ class Elementwise(Form):
         return tensor.permute(*lead, *kept).reshape([tensor.shape[axis] for axis in lead] + [math.prod(self.shape)])
 
     def accumulate(self, acc: Tensor, x: Tensor | None, g: Tensor, scale: float, flag: Tensor) -> None:
-        ops.scale_sq_(acc.view(-1), x, g, scale, flag=flag)
+        """See ``Form``."""
+        scale_sq_(acc.view(-1), x, g, scale, flag=flag)
 
     def joined(self, uses: list[Rows]) -> Rows:
+        """See ``Form``."""
         return None, torch.cat([g if x is None else g * x for x, g in uses], dim=1)
 
 
@@ -100,12 +107,14 @@ class Lookup(Form):
     op = "embedding_sq_"
 
     def rows(self, g: Tensor, inputs: tuple[Tensor, ...]) -> Rows:
+        """See ``Form``."""
         (ids,) = inputs
         return ids.long().expand(g.shape[:-1]).unsqueeze(-1), g
 
     def accumulate(self, acc: Tensor, x: Tensor | None, g: Tensor, scale: float, flag: Tensor) -> None:
+        """See ``Form``."""
         assert x is not None
-        ops.embedding_sq_(acc, x.squeeze(-1), g, scale, flag=flag, padding_idx=self.padding_idx)
+        embedding_sq_(acc, x.squeeze(-1), g, scale, flag=flag, padding_idx=self.padding_idx)
 
 
 @dataclass(frozen=True)

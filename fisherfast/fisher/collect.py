@@ -134,21 +134,14 @@ class collect:
         names = run.looped
         if not names:
             return
-        leaves = [run.capture.tracked[name].leaf for name in names]
-        N = loss.shape[0]
-        for n in range(N):
+        tracked = [run.capture.tracked[name] for name in names]
+        for n in range(loss.shape[0]):
             unit = torch.zeros_like(loss)
             unit[n] = 1
-            grads = torch.autograd.grad(loss, leaves, unit, retain_graph=True, allow_unused=True)
-            for name, grad in zip(names, grads, strict=True):
-                tracked = run.capture.tracked[name]
-                square = (
-                    torch.zeros_like(tracked.leaf)
-                    if grad is None
-                    else grad.to(torch.promote_types(grad.dtype, torch.float32)).square()
-                )
+            squares = run.passes.squares(loss, tracked, [Pass(unit)])
+            for one, square in zip(tracked, squares, strict=True):
                 for collector in run.collectors:
-                    collector.add_square(tracked, square)
+                    collector.add_square(one, square)
 
     def results(self) -> tuple[DiagonalFisher, ...]:
         """One Fisher per structure asked for, in that order."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +68,9 @@ def fisher(
     if fisher_type == "type-2":
         fisher_type = "exact"
     if fisher_type not in FISHER_TYPES:
-        raise ValueError(f"fisher: fisher_type must be one of {list(FISHER_TYPES)} (or 'type-2' for 'exact'), got {fisher_type!r}")
+        raise ValueError(
+            f"fisher: fisher_type must be one of {list(FISHER_TYPES)} (or 'type-2' for 'exact'), got {fisher_type!r}"
+        )
     if draws < 1 or (draws > 1 and fisher_type != "mc"):
         raise ValueError(f"fisher: draws must be >= 1, and 1 unless fisher_type='mc', got {draws} with {fisher_type!r}")
     refuse_train_mode(model)
@@ -83,7 +85,18 @@ class _Measurement:
     """One call of ``fisher``: feeds batches, turns the likelihood into passes, and loops over samples where it must."""
 
     def __init__(
-        self, model, structure, fisher_type, likelihood, draws, seed, sample_offset, max_passes, output, allow_missing, transactional
+        self,
+        model,
+        structure,
+        fisher_type,
+        likelihood,
+        draws,
+        seed,
+        sample_offset,
+        max_passes,
+        output,
+        allow_missing,
+        transactional,
     ) -> None:
         self.model, self.fisher_type, self.likelihood = model, fisher_type, likelihood
         self.draws, self.seed, self.sample_offset = draws, seed, sample_offset
@@ -146,13 +159,17 @@ class _Measurement:
     def batch(self, batch: Batch) -> None:
         """Add one batch."""
         if self.fisher_type == "empirical" and batch.targets is None:
-            raise ValueError("fisher: fisher_type='empirical' needs the labels of the data, got a batch without; use 'mc' or 'exact'")
+            raise ValueError(
+                "fisher: fisher_type='empirical' needs the labels of the data, got a batch without; use 'mc' or 'exact'"
+            )
         if not self._explored or (not self._probed and batch.N > 1):
             self._explore(batch.cut(0, min(batch.N, _PROBED)))
         predictions = self._forward(batch)
         count = self._num_passes(predictions)
         if predictions.values.grad_fn is None:
-            raise ValueError("model: the output must depend on the parameters through autograd, got one without a graph; is grad disabled?")
+            raise ValueError(
+                "model: the output must depend on the parameters through autograd, got one without a graph; is grad disabled?"
+            )
         with self.run.transaction(batch.N, count):
             self.run.passes.run(predictions.values, self._passes(predictions.detached()), count)
             undetermined = bool(self.run.passes.undetermined)
@@ -249,22 +266,13 @@ class _Measurement:
         try:
             for n in range(batch.N):
                 # Labels and columns come from the whole batch's output, so that every parameter sees the same ones.
-                squares = self._sample_squares(batch.cut(n, n + 1), predictions.one(n), [t.leaf for t in tracked])
+                values = self._forward(batch.cut(n, n + 1), first=n).values
+                squares = self.run.passes.squares(values, tracked, self._passes(predictions.one(n)))
                 for one, square in zip(tracked, squares, strict=True):
                     for collector in self.run.collectors:
                         collector.add_square(one, square)
         finally:
             self.capture.exploring = exploring
-
-    def _sample_squares(self, single: Batch, predictions: Predictions, leaves: list[Tensor]) -> list[Tensor]:
-        squares = [torch.zeros_like(leaf, dtype=torch.promote_types(leaf.dtype, torch.float32)) for leaf in leaves]
-        values = self._forward(single).values
-        for one in self._passes(predictions):
-            grads = torch.autograd.grad(values, leaves, one.cotangent, retain_graph=True, allow_unused=True)
-            for square, grad in zip(squares, grads, strict=True):
-                if grad is not None:
-                    square.add_(grad.to(square.dtype).square(), alpha=one.scale)
-        return squares
 
 
 def _close(a: Tensor, b: Tensor) -> bool:
@@ -279,7 +287,7 @@ def _shown(data: Iterable[Any], progress: bool) -> Iterator[Any]:
         yield from data
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    total = len(data) if hasattr(data, "__len__") else None
+    total = len(data) if isinstance(data, Sized) else None
     with Progress(*columns, transient=True) as bar:
         task = bar.add_task("Fisher", total=total)
         for item in data:

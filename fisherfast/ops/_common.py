@@ -53,7 +53,9 @@ def check_shape(op: str, name: str, tensor: Tensor, symbols: str, expected: tupl
 def check_rows(op: str, g: Tensor, offsets: Tensor | None, feature: str) -> int:
     """Check the layout of ``g`` and return N."""
     if offsets is None:
-        torch._check_value(g.dim() == 3, lambda: f"{op}: g must be [N, T, {feature}], got {shape(g)}; T is 1 where there are no positions")
+        torch._check_value(
+            g.dim() == 3, lambda: f"{op}: g must be [N, T, {feature}], got {shape(g)}; T is 1 where there are no positions"
+        )
         return g.shape[0]
     torch._check_value(g.dim() == 2, lambda: f"{op}: with offsets g must be [M, {feature}], got {shape(g)}")
     torch._check_value(offsets.dim() == 1 and offsets.shape[0] >= 1, lambda: f"{op}: offsets must be [N+1], got {shape(offsets)}")

@@ -23,7 +23,9 @@ def _check(acc, ids, g, scale=1.0, *, weight=None, offsets=None, total=None, sqn
     )
     torch._check_value(acc.dim() == 2, lambda: f"{name}: acc must be [V, D], got {common.shape(acc)}")
     V = acc.shape[0]
-    torch._check_value(-1 <= padding_idx < V, lambda: f"{name}: padding_idx must be -1 (none) or a row below V = {V}, got {padding_idx}")
+    torch._check_value(
+        -1 <= padding_idx < V, lambda: f"{name}: padding_idx must be -1 (none) or a row below V = {V}, got {padding_idx}"
+    )
     expected = (V, g.shape[-1])
     common.check_outputs(name, acc, "[V, D]", expected, N, weight=weight, total=total, sqnorm=sqnorm, flag=flag)
     common.check_devices(name, acc, ids=ids, g=g, weight=weight, offsets=offsets, total=total, sqnorm=sqnorm, flag=flag)
