@@ -185,12 +185,14 @@ def op(schema: str, check: Callable[..., None]) -> Callable[[Callable[..., None]
     """Register the decorated plain-torch function as an op; the result calls the op, through the router."""
 
     def register(reference: Callable[..., None]) -> Callable[..., None]:
-        overload = Op(schema, check, reference).overload
+        registered = Op(schema, check, reference)
+        overload = registered.overload
 
         @functools.wraps(reference)
         def call(*args: Any, **kwargs: Any) -> None:
             overload(*args, **kwargs)
 
+        call.op = registered  # type: ignore[attr-defined]
         return call
 
     return register

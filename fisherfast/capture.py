@@ -48,7 +48,8 @@ class Tracked:
         self.detached = parameter.detach()
         self.leaf = parameter.detach().requires_grad_()
         self.loop_reason: str | None = None
-        self.expand = False
+        self.expand = False  # give it a sample axis where it is used
+        self.looping = self.expanding = False  # the same decisions, as in force for the current forward pass
 
 
 @dataclass
@@ -113,11 +114,20 @@ class Capture(TorchFunctionMode):
             if id(p) in self._by_id and alias != self._by_id[id(p)].name
         }
         self.anchor = torch.zeros((), device=self.device, requires_grad=True)
-        self.exploring = True  # until layouts are known, stand-ins keep autograd's own path open beside the tap
-        self.num_samples: int | None = None  # of the batch being run, where known: needed to expand
+        self.begin(exploring=True)
         self.layouts: dict[tuple[str, int], Layout] = {}
         self.listener: Listener | None = None
         self._counter = itertools.count()
+
+    def begin(self, exploring: bool, num_samples: int | None = None) -> None:
+        """Prepare a forward pass: what was decided since the last one comes into force.
+
+        ``exploring``: stand-ins keep autograd's own path to every parameter open beside the tap. ``num_samples``: of the
+        batch, where known; needed to expand.
+        """
+        self.exploring, self.num_samples = exploring, num_samples
+        for tracked in self.tracked.values():
+            tracked.looping, tracked.expanding = tracked.loop_reason is not None, tracked.expand
 
     def forget(self, name: str) -> None:
         """Stop tracking a parameter."""
@@ -146,9 +156,9 @@ class Capture(TorchFunctionMode):
         uses = self._covered(func, args, kwargs, found)
         if uses is None:
             return self._uncovered(func, args, kwargs, found)
-        stand_ins = {id(t.parameter): t.leaf if self.exploring or t.loop_reason else t.detached for t in found}
+        stand_ins = {id(t.parameter): t.leaf if self.exploring or t.looping or t.expanding else t.detached for t in found}
         out = func(*_replaced(args, stand_ins), **_replaced(kwargs, stand_ins))
-        return self._tapped(out, [u for u in uses if self._by_id[id(u.parameter)].loop_reason is None])
+        return self._tapped(out, [u for u in uses if not self._by_id[id(u.parameter)].looping])
 
     def _covered(self, func: Any, args: Any, kwargs: Any, found: list[Tracked]) -> list[Use] | None:
         """The uses the function's rule declares, or None unless they cover every tracked argument exactly once."""
@@ -169,7 +179,7 @@ class Capture(TorchFunctionMode):
     def _tapped(self, out: Tensor, uses: list[Use]) -> Tensor:
         if not uses:
             return out
-        if self.num_samples is not None and any(self._by_id[id(u.parameter)].expand for u in uses):
+        if self.num_samples is not None and any(self._by_id[id(u.parameter)].expanding for u in uses):
             out = out.expand(self.num_samples, *(out.shape[1:] if out.shape[0] == 1 else out.shape))
         if out._is_view() or (out.is_leaf and out.requires_grad):
             out = out.clone()  # a tap writes its output's version; what a view shares memory with stays untouched

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import functools
 import math
+from collections import OrderedDict
 
 import torch
 from torch import Tensor, nn
 
 _SEED = 0
-_EPOCHS = 40
+_EPOCHS = 5
 _TRAIN_BATCH, _BATCH = 64, 256
 
 
@@ -34,7 +35,14 @@ def model() -> nn.Module:
     """A 64-512-512-10 network trained on the digits; prints its accuracy."""
     x, y, x_test, y_test = _digits()
     torch.manual_seed(_SEED)
-    network = nn.Sequential(nn.Linear(64, 512), nn.ReLU(), nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 10))
+    layers = {
+        "input": nn.Linear(64, 512),
+        "relu": nn.ReLU(),
+        "hidden": nn.Linear(512, 512),
+        "relu2": nn.ReLU(),
+        "output": nn.Linear(512, 10),
+    }
+    network = nn.Sequential(OrderedDict(layers))
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-3)
     for _ in range(_EPOCHS):
         for rows in torch.randperm(len(x)).split(_TRAIN_BATCH):

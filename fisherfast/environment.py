@@ -20,8 +20,11 @@ _PACKAGES = ("fisherfast", "torch", "triton", "numpy", "safetensors")
 
 def render() -> Group:
     """Facts and one table of backends per device, for ``rich.console.Console.print``."""
-    lines = [Text(f"{key:>14}  {value}") for key, value in facts().items()]
-    return Group(*lines, *(_backend_table(device, name) for device, name in devices().items()))
+    lines = Table.grid(padding=(0, 2))
+    lines.add_column(justify="right", style="bold")
+    for line in facts().items():
+        lines.add_row(*line)
+    return Group(lines, *(_backend_table(device, name) for device, name in devices().items()))
 
 
 def facts() -> dict[str, str]:

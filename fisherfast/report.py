@@ -30,16 +30,20 @@ MEANING = (
 
 def render(F: Fisher, info: Information, ratio: TimeRatio | None = None) -> Group:
     """The run in a few lines and a table by layer, for ``rich.console.Console.print``."""
-    lines = [Text(f"{key:>12}  {value}") for key, value in summary(F, info, ratio).items()]
-    return Group(*lines, Text(), layer_table(info), Text(MEANING, style="dim"))
+    lines = Table.grid(padding=(0, 2))
+    lines.add_column(justify="right", style="bold")
+    for line in summary(F, info, ratio).items():
+        lines.add_row(*line)
+    return Group(lines, "", layer_table(info), Text(MEANING, style="dim"))
 
 
 def summary(F: Fisher, info: Information, ratio: TimeRatio | None = None) -> dict[str, str]:
     """The lines above the table: everything its numbers depend on, in words."""
     lines = {
-        "Fisher": f"{F.provenance.fisher_type}, {F.structure}, {F.provenance.likelihood} likelihood",
+        "Fisher": f"{F.structure}, {F.provenance.fisher_type} labels, {F.provenance.likelihood} likelihood",
         "data": f"N = {F.num_samples:,} samples, {F.num_positions:,} labels",
-        "price": f"beta = {info.beta:.3g} of mean loss for a nat; prior scale {info.prior_in_words()}; {info.variant} formulas",
+        "prior": f"scale {info.prior_in_words()}",
+        "price": f"beta = {info.beta:.3g}: the mean loss one nat may cost; {info.variant} formulas",
         "information": f"{info.nats:,.1f} nats = {info.bits:,.1f} bits in {info.parameters:,} weights",
     }
     if info.excluded:

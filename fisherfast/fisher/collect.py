@@ -51,6 +51,7 @@ class collect:
             raise ValueError("collect: must be given what to collect, got nothing; for example collect(model, ff.Diagonal())")
         refuse_train_mode(model)
         self._run = Run(model, structures, Provenance(fisher_type=fisher_type, model=model_name(model)), allow_missing)
+        self._explored = False  # whether the parameters' forms are known, and samples were told apart at least once
         self._established = False  # whether every use whose gradient was ever seen has a layout
         self._may_loop = True
 
@@ -84,7 +85,7 @@ class collect:
             run.num_samples += N if fresh else 0
             run.num_positions += N if fresh else 0
             run.batches += 1
-            capture.num_samples = None
+            capture.begin(exploring=not self._explored)
 
     def _check(self, loss: Tensor) -> None:
         if loss.dim() != 1:
@@ -102,7 +103,7 @@ class collect:
     def _establish(self, loss: Tensor) -> None:
         """First batches: which parameters are reached, in which forms, and where their sample axis is."""
         run, capture = self._run, self._run.capture
-        if capture.exploring:
+        if not self._explored:
             run.check_reached(loss)
             run.note_ops(loss)
             run.passes.route_mixed_forms(loss)
@@ -110,22 +111,23 @@ class collect:
             evidence = run.passes.probe(loss, torch.ones_like(loss))
             for name in sorted(conclude(capture, evidence)):
                 self._route_mixing(name, evidence)
-            capture.exploring = False
+            self._explored = True
             settled = {key: bool(e.layout or capture.tracked[key[0]].loop_reason) for key, e in evidence.items()}
             self._established = all(settled[key] or not e.alive for key, e in evidence.items())
             self._may_loop = not all(settled.values()) or bool(run.looped)
 
     def _route_mixing(self, name: str, evidence: dict) -> None:
         tracked = self._run.capture.tracked[name]
-        if any(e.had_sample_axis for key, e in evidence.items() if key[0] == name and e.mixes_samples):
-            raise ValueError(
-                f"{name}: a row must belong to one sample, got rows that depend on several (batch statistics, a contrastive "
-                "loss?); such a loss has no per-sample gradient"
-            )
         if tracked.expand:
             tracked.expand, tracked.loop_reason = False, "no sample axis where it is used"
+        elif any(e.had_sample_axis for key, e in evidence.items() if key[0] == name and e.mixes_samples):
+            raise ValueError(
+                f"{name}: a row must belong to one sample, got rows that depend on several; batch statistics and contrastive losses "
+                "have no per-sample gradient. If this is a table that has no sample axis but is as long as the batch, use ff.fisher, "
+                "which can tell, or another batch size"
+            )
         else:
-            # Cannot be re-run here: loop over this batch's samples; from the next forward pass on, expand.
+            # The forward pass is the user's and cannot be run again: loop over this batch's samples, expand from the next on.
             tracked.expand = True
             self._run.passes.undetermined.add(name)
 

@@ -179,9 +179,9 @@ class _Measurement:
         self.run.num_positions += predictions.num_positions
         self.run.batches += 1
 
-    def _forward(self, batch: Batch, first: int = 0) -> Predictions:
+    def _forward(self, batch: Batch, exploring: bool = False, first: int = 0) -> Predictions:
         """Run the model on a batch whose first sample is number ``first`` of the current one."""
-        self.capture.num_samples = batch.N
+        self.capture.begin(exploring, batch.N)
         with self.capture, torch.enable_grad():
             output = batch.feed(self.model, self.output)
         start = self.sample_offset + self.run.num_samples + first
@@ -216,8 +216,7 @@ class _Measurement:
 
     def _explore(self, few: Batch) -> None:
         """On a few samples: what is reached, in which forms, where the sample axis is; expands or loops where it has to."""
-        self.capture.exploring = True
-        values = self._forward(few).values
+        values = self._forward(few, exploring=True).values
         if not self._explored:
             self.run.check_reached(values)
             self.run.note_ops(values)
@@ -228,7 +227,6 @@ class _Measurement:
             if mixing:
                 self._resolve(few, values, mixing)
             self._probed = True
-        self.capture.exploring = False
 
     def _probe(self, values: Tensor) -> set[str]:
         generator = torch.Generator().manual_seed(0)
@@ -237,7 +235,7 @@ class _Measurement:
 
     def _resolve(self, few: Batch, values: Tensor, mixing: set[str]) -> None:
         """Parameters without a sample axis where they are used: expand there if that works, else loop over samples."""
-        alone = self._forward(few.cut(0, 1)).values
+        alone = self._forward(few.cut(0, 1), exploring=True).values
         if not _close(alone, values[:1]):
             raise ValueError(
                 "model: samples must not depend on each other, but the first sample's output changes with its batch (by "
@@ -247,7 +245,7 @@ class _Measurement:
         for name in mixing:
             self.capture.tracked[name].expand = True
         try:
-            expanded = self._forward(few).values
+            expanded = self._forward(few, exploring=True).values
             still = self._probe(expanded) if _close(expanded, values) else mixing
         except (RuntimeError, IndexError):  # a shape that does not broadcast: this use cannot be expanded
             still = mixing
@@ -262,17 +260,14 @@ class _Measurement:
         if not names:
             return
         tracked = [self.capture.tracked[name] for name in names]
-        exploring, self.capture.exploring = self.capture.exploring, True  # leaf stand-ins for every name of the loop
-        try:
-            for n in range(batch.N):
-                # Labels and columns come from the whole batch's output, so that every parameter sees the same ones.
-                values = self._forward(batch.cut(n, n + 1), first=n).values
-                squares = self.run.passes.squares(values, tracked, self._passes(predictions.one(n)))
-                for one, square in zip(tracked, squares, strict=True):
-                    for collector in self.run.collectors:
-                        collector.add_square(one, square)
-        finally:
-            self.capture.exploring = exploring
+        for n in range(batch.N):
+            # Labels and columns come from the whole batch's output, so that every parameter sees the same ones. Exploring:
+            # a parameter may be here for this batch only, and its leaf stand-in must be in use.
+            values = self._forward(batch.cut(n, n + 1), exploring=True, first=n).values
+            squares = self.run.passes.squares(values, tracked, self._passes(predictions.one(n)))
+            for one, square in zip(tracked, squares, strict=True):
+                for collector in self.run.collectors:
+                    collector.add_square(one, square)
 
 
 def _close(a: Tensor, b: Tensor) -> bool:

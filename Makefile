@@ -1,0 +1,51 @@
+# Every target works on a fresh machine: the virtual environment and the build are made when they are missing.
+VENV   ?= .venv
+PYTHON ?= python3
+# CI and CPU machines pin torch (constraints.txt). To use a torch that is already there: make VENV=... TORCH=torch
+TORCH  ?= torch
+PIP    := $(VENV)/bin/pip install -q --disable-pip-version-check -c constraints.txt
+RUN    := PYTHONSAFEPATH=1 $(VENV)/bin/python
+NATIVE := $(wildcard csrc/*.* csrc/*/*.*)
+
+.PHONY: demo test lint bench gpu-check clean
+
+demo: $(VENV)/.demo $(VENV)/.built  ## train a small network on real digits, measure its Fisher, write table, plot and file
+	$(RUN) -m fisherfast.demo --out out/digits
+
+test: lint  ## everything CI runs
+	$(RUN) -m pytest tests -q
+
+lint: $(VENV)/.dev $(VENV)/.built
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+bench: $(VENV)/.bench $(VENV)/.built  ## measure here, write bench/results/, regenerate docs/performance.md
+	$(RUN) bench/performance.py
+
+gpu-check:  ## on a machine with an NVIDIA GPU: build, test, sanitize, benchmark; needs no network
+	PYTHONSAFEPATH=1 $(PYTHON) bench/gpu_check.py
+
+clean:
+	rm -rf $(VENV) build out *.egg-info fisherfast/_C*.so
+
+$(VENV)/.torch: constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) $(TORCH) setuptools wheel ninja
+	touch $@
+
+$(VENV)/.built: $(VENV)/.torch pyproject.toml setup.py $(NATIVE)
+	$(PIP) --no-build-isolation -e .
+	touch $@
+
+$(VENV)/.demo: $(VENV)/.built
+	$(PIP) --no-build-isolation -e .[demo]
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.built
+	$(PIP) --no-build-isolation -e .[dev]
+	touch $@
+
+$(VENV)/.bench: $(VENV)/.built
+	$(PIP) --no-build-isolation -e .[bench]
+	touch $@

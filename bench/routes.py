@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The op cases, and for each op the routes to its result: our backends, plain torch, and yardsticks that compute less."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+import fisherfast as ff
+
+OURS = ("cpu", "reference")
+# The route every other is timed against, and the one whose float32 error sets the gate.
+BASELINE = {"linear_sq_": "mm per sample", "scale_sq_": "sum and square", "embedding_sq_": "index_add per sample"}
+PLAIN = BASELINE | {"linear_sq_": "einsum, materialised"}
+
+_LINEAR = {  # N, T, I, O
+    "mlp-in": (256, 1, 784, 1024),
+    "mlp-hidden": (256, 1, 1024, 1024),
+    "decoder-qkv": (8, 128, 512, 1536),
+    "decoder-up": (8, 128, 512, 2048),
+    "decoder-down": (8, 128, 2048, 512),
+    "decoder-square": (8, 128, 512, 512),
+    "decoder-head": (8, 128, 512, 4096),
+    "bert-out": (32, 64, 768, 768),
+}
+_SCALE = {  # N, T, D, with x
+    "decoder-norm": (8, 128, 512, True),
+    "decoder-bias": (8, 128, 2048, False),
+    "llama-norm": (8, 1024, 4096, True),
+    "llama-bias": (8, 1024, 4096, False),
+}
+_EMBEDDING = {  # N, T, V, D
+    "decoder-tokens": (8, 128, 4096, 512),
+    "decoder-positions": (8, 128, 128, 512),
+    "gpt2-tokens": (8, 1024, 50257, 768),
+}
+
+
+class Problem(NamedTuple):
+    """One case of one op: how to reach its result, what that costs at least, and the oracle."""
+
+    shape: dict[str, int]
+    routes: dict[str, Callable[[Tensor], object]]  # each adds to the accumulator it is given
+    yardstick: Callable[[Tensor], object]  # computes less than the op: timed, not gated
+    acc: tuple[int, ...]
+    oracle: Callable[[], Tensor]  # in float64
+    flops: int
+    bytes: int
+
+
+def _ours(call: Callable[..., object]) -> dict[str, Callable[[Tensor], object]]:
+    def run(name: str, acc: Tensor) -> None:
+        with ff.backend(name):
+            call(acc)
+
+    return {name: partial(run, name) for name in OURS}
+
+
+def _linear(N: int, T: int, I: int, O: int) -> Problem:
+    x, g = torch.randn(N, T, I), torch.randn(N, T, O)
+
+    def per_sample(acc: Tensor, x: Tensor = x, g: Tensor = g) -> Tensor:
+        for x_n, g_n in zip(x, g, strict=True):
+            gradient = g_n.mT @ x_n
+            acc.addcmul_(gradient, gradient)
+        return acc
+
+    routes = {
+        **_ours(lambda acc: ff.ops.linear_sq_(acc, x, g)),
+        "mm per sample": per_sample,
+        "einsum, materialised": lambda acc: acc.add_(torch.einsum("nto,nti->noi", g, x).square_().sum(0)),
+    }
+    if T == 1:
+        routes["addmm of squares"] = lambda acc: acc.addmm_(g[:, 0].square().mT, x[:, 0].square())
+    return Problem(
+        shape={"N": N, "T": T, "I": I, "O": O},
+        routes=routes,
+        yardstick=lambda acc: torch.mm(g.flatten(0, 1).mT, x.flatten(0, 1), out=acc),
+        acc=(O, I),
+        oracle=lambda: per_sample(torch.zeros(O, I, dtype=torch.float64), x.double(), g.double()),
+        flops=2 * N * T * I * O,
+        bytes=4 * (N * T * (I + O) + 2 * O * I),
+    )
+
+
+def _copy(size: int) -> Callable[[Tensor], object]:
+    # A copy reads and writes: half the bytes each way. The same footprint, so it enjoys the caches as the op does.
+    source, target = torch.ones(size // 8), torch.zeros(size // 8)
+    return lambda acc: target.copy_(source)
+
+
+def _scale(N: int, T: int, D: int, has_x: bool) -> Problem:
+    g = torch.randn(N, T, D)
+    x = torch.randn(N, T, D) if has_x else None
+
+    def sum_and_square(acc: Tensor, x: Tensor | None = x, g: Tensor = g) -> Tensor:
+        return acc.add_((g if x is None else g * x).sum(1).square_().sum(0))
+
+    size = 4 * N * T * D * (1 + has_x)
+    return Problem(
+        shape={"N": N, "T": T, "D": D},
+        routes={**_ours(lambda acc: ff.ops.scale_sq_(acc, x, g)), "sum and square": sum_and_square},
+        yardstick=_copy(size),
+        acc=(D,),
+        oracle=lambda: sum_and_square(torch.zeros(D, dtype=torch.float64), None if x is None else x.double(), g.double()),
+        flops=N * T * D * (1 + has_x),
+        bytes=size,
+    )
+
+
+def _embedding(N: int, T: int, V: int, D: int) -> Problem:
+    # Token ids by Zipf's law, so that samples repeat tokens as text does; positions as they are.
+    ids = torch.arange(T).expand(N, T).contiguous() if V == T else (V ** torch.rand(N, T)).long() - 1
+    g = torch.randn(N, T, D)
+
+    def index_add(acc: Tensor, g: Tensor = g) -> Tensor:
+        for ids_n, g_n in zip(ids, g, strict=True):
+            gradient = torch.zeros_like(acc).index_add_(0, ids_n, g_n)
+            acc.addcmul_(gradient, gradient)
+        return acc
+
+    size = 8 * N * T + 4 * N * T * D + 8 * len(ids.unique()) * D
+    return Problem(
+        shape={"N": N, "T": T, "V": V, "D": D},
+        routes={**_ours(lambda acc: ff.ops.embedding_sq_(acc, ids, g)), "index_add per sample": index_add},
+        yardstick=_copy(size),
+        acc=(V, D),
+        oracle=lambda: index_add(torch.zeros(V, D, dtype=torch.float64), g.double()),
+        flops=N * T * D,
+        bytes=size,
+    )
+
+
+CASES = {"linear_sq_": _LINEAR, "scale_sq_": _SCALE, "embedding_sq_": _EMBEDDING}
+PROBLEMS: dict[str, Callable[..., Problem]] = {"linear_sq_": _linear, "scale_sq_": _scale, "embedding_sq_": _embedding}
+
+
+YARDSTICK = {"linear_sq_": "dW GEMM alone", "scale_sq_": "copy of as many bytes", "embedding_sq_": "copy of as many bytes"}
+
+
+def names(op: str, case: str) -> list[str]:
+    """The routes and yardsticks of a case, known without allocating it."""
+    materialised = ["einsum, materialised"] if op == "linear_sq_" else []
+    pointwise = ["addmm of squares"] if op == "linear_sq_" and CASES[op][case][1] == 1 else []
+    return [*OURS, BASELINE[op], *materialised, *pointwise, YARDSTICK[op]]

@@ -1,0 +1,116 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the CUDA ops share: how a kernel sees its tensors, how it is launched, and the small kernels around the large ones
+// (defined in common.cu). Shapes, dtypes and devices were checked by the router before anything here runs.
+#pragma once
+
+#include <cuda_runtime.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/macros.h>
+
+#include <cstdint>
+#include <limits>
+
+#include "common.h"
+
+namespace fisherfast {
+
+// ---- device side
+
+// A float32 or float64 tensor that is added to, or none.
+struct Output {
+  void* data;
+  bool is_double;
+
+  __device__ void add(int64_t index, double value) const {
+    if (is_double) {
+      static_cast<double*>(data)[index] += value;
+    } else {
+      float* element = static_cast<float*>(data) + index;
+      *element = static_cast<float>(*element + value);
+    }
+  }
+};
+
+// The sum over the lanes of a warp, in lane 0; always in the same order.
+template <typename Real>
+__device__ Real warp_sum(Real value) {
+  for (int distance = 16; distance > 0; distance /= 2) value += __shfl_down_sync(0xffffffffu, value, distance);
+  return value;
+}
+
+// ---- host side
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Makes the tensor's device current while it lives, and launches on torch's current stream there.
+class Device {
+ public:
+  explicit Device(const Tensor& tensor) : guard_(tensor.get_device_index()), index_(tensor.get_device_index()) {
+    void* stream = nullptr;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index_, &stream));
+    stream_ = static_cast<cudaStream_t>(stream);
+  }
+
+  int multiprocessors() const {
+    int count = 0;
+    STD_CUDA_CHECK(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, index_));
+    return count;
+  }
+
+  // Every launch of the library: raises the shared memory limit where needed and reports what the launch reports.
+  template <typename Params>
+  void launch(void (*kernel)(Params), dim3 grid, int threads, const Params& params, int shared_bytes = 0) const {
+    constexpr int kDefaultSharedLimit = 48 * 1024;
+    if (shared_bytes > kDefaultSharedLimit) {
+      STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
+    }
+    kernel<<<grid, threads, shared_bytes, stream_>>>(params);
+    STD_CUDA_CHECK(cudaGetLastError());
+  }
+
+ private:
+  torch::stable::accelerator::DeviceGuard guard_;
+  int32_t index_;
+  cudaStream_t stream_;
+};
+
+// Kernels count rows and features in 32 bits (offsets into memory in 64).
+inline int as_int(int64_t extent, const char* what) {
+  STD_TORCH_CHECK(extent <= std::numeric_limits<int>::max(), what, ": must be below 2**31 on cuda, got ", extent, "; split the batch");
+  return static_cast<int>(extent);
+}
+
+inline Output output(const Tensor& tensor) { return {tensor.mutable_data_ptr(), tensor.scalar_type() == ScalarType::Double}; }
+inline Output output(const OptionalTensor& tensor) { return tensor ? output(*tensor) : Output{nullptr, false}; }
+
+// Asserts on the device that offsets rise from 0 to M.
+void check_offsets(const Device& device, const Samples& samples);
+
+// Sets *flag to 1 where the tensor, of one to three axes, is not finite. Launched before the kernels that read the flag.
+void raise_flag(const Device& device, const OptionalTensor& flag, const OptionalTensor& tensor);
+
+// output[e] += scale * sum_s partial[s * stride + e] for e < count, s rising; nothing while *flag is set.
+template <typename Real>
+struct Partials {
+  const Real* data;
+  int64_t stride, count;
+  int splits;
+  double scale;
+  Output output;
+  const int32_t* flag;
+};
+template <typename Real>
+void add_partials(const Device& device, const Partials<Real>& params);
+
+// sqnorm[n] += the sum of its partial sums: partial[begin(n) : begin(n + 1)] with begin(n) = width * (offsets ? offsets[n] : n).
+struct NormPartials {
+  const double* data;
+  const int64_t* offsets;
+  int64_t width, N;
+  Output sqnorm;
+  const int32_t* flag;
+};
+void add_norms(const Device& device, const NormPartials& params);
+
+}  // namespace fisherfast

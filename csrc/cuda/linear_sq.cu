@@ -1,0 +1,166 @@
+// SPDX-License-Identifier: Apache-2.0
+// linear_sq_ on NVIDIA GPUs: which kernel runs, over how many blocks. The kernels are in linear_sq_mma.cuh (16-bit inputs)
+// and linear_sq_fma.cuh (float32, float64, and T = 1, whose squares are never rounded to 16 bits).
+#include <algorithm>
+
+#include "linear_sq_fma.cuh"
+#include "linear_sq_mma.cuh"
+
+namespace fisherfast {
+namespace {
+
+struct Arguments {
+  Tensor acc, x, g;
+  double scale;
+  OptionalTensor weight, total, sqnorm, flag;
+  Samples samples;
+
+  int64_t O() const { return g.size(g.dim() - 1); }
+  int64_t I() const { return x.size(x.dim() - 1); }
+};
+
+// Splits of the samples, so that few tiles still fill the device: the fewest that bring the time, in units of work of the
+// busiest multiprocessor, to within a tenth of the best.
+int choose_splits(int64_t tiles, int64_t units, int64_t multiprocessors) {
+  const auto time = [&](int64_t splits) { return ceil_div(tiles * splits, multiprocessors) * ceil_div(units, splits); };
+  const int64_t most = std::max<int64_t>(1, std::min(units, 4 * multiprocessors / tiles));
+  int64_t best = time(1);
+  for (int64_t splits = 2; splits <= most; ++splits) best = std::min(best, time(splits));
+  int64_t splits = 1;
+  while (10 * time(splits) > 11 * best) ++splits;
+  return static_cast<int>(splits);
+}
+
+template <typename In>
+LinearSqParams<In> make_params(const Arguments& a) {
+  LinearSqParams<In> p{};
+  p.samples = a.samples;
+  p.x = rows_of<In>(a.x);
+  p.g = rows_of<In>(a.g);
+  p.weight = data_or_null<float>(a.weight);
+  p.flag = data_or_null<int32_t>(a.flag);
+  p.scale = a.scale;
+  p.acc = output(a.acc);
+  p.total = output(a.total);
+  return p;
+}
+
+template <typename Traits>
+dim3 tiles_of(const Arguments& a) {
+  return dim3(ceil_div(a.I(), Traits::kTileI), ceil_div(a.O(), Traits::kTileO));
+}
+
+// Launches over ranges of samples; where there are several, their partial tiles are added by a second kernel, in order.
+template <typename Traits>
+void launch_splits(const Device& device, const Arguments& a, LinearSqParams<typename Traits::In> p) {
+  using Real = compute_t<typename Traits::In>;
+  dim3 grid = tiles_of<Traits>(a);
+  const int64_t N = p.samples.N;
+  p.samples_per_split = static_cast<int>(ceil_div(N, choose_splits(grid.x * grid.y, N, device.multiprocessors())));
+  grid.z = ceil_div(N, p.samples_per_split);
+  if (grid.z == 1) return launch_tiles(device, grid, p, Traits{});
+  const int64_t extent = a.O() * a.I(), stride = Traits::kTotal ? 2 * extent : extent;
+  const auto dtype = std::is_same_v<Real, double> ? ScalarType::Double : ScalarType::Float;
+  const Tensor workspace = torch::stable::new_zeros(a.acc, {grid.z * stride}, dtype);
+  Real* partial = static_cast<Real*>(workspace.mutable_data_ptr());
+  p.partial = partial;
+  launch_tiles(device, grid, p, Traits{});
+  const int splits = static_cast<int>(grid.z);
+  add_partials<Real>(device, {partial, stride, extent, splits, p.scale, p.acc, p.flag});
+  if (Traits::kTotal) add_partials<Real>(device, {partial + extent, stride, extent, splits, 1.0, p.total, p.flag});
+}
+
+// One product per sample.
+template <typename Traits>
+void launch_samples(const Device& device, const Arguments& a) {
+  LinearSqParams<typename Traits::In> p = make_params<typename Traits::In>(a);
+  if (!a.sqnorm) return launch_splits<Traits>(device, a, p);
+  const dim3 grid = tiles_of<Traits>(a);
+  const int64_t tiles = static_cast<int64_t>(grid.x) * grid.y;
+  const Tensor norms = torch::stable::new_zeros(a.acc, {a.samples.N * tiles}, ScalarType::Double);
+  p.norms = static_cast<double*>(norms.mutable_data_ptr());
+  launch_splits<Traits>(device, a, p);
+  add_norms(device, {p.norms, nullptr, tiles, a.samples.N, output(a.sqnorm), p.flag});
+}
+
+// T = 1: rows are the samples; the kernel sees groups of rows as samples.
+template <typename Traits>
+void launch_pooled(const Device& device, const Arguments& a, bool squared) {
+  using In = typename Traits::In;
+  constexpr int kGroup = 32;
+  LinearSqParams<In> p = make_params<In>(a);
+  p.samples.T = kGroup;
+  p.samples.N = ceil_div(p.samples.M, kGroup);
+  for (Rows<In>* rows : {&p.x, &p.g}) {
+    rows->stride_t = rows->stride_n;
+    rows->stride_n *= kGroup;
+  }
+  p.squared = squared;
+  if (!squared) {
+    p.acc = p.total;
+    p.scale = 1.0;
+  }
+  launch_splits<Traits>(device, a, p);
+}
+
+template <typename In>
+struct RankOneNormParams {
+  Rows<In> x, g;
+  Output sqnorm;
+  const int32_t* flag;
+};
+
+// T = 1: |g_n x_n^T|^2 = |g_n|^2 |x_n|^2. One block per sample.
+template <typename In>
+__global__ void __launch_bounds__(32) rank_one_norm_kernel(const __grid_constant__ RankOneNormParams<In> p) {
+  if (p.flag && *p.flag) return;
+  const auto norm = [](const Rows<In>& rows) {
+    compute_t<In> sum = 0;
+    const In* row = rows.data + blockIdx.x * rows.stride_n;
+    for (int64_t d = threadIdx.x; d < rows.width; d += 32) {
+      const auto value = static_cast<compute_t<In>>(row[d * rows.stride_d]);
+      sum += value * value;
+    }
+    return static_cast<double>(warp_sum(sum));
+  };
+  const double x = norm(p.x), g = norm(p.g);
+  if (threadIdx.x == 0) p.sqnorm.add(blockIdx.x, x * g);
+}
+
+template <typename In, bool kTotal>
+using SampleTraits = std::conditional_t<sizeof(In) == 2, MmaTraits<In, kTotal>, FmaTraits<In, false, kTotal>>;
+
+template <typename In>
+void run(const Device& device, const Arguments& a) {
+  if (!a.samples.offsets && a.samples.T == 1) {
+    using Traits = FmaTraits<In, true, false>;
+    launch_pooled<Traits>(device, a, true);
+    if (a.total) launch_pooled<Traits>(device, a, false);
+    if (a.sqnorm) {
+      const RankOneNormParams<In> params{rows_of<In>(a.x), rows_of<In>(a.g), output(a.sqnorm), data_or_null<int32_t>(a.flag)};
+      device.launch(rank_one_norm_kernel<In>, dim3(a.samples.N), 32, params);
+    }
+  } else if (a.total) {
+    launch_samples<SampleTraits<In, true>>(device, a);
+  } else {
+    launch_samples<SampleTraits<In, false>>(device, a);
+  }
+}
+
+void linear_sq(Tensor acc, Tensor x, Tensor g, double scale, OptionalTensor weight, OptionalTensor offsets, OptionalTensor total,
+               OptionalTensor sqnorm, OptionalTensor flag) {
+  const Device device(acc);
+  const Arguments a{acc, x, g, scale, weight, total, sqnorm, flag, samples_of(g, offsets)};
+  for (int64_t extent : {a.samples.N, a.samples.T, a.O(), a.I()}) as_int(extent, "linear_sq_: N, T, O and I");
+  check_offsets(device, a.samples);
+  raise_flag(device, flag, x);
+  raise_flag(device, flag, g);
+  raise_flag(device, flag, weight);
+  if (a.samples.M == 0 || a.O() == 0 || a.I() == 0) return;
+  dispatch_input("linear_sq_", x.scalar_type(), [&](auto type) { run<typename decltype(type)::type>(device, a); });
+}
+
+}  // namespace
+}  // namespace fisherfast
+
+STABLE_TORCH_LIBRARY_IMPL(fisherfast_cpp, CUDA, m) { m.impl("linear_sq_", TORCH_BOX(&fisherfast::linear_sq)); }

@@ -1,0 +1,90 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the two kernels of linear_sq share: their parameters, how a block walks the samples, where a tile goes.
+//
+//   acc[o,i] += scale * sum_n w_n c_n[o,i]^2,  c_n[o,i] = sum_t g[n,t,o] x[n,t,i]
+//
+// One block owns a [kTileO, kTileI] tile of the result. It walks samples and, within each, rows t; c_n and the sum of
+// squares live in registers and nothing of size [N, O, I] exists. grid = (tiles of I, tiles of O, splits of the samples).
+//
+// Floor: 2 M O I FLOPs (M = N T rows); bytes: x and g once, acc read and written once. As tiled, x is read O / kTileO times
+// and g I / kTileI times, mostly from L2: 2 kTileO kTileI / (kTileO + kTileI) FLOPs for each element loaded, 128 at 128x128.
+#pragma once
+
+#include "common.cuh"
+
+namespace fisherfast {
+
+template <typename In>
+struct LinearSqParams {
+  Samples samples;
+  Rows<In> x, g;
+  const float* weight;
+  const int32_t* flag;
+  double scale;
+  Output acc, total;
+  void* partial;   // Real [splits, outputs, O, I], zeros; null for one split, which adds to acc and total itself
+  double* norms;   // [N, tiles]: every tile's share of |c_n|^2, or null
+  int samples_per_split;
+  bool squared;    // pooled kernel only: multiply squares of x and g, not their values
+};
+
+// A block adds its tile to the outputs after this many samples: the float sums of squares stay short, hence accurate.
+constexpr int kSamplesPerFlush = 64;
+
+// The position of a block in its samples: at most kRows rows, from row t of sample n on.
+template <int kRows>
+struct Walk {
+  int n, n_end, t, count;
+
+  __device__ Walk(const Samples& samples, int samples_per_split) : t(0), count(0) {
+    n = blockIdx.z * samples_per_split;
+    n_end = static_cast<int>(min(static_cast<int64_t>(n) + samples_per_split, samples.N));
+    enter(samples);
+  }
+  __device__ bool valid() const { return n < n_end; }
+  __device__ int rows() const { return min(kRows, count - t); }
+  __device__ bool ends_sample() const { return t + kRows >= count; }
+  __device__ void next(const Samples& samples) {
+    t += kRows;
+    if (t < count) return;
+    ++n;
+    enter(samples);
+  }
+
+ private:
+  __device__ void enter(const Samples& samples) {  // the first row of sample n or, where it is empty, of the next that is not
+    t = 0;
+    while (n < n_end && (count = static_cast<int>(min(samples.rows(n), samples.M - n * samples.T))) == 0) ++n;
+  }
+};
+
+// Adds one element of a block's tile to the outputs, or to what add_partials will add to them.
+template <bool kTotal, typename In, typename Real>
+__device__ void emit(const LinearSqParams<In>& p, int o, int i, Real square, Real total) {
+  if (o >= p.g.width || i >= p.x.width) return;
+  const int64_t index = static_cast<int64_t>(o) * p.x.width + i;
+  if (p.partial) {
+    const int64_t extent = static_cast<int64_t>(p.g.width) * p.x.width;
+    Real* out = static_cast<Real*>(p.partial) + blockIdx.z * (kTotal ? 2 : 1) * extent + index;
+    out[0] += square;
+    if (kTotal) out[extent] += total;
+  } else {
+    p.acc.add(index, p.scale * square);
+    if (kTotal) p.total.add(index, total);
+  }
+}
+
+// Stores the block's share of |c_n|^2. Between two calls the block must pass a barrier.
+template <int kThreads, typename In, typename Real>
+__device__ void emit_norm(const LinearSqParams<In>& p, int n, Real sum) {
+  __shared__ Real warps[kThreads / 32];
+  sum = warp_sum(sum);
+  if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = sum;
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  for (int w = 1; w < kThreads / 32; ++w) sum += warps[w];
+  const int64_t tiles = static_cast<int64_t>(gridDim.x) * gridDim.y;
+  p.norms[n * tiles + blockIdx.y * gridDim.x + blockIdx.x] = sum;
+}
+
+}  // namespace fisherfast

@@ -1,0 +1,162 @@
+// SPDX-License-Identifier: Apache-2.0
+// linear_sq by fused multiply-adds in float32 or float64, for any strides. Two uses: one product per sample, squared at its
+// end (kPooled = false); or, for T = 1, one product over all samples, of squares formed while loading (kPooled = true):
+// sum_n w_n (g x)^2 = sum_n (w_n g^2) x^2, which needs one multiply-add where the other form needs three.
+#pragma once
+
+#include <type_traits>
+
+#include "linear_sq.cuh"
+
+namespace fisherfast {
+
+// Registers of a thread: kMicroO kMicroI for each of c, squares and totals, 16 for fragments, 8 for prefetched elements.
+// float32, 8x8: 64 + 64 + 24 and addresses; float32 with total, 8x4: 96 + 24; float64, 4x4 pairs: 96 + 32 at most.
+template <typename In_, bool kPooled_, bool kTotal_>
+struct FmaTraits {
+  using In = In_;
+  using Real = compute_t<In>;
+  static constexpr bool kPooled = kPooled_, kTotal = kTotal_, kDouble = std::is_same_v<Real, double>;
+  static constexpr int kSide = 16, kThreads = kSide * kSide, kRows = 8;  // threads lie in a square
+  static constexpr int kMicroO = kDouble ? 4 : 8, kMicroI = kDouble || kTotal ? 4 : 8;
+  static constexpr int kTileO = kSide * kMicroO, kTileI = kSide * kMicroI;
+  static constexpr int kPack = 16 / sizeof(Real);  // elements of one shared memory access
+  // The elements a thread owns along one side: packs of kPack, kSide packs apart, so that a warp reads without bank conflicts.
+  static __device__ int owned(int thread, int element) { return (element / kPack * kSide + thread) * kPack + element % kPack; }
+  template <typename Visit>
+  static __device__ void for_each_owned(Visit visit) {
+#pragma unroll
+    for (int o = 0; o < kMicroO; ++o)
+#pragma unroll
+      for (int i = 0; i < kMicroI; ++i) visit(o, i);
+  }
+  static_assert(!(kPooled && kTotal), "a pooled product has one output");
+  static_assert(kThreads % kTileO == 0 && kThreads % kTileI == 0, "a thread loads one feature");
+  static_assert(kRows * kTileO % kThreads == 0 && kRows * kTileI % kThreads == 0, "whole loads");
+  static_assert(2 * kRows * (kTileO + kTileI) * sizeof(Real) <= 47 * 1024, "two buffers in static shared memory");
+};
+
+// One thread's part of a [kRows, kTile] tile on its way from global to shared memory: a feature, every kStep-th row.
+// The raw elements wait in registers while the block multiplies; only put() looks at them.
+template <typename Traits, int kTile>
+struct Prefetch {
+  using In = typename Traits::In;
+  using Real = typename Traits::Real;
+  static constexpr int kStep = Traits::kThreads / kTile, kCount = Traits::kRows / kStep;
+  In values[kCount];
+  float weights[kCount];
+
+  __device__ void get(const Rows<In>& rows, const In* first, const float* weight, int count, int feature) {
+    const int f = feature + threadIdx.x % kTile;
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) {
+      const int t = threadIdx.x / kTile + j * kStep;
+      const bool inside = t < count && f < rows.width;
+      values[j] = inside ? first[t * rows.stride_t + f * rows.stride_d] : In{};
+      if (Traits::kPooled) weights[j] = inside && weight ? weight[t] : 1.0f;
+    }
+  }
+  __device__ void put(Real (&shared)[Traits::kRows][kTile], bool squared) const {
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) {
+      Real value = static_cast<Real>(values[j]);
+      if (Traits::kPooled) value *= (squared ? value : Real(1)) * weights[j];
+      shared[threadIdx.x / kTile + j * kStep][threadIdx.x % kTile] = value;
+    }
+  }
+};
+
+template <typename Real, int kPack>
+struct __align__(16) Pack {
+  Real values[kPack];
+};
+
+template <typename Traits, int kMicro, int kTile>
+__device__ void read_fragment(typename Traits::Real (&fragment)[kMicro], const typename Traits::Real (&row)[kTile], int thread) {
+  using P = Pack<typename Traits::Real, Traits::kPack>;
+#pragma unroll
+  for (int e = 0; e < kMicro; e += Traits::kPack) {
+    const P pack = *reinterpret_cast<const P*>(row + Traits::owned(thread, e));
+#pragma unroll
+    for (int j = 0; j < Traits::kPack; ++j) fragment[e + j] = pack.values[j];
+  }
+}
+
+template <typename Traits>
+__global__ void __launch_bounds__(Traits::kThreads, 1) linear_sq_fma_kernel(const __grid_constant__ LinearSqParams<typename Traits::In> p) {
+  using In = typename Traits::In;
+  using Real = typename Traits::Real;
+  constexpr int kMicroO = Traits::kMicroO, kMicroI = Traits::kMicroI;
+  __shared__ __align__(16) Real g_tile[2][Traits::kRows][Traits::kTileO], x_tile[2][Traits::kRows][Traits::kTileI];
+  if (p.flag && *p.flag) return;
+  const int tile_o = blockIdx.y * Traits::kTileO, tile_i = blockIdx.x * Traits::kTileI;
+  const int thread_o = threadIdx.x / Traits::kSide, thread_i = threadIdx.x % Traits::kSide;
+
+  Walk<Traits::kRows> load(p.samples, p.samples_per_split), use(load);
+  Prefetch<Traits, Traits::kTileO> g_next;
+  Prefetch<Traits, Traits::kTileI> x_next;
+  const In *x = nullptr, *g = nullptr;
+  auto fetch = [&] {
+    if (load.t == 0) {
+      x = p.x.sample(p.samples, load.n);
+      g = p.g.sample(p.samples, load.n);
+    }
+    // A pooled product's rows are samples: each has its weight.
+    const float* weight = Traits::kPooled && p.weight ? p.weight + load.n * p.samples.T + load.t : nullptr;
+    g_next.get(p.g, g + load.t * p.g.stride_t, weight, load.rows(), tile_o);
+    x_next.get(p.x, x + load.t * p.x.stride_t, nullptr, load.rows(), tile_i);
+    load.next(p.samples);
+  };
+  auto put = [&](int buffer) {
+    g_next.put(g_tile[buffer], p.squared);
+    x_next.put(x_tile[buffer], p.squared);
+  };
+  if (load.valid()) {
+    fetch();
+    put(0);
+  }
+  __syncthreads();
+
+  Real c[kMicroO][kMicroI] = {}, squares[kMicroO][kMicroI] = {}, totals[kMicroO][kMicroI] = {};
+  for (int buffer = 0, samples = 0; use.valid(); buffer ^= 1) {
+    const bool more = load.valid();
+    if (more) fetch();
+#pragma unroll
+    for (int t = 0; t < Traits::kRows; ++t) {
+      Real g_row[kMicroO], x_row[kMicroI];
+      read_fragment<Traits>(g_row, g_tile[buffer][t], thread_o);
+      read_fragment<Traits>(x_row, x_tile[buffer][t], thread_i);
+      Traits::for_each_owned([&](int o, int i) { c[o][i] += g_row[o] * x_row[i]; });
+    }
+    if (more) put(buffer ^ 1);
+    __syncthreads();
+
+    const int n = use.n;
+    const bool ends_sample = use.ends_sample();
+    use.next(p.samples);
+    if (!ends_sample) continue;
+    const Real w = !Traits::kPooled && p.weight ? p.weight[n] : 1.0f;
+    Real norm = 0;
+    Traits::for_each_owned([&](int o, int i) {
+      const Real square = Traits::kPooled ? c[o][i] : c[o][i] * c[o][i];
+      squares[o][i] += w * square;
+      if (Traits::kTotal) totals[o][i] += w * c[o][i];
+      norm += square;
+      c[o][i] = 0;
+    });
+    if (p.norms) emit_norm<Traits::kThreads>(p, n, norm);
+    if (++samples % kSamplesPerFlush != 0 && use.valid()) continue;
+    Traits::for_each_owned([&](int o, int i) {
+      emit<Traits::kTotal>(p, tile_o + Traits::owned(thread_o, o), tile_i + Traits::owned(thread_i, i), squares[o][i], totals[o][i]);
+      squares[o][i] = totals[o][i] = 0;
+    });
+  }
+}
+
+template <typename In, bool kPooled, bool kTotal>
+void launch_tiles(const Device& device, dim3 grid, const LinearSqParams<In>& p, FmaTraits<In, kPooled, kTotal>) {
+  using Traits = FmaTraits<In, kPooled, kTotal>;
+  device.launch(linear_sq_fma_kernel<Traits>, grid, Traits::kThreads, p);
+}
+
+}  // namespace fisherfast

@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the kernels share: reading a sample's rows, the non-finite flag, and adding partial results.
+
+No kernel uses a floating-point atomic: partial results go to a workspace and are added by ``fold_`` in a fixed order, so
+results repeat bit by bit. Nothing here waits for the device.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton import knobs
+
+
+def interpreted() -> bool:
+    """Whether Triton emulates the kernels on the CPU (``TRITON_INTERPRET=1``)."""
+    return bool(knobs.runtime.interpret)
+
+
+def power_of_two(n: int, low: int, high: int) -> int:
+    """The smallest power of two not below ``n``, kept between ``low`` and ``high``."""
+    return max(low, min(high, triton.next_power_of_2(max(n, 1))))
+
+
+def rows_and_strides(tensor: Tensor, offsets: Tensor | None) -> tuple[int, int, int]:
+    """Strides of ``[N, T, C]``; of packed ``[M, C]`` with 0 for the axis of samples, whose rows the offsets name."""
+    return tensor.stride() if offsets is None else (0, *tensor.stride())
+
+
+def check_offsets(offsets: Tensor | None, rows: int) -> None:
+    """Assert, on the device and without waiting for it, that the offsets rise from 0 to ``rows``."""
+    if offsets is not None:
+        covers = (offsets[0] == 0) & (offsets[-1] == rows) & (offsets.diff() >= 0).all()
+        torch._assert_async(covers, f"offsets: must rise from 0 to M = {rows}")
+
+
+@triton.jit
+def long(i):
+    """``i`` as a 64-bit scalar: addresses of large tensors do not fit in 32."""
+    return tl.full((), 0, tl.int64) + i
+
+
+@triton.jit
+def wide(values):
+    """16-bit values as float32: products and squares are never formed in 16 bits."""
+    if values.dtype.primitive_bitwidth < 32:
+        return values.to(tl.float32)
+    else:
+        return values
+
+
+@triton.jit
+def sample_rows(offsets, n, T):
+    """First packed row of sample(s) ``n`` (0 where samples have an axis of their own), and how many there are."""
+    if offsets is None:
+        return n * 0, n * 0 + T
+    else:
+        first = tl.load(offsets + n)
+        return first, tl.load(offsets + n + 1) - first
+
+
+@triton.jit
+def _raise_flag_kernel(flag, x, shape, strides, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Set ``flag`` if a value of ``x`` [N, T, C] is not finite. One program: [BLOCK_R rows of N T, BLOCK_C columns]."""
+    N, T, C = shape
+    blocks = tl.cdiv(C, BLOCK_C)
+    row = long(tl.program_id(0) // blocks) * BLOCK_R + tl.arange(0, BLOCK_R)
+    column = long(tl.program_id(0) % blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
+    start = row // T * strides[0] + row % T * strides[1]
+    inside = (row < long(N) * T)[:, None] & (column < C)[None, :]
+    values = wide(tl.load(x + start[:, None] + column[None, :] * strides[2], mask=inside, other=0.0))
+    finite = values * 0.0 == 0.0  # NaN and infinity times zero are NaN
+    # Every program that stores writes the same 1, so the order does not matter.
+    tl.store(flag, 1, mask=tl.min(tl.min(finite.to(tl.int32), 1), 0) == 0)
+
+
+def raise_flag_(flag: Tensor | None, *inputs: Tensor | None) -> None:
+    """Set ``flag`` on the device if any input holds a value that is not finite. Reads each input once."""
+    for tensor in inputs if flag is not None else ():
+        if tensor is not None and tensor.numel():
+            # One long row where the memory allows it: no index arithmetic by row.
+            x = tensor.view(1, 1, -1) if tensor.is_contiguous() else tensor[(None,) * (3 - tensor.dim())]
+            N, T, C = x.shape
+            BLOCK_C = power_of_two(C, 16, 256 if N * T > 1 else 4096)
+            BLOCK_R = power_of_two(N * T, 1, 4096 // BLOCK_C)
+            grid = (triton.cdiv(N * T, BLOCK_R) * triton.cdiv(C, BLOCK_C),)
+            _raise_flag_kernel[grid](flag, x, (N, T, C), x.stride(), BLOCK_R, BLOCK_C)
+
+
+@triton.jit
+def _fold_kernel(out, partial, flag, R, C, scale: tl.float64, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
+    """``out[c] += scale * sum_r partial[r, c]`` unless the flag is set. One program: BLOCK_C columns, all rows."""
+    if flag is not None:
+        if tl.load(flag) != 0:
+            return
+    column = long(tl.program_id(0)) * BLOCK_C + tl.arange(0, BLOCK_C)
+    values = tl.zeros([BLOCK_R, BLOCK_C], partial.dtype.element_ty)
+    for r in range(0, R, BLOCK_R):
+        row = long(r) + tl.arange(0, BLOCK_R)
+        inside = (row < R)[:, None] & (column < C)[None, :]
+        values += tl.load(partial + row[:, None] * C + column[None, :], mask=inside, other=0.0)
+    before = tl.load(out + column, mask=column < C, other=0.0)
+    tl.store(out + column, before + tl.sum(values, 0).to(before.dtype) * scale, mask=column < C)
+
+
+def fold_(out: Tensor, partial: Tensor, scale: float, flag: Tensor | None) -> None:
+    """``out[c] += scale * sum_r partial[r, c]`` in a fixed order, on the device; nothing while the flag is set."""
+    R, C = partial.shape
+    BLOCK_R, BLOCK_C = power_of_two(R, 1, 32), power_of_two(C, 16, 64)
+    _fold_kernel[(triton.cdiv(C, BLOCK_C),)](out, partial, flag, R, C, scale, BLOCK_R, BLOCK_C)

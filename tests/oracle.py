@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The oracle: per-sample gradients by autograd, one sample at a time, squared and averaged. Slow, obvious, right."""
+
+import copy
+
+import torch
+import torch.nn.functional as F
+
+
+def diagonal(model, batches, losses):
+    """``{name: mean over samples of the squared gradient}``; ``losses(model, x, y)`` gives ``[1]``-sample weights and losses.
+
+    ``losses`` yields ``(weight, loss)`` pairs for one sample: one pair for the empirical Fisher, one per label with its
+    probability for the exact one.
+    """
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    sums = {name: torch.zeros_like(p) for name, p in named.items()}
+    count = 0
+    for x, y in batches:
+        for n in range(len(x)):
+            count += 1
+            for weight, loss in losses(model, x[n : n + 1], None if y is None else y[n : n + 1]):
+                grads = torch.autograd.grad(loss, list(named.values()), retain_graph=True, allow_unused=True)
+                for name, grad in zip(named, grads, strict=True):
+                    if grad is not None:
+                        sums[name] += weight * grad.square()
+    return {name: value / count for name, value in sums.items()}
+
+
+def cross_entropy(model, x, y):
+    """Empirical categorical: class axis last, summed over positions."""
+    logits = model(x)
+    yield 1.0, F.cross_entropy(logits.reshape(-1, logits.shape[-1]), y.reshape(-1), reduction="sum")
+
+
+def every_label(model, x, y):
+    """Exact categorical: every position's every label with its probability; positions are independent given the input."""
+    logits = model(x)
+    for value in logits.log_softmax(-1).flatten():
+        yield float(value.detach().exp()), -value
+
+
+def error(result, expected):
+    """Largest error over all parameters, relative to the largest entry of all."""
+    scale = max(float(e.abs().max()) for e in expected.values())
+    return max(float((result[name].double() - e.double()).abs().max()) for name, e in expected.items()) / scale
+
+
+def doubled(model):
+    """A float64 copy."""
+    return copy.deepcopy(model).double()

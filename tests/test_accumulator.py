@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pooling is exact: the accumulators of parts, in any grouping, are that of the whole. (Ranks: test_fisher_pooling.)"""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fisherfast.accumulator import Accumulator
+
+INTEGERS = st.integers(-(2**40), 2**40)
+TRIPLES = st.lists(st.tuples(st.tuples(INTEGERS, INTEGERS, INTEGERS), st.integers(1, 2**20)), min_size=3, max_size=3)
+
+
+def accumulator(entries, weight):
+    return Accumulator(torch.tensor(entries, dtype=torch.float64), weight)
+
+
+def assert_same(a, b):
+    assert torch.equal(a.sum, b.sum) and a.weight == b.weight
+
+
+@given(TRIPLES)
+def test_pooling_is_associative_and_commutative(parts):
+    a, b, c = (accumulator(*part) for part in parts)
+    assert_same((a + b) + c, a + (b + c))
+    assert_same(a + b, b + a)
+
+
+@given(TRIPLES)
+def test_pooling_equals_one_pass(parts):
+    whole = Accumulator.zeros((3,))
+    for entries, weight in parts:
+        whole.fold(torch.tensor(entries, dtype=torch.float64), weight)
+    a, b, c = (accumulator(*part) for part in parts)
+    assert_same(a + b + c, whole)
+    assert torch.equal(whole.mean(), whole.sum / sum(weight for _, weight in parts))
+
+
+def test_pooled_mean_weighs_by_samples():
+    pooled = accumulator([6.0], 3) + accumulator([20.0], 2)
+    assert pooled.mean().item() == 26 / 5  # the mean of the two means would be 6
+
+
+def test_add_changes_only_the_left():
+    a, b = accumulator([1.0, 2.0], 1), accumulator([10.0, 20.0], 4)
+    assert a.add(b) is a
+    assert_same(a, accumulator([11.0, 22.0], 5))
+    assert_same(b, accumulator([10.0, 20.0], 4))
+    c = a + b
+    assert_same(a, accumulator([11.0, 22.0], 5))
+    assert_same(c, accumulator([21.0, 42.0], 9))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_fold_keeps_small_partial_sums(dtype):
+    total = accumulator([2.0**30], 0)
+    for _ in range(64):
+        total.fold(torch.ones(1, dtype=dtype), 1)  # each would vanish beside 2**30 in float32
+    assert_same(total, accumulator([2.0**30 + 64], 64))
+
+
+def test_sum_is_kept_not_copied():
+    total = torch.zeros(5, 3, dtype=torch.float64)
+    Accumulator(total, 0).fold(torch.ones(5, 3), 1)
+    assert torch.equal(total, torch.ones(5, 3, dtype=torch.float64))
+
+
+def test_sum_is_float64_contiguous_and_without_gradient():
+    source = torch.rand(3, 5, requires_grad=True)
+    total = Accumulator(source.mT, 1).sum
+    assert total.dtype == torch.float64 and total.is_contiguous() and not total.requires_grad
+    assert torch.equal(total, source.detach().mT.double())
+
+
+def test_mean_is_divided_before_it_is_cast():
+    total = accumulator([2.0**128], 2**10)  # not a float32, its mean is
+    assert total.mean(torch.float32).item() == 2.0**118
+    assert total.mean().dtype == torch.float64
+
+
+def test_rejects():
+    with pytest.raises(ValueError, match="mean needs a weight > 0, got 0"):
+        Accumulator.zeros((2,)).mean()
+    with pytest.raises(TypeError, match=r"sum must be a floating tensor, got torch\.int64"):
+        Accumulator(torch.ones(2, dtype=torch.int64), 1)
+    with pytest.raises(TypeError, match="sum must be a floating tensor, got list"):
+        Accumulator([1.0], 1)
+    with pytest.raises(ValueError, match=r"one shape, got \(2, 3\) and \(3, 2\)"):
+        Accumulator.zeros((2, 3)) + Accumulator.zeros((3, 2))
+    with pytest.raises(TypeError, match="unsupported operand"):
+        Accumulator.zeros((2,)) + 1.0
+
+
+@pytest.mark.parametrize("weight", [-1.0, float("nan"), float("inf")])
+def test_rejects_weight(weight):
+    with pytest.raises(ValueError, match="weight must be a finite number >= 0"):
+        Accumulator(torch.ones(2), weight)
+    total = Accumulator.zeros((2,))
+    with pytest.raises(ValueError, match="weight must be a finite number >= 0"):
+        total.fold(torch.ones(2), weight)
+    assert_same(total, Accumulator.zeros((2,)))
+
+
+def test_repr_shows_shape_and_weight():
+    assert repr(Accumulator.zeros((2, 3))) == "Accumulator(shape=(2, 3), weight=0, device='cpu')"

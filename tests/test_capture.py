@@ -1,0 +1,210 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every way a parameter is used gives the squares of autograd's per-sample gradients, and leaves the model as it was."""
+
+import copy
+
+import networks
+import oracle
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import fisherfast as ff
+
+EXACT = 1e-12  # float64 rounding of a few hundred operations
+
+
+def empirical(model, batches, **options):
+    return ff.fisher(model, batches, fisher_type="empirical", progress=False, **options)
+
+
+def per_sample_loss(model, x, y):
+    logits = model(x)
+    loss = F.cross_entropy(logits.flatten(0, -2), y.flatten(), reduction="none")
+    return loss.view(len(x), -1).sum(1)
+
+
+@pytest.mark.parametrize("name", networks.COVERED)
+def test_covered_use_matches_autograd(name):
+    build, data = networks.COVERED[name]
+    model, (x, y) = build().double(), data()
+    x = x.double() if x.is_floating_point() else x
+    expected = oracle.diagonal(model, [(x, y)], oracle.cross_entropy)
+    result = empirical(model, [(x, y)])
+    assert oracle.error(result.diagonal(dtype=torch.float64), expected) < EXACT
+    assert not [how for how in result.coverage.values() if how.startswith("loop")], result.coverage
+
+
+@pytest.mark.parametrize("name", networks.COVERED)
+def test_covered_use_matches_autograd_in_collect(name):
+    build, data = networks.COVERED[name]
+    model, batches = build().double(), [data(), data(5), data(1), data(2)]
+    batches = [(x.double() if x.is_floating_point() else x, y) for x, y in batches]
+    expected = oracle.diagonal(model, batches, oracle.cross_entropy)
+    with ff.collect(model, ff.Diagonal(), fisher_type="empirical") as stats:
+        for x, y in batches:
+            stats.backward(per_sample_loss(model, x, y))
+    assert oracle.error(stats.result().diagonal(dtype=torch.float64), expected) < EXACT
+    assert stats.result().num_samples == 15
+
+
+@pytest.mark.parametrize("name", networks.LOOPED)
+def test_looped_use_matches_autograd_and_says_so(name):
+    build, data, looped = networks.LOOPED[name]
+    model, batches = build().double(), [data(), data(3)]
+    batches = [(x.double() if x.is_floating_point() else x, y) for x, y in batches]
+    expected = oracle.diagonal(model, batches, oracle.cross_entropy)
+    result = empirical(model, batches)
+    assert oracle.error(result.diagonal(dtype=torch.float64), expected) < EXACT
+    assert {n for n, how in result.coverage.items() if how.startswith("loop")} == looped
+    with ff.collect(model, ff.Diagonal(), fisher_type="empirical") as stats:
+        for x, y in batches:
+            stats.backward(per_sample_loss(model, x, y))
+    assert oracle.error(stats.result().diagonal(dtype=torch.float64), expected) < EXACT
+
+
+@pytest.mark.parametrize("name", ["mlp-inplace-relu", "linear-sequence", "layer-norm", "embedding", "conv1d-addmm", "weight-used-twice"])
+def test_float32_within_numerical_gate(name):
+    build, data = networks.COVERED[name]
+    model, (x, y) = build(), data(31)
+    wide = x.double() if x.is_floating_point() else x
+    expected = oracle.diagonal(oracle.doubled(model), [(wide, y)], oracle.cross_entropy)
+    plain = oracle.error(oracle.diagonal(model, [(x, y)], oracle.cross_entropy), expected)
+    assert oracle.error(empirical(model, [(x, y)]).diagonal(), expected) <= 2 * plain + 1e-7
+
+
+@pytest.mark.parametrize("keep", ["weight", "bias"])
+def test_only_what_asks_for_a_gradient_is_measured(keep):
+    model, (x, y) = networks._mlp().double(), networks.vectors()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.endswith(keep))
+    expected = oracle.diagonal(model, [(x.double(), y)], oracle.cross_entropy)
+    result = empirical(model, [(x.double(), y)])
+    assert result.names == tuple(expected) and all(n.endswith(keep) for n in result.names)
+    assert oracle.error(result.diagonal(dtype=torch.float64), expected) < EXACT
+
+
+def test_two_names_of_one_tensor_are_one_parameter():
+    model, (x, y) = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3)), (torch.randn(7, 3), torch.randint(0, 3, (7,)))
+    model[2].weight = model[0].weight
+    result = empirical(model.double(), [(x.double(), y)])
+    assert result.names == ("0.weight", "0.bias", "2.bias") and result.aliases == {"2.weight": "0.weight"}
+    assert oracle.error(result.diagonal(dtype=torch.float64), oracle.diagonal(model, [(x.double(), y)], oracle.cross_entropy)) < EXACT
+
+
+class Snapshot:
+    """Everything about a model and the process that a measurement must not change."""
+
+    def __init__(self, model):
+        self.model = model
+        self.values = copy.deepcopy(model.state_dict())
+        self.taken = self._take()
+
+    def _take(self):
+        m = self.model
+        return {
+            "grads": {n: p.grad if p.grad is None else (id(p.grad), p.grad.clone()) for n, p in m.named_parameters()},
+            "requires_grad": {n: p.requires_grad for n, p in m.named_parameters()},
+            "identity": {n: (id(p), p._version, p._backward_hooks) for n, p in m.named_parameters()},
+            "training": [k.training for k in m.modules()],
+            "hooks": [
+                {key: dict(value) for key, value in vars(k).items() if key.endswith("_hooks") and isinstance(value, dict)}
+                for k in m.modules()
+            ],
+            "attributes": [sorted(vars(k)) for k in m.modules()],
+            "rng": torch.get_rng_state(),
+            "modes": torch.overrides._get_current_function_mode_stack(),
+        }
+
+    def check(self):
+        now = self._take()
+        for key in ("requires_grad", "identity", "training", "hooks", "attributes", "modes"):
+            assert now[key] == self.taken[key], key
+        assert torch.equal(now["rng"], self.taken["rng"])
+        for name, before in self.taken["grads"].items():
+            after = now["grads"][name]
+            assert (before is None) == (after is None)
+            assert before is None or (before[0] == after[0] and torch.equal(before[1], after[1]))
+        assert all(torch.equal(v, self.model.state_dict()[k]) for k, v in self.values.items())
+
+
+class Exploding(nn.Module):
+    """Raises on its second call."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, x):
+        """Count and raise."""
+        self.calls += 1
+        if self.calls > 2:
+            raise RuntimeError("a fault in the model")
+        return x
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_model_is_left_exactly_as_found(fails):
+    model = nn.Sequential(nn.Linear(3, 11), nn.ReLU(inplace=True), nn.Conv1d(1, 1, 1), nn.Linear(11, 4))
+    model = networks.Wrapped(lambda m, x: m.d(m.c(m.a(x).relu().unsqueeze(1)).squeeze(1)), a=model[0], c=model[2], d=model[3])
+    model.e = Exploding() if fails else nn.Identity()
+    model.f = lambda m, x: m.e(m.d(m.c(m.a(x).relu().unsqueeze(1)).squeeze(1)))
+    model.a.weight.grad = torch.ones_like(model.a.weight)
+    model.d.bias.requires_grad_(False)
+    model.a.register_forward_hook(lambda *_: None)
+    model.train()
+    batches = [networks.vectors(), networks.vectors()]
+    snapshot = Snapshot(model)
+    if fails:
+        with pytest.raises(RuntimeError, match="a fault in the model"):
+            empirical(model, batches)
+    else:
+        empirical(model, batches)
+        with ff.collect(model, ff.Diagonal(), fisher_type="empirical") as stats:
+            x, y = batches[0]
+            stats.backward(F.cross_entropy(model(x), y, reduction="none"))
+    snapshot.check()
+
+
+def test_forward_without_backward_counts_nothing():
+    model, (x, y) = networks._mlp().double(), networks.vectors()
+    x = x.double()
+    with ff.collect(model, ff.Diagonal(), fisher_type="empirical") as stats:
+        for _ in range(3):
+            model(x)
+            stats.backward(per_sample_loss(model, x, y))
+    expected = oracle.diagonal(model, [(x, y)], oracle.cross_entropy)
+    assert stats.result().num_samples == 21
+    assert oracle.error(stats.result().diagonal(dtype=torch.float64), expected) < EXACT
+
+
+def test_several_backwards_through_one_forward_are_draws():
+    model, (x, y) = networks._mlp().double(), networks.vectors()
+    x, other = x.double(), torch.randint(0, networks.C, y.shape)
+    with ff.collect(model, ff.Diagonal(), fisher_type="mc") as stats:
+        logits = model(x)
+        stats.backward(F.cross_entropy(logits, y, reduction="none"), retain_graph=True)
+        stats.backward(F.cross_entropy(logits, other, reduction="none"))
+    pair = [oracle.diagonal(model, [(x, labels)], oracle.cross_entropy) for labels in (y, other)]
+    expected = {name: (pair[0][name] + pair[1][name]) / 2 for name in pair[0]}
+    assert stats.result().num_samples == len(x)
+    assert oracle.error(stats.result().diagonal(dtype=torch.float64), expected) < EXACT
+
+
+def test_no_weight_gradient_gemm_runs():
+    """The weights are frozen where they are used: autograd never forms a tensor of a weight's shape."""
+    model, batches = nn.Sequential(nn.Linear(37, 41), nn.Tanh(), nn.Linear(41, 43)), [(torch.randn(7, 37), torch.randint(0, 43, (7,)))]
+    products = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm):
+                products.append(tuple(out.shape))
+            return out
+
+    with ff.backend("cpu"), Watch():
+        empirical(model, batches)
+    assert products and not {(37, 41), (41, 37), (41, 43), (43, 41)} & set(products)
+

@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fishers of parts pool to the Fisher of the whole, in one process and over ranks; unlike measurements are refused."""
+
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fisherfast.accumulator import Accumulator
+from fisherfast.fisher import DiagonalFisher, Provenance, load
+
+SHAPES = {"body.0.weight": (5, 3), "body.0.bias": (5,), "head.weight": (2, 5), "scale": (7,)}
+
+
+def example(seed=0, **kwargs):
+    generator = torch.Generator().manual_seed(seed)
+    return DiagonalFisher({name: torch.rand(shape, generator=generator) + 0.1 for name, shape in SHAPES.items()}, 1000, **kwargs)
+
+
+ENTRIES = st.lists(st.integers(0, 2**40), min_size=4, max_size=4)
+
+
+@given(ENTRIES, ENTRIES, ENTRIES)
+def test_pooling_equals_one_pass(first, second, third):
+    parts = (first, second, third)
+
+    def measured(*rows, samples):
+        total = Accumulator.zeros((4,))
+        for row in rows:
+            total.fold(torch.tensor(row, dtype=torch.float64), samples)
+        return DiagonalFisher.from_accumulators(
+            {"w": total}, num_samples=samples * len(rows), num_positions=5 * samples * len(rows), batches=len(rows)
+        )
+
+    a, b, c = (measured(part, samples=3) for part in parts)
+    whole = measured(*parts, samples=3)
+    for pooled in ((a + b) + c, a + (b + c), c + b + a):
+        assert torch.equal(pooled.diagonal(dtype=torch.float64)["w"], whole.diagonal(dtype=torch.float64)["w"])
+        assert (pooled.num_samples, pooled.num_positions, pooled.batches) == (9, 45, 3)
+
+
+def test_pooling_leaves_its_terms_alone():
+    a, b = example(0), example(1)
+    before = a.diagonal(), b.diagonal()
+    a + b
+    assert all(torch.equal(x[n], y.diagonal()[n]) for x, y in zip(before, (a, b), strict=True) for n in SHAPES)
+
+
+def test_pooling_keeps_what_is_common():
+    a = example(provenance=Provenance("mc", "categorical", 1, 5, "Net"), coverage={"scale": "loop", "head.weight": "linear_sq_"})
+    b = example(
+        provenance=Provenance("mc", "categorical", 4, 5, "Net"), coverage={"scale": "scale_sq_", "head.weight": "linear_sq_"}
+    )
+    assert (a + a).provenance == a.provenance
+    assert (a + b).provenance == Provenance("mc", "categorical", None, 5, "Net")
+    assert (a + b).coverage == {"scale": "loop + scale_sq_", "head.weight": "linear_sq_"}
+    c = example(provenance=Provenance("mc", "categorical", 1, 6, "Net"))
+    assert (a + c).provenance == Provenance("mc", "categorical", 1, None, "Net")
+
+
+def test_pooling_rejects_other_measurements():
+    base = Provenance("mc", "categorical", model="Net")
+    F = example(provenance=base)
+    for other, reason in [
+        (Provenance("empirical", "categorical", model="Net"), "same fisher_type, got 'mc' and 'empirical'"),
+        (Provenance("mc", "gaussian", model="Net"), "same likelihood, got 'categorical' and 'gaussian'"),
+        (Provenance("mc", "categorical", model="Other"), "same model, got 'Net' and 'Other'"),
+        (None, "same fisher_type, got 'mc' and None"),
+    ]:
+        with pytest.raises(ValueError, match=reason):
+            F + example(provenance=other)
+    small = DiagonalFisher({"w": torch.ones(2, 3)}, 1)
+    with pytest.raises(ValueError, match=r"same parameters, got \[2, 3\] and \[3, 2\] for 'w'"):
+        small + DiagonalFisher({"w": torch.ones(3, 2)}, 1)
+    with pytest.raises(ValueError, match=r"same parameters, got nothing and \[2\] for 'b'"):
+        small + DiagonalFisher({"w": torch.ones(2, 3), "b": torch.ones(2)}, 1)
+    with pytest.raises(ValueError, match="same aliases, got nothing and w for 'tied'"):
+        small + DiagonalFisher({"w": torch.ones(2, 3)}, 1, aliases={"tied": "w"})
+    with pytest.raises(TypeError, match="unsupported operand"):
+        small + 1
+
+
+RANK = """
+    import sys, torch, torch.distributed as dist
+    from fisherfast.accumulator import Accumulator
+    from fisherfast.fisher import DiagonalFisher, Provenance
+
+    rank, folder = int(sys.argv[1]), sys.argv[2]
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+
+    def measured(fisher_type="mc", order=1):
+        g = torch.Generator().manual_seed(rank)
+        sums = {n: Accumulator(torch.randint(2**40, s, generator=g).double(), 3 + 4 * rank + len(n)) for n, s in
+                [("w", (5, 3)), ("b", (5,)), ("unseen", (2, 2))][::order]}
+        return DiagonalFisher.from_accumulators(
+            sums, num_samples=7 + rank, num_positions=70 + rank, batches=1 + rank, aliases={"tied": "w"},
+            provenance=Provenance(fisher_type, "categorical", 1, rank, "Net"))
+
+    F = measured()
+    F.save(f"{folder}/alone{rank}")
+    assert F.all_reduce() is F
+    F.save(f"{folder}/pooled{rank}")
+    measured(order=-1 if rank else 1).all_reduce()  # the order of names may differ: no deadlock
+    try:
+        measured(["mc", "empirical"][rank]).all_reduce()
+    except ValueError as error:
+        open(f"{folder}/error{rank}", "w").write(str(error))
+    dist.destroy_process_group()
+"""
+
+
+def test_all_reduce_equals_pooling(tmp_path):
+    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", textwrap.dedent(RANK)]
+    ranks = [subprocess.Popen([*command, str(rank), str(tmp_path)], env=environment) for rank in range(2)]
+    try:
+        assert [process.wait(timeout=120) for process in ranks] == [0, 0]
+    finally:
+        for process in ranks:
+            process.kill()
+    expected = load(tmp_path / "alone0") + load(tmp_path / "alone1")
+    for rank in range(2):
+        F = load(tmp_path / f"pooled{rank}")
+        (tensors, fields), (expected_tensors, expected_fields) = F.state(), expected.state()
+        assert fields == expected_fields and F.provenance == Provenance("mc", "categorical", 1, None, "Net")
+        assert all(torch.equal(tensors[name], expected_tensors[name]) for name in expected.names)
+        kind = ["mc", "empirical"][rank]
+        assert (tmp_path / f"error{rank}").read_text() == f"all_reduce: all ranks must have the same fisher_type; here {kind!r}"

@@ -1,0 +1,532 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The contract of the squares ops, asked of every backend that can run here.
+
+Two yardsticks. *The gate*: with random inputs the error against float64 is at most twice that of a plain float32 einsum
+of the same inputs. *Exactness*: with small integers every partial result is representable, so whatever the order of
+sums the answer must be equal to the last bit; that is how options, layouts and shapes are tested.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import fisherfast as ff
+from fisherfast import _backend
+
+OP_NAMES = ("linear_sq_", "scale_sq_", "embedding_sq_")
+DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
+NONFINITE = (float("nan"), float("inf"), -float("inf"))
+
+
+class Target(NamedTuple):
+    """Where an op runs."""
+
+    op: str
+    backend: str
+    device: str
+
+    def __str__(self) -> str:
+        emulated = self.backend == "triton" and self.device == "cpu"
+        where = "" if emulated or self.backend in ("cpu", self.device) else f"@{self.device}"
+        return f"{self.op.rstrip('_')}-{self.backend}{where}"
+
+
+class Shape(NamedTuple):
+    """N samples of T positions; [O, I] is linear_sq_'s parameter, [I] scale_sq_'s, [O, I] = [V, D] embedding_sq_'s."""
+
+    N: int
+    T: int
+    I: int
+    O: int
+
+    def __str__(self) -> str:
+        return f"N{self.N}-T{self.T}-I{self.I}-O{self.O}"
+
+
+TARGETS = [Target(op, b, d) for op in OP_NAMES for d in DEVICES for b in _backend.OPS[op].usable(d)]
+PRIMES = Shape(3, 5, 7, 11)
+SHAPES = [PRIMES, Shape(1, 1, 1, 1), Shape(13, 1, 7, 11), Shape(2, 64, 64, 128), Shape(3, 37, 131, 67), Shape(71, 2, 17, 5)]
+
+every_target = pytest.mark.parametrize("target", TARGETS, ids=str)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The inputs of one call."""
+
+    op: str
+    first: torch.Tensor | None  # x, or the ids of an embedding
+    g: torch.Tensor
+    rows: int  # of the parameter, where g does not say
+    scale: float = 1.0
+    weight: torch.Tensor | None = None
+    offsets: torch.Tensor | None = None
+    padding_idx: int = -1
+
+    @property
+    def N(self) -> int:
+        return self.g.shape[0] if self.offsets is None else len(self.offsets) - 1
+
+    @property
+    def parameter(self) -> tuple[int, ...]:
+        columns = self.first.shape[-1] if self.op == "linear_sq_" else self.g.shape[-1]
+        return (columns,) if self.op == "scale_sq_" else (self.rows, columns)
+
+    @property
+    def keywords(self) -> dict:
+        extra = {"padding_idx": self.padding_idx} if self.op == "embedding_sq_" else {}
+        return {"weight": self.weight, "offsets": self.offsets, **extra}
+
+    def sample_gradients(self, dtype: torch.dtype) -> torch.Tensor:
+        """[N, parameter], one einsum a sample."""
+        empty = torch.zeros(0, *self.parameter, dtype=dtype, device=self.g.device)
+        pieces = range(self.N) if self.offsets is None else map(slice, self.offsets[:-1].tolist(), self.offsets[1:].tolist())
+        return torch.stack([self._gradient(p, dtype) for p in pieces]) if self.N else empty
+
+    def _gradient(self, piece, dtype: torch.dtype) -> torch.Tensor:
+        g = self.g[piece].to(dtype)
+        if self.op == "linear_sq_":
+            return torch.einsum("to,ti->oi", g, self.first[piece].to(dtype))
+        if self.op == "scale_sq_":
+            return g.sum(0) if self.first is None else torch.einsum("td,td->d", g, self.first[piece].to(dtype))
+        belongs = self.first[piece].unsqueeze(-1) == torch.arange(self.rows, device=g.device)  # [T, V]
+        if self.padding_idx >= 0:
+            belongs[:, self.padding_idx] = False
+        return torch.where(belongs.unsqueeze(-1), g.unsqueeze(1), 0.0).sum(0)
+
+    def answer(self, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        """What is to be added to each output, computed in ``dtype`` from the definition."""
+        gradients = self.sample_gradients(dtype)
+        squares = gradients.square()
+        w = 1.0 if self.weight is None else self.weight.to(dtype).view(-1, *[1] * len(self.parameter))
+        return {
+            "acc": self.scale * (w * squares).sum(0),
+            "total": (w * gradients).sum(0),
+            "sqnorm": squares.flatten(1).sum(1),
+        }
+
+    def outputs(self, dtype: torch.dtype = torch.float32, *, integers: bool = False) -> dict[str, torch.Tensor]:
+        """Zeroed outputs, or outputs that already hold something."""
+        shapes = {"acc": self.parameter, "total": self.parameter, "sqnorm": (self.N,)}
+        make = (lambda s: torch.randint(-9, 10, s).to(dtype)) if integers else (lambda s: torch.zeros(s, dtype=dtype))
+        return {name: make(shape).to(self.g.device) for name, shape in shapes.items()}
+
+    def run(self, backend: str, outputs: dict[str, torch.Tensor], **more) -> None:
+        extra = {k: v for k, v in outputs.items() if k != "acc"}
+        with ff.backend(backend):
+            getattr(ff.ops, self.op)(outputs["acc"], self.first, self.g, self.scale, **self.keywords, **extra, **more)
+
+
+def problem(
+    target: Target, shape: Shape = PRIMES, dtype: torch.dtype = torch.float32, *, integers=False, ragged=False, weighted=False, **more
+) -> Problem:
+    N, T, I, O = shape
+    lengths = [0 if n == 1 else T + n for n in range(N)] if ragged else [T] * N
+    lead = (sum(lengths),) if ragged else (N, T)
+
+    reach = 3 if T < 16 else 1  # keeps every sum of squares of integers below 2^24
+
+    def values(*size: int) -> torch.Tensor:
+        raw = torch.randint(-reach, reach + 1, size).float() if integers else torch.randn(size)
+        return raw.to(target.device, dtype)
+
+    if target.op == "embedding_sq_":
+        first, g = torch.randint(0, max(O, 1), lead), values(*lead, I)
+        first[..., -1:] = first[..., :1]  # an id that occurs twice
+        first = first.to(target.device)
+    else:
+        first, g = values(*lead, I), values(*lead, O if target.op == "linear_sq_" else I)
+    weight = torch.randint(0, 3, (N,)).float() if integers else torch.rand(N)
+    offsets = torch.tensor([0, *lengths]).cumsum(0).to(target.device) if ragged else None
+    weight = weight.to(target.device) if weighted else None
+    return Problem(target.op, first, g, O, weight=weight, offsets=offsets, **more)
+
+
+def error(value: torch.Tensor, oracle: torch.Tensor) -> float:
+    """``max|value - oracle| / max|oracle|``; absolute where the oracle is zero."""
+    if oracle.numel() == 0:
+        return 0.0
+    top = oracle.abs().max().item()
+    return (value.double() - oracle).abs().max().item() / (top or 1.0)
+
+
+def assert_gate(backend: str, cases: list[Problem], dtype: torch.dtype = torch.float32) -> None:
+    """The largest error over several draws: of one draw, plain torch's may be zero by luck."""
+    mine, plain = {}, {}
+    for case in cases:
+        outputs, oracle, float32 = case.outputs(dtype), case.answer(torch.float64), case.answer(torch.float32)
+        case.run(backend, outputs)
+        for name in outputs:
+            mine[name] = max(mine.get(name, 0.0), error(outputs[name], oracle[name]))
+            plain[name] = max(plain.get(name, 0.0), error(float32[name], oracle[name]))
+    for name in mine:
+        assert mine[name] <= 2 * plain[name] + 1e-7, f"{name}: error {mine[name]:.2e}, plain torch {plain[name]:.2e}"
+
+
+def assert_equal(case: Problem, before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> None:
+    oracle = case.answer(torch.float64)
+    for name, value in after.items():
+        assert torch.equal(value.double(), before[name].double() + oracle[name]), f"{name} differs by {value - before[name] - oracle[name]}"
+
+
+def copies(outputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in outputs.items()}
+
+
+# ---- values
+
+
+@pytest.mark.parametrize("acc_dtype", [torch.float32, torch.float64], ids=lambda d: f"acc_{SHORT[d]}")
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", SHORT, ids=SHORT.get)
+@every_target
+def test_matches_float64(target, dtype, shape, acc_dtype):
+    cases = [problem(target, shape, dtype, weighted=shape.N > 2, scale=0.3) for _ in range(4)]
+    assert_gate(target.backend, cases, acc_dtype)
+
+
+@every_target
+def test_float64_is_float64(target):
+    case = problem(target, Shape(5, 13, 17, 19), torch.float64, scale=0.3)
+    outputs = case.outputs(torch.float64)
+    case.run(target.backend, outputs)
+    first = case.first if case.first.dtype == torch.int64 else case.first.abs()
+    magnitude = replace(case, first=first, g=case.g.abs()).answer(torch.float64)
+    for name, oracle in case.answer(torch.float64).items():
+        operations = 2 * 13 + 5 + 17 * 19  # longest chain of roundings behind one number: the classical forward bound
+        bound = operations * torch.finfo(torch.float64).eps * magnitude[name]
+        assert ((outputs[name] - oracle).abs() <= bound).all(), name
+
+
+@pytest.mark.parametrize("size", [1e-4, 300.0])
+@every_target
+def test_squares_are_not_rounded_to_16_bits(target, size):
+    """1e-8 underflows and 9e4 overflows in float16."""
+    cases = [problem(target, Shape(13, 1, 7, 11), torch.float16) for _ in range(4)]
+    assert_gate(target.backend, [replace(case, g=case.g * size) for case in cases])
+
+
+@pytest.mark.parametrize("T", [1, 2])
+@every_target
+def test_many_samples_lose_nothing(target, T):
+    assert_gate(target.backend, [problem(target, Shape(2048, T, 5, 3))])
+
+
+# ---- options: exact in integers
+
+
+@pytest.mark.parametrize("dtype", SHORT, ids=SHORT.get)
+@pytest.mark.parametrize("ragged", [False, True], ids=["uniform", "ragged"])
+@pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
+@pytest.mark.parametrize("T", [1, 5], ids=["T1", "T5"])
+@every_target
+def test_accumulates(target, T, weighted, ragged, dtype):
+    case = problem(target, Shape(3, T, 7, 11), dtype, integers=True, ragged=ragged, weighted=weighted, scale=-0.5)
+    outputs = case.outputs(integers=True)
+    before = copies(outputs)
+    case.run(target.backend, outputs, flag=torch.zeros(1, dtype=torch.int32, device=target.device))
+    assert_equal(case, before, outputs)
+
+
+@pytest.mark.parametrize("T", [1, 5], ids=["T1", "T5"])
+@pytest.mark.parametrize("asked", [(), ("total",), ("sqnorm",)], ids=["acc", "total", "sqnorm"])
+@every_target
+def test_outputs_are_independent(target, asked, T):
+    case = problem(target, Shape(3, T, 7, 11), integers=True, weighted=True)
+    outputs = {k: v for k, v in case.outputs(integers=True).items() if k in ("acc", *asked)}
+    before = copies(outputs)
+    case.run(target.backend, outputs)
+    assert_equal(case, before, outputs)
+
+
+@every_target
+def test_output_dtypes_are_independent(target):
+    case = problem(target, integers=True)
+    outputs = case.outputs(integers=True)
+    outputs["total"], outputs["sqnorm"] = outputs["total"].double(), outputs["sqnorm"].double()
+    before = copies(outputs)
+    case.run(target.backend, outputs)
+    assert_equal(case, before, outputs)
+
+
+@pytest.mark.parametrize("shape", [Shape(0, 5, 7, 11), Shape(3, 0, 7, 11), Shape(3, 5, 0, 11), Shape(3, 5, 7, 0)], ids=str)
+@every_target
+def test_empty(target, shape):
+    if target.op == "embedding_sq_" and shape.O == 0:
+        shape = Shape(3, 0, 7, 0)  # an embedding without rows takes no ids
+    case = problem(target, shape, integers=True)
+    outputs = case.outputs(integers=True)
+    before = copies(outputs)
+    case.run(target.backend, outputs)
+    assert_equal(case, before, outputs)
+
+
+@every_target
+def test_empty_ragged(target):
+    case = problem(target, Shape(2, 5, 7, 11), integers=True)
+    case = replace(case, first=case.first[0, :0], g=case.g[0, :0], offsets=torch.zeros(3, dtype=torch.int64, device=target.device))
+    outputs = case.outputs(integers=True)
+    before = copies(outputs)
+    case.run(target.backend, outputs)
+    assert_equal(case, before, outputs)
+
+
+@every_target
+def test_x_may_be_absent(target):
+    if target.op != "scale_sq_":
+        pytest.skip("only scale_sq_ takes x = None")
+    case = replace(problem(target, integers=True), first=None)
+    outputs = case.outputs(integers=True)
+    before = copies(outputs)
+    case.run(target.backend, outputs)
+    assert_equal(case, before, outputs)
+
+
+@pytest.mark.parametrize("ragged", [False, True], ids=["uniform", "ragged"])
+@pytest.mark.parametrize("row", [0, 10])
+@every_target
+def test_padding_row_is_left_out(target, row, ragged):
+    if target.op != "embedding_sq_":
+        pytest.skip("only embedding_sq_ has a padding row")
+    case = replace(problem(target, integers=True, ragged=ragged), padding_idx=row)
+    case.first[..., 1] = row
+    case.g[case.first == row] = float("nan")  # and not even read into a result
+    outputs = case.outputs(integers=True)
+    before = copies(outputs)
+    case.run(target.backend, outputs)
+    assert_equal(replace(case, g=case.g.nan_to_num()), before, outputs)
+
+
+# ---- layouts
+
+
+def transposed(t: torch.Tensor) -> torch.Tensor:
+    return t.transpose(0, -1).contiguous().transpose(0, -1)
+
+
+def sliced(t: torch.Tensor) -> torch.Tensor:
+    """The same values inside a larger buffer whose other cells are NaN (or, for ids, far out of range)."""
+    buffer = torch.full([s + 4 for s in t.shape], float("nan") if t.is_floating_point() else 2**40, dtype=t.dtype, device=t.device)
+    inside = buffer[tuple(slice(2, -2) for _ in t.shape)]
+    return inside.copy_(t)
+
+
+def strided(t: torch.Tensor) -> torch.Tensor:
+    buffer = torch.full((*t.shape[:-1], 3 * t.shape[-1]), float("nan") if t.is_floating_point() else 2**40, dtype=t.dtype, device=t.device)
+    return buffer[..., ::3].copy_(t)
+
+
+def expanded(t: torch.Tensor) -> torch.Tensor:
+    """Stride 0 along the positions."""
+    return t[:, :1].expand(t.shape)
+
+
+@pytest.mark.parametrize("shape", [PRIMES, Shape(5, 1, 7, 11), Shape(2, 19, 37, 67)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=SHORT.get)
+@pytest.mark.parametrize("layout", [transposed, sliced, strided, expanded])
+@every_target
+def test_noncontiguous(target, layout, dtype, shape):
+    case = problem(target, shape, dtype, integers=True)
+    case = replace(case, first=layout(case.first), g=layout(case.g))
+    outputs = case.outputs(integers=True)
+    before = copies(outputs)
+    case.run(target.backend, outputs)
+    assert_equal(case, before, outputs)
+
+
+@every_target
+def test_writes_stay_inside(target):
+    """Outputs inside larger buffers: the cells around them keep their value."""
+    case = problem(target, integers=True)
+    before = case.outputs(integers=True)
+    buffers = {name: torch.full((value.numel() + 64,), 12345.0, device=target.device) for name, value in before.items()}
+    outputs = {name: buffers[name][33 : 33 + v.numel()].view(v.shape).copy_(v) for name, v in before.items()}
+    case.run(target.backend, outputs)
+    assert_equal(case, before, outputs)
+    for buffer in buffers.values():
+        assert (buffer[:33] == 12345.0).all() and (buffer[-31:] == 12345.0).all()
+
+
+@every_target
+def test_int64_offsets(target):
+    """Samples further apart than 2^31 elements; the memory between them is reserved but never touched."""
+    if target.backend == "triton" and target.device == "cpu":
+        pytest.skip("Triton's interpreter copies the whole storage: 4 GiB")
+    case = problem(target, Shape(2, 3, 5, 7), torch.bfloat16, integers=True)
+    far = torch.empty(2**31 + 64, dtype=torch.bfloat16, device=target.device).as_strided(case.g.shape, (2**31, case.g.shape[-1], 1))
+    case = replace(case, g=far.copy_(case.g))
+    outputs = case.outputs(integers=True)
+    before = copies(outputs)
+    case.run(target.backend, outputs)
+    assert_equal(case, before, outputs)
+
+
+# ---- non-finite inputs
+
+
+@pytest.mark.parametrize("value", NONFINITE, ids=str)
+@pytest.mark.parametrize("where", ["first", "g", "weight"])
+@pytest.mark.parametrize("ragged", [False, True], ids=["uniform", "ragged"])
+@every_target
+def test_flag_stops_everything(target, ragged, where, value):
+    case = problem(target, dtype=torch.bfloat16, ragged=ragged, weighted=True)
+    if where == "first" and target.op == "embedding_sq_":
+        where = "g"  # ids are integers
+    getattr(case, where).view(-1)[-1] = value
+    outputs, flag = case.outputs(integers=True), torch.zeros(1, dtype=torch.int32, device=target.device)
+    before = copies(outputs)
+    case.run(target.backend, outputs, flag=flag)
+    assert flag.item() == 1
+    assert all(torch.equal(outputs[name], before[name]) for name in outputs)
+
+
+@pytest.mark.parametrize("T", [1, 5], ids=["T1", "T5"])
+@every_target
+def test_flag_already_set(target, T):
+    case = problem(target, Shape(3, T, 7, 11))
+    outputs, flag = case.outputs(integers=True), torch.ones(1, dtype=torch.int32, device=target.device)
+    before = copies(outputs)
+    case.run(target.backend, outputs, flag=flag)
+    assert flag.item() == 1
+    assert all(torch.equal(outputs[name], before[name]) for name in outputs)
+
+
+@every_target
+def test_nonfinite_propagates_without_a_flag(target):
+    case = problem(target)
+    case.g[0, 0, 0] = float("nan")
+    outputs = case.outputs()
+    case.run(target.backend, outputs)
+    for name, oracle in case.answer(torch.float64).items():
+        assert torch.equal(outputs[name].isnan(), oracle.isnan()), name
+
+
+# ---- the call
+
+
+@every_target
+def test_repeats_bitwise(target):
+    case = problem(target, Shape(3, 37, 67, 71), weighted=True)
+    results = [case.outputs() for _ in range(3)]
+    for outputs in results:
+        case.run(target.backend, outputs)
+    assert all(torch.equal(results[0][name], again[name]) for again in results[1:] for name in again)
+
+
+def call_arguments(case: Problem) -> tuple[tuple, dict]:
+    outputs = case.outputs()
+    flag = torch.zeros(1, dtype=torch.int32, device=case.g.device)
+    return (outputs.pop("acc"), case.first, case.g, 0.5), {**case.keywords, **outputs, "flag": flag}
+
+
+@pytest.mark.parametrize("ragged", [False, True], ids=["uniform", "ragged"])
+@every_target
+def test_opcheck(target, ragged):
+    args, keywords = call_arguments(problem(target, ragged=ragged, weighted=True))
+    args[2].requires_grad_()
+    with ff.backend(target.backend):
+        torch.library.opcheck(_backend.OPS[target.op].overload, args, keywords)
+
+
+@every_target
+def test_compiles(target):
+    case = problem(target, integers=True, weighted=True)
+    args, keywords = call_arguments(case)
+    compiled = torch.compile(lambda *a, **k: getattr(ff.ops, target.op)(*a, **k), fullgraph=True, backend="aot_eager")
+    with ff.backend(target.backend):
+        compiled(*args, **keywords)
+    done = {"acc": args[0], "total": keywords["total"], "sqnorm": keywords["sqnorm"]}
+    assert_equal(replace(case, scale=0.5), case.outputs(), done)
+
+
+@every_target
+def test_inputs_may_require_grad_and_versions_advance(target):
+    args, keywords = call_arguments(problem(target))
+    written = [args[0], keywords["total"], keywords["sqnorm"], keywords["flag"]]
+    versions = [t._version for t in written]
+    args[2].requires_grad_()
+    with ff.backend(target.backend):
+        getattr(ff.ops, target.op)(*args, **keywords)
+    assert not args[0].requires_grad
+    assert all(t._version > v for t, v in zip(written, versions, strict=True))
+
+
+REJECTIONS = {
+    "g_axes": (lambda a, k: a.__setitem__(2, a[2][0]), ValueError, r"g must be \[N, T, [OD]\]"),
+    "positions_differ": (lambda a, k: a.__setitem__(2, a[2][:, 1:].contiguous()), ValueError, r"must (share|have)"),
+    "g_dtype": (lambda a, k: a.__setitem__(2, a[2].int()), TypeError, "g must be one of|one dtype"),
+    "acc_dtype": (lambda a, k: a.__setitem__(0, a[0].bfloat16()), TypeError, r"acc must be one of \['float32', 'float64'\]"),
+    "acc_shape": (lambda a, k: a.__setitem__(0, torch.zeros(2, 3)), ValueError, r"acc must be \[(O, I|D|V, D)\] = .*, got \(2, 3\)"),
+    "acc_strides": (lambda a, k: a.__setitem__(0, torch.zeros(*a[0].shape, 2)[..., 0]), ValueError, "acc must be contiguous"),
+    "weight_dtype": (lambda a, k: k.update(weight=torch.ones(3).double()), TypeError, "weight must be one of"),
+    "weight_shape": (lambda a, k: k.update(weight=torch.ones(4)), ValueError, r"weight must be \[N\] = \(3,\), got \(4,\)"),
+    "total_shape": (lambda a, k: k.update(total=torch.zeros(1)), ValueError, "total must be"),
+    "sqnorm_shape": (lambda a, k: k.update(sqnorm=torch.zeros(4)), ValueError, r"sqnorm must be \[N\]"),
+    "flag_dtype": (lambda a, k: k.update(flag=torch.zeros(1)), TypeError, r"flag must be one of \['int32'\]"),
+    "flag_shape": (lambda a, k: k.update(flag=torch.zeros(2, dtype=torch.int32)), ValueError, r"flag must be \[1\]"),
+    "offsets_need_rows": (lambda a, k: k.update(offsets=torch.tensor([0, 5])), ValueError, r"with offsets g must be \[M, [OD]\]"),
+    "device": (lambda a, k: k.update(weight=torch.ones(3, device="meta")), ValueError, "weight must be on acc's device"),
+}
+
+
+@pytest.mark.parametrize("rule", REJECTIONS)
+@pytest.mark.parametrize("op", OP_NAMES)
+def test_rejects(op, rule):
+    spoil, kind, message = REJECTIONS[rule]
+    args, keywords = call_arguments(problem(Target(op, "reference", "cpu")))
+    args = list(args)
+    spoil(args, keywords)
+    with pytest.raises(kind, match=f"{op}: .*(?:{message})|{message}"):
+        getattr(ff.ops, op)(*args, **keywords)
+
+
+@pytest.mark.parametrize("bounds", [[0, 9, 5, 15], [1, 5, 9, 15], [0, 5, 9, 14]], ids=["falls", "starts_late", "ends_early"])
+@every_target
+def test_rejects_offsets_that_do_not_cover_the_rows(target, bounds):
+    if target.device == "cuda":
+        pytest.skip("on a GPU this is a device assertion, which ends the process' CUDA context")
+    case = problem(target)
+    case = replace(case, first=case.first.flatten(0, 1), g=case.g.flatten(0, 1), offsets=torch.tensor(bounds))
+    with pytest.raises((ValueError, RuntimeError), match="offsets"):
+        case.run(target.backend, case.outputs())
+
+
+@pytest.mark.parametrize("bad", [-1, 11])
+@every_target
+def test_rejects_ids_out_of_range(target, bad):
+    if target.op != "embedding_sq_":
+        pytest.skip("only embedding_sq_ has ids")
+    if target.device == "cuda":
+        pytest.skip("on a GPU this is a device assertion, which ends the process' CUDA context")
+    case = problem(target)
+    case.first[1, 2] = bad
+    with pytest.raises((ValueError, RuntimeError), match="ids must lie in"):
+        case.run(target.backend, case.outputs())
+
+
+# ---- any shape
+
+
+@every_target
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(
+    shape=st.builds(Shape, st.integers(0, 6), st.integers(0, 9), st.integers(0, 40), st.integers(1, 40)),
+    ragged=st.booleans(),
+    weighted=st.booleans(),
+    dtype=st.sampled_from(list(SHORT)),
+    seed=st.integers(0, 2**31),
+)
+def test_any_shape_is_exact(target, shape, ragged, weighted, dtype, seed):
+    torch.manual_seed(seed)
+    case = problem(target, shape, dtype, integers=True, ragged=ragged, weighted=weighted, scale=2.0)
+    outputs = case.outputs(integers=True)
+    before = copies(outputs)
+    case.run(target.backend, outputs)
+    assert_equal(case, before, outputs)

@@ -1,0 +1,233 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A file gives back every bit that was saved, or is refused with the reason; it is never half a file, never a pickle."""
+
+import json
+import os
+import pickle
+import random
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import pytest
+import safetensors.torch
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+
+from fisherfast.accumulator import Accumulator
+from fisherfast.fisher import DiagonalFisher, FisherFileError, Provenance, load, load_with_extra, serialize
+
+
+def example(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+
+    def total(*shape):
+        return torch.rand(shape, dtype=torch.float64, generator=generator)
+
+    return DiagonalFisher.from_accumulators(
+        # Not in alphabetical order, with a scalar and an empty tensor.
+        {"z.weight": Accumulator(total(5, 3), 7), "a.weight": Accumulator(total(2, 3, 2), 6.5), "s": Accumulator(total(), 7)},
+        num_samples=7,
+        num_positions=35,
+        provenance=Provenance("mc", "categorical", draws=3, seed=11, model="Net"),
+        coverage={"z.weight": "linear_sq_", "a.weight": "loop", "b": "missing: no rule for 'einsum'"},
+        aliases={"head.weight": "z.weight"},
+        batches=2,
+    )
+
+
+def assert_identical(a, b):
+    (tensors, fields), (other_tensors, other_fields) = a.state(), b.state()
+    assert a.names == b.names and json.dumps(fields) == json.dumps(other_fields)
+    for name in a.names:
+        assert torch.equal(tensors[name].view(torch.int64), other_tensors[name].view(torch.int64))
+
+
+def test_load_is_bit_exact_and_keeps_the_order(tmp_path):
+    F = example()
+    F.save(tmp_path / "run.safetensors")
+    G = load(tmp_path / "run.safetensors")
+    assert G.names == ("z.weight", "a.weight", "s")
+    assert_identical(F, G)
+    assert G.provenance == F.provenance and G.coverage == F.coverage and G.aliases == F.aliases and G.batches == 2
+
+
+FLOATS = st.floats(min_value=0, allow_nan=False, allow_infinity=False)  # subnormals and 1e308 included
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    st.dictionaries(st.text(st.characters(codec="utf-8"), min_size=1), st.lists(FLOATS, max_size=5), min_size=1, max_size=4),
+    FLOATS,
+)
+def test_load_is_bit_exact_for_any_names_and_values(tmp_path_factory, entries, weight):
+    path = tmp_path_factory.getbasetemp() / "any.safetensors"
+    sums = {name: Accumulator(torch.tensor(values, dtype=torch.float64), weight) for name, values in entries.items()}
+    F = DiagonalFisher.from_accumulators(sums, num_samples=3)
+    F.save(path)
+    assert_identical(F, load(path))
+
+
+def test_loaded_fisher_can_be_pooled(tmp_path):
+    F, path = example(), tmp_path / "run.safetensors"
+    F.save(path)
+    assert_identical(load(path) + example(1), F + example(1))
+
+
+def test_tensors_are_readable_by_plain_safetensors_and_tied_ones_stored_once(tmp_path):
+    F, path = example(), tmp_path / "run.safetensors"
+    F.save(path)
+    tensors = safetensors.torch.load_file(path)
+    assert set(tensors) == {"z.weight", "a.weight", "s"}
+    assert all(torch.equal(tensors[name], F._sums[name].sum) for name in tensors)
+
+
+def test_views_of_one_buffer_are_saved(tmp_path):
+    buffer = torch.arange(1, 16, dtype=torch.float64)
+    F = DiagonalFisher.from_accumulators({"a": Accumulator(buffer[:4], 1), "b": Accumulator(buffer[4:], 1)}, num_samples=1)
+    F.save(tmp_path / "run.safetensors")
+    assert_identical(F, load(tmp_path / "run.safetensors"))
+
+
+def test_extra_strings_come_back(tmp_path):
+    path, extra = tmp_path / "run.safetensors", {"batches done": "17", "ü": "\n"}
+    example().save(path, extra=extra)
+    F, loaded = load_with_extra(path)
+    assert loaded == extra
+    assert_identical(F, example())
+    with pytest.raises(TypeError, match=r"extra must be \{str: str\}"):
+        example().save(path, extra={"batches": 17})
+
+
+def test_no_pickle_is_used(tmp_path, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("pickle was used")
+
+    for module, name in [(pickle, n) for n in ("dump", "dumps", "load", "loads", "Pickler", "Unpickler")] + [
+        (torch, "save"),
+        (torch, "load"),
+    ]:
+        monkeypatch.setattr(module, name, refuse)
+    example().save(tmp_path / "run.safetensors")
+    assert_identical(load(tmp_path / "run.safetensors"), example())
+
+
+def test_file_has_the_permissions_of_any_new_file(tmp_path):
+    (tmp_path / "plain").touch()
+    example().save(tmp_path / "run.safetensors")
+    assert (tmp_path / "run.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def rewritten(path, **changes):
+    """The file at ``path`` with other metadata; a value of None removes the entry."""
+    with safe_open(path, framework="pt") as file:
+        metadata = {**file.metadata(), **changes}
+    safetensors.torch.save_file(safetensors.torch.load_file(path), path, {k: v for k, v in metadata.items() if v is not None})
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"format": "pt"}, r"something else \(format 'pt'\)"),
+        ({"format": None}, r"something else \(format None\)"),
+        ({"format_version": "2"}, r"written by fisherfast .* in format 2, this version reads up to 1; upgrade fisherfast"),
+        ({"format_version": "one"}, "damaged: format_version is 'one'"),
+        ({"structure": "full"}, r"with structure 'full'; known here: \['diagonal'"),
+        ({"num_samples": "8"}, "checksum does not match"),
+        ({"checksum": None}, "checksum does not match"),
+    ],
+    ids=str,
+)
+def test_rejects_other_metadata(tmp_path, changes, reason):
+    path = tmp_path / "run.safetensors"
+    example().save(path)
+    rewritten(path, **changes)
+    with pytest.raises(FisherFileError, match=rf"run\.safetensors cannot be read as a Fisher: .*{reason}"):
+        load(path)
+
+
+def test_rejects_foreign_files(tmp_path):
+    path = tmp_path / "model.safetensors"
+    safetensors.torch.save_file({"weight": torch.ones(3)}, path)
+    with pytest.raises(FisherFileError, match=r"model\.safetensors .* something else"):
+        load(path)
+    for content in (b"", b"PK\x03\x04 not safetensors", b"\xff" * 100):
+        path.write_bytes(content)
+        with pytest.raises(FisherFileError, match="damaged, truncated or not a safetensors file"):
+            load(path)
+    with pytest.raises(FisherFileError, match="it is a folder"):
+        load(tmp_path)
+    with pytest.raises(FileNotFoundError, match="absent"):
+        load(tmp_path / "absent.safetensors")
+
+
+def test_rejects_every_truncation(tmp_path):
+    path = tmp_path / "run.safetensors"
+    example().save(path)
+    content = path.read_bytes()
+    for length in range(len(content)):
+        path.write_bytes(content[:length])
+        with pytest.raises(FisherFileError, match=r"run\.safetensors .*(damaged|truncated)"):
+            load(path)
+
+
+def test_damaged_byte_never_changes_a_number(tmp_path):
+    path, F = tmp_path / "run.safetensors", example()
+    F.save(path)
+    content, choose, refused = path.read_bytes(), random.Random(0), 0
+    for position in range(len(content)):
+        damaged = bytearray(content)
+        damaged[position] ^= choose.randrange(1, 256)
+        path.write_bytes(damaged)
+        try:
+            assert_identical(load(path), F)  # white space in the header may change and mean the same
+        except FisherFileError:
+            refused += 1
+    assert refused >= len(content) - 16
+
+
+def test_failed_save_leaves_what_was_there(tmp_path, monkeypatch):
+    path = tmp_path / "run.safetensors"
+    example().save(path)
+
+    def breaks(tensors, file, metadata):
+        file.write_bytes(b"half a file")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(serialize, "save_file", breaks)
+    with pytest.raises(OSError, match="No space left"):
+        example(1).save(path)
+    assert os.listdir(tmp_path) == ["run.safetensors"]
+    assert_identical(load(path), example())
+
+
+def test_rejects_places_that_cannot_hold_a_file(tmp_path):
+    with pytest.raises(IsADirectoryError, match="path must be a file"):
+        example().save(tmp_path)
+    with pytest.raises(FileNotFoundError, match="absent"):
+        example().save(tmp_path / "absent" / "run.safetensors")
+
+
+WRITER = """
+    import sys, torch
+    from fisherfast.fisher import DiagonalFisher
+    for step in range(1, 1_000_000):
+        DiagonalFisher({"w": torch.full((1 << 20,), float(step))}, num_samples=step).save(sys.argv[1])
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs SIGKILL")
+def test_killed_process_leaves_a_whole_file(tmp_path):
+    path = tmp_path / "run.safetensors"
+    with subprocess.Popen([sys.executable, "-c", textwrap.dedent(WRITER), str(path)]) as writer:
+        while not path.exists():
+            assert writer.poll() is None
+            time.sleep(0.01)
+        time.sleep(0.5)
+        writer.send_signal(signal.SIGKILL)
+    F = load(path)
+    assert torch.equal(F.diagonal()["w"], torch.full((1 << 20,), float(F.num_samples)))
