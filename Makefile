@@ -10,7 +10,7 @@ NATIVE := $(wildcard csrc/*.* csrc/*/*.*)
 .PHONY: demo test lint bench gpu-check clean
 
 demo: $(VENV)/.demo $(VENV)/.built  ## train a small network on real digits, measure its Fisher, write table, plot and file
-	$(RUN) -m fisherfast.demo --out out/digits
+	PYTHONSAFEPATH=1 $(VENV)/bin/fisherfast info --model fisherfast.demo:model --data fisherfast.demo:data --out out/digits
 
 test: lint  ## everything CI runs
 	$(RUN) -m pytest tests -q

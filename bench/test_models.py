@@ -47,7 +47,8 @@ def attempt(way: ways.Way, case: str) -> tuple[ways.Run, str | None]:
     """Prepare and run once; the reason why the result cannot be used, or None."""
     model, x, y = models.CASES[case].build()
     run = way.prepare(model, x, y)
-    return run, wrong(run(), way, case)
+    result = run()
+    return run, wrong(result() if callable(result) else result, way, case)
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -51,6 +51,7 @@ struct Samples {
   int64_t M;  // rows of all samples
   const int64_t* offsets;
 
+  FISHERFAST_HD int64_t begin(int64_t n) const { return offsets ? offsets[n] : n * T; }
   FISHERFAST_HD int64_t rows(int64_t n) const { return offsets ? offsets[n + 1] - offsets[n] : T; }
 };
 

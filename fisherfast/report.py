@@ -115,7 +115,7 @@ def as_dict(F: Fisher, info: Information, ratio: TimeRatio | None = None) -> dic
             },
             "information": {field: getattr(info, field) for field in fields},
             "layers": layers,
-            "time": None if ratio is None else asdict(ratio),
+            "time": None if ratio is None else {"ratio": ratio.ratio, **asdict(ratio)},
         }
     )
 

@@ -5,16 +5,36 @@ No kernel uses a floating-point atomic: partial results go to a workspace and ar
 results repeat bit by bit. Nothing here waits for the device.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton import knobs
+from triton.runtime import driver
 
 
 def interpreted() -> bool:
     """Whether Triton emulates the kernels on the CPU (``TRITON_INTERPRET=1``)."""
     return bool(knobs.runtime.interpret)
+
+
+@functools.cache
+def architecture(device: torch.device) -> int | str:
+    """80 (Ampere), 90 (Hopper), 100 (Blackwell); a name where the GPU is not NVIDIA's. Emulation takes Hopper's tiles."""
+    if interpreted():
+        return 90
+    with torch.cuda.device(device if device.type == "cuda" else -1):
+        return driver.active.get_current_target().arch
+
+
+def device_problem(device: torch.device) -> str | None:
+    """Why the kernels cannot run on ``device``, or None."""
+    found = architecture(device)
+    if isinstance(found, str) or found < 80:
+        return f"the Triton kernels need an NVIDIA GPU of compute capability 8.0 or newer, got {found}"
+    return None
 
 
 def power_of_two(n: int, low: int, high: int) -> int:

@@ -13,12 +13,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import check_offsets, long, power_of_two, raise_flag_, rows_and_strides, sample_rows, wide
+from ._common import check_offsets, device_problem, long, power_of_two, raise_flag_, rows_and_strides, sample_rows, wide
 
 
 def why_not(acc: Tensor, ids: Tensor, g: Tensor, scale: float = 1.0, **_: Any) -> str | None:
-    """Why these arguments cannot be handed to Triton, or None."""
-    return None
+    """Why this call cannot run under Triton, or None."""
+    return device_problem(acc.device)
 
 
 def config(D: int) -> dict[str, int]:

@@ -14,22 +14,34 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import check_offsets, fold_, interpreted, long, power_of_two, raise_flag_, rows_and_strides, sample_rows, wide
+from ._common import (
+    architecture,
+    check_offsets,
+    device_problem,
+    fold_,
+    interpreted,
+    long,
+    power_of_two,
+    raise_flag_,
+    rows_and_strides,
+    sample_rows,
+    wide,
+)
 
 # Tiles are made smaller until at least this many programs share the work: about one per multiprocessor.
 PROGRAMS = 128
 
 
 def why_not(acc: Tensor, x: Tensor, g: Tensor, scale: float = 1.0, **_: Any) -> str | None:
-    """Why these arguments cannot be handed to Triton, or None."""
-    return None
+    """Why this call cannot run under Triton, or None."""
+    return device_problem(acc.device)
 
 
-def config(O: int, I: int, T: int, dtype: torch.dtype, tiles: int) -> dict[str, int]:
-    """Tile sizes for ``[O, I]``, a GEMM over T, and ``tiles`` accumulator tiles held in registers; a pure function."""
+def config(O: int, I: int, T: int, dtype: torch.dtype, tiles: int, arch: int) -> dict[str, int]:
+    """Tile sizes for ``[O, I]``, a GEMM over T, and ``tiles`` tiles held in registers; a pure function."""
     largest = {torch.float64: 64, torch.float32: 64}.get(dtype, 128)
     BLOCK_O, BLOCK_I = power_of_two(O, 16, largest), power_of_two(I, 16, largest)
-    if tiles > 2:
+    if tiles > 2 or arch // 10 not in (9, 10):  # without warpgroup instructions the operands pass through registers too
         BLOCK_I = min(BLOCK_I, largest // 2)
     while max(BLOCK_O, BLOCK_I) > 32 and triton.cdiv(O, BLOCK_O) * triton.cdiv(I, BLOCK_I) < PROGRAMS:
         if BLOCK_O >= BLOCK_I:
@@ -46,7 +58,7 @@ def config(O: int, I: int, T: int, dtype: torch.dtype, tiles: int) -> dict[str, 
 
 
 def fold_size(steps: int) -> int:
-    """How many steps to add up in float32 registers before adding them to memory; a pure function.
+    """How many steps one launch adds up in float32 registers before adding them to memory; a pure function.
 
     A chain of L additions rounds like a random walk, ~ sqrt(L). In K chains of steps / K, then K additions in memory, the
     variance ~ steps / K^2 + K is least at K = (2 steps)^(1/3).
@@ -120,9 +132,11 @@ def _linear_sq_kernel(
 ):
     """``acc += scale * sum_n w_n c_n^2``, ``total += sum_n w_n c_n``, ``norms[tile, n] = sum c_n^2``; ``c_n = g_n^T x_n``.
 
+    The sums are over samples ``begin`` to ``end``; a long sum takes several launches, see ``fold_size``.
+
     Tile:  [BLOCK_O, BLOCK_I] of [O, I] a program; c_n, the sum of squares and (if asked) the sum stay in registers.
-    FLOPs: 2 N T I O. Bytes: x read O / BLOCK_O times and g I / BLOCK_I times, mostly from L2; acc read and written
-           once every ``fold`` samples.
+    FLOPs: 2 N T I O. Bytes: x read O / BLOCK_O times and g I / BLOCK_I times, mostly from L2; acc and total read and
+           written once a launch.
     """
     if flag is not None:
         if tl.load(flag) != 0:
@@ -174,12 +188,12 @@ def _linear_sq_flat_kernel(
     """T = 1: ``acc += scale * (w g^2)^T x^2`` and ``total += (w g)^T x``, GEMMs over n; squares are formed in float32.
 
     Tile:  [BLOCK_O, BLOCK_I] of [O, I] a program, BLOCK_T samples a step.
-    FLOPs: 2 N I O, and as many again for total. Bytes: as ``_linear_sq_kernel``; acc once every ``fold`` steps.
+    FLOPs: 2 N I O, and as many again for total. Bytes: as ``_linear_sq_kernel``.
     """
     if flag is not None:
         if tl.load(flag) != 0:
             return
-    N, T, I, O = shape
+    _, _, I, O = shape
     o, i = _tile(shape, BLOCK_O, BLOCK_I)
     inside_o, inside_i = (o < O)[:, None], (i < I)[None, :]
     zero = tl.zeros([BLOCK_O, BLOCK_I], tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32)
@@ -187,8 +201,12 @@ def _linear_sq_flat_kernel(
     sums = zero
     for start in range(begin, end, BLOCK_T):
         n = long(start) + tl.arange(0, BLOCK_T)
-        gs = wide(tl.load(g + n[None, :] * g_strides[0] + o[:, None] * g_strides[2], mask=inside_o & (n < end)[None, :], other=0.0))
-        xs = wide(tl.load(x + n[:, None] * x_strides[0] + i[None, :] * x_strides[2], mask=inside_i & (n < end)[:, None], other=0.0))
+        gs = wide(
+            tl.load(g + n[None, :] * g_strides[0] + o[:, None] * g_strides[2], mask=inside_o & (n < end)[None, :], other=0.0)
+        )
+        xs = wide(
+            tl.load(x + n[:, None] * x_strides[0] + i[None, :] * x_strides[2], mask=inside_i & (n < end)[:, None], other=0.0)
+        )
         weighted = gs
         if weight is not None:
             weighted = gs * tl.load(weight + n, mask=n < end, other=0.0)[None, :]
@@ -207,7 +225,7 @@ def _flat_norms_kernel(sqnorm, x, g, flag, shape, x_strides, g_strides, BLOCK_N:
     if flag is not None:
         if tl.load(flag) != 0:
             return
-    N, T, I, O = shape
+    N, _, I, O = shape
     n = long(tl.program_id(0)) * BLOCK_N + tl.arange(0, BLOCK_N)
     size_x = _row_squares(x + n[:, None] * x_strides[0], (n < N)[:, None], I, x_strides[2], BLOCK_N, BLOCK_C)
     size_g = _row_squares(g + n[:, None] * g_strides[0], (n < N)[:, None], O, g_strides[2], BLOCK_N, BLOCK_C)
@@ -255,7 +273,7 @@ def linear_sq_(
 
 def _launch(acc, x, g, scale, weight, offsets, total, sqnorm, flag, sizes) -> None:
     N, T, I, O = sizes[0]
-    blocks = config(O, I, T, x.dtype, 2 + (total is not None))
+    blocks = config(O, I, T, x.dtype, 2 + (total is not None), architecture(acc.device))
     tiles = triton.cdiv(O, blocks["BLOCK_O"]) * triton.cdiv(I, blocks["BLOCK_I"])
     norms = None
     if sqnorm is not None:
@@ -271,9 +289,9 @@ def _launch(acc, x, g, scale, weight, offsets, total, sqnorm, flag, sizes) -> No
 
 
 def _launch_flat(acc, x, g, scale, weight, total, sqnorm, flag, sizes) -> None:
-    N, T, I, O = sizes[0]
+    N, _, I, O = sizes[0]
     computed = torch.promote_types(x.dtype, torch.float32)
-    blocks = config(O, I, N, computed, 1 + (total is not None))
+    blocks = config(O, I, N, computed, 1 + (total is not None), architecture(acc.device))
     tiles = triton.cdiv(O, blocks["BLOCK_O"]) * triton.cdiv(I, blocks["BLOCK_I"])
     fold = fold_size(triton.cdiv(N, blocks["BLOCK_T"])) * blocks["BLOCK_T"]
     for begin in range(0, N, fold):

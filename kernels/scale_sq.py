@@ -12,15 +12,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import check_offsets, fold_, long, power_of_two, raise_flag_, rows_and_strides, sample_rows, wide
+from ._common import check_offsets, device_problem, fold_, long, power_of_two, raise_flag_, rows_and_strides, sample_rows, wide
 
 # Enough programs for a few on each multiprocessor of a large GPU.
 PROGRAMS = 1024
 
 
 def why_not(acc: Tensor, x: Tensor | None, g: Tensor, scale: float = 1.0, **_: Any) -> str | None:
-    """Why these arguments cannot be handed to Triton, or None."""
-    return None
+    """Why this call cannot run under Triton, or None."""
+    return device_problem(acc.device)
 
 
 def config(N: int, T: int, D: int, dtype: torch.dtype) -> tuple[dict[str, int], int]:

@@ -32,9 +32,12 @@ class Target(NamedTuple):
     backend: str
     device: str
 
+    @property
+    def emulated(self) -> bool:
+        return self.backend == "triton" and self.device == "cpu"
+
     def __str__(self) -> str:
-        emulated = self.backend == "triton" and self.device == "cpu"
-        where = "" if emulated or self.backend in ("cpu", self.device) else f"@{self.device}"
+        where = "" if self.emulated or self.backend in ("cpu", self.device) else f"@{self.device}"
         return f"{self.op.rstrip('_')}-{self.backend}{where}"
 
 
@@ -52,7 +55,7 @@ class Shape(NamedTuple):
 
 TARGETS = [Target(op, b, d) for op in OP_NAMES for d in DEVICES for b in _backend.OPS[op].usable(d)]
 PRIMES = Shape(3, 5, 7, 11)
-SHAPES = [PRIMES, Shape(1, 1, 1, 1), Shape(13, 1, 7, 11), Shape(2, 64, 64, 128), Shape(3, 37, 131, 67), Shape(71, 2, 17, 5)]
+SHAPES = [PRIMES, Shape(1, 1, 1, 1), Shape(13, 1, 7, 11), Shape(2, 32, 64, 128), Shape(3, 37, 131, 67), Shape(71, 2, 17, 5)]
 
 every_target = pytest.mark.parametrize("target", TARGETS, ids=str)
 
@@ -125,7 +128,14 @@ class Problem:
 
 
 def problem(
-    target: Target, shape: Shape = PRIMES, dtype: torch.dtype = torch.float32, *, integers=False, ragged=False, weighted=False, **more
+    target: Target,
+    shape: Shape = PRIMES,
+    dtype: torch.dtype = torch.float32,
+    *,
+    integers=False,
+    ragged=False,
+    weighted=False,
+    **more,
 ) -> Problem:
     N, T, I, O = shape
     lengths = [0 if n == 1 else T + n for n in range(N)] if ragged else [T] * N
@@ -173,7 +183,9 @@ def assert_gate(backend: str, cases: list[Problem], dtype: torch.dtype = torch.f
 def assert_equal(case: Problem, before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> None:
     oracle = case.answer(torch.float64)
     for name, value in after.items():
-        assert torch.equal(value.double(), before[name].double() + oracle[name]), f"{name} differs by {value - before[name] - oracle[name]}"
+        assert torch.equal(value.double(), before[name].double() + oracle[name]), (
+            f"{name} differs by {value - before[name] - oracle[name]}"
+        )
 
 
 def copies(outputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -183,13 +195,19 @@ def copies(outputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 # ---- values
 
 
-@pytest.mark.parametrize("acc_dtype", [torch.float32, torch.float64], ids=lambda d: f"acc_{SHORT[d]}")
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", SHORT, ids=SHORT.get)
 @every_target
-def test_matches_float64(target, dtype, shape, acc_dtype):
-    cases = [problem(target, shape, dtype, weighted=shape.N > 2, scale=0.3) for _ in range(4)]
-    assert_gate(target.backend, cases, acc_dtype)
+def test_matches_float64(target, dtype, shape):
+    draws = 4 if shape.I * shape.O < 100 else 2
+    assert_gate(target.backend, [problem(target, shape, dtype, weighted=shape.N > 2, scale=0.3) for _ in range(draws)])
+
+
+@pytest.mark.parametrize("shape", [PRIMES, Shape(13, 1, 7, 11)], ids=str)
+@pytest.mark.parametrize("dtype", SHORT, ids=SHORT.get)
+@every_target
+def test_matches_float64_with_float64_outputs(target, dtype, shape):
+    assert_gate(target.backend, [problem(target, shape, dtype, weighted=True, scale=0.3) for _ in range(4)], torch.float64)
 
 
 @every_target
@@ -216,7 +234,8 @@ def test_squares_are_not_rounded_to_16_bits(target, size):
 @pytest.mark.parametrize("T", [1, 2])
 @every_target
 def test_many_samples_lose_nothing(target, T):
-    assert_gate(target.backend, [problem(target, Shape(2048, T, 5, 3))])
+    N = 257 if target.emulated else 2053
+    assert_gate(target.backend, [problem(target, Shape(N, T, 5, 3))])
 
 
 # ---- options: exact in integers
@@ -271,7 +290,9 @@ def test_empty(target, shape):
 @every_target
 def test_empty_ragged(target):
     case = problem(target, Shape(2, 5, 7, 11), integers=True)
-    case = replace(case, first=case.first[0, :0], g=case.g[0, :0], offsets=torch.zeros(3, dtype=torch.int64, device=target.device))
+    case = replace(
+        case, first=case.first[0, :0], g=case.g[0, :0], offsets=torch.zeros(3, dtype=torch.int64, device=target.device)
+    )
     outputs = case.outputs(integers=True)
     before = copies(outputs)
     case.run(target.backend, outputs)
@@ -313,13 +334,17 @@ def transposed(t: torch.Tensor) -> torch.Tensor:
 
 def sliced(t: torch.Tensor) -> torch.Tensor:
     """The same values inside a larger buffer whose other cells are NaN (or, for ids, far out of range)."""
-    buffer = torch.full([s + 4 for s in t.shape], float("nan") if t.is_floating_point() else 2**40, dtype=t.dtype, device=t.device)
+    buffer = torch.full(
+        [s + 4 for s in t.shape], float("nan") if t.is_floating_point() else 2**40, dtype=t.dtype, device=t.device
+    )
     inside = buffer[tuple(slice(2, -2) for _ in t.shape)]
     return inside.copy_(t)
 
 
 def strided(t: torch.Tensor) -> torch.Tensor:
-    buffer = torch.full((*t.shape[:-1], 3 * t.shape[-1]), float("nan") if t.is_floating_point() else 2**40, dtype=t.dtype, device=t.device)
+    buffer = torch.full(
+        (*t.shape[:-1], 3 * t.shape[-1]), float("nan") if t.is_floating_point() else 2**40, dtype=t.dtype, device=t.device
+    )
     return buffer[..., ::3].copy_(t)
 
 
@@ -357,10 +382,12 @@ def test_writes_stay_inside(target):
 @every_target
 def test_int64_offsets(target):
     """Samples further apart than 2^31 elements; the memory between them is reserved but never touched."""
-    if target.backend == "triton" and target.device == "cpu":
+    if target.emulated:
         pytest.skip("Triton's interpreter copies the whole storage: 4 GiB")
     case = problem(target, Shape(2, 3, 5, 7), torch.bfloat16, integers=True)
-    far = torch.empty(2**31 + 64, dtype=torch.bfloat16, device=target.device).as_strided(case.g.shape, (2**31, case.g.shape[-1], 1))
+    far = torch.empty(2**31 + 64, dtype=torch.bfloat16, device=target.device).as_strided(
+        case.g.shape, (2**31, case.g.shape[-1], 1)
+    )
     case = replace(case, g=far.copy_(case.g))
     outputs = case.outputs(integers=True)
     before = copies(outputs)
@@ -463,7 +490,11 @@ REJECTIONS = {
     "positions_differ": (lambda a, k: a.__setitem__(2, a[2][:, 1:].contiguous()), ValueError, r"must (share|have)"),
     "g_dtype": (lambda a, k: a.__setitem__(2, a[2].int()), TypeError, "g must be one of|one dtype"),
     "acc_dtype": (lambda a, k: a.__setitem__(0, a[0].bfloat16()), TypeError, r"acc must be one of \['float32', 'float64'\]"),
-    "acc_shape": (lambda a, k: a.__setitem__(0, torch.zeros(2, 3)), ValueError, r"acc must be \[(O, I|D|V, D)\] = .*, got \(2, 3\)"),
+    "acc_shape": (
+        lambda a, k: a.__setitem__(0, torch.zeros(2, 3)),
+        ValueError,
+        r"acc must be \[(O, I|D|V, D)\] = .*, got \(2, 3\)",
+    ),
     "acc_strides": (lambda a, k: a.__setitem__(0, torch.zeros(*a[0].shape, 2)[..., 0]), ValueError, "acc must be contiguous"),
     "weight_dtype": (lambda a, k: k.update(weight=torch.ones(3).double()), TypeError, "weight must be one of"),
     "weight_shape": (lambda a, k: k.update(weight=torch.ones(4)), ValueError, r"weight must be \[N\] = \(3,\), got \(4,\)"),

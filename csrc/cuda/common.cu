@@ -28,7 +28,9 @@ __global__ void __launch_bounds__(kThreads) raise_flag_kernel(const __grid_const
   bool bad = false;
   for (int64_t row = blockIdx.x; row < p.sizes[0] * p.sizes[1]; row += gridDim.x) {
     const In* values = p.data + row / p.sizes[1] * p.strides[0] + row % p.sizes[1] * p.strides[1];
-    for (int64_t d = threadIdx.x; d < p.width; d += kThreads) bad |= !isfinite(static_cast<compute_t<In>>(values[d * p.strides[2]]));
+    for (int64_t d = threadIdx.x; d < p.width; d += kThreads) {
+      bad |= !isfinite(static_cast<compute_t<In>>(values[d * p.strides[2]]));
+    }
   }
   if (bad) *p.flag = 1;
 }
@@ -75,7 +77,8 @@ dim3 grid_for(int64_t blocks) { return dim3(static_cast<unsigned>(std::min<int64
 }  // namespace
 
 void check_offsets(const Device& device, const Samples& samples) {
-  if (samples.offsets && samples.N > 0) device.launch(check_offsets_kernel, grid_for(ceil_div(samples.N, kThreads)), kThreads, samples);
+  if (!samples.offsets || samples.N == 0) return;
+  device.launch(check_offsets_kernel, grid_for(ceil_div(samples.N, kThreads)), kThreads, samples);
 }
 
 void raise_flag(const Device& device, const OptionalTensor& flag, const OptionalTensor& tensor) {

@@ -77,7 +77,8 @@ class Device {
 
 // Kernels count rows and features in 32 bits (offsets into memory in 64).
 inline int as_int(int64_t extent, const char* what) {
-  STD_TORCH_CHECK(extent <= std::numeric_limits<int>::max(), what, ": must be below 2**31 on cuda, got ", extent, "; split the batch");
+  STD_TORCH_CHECK(extent <= std::numeric_limits<int>::max(), what, ": must be below 2**31 on cuda, got ", extent,
+                  "; split the batch");
   return static_cast<int>(extent);
 }
 

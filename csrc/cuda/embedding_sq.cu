@@ -4,7 +4,8 @@
 // Rows are sorted by (id, sample). In that order a token id is a run, owned by one block, and within it each sample is a run
 // whose sum is squared when it ends: no atomics, one fixed order of sums.
 //
-// Floor: N T D additions; bytes: g once, and the rows of acc that occur read and written once. The sort moves 16 N T bytes a few times.
+// Floor: N T D additions; bytes: g once, and the rows of acc that occur read and written once. The sort moves 16 N T bytes a
+// few times.
 #undef NDEBUG  // device assertions are part of the op's contract
 
 #include <algorithm>
@@ -181,8 +182,8 @@ void launch_runs(const Device& device, RunParams<In> p, const Tensor& acc, const
   add_norms(device, {p.norms, p.samples.offsets, per_sample, p.samples.N, output(sqnorm), p.flag});
 }
 
-void embedding_sq(Tensor acc, Tensor ids, Tensor g, double scale, OptionalTensor weight, OptionalTensor offsets, OptionalTensor total,
-                  OptionalTensor sqnorm, OptionalTensor flag, int64_t padding_idx) {
+void embedding_sq(Tensor acc, Tensor ids, Tensor g, double scale, OptionalTensor weight, OptionalTensor offsets,
+                  OptionalTensor total, OptionalTensor sqnorm, OptionalTensor flag, int64_t padding_idx) {
   const Device device(acc);
   const Samples samples = samples_of(g, offsets);
   const int64_t V = acc.size(0);
@@ -199,8 +200,9 @@ void embedding_sq(Tensor acc, Tensor ids, Tensor g, double scale, OptionalTensor
   const auto [sorted, order] = stable_sort(unsorted);
   dispatch_input("embedding_sq_", g.scalar_type(), [&, &sorted = sorted, &order = order](auto type) {
     using In = typename decltype(type)::type;
-    const RunParams<In> runs{samples, rows_of<In>(g), sorted.const_data_ptr<int64_t>(), order.const_data_ptr<int64_t>(), V,
-                             data_or_null<float>(weight), data_or_null<int32_t>(flag), scale, output(acc), output(total), nullptr};
+    const int64_t *run_keys = sorted.const_data_ptr<int64_t>(), *run_order = order.const_data_ptr<int64_t>();
+    const RunParams<In> runs{samples, rows_of<In>(g), run_keys, run_order, V, data_or_null<float>(weight),
+                             data_or_null<int32_t>(flag), scale, output(acc), output(total), nullptr};
     launch_runs(device, runs, acc, sqnorm);
   });
 }

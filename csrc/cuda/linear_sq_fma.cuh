@@ -71,9 +71,9 @@ struct __align__(16) Pack {
   Real values[kPack];
 };
 
-template <typename Traits, int kMicro, int kTile>
-__device__ void read_fragment(typename Traits::Real (&fragment)[kMicro], const typename Traits::Real (&row)[kTile], int thread) {
-  using P = Pack<typename Traits::Real, Traits::kPack>;
+template <typename Traits, typename Real, int kMicro, int kTile>
+__device__ void read_fragment(Real (&fragment)[kMicro], const Real (&row)[kTile], int thread) {
+  using P = Pack<Real, Traits::kPack>;
 #pragma unroll
   for (int e = 0; e < kMicro; e += Traits::kPack) {
     const P pack = *reinterpret_cast<const P*>(row + Traits::owned(thread, e));
@@ -83,7 +83,8 @@ __device__ void read_fragment(typename Traits::Real (&fragment)[kMicro], const t
 }
 
 template <typename Traits>
-__global__ void __launch_bounds__(Traits::kThreads, 1) linear_sq_fma_kernel(const __grid_constant__ LinearSqParams<typename Traits::In> p) {
+__global__ void __launch_bounds__(Traits::kThreads, 1)
+    linear_sq_fma_kernel(const __grid_constant__ LinearSqParams<typename Traits::In> p) {
   using In = typename Traits::In;
   using Real = typename Traits::Real;
   constexpr int kMicroO = Traits::kMicroO, kMicroI = Traits::kMicroI;
@@ -147,7 +148,8 @@ __global__ void __launch_bounds__(Traits::kThreads, 1) linear_sq_fma_kernel(cons
     if (p.norms) emit_norm<Traits::kThreads>(p, n, norm);
     if (++samples % kSamplesPerFlush != 0 && use.valid()) continue;
     Traits::for_each_owned([&](int o, int i) {
-      emit<Traits::kTotal>(p, tile_o + Traits::owned(thread_o, o), tile_i + Traits::owned(thread_i, i), squares[o][i], totals[o][i]);
+      const int row = tile_o + Traits::owned(thread_o, o), column = tile_i + Traits::owned(thread_i, i);
+      emit<Traits::kTotal>(p, row, column, squares[o][i], totals[o][i]);
       squares[o][i] = totals[o][i] = 0;
     });
   }

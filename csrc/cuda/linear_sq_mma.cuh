@@ -44,12 +44,14 @@ __device__ int swizzled(int row, int vector) {
   return row * kTile + (vector ^ (row % 8)) * kVector;
 }
 
+// Copies features [feature, feature + kTile) of `count` rows from `first` on, and zeros in the place of what is not there.
 template <typename Traits, int kTile>
-__device__ void load_tile(uint16_t* shared, const Rows<typename Traits::In>& rows, bool aligned, const uint16_t* first, int count, int feature) {
+__device__ void load_tile(uint16_t* shared, const Rows<typename Traits::In>& rows, bool aligned, const uint16_t* first,
+                          int count, int feature) {
   for (int v = threadIdx.x; v < Traits::kRows * kTile / kVector; v += Traits::kThreads) {
     const int row = v / (kTile / kVector), vector = v % (kTile / kVector);
     const int f = feature + vector * kVector;
-    const int valid = row < count ? static_cast<int>(max(int64_t{0}, min(int64_t{kVector}, rows.width - f))) : 0;
+    const int valid = row < count ? max(0, min(kVector, static_cast<int>(rows.width) - f)) : 0;
     const uint16_t* source = valid ? first + row * rows.stride_t + f * rows.stride_d : first;
     uint16_t* target = shared + swizzled<kTile>(row, vector);
     if (aligned) {
@@ -97,7 +99,8 @@ struct LinearSqMmaParams {
 };
 
 template <typename Traits>
-__global__ void __launch_bounds__(Traits::kThreads, 1) linear_sq_mma_kernel(const __grid_constant__ LinearSqMmaParams<typename Traits::In> params) {
+__global__ void __launch_bounds__(Traits::kThreads, 1)
+    linear_sq_mma_kernel(const __grid_constant__ LinearSqMmaParams<typename Traits::In> params) {
   extern __shared__ __align__(16) uint16_t stages[];
   constexpr int kMmaO = Traits::kMmaO, kMmaI = Traits::kMmaI;
   const auto& p = params.op;

@@ -239,7 +239,7 @@ class _Measurement:
         if not _close(alone, values[:1]):
             raise ValueError(
                 "model: samples must not depend on each other, but the first sample's output changes with its batch (by "
-                f"{float((alone - values[:1]).abs().max()):.2g}); rows that mix samples reach {sorted(mixing)[:3]}. Batch statistics and "
+                f"{float((alone - values[:1]).detach().abs().max()):.2g}); rows that mix samples reach {sorted(mixing)[:3]}. Batch statistics and "
                 "contrastive losses have no per-sample gradient"
             )
         for name in mixing:

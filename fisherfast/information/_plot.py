@@ -32,7 +32,7 @@ def by_layer(info: Information) -> Any:
         axes.tick_params(axis="y", length=0)
         axes.title.set_fontsize(11)
     left.set_ylim(len(names) - 0.4, -0.6)  # the first layer on top
-    figure.supxlabel("\n".join(textwrap.wrap(info.conditions(), 125)), fontsize=8, color="0.35")
+    figure.supxlabel("\n".join(textwrap.wrap(info.conditions(), 150)), fontsize=8, color="0.35")
     return figure
 
 

@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line: the main job from a user's own files, its errors, and what ``env`` says."""
+
+import itertools
+import json
+import math
+import re
+import sys
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import fisherfast as ff
+from fisherfast import _backend, cli, demo
+
+USER_FILE = """
+import torch
+from torch import nn
+
+def model():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(5, 7), nn.Dropout(0.5), nn.Linear(7, 3))
+
+def data():
+    torch.manual_seed(1)
+    for _ in range(3):
+        yield torch.randn(11, 5), torch.randint(3, (11,))
+
+def broken_data():
+    yield torch.randn(11, 5), torch.randint(3, (11,))
+    yield torch.full((11, 5), torch.nan), torch.randint(3, (11,))
+
+def no_data():
+    return []
+
+def number():
+    return 3
+
+def raises():
+    raise ValueError("from the user's own code")
+
+value = 3
+"""
+_numbers = itertools.count()
+
+
+@pytest.fixture
+def module(tmp_path, monkeypatch):
+    """The name of a module of the user's in the working folder."""
+    name = f"user_module_{next(_numbers)}"
+    (tmp_path / f"{name}.py").write_text(USER_FILE)
+    (tmp_path / f"{name}_needs.py").write_text("import a_package_that_is_not_there")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    return name
+
+
+def run(*arguments):
+    return CliRunner().invoke(cli.app, [str(argument) for argument in arguments], env={"COLUMNS": "200", "TERM": "dumb"})
+
+
+def info(module, *options, model="model", data="data"):
+    return run("info", "--model", f"{module}:{model}", "--data", f"{module}:{data}", "--rounds", 1, *options)
+
+
+def test_info_measures_the_users_model(module, tmp_path):
+    result = info(module, "--out", "here", "--seed", 5, "--draws", 2)
+    assert result.exit_code == 0, result.output
+    user = sys.modules[module]
+    F = ff.fisher(user.model().eval(), user.data(), seed=5, draws=2, progress=False)
+    saved = ff.load(tmp_path / "here" / "fisher.safetensors")
+    assert all(torch.equal(f, saved.diagonal()[name]) for name, f in F.diagonal().items())
+    nats = ff.information_in_weights(F, user.model(), prior_scale="fit", beta=1 / 33).nats
+    numbers = json.loads((tmp_path / "here" / "report.json").read_text())
+    assert numbers["information"]["nats"] == nats
+    assert f"{nats:,.1f} nats" in result.output and "one plain forward+backward over the same 33 samples" in result.output
+    assert (tmp_path / "here" / "information.png").exists()
+
+
+def test_info_options_reach_the_numbers(module, tmp_path):
+    result = info(module, "--prior-scale", "0.25", "--beta", "0.01", "--fisher-type", "empirical", "--device", "cpu")
+    assert result.exit_code == 0, result.output
+    numbers = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert (numbers["information"]["prior_scale"], numbers["information"]["beta"]) == (0.25, 0.01)
+    assert numbers["fisher"]["fisher_type"] == "empirical"
+    assert "scale 0.25 around 0" in result.output
+
+
+def test_info_without_timing(module):
+    result = run("info", "--model", f"{module}:model", "--data", f"{module}:data", "--rounds", 0)
+    assert result.exit_code == 0 and "forward+backward" not in result.output
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("nowhere", "must be module:function, got 'nowhere'"),
+        ("no_such_module:model", "there is no module 'no_such_module' here"),
+        ("{module}:modle", "has no 'modle'; its functions: ['broken_data', 'data', 'model'"),
+        ("{module}:value", "must be a function, got int"),
+        ("{module}:number", "must return a torch.nn.Module, got int"),
+    ],
+)
+def test_info_explains_a_wrong_model(module, model, message):
+    result = run("info", "--model", model.format(module=module), "--data", f"{module}:data")
+    assert result.exit_code == 2
+    assert message in result.output and "--model" in result.output
+
+
+def test_info_explains_wrong_data(module):
+    result = info(module, data="number")
+    assert result.exit_code == 2
+    assert "must return an iterable of (inputs, targets) batches, got int" in result.output and "--data" in result.output
+
+
+def test_info_shows_fisherfasts_own_errors_alone(module):
+    result = info(module, data="no_data")
+    assert result.exit_code == 2
+    assert "data must yield at least one batch, got none" in result.output and "Traceback" not in result.output
+
+
+def test_info_keeps_what_it_measured(module, tmp_path):
+    result = info(module, data="broken_data")
+    assert result.exit_code == 2
+    assert "kept the 11 samples measured so far" in result.output
+    assert ff.load(tmp_path / "out" / "partial.safetensors").num_samples == 11
+
+
+@pytest.mark.parametrize("spec", ["{module}:raises", "{module}_needs:model"])
+def test_info_lets_the_users_own_errors_through(module, spec):
+    result = run("info", "--model", spec.format(module=module), "--data", f"{module}:data")
+    assert isinstance(result.exception, (ValueError, ModuleNotFoundError)) and result.exit_code == 1
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--beta", "0", "must be a finite number > 0, got 0"),
+        ("--prior-scale", "-1", "must be a finite number > 0, got -1"),
+        ("--prior-scale", "auto", "must be 'fit' or a number > 0, got 'auto'"),
+        ("--fisher-type", "true", "Invalid value for '--fisher-type'"),
+        ("--draws", "0", "Invalid value for '--draws'"),
+    ],
+)
+def test_info_rejects_options_before_any_work(module, option, value, message):
+    result = info(module, option, value, model="raises")
+    assert result.exit_code == 2 and message in result.output
+
+
+def test_installed_packages_win_over_the_working_folder(module, tmp_path):
+    (tmp_path / "torch.py").write_text("raise RuntimeError('the wrong torch')")
+    assert info(module).exit_code == 0
+    assert sys.path[-1] == str(tmp_path)
+
+
+def test_env_names_each_op_and_why_not():
+    result = run("env")
+    assert result.exit_code == 0
+    assert f"{torch.__version__}" in result.output
+    for op in _backend.OPS.values():
+        assert op.name in result.output
+        for backend in _backend.BACKENDS:
+            problem = op.unavailable(backend, "cpu")
+            assert problem is None or problem in " ".join(result.output.split())
+
+
+def test_env_shows_a_forced_backend():
+    with ff.backend("reference"):
+        output = run("env").output
+    row = next(line for line in output.splitlines() if "linear_sq_" in line)
+    assert row.split("│")[2].strip() == "runs"
+    assert "forced backend  reference" in output
+
+
+def test_demo_measures_a_network_that_works(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    result = run("info", "--model", "fisherfast.demo:model", "--data", "fisherfast.demo:data", "--rounds", 0, "--out", tmp_path)
+    assert result.exit_code == 0, result.output
+    assert sum(len(labels) for _, labels in demo.data()) == 1437
+    accuracy = re.search(r"360 test images, accuracy ([\d.]+)%", result.output)
+    assert accuracy is not None and float(accuracy[1]) > 90
+    numbers = json.loads((tmp_path / "report.json").read_text())
+    assert list(numbers["layers"]) == ["input", "hidden", "output"]
+    assert 0 < numbers["information"]["nats"] < 1437 * math.log(10)  # less than the labels themselves

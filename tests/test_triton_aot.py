@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Triton's kernels as machine code, without a GPU: nothing spills, and the matrix units are used. And their heuristics.
+
+``pytest -s tests/test_triton_aot.py`` prints the table.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton", reason="triton is not installed")
+from fisherfast.kernels import _common, embedding_sq, linear_sq, scale_sq  # noqa: E402
+
+HERE = Path(__file__).parent
+TARGETS = (80, 90, 100)
+# Which instruction multiplies, by target and input dtype. Blackwell's tensor memory does not do float64: plain FMA there.
+MATRIX = {
+    80: {"bf16": ["HMMA"], "fp16": ["HMMA"], "fp32": ["HMMA"], "fp64": ["DMMA"]},
+    90: {"bf16": ["HGMMA"], "fp16": ["HGMMA"], "fp32": ["HGMMA"], "fp64": ["DMMA"]},
+    100: {"bf16": ["UTCHMMA"], "fp16": ["UTCHMMA"], "fp32": ["UTCHMMA"], "fp64": []},
+}
+
+
+@pytest.fixture(scope="module", params=TARGETS, ids=lambda target: f"sm_{target}")
+def compiled(request) -> tuple[int, list[dict]]:
+    """Every kernel the launchers start in representative calls, compiled for one target."""
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    missing = [name for name in ("ptxas", "cuobjdump", "nvdisasm") if not (tools / name).exists()]
+    if missing:
+        pytest.skip(f"this triton does not bundle {', '.join(missing)} (looked in {tools})")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, HERE / "compile_ahead.py", str(request.param)]
+    run = subprocess.run(command, env={**environment, "PYTHONSAFEPATH": "1"}, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-4000:]
+    rows = json.loads(run.stdout)
+    for row in rows:
+        print(
+            f"\n{row['target']:7}{row['call']:36}{row['kernel']:24}{row['registers']:4} registers "
+            f"{row['local_bytes']:4} B local {row['shared_bytes']:7} B shared {row['warps']:2} warps  {' '.join(row['matrix'])}",
+            end="",
+        )
+    return request.param, rows
+
+
+@pytest.mark.slow
+def test_nothing_spills(compiled):
+    _, rows = compiled
+    assert [row for row in rows if row["local_bytes"] or row["local_accesses"]] == []
+
+
+@pytest.mark.slow
+def test_matrix_units_are_used(compiled):
+    target, rows = compiled
+    gemms = [r for r in rows if r["kernel"] in ("_linear_sq_kernel", "_linear_sq_flat_kernel") and "small" not in r["call"]]
+    assert len(gemms) >= 12
+    wrong = [(r["call"], r["matrix"]) for r in gemms if r["matrix"] != MATRIX[target][r["call"].split()[1]]]
+    assert wrong == []
+
+
+@pytest.mark.slow
+def test_every_kernel_is_compiled(compiled):
+    """A kernel that no representative call reaches is a kernel nobody looked at."""
+    defined = {name for file in (_common, linear_sq, scale_sq, embedding_sq) for name in vars(file) if name.endswith("_kernel")}
+    assert defined == {row["kernel"] for row in compiled[1]}
+
+
+@pytest.mark.parametrize("arch", TARGETS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("T", [1, 5, 512])
+@pytest.mark.parametrize(("O", "I"), [(1, 1), (7, 11), (128, 4096), (1000, 1000), (50257, 768)])
+def test_linear_config(O, I, T, dtype, arch):
+    """Powers of two that tl.dot accepts, no larger than needed, and a full chip where the matrix allows one."""
+    blocks = linear_sq.config(O, I, T, dtype, 2, arch)
+    sizes = {name: blocks[f"BLOCK_{name}"] for name in "OIT"}
+    assert all(size >= 16 and size & (size - 1) == 0 for size in sizes.values())
+    assert all(sizes[name] < 2 * max(extent, 16) for name, extent in (("O", O), ("I", I), ("T", T)))
+    programs = triton.cdiv(O, sizes["O"]) * triton.cdiv(I, sizes["I"])
+    assert programs >= linear_sq.PROGRAMS or max(sizes["O"], sizes["I"]) <= 32
+
+
+def test_linear_config_uses_the_largest_tile_on_large_matrices():
+    blocks = linear_sq.config(4096, 4096, 512, torch.bfloat16, 2, 90)
+    assert (blocks["BLOCK_O"], blocks["BLOCK_I"], blocks["BLOCK_T"], blocks["num_warps"]) == (128, 128, 64, 8)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 16, 17, 100, 1000, 10**5])
+def test_fold_size_covers_every_step_in_few_launches(steps):
+    fold = linear_sq.fold_size(steps)
+    launches = -(-steps // fold)
+    assert 1 <= fold <= steps
+    assert launches == 1 if steps <= 16 else launches <= (2 * steps) ** (1 / 3) + 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize(("N", "T", "D"), [(1, 1, 1), (3, 5, 7), (8, 512, 4096), (4096, 1, 1024), (100000, 1, 131072)])
+def test_scale_config(N, T, D, dtype):
+    """Tiles of at most 4096 values, at most 32 float32 additions in a row, no empty share."""
+    blocks, shares = scale_sq.config(N, T, D, dtype)
+    assert all(size & (size - 1) == 0 for size in blocks.values())
+    assert blocks["BLOCK_N"] * blocks["BLOCK_T"] * blocks["BLOCK_D"] <= 4096
+    assert triton.cdiv(N, shares * blocks["BLOCK_N"]) <= 32
+    assert 1 <= shares <= triton.cdiv(N, blocks["BLOCK_N"])
+
+
+@pytest.mark.parametrize("D", [1, 7, 128, 4096])
+def test_embedding_config(D):
+    blocks = embedding_sq.config(D)
+    assert 16 <= blocks["BLOCK_D"] <= 512 and blocks["BLOCK_D"] < 2 * max(D, 16)
+    assert blocks["num_warps"] * 128 >= blocks["BLOCK_D"]
+
+
+@pytest.mark.parametrize(("found", "usable"), [(75, False), (80, True), (90, True), (100, True), ("gfx942", False)])
+def test_reason_names_the_gpu_that_cannot(monkeypatch, found, usable):
+    monkeypatch.setattr(_common, "architecture", lambda device: found)
+    reason = linear_sq.why_not(torch.empty(2, 3), torch.empty(1, 1, 3), torch.empty(1, 1, 2))
+    assert reason is None if usable else f"got {found}" in reason
