@@ -23,7 +23,7 @@ def extensions() -> list:
     cuda = NATIVE == "cuda" or (NATIVE == "auto" and CUDA_HOME is not None and torch.version.cuda is not None)
     patterns = ["csrc/*.cpp", "csrc/cpu/*.cpp", *(["csrc/cuda/*.cu"] if cuda else [])]
     sources = sorted(str(p.relative_to(ROOT)) for pattern in patterns for p in ROOT.glob(pattern))
-    headers = sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/**/*.h*"))
+    headers = sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/**/*.*h"))
     kind = CUDAExtension if cuda else CppExtension
     return [
         kind(

@@ -39,9 +39,11 @@ def _main(case: str, way: str) -> None:
     plain = ways.plain(model, x, y)
     plain()
     model.zero_grad()
-    run = plain if way == "plain" else ways.WAYS[way].prepare(model, x, y)
-    ctypes.CDLL(None).malloc_trim(0)
+    trim = ctypes.CDLL(None).malloc_trim
+    trim(0)
     before = _resident("VmRSS")
+    run = plain if way == "plain" else ways.WAYS[way].prepare(model, x, y)
+    trim(0)
     Path("/proc/self/clear_refs").write_text("5")
     run()
     print(_resident("VmHWM") - before)

@@ -101,6 +101,7 @@ class Op:
         self._mutated = {a.name for a in arguments if a.alias_info is not None and a.alias_info.is_write}
         self._argument_names = [a.name for a in arguments]
         self._warned: set[str] = set()
+        self._native: dict[str, bool] = {}
         OPS[self.name] = self
 
     def unavailable(self, name: str, device: str) -> str | None:
@@ -129,8 +130,11 @@ class Op:
         return None if knobs.runtime.interpret else f"needs cuda tensors, got {device} (or TRITON_INTERPRET=1 to emulate)"
 
     def _native_has(self, name: str) -> bool:
-        defined = hasattr(getattr(torch.ops, _NATIVE_NAMESPACE), self.name)
-        return defined and torch._C._dispatch_has_kernel_for_dispatch_key(f"{_NATIVE_NAMESPACE}::{self.name}", name.upper())
+        if name not in self._native:
+            defined = hasattr(getattr(torch.ops, _NATIVE_NAMESPACE), self.name)
+            key = f"{_NATIVE_NAMESPACE}::{self.name}"
+            self._native[name] = defined and torch._C._dispatch_has_kernel_for_dispatch_key(key, name.upper())
+        return self._native[name]
 
     def _implementation(self, name: str) -> Callable[..., None]:
         if name == "reference":

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from fisherfast.layout import Layout
 from fisherfast.rules import RULES, Form, Use
@@ -27,6 +28,7 @@ from fisherfast.rules import RULES, Form, Use
 LOOP = "loop"
 
 _DROPOUTS = {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout}
+_CHANCE = {*_DROPOUTS, F.scaled_dot_product_attention, F.batch_norm}
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -147,8 +149,9 @@ class Capture(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run ``func``; where it receives tracked parameters, with their stand-ins and a tap."""
         kwargs = kwargs or {}
-        _refuse_train_mode(func, args, kwargs)
-        found = [t for a in _tensors((args, kwargs)) if (t := self._by_id.get(id(a))) is not None]
+        if func in _CHANCE:
+            _refuse_train_mode(func, args, kwargs)
+        found = self._found(args) + self._found(kwargs.values())
         if not found or getattr(func, "__name__", "") == "__set__":
             return func(*args, **kwargs)
         if getattr(func, "__name__", "") == "__get__" and not isinstance(func(*args, **kwargs), Tensor):
@@ -159,6 +162,19 @@ class Capture(TorchFunctionMode):
         stand_ins = {id(t.parameter): t.leaf if self.exploring or t.looping or t.expanding else t.detached for t in found}
         out = func(*_replaced(args, stand_ins), **_replaced(kwargs, stand_ins))
         return self._tapped(out, [u for u in uses if not self._by_id[id(u.parameter)].looping])
+
+    def _found(self, items: Iterable[Any]) -> list[Tracked]:
+        found = []
+        for item in items:
+            if isinstance(item, Tensor):
+                tracked = self._by_id.get(id(item))
+                if tracked is not None:
+                    found.append(tracked)
+            elif isinstance(item, (tuple, list)):
+                found += self._found(item)
+            elif isinstance(item, dict):
+                found += self._found(item.values())
+        return found
 
     def _covered(self, func: Any, args: Any, kwargs: Any, found: list[Tracked]) -> list[Use] | None:
         """The uses the function's rule declares, or None unless they cover every tracked argument exactly once."""
@@ -171,7 +187,7 @@ class Capture(TorchFunctionMode):
     def _uncovered(self, func: Any, args: Any, kwargs: Any, found: list[Tracked]) -> Any:
         stand_ins = {id(t.parameter): t.leaf for t in found}
         out = func(*_replaced(args, stand_ins), **_replaced(kwargs, stand_ins))
-        if any(o.requires_grad for o in _tensors((out,))):
+        if any(isinstance(o, Tensor) and o.requires_grad for o in tree_leaves(out)):
             for t in found:
                 t.loop_reason = t.loop_reason or f"no rule for {getattr(func, '__name__', func)}"
         return out
@@ -233,14 +249,6 @@ class Capture(TorchFunctionMode):
             if any(s.is_floating_point() and not torch.isfinite(s).all() for s in node.saved_tensors):
                 return call.uses[0].tracked.name
         return None
-
-
-def _tensors(tree: Any) -> Iterator[Tensor]:
-    for item in tree.values() if isinstance(tree, dict) else tree:
-        if isinstance(item, Tensor):
-            yield item
-        elif isinstance(item, (tuple, list, dict)):
-            yield from _tensors(item)
 
 
 def _replaced(tree: Any, stand_ins: dict[int, Tensor]) -> Any:

@@ -179,6 +179,8 @@ def _kept(out: Path) -> Iterator[None]:
             out.mkdir(parents=True, exist_ok=True)
             partial.save(out / "partial.safetensors")
             typer.echo(f"kept the {partial.num_samples:,} samples measured so far in {out / 'partial.safetensors'}", err=True)
+        if isinstance(error, KeyboardInterrupt):
+            raise typer.Exit(130) from None  # what shells expect of a process stopped by Ctrl-C
         if not _ours(error):
             raise
         typer.echo(f"Error: {error}", err=True)

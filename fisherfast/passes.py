@@ -106,11 +106,14 @@ class Passes:
 
     # -- counting
 
-    def run(self, root: Tensor, passes: Iterable[Pass], count: int, keep: bool = False) -> None:
-        """Back-propagate ``count`` passes and hand each parameter's rows, all its uses joined, to the collectors."""
-        calls = self.capture.calls(root)
+    def run(self, root: Tensor, passes: Iterable[Pass], count: int, keep: bool = False) -> list[Call]:
+        """Back-propagate ``count`` passes and hand each parameter's rows, all its uses joined, to the collectors.
+
+        Returns the calls that the root depends on.
+        """
+        calls = [call for call, _ in self.capture.calls(root)]
         expected: defaultdict[str, int] = defaultdict(int)
-        for call, _ in calls:
+        for call in calls:
             for use in call.uses:
                 expected[use.tracked.name] += 1
         for number, one in enumerate(passes, start=1):
@@ -119,6 +122,7 @@ class Passes:
             if not expected[name] and tracked.loop_reason is None:
                 for collector in self.collectors:
                     collector.touch(tracked)
+        return calls
 
     def _run_one(self, root: Tensor, one: Pass, expected: dict[str, int], keep: bool) -> None:
         N = root.shape[0]

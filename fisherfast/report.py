@@ -39,8 +39,9 @@ def render(F: Fisher, info: Information, ratio: TimeRatio | None = None) -> Grou
 
 def summary(F: Fisher, info: Information, ratio: TimeRatio | None = None) -> dict[str, str]:
     """The lines above the table: everything its numbers depend on, in words."""
+    labels, likelihood = F.provenance.fisher_type or "unknown", F.provenance.likelihood or "unknown"
     lines = {
-        "Fisher": f"{F.structure}, {F.provenance.fisher_type} labels, {F.provenance.likelihood} likelihood",
+        "Fisher": f"{F.structure}, {labels} labels, {likelihood} likelihood",
         "data": f"N = {F.num_samples:,} samples, {F.num_positions:,} labels",
         "prior": f"scale {info.prior_in_words()}",
         "price": f"beta = {info.beta:.3g}: the mean loss one nat may cost; {info.variant} formulas",

@@ -89,7 +89,7 @@ def _raise_flag_kernel(flag, x, shape, strides, BLOCK_R: tl.constexpr, BLOCK_C: 
     start = row // T * strides[0] + row % T * strides[1]
     inside = (row < long(N) * T)[:, None] & (column < C)[None, :]
     values = wide(tl.load(x + start[:, None] + column[None, :] * strides[2], mask=inside, other=0.0))
-    finite = values * 0.0 == 0.0  # NaN and infinity times zero are NaN
+    finite = tl.abs(values) < float("inf")  # false for NaN too
     # Every program that stores writes the same 1, so the order does not matter.
     tl.store(flag, 1, mask=tl.min(tl.min(finite.to(tl.int32), 1), 0) == 0)
 

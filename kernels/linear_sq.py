@@ -38,7 +38,7 @@ def why_not(acc: Tensor, x: Tensor, g: Tensor, scale: float = 1.0, **_: Any) -> 
 
 
 def config(O: int, I: int, T: int, dtype: torch.dtype, tiles: int, arch: int) -> dict[str, int]:
-    """Tile sizes for ``[O, I]``, a GEMM over T, and ``tiles`` tiles held in registers; a pure function."""
+    """Tile sizes for ``[O, I]`` and a GEMM over T, with ``tiles`` tiles held in registers; a pure function."""
     largest = {torch.float64: 64, torch.float32: 64}.get(dtype, 128)
     BLOCK_O, BLOCK_I = power_of_two(O, 16, largest), power_of_two(I, 16, largest)
     if tiles > 2 or arch // 10 not in (9, 10):  # without warpgroup instructions the operands pass through registers too
@@ -57,6 +57,11 @@ def config(O: int, I: int, T: int, dtype: torch.dtype, tiles: int, arch: int) ->
     }
 
 
+def tiles_held(acc: Tensor, total: Tensor | None) -> int:
+    """Tiles in registers: the sample's (or the squared operands), the squares, and what the other outputs add."""
+    return 2 + (total is not None) + (acc.dtype == torch.float64)
+
+
 def fold_size(steps: int) -> int:
     """How many steps one launch adds up in float32 registers before adding them to memory; a pure function.
 
@@ -72,7 +77,8 @@ def precision(dtype: torch.dtype) -> str:
         return "emulated"
     if dtype != torch.float32:
         return "ieee"
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "bf16x6"
+    # The older switch, allow_tf32, is reflected here; reading it instead fails once a program has used this one.
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "bf16x6"
 
 
 @triton.jit
@@ -273,7 +279,7 @@ def linear_sq_(
 
 def _launch(acc, x, g, scale, weight, offsets, total, sqnorm, flag, sizes) -> None:
     N, T, I, O = sizes[0]
-    blocks = config(O, I, T, x.dtype, 2 + (total is not None), architecture(acc.device))
+    blocks = config(O, I, T, x.dtype, tiles_held(acc, total), architecture(acc.device))
     tiles = triton.cdiv(O, blocks["BLOCK_O"]) * triton.cdiv(I, blocks["BLOCK_I"])
     norms = None
     if sqnorm is not None:
@@ -291,7 +297,7 @@ def _launch(acc, x, g, scale, weight, offsets, total, sqnorm, flag, sizes) -> No
 def _launch_flat(acc, x, g, scale, weight, total, sqnorm, flag, sizes) -> None:
     N, _, I, O = sizes[0]
     computed = torch.promote_types(x.dtype, torch.float32)
-    blocks = config(O, I, N, computed, 1 + (total is not None), architecture(acc.device))
+    blocks = config(O, I, N, computed, tiles_held(acc, total), architecture(acc.device))
     tiles = triton.cdiv(O, blocks["BLOCK_O"]) * triton.cdiv(I, blocks["BLOCK_I"])
     fold = fold_size(triton.cdiv(N, blocks["BLOCK_T"])) * blocks["BLOCK_T"]
     for begin in range(0, N, fold):

@@ -60,6 +60,12 @@ def linear(dtype: torch.dtype, N: int, T: int, I: int, O: int, *, acc: torch.dty
     )
 
 
+def tf32_linear(*arguments: int) -> None:
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    linear(FP32, *arguments)
+    torch.backends.cuda.matmul.fp32_precision = "ieee"
+
+
 def ragged_linear(dtype: torch.dtype, N: int, M: int, I: int, O: int) -> None:
     offsets = torch.linspace(0, M, N + 1).long()
     x, g = torch.empty(M, I, dtype=dtype), torch.empty(M, O, dtype=dtype)
@@ -86,6 +92,7 @@ def calls() -> dict[str, Callable[[], None]]:
     for name, dtype in {"bf16": BF16, "fp32": FP32, "fp64": FP64}.items():
         cases[f"linear_sq {name} T=512 every output"] = partial(linear, dtype, 8, 512, 4096, 4096, every=True)
     cases["linear_sq bf16 T=512 acc fp64"] = partial(linear, BF16, 8, 512, 4096, 4096, acc=FP64)
+    cases["linear_sq fp32 T=512 tf32 allowed"] = partial(tf32_linear, 8, 512, 4096, 4096)
     cases["linear_sq bf16 ragged every output"] = partial(ragged_linear, BF16, 8, 500, 1024, 4096)
     cases["linear_sq bf16 T=1"] = partial(linear, BF16, 256, 1, 1024, 1024)
     cases["linear_sq bf16 small every output"] = partial(linear, BF16, 3, 5, 7, 11, every=True)

@@ -31,6 +31,10 @@ def broken_data():
     yield torch.randn(11, 5), torch.randint(3, (11,))
     yield torch.full((11, 5), torch.nan), torch.randint(3, (11,))
 
+def interrupted_data():
+    yield torch.randn(11, 5), torch.randint(3, (11,))
+    raise KeyboardInterrupt
+
 def no_data():
     return []
 
@@ -97,7 +101,7 @@ def test_info_without_timing(module):
     [
         ("nowhere", "must be module:function, got 'nowhere'"),
         ("no_such_module:model", "there is no module 'no_such_module' here"),
-        ("{module}:modle", "has no 'modle'; its functions: ['broken_data', 'data', 'model'"),
+        ("{module}:modle", "has no 'modle'; its functions: ['broken_data', 'data', 'interrupted_data'"),
         ("{module}:value", "must be a function, got int"),
         ("{module}:number", "must return a torch.nn.Module, got int"),
     ],
@@ -120,9 +124,10 @@ def test_info_shows_fisherfasts_own_errors_alone(module):
     assert "data must yield at least one batch, got none" in result.output and "Traceback" not in result.output
 
 
-def test_info_keeps_what_it_measured(module, tmp_path):
-    result = info(module, data="broken_data")
-    assert result.exit_code == 2
+@pytest.mark.parametrize(("data", "code"), [("broken_data", 2), ("interrupted_data", 130)])
+def test_info_keeps_what_it_measured(module, tmp_path, data, code):
+    result = info(module, data=data)
+    assert result.exit_code == code and "Traceback" not in result.output
     assert "kept the 11 samples measured so far" in result.output
     assert ff.load(tmp_path / "out" / "partial.safetensors").num_samples == 11
 

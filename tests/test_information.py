@@ -292,8 +292,9 @@ def test_missing_parameters_are_listed_and_warned_of():
     net, F = two_layers()
     partial = {name: f for name, f in F.diagonal().items() if name != "2.bias"}
     F = DiagonalFisher(partial, num_samples=11, coverage={"2.bias": "missing: no rule"})
-    with pytest.warns(FisherWarning, match=r"exclude parameters that the Fisher lacks: \['2.bias'\]"):
+    with pytest.warns(FisherWarning, match=r"exclude parameters that the Fisher lacks: \['2.bias'\]") as caught:
         info = information_in_weights(F, net, prior_scale=0.1, beta=1e-3)
+    assert caught[0].filename == __file__
     assert info.excluded == ("2.bias",)
     assert info.parameters == 63
     assert "2.bias" in str(info)

@@ -8,6 +8,8 @@ sums the answer must be equal to the last bit; that is how options, layouts and 
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -56,6 +58,11 @@ class Shape(NamedTuple):
 TARGETS = [Target(op, b, d) for op in OP_NAMES for d in DEVICES for b in _backend.OPS[op].usable(d)]
 PRIMES = Shape(3, 5, 7, 11)
 SHAPES = [PRIMES, Shape(1, 1, 1, 1), Shape(13, 1, 7, 11), Shape(2, 32, 64, 128), Shape(3, 37, 131, 67), Shape(71, 2, 17, 5)]
+
+
+def targets_of(op: str) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("target", [t for t in TARGETS if t.op == op], ids=str)
+
 
 every_target = pytest.mark.parametrize("target", TARGETS, ids=str)
 
@@ -299,10 +306,8 @@ def test_empty_ragged(target):
     assert_equal(case, before, outputs)
 
 
-@every_target
+@targets_of("scale_sq_")
 def test_x_may_be_absent(target):
-    if target.op != "scale_sq_":
-        pytest.skip("only scale_sq_ takes x = None")
     case = replace(problem(target, integers=True), first=None)
     outputs = case.outputs(integers=True)
     before = copies(outputs)
@@ -312,10 +317,8 @@ def test_x_may_be_absent(target):
 
 @pytest.mark.parametrize("ragged", [False, True], ids=["uniform", "ragged"])
 @pytest.mark.parametrize("row", [0, 10])
-@every_target
+@targets_of("embedding_sq_")
 def test_padding_row_is_left_out(target, row, ragged):
-    if target.op != "embedding_sq_":
-        pytest.skip("only embedding_sq_ has a padding row")
     case = replace(problem(target, integers=True, ragged=ragged), padding_idx=row)
     case.first[..., 1] = row
     case.g[case.first == row] = float("nan")  # and not even read into a result
@@ -521,8 +524,8 @@ def test_rejects(op, rule):
 @pytest.mark.parametrize("bounds", [[0, 9, 5, 15], [1, 5, 9, 15], [0, 5, 9, 14]], ids=["falls", "starts_late", "ends_early"])
 @every_target
 def test_rejects_offsets_that_do_not_cover_the_rows(target, bounds):
-    if target.device == "cuda":
-        pytest.skip("on a GPU this is a device assertion, which ends the process' CUDA context")
+    if target.device == "cuda" and target.backend != "reference":
+        pytest.skip("a device assertion, which ends the process' CUDA context: test_device_assertions asks in another process")
     case = problem(target)
     case = replace(case, first=case.first.flatten(0, 1), g=case.g.flatten(0, 1), offsets=torch.tensor(bounds))
     with pytest.raises((ValueError, RuntimeError), match="offsets"):
@@ -530,16 +533,33 @@ def test_rejects_offsets_that_do_not_cover_the_rows(target, bounds):
 
 
 @pytest.mark.parametrize("bad", [-1, 11])
-@every_target
+@targets_of("embedding_sq_")
 def test_rejects_ids_out_of_range(target, bad):
-    if target.op != "embedding_sq_":
-        pytest.skip("only embedding_sq_ has ids")
-    if target.device == "cuda":
-        pytest.skip("on a GPU this is a device assertion, which ends the process' CUDA context")
+    if target.device == "cuda" and target.backend != "reference":
+        pytest.skip("a device assertion, which ends the process' CUDA context: test_device_assertions asks in another process")
     case = problem(target)
     case.first[1, 2] = bad
     with pytest.raises((ValueError, RuntimeError), match="ids must lie in"):
         case.run(target.backend, case.outputs())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("bad", ["ids", "offsets"])
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_device_assertions(backend, bad):
+    if backend not in _backend.OPS["embedding_sq_"].usable("cuda"):
+        pytest.skip(_backend.OPS["embedding_sq_"].unavailable(backend, "cuda"))
+    code = f"""
+import torch, fisherfast as ff
+ids, offsets = torch.zeros(6, dtype=torch.int64, device="cuda"), torch.tensor([0, 3, 6], device="cuda")
+{bad}[1] = 1000
+with ff.backend({backend!r}):
+    ff.ops.embedding_sq_(torch.zeros(5, 7, device="cuda"), ids, torch.ones(6, 7, device="cuda"), offsets=offsets)
+torch.cuda.synchronize()
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.returncode != 0 and "device-side assert" in run.stderr, run.stderr
 
 
 # ---- any shape

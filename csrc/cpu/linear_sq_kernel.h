@@ -11,7 +11,6 @@ constexpr int64_t kRun = 32;     // most samples in a block of rows, and most ro
 constexpr int64_t kFlush = 32;   // blocks added up in the tile before it goes to acc
 constexpr int kDirect = 4;       // most samples of a block that are added straight to the tile
 constexpr int kCells = kBlockRows * kBlockVectors;
-constexpr int64_t kMaxPanels = kMaxTileRows / kBlockRows;
 
 template <class R>
 struct Lanes {
@@ -21,9 +20,9 @@ struct Lanes {
   typedef R Unaligned __attribute__((vector_size(kVectorBytes), aligned(alignof(R)), may_alias));
 };
 
-// kBlockRows columns of g, or kBlockVectors vectors of x: in place, or packed with the panel's width as stride.
+// Rows of an operand, in place or packed.
 template <class R>
-struct Panel {
+struct Matrix {
   const R* data;
   int64_t stride;
 };
@@ -50,7 +49,7 @@ struct Target {
 
 // Every loop over c is unrolled, or GCC keeps c in memory.
 template <class R>
-[[gnu::noinline]] void micro_kernel(Panel<R> g, Panel<R> x, const Block& block, const float* weight, Target<R> target) {
+[[gnu::noinline]] void micro_kernel(Matrix<R> g, Matrix<R> x, const Block& block, const float* weight, Target<R> target) {
   using Vector = typename Lanes<R>::Vector;
   using Unaligned = typename Lanes<R>::Unaligned;
   for (int s = 0; s < block.count; ++s) {
@@ -61,6 +60,7 @@ template <class R>
 #pragma GCC unroll 32
     for (int k = 0; k < kCells; ++k) c[k] = Vector{};
     for (int64_t t = 0; t < segment.rows; ++t, g_row += g.stride, x_row += x.stride) {
+      __builtin_prefetch(g_row + kBlockRows);
       Vector b[kBlockVectors];
 #pragma GCC unroll 32
       for (int j = 0; j < kBlockVectors; ++j) b[j] = reinterpret_cast<const Unaligned*>(x_row)[j];
@@ -132,51 +132,59 @@ struct Cursor {
   }
 };
 
-// One operand of a tile, brought to panels of kWidth columns.
+// Columns [begin, end) of an operand, brought to whole panels of kWidth columns.
 template <class S, int64_t kWidth>
 struct Operand {
   using R = compute_t<S>;
   const Rows<S>& rows;
   const Samples& samples;
-  int64_t begin, end;  // columns
+  int64_t begin, end;
   bool squared;
   const float* weight;  // per row, or null
   R* packed;
 
   int64_t panels() const { return (end - begin + kWidth - 1) / kWidth; }
 
-  bool in_place(const Block& block) const {
-    return std::is_same_v<S, R> && (block.count == 1 || rows.even(samples)) && rows.stride_d == 1 && !squared && !weight;
+  // An odd number of cache lines, so that rows do not compete for the same places in the cache.
+  int64_t packed_stride() const {
+    constexpr int64_t kLine = 64 / sizeof(R);
+    return ((panels() * kWidth + kLine - 1) / kLine | 1) * kLine;
   }
 
-  Panel<R> panel(const Block& block, int64_t index) const {
-    const int64_t column = begin + index * kWidth;
-    const int64_t width = std::min(kWidth, end - column);
+  Matrix<R> matrix(const Block& block) const {
     if constexpr (std::is_same_v<S, R>) {
+      const bool whole = (end - begin) % kWidth == 0 && rows.stride_d == 1 && !squared && !weight;
       const Segment& first = block.segments[0];
-      if (width == kWidth && in_place(block))
-        return {rows.sample(samples, first.n) + first.t * rows.stride_t + column, rows.stride_t};
+      if (whole && (block.count == 1 || rows.even(samples)))
+        return {rows.sample(samples, first.n) + first.t * rows.stride_t + begin, rows.stride_t};
     }
-    R* out = packed + index * kWidth * kDepth;
-    for (int s = 0; s < block.count; ++s) pack(block.segments[s], column, width, out + block.segments[s].row * kWidth);
-    return {out, kWidth};
+    for (int s = 0; s < block.count; ++s) pack(block.segments[s]);
+    return {packed, packed_stride()};
   }
 
-  void pack(const Segment& segment, int64_t column, int64_t width, R* out) const {
-    const S* row = rows.sample(samples, segment.n) + segment.t * rows.stride_t + column * rows.stride_d;
-    for (int64_t t = segment.t; t < segment.t + segment.rows; ++t, row += rows.stride_t, out += kWidth) {
-      if (rows.stride_d == 1 && width == kWidth) {
-        for (int64_t c = 0; c < kWidth; ++c) out[c] = widen(row[c]);
-      } else {
-        for (int64_t c = 0; c < width; ++c) out[c] = widen(row[c * rows.stride_d]);
-        for (int64_t c = width; c < kWidth; ++c) out[c] = 0;
-      }
+  void pack(const Segment& segment) const {
+    const int64_t stride = packed_stride();
+    const S* row = rows.sample(samples, segment.n) + segment.t * rows.stride_t + begin * rows.stride_d;
+    R* out = packed + segment.row * stride;
+    for (int64_t t = segment.t; t < segment.t + segment.rows; ++t, row += rows.stride_t, out += stride) {
       const R w = weight ? weight[t] : R(1);
-      if (squared)
-        for (int64_t c = 0; c < kWidth; ++c) out[c] *= out[c] * w;
-      else if (weight)
-        for (int64_t c = 0; c < kWidth; ++c) out[c] *= w;
+      if (rows.stride_d == 1) {
+        pack_row(row, std::integral_constant<int64_t, 1>(), w, out);
+      } else {
+        pack_row(row, rows.stride_d, w, out);
+      }
     }
+  }
+
+  template <class Stride>
+  void pack_row(const S* row, Stride stride, R w, R* out) const {
+    const int64_t width = end - begin;
+    if (squared) {
+      for (int64_t c = 0; c < width; ++c) out[c] = widen(row[c * stride]) * widen(row[c * stride]) * w;
+    } else {
+      for (int64_t c = 0; c < width; ++c) out[c] = widen(row[c * stride]) * w;
+    }
+    for (int64_t c = width; c < panels() * kWidth; ++c) out[c] = 0;
   }
 };
 
@@ -214,7 +222,7 @@ struct Tile {
   void allocate() {
     const int64_t sizes[] = {problem.squares.sink ? cells() : 0, problem.sums.sink ? cells() : 0,
                              problem.longest > kDepth ? cells() : 0};
-    const int64_t g_size = g.panels() * kBlockRows * kDepth, x_size = x.panels() * Lanes<R>::columns * kDepth;
+    const int64_t g_size = g.packed_stride() * kDepth, x_size = x.packed_stride() * kDepth;
     const int64_t vectors = sizes[0] + sizes[1] + sizes[2];
     auto* memory = static_cast<Vector*>(scratch(vectors * sizeof(Vector) + (g_size + x_size) * sizeof(R)));
     std::memset(static_cast<void*>(memory), 0, vectors * sizeof(Vector));
@@ -227,20 +235,20 @@ struct Tile {
   }
 
   void multiply(const Block& block) const {
-    Panel<R> g_panels[kMaxPanels];
-    for (int64_t p = 0; p < g.panels(); ++p) g_panels[p] = g.panel(block, p);
+    const Matrix<R> g_rows = g.matrix(block), x_rows = x.matrix(block);
     const float* weight = problem.product ? nullptr : problem.weight;
     int64_t cell = 0;
     for (int64_t q = 0; q < x.panels(); ++q) {
-      const Panel<R> x_panel = x.panel(block, q);
+      const Matrix<R> x_panel{x_rows.data + q * Lanes<R>::columns, x_rows.stride};
       for (int64_t p = 0; p < g.panels(); ++p, cell += kCells) {
+        const Matrix<R> g_panel{g_rows.data + p * kBlockRows, g_rows.stride};
         const Target<R> here{at(target.squares, cell), at(target.sums, cell), at(target.carry, cell), target.norms};
         if (block.count <= kDirect) {
-          micro_kernel<R>(g_panels[p], x_panel, block, weight, here);
+          micro_kernel<R>(g_panel, x_panel, block, weight, here);
           continue;
         }
         Vector squares[kCells]{}, sums[kCells]{};
-        micro_kernel<R>(g_panels[p], x_panel, block, weight,
+        micro_kernel<R>(g_panel, x_panel, block, weight,
                         {here.squares ? squares : nullptr, here.sums ? sums : nullptr, here.carry, here.norms});
         for (int k = 0; k < kCells && here.squares; ++k) here.squares[k] += squares[k];
         for (int k = 0; k < kCells && here.sums; ++k) here.sums[k] += sums[k];

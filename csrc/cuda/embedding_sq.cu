@@ -74,9 +74,21 @@ __device__ int64_t run_end(const int64_t* keys, int64_t begin, int64_t M, int64_
   return high;
 }
 
+// Kahan's sum: a frequent token occurs in thousands of samples, and a plain sum would lose more with each.
+template <typename Real>
+struct Compensated {
+  Real sum, excess;
+
+  __device__ void add(Real value) {
+    const Real corrected = value - excess, next = sum + corrected;
+    excess = (next - sum) - corrected;
+    sum = next;
+  }
+};
+
 template <typename Real>
 struct Sums {
-  Real square[kLane], total[kLane];
+  Compensated<Real> square[kLane], total[kLane];
 };
 
 // One warp's part of an id's gradient over one tile: all samples whose run begins in [begin, end).
@@ -101,8 +113,8 @@ __device__ Sums<compute_t<In>> sum_samples(const RunParams<In>& p, int64_t begin
 #pragma unroll
     for (int j = 0; j < kLane; ++j) {
       const Real square = gradient[j] * gradient[j];
-      sums.square[j] += w * square;
-      sums.total[j] += w * gradient[j];
+      sums.square[j].add(w * square);
+      sums.total[j].add(w * gradient[j]);
       norm += square;
     }
     if (p.norms) {
@@ -118,8 +130,8 @@ __device__ void emit(const RunParams<In>& p, int64_t id, int64_t tile, const Sum
   for (int j = 0; j < kLane; ++j) {
     const int64_t feature = tile * kTile + threadIdx.x % 32 + 32 * j;
     if (feature >= p.g.width) return;
-    p.acc.add(id * p.g.width + feature, p.scale * sums.square[j]);
-    if (p.total.data) p.total.add(id * p.g.width + feature, sums.total[j]);
+    p.acc.add(id * p.g.width + feature, p.scale * sums.square[j].sum);
+    if (p.total.data) p.total.add(id * p.g.width + feature, sums.total[j].sum);
   }
 }
 
@@ -150,8 +162,8 @@ __global__ void __launch_bounds__(kThreads) runs_kernel(const __grid_constant__ 
       Sums<Real> sums = shared[0][lane];
       for (int w = 1; w < kWarps; ++w)
         for (int j = 0; j < kLane; ++j) {
-          sums.square[j] += shared[w][lane].square[j];
-          sums.total[j] += shared[w][lane].total[j];
+          sums.square[j].add(shared[w][lane].square[j].sum);
+          sums.total[j].add(shared[w][lane].total[j].sum);
         }
       emit(p, id, tile, sums);
     }

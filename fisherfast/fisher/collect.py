@@ -73,14 +73,13 @@ class collect:
             run.check_finite(loss, loss, "the loss")
             if not self._established:
                 self._establish(loss)
-            calls = capture.calls(loss)
-            fresh = not any(call.counted for call, _ in calls)
             with run.transaction(N, passes=1):
                 # The loop over samples needs the graph after this pass; whether it is needed is known only then.
-                run.passes.run(loss, [Pass(torch.ones_like(loss))], 1, keep=True if self._may_loop else retain_graph)
+                calls = run.passes.run(loss, [Pass(torch.ones_like(loss))], 1, keep=True if self._may_loop else retain_graph)
                 self._established = self._established and not run.passes.undetermined
                 self._loop(loss)
-            for call, _ in calls:
+            fresh = not any(call.counted for call in calls)
+            for call in calls:
                 call.counted = True
             run.num_samples += N if fresh else 0
             run.num_positions += N if fresh else 0

@@ -39,7 +39,7 @@ def by_layer(info: Information) -> Any:
 def _bars(axes: Any, names: list[str], nats: list[float]) -> None:
     bars = axes.barh(names, nats, color=_BLUE, height=0.7)
     axes.bar_label(bars, labels=[f"{value:,.4g}" for value in nats], padding=3, fontsize=8)
-    axes.margins(x=0.12)
+    axes.margins(x=0.2)
 
 
 def _points(axes: Any, names: list[str], traces: list[float]) -> None:
@@ -52,6 +52,6 @@ def _points(axes: Any, names: list[str], traces: list[float]) -> None:
     axes.plot([trace for _, trace in shown], [name for name, _ in shown], "o", color=_VERMILLION, markersize=7)
     for name, trace in zip(names, traces, strict=True):
         at = {"xy": (trace, name)} if trace > 0 else {"xy": (0, name), "xycoords": ("axes fraction", "data")}
-        axes.annotate(f"{trace:.2g}", **at, xytext=(7, 0), textcoords="offset points", va="center", fontsize=8)
+        axes.annotate(f"{trace:.3g}", **at, xytext=(7, 0), textcoords="offset points", va="center", fontsize=8)
     axes.grid(axis="both", color="0.9", linewidth=0.8)
     axes.set_axisbelow(True)

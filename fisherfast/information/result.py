@@ -50,14 +50,10 @@ class LayerInformation:
 class Information:
     """The information in a network's weights; made by ``information_in_weights``, which says what the numbers mean.
 
-    ``nats`` is ``kl`` for ``variant="exact"`` and the printed eq. 8 for ``variant="paper"``. ``lagrangian_rise`` is what
-    coarse weights cost in all, in units of the mean loss: ``1/2 tr(F Sigma) + beta kl``. ``complexity`` adds the loss to
-    it and is None where no loss was given. ``excluded`` names the parameters the Fisher lacks.
+    ``nats`` is ``kl`` for ``variant="exact"`` and the printed eq. 8 for ``variant="paper"``. ``prior_scale`` is as given,
+    ``prior_scales`` what it came to for each parameter. ``excluded`` names the parameters the Fisher lacks.
     """
 
-    nats: float
-    kl: float
-    lagrangian_rise: float
     layers: Mapping[str, LayerInformation] = field(repr=False)
     beta: float
     prior_scale: float | Mapping[str, float] | str
@@ -69,9 +65,24 @@ class Information:
     fisher: Fisher = field(repr=False)
 
     @property
+    def nats(self) -> float:
+        """The information in the weights: ``kl``, or the printed eq. 8."""
+        return math.fsum(layer.nats for layer in self.layers.values())
+
+    @property
     def bits(self) -> float:
         """``nats / log 2``."""
         return self.nats / math.log(2)
+
+    @property
+    def kl(self) -> float:
+        """``KL(Q || P)`` at the Sigma of this variant."""
+        return math.fsum(layer.kl for layer in self.layers.values())
+
+    @property
+    def lagrangian_rise(self) -> float:
+        """``1/2 tr(F Sigma) + beta kl``: what coarse weights cost in all, in units of the mean loss."""
+        return self.temperature / 2 * math.fsum(layer.effective_dimension for layer in self.layers.values()) + self.beta * self.kl
 
     @property
     def parameters(self) -> int:
@@ -136,7 +147,8 @@ class Information:
         F = self.fisher
         return (
             f"beta = {self.beta:.3g}, prior scale {self.prior_in_words()}, {self.variant} formulas, "
-            f"k = {self.parameters:,} weights, N = {F.num_samples:,} samples, {F.provenance.fisher_type} Fisher, {F.structure}"
+            f"k = {self.parameters:,} weights, N = {F.num_samples:,} samples, "
+            f"Fisher {F.provenance.fisher_type or 'of unknown type'}, {F.structure}"
         )
 
     def __str__(self) -> str:

@@ -67,25 +67,16 @@ def information_in_weights(
     temperature = beta if variant == "exact" else beta / 2
     summaries = F.by_layer()
     scales = {} if isinstance(prior_scale, str) else _prior.given(prior_scale, summaries)
-    excluded = tuple(name for name, how in F.coverage.items() if how.startswith("missing"))
     weights, centers = _tensors(model), None if center is None else _tensors(center)
-    _check_names(F, model, weights, excluded)
-    if centers is not None:
-        _check_center(F, weights, centers)
+    excluded = _check_names(F, model, weights)
+    _check_center(F, weights, centers)
     measured: dict[str, LayerInformation] = {}
     for layer, blocks in _blocks_by_layer(F, summaries, weights, centers):
         if isinstance(prior_scale, str):
             scales |= dict.fromkeys(summaries[layer].parameters, _fitted(blocks, temperature))
         measured[layer] = _measure(summaries[layer], blocks, scales, temperature, variant)
-    if excluded:
-        message = f"information_in_weights: the nats exclude parameters that the Fisher lacks: {list(excluded)}"
-        warnings.warn(message, FisherWarning, stacklevel=2)
     kl = math.fsum(layer.kl for layer in measured.values())
-    dimension = math.fsum(layer.effective_dimension for layer in measured.values())
     return Information(
-        nats=math.fsum(layer.nats for layer in measured.values()),
-        kl=kl,
-        lagrangian_rise=temperature / 2 * dimension + beta * kl,
         layers={name: replace(measured[name], share=measured[name].kl / kl if kl else 0.0) for name in summaries},
         beta=beta,
         prior_scale=prior_scale,
@@ -110,8 +101,9 @@ def _tensors(source: Weights) -> dict[str, Tensor]:
     return dict(unwrapped(source).named_parameters()) if isinstance(source, nn.Module) else dict(source)
 
 
-def _check_names(F: Fisher, model: Weights, weights: Mapping[str, Tensor], excluded: tuple[str, ...]) -> None:
-    """Raise ValueError unless F and the model name the same parameters, but for those F says it lacks."""
+def _check_names(F: Fisher, model: Weights, weights: Mapping[str, Tensor]) -> tuple[str, ...]:
+    """The parameters F says it lacks, warned of; raise ValueError unless F and the model name the same others."""
+    excluded = tuple(name for name, how in F.coverage.items() if how.startswith("missing"))
     if lacking := [name for name in F.names if name not in weights]:
         raise ValueError(f"information_in_weights: model must hold every parameter of F, lacks {lacking}")
     covered = {*F.names, *F.aliases, *excluded}
@@ -119,10 +111,17 @@ def _check_names(F: Fisher, model: Weights, weights: Mapping[str, Tensor], exclu
     wanted = [name for name, tensor in weights.items() if tensor.requires_grad or not isinstance(model, nn.Module)]
     if unknown := [name for name in wanted if name not in covered]:
         raise ValueError(f"information_in_weights: F must cover every parameter of model, lacks {unknown}; leave them out")
+    if excluded:
+        message = f"information_in_weights: the nats exclude parameters that the Fisher lacks: {list(excluded)}"
+        # Past this function, its caller and that one's torch.no_grad: the line that asked for the information.
+        warnings.warn(message, FisherWarning, stacklevel=4)
+    return excluded
 
 
-def _check_center(F: Fisher, weights: Mapping[str, Tensor], centers: Mapping[str, Tensor]) -> None:
-    """Raise ValueError unless the center has every parameter of F in the model's shape."""
+def _check_center(F: Fisher, weights: Mapping[str, Tensor], centers: Mapping[str, Tensor] | None) -> None:
+    """Raise ValueError unless the center, if there is one, has every parameter of F in the model's shape."""
+    if centers is None:
+        return
     if lacking := [name for name in F.names if name not in centers]:
         raise ValueError(f"information_in_weights: center must hold every parameter of F, lacks {lacking}")
     for name in F.names:
