@@ -20,6 +20,7 @@ from fisherfast import _backend
 
 ROOT = Path(__file__).parents[1]
 THREADS = 2
+DISTURBED = 0.05  # of a pair's time spent waiting for a processor; 0 to 2 % on a quiet machine
 PACKAGES = ("torch", "triton", "numpy", "backpack-for-pytorch", "nngeometry", "asdfghjkl", "opacus")
 
 
@@ -33,12 +34,19 @@ def passes(measured: float, plain: float) -> bool:
     return measured <= 2 * plain + 1e-7
 
 
-def paired(benchmark: Any, target: Callable[[], Any], baseline: Callable[[], Any], seconds: float) -> None:
-    """Time baseline, target, baseline, target ... for about ``seconds``; what is kept are the quartiles of the ratios.
+def _waited() -> float:
+    """Seconds the threads of this process stood ready to run and were not run (Linux; elsewhere unknown, so 0)."""
+    return sum(int(stat.read_text().split()[1]) for stat in Path("/proc/self/task").glob("*/schedstat")) * 1e-9
 
-    A neighbour that slows the machine slows both halves of a pair, so the ratio is steadier than either time.
+
+def paired(benchmark: Any, target: Callable[[], Any], baseline: Callable[[], Any], seconds: float) -> None:
+    """Time baseline, target, baseline, target ... for about ``seconds``; what is kept are the quartiles of times and ratios.
+
+    A neighbour that slows the whole machine slows both halves of a pair, so the ratio is steadier than either time. Pairs in
+    which another process took a processor from us are left out; too few others, and there is no number.
     """
     before: list[float] = []
+    waited: list[float] = []
 
     def timed(function: Callable[[], Any]) -> float:
         start = time.perf_counter()
@@ -48,13 +56,28 @@ def paired(benchmark: Any, target: Callable[[], Any], baseline: Callable[[], Any
     def discard() -> None:
         target()
 
+    def setup() -> None:
+        waited.append(_waited())
+        before.append(timed(baseline))
+
+    def teardown() -> None:
+        waited[-1] = _waited() - waited[-1]
+
     for function in (baseline, discard):
         function()
     pair = timed(baseline) + timed(discard)
-    rounds = max(7, min(51, int(seconds / pair)))
-    benchmark.pedantic(discard, setup=lambda: before.append(timed(baseline)), rounds=rounds)
-    ratios = [t / b for t, b in zip(benchmark.stats.stats.data, before, strict=True)]
-    benchmark.extra_info |= {"ratio": quantiles(ratios, n=4), "baseline_seconds": quantiles(before, n=4)[1]}
+    rounds = max(9, min(51, int(seconds / pair)))
+    benchmark.pedantic(discard, setup=setup, teardown=teardown, rounds=rounds)
+    pairs = zip(before, benchmark.stats.stats.data, waited, strict=True)
+    clean = [(b, t) for b, t, w in pairs if w < DISTURBED * (b + t)]
+    assert len(clean) >= 5, f"the machine is busy: {len(clean)} of {rounds} pairs ran undisturbed; leave it alone and repeat"
+    benchmark.extra_info |= {
+        "seconds": quantiles([t for _, t in clean], n=4),
+        "baseline_seconds": quantiles([b for b, _ in clean], n=4)[1],
+        "ratio": quantiles([t / b for b, t in clean], n=4),
+        "rounds": len(clean),
+        "disturbed": rounds - len(clean),
+    }
 
 
 def _native() -> Any:

@@ -28,6 +28,7 @@ LINEAR = """\
 ### `linear_sq_`
 
 GFLOP/s count the products only (2NTIO). A column with x says how many times faster ours is than that route; below 1 we lose.
+The error against float64 is relative to plain torch's (einsum, materialised); the gate is 2.
 The dW GEMM is the sum over samples that an ordinary backward pass computes: a yardstick, not the same result.
 """
 MEMORY = """\
@@ -138,12 +139,13 @@ def _linear(run: dict) -> str:
                 f"{ours['seconds'][1] * 1e3:.2f}",
                 f"{rate:.0f}",
                 f"{100 * rate / ours['fma_peak_gflops']:.0f} %",
+                f"{ours['error'] / ours['plain_error']:.2f}",
                 *(_times(_faster(records, route)) for route in others),
             ]
         )
     gains = [_faster(records, "mm per sample") for records in cases.values()]
     mean = f"\nGeometric mean over mm per sample: {prod(gains) ** (1 / len(gains)):.2f}.\n"
-    return _table(["case", "N T I O", "ms", "GFLOP/s", "of peak", *(f"x {o}" for o in others)], rows, left=2) + mean
+    return _table(["case", "N T I O", "ms", "GFLOP/s", "of peak", "error", *(f"x {o}" for o in others)], rows, left=2) + mean
 
 
 def _memory(run: dict) -> str:

@@ -27,20 +27,13 @@ def measure() -> dict:
         output = Path(folder) / "benchmark.json"
         command = [sys.executable, "-m", "pytest", "-q", *(str(BENCH / f) for f in FILES), f"--benchmark-json={output}"]
         environment = {**os.environ, "PYTHONSAFEPATH": "1"}
-        subprocess.run([*command, "--benchmark-columns=median,iqr,rounds"], cwd=BENCH.parent, env=environment, check=True)
+        subprocess.run([*command, "--benchmark-columns=median,rounds"], cwd=BENCH.parent, env=environment, check=True)
         return json.loads(output.read_text())
 
 
 def trim(full: dict) -> dict:
     """What the page needs and nothing else: quartiles instead of every round, facts instead of the whole environment."""
-    results = [
-        {
-            **benchmark["extra_info"],
-            "seconds": [benchmark["stats"][q] for q in ("q1", "median", "q3")],
-            "rounds": benchmark["stats"]["rounds"],
-        }
-        for benchmark in full["benchmarks"]
-    ]
+    results = [benchmark["extra_info"] for benchmark in full["benchmarks"]]
     return {
         "date": datetime.date.today().isoformat(),
         "machine": full["machine_info"]["fisherfast"],

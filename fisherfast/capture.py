@@ -87,12 +87,11 @@ class _Tap(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor | None) -> tuple[Tensor | None, ...]:
-        if g is not None:
-            ctx.call.capture.heard(ctx.call, g, ctx.saved_tensors)
+        ctx.call.capture.heard(ctx.call, g, ctx.saved_tensors)  # also of no gradient at all: a visit counts
         return (g, None, None, *(None for _ in ctx.saved_tensors))
 
 
-Listener = Callable[[Call, Tensor, tuple[Tensor, ...]], None]
+Listener = Callable[[Call, Tensor | None, tuple[Tensor, ...]], None]
 
 
 class Capture(TorchFunctionMode):
@@ -135,7 +134,7 @@ class Capture(TorchFunctionMode):
         """Stop tracking a parameter."""
         del self._by_id[id(self.tracked.pop(name).parameter)]
 
-    def heard(self, call: Call, g: Tensor, saved: tuple[Tensor, ...]) -> None:
+    def heard(self, call: Call, g: Tensor | None, saved: tuple[Tensor, ...]) -> None:
         """Pass a tap's gradient on to the listener of the current backward pass."""
         if self.listener is None:
             raise RuntimeError(
@@ -287,8 +286,7 @@ def refuse_train_mode(model: nn.Module) -> None:
         if module.training
         and (
             isinstance(module, nn.modules.batchnorm._BatchNorm)
-            or (isinstance(module, nn.modules.dropout._DropoutNd)
-            and module.p > 0)
+            or (isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0)
         )
     ]
     if culprits:

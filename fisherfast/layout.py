@@ -61,9 +61,6 @@ class Layout:
         return index.view([-1 if a == self.axis else 1 for a in range(len(lead))])
 
 
-WHOLE = Layout(0, Kind.SAMPLE_MAJOR)  # for N = 1: every row belongs to the one sample
-
-
 def candidates(lead: tuple[int, ...], N: int) -> list[Layout]:
     """All layouts that rows with leading axes ``lead`` allow."""
     every = [Layout(axis, kind) for kind in Kind for axis in range(len(lead))]

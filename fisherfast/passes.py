@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fisherfast.capture import Call, CallUse, Capture, Listener, Tracked
-from fisherfast.layout import WHOLE, Evidence, masks
+from fisherfast.layout import Evidence, masks
 from fisherfast.rules import Form, Rows
 
 
@@ -85,9 +85,10 @@ class Passes:
         evidence: defaultdict[tuple[str, int], Evidence] = defaultdict(Evidence)
         for mask in masks(N, root.device):
 
-            def see(call: Call, g: Tensor, saved: tuple[Tensor, ...], mask: Tensor = mask) -> None:
-                for use in call.uses:
-                    evidence[use.key].see(_rows(use, g, saved)[1], mask)
+            def see(call: Call, g: Tensor | None, saved: tuple[Tensor, ...], mask: Tensor = mask) -> None:
+                if g is not None:
+                    for use in call.uses:
+                        evidence[use.key].see(_rows(use, g, saved)[1], mask)
 
             chosen = cotangent * mask.to(cotangent.dtype).view(-1, *(1,) * (cotangent.dim() - 1))
             self._backward(root, chosen, see, keep=True)
@@ -129,13 +130,13 @@ class Passes:
         visited: defaultdict[str, int] = defaultdict(int)
         waiting: defaultdict[str, list[Rows]] = defaultdict(list)
 
-        def listen(call: Call, g: Tensor, saved: tuple[Tensor, ...]) -> None:
+        def listen(call: Call, g: Tensor | None, saved: tuple[Tensor, ...]) -> None:
             for use in call.uses:
                 if use.tracked.loop_reason is not None:
                     continue
                 name = use.tracked.name
                 visited[name] += 1
-                rows = self._samples_first(use, _rows(use, g, saved), N)
+                rows = None if g is None else self._samples_first(use, _rows(use, g, saved), N)
                 if rows is not None:
                     waiting[name].append(rows)
                 if visited[name] == expected[name] and name not in self.undetermined:
@@ -152,14 +153,14 @@ class Passes:
     def _samples_first(self, use: CallUse, rows: Rows, N: int) -> Rows | None:
         """Rows as ``[N, T, ...]``, or None where g is zero or its layout is unknown (then noted as undetermined)."""
         x, g = rows
-        layout = WHOLE if N == 1 else self.capture.layouts.get(use.key)
+        if N == 1:
+            return (None if x is None else x.reshape(1, -1, x.shape[-1])), g.reshape(1, -1, g.shape[-1])
+        layout = self.capture.layouts.get(use.key)
         if layout is None:
             if bool((g != 0).any()):
                 self.undetermined.add(use.tracked.name)
             return None
         lead = tuple(g.shape[:-1])
-        if N == 1:
-            return (None if x is None else x.reshape(1, -1, x.shape[-1])), g.reshape(1, -1, g.shape[-1])
         if not layout.fits(lead, N):
             raise ValueError(
                 f"{use.tracked.name}: rows must hold the batch's {N} samples along axis {layout.axis} ({layout.kind.value}, as the "
@@ -201,8 +202,7 @@ class Passes:
 
 
 def _rows(use: CallUse, g: Tensor, saved: tuple[Tensor, ...]) -> Rows:
-    with torch.no_grad():
-        return use.form.rows(g, tuple(saved[i] for i in use.picks))
+    return use.form.rows(g, tuple(saved[i] for i in use.picks))
 
 
 def conclude(capture: Capture, evidence: dict[tuple[str, int], Evidence]) -> set[str]:

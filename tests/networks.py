@@ -145,17 +145,23 @@ COVERED = {
         tokens,
     ),
     "layer-scale": (
-        lambda: Wrapped(lambda m, x: m.head(m.first(x).tanh() * m.scale), first=nn.Linear(I, D), scale=parameter(D), head=nn.Linear(D, C)),
+        lambda: Wrapped(
+            lambda m, x: m.head(m.first(x).tanh() * m.scale), first=nn.Linear(I, D), scale=parameter(D), head=nn.Linear(D, C)
+        ),
         sequences,
     ),
     "channel-scale": (
         lambda: Wrapped(
-            lambda m, x: m.head((x.unsqueeze(1) * m.scale).tanh().flatten(1)), scale=parameter(D, 1, 1), head=nn.Linear(D * T * I, C)
+            lambda m, x: m.head((x.unsqueeze(1) * m.scale).tanh().flatten(1)),
+            scale=parameter(D, 1, 1),
+            head=nn.Linear(D * T * I, C),
         ),
         lambda n=N: (torch.randn(n, T, I), torch.randint(0, C, (n,))),
     ),
     "scalar-scale": (
-        lambda: Wrapped(lambda m, x: m.head((m.first(x) * m.scale).tanh()), first=nn.Linear(I, D), scale=parameter(), head=nn.Linear(D, C)),
+        lambda: Wrapped(
+            lambda m, x: m.head((m.first(x) * m.scale).tanh()), first=nn.Linear(I, D), scale=parameter(), head=nn.Linear(D, C)
+        ),
         sequences,
     ),
     "raw-matmul": (
@@ -163,15 +169,33 @@ COVERED = {
         sequences,
     ),
     "functional": (
-        lambda: Wrapped(lambda m, x: F.linear(F.linear(x, m.w, m.b).tanh(), m.v), w=parameter(D, I), b=parameter(D), v=parameter(C, D)),
+        lambda: Wrapped(
+            lambda m, x: F.linear(F.linear(x, m.w, m.b).tanh(), m.v), w=parameter(D, I), b=parameter(D), v=parameter(C, D)
+        ),
         vectors,
     ),
     "weight-used-twice": (lambda: Wrapped(_twice, first=nn.Linear(I, D), inner=nn.Linear(D, D), head=nn.Linear(D, C)), sequences),
     "bias-used-twice": (
-        lambda: Wrapped(lambda m, x: m.head((m.first(x) + m.b).tanh() + m.b), first=nn.Linear(I, D), b=parameter(D), head=nn.Linear(D, C)),
+        lambda: Wrapped(
+            lambda m, x: m.head((m.first(x) + m.b).tanh() + m.b), first=nn.Linear(I, D), b=parameter(D), head=nn.Linear(D, C)
+        ),
         sequences,
     ),
 }
+
+# A branch whose output no gradient reaches counts as visited, with gradient zero.
+COVERED["half-used-branch"] = (
+    lambda: Wrapped(
+        lambda m, x: (
+            m.head(m.first(x).tanh()) + 0 * m.idle(x).unbind(-1)[0].unsqueeze(-1).detach() + m.used(x).unbind(-1)[1].unsqueeze(-1)
+        ),
+        first=nn.Linear(I, D),
+        head=nn.Linear(D, C),
+        idle=nn.Linear(I, 2).requires_grad_(False),
+        used=nn.Linear(I, 2),
+    ),
+    sequences,
+)
 
 # the same for parameters that must go to the loop over samples: name -> (builder, data, looped parameters)
 LOOPED = {
@@ -181,7 +205,9 @@ LOOPED = {
         {"0.weight", "0.bias"},
     ),
     "tied-embedding-and-head": (
-        lambda: Wrapped(lambda m, x: F.linear(torch.tanh(m.inner(m.wte(x))), m.wte.weight), wte=nn.Embedding(V, D), inner=nn.Linear(D, D)),
+        lambda: Wrapped(
+            lambda m, x: F.linear(torch.tanh(m.inner(m.wte(x))), m.wte.weight), wte=nn.Embedding(V, D), inner=nn.Linear(D, D)
+        ),
         lambda n=N: (torch.randint(0, V, (n, T)), torch.randint(0, V, (n, T))),
         {"wte.weight"},
     ),

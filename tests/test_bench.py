@@ -27,6 +27,8 @@ def op(route, ratio, op="linear_sq_", case="small"):
         "fma_peak_gflops": 100.0,
         "flops": 5 * 10**7,
         "bytes": 10**6,
+        "error": 3e-7,
+        "plain_error": 4e-7,
         "ratio": [ratio - 0.01, ratio, ratio + 0.01],
         "seconds": [1e-3, 1e-3, 1e-3],
     }
@@ -80,7 +82,7 @@ def test_performance_page_equals_its_results(page):
 def test_performance_page_numbers(page, run, tmp_path):
     (tmp_path / "run.json").write_text(json.dumps(run))
     text = page.render([tmp_path / "run.json"])
-    assert "| small | 2 3 5 7 | 1.00 | 50 | 50 % | 3.00 | 2.00 | 4.00 | - | 0.50 |" in text
+    assert "| small | 2 3 5 7 | 1.00 | 50 | 50 % | 0.75 | 3.00 | 2.00 | 4.00 | - | 0.50 |" in text
     assert "| **ours** | - | 0.90 | [0.89, 0.91] | 30.0 | 27 |" in text
     assert "Geometric mean over mm per sample: 2.00." in text
     assert "data in `run.json`" in text

@@ -64,7 +64,9 @@ def test_looped_use_matches_autograd_and_says_so(name):
     assert oracle.error(stats.result().diagonal(dtype=torch.float64), expected) < EXACT
 
 
-@pytest.mark.parametrize("name", ["mlp-inplace-relu", "linear-sequence", "layer-norm", "embedding", "conv1d-addmm", "weight-used-twice"])
+@pytest.mark.parametrize(
+    "name", ["mlp-inplace-relu", "linear-sequence", "layer-norm", "embedding", "conv1d-addmm", "weight-used-twice"]
+)
 def test_float32_within_numerical_gate(name):
     build, data = networks.COVERED[name]
     model, (x, y) = build(), data(31)
@@ -90,7 +92,10 @@ def test_two_names_of_one_tensor_are_one_parameter():
     model[2].weight = model[0].weight
     result = empirical(model.double(), [(x.double(), y)])
     assert result.names == ("0.weight", "0.bias", "2.bias") and result.aliases == {"2.weight": "0.weight"}
-    assert oracle.error(result.diagonal(dtype=torch.float64), oracle.diagonal(model, [(x.double(), y)], oracle.cross_entropy)) < EXACT
+    assert (
+        oracle.error(result.diagonal(dtype=torch.float64), oracle.diagonal(model, [(x.double(), y)], oracle.cross_entropy))
+        < EXACT
+    )
 
 
 class Snapshot:
@@ -194,7 +199,10 @@ def test_several_backwards_through_one_forward_are_draws():
 
 def test_no_weight_gradient_gemm_runs():
     """The weights are frozen where they are used: autograd never forms a tensor of a weight's shape."""
-    model, batches = nn.Sequential(nn.Linear(37, 41), nn.Tanh(), nn.Linear(41, 43)), [(torch.randn(7, 37), torch.randint(0, 43, (7,)))]
+    model, batches = (
+        nn.Sequential(nn.Linear(37, 41), nn.Tanh(), nn.Linear(41, 43)),
+        [(torch.randn(7, 37), torch.randint(0, 43, (7,)))],
+    )
     products = []
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
@@ -207,4 +215,3 @@ def test_no_weight_gradient_gemm_runs():
     with ff.backend("cpu"), Watch():
         empirical(model, batches)
     assert products and not {(37, 41), (41, 37), (41, 43), (43, 41)} & set(products)
-

@@ -35,7 +35,12 @@ CASES = {
     ),
     "bernoulli": (ff.Bernoulli(), (N, K), lambda: torch.randint(0, 2, (N, K)).double(), F.binary_cross_entropy_with_logits),
     "gaussian": (ff.Gaussian(), (N, K), lambda: torch.randn(N, K).double(), lambda z, y, reduction: (z - y).square().sum() / 2),
-    "gaussian-sigma": (ff.Gaussian(0.3), (N,), lambda: torch.randn(N).double(), lambda z, y, reduction: (z - y).square().sum() / 0.18),
+    "gaussian-sigma": (
+        ff.Gaussian(0.3),
+        (N,),
+        lambda: torch.randn(N).double(),
+        lambda z, y, reduction: (z - y).square().sum() / 0.18,
+    ),
 }
 
 
@@ -70,7 +75,7 @@ def test_columns_survive_saturated_probabilities():
 @pytest.mark.parametrize("name", CASES)
 def test_sampled_score_has_the_model_moments(name):
     """Mean 0 and covariance = Hessian along random directions, within five standard errors of the mean over draws."""
-    likelihood, shape, _, loss = CASES[name]
+    likelihood, shape, _, _ = CASES[name]
     draws, output = 2000, torch.randn(1, *shape[1:], dtype=torch.float64)
     p = predictions(likelihood, output)
     scores = torch.stack([likelihood.sampled(p, seed=3, draw=d).flatten() for d in range(draws)])

@@ -428,6 +428,16 @@ def test_flag_already_set(target, T):
     assert all(torch.equal(outputs[name], before[name]) for name in outputs)
 
 
+@pytest.mark.parametrize("dtype", SHORT, ids=SHORT.get)
+@every_target
+def test_flag_ignores_the_largest_finite_value(target, dtype):
+    case = problem(target, dtype=dtype)
+    case.g[-1, -1, -1] = torch.finfo(dtype).max
+    flag = torch.zeros(1, dtype=torch.int32, device=target.device)
+    case.run(target.backend, case.outputs(torch.float64), flag=flag)
+    assert flag.item() == 0
+
+
 @every_target
 def test_nonfinite_propagates_without_a_flag(target):
     case = problem(target)

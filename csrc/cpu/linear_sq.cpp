@@ -2,10 +2,11 @@
 // acc[o,i] += scale * sum_n w_n (sum_t g[n,t,o] x[n,t,i])^2, the sample gradients never leaving the L2 cache.
 //
 // [O, I] is cut into tiles; a thread takes a tile, walks the samples, and keeps what it adds in its own fp32 copy of the
-// tile. Where T = 1 the squares are taken of g and x instead, and one matrix product over the samples is left.
+// tile. Where T = 1 the squares are taken of g and x first, and one matrix product over the samples is left.
 #include "cpu/linear_sq.h"
 
 #include <atomic>
+#include <memory>
 #include <vector>
 
 #define FISHERFAST_KERNEL "cpu/linear_sq_kernel.h"
@@ -15,6 +16,7 @@ namespace fisherfast {
 namespace {
 
 constexpr int64_t kNormSamples = 1024;  // samples per pass where sqnorm is asked for: bounds its partial sums
+constexpr int64_t kProductsPerThread = 1 << 20;  // with fewer, a second thread does not pay
 constexpr int64_t kNormWorkers = 16;    // tiles do not depend on the number of threads where their sums would
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -22,12 +24,13 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // The cheapest of the few ways to cut [O, I] into tiles that fit: time is that of the busiest worker.
 Tiling plan(int64_t O, int64_t I, int64_t block_rows, int64_t block_columns, int64_t max_rows, int64_t workers) {
   constexpr int64_t kOperandCost = 10;  // bringing an operand's element to the core, in multiply-adds
+  const int64_t more = std::min<int64_t>(workers, 16);
   const int64_t row_blocks = ceil_div(O, block_rows), column_blocks = ceil_div(I, block_columns);
   const int64_t least_down = ceil_div(O, max_rows), least_across = ceil_div(I, kMaxTileColumns / block_columns * block_columns);
   Tiling best{};
   int64_t least = INT64_MAX;
-  for (int64_t down = least_down; down <= std::min(row_blocks, least_down + workers); ++down)
-    for (int64_t across = least_across; across <= std::min(column_blocks, least_across + workers); ++across) {
+  for (int64_t down = least_down; down <= std::min(row_blocks, least_down + more); ++down)
+    for (int64_t across = least_across; across <= std::min(column_blocks, least_across + more); ++across) {
       const int64_t rows = ceil_div(row_blocks, down) * block_rows, columns = ceil_div(column_blocks, across) * block_columns;
       const int64_t tiles = ceil_div(O, rows) * ceil_div(I, columns);
       const int64_t cost = ceil_div(tiles, workers) * (rows * columns + kOperandCost * (rows + columns));
@@ -39,13 +42,20 @@ Tiling plan(int64_t O, int64_t I, int64_t block_rows, int64_t block_columns, int
   return best;
 }
 
+// A tile is as high as its buffers (sums and an unfinished sample want their own) leave room for in L2.
+template <class R>
+int64_t max_rows(int64_t buffers) {
+  return kMaxTileRows * static_cast<int64_t>(sizeof(float)) / (static_cast<int64_t>(sizeof(R)) * buffers);
+}
+
 template <class S>
-void run(LinearProblem<S>& problem, const Sink& sqnorm, int64_t first_sample) {
+void run(LinearProblem<S> problem, const Sink& sqnorm, int64_t first_sample) {
   const LinearKernel<S> kernel = FISHERFAST_PICK(linear_kernel<S>)();
-  const int64_t threads = torch::stable::get_num_threads();
-  const int64_t buffers = (problem.squares.sink && problem.sums.sink) + (problem.longest > 128) + 1;
+  const int64_t products = problem.samples.M * problem.g.width * problem.x.width;
+  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), 1 + products / kProductsPerThread);
+  const int64_t buffers = (problem.squares.sink && problem.sums.sink) + (problem.longest > kDepth) + 1;
   problem.tiling = plan(problem.g.width, problem.x.width, kernel.block_rows, kernel.block_columns,
-                        std::max(kernel.block_rows, kMaxTileRows / buffers), sqnorm ? kNormWorkers : threads);
+                        max_rows<compute_t<S>>(buffers), sqnorm ? kNormWorkers : threads);
   const int64_t tiles = problem.tiling.down * problem.tiling.across, N = problem.samples.N;
   std::vector<double> norms(sqnorm ? tiles * N : 0);
   if (sqnorm) problem.norms = norms.data();
@@ -89,28 +99,54 @@ double row_square(const Rows<S>& rows, int64_t n) {
   return sum;
 }
 
-// T = 1: a sample gradient is the outer product g_n x_n^T.
+// Owns a copy of some rows of a T = 1 input, in the type of the products: squared or not, and weighted.
+template <class R>
+struct Copy {
+  std::unique_ptr<R[]> memory;
+  Rows<R> rows;
+};
+
 template <class S>
-void outer_products(LinearProblem<S> problem, const Sink& sqnorm) {
+Copy<compute_t<S>> copy(const Rows<S>& rows, int64_t first, int64_t count, bool squared, const float* weight) {
+  using R = compute_t<S>;
+  const int64_t width = rows.width;
+  Copy<R> result{std::unique_ptr<R[]>(new R[count * width]), {}};
+  result.rows = {result.memory.get(), 0, width, 1, width};
+  torch::stable::parallel_for(0, count, 1 + 16384 / width, [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r) {
+      const S* in = rows.data + (first + r) * rows.stride_n;
+      R* out = result.memory.get() + r * width;
+      const R w = weight ? weight[first + r] : R(1);
+      for (int64_t d = 0; d < width; ++d) out[d] = widen(in[d * rows.stride_d]);
+      for (int64_t d = 0; d < width; ++d) out[d] *= squared ? out[d] * w : w;
+    }
+  });
+  return result;
+}
+
+// T = 1: a sample gradient is the outer product g_n x_n^T. What is left is a product of matrices, which for the kernel is the
+// sum over few samples of many rows each.
+template <class S>
+void outer_products(const LinearProblem<S>& problem, const Sink& sqnorm) {
+  constexpr int64_t kRows = 1024;  // copied at once: bounds the workspace
   const int64_t N = problem.samples.N;
-  if (sqnorm) {
-    torch::stable::parallel_for(0, N, 16, [&](int64_t begin, int64_t end) {
-      for (int64_t n = begin; n < end; ++n) add_to(sqnorm, n, row_square(problem.g, n) * row_square(problem.x, n));
-    });
+  for (int64_t first = 0; first < N; first += kRows) {
+    const int64_t count = std::min(kRows, N - first);
+    std::vector<int64_t> offsets;
+    for (int64_t row = 0; row < count; row += kRun) offsets.push_back(row);
+    offsets.push_back(count);
+    const Samples runs{static_cast<int64_t>(offsets.size()) - 1, 0, count, offsets.data()};
+    for (const bool squared : {true, false}) {
+      const LinearOutput& output = squared ? problem.squares : problem.sums;
+      if (!output.sink) continue;
+      const auto g = copy(problem.g, first, count, squared, problem.weight), x = copy(problem.x, first, count, squared, nullptr);
+      run(LinearProblem<compute_t<S>>{g.rows, x.rows, runs, nullptr, {}, output, nullptr, {}, kRun}, {}, 0);
+    }
   }
-  problem.samples = {1, N, N, nullptr};
-  problem.g.stride_t = problem.g.stride_n;
-  problem.x.stride_t = problem.x.stride_n;
-  problem.product = true;
-  const LinearOutput squares = problem.squares, sums = problem.sums;
-  problem.squares = {};
-  problem.sums = squares;
-  problem.squared = true;
-  run(problem, {}, 0);
-  if (!sums.sink) return;
-  problem.sums = sums;
-  problem.squared = false;
-  run(problem, {}, 0);
+  if (!sqnorm) return;
+  torch::stable::parallel_for(0, N, 16, [&](int64_t begin, int64_t end) {
+    for (int64_t n = begin; n < end; ++n) add_to(sqnorm, n, row_square(problem.g, n) * row_square(problem.x, n));
+  });
 }
 
 void linear_sq(Tensor acc, Tensor x, Tensor g, double scale, OptionalTensor weight, OptionalTensor offsets, OptionalTensor total,

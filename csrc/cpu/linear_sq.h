@@ -17,6 +17,10 @@ struct LinearOutput {
   double scale;
 };
 
+// Sums are short chains of additions (kDepth positions, then kRun samples, then blocks of those), for the sake of their last
+// digits: one chain over thousands of fp32 terms would lose some.
+constexpr int64_t kDepth = 128;  // most rows multiplied in one go; that many of 48 columns of x stay in L1
+constexpr int64_t kRun = 32;     // most samples in one go
 constexpr int64_t kMaxTileRows = 256, kMaxTileColumns = 528;  // about half of a 1 MiB L2 in fp32
 
 // [O, I] cut into down x across tiles of one size, but for the last ones.
@@ -34,8 +38,6 @@ struct LinearProblem {
   double* norms;  // [tiles, N] or null: every tile has its own row
   Tiling tiling;
   int64_t longest;  // most rows of a sample
-  // The positions are the samples (T = 1): a single C, of squared g and x if asked for, and weight is per row.
-  bool product, squared;
 };
 
 template <class S>

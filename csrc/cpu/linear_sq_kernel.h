@@ -3,145 +3,28 @@
 //
 // A tile is kept in fp32 (fp64 for double inputs) as cells: blocks of kBlockRows x kBlockVectors vectors. Edges need no code
 // of their own: operands are padded with zeros when they are packed, and what lies outside is not written back.
+#include "cpu/linear_sq_micro.h"
 
-// Sums are short chains of fp32 additions (over kDepth positions, kRun samples, kFlush blocks), chained in turn: a single
-// chain over thousands of terms would lose digits.
-constexpr int64_t kDepth = 128;  // most rows multiplied at once; an x panel of that many stays in L1
-constexpr int64_t kRun = 32;     // most samples in a block of rows, and most rows of a product summed in registers
-constexpr int64_t kFlush = 32;   // blocks added up in the tile before it goes to acc
-constexpr int kDirect = 4;       // most samples of a block that are added straight to the tile
-constexpr int kCells = kBlockRows * kBlockVectors;
-
+// Panels of an operand: the first ones where they are, the others packed.
 template <class R>
-struct Lanes {
-  static constexpr int count = kVectorBytes / sizeof(R);
-  static constexpr int64_t columns = kBlockVectors * count;
-  typedef R Vector __attribute__((vector_size(kVectorBytes)));
-  typedef R Unaligned __attribute__((vector_size(kVectorBytes), aligned(alignof(R)), may_alias));
-};
+struct Panels {
+  Matrix<R> in_place, packed;
+  int64_t whole, width;  // number of those in place; columns of each
 
-// Rows of an operand, in place or packed.
-template <class R>
-struct Matrix {
-  const R* data;
-  int64_t stride;
-};
-
-// Rows t, ..., t + rows - 1 of sample n; the first of them is the given row of the block.
-struct Segment {
-  int64_t n, t, row, rows;
-};
-
-// Rows multiplied in one go: whole samples, or a part of one that is longer than kDepth.
-struct Block {
-  int64_t rows;
-  int count;
-  bool resumes, unfinished;
-  Segment segments[kRun];
-};
-
-// Where the results of a micro-tile go; null where they are not wanted.
-template <class R>
-struct Target {
-  typename Lanes<R>::Vector *squares, *sums, *carry;  // carry: products of an unfinished sample
-  double* norms;                                      // [N]
-};
-
-// Every loop over c is unrolled, or GCC keeps c in memory.
-template <class R>
-[[gnu::noinline]] void micro_kernel(Matrix<R> g, Matrix<R> x, const Block& block, const float* weight, Target<R> target) {
-  using Vector = typename Lanes<R>::Vector;
-  using Unaligned = typename Lanes<R>::Unaligned;
-  for (int s = 0; s < block.count; ++s) {
-    const Segment& segment = block.segments[s];
-    const R* g_row = g.data + segment.row * g.stride;
-    const R* x_row = x.data + segment.row * x.stride;
-    Vector c[kCells];
-#pragma GCC unroll 32
-    for (int k = 0; k < kCells; ++k) c[k] = Vector{};
-    for (int64_t t = 0; t < segment.rows; ++t, g_row += g.stride, x_row += x.stride) {
-      __builtin_prefetch(g_row + kBlockRows);
-      Vector b[kBlockVectors];
-#pragma GCC unroll 32
-      for (int j = 0; j < kBlockVectors; ++j) b[j] = reinterpret_cast<const Unaligned*>(x_row)[j];
-#pragma GCC unroll 32
-      for (int k = 0; k < kCells; ++k) c[k] += g_row[k / kBlockVectors] * b[k % kBlockVectors];
-    }
-    if (block.resumes) {
-#pragma GCC unroll 32
-      for (int k = 0; k < kCells; ++k) c[k] += target.carry[k];
-    }
-    if (block.unfinished) {
-#pragma GCC unroll 32
-      for (int k = 0; k < kCells; ++k) target.carry[k] = c[k];
-      return;
-    }
-    const R w = weight ? weight[segment.n] : R(1);
-    if (target.norms) {
-      Vector squares{};
-#pragma GCC unroll 32
-      for (int k = 0; k < kCells; ++k) squares += c[k] * c[k];
-      for (int lane = 0; lane < Lanes<R>::count; ++lane) target.norms[segment.n] += squares[lane];
-    }
-    if (target.sums) {
-#pragma GCC unroll 32
-      for (int k = 0; k < kCells; ++k) target.sums[k] += w * c[k];
-    }
-    if (target.squares) {
-#pragma GCC unroll 32
-      for (int k = 0; k < kCells; ++k) target.squares[k] += w * c[k] * c[k];
-    }
-  }
-}
-
-// Cuts the rows into blocks, in order.
-struct Cursor {
-  int64_t n = 0, t = 0;
-
-  bool next_samples(const Samples& samples, Block& block) {
-    block = {0, 0, false, false, {}};
-    for (; n < samples.N && block.count < kRun; ++n) {
-      const int64_t rows = samples.rows(n);
-      if (rows > kDepth && block.count == 0) return next_part(rows, block);
-      if (rows > kDepth - block.rows) break;
-      if (rows > 0) block.segments[block.count++] = {n, 0, block.rows, rows};
-      block.rows += rows;
-    }
-    return block.count > 0;
-  }
-
-  // Parts of nearly one size, so that none is too short to be efficient.
-  bool next_part(int64_t rows, Block& block) {
-    const int64_t parts = (rows - t + kDepth - 1) / kDepth;
-    const int64_t part = (rows - t + parts - 1) / parts;
-    block = {part, 1, t > 0, parts > 1, {{n, t, 0, part}}};
-    t += part;
-    if (parts == 1) ++n, t = 0;
-    return true;
-  }
-
-  bool next_rows(int64_t rows, Block& block) {
-    block = {0, 0, false, false, {}};
-    while (t < rows && block.rows < kDepth) {
-      const int64_t run = std::min({rows - t, kDepth - block.rows, kRun});
-      block.segments[block.count++] = {n, t, block.rows, run};
-      block.rows += run;
-      t += run;
-    }
-    return block.count > 0;
+  Matrix<R> operator[](int64_t index) const {
+    const Matrix<R>& matrix = index < whole ? in_place : packed;
+    return {matrix.data + index * width, matrix.stride};
   }
 };
 
-// Columns [begin, end) of an operand, brought to whole panels of kWidth columns.
+// Columns [begin, end) of an operand, brought to panels of kWidth columns.
 template <class S, int64_t kWidth>
 struct Operand {
   using R = compute_t<S>;
   const Rows<S>& rows;
   const Samples& samples;
   int64_t begin, end;
-  bool squared;
-  const float* weight;  // per row, or null
-  R* packed;
+  R* packed = nullptr;
 
   int64_t panels() const { return (end - begin + kWidth - 1) / kWidth; }
 
@@ -151,40 +34,41 @@ struct Operand {
     return ((panels() * kWidth + kLine - 1) / kLine | 1) * kLine;
   }
 
-  Matrix<R> matrix(const Block& block) const {
-    if constexpr (std::is_same_v<S, R>) {
-      const bool whole = (end - begin) % kWidth == 0 && rows.stride_d == 1 && !squared && !weight;
-      const Segment& first = block.segments[0];
-      if (whole && (block.count == 1 || rows.even(samples)))
-        return {rows.sample(samples, first.n) + first.t * rows.stride_t + begin, rows.stride_t};
-    }
-    for (int s = 0; s < block.count; ++s) pack(block.segments[s]);
-    return {packed, packed_stride()};
+  const S* row(const Segment& segment) const {
+    return rows.sample(samples, segment.n) + segment.t * rows.stride_t + begin * rows.stride_d;
   }
 
-  void pack(const Segment& segment) const {
-    const int64_t stride = packed_stride();
-    const S* row = rows.sample(samples, segment.n) + segment.t * rows.stride_t + begin * rows.stride_d;
-    R* out = packed + segment.row * stride;
-    for (int64_t t = segment.t; t < segment.t + segment.rows; ++t, row += rows.stride_t, out += stride) {
-      const R w = weight ? weight[t] : R(1);
+  Panels<R> bring(const Block& block) const {
+    Panels<R> panels{{}, {packed, packed_stride()}, 0, kWidth};
+    if constexpr (std::is_same_v<S, R>) {
+      if (rows.stride_d == 1 && (block.count == 1 || rows.even(samples))) {
+        panels.in_place = {row(block.segments[0]), rows.stride_t};
+        panels.whole = (end - begin) / kWidth;
+      }
+    }
+    const int64_t first = panels.whole * kWidth;
+    if (begin + first < end) {
+      for (int s = 0; s < block.count; ++s) pack(block.segments[s], first);
+    }
+    return panels;
+  }
+
+  void pack(const Segment& segment, int64_t first) const {
+    const S* in = row(segment) + first * rows.stride_d;
+    R* out = packed + segment.row * packed_stride();
+    for (int64_t t = 0; t < segment.rows; ++t, in += rows.stride_t, out += packed_stride()) {
       if (rows.stride_d == 1) {
-        pack_row(row, std::integral_constant<int64_t, 1>(), w, out);
+        pack_row(in, std::integral_constant<int64_t, 1>(), first, out);
       } else {
-        pack_row(row, rows.stride_d, w, out);
+        pack_row(in, rows.stride_d, first, out);
       }
     }
   }
 
   template <class Stride>
-  void pack_row(const S* row, Stride stride, R w, R* out) const {
-    const int64_t width = end - begin;
-    if (squared) {
-      for (int64_t c = 0; c < width; ++c) out[c] = widen(row[c * stride]) * widen(row[c * stride]) * w;
-    } else {
-      for (int64_t c = 0; c < width; ++c) out[c] = widen(row[c * stride]) * w;
-    }
-    for (int64_t c = width; c < panels() * kWidth; ++c) out[c] = 0;
+  void pack_row(const S* in, Stride stride, int64_t first, R* out) const {
+    for (int64_t c = first; c < end - begin; ++c, in += stride) out[c] = widen(*in);
+    for (int64_t c = end - begin; c < panels() * kWidth; ++c) out[c] = 0;
   }
 };
 
@@ -211,10 +95,8 @@ struct Tile {
   int64_t index;
   int64_t o = index / problem.tiling.across * problem.tiling.rows;
   int64_t i = index % problem.tiling.across * problem.tiling.columns;
-  Operand<S, kBlockRows> g{problem.g, problem.samples, o, std::min(o + problem.tiling.rows, problem.g.width),
-                           problem.squared, problem.product ? problem.weight : nullptr, nullptr};
-  Operand<S, Lanes<R>::columns> x{problem.x, problem.samples, i, std::min(i + problem.tiling.columns, problem.x.width),
-                                  problem.squared, nullptr, nullptr};
+  Operand<S, kBlockRows> g{problem.g, problem.samples, o, std::min(o + problem.tiling.rows, problem.g.width)};
+  Operand<S, Lanes<R>::columns> x{problem.x, problem.samples, i, std::min(i + problem.tiling.columns, problem.x.width)};
   Target<R> target{};
 
   int64_t cells() const { return g.panels() * x.panels() * kCells; }
@@ -235,25 +117,23 @@ struct Tile {
   }
 
   void multiply(const Block& block) const {
-    const Matrix<R> g_rows = g.matrix(block), x_rows = x.matrix(block);
-    const float* weight = problem.product ? nullptr : problem.weight;
+    const Panels<R> g_panels = g.bring(block), x_panels = x.bring(block);
     int64_t cell = 0;
     for (int64_t q = 0; q < x.panels(); ++q) {
-      const Matrix<R> x_panel{x_rows.data + q * Lanes<R>::columns, x_rows.stride};
-      for (int64_t p = 0; p < g.panels(); ++p, cell += kCells) {
-        const Matrix<R> g_panel{g_rows.data + p * kBlockRows, g_rows.stride};
-        const Target<R> here{at(target.squares, cell), at(target.sums, cell), at(target.carry, cell), target.norms};
-        if (block.count <= kDirect) {
-          micro_kernel<R>(g_panel, x_panel, block, weight, here);
-          continue;
-        }
-        Vector squares[kCells]{}, sums[kCells]{};
-        micro_kernel<R>(g_panel, x_panel, block, weight,
-                        {here.squares ? squares : nullptr, here.sums ? sums : nullptr, here.carry, here.norms});
-        for (int k = 0; k < kCells && here.squares; ++k) here.squares[k] += squares[k];
-        for (int k = 0; k < kCells && here.sums; ++k) here.sums[k] += sums[k];
-      }
+      for (int64_t p = 0; p < g.panels(); ++p, cell += kCells)
+        multiply(g_panels[p], x_panels[q], block,
+                 {at(target.squares, cell), at(target.sums, cell), at(target.carry, cell), target.norms});
     }
+  }
+
+  // Where a block holds many samples, they are first added up among themselves.
+  void multiply(const Matrix<R>& g_panel, const Matrix<R>& x_panel, const Block& block, const Target<R>& to) const {
+    constexpr int kDirect = 4;
+    if (block.count <= kDirect) return micro_kernel(g_panel, x_panel, block, problem.weight, to);
+    Vector squares[kCells]{}, sums[kCells]{};
+    micro_kernel(g_panel, x_panel, block, problem.weight, {to.squares ? squares : nullptr, to.sums ? sums : nullptr, to.carry, to.norms});
+    for (int k = 0; k < kCells && to.squares; ++k) to.squares[k] += squares[k];
+    for (int k = 0; k < kCells && to.sums; ++k) to.sums[k] += sums[k];
   }
 
   static Vector* at(Vector* cells, int64_t cell) { return cells ? cells + cell : nullptr; }
@@ -280,10 +160,10 @@ template <class S>
 void linear_tile(const LinearProblem<S>& problem, int64_t index) {
   Tile<S> tile{problem, index};
   tile.allocate();
+  constexpr int64_t kFlush = 32;  // blocks added up in the tile before it goes to acc
   Cursor cursor;
   Block block;
-  for (int64_t blocks = 1; problem.product ? cursor.next_rows(problem.samples.T, block) : cursor.next_samples(problem.samples, block);
-       ++blocks) {
+  for (int64_t blocks = 1; cursor.next(problem.samples, block); ++blocks) {
     tile.multiply(block);
     if (blocks % kFlush == 0) tile.flush_all();
   }

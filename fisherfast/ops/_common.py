@@ -15,7 +15,9 @@ Common arguments (N samples; a *sample gradient* is the parameter-shaped gradien
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,19 +35,26 @@ def shape(tensor: Tensor) -> tuple[int, ...]:
     return tuple(tensor.shape)
 
 
+def require(condition: Any, message: Callable[[], str], error: type[Exception] = ValueError) -> None:
+    """Raise ``error`` unless the condition holds; under tracing the condition may be symbolic."""
+    if condition is not True:  # eager calls are many and their conditions are plain booleans
+        (torch._check_type if error is TypeError else torch._check_value)(condition, message)
+
+
 def check_dtype(op: str, name: str, tensor: Tensor, allowed: tuple[torch.dtype, ...]) -> None:
     """Raise TypeError unless ``tensor`` has one of the allowed dtypes."""
-    torch._check_type(
+    require(
         tensor.dtype in allowed,
         lambda: f"{op}: {name} must be one of {[str(d).removeprefix('torch.') for d in allowed]}, got {tensor.dtype}",
+        TypeError,
     )
 
 
 def check_shape(op: str, name: str, tensor: Tensor, symbols: str, expected: tuple[int, ...]) -> None:
     """Raise ValueError unless ``tensor`` is contiguous and has the expected shape."""
     same = tensor.dim() == len(expected) and all(a == b for a, b in zip(tensor.shape, expected, strict=True))
-    torch._check_value(same, lambda: f"{op}: {name} must be {symbols} = {expected}, got {shape(tensor)}")
-    torch._check_value(
+    require(same, lambda: f"{op}: {name} must be {symbols} = {expected}, got {shape(tensor)}")
+    require(
         tensor.is_contiguous(), lambda: f"{op}: {name} must be contiguous, got strides {tensor.stride()}; it is written in place"
     )
 
@@ -53,12 +62,10 @@ def check_shape(op: str, name: str, tensor: Tensor, symbols: str, expected: tupl
 def check_rows(op: str, g: Tensor, offsets: Tensor | None, feature: str) -> int:
     """Check the layout of ``g`` and return N."""
     if offsets is None:
-        torch._check_value(
-            g.dim() == 3, lambda: f"{op}: g must be [N, T, {feature}], got {shape(g)}; T is 1 where there are no positions"
-        )
+        require(g.dim() == 3, lambda: f"{op}: g must be [N, T, {feature}], got {shape(g)}; T is 1 where there are no positions")
         return g.shape[0]
-    torch._check_value(g.dim() == 2, lambda: f"{op}: with offsets g must be [M, {feature}], got {shape(g)}")
-    torch._check_value(offsets.dim() == 1 and offsets.shape[0] >= 1, lambda: f"{op}: offsets must be [N+1], got {shape(offsets)}")
+    require(g.dim() == 2, lambda: f"{op}: with offsets g must be [M, {feature}], got {shape(g)}")
+    require(offsets.dim() == 1 and offsets.shape[0] >= 1, lambda: f"{op}: offsets must be [N+1], got {shape(offsets)}")
     check_dtype(op, "offsets", offsets, (torch.int64,))
     return offsets.shape[0] - 1
 
@@ -95,11 +102,8 @@ def check_outputs(
 def check_devices(op: str, acc: Tensor, **tensors: Tensor | None) -> None:
     """Raise ValueError unless all tensors are on the accumulator's device."""
     for name, tensor in tensors.items():
-        if tensor is not None:
-            torch._check_value(
-                tensor.device == acc.device,
-                lambda name=name, tensor=tensor: f"{op}: {name} must be on acc's device {acc.device}, got {tensor.device}",
-            )
+        if tensor is not None and tensor.device != acc.device:
+            raise ValueError(f"{op}: {name} must be on acc's device {acc.device}, got {tensor.device}")
 
 
 def stopped(flag: Tensor | None, *inputs: Tensor | None) -> bool:
@@ -125,23 +129,29 @@ def samples(g: Tensor, offsets: Tensor | None) -> Iterator[tuple[int, slice | in
     bounds = offsets.tolist()
     if bounds[0] != 0 or bounds[-1] != g.shape[0] or sorted(bounds) != bounds:
         raise ValueError(f"offsets: must rise from 0 to M = {g.shape[0]}, got {bounds}")
-    yield from ((n, slice(a, b)) for n, (a, b) in enumerate(zip(bounds, bounds[1:], strict=False)))
+    yield from ((n, slice(a, b)) for n, (a, b) in enumerate(pairwise(bounds)))
 
 
-def add_sample(
-    n: int,
-    gradient: Tensor,
-    acc: Tensor,
-    scale: float,
-    weight: Tensor | None,
-    total: Tensor | None,
-    sqnorm: Tensor | None,
-) -> None:
-    """Add one sample gradient, already shaped like the parameter, to every output that was asked for."""
-    w = 1.0 if weight is None else float(weight[n])
-    square = gradient.square()
-    acc.add_(square, alpha=scale * w)
-    if total is not None:
-        total.add_(gradient, alpha=w)
-    if sqnorm is not None:
-        sqnorm[n] += square.sum(dtype=torch.float64)
+class Sums:
+    """The reference's outputs: sample gradients are added up in float64 and go to acc and total once, at the end."""
+
+    def __init__(self, acc: Tensor, scale: float, weight: Tensor | None, total: Tensor | None, sqnorm: Tensor | None) -> None:
+        self.acc, self.scale, self.weight, self.total, self.sqnorm = acc, scale, weight, total, sqnorm
+        self._squares = torch.zeros_like(acc, dtype=torch.float64)
+        self._gradients = None if total is None else torch.zeros_like(total, dtype=torch.float64)
+
+    def add(self, n: int, gradient: Tensor, rows: Tensor | slice = slice(None)) -> None:
+        """Take sample n's gradient, of all of the parameter or of some of its rows."""
+        w = 1.0 if self.weight is None else float(self.weight[n])
+        square = gradient.square()
+        self._squares[rows] += w * square.double()
+        if self._gradients is not None:
+            self._gradients[rows] += w * gradient.double()
+        if self.sqnorm is not None:
+            self.sqnorm[n] += square.sum(dtype=torch.float64)
+
+    def store(self) -> None:
+        """Write acc and total."""
+        self.acc.add_(self._squares, alpha=self.scale)
+        if self.total is not None and self._gradients is not None:
+            self.total.add_(self._gradients)

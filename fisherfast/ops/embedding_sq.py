@@ -17,13 +17,13 @@ def _check(acc, ids, g, scale=1.0, *, weight=None, offsets=None, total=None, sqn
     N = common.check_rows(name, g, offsets, "D")
     common.check_dtype(name, "g", g, common.INPUT_DTYPES)
     common.check_dtype(name, "ids", ids, (torch.int64,))
-    torch._check_value(
+    common.require(
         ids.shape == g.shape[:-1],
         lambda: f"{name}: ids must have the axes of g but the last, {common.shape(g)[:-1]}, got {common.shape(ids)}",
     )
-    torch._check_value(acc.dim() == 2, lambda: f"{name}: acc must be [V, D], got {common.shape(acc)}")
+    common.require(acc.dim() == 2, lambda: f"{name}: acc must be [V, D], got {common.shape(acc)}")
     V = acc.shape[0]
-    torch._check_value(
+    common.require(
         -1 <= padding_idx < V, lambda: f"{name}: padding_idx must be -1 (none) or a row below V = {V}, got {padding_idx}"
     )
     expected = (V, g.shape[-1])
@@ -65,13 +65,8 @@ def embedding_sq_(
     g = common.wide(g)
     if padding_idx >= 0:
         g = g.masked_fill((ids == padding_idx).unsqueeze(-1), 0.0)
+    sums = common.Sums(acc, scale, weight, total, sqnorm)
     for n, rows in common.samples(g, offsets):
         touched, inverse = ids[rows].unique(return_inverse=True)
-        gradient = g.new_zeros(len(touched), g.shape[-1]).index_add_(0, inverse, g[rows])
-        w = 1.0 if weight is None else float(weight[n])
-        square = gradient.square()
-        acc.index_add_(0, touched, square.to(acc.dtype), alpha=scale * w)
-        if total is not None:
-            total.index_add_(0, touched, gradient.to(total.dtype), alpha=w)
-        if sqnorm is not None:
-            sqnorm[n] += square.sum(dtype=torch.float64)
+        sums.add(n, g.new_zeros(len(touched), g.shape[-1]).index_add_(0, inverse, g[rows]), touched)
+    sums.store()

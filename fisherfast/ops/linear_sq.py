@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from fisherfast import _backend
@@ -15,12 +14,12 @@ _SCHEMA = f"linear_sq_(Tensor(a!) acc, Tensor x, Tensor g, {common.OUTPUTS}) -> 
 def _check(acc, x, g, scale=1.0, *, weight=None, offsets=None, total=None, sqnorm=None, flag=None) -> None:
     name = "linear_sq_"
     N = common.check_rows(name, g, offsets, "O")
-    torch._check_value(
+    common.require(
         x.dim() == g.dim() and x.shape[:-1] == g.shape[:-1],
         lambda: f"{name}: x and g must share all axes but the last, got {common.shape(x)} and {common.shape(g)}",
     )
     common.check_dtype(name, "x", x, common.INPUT_DTYPES)
-    torch._check_type(x.dtype == g.dtype, lambda: f"{name}: x and g must have one dtype, got {x.dtype} and {g.dtype}")
+    common.require(x.dtype == g.dtype, lambda: f"{name}: x and g must have one dtype, got {x.dtype} and {g.dtype}", TypeError)
     expected = (g.shape[-1], x.shape[-1])
     common.check_outputs(name, acc, "[O, I]", expected, N, weight=weight, total=total, sqnorm=sqnorm, flag=flag)
     common.check_devices(name, acc, x=x, g=g, weight=weight, offsets=offsets, total=total, sqnorm=sqnorm, flag=flag)
@@ -56,5 +55,7 @@ def linear_sq_(
     if common.stopped(flag, x, g, weight):
         return
     x, g = common.wide(x), common.wide(g)
+    sums = common.Sums(acc, scale, weight, total, sqnorm)
     for n, rows in common.samples(g, offsets):
-        common.add_sample(n, g[rows].mT @ x[rows], acc, scale, weight, total, sqnorm)
+        sums.add(n, g[rows].mT @ x[rows])
+    sums.store()

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from fisherfast import _backend
@@ -17,10 +16,10 @@ def _check(acc, x, g, scale=1.0, *, weight=None, offsets=None, total=None, sqnor
     N = common.check_rows(name, g, offsets, "D")
     common.check_dtype(name, "g", g, common.INPUT_DTYPES)
     if x is not None:
-        torch._check_value(
+        common.require(
             x.shape == g.shape, lambda: f"{name}: x and g must have one shape, got {common.shape(x)} and {common.shape(g)}"
         )
-        torch._check_type(x.dtype == g.dtype, lambda: f"{name}: x and g must have one dtype, got {x.dtype} and {g.dtype}")
+        common.require(x.dtype == g.dtype, lambda: f"{name}: x and g must have one dtype, got {x.dtype} and {g.dtype}", TypeError)
     common.check_outputs(name, acc, "[D]", (g.shape[-1],), N, weight=weight, total=total, sqnorm=sqnorm, flag=flag)
     common.check_devices(name, acc, x=x, g=g, weight=weight, offsets=offsets, total=total, sqnorm=sqnorm, flag=flag)
 
@@ -55,5 +54,7 @@ def scale_sq_(
         return
     g = common.wide(g)
     product = g if x is None else g * common.wide(x)
+    sums = common.Sums(acc, scale, weight, total, sqnorm)
     for n, rows in common.samples(g, offsets):
-        common.add_sample(n, product[rows].sum(0), acc, scale, weight, total, sqnorm)
+        sums.add(n, product[rows].sum(0))
+    sums.store()

@@ -1,0 +1,113 @@
+// SPDX-License-Identifier: Apache-2.0
+// Compiled once per instruction set by each_isa.h, as a part of linear_sq_kernel.h: the register block, and the rows it walks.
+
+constexpr int kCells = kBlockRows * kBlockVectors;
+
+template <class R>
+struct Lanes {
+  static constexpr int count = kVectorBytes / sizeof(R);
+  static constexpr int64_t columns = kBlockVectors * count;
+  typedef R Vector __attribute__((vector_size(kVectorBytes)));
+  typedef R Unaligned __attribute__((vector_size(kVectorBytes), aligned(alignof(R)), may_alias));
+};
+
+// Rows of an operand, in place or packed.
+template <class R>
+struct Matrix {
+  const R* data;
+  int64_t stride;
+};
+
+// Rows t, ..., t + rows - 1 of sample n; the first of them is the given row of the block.
+struct Segment {
+  int64_t n, t, row, rows;
+};
+
+// Rows multiplied in one go: whole samples, or a part of one that is longer than kDepth.
+struct Block {
+  int64_t rows;
+  int count;
+  bool resumes, unfinished;
+  Segment segments[kRun];
+};
+
+// Where the results of a micro-tile go; null where they are not wanted.
+template <class R>
+struct Target {
+  typename Lanes<R>::Vector *squares, *sums, *carry;  // carry: products of an unfinished sample
+  double* norms;                                      // [N]
+};
+
+// Every loop over c is unrolled, or GCC keeps c in memory.
+template <class R>
+[[gnu::noinline]] void micro_kernel(Matrix<R> g, Matrix<R> x, const Block& block, const float* weight, Target<R> target) {
+  using Vector = typename Lanes<R>::Vector;
+  using Unaligned = typename Lanes<R>::Unaligned;
+  for (int s = 0; s < block.count; ++s) {
+    const Segment& segment = block.segments[s];
+    const R* g_row = g.data + segment.row * g.stride;
+    const R* x_row = x.data + segment.row * x.stride;
+    Vector c[kCells];
+#pragma GCC unroll 32
+    for (int k = 0; k < kCells; ++k) c[k] = Vector{};
+    for (int64_t t = 0; t < segment.rows; ++t, g_row += g.stride, x_row += x.stride) {
+      __builtin_prefetch(g_row + kBlockRows);
+      Vector b[kBlockVectors];
+#pragma GCC unroll 32
+      for (int j = 0; j < kBlockVectors; ++j) b[j] = reinterpret_cast<const Unaligned*>(x_row)[j];
+#pragma GCC unroll 32
+      for (int k = 0; k < kCells; ++k) c[k] += g_row[k / kBlockVectors] * b[k % kBlockVectors];
+    }
+    if (block.resumes) {
+#pragma GCC unroll 32
+      for (int k = 0; k < kCells; ++k) c[k] += target.carry[k];
+    }
+    if (block.unfinished) {
+#pragma GCC unroll 32
+      for (int k = 0; k < kCells; ++k) target.carry[k] = c[k];
+      return;
+    }
+    const R w = weight ? weight[segment.n] : R(1);
+    if (target.norms) {
+      Vector squares{};
+#pragma GCC unroll 32
+      for (int k = 0; k < kCells; ++k) squares += c[k] * c[k];
+      for (int lane = 0; lane < Lanes<R>::count; ++lane) target.norms[segment.n] += squares[lane];
+    }
+    if (target.sums) {
+#pragma GCC unroll 32
+      for (int k = 0; k < kCells; ++k) target.sums[k] += w * c[k];
+    }
+    if (target.squares) {
+#pragma GCC unroll 32
+      for (int k = 0; k < kCells; ++k) target.squares[k] += w * c[k] * c[k];
+    }
+  }
+}
+
+// Cuts the rows into blocks, in order.
+struct Cursor {
+  int64_t n = 0, t = 0;
+
+  bool next(const Samples& samples, Block& block) {
+    block = {0, 0, false, false, {}};
+    for (; n < samples.N && block.count < kRun; ++n) {
+      const int64_t rows = samples.rows(n);
+      if (rows > kDepth && block.count == 0) return next_part(rows, block);
+      if (rows > kDepth - block.rows) break;
+      if (rows > 0) block.segments[block.count++] = {n, 0, block.rows, rows};
+      block.rows += rows;
+    }
+    return block.count > 0;
+  }
+
+  // Parts of nearly one size, so that none is too short to be efficient.
+  bool next_part(int64_t rows, Block& block) {
+    const int64_t parts = (rows - t + kDepth - 1) / kDepth;
+    const int64_t part = (rows - t + parts - 1) / parts;
+    block = {part, 1, t > 0, parts > 1, {{n, t, 0, part}}};
+    t += part;
+    if (parts == 1) ++n, t = 0;
+    return true;
+  }
+};
