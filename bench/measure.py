@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How everything here is measured: the correctness gate, timing in pairs, and the facts about the machine."""
+"""How everything here is measured: the correctness gate, timing in turns, and the facts about the machine."""
 
 from __future__ import annotations
 
@@ -20,8 +20,9 @@ from fisherfast import _backend
 
 ROOT = Path(__file__).parents[1]
 THREADS = 2
-DISTURBED = 0.05  # of a pair's time spent waiting for a processor; 0 to 2 % on a quiet machine
-PACKAGES = ("torch", "triton", "numpy", "backpack-for-pytorch", "nngeometry", "asdfghjkl", "opacus")
+DISTURBED = 0.05  # of a run's time spent waiting for a processor; 0 to 2 % on a quiet machine
+_TARGET = "target"
+PACKAGES = ("fisherfast", "torch", "triton", "numpy", "backpack-for-pytorch", "nngeometry", "asdfghjkl", "opacus")
 
 
 def error(result: Tensor, oracle: Tensor) -> float:
@@ -39,45 +40,65 @@ def _waited() -> float:
     return sum(int(stat.read_text().split()[1]) for stat in Path("/proc/self/task").glob("*/schedstat")) * 1e-9
 
 
-def paired(benchmark: Any, target: Callable[[], Any], baseline: Callable[[], Any], seconds: float) -> None:
-    """Time baseline, target, baseline, target ... for about ``seconds``; what is kept are the quartiles of times and ratios.
+def _timed(function: Callable[[], Any]) -> tuple[float, float]:
+    """Run twice; seconds of the second run, and how many of them it waited for a processor."""
+    function()
+    waited, start = _waited(), time.perf_counter()
+    function()
+    return time.perf_counter() - start, _waited() - waited
 
-    A neighbour that slows the whole machine slows both halves of a pair, so the ratio is steadier than either time. Pairs in
-    which another process took a processor from us are left out; too few others, and there is no number.
+
+def interleaved(benchmark: Any, target: Callable[[], Any], others: dict[str, Callable[[], Any]], seconds: float) -> None:
+    """Time the others and the target in turn, round after round, for about ``seconds``; keep quartiles of times and ratios.
+
+    A ratio is taken within a round, so a machine that slows for a while slows both sides. Every timed run follows an untimed
+    run of the same function: each finds the caches as it leaves them. Where another process took a processor, the run is
+    left out; too few others, and there is no number.
     """
-    before: list[float] = []
-    waited: list[float] = []
-
-    def timed(function: Callable[[], Any]) -> float:
-        start = time.perf_counter()
-        function()
-        return time.perf_counter() - start
+    rounds: list[dict[str, tuple[float, float]]] = []
+    waited = 0.0
 
     def discard() -> None:
         target()
 
     def setup() -> None:
-        waited.append(_waited())
-        before.append(timed(baseline))
+        nonlocal waited
+        rounds.append({name: _timed(other) for name, other in others.items()})
+        target()
+        waited = _waited()
 
     def teardown() -> None:
-        waited[-1] = _waited() - waited[-1]
+        rounds[-1][_TARGET] = (benchmark.stats.stats.data[-1], _waited() - waited)
 
-    for function in (baseline, discard):
-        function()
-    pair = timed(baseline) + timed(discard)
-    rounds = max(9, min(51, int(seconds / pair)))
-    benchmark.pedantic(discard, setup=setup, teardown=teardown, rounds=rounds)
-    pairs = zip(before, benchmark.stats.stats.data, waited, strict=True)
-    clean = [(b, t) for b, t, w in pairs if w < DISTURBED * (b + t)]
-    assert len(clean) >= 5, f"the machine is busy: {len(clean)} of {rounds} pairs ran undisturbed; leave it alone and repeat"
+    start = time.perf_counter()
+    setup()
+    target()
+    count = max(7, min(51, int(seconds / (time.perf_counter() - start))))
+    rounds.clear()
+    benchmark.pedantic(discard, setup=setup, teardown=teardown, rounds=count)
     benchmark.extra_info |= {
-        "seconds": quantiles([t for _, t in clean], n=4),
-        "baseline_seconds": quantiles([b for b, _ in clean], n=4)[1],
-        "ratio": quantiles([t / b for b, t in clean], n=4),
-        "rounds": len(clean),
-        "disturbed": rounds - len(clean),
+        "seconds": _quartiles([r[_TARGET][0] for r in _undisturbed(rounds, _TARGET)]),
+        "rounds": count,
+        "others": {name: _compare(rounds, name) for name in others},
     }
+
+
+def _undisturbed(rounds: list[dict[str, tuple[float, float]]], *names: str) -> list[dict[str, tuple[float, float]]]:
+    clean = [r for r in rounds if all(waited <= DISTURBED * seconds for seconds, waited in (r[n] for n in names))]
+    assert len(clean) >= 5, f"the machine is busy: {len(clean)} of {len(rounds)} rounds ran undisturbed; leave it alone, repeat"
+    return clean
+
+
+def _compare(rounds: list[dict[str, tuple[float, float]]], name: str) -> dict[str, list[float]]:
+    pairs = [(r[name][0], r[_TARGET][0]) for r in _undisturbed(rounds, name, _TARGET)]
+    return {
+        "seconds": _quartiles([other for other, _ in pairs]),
+        "ratio": _quartiles([target / other for other, target in pairs]),
+    }
+
+
+def _quartiles(values: list[float]) -> list[float]:
+    return quantiles(values, n=4, method="inclusive")
 
 
 def _native() -> Any:

@@ -12,11 +12,7 @@ from torch import Tensor
 
 import fisherfast as ff
 
-KERNELS = ("cpu",)
-OURS = (*KERNELS, "reference")
-# The route every other is timed against, and the one whose float32 error sets the gate.
-BASELINE = {"linear_sq_": "mm per sample", "scale_sq_": "sum and square", "embedding_sq_": "index_add per sample"}
-PLAIN = BASELINE | {"linear_sq_": "einsum, materialised"}
+OURS = ("cpu", "reference")
 
 _LINEAR = {  # N, T, I, O
     "mlp-in": (256, 1, 784, 1024),
@@ -46,7 +42,8 @@ class Problem(NamedTuple):
 
     shape: dict[str, int]
     routes: dict[str, Callable[[Tensor], object]]  # each adds to the accumulator it is given
-    yardstick: Callable[[Tensor], object]  # computes less than the op: timed, not gated
+    plain: str  # the plain torch route whose float32 error sets the gate for our kernels
+    yardstick: tuple[str, Callable[[Tensor], object]]  # computes less than the op: timed, not gated
     acc: tuple[int, ...]
     oracle: Callable[[], Tensor]  # in float64
     flops: int
@@ -80,7 +77,8 @@ def _linear(N: int, T: int, I: int, O: int) -> Problem:
     return Problem(
         shape={"N": N, "T": T, "I": I, "O": O},
         routes=routes,
-        yardstick=lambda acc: torch.mm(g.flatten(0, 1).mT, x.flatten(0, 1), out=acc),
+        plain="einsum, materialised",
+        yardstick=("dW GEMM alone", lambda acc: torch.mm(g.flatten(0, 1).mT, x.flatten(0, 1), out=acc)),
         acc=(O, I),
         oracle=lambda: per_sample(torch.zeros(O, I, dtype=torch.float64), x.double(), g.double()),
         flops=2 * N * T * I * O,
@@ -88,10 +86,10 @@ def _linear(N: int, T: int, I: int, O: int) -> Problem:
     )
 
 
-def _copy(size: int) -> Callable[[Tensor], object]:
+def _copy(size: int) -> tuple[str, Callable[[Tensor], object]]:
     # A copy reads and writes: half the bytes each way. The same footprint, so it enjoys the caches as the op does.
     source, target = torch.ones(size // 8), torch.zeros(size // 8)
-    return lambda acc: target.copy_(source)
+    return "copy of as many bytes", lambda acc: target.copy_(source)
 
 
 def _scale(N: int, T: int, D: int, has_x: bool) -> Problem:
@@ -105,6 +103,7 @@ def _scale(N: int, T: int, D: int, has_x: bool) -> Problem:
     return Problem(
         shape={"N": N, "T": T, "D": D},
         routes={**_ours(lambda acc: ff.ops.scale_sq_(acc, x, g)), "sum and square": sum_and_square},
+        plain="sum and square",
         yardstick=_copy(size),
         acc=(D,),
         oracle=lambda: sum_and_square(torch.zeros(D, dtype=torch.float64), None if x is None else x.double(), g.double()),
@@ -128,6 +127,7 @@ def _embedding(N: int, T: int, V: int, D: int) -> Problem:
     return Problem(
         shape={"N": N, "T": T, "V": V, "D": D},
         routes={**_ours(lambda acc: ff.ops.embedding_sq_(acc, ids, g)), "index_add per sample": index_add},
+        plain="index_add per sample",
         yardstick=_copy(size),
         acc=(V, D),
         oracle=lambda: index_add(torch.zeros(V, D, dtype=torch.float64), g.double()),
@@ -138,13 +138,3 @@ def _embedding(N: int, T: int, V: int, D: int) -> Problem:
 
 CASES = {"linear_sq_": _LINEAR, "scale_sq_": _SCALE, "embedding_sq_": _EMBEDDING}
 PROBLEMS: dict[str, Callable[..., Problem]] = {"linear_sq_": _linear, "scale_sq_": _scale, "embedding_sq_": _embedding}
-
-
-YARDSTICK = {"linear_sq_": "dW GEMM alone", "scale_sq_": "copy of as many bytes", "embedding_sq_": "copy of as many bytes"}
-
-
-def names(op: str, case: str) -> list[str]:
-    """The routes and yardsticks of a case, known without allocating it."""
-    materialised = ["einsum, materialised"] if op == "linear_sq_" else []
-    pointwise = ["addmm of squares"] if op == "linear_sq_" and CASES[op][case][1] == 1 else []
-    return [*OURS, BASELINE[op], *materialised, *pointwise, YARDSTICK[op]]

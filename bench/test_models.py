@@ -67,4 +67,4 @@ def test_diagonal(case, way, benchmark, cannot):
         return
     benchmark.extra_info |= {"case": case, "way": way.name, "package": way.package, "summary": models.CASES[case].summary}
     benchmark.extra_info |= {"peak_bytes": memory.peak_bytes(case, way.name), "plain_peak_bytes": plain_peak(case)}
-    measure.paired(benchmark, run, ways.plain(*models.CASES[case].build()), SECONDS)
+    measure.interleaved(benchmark, run, {"plain": ways.plain(*models.CASES[case].build())}, SECONDS)

@@ -183,11 +183,14 @@ def asdl(model, x, y):
     from asdl import FISHER_EMP, SHAPE_DIAG
     from asdl.fisher import FisherConfig, get_fisher_maker
 
+    def loss(logits, y, reduction):  # called with reduction="sum"
+        return loss_per_sample(logits, y).sum()
+
     maker = get_fisher_maker(model, FisherConfig(fisher_type=FISHER_EMP, fisher_shapes=[SHAPE_DIAG], data_size=1))
 
     def run():
         logits = maker.setup_model_call(model, x)
-        maker.setup_loss_call(lambda logits, y: loss_per_sample(logits, y).sum(), logits, y)
+        maker.setup_loss_call(loss, logits, y)
         maker.forward_and_backward()
         diagonals = {m: module.fisher.diag for m, module in model.named_modules() if hasattr(module, "fisher")}
         return {k: getattr(diagonals[k.rpartition(".")[0]], k.rpartition(".")[2]) for k, _ in model.named_parameters()}

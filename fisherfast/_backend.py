@@ -97,11 +97,11 @@ class Op:
         _LIBRARY.impl(self.name, self._below_autograd, "Autograd")
         torch.library.register_fake(f"{_NAMESPACE}::{self.name}", check, lib=_LIBRARY)
         self.overload = getattr(getattr(torch.ops, _NAMESPACE), self.name).default
-        arguments = self.overload._schema.arguments
-        self._mutated = {a.name for a in arguments if a.alias_info is not None and a.alias_info.is_write}
-        self._argument_names = [a.name for a in arguments]
+        written = [a for a in self.overload._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+        self._mutated = {a.name for a in written if a.kwarg_only}  # besides the first argument, acc
         self._warned: set[str] = set()
         self._native: dict[str, bool] = {}
+        self._loaded: dict[str, Callable[..., None]] = {}
         OPS[self.name] = self
 
     def unavailable(self, name: str, device: str) -> str | None:
@@ -139,9 +139,12 @@ class Op:
     def _implementation(self, name: str) -> Callable[..., None]:
         if name == "reference":
             return self.reference
-        if name == "triton":
-            return getattr(importlib.import_module(f"fisherfast.kernels.{self.module}"), self.name)
-        return getattr(getattr(torch.ops, _NATIVE_NAMESPACE), self.name).default
+        if name not in self._loaded:
+            if name == "triton":
+                self._loaded[name] = getattr(importlib.import_module(f"fisherfast.kernels.{self.module}"), self.name)
+            else:
+                self._loaded[name] = getattr(getattr(torch.ops, _NATIVE_NAMESPACE), self.name).default
+        return self._loaded[name]
 
     def _why_not(self, name: str, device: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
         problem = self.unavailable(name, device)
@@ -177,12 +180,12 @@ class Op:
         # Statistics have no gradient: run below autograd on detached inputs. Native code writes through pointers, which
         # autograd cannot see, so the version counters of what was written are advanced by hand.
         def detached(value: Any) -> Any:
-            return value.detach() if isinstance(value, torch.Tensor) else value
+            return value.detach() if isinstance(value, torch.Tensor) and value.requires_grad else value
 
         with torch._C._AutoDispatchBelowAutograd():
             self.overload(*map(detached, args), **{k: detached(v) for k, v in kwargs.items()})
-        named = {**dict(zip(self._argument_names, args, strict=False)), **kwargs}
-        torch.autograd.graph.increment_version([t for k in self._mutated if (t := named.get(k)) is not None])
+        written = [args[0], *(v for k, v in kwargs.items() if k in self._mutated and v is not None)]
+        torch.autograd.graph.increment_version(written)
 
 
 def op(schema: str, check: Callable[..., None]) -> Callable[[Callable[..., None]], Callable[..., None]]:

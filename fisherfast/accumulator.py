@@ -77,3 +77,64 @@ def _checked_weight(weight: float) -> float:
     if not (math.isfinite(weight) and weight >= 0):
         raise ValueError(f"Accumulator: weight must be a finite number >= 0, got {weight}")
     return float(weight)
+
+
+class RunningSum:
+    """A sum in the making, as two float32 tensors: kernels add to ``low``, and every so often ``low`` is folded into ``high``.
+
+    The fold is exact: ``high`` becomes the rounded sum of both and ``low`` keeps the rounding error, so together they have
+    about 48 bits. ``high`` exists only from the first fold on: a short run takes 4 bytes a number, a long one 8. Sums of
+    float64 models are one float64 tensor and need no folds.
+
+    Shapes:   any; contiguous.
+    Scale:    a sum; ``weight`` is the number of samples in it.
+    Errors:   none of its own.
+    Numerics: float32 additions only between folds, at most ``FOLD_EVERY`` of them; error-free folds (TwoSum).
+    Source:   Knuth, The Art of Computer Programming, vol. 2, 4.2.2, theorem B.
+    """
+
+    FOLD_EVERY = 64
+    _CHUNK = 2**20  # numbers per step of a fold: bounds its temporaries
+
+    def __init__(self, like: Tensor) -> None:
+        dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+        self.low = torch.zeros(like.shape, dtype=dtype, device=like.device)
+        self.high: Tensor | None = None
+        self.weight = 0.0
+        self._additions = 0
+
+    def counted(self, weight: float) -> None:
+        """Note that something of ``weight`` samples was added to ``low``."""
+        self.weight += weight
+        self._additions += 1
+        if self._additions >= self.FOLD_EVERY:
+            self.fold()
+
+    def fold(self) -> None:
+        """Move what ``low`` can spare to ``high``."""
+        self._additions = 0
+        if self.low.dtype == torch.float64:
+            return
+        if self.high is None:
+            self.high = torch.zeros_like(self.low)
+        for a, b in zip(self.high.view(-1).split(self._CHUNK), self.low.view(-1).split(self._CHUNK), strict=True):
+            total = a + b
+            part = total - a
+            error = (a - (total - part)) + (b - part)
+            a.copy_(total)
+            b.copy_(error)
+
+    def snapshot(self) -> Accumulator:
+        """The sum so far, in float64, on its own memory."""
+        self.fold()
+        total = self.low.double() if self.high is None else self.high.double().add_(self.low)
+        return Accumulator(total.clone() if total is self.low else total, self.weight)
+
+    def restore(self, before: Accumulator) -> None:
+        """Start from a snapshot."""
+        self.weight = before.weight
+        if self.low.dtype == torch.float64:
+            self.low.copy_(before.sum)
+        else:
+            self.high = before.sum.float()
+            self.low.copy_(before.sum - self.high.double())

@@ -4,7 +4,8 @@
 A layer may see ``[N, T, D]``, ``[T, N, D]``, ``[N*T, D]`` or no sample axis at all (a position table looked up once and
 broadcast over the batch). Shapes cannot decide. So per-sample losses are back-propagated for subsets of the samples: a
 row of g that is not zero belongs to a sample of the subset. A subset and its complement for each bit of the sample
-number tell all samples apart in ``2 ceil(log2 N)`` passes, and show a row that depends on two samples for what it is.
+number tell them apart, and show a row that depends on two samples for what it is. Four samples are enough to tell one
+layout from another, and take four passes.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+PROBED = 4  # samples that the probe looks at
 
 
 class Kind(enum.Enum):
@@ -47,7 +50,7 @@ class Layout:
         elif self.kind is Kind.SAMPLE_MINOR:
             rows = rows.unflatten(axis, (-1, N))
             axis += 1
-        rows = rows.movedim(axis, 0)
+        rows = rows.movedim(axis, 0) if axis else rows
         return rows.reshape(N, -1, rows.shape[-1]) if rows.dim() != 3 else rows
 
     def sample_of_row(self, lead: tuple[int, ...], N: int, device: torch.device) -> Tensor:
@@ -70,12 +73,13 @@ def candidates(lead: tuple[int, ...], N: int) -> list[Layout]:
 
 
 def masks(N: int, device: torch.device) -> Iterator[Tensor]:
-    """Subsets of the samples, ``[N]`` of 0.0 and 1.0, that together tell every two samples apart."""
+    """Subsets of the first samples, ``[N]`` of 0.0 and 1.0, that together tell every two of those apart."""
+    few = min(N, PROBED)
     index = torch.arange(N, device=device)
-    for bit in range(max(N - 1, 1).bit_length()):
-        chosen = ((index >> bit) & 1).float()
-        yield chosen
-        yield 1 - chosen
+    for bit in range(max(few - 1, 1).bit_length()):
+        chosen = ((index >> bit) & 1).bool()
+        for half in (chosen, ~chosen):
+            yield (half & (index < few)).float()
 
 
 class Evidence:

@@ -58,7 +58,7 @@ class MatMul(Form):
     def rows(self, g: Tensor, inputs: tuple[Tensor, ...]) -> Rows:
         """See ``Form``."""
         (x,) = inputs
-        return x.to(g.dtype).expand(*g.shape[:-1], x.shape[-1]), g
+        return _like(x, g.dtype, (*g.shape[:-1], x.shape[-1])), g
 
     def accumulate(self, acc: Tensor, x: Tensor | None, g: Tensor, scale: float, flag: Tensor) -> None:
         """See ``Form``."""
@@ -81,10 +81,12 @@ class Elementwise(Form):
         x = None
         if inputs:
             (x,) = inputs if self.prepare is None else (self.prepare(inputs[0]),)
-            x = self._flat(x.to(g.dtype).expand(g.shape))
+            x = self._flat(_like(x, g.dtype, g.shape))
         return x, self._flat(g)
 
     def _flat(self, tensor: Tensor) -> Tensor:
+        if len(self.shape) == 1 and self.shape[0] == tensor.shape[-1]:
+            return tensor  # the common case: one feature axis, last
         aligned = (1,) * (tensor.dim() - len(self.shape)) + self.shape
         kept = [axis for axis, size in enumerate(aligned) if size != 1]
         lead = [axis for axis in range(tensor.dim()) if axis not in kept]
@@ -115,6 +117,11 @@ class Lookup(Form):
         """See ``Form``."""
         assert x is not None
         embedding_sq_(acc, x.squeeze(-1), g, scale, flag=flag, padding_idx=self.padding_idx)
+
+
+def _like(x: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    x = x if x.dtype == dtype else x.to(dtype)
+    return x if x.shape == shape else x.expand(shape)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fisherfast.accumulator import Accumulator
+from fisherfast.accumulator import Accumulator, RunningSum
 
 INTEGERS = st.integers(-(2**40), 2**40)
 TRIPLES = st.lists(st.tuples(st.tuples(INTEGERS, INTEGERS, INTEGERS), st.integers(1, 2**20)), min_size=3, max_size=3)
@@ -104,3 +104,41 @@ def test_rejects_weight(weight):
 
 def test_repr_shows_shape_and_weight():
     assert repr(Accumulator.zeros((2, 3))) == "Accumulator(shape=(2, 3), weight=0, device='cpu')"
+
+
+def test_running_sum_loses_nothing_over_many_additions():
+    """After 20,000 additions the sum is still within the rounding of one float32 number; a plain float32 sum is not."""
+    running, exact, plain = RunningSum(torch.empty(7)), torch.zeros(7, dtype=torch.float64), torch.zeros(7)
+    for _ in range(20_000):
+        term = torch.rand(7)
+        running.low.add_(term)
+        plain.add_(term)
+        running.counted(1)
+        exact += term.double()
+    relative = (running.snapshot().sum - exact).abs().max() / exact.max()
+    assert relative < 2**-24 < (plain - exact).abs().max() / exact.max()
+    assert running.snapshot().weight == 20_000
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("additions", [1, 64, 100])
+def test_running_sum_continues_from_a_snapshot_bit_by_bit(dtype, additions):
+    first, second = RunningSum(torch.empty(11, dtype=dtype)), RunningSum(torch.empty(11, dtype=dtype))
+    for _ in range(additions):
+        first.low.add_(torch.rand(11, dtype=dtype))
+        first.counted(3)
+    second.restore(first.snapshot())
+    for running in (first, second):
+        running.low.add_(torch.full((11,), 0.1, dtype=dtype))
+        running.counted(3)
+    assert torch.equal(first.snapshot().sum, second.snapshot().sum) and first.weight == second.weight
+
+
+def test_a_short_run_takes_one_tensor_and_a_snapshot_is_a_copy():
+    running = RunningSum(torch.empty(5))
+    running.low.add_(1)
+    running.counted(1)
+    assert running.high is None
+    before = running.snapshot()
+    running.low.add_(1)
+    assert (before.sum == 1).all()

@@ -2,27 +2,32 @@
 #include "cpu/cpu.h"
 
 #include <cstdlib>
-#include <memory>
 #include <new>
 #include <sstream>
 
 namespace fisherfast {
 
+namespace {
+
+struct Memory {
+  void* data = nullptr;
+  std::size_t size = 0;
+
+  ~Memory() { std::free(data); }
+};
+
+}  // namespace
+
 void* scratch(std::size_t bytes) {
-  struct Free {
-    void operator()(void* memory) const { std::free(memory); }
-  };
-  thread_local std::unique_ptr<void, Free> memory;
-  thread_local std::size_t size = 0;
-  if (bytes > size) {
-    constexpr std::size_t kAlignment = 64;  // the widest vector register
-    memory.reset();
-    size = 0;
-    memory.reset(std::aligned_alloc(kAlignment, (bytes + kAlignment - 1) / kAlignment * kAlignment));
-    if (!memory) throw std::bad_alloc();
-    size = bytes;
+  constexpr std::size_t kAlignment = 64;  // the widest vector register
+  thread_local Memory memory;
+  if (bytes > memory.size) {
+    std::free(memory.data);
+    memory.data = std::aligned_alloc(kAlignment, (bytes + kAlignment - 1) / kAlignment * kAlignment);
+    memory.size = memory.data ? bytes : 0;
+    if (!memory.data) throw std::bad_alloc();
   }
-  return memory.get();
+  return memory.data;
 }
 
 void check_offsets(const Samples& samples) {

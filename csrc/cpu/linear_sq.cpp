@@ -6,7 +6,7 @@
 #include "cpu/linear_sq.h"
 
 #include <atomic>
-#include <memory>
+#include <utility>
 #include <vector>
 
 #define FISHERFAST_KERNEL "cpu/linear_sq_kernel.h"
@@ -99,54 +99,32 @@ double row_square(const Rows<S>& rows, int64_t n) {
   return sum;
 }
 
-// Owns a copy of some rows of a T = 1 input, in the type of the products: squared or not, and weighted.
-template <class R>
-struct Copy {
-  std::unique_ptr<R[]> memory;
-  Rows<R> rows;
-};
-
+// T = 1: a sample gradient is the outer product g_n x_n^T, and its square that of the squares. What is left is a product of
+// matrices: for the kernel, sums over N / kRun samples of kRun rows.
 template <class S>
-Copy<compute_t<S>> copy(const Rows<S>& rows, int64_t first, int64_t count, bool squared, const float* weight) {
-  using R = compute_t<S>;
-  const int64_t width = rows.width;
-  Copy<R> result{std::unique_ptr<R[]>(new R[count * width]), {}};
-  result.rows = {result.memory.get(), 0, width, 1, width};
-  torch::stable::parallel_for(0, count, 1 + 16384 / width, [&](int64_t begin, int64_t end) {
-    for (int64_t r = begin; r < end; ++r) {
-      const S* in = rows.data + (first + r) * rows.stride_n;
-      R* out = result.memory.get() + r * width;
-      const R w = weight ? weight[first + r] : R(1);
-      for (int64_t d = 0; d < width; ++d) out[d] = widen(in[d * rows.stride_d]);
-      for (int64_t d = 0; d < width; ++d) out[d] *= squared ? out[d] * w : w;
-    }
-  });
-  return result;
-}
-
-// T = 1: a sample gradient is the outer product g_n x_n^T. What is left is a product of matrices, which for the kernel is the
-// sum over few samples of many rows each.
-template <class S>
-void outer_products(const LinearProblem<S>& problem, const Sink& sqnorm) {
-  constexpr int64_t kRows = 1024;  // copied at once: bounds the workspace
+void outer_products(LinearProblem<S> problem, const Sink& sqnorm) {
   const int64_t N = problem.samples.N;
-  for (int64_t first = 0; first < N; first += kRows) {
-    const int64_t count = std::min(kRows, N - first);
-    std::vector<int64_t> offsets;
-    for (int64_t row = 0; row < count; row += kRun) offsets.push_back(row);
-    offsets.push_back(count);
-    const Samples runs{static_cast<int64_t>(offsets.size()) - 1, 0, count, offsets.data()};
-    for (const bool squared : {true, false}) {
-      const LinearOutput& output = squared ? problem.squares : problem.sums;
-      if (!output.sink) continue;
-      const auto g = copy(problem.g, first, count, squared, problem.weight), x = copy(problem.x, first, count, squared, nullptr);
-      run(LinearProblem<compute_t<S>>{g.rows, x.rows, runs, nullptr, {}, output, nullptr, {}, kRun}, {}, 0);
-    }
+  if (sqnorm) {
+    torch::stable::parallel_for(0, N, 16, [&](int64_t begin, int64_t end) {
+      for (int64_t n = begin; n < end; ++n) add_to(sqnorm, n, row_square(problem.g, n) * row_square(problem.x, n));
+    });
   }
-  if (!sqnorm) return;
-  torch::stable::parallel_for(0, N, 16, [&](int64_t begin, int64_t end) {
-    for (int64_t n = begin; n < end; ++n) add_to(sqnorm, n, row_square(problem.g, n) * row_square(problem.x, n));
-  });
+  std::vector<int64_t> offsets;
+  for (int64_t row = 0; row < N; row += kRun) offsets.push_back(row);
+  offsets.push_back(N);
+  const LinearOutput squares = problem.squares, sums = problem.sums;
+  problem.samples = {static_cast<int64_t>(offsets.size()) - 1, 0, N, offsets.data()};
+  problem.g.stride_t = problem.g.stride_n;
+  problem.x.stride_t = problem.x.stride_n;
+  problem.row_weight = std::exchange(problem.weight, nullptr);
+  problem.squares = {};
+  problem.sums = squares;
+  problem.squared = true;
+  run(problem, {}, 0);
+  if (!sums.sink) return;
+  problem.sums = sums;
+  problem.squared = false;
+  run(problem, {}, 0);
 }
 
 void linear_sq(Tensor acc, Tensor x, Tensor g, double scale, OptionalTensor weight, OptionalTensor offsets, OptionalTensor total,

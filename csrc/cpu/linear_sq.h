@@ -38,6 +38,9 @@ struct LinearProblem {
   double* norms;  // [tiles, N] or null: every tile has its own row
   Tiling tiling;
   int64_t longest;  // most rows of a sample
+  // Where T = 1, g and x may be squared before they are multiplied, and g may be weighted by row.
+  bool squared;
+  const float* row_weight;
 };
 
 template <class S>

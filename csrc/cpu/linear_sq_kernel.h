@@ -24,6 +24,8 @@ struct Operand {
   const Rows<S>& rows;
   const Samples& samples;
   int64_t begin, end;
+  bool squared;
+  const float* row_weight;  // or null
   R* packed = nullptr;
 
   int64_t panels() const { return (end - begin + kWidth - 1) / kWidth; }
@@ -41,7 +43,7 @@ struct Operand {
   Panels<R> bring(const Block& block) const {
     Panels<R> panels{{}, {packed, packed_stride()}, 0, kWidth};
     if constexpr (std::is_same_v<S, R>) {
-      if (rows.stride_d == 1 && (block.count == 1 || rows.even(samples))) {
+      if (rows.stride_d == 1 && !squared && !row_weight && (block.count == 1 || rows.even(samples))) {
         panels.in_place = {row(block.segments[0]), rows.stride_t};
         panels.whole = (end - begin) / kWidth;
       }
@@ -57,33 +59,39 @@ struct Operand {
     const S* in = row(segment) + first * rows.stride_d;
     R* out = packed + segment.row * packed_stride();
     for (int64_t t = 0; t < segment.rows; ++t, in += rows.stride_t, out += packed_stride()) {
+      const R w = row_weight ? row_weight[samples.begin(segment.n) + segment.t + t] : R(1);
       if (rows.stride_d == 1) {
-        pack_row(in, std::integral_constant<int64_t, 1>(), first, out);
+        pack_row(in, std::integral_constant<int64_t, 1>(), w, first, out);
       } else {
-        pack_row(in, rows.stride_d, first, out);
+        pack_row(in, rows.stride_d, w, first, out);
       }
     }
   }
 
   template <class Stride>
-  void pack_row(const S* in, Stride stride, int64_t first, R* out) const {
-    for (int64_t c = first; c < end - begin; ++c, in += stride) out[c] = widen(*in);
+  void pack_row(const S* in, Stride stride, R w, int64_t first, R* out) const {
+    if (squared) {
+      for (int64_t c = first; c < end - begin; ++c, in += stride) out[c] = widen(*in) * widen(*in) * w;
+    } else {
+      for (int64_t c = first; c < end - begin; ++c, in += stride) out[c] = widen(*in) * w;
+    }
     for (int64_t c = end - begin; c < panels() * kWidth; ++c) out[c] = 0;
   }
 };
 
-// Adds the cells of a tile to an accumulator, and clears them.
+// Adds the cells of a tile to rows of an accumulator, which are walked from end to end, and clears them.
 template <class A, class R>
 void flush(R* cells, A* out, int64_t stride, int64_t rows, int64_t columns, double scale) {
   using Wide = std::common_type_t<A, R>;
   constexpr int64_t kColumns = Lanes<R>::columns;
+  const int64_t panel = (rows + kBlockRows - 1) / kBlockRows * kBlockRows * kColumns;
   const Wide factor = static_cast<Wide>(scale);
-  for (int64_t column = 0; column < columns; column += kColumns)
-    for (int64_t row = 0; row < (rows + kBlockRows - 1) / kBlockRows * kBlockRows; ++row, cells += kColumns) {
-      const int64_t width = row < rows ? std::min(kColumns, columns - column) : 0;
-      A* line = out + row * stride + column;
-      for (int64_t c = 0; c < width; ++c) line[c] = static_cast<A>(line[c] + factor * static_cast<Wide>(cells[c]));
-      std::memset(cells, 0, kColumns * sizeof(R));
+  for (int64_t row = 0; row < rows; ++row, out += stride)
+    for (int64_t column = 0; column < columns; column += kColumns) {
+      R* cell = cells + column / kColumns * panel + row * kColumns;
+      const int64_t width = std::min(kColumns, columns - column);
+      for (int64_t c = 0; c < width; ++c) out[column + c] = static_cast<A>(out[column + c] + factor * static_cast<Wide>(cell[c]));
+      std::memset(cell, 0, kColumns * sizeof(R));
     }
 }
 
@@ -95,8 +103,10 @@ struct Tile {
   int64_t index;
   int64_t o = index / problem.tiling.across * problem.tiling.rows;
   int64_t i = index % problem.tiling.across * problem.tiling.columns;
-  Operand<S, kBlockRows> g{problem.g, problem.samples, o, std::min(o + problem.tiling.rows, problem.g.width)};
-  Operand<S, Lanes<R>::columns> x{problem.x, problem.samples, i, std::min(i + problem.tiling.columns, problem.x.width)};
+  Operand<S, kBlockRows> g{problem.g, problem.samples, o, std::min(o + problem.tiling.rows, problem.g.width),
+                           problem.squared, problem.row_weight};
+  Operand<S, Lanes<R>::columns> x{problem.x, problem.samples, i, std::min(i + problem.tiling.columns, problem.x.width),
+                                  problem.squared, nullptr};
   Target<R> target{};
 
   int64_t cells() const { return g.panels() * x.panels() * kCells; }

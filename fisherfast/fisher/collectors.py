@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fisherfast.accumulator import Accumulator
+from fisherfast.accumulator import RunningSum
 from fisherfast.capture import Capture, Tracked
 from fisherfast.fisher.diagonal import DiagonalFisher
 from fisherfast.fisher.protocol import Provenance
@@ -25,7 +25,7 @@ class Diagonal:
 
 
 class DiagonalCollector:
-    """Sums of squared sample gradients, straight into float64 accumulators.
+    """Sums of squared sample gradients, straight into running sums.
 
     A batch of one backward pass goes into the sums directly; if the pass stops half-way, each parameter's weight says what
     it has. A batch of several passes (columns of the exact Fisher, draws) means nothing until they are complete: it goes
@@ -34,7 +34,7 @@ class DiagonalCollector:
 
     def __init__(self, capture: Capture, transactional: bool) -> None:
         self._transactional = transactional
-        self.sums = {name: Accumulator.zeros(t.parameter.shape, capture.device) for name, t in capture.tracked.items()}
+        self.sums = {name: RunningSum(t.parameter) for name, t in capture.tracked.items()}
         self._flags = {name: torch.zeros(1, dtype=torch.int32, device=capture.device) for name in self.sums}
         self._stage: dict[str, Tensor] = {}
         self._staged = False
@@ -47,7 +47,7 @@ class DiagonalCollector:
     def restore(self, before: DiagonalFisher) -> None:
         """Go on from a checkpoint's sums."""
         for name, accumulator in before.accumulators().items():
-            self.sums[name].add(accumulator)
+            self.sums[name].restore(accumulator)
 
     def begin(self, passes: int) -> None:
         """See ``passes.Collector``."""
@@ -60,9 +60,9 @@ class DiagonalCollector:
 
     def _target(self, name: str) -> Tensor:
         if not self._staged:
-            return self.sums[name].sum
+            return self.sums[name].low
         if name not in self._stage:
-            self._stage[name] = torch.zeros_like(self.sums[name].sum)
+            self._stage[name] = torch.zeros_like(self.sums[name].low)
         return self._stage[name]
 
     def add_square(self, tracked: Tracked, square: Tensor) -> None:
@@ -75,7 +75,8 @@ class DiagonalCollector:
             self._target(name).add_(square)
             self._touched[name] = None
         else:
-            self.sums[name].fold(square, 1)
+            self.sums[name].low.add_(square)
+            self.sums[name].counted(1)
 
     def touch(self, tracked: Tracked) -> None:
         """See ``passes.Collector``."""
@@ -88,8 +89,8 @@ class DiagonalCollector:
         for name in self._touched:
             if keep and name not in bad:
                 if name in self._stage:
-                    self.sums[name].sum += self._stage[name]
-                self.sums[name].weight += N
+                    self.sums[name].low.add_(self._stage[name])
+                self.sums[name].counted(N)
             self._flags[name].zero_()
             if name in self._stage:
                 self._stage[name].zero_()
@@ -105,9 +106,9 @@ class DiagonalCollector:
         provenance: Provenance,
         coverage: dict[str, str],
     ) -> DiagonalFisher:
-        """The Fisher as it stands; shares memory with the collector."""
+        """The Fisher as it stands, on memory of its own."""
         return DiagonalFisher.from_accumulators(
-            self.sums,
+            {name: running.snapshot() for name, running in self.sums.items()},
             num_samples=num_samples,
             num_positions=num_positions,
             provenance=provenance,

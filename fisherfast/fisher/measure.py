@@ -20,11 +20,11 @@ from fisherfast.fisher.collectors import Diagonal
 from fisherfast.fisher.diagonal import DiagonalFisher
 from fisherfast.fisher.protocol import Provenance
 from fisherfast.fisher.run import Run, model_name
+from fisherfast.layout import PROBED
 from fisherfast.likelihood import FISHER_TYPES, Likelihood, Predictions, resolve
 from fisherfast.passes import Pass, conclude
 
 _STRUCTURES = {"diagonal": Diagonal}
-_PROBED = 4  # samples the probe looks at
 _CHECKPOINT_SECONDS = 60.0
 
 
@@ -163,7 +163,7 @@ class _Measurement:
                 "fisher: fisher_type='empirical' needs the labels of the data, got a batch without; use 'mc' or 'exact'"
             )
         if not self._explored or (not self._probed and batch.N > 1):
-            self._explore(batch.cut(0, min(batch.N, _PROBED)))
+            self._explore(batch.cut(0, min(batch.N, PROBED)))
         predictions = self._forward(batch)
         count = self._num_passes(predictions)
         if predictions.values.grad_fn is None:
