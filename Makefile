@@ -48,4 +48,5 @@ $(VENV)/.dev: $(VENV)/.built
 
 $(VENV)/.bench: $(VENV)/.built
 	$(PIP) --no-build-isolation -e .[bench]
+	$(PIP) --no-deps -r bench/requirements.txt
 	touch $@

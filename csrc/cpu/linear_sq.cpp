@@ -114,6 +114,7 @@ void outer_products(LinearProblem<S> problem, const Sink& sqnorm) {
   offsets.push_back(N);
   const LinearOutput squares = problem.squares, sums = problem.sums;
   problem.samples = {static_cast<int64_t>(offsets.size()) - 1, 0, N, offsets.data()};
+  problem.flush_every = 2;  // a block holds only four such samples: chains of 32, 8, and what is left
   problem.g.stride_t = problem.g.stride_n;
   problem.x.stride_t = problem.x.stride_n;
   problem.row_weight = std::exchange(problem.weight, nullptr);

@@ -41,6 +41,7 @@ struct LinearProblem {
   // Where T = 1, g and x may be squared before they are multiplied, and g may be weighted by row.
   bool squared;
   const float* row_weight;
+  int64_t flush_every = 32;  // blocks added up in a tile before it goes to acc
 };
 
 template <class S>

@@ -170,12 +170,11 @@ template <class S>
 void linear_tile(const LinearProblem<S>& problem, int64_t index) {
   Tile<S> tile{problem, index};
   tile.allocate();
-  constexpr int64_t kFlush = 32;  // blocks added up in the tile before it goes to acc
   Cursor cursor;
   Block block;
   for (int64_t blocks = 1; cursor.next(problem.samples, block); ++blocks) {
     tile.multiply(block);
-    if (blocks % kFlush == 0) tile.flush_all();
+    if (blocks % problem.flush_every == 0) tile.flush_all();
   }
   tile.flush_all();
 }
