@@ -40,9 +40,10 @@ struct Operand {
     return rows.sample(samples, segment.n) + segment.t * rows.stride_t + begin * rows.stride_d;
   }
 
+  // Long strides hurt only where fewer registers mean that a panel is read more often.
   Panels<R> bring(const Block& block) const {
     Panels<R> panels{{}, {packed, packed_stride()}, 0, kWidth};
-    if constexpr (std::is_same_v<S, R>) {
+    if constexpr (std::is_same_v<S, R> && kVectorBytes >= 64) {
       if (rows.stride_d == 1 && !squared && !row_weight && (block.count == 1 || rows.even(samples))) {
         panels.in_place = {row(block.segments[0]), rows.stride_t};
         panels.whole = (end - begin) / kWidth;
