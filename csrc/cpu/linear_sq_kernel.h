@@ -80,21 +80,29 @@ struct Operand {
   }
 };
 
-// Adds the cells of a tile to rows of an accumulator, which are walked from end to end, and clears them.
-template <class A, class R>
-void flush(R* cells, A* out, int64_t stride, int64_t rows, int64_t columns, double scale) {
-  using Wide = std::common_type_t<A, R>;
-  constexpr int64_t kColumns = Lanes<R>::columns;
-  const int64_t panel = (rows + kBlockRows - 1) / kBlockRows * kBlockRows * kColumns;
-  const Wide factor = static_cast<Wide>(scale);
-  for (int64_t row = 0; row < rows; ++row, out += stride)
-    for (int64_t column = 0; column < columns; column += kColumns) {
-      R* cell = cells + column / kColumns * panel + row * kColumns;
-      const int64_t width = std::min(kColumns, columns - column);
-      for (int64_t c = 0; c < width; ++c) out[column + c] = static_cast<A>(out[column + c] + factor * static_cast<Wide>(cell[c]));
-      std::memset(cell, 0, kColumns * sizeof(R));
+// The part of an accumulator that a cell block belongs to: rows x columns of it are inside.
+template <class A>
+struct Window {
+  A* out;
+  int64_t stride, rows, columns;
+
+  void prefetch() const {
+    for (int64_t row = 0; row < rows; ++row)
+      for (int64_t c = 0; c < columns; c += 64 / sizeof(A)) __builtin_prefetch(out + row * stride + c, 1);
+  }
+
+  // Adds a block of cells, and clears it.
+  template <class R>
+  void add(R* cells, double scale) const {
+    using Wide = std::common_type_t<A, R>;
+    const Wide factor = static_cast<Wide>(scale);
+    for (int64_t row = 0; row < rows; ++row, cells += Lanes<R>::columns) {
+      A* line = out + row * stride;
+      for (int64_t c = 0; c < columns; ++c) line[c] = static_cast<A>(line[c] + factor * static_cast<Wide>(cells[c]));
+      std::memset(cells, 0, Lanes<R>::columns * sizeof(R));
     }
-}
+  }
+};
 
 template <class S>
 struct Tile {
@@ -127,14 +135,25 @@ struct Tile {
     if (problem.norms) target.norms = problem.norms + index * problem.samples.N;
   }
 
-  void multiply(const Block& block) const {
+  // Multiplies a block of rows; the last one before a flush takes every cell to the accumulators while it is at hand.
+  void multiply(const Block& block, bool flush) const {
     const Panels<R> g_panels = g.bring(block), x_panels = x.bring(block);
     int64_t cell = 0;
-    for (int64_t q = 0; q < x.panels(); ++q) {
-      for (int64_t p = 0; p < g.panels(); ++p, cell += kCells)
-        multiply(g_panels[p], x_panels[q], block,
-                 {at(target.squares, cell), at(target.sums, cell), at(target.carry, cell), target.norms});
-    }
+    for (int64_t q = 0; q < x.panels(); ++q)
+      for (int64_t p = 0; p < g.panels(); ++p, cell += kCells) {
+        const Target<R> to{at(target.squares, cell), at(target.sums, cell), at(target.carry, cell), target.norms};
+        const int64_t row = p * kBlockRows, column = q * Lanes<R>::columns;
+        const auto prefetch = [](const auto& window, double) { window.prefetch(); };
+        if (flush) {
+          visit(problem.squares, row, column, prefetch);
+          visit(problem.sums, row, column, prefetch);
+        }
+        multiply(g_panels[p], x_panels[q], block, to);
+        if (flush) {
+          visit(problem.squares, row, column, [&](const auto& window, double scale) { window.add(reinterpret_cast<R*>(to.squares), scale); });
+          visit(problem.sums, row, column, [&](const auto& window, double scale) { window.add(reinterpret_cast<R*>(to.sums), scale); });
+        }
+      }
   }
 
   // Where a block holds many samples, they are first added up among themselves.
@@ -149,35 +168,31 @@ struct Tile {
 
   static Vector* at(Vector* cells, int64_t cell) { return cells ? cells + cell : nullptr; }
 
-  void flush_to(Vector* cells, const LinearOutput& output) const {
-    if (!cells) return;
-    const int64_t I = problem.x.width, offset = o * I + i;
-    const int64_t rows = g.end - o, columns = x.end - i;
-    auto* values = reinterpret_cast<R*>(cells);
+  // body(window, scale) with the part of an accumulator that starts at a row and a column of the tile.
+  template <class Body>
+  void visit(const LinearOutput& output, int64_t row, int64_t column, const Body& body) const {
+    if (!output.sink) return;
+    const int64_t I = problem.x.width, offset = (o + row) * I + i + column;
+    const int64_t rows = std::min<int64_t>(kBlockRows, g.end - o - row), columns = std::min(Lanes<R>::columns, x.end - i - column);
     if (output.sink.is_double) {
-      flush(values, static_cast<double*>(output.sink.data) + offset, I, rows, columns, output.scale);
+      body(Window<double>{static_cast<double*>(output.sink.data) + offset, I, rows, columns}, output.scale);
     } else {
-      flush(values, static_cast<float*>(output.sink.data) + offset, I, rows, columns, output.scale);
+      body(Window<float>{static_cast<float*>(output.sink.data) + offset, I, rows, columns}, output.scale);
     }
-  }
-
-  void flush_all() const {
-    flush_to(target.squares, problem.squares);
-    flush_to(target.sums, problem.sums);
   }
 };
 
 template <class S>
 void linear_tile(const LinearProblem<S>& problem, int64_t index) {
+  constexpr int64_t kFlush = 32;  // blocks added up in the tile before it goes to acc
   Tile<S> tile{problem, index};
   tile.allocate();
-  Cursor cursor;
+  Cursor cursor{problem.samples};
   Block block;
-  for (int64_t blocks = 1; cursor.next(problem.samples, block); ++blocks) {
-    tile.multiply(block);
-    if (blocks % problem.flush_every == 0) tile.flush_all();
+  for (int64_t blocks = 1; !cursor.done(); ++blocks) {
+    cursor.next(block);
+    tile.multiply(block, blocks % kFlush == 0 || cursor.done());
   }
-  tile.flush_all();
 }
 
 template <class S>

@@ -87,27 +87,28 @@ template <class R>
 
 // Cuts the rows into blocks, in order.
 struct Cursor {
+  const Samples& samples;
   int64_t n = 0, t = 0;
 
-  bool next(const Samples& samples, Block& block) {
+  bool done() {
+    while (n < samples.N && samples.rows(n) == 0) ++n;
+    return n == samples.N;
+  }
+
+  void next(Block& block) {
+    if (samples.rows(n) > kDepth) return next_part(block);
     block = {0, 0, false, false, {}};
-    for (; n < samples.N && block.count < kRun; ++n) {
-      const int64_t rows = samples.rows(n);
-      if (rows > kDepth && block.count == 0) return next_part(rows, block);
-      if (rows > kDepth - block.rows) break;
-      if (rows > 0) block.segments[block.count++] = {n, 0, block.rows, rows};
-      block.rows += rows;
+    for (; n < samples.N && block.count < kRun && samples.rows(n) <= kDepth - block.rows; ++n) {
+      block.segments[block.count++] = {n, 0, block.rows, samples.rows(n)};
+      block.rows += samples.rows(n);
     }
-    return block.count > 0;
   }
 
   // Parts of nearly one size, so that none is too short to be efficient.
-  bool next_part(int64_t rows, Block& block) {
-    const int64_t parts = (rows - t + kDepth - 1) / kDepth;
-    const int64_t part = (rows - t + parts - 1) / parts;
+  void next_part(Block& block) {
+    const int64_t left = samples.rows(n) - t, parts = (left + kDepth - 1) / kDepth, part = (left + parts - 1) / parts;
     block = {part, 1, t > 0, parts > 1, {{n, t, 0, part}}};
     t += part;
     if (parts == 1) ++n, t = 0;
-    return true;
   }
 };
