@@ -184,14 +184,13 @@ struct Tile {
 
 template <class S>
 void linear_tile(const LinearProblem<S>& problem, int64_t index) {
-  constexpr int64_t kFlush = 32;  // blocks added up in the tile before it goes to acc
   Tile<S> tile{problem, index};
   tile.allocate();
   Cursor cursor{problem.samples};
   Block block;
   for (int64_t blocks = 1; !cursor.done(); ++blocks) {
     cursor.next(block);
-    tile.multiply(block, blocks % kFlush == 0 || cursor.done());
+    tile.multiply(block, blocks % problem.flush_every == 0 || cursor.done());
   }
 }
 
