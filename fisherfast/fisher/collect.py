@@ -33,7 +33,7 @@ class collect:
     Errors:   ValueError for a loss that is not such a vector, for parameters the loss does not depend on (unless
               ``allow_missing=True``), for dropout or batch statistics in train mode; NonFiniteError (``err.fisher`` keeps
               what came before) for NaN or infinity.
-    Numerics: as the ops; float64 accumulators.
+    Numerics: as the ops; sums over samples with 48 bits or more (``accumulator.RunningSum``).
     Source:   the empirical Fisher if the labels are the data's; the Fisher if you drew them from the model: say which with
               ``fisher_type``, which is recorded and not checked.
 

@@ -59,7 +59,7 @@ def fisher(
     Scale:    per sample, mean over samples; independent of loss reduction, batch size and number of devices.
     Errors:   ValueError, TypeError or NonFiniteError for what cannot be measured, naming parameter or batch; any error has
               ``.fisher`` with what was accumulated before, and Ctrl-C raises ``ff.Interrupted`` with it.
-    Numerics: gradients in the model's precision, squares in float32 or wider, sums over samples in float64. Labels are a
+    Numerics: gradients in the model's precision, squares in float32 or wider, sums over samples with 48 bits or more. Labels are a
               function of (seed, sample number, position, draw) alone.
     Source:   Achille, Paolini, Soatto 2019 (arXiv:1905.12213), Preliminaries; columns of the exact Fisher: docs/design.md.
     """
