@@ -1,6 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every instruction set that this processor has gives results inside the numerical gate, whatever the number of threads."""
 
+import re
+import shutil
+import subprocess
+
 import fisherfast._C
 import pytest
 import torch
@@ -70,3 +74,45 @@ def test_scale_sq_and_embedding_sq_match_float64(isa):
     assert_gate(scale, g.sum(1).square().sum(0), g.double().sum(1).square().sum(0))
     plain, exact = (torch.einsum("ntv,ntd->nvd", one_hot.to(h.dtype), h).square().sum(0) for h in (g, g.double()))
     assert_gate(table, plain, exact)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_linear_sq_does_not_depend_on_the_number_of_threads(isa, shape):
+    N, T, I, O = shape
+    x, g = torch.randn(N, T, I), torch.randn(N, T, O)
+
+    def outputs(threads):
+        acc, total, sqnorm = torch.zeros(O, I), torch.zeros(O, I), torch.zeros(N)
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            with ff.backend("cpu"):
+                ff.ops.linear_sq_(acc, x, g, total=total, sqnorm=sqnorm)
+        finally:
+            torch.set_num_threads(before)
+        return acc, total, sqnorm
+
+    for one, three in zip(outputs(1), outputs(3), strict=True):
+        assert torch.equal(one, three)
+
+
+def instructions(tool, function):
+    """The instructions of every function of the extension whose demangled name holds ``function``."""
+    command = [tool, "--disassemble", "--demangle", "--no-show-raw-insn", fisherfast._C.__file__]
+    listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    blocks = re.findall(r"^[0-9a-f]+ <([^\n]*)>:\n(.*?)(?:\n\n|\Z)", listing, re.M | re.S)
+    return [block.splitlines() for name, block in blocks if function in name and "@plt" not in name]
+
+
+@pytest.mark.parametrize("real", ["float", "double"])
+def test_avx512_accumulators_stay_in_registers(real):
+    # A spilled accumulator shows as a zmm instruction that addresses the stack: it halves the speed and fails nothing else.
+    tool = shutil.which("objdump")
+    if tool is None:
+        pytest.skip("objdump (binutils) is not installed, so the machine code cannot be read")
+    found = instructions(tool, f"avx512::micro_kernel<{real}>")
+    if not found:
+        pytest.skip("this build has no AVX-512 kernel (not x86-64) or no symbols")
+    (body,) = found
+    assert sum("vfmadd" in line and "zmm" in line for line in body) >= 24
+    assert not [line for line in body if "zmm" in line and re.search(r"%r[sb]p\b", line)]
