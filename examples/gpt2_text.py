@@ -143,7 +143,9 @@ def show(results: dict[str, dict[str, float]], arguments: argparse.Namespace) ->
         )
     console = Console()
     console.print(table)
-    console.print(f"The float32 result is {4 * base['parameters'] / 2**20:,.0f} MiB; fisherfast keeps sums in one such tensor (two in a run of over 64 batches).")
+    console.print(
+        f"The float32 result is {4 * base['parameters'] / 2**20:,.0f} MiB; fisherfast keeps sums in one such tensor (two in a run of over 64 batches)."
+    )
     console.print("fisherfast's first batch includes the probe that finds the sample axis of every layer.")
 
 
