@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every instruction set that this processor has gives results inside the numerical gate, whatever the number of threads."""
 
+import platform
 import re
 import shutil
 import subprocess
@@ -110,9 +111,8 @@ def test_avx512_accumulators_stay_in_registers(real):
     tool = shutil.which("objdump")
     if tool is None:
         pytest.skip("objdump (binutils) is not installed, so the machine code cannot be read")
-    found = instructions(tool, f"avx512::micro_kernel<{real}>")
-    if not found:
-        pytest.skip("this build has no AVX-512 kernel (not x86-64) or no symbols")
-    (body,) = found
+    if platform.machine() not in ("x86_64", "AMD64"):
+        pytest.skip(f"AVX-512 is of x86-64, this is {platform.machine()}")
+    (body,) = instructions(tool, f"avx512::micro_kernel<{real}>")
     assert sum("vfmadd" in line and "zmm" in line for line in body) >= 24
     assert not [line for line in body if "zmm" in line and re.search(r"%r[sb]p\b", line)]
