@@ -27,14 +27,14 @@ class NonFiniteError(ArithmeticError):
 class Collector(Protocol):
     """What a Fisher structure does with the rows of a batch. One batch is ``begin``, any adds, ``settle``."""
 
-    def begin(self, passes: int) -> None:
-        """Start a batch of that many backward passes."""
+    def begin(self, passes: int, N: int, weight: Tensor | None) -> None:
+        """Start a batch of N samples, weighted ``[N]`` float32 or not, and of that many backward passes."""
 
-    def add(self, tracked: Tracked, form: Form, x: Tensor | None, g: Tensor, scale: float) -> None:
-        """Take one parameter's rows ``x [N, T, I]``, ``g [N, T, O]`` of one backward pass."""
+    def add(self, tracked: Tracked, form: Form, rows: Rows, scale: float) -> None:
+        """Take one parameter's rows of one backward pass, samples first: ``scale * (sample gradient)^2`` counts."""
 
-    def add_square(self, tracked: Tracked, square: Tensor) -> None:
-        """Take one sample's summed squared gradient, shaped like the parameter."""
+    def add_gradients(self, tracked: Tracked, gradients: Tensor, first: int, scale: float) -> None:
+        """Take whole sample gradients ``[n, *parameter]`` of samples ``first, ..., first + n - 1``, from the fallback."""
 
     def touch(self, tracked: Tracked) -> None:
         """Note that the batch's gradient of this parameter is zero."""
@@ -88,7 +88,7 @@ class Passes:
             def see(call: Call, g: Tensor | None, saved: tuple[Tensor, ...], mask: Tensor = mask) -> None:
                 if g is not None:
                     for use in call.uses:
-                        evidence[use.key].see(_rows(use, g, saved)[1], mask)
+                        evidence[use.key].see(_rows(use, g, saved).g, mask)
 
             chosen = cotangent * mask.to(cotangent.dtype).view(-1, *(1,) * (cotangent.dim() - 1))
             self._backward(root, chosen, see, keep=True)
@@ -152,9 +152,9 @@ class Passes:
 
     def _samples_first(self, use: CallUse, rows: Rows, N: int) -> Rows | None:
         """Rows as ``[N, T, ...]``, or None where g is zero or its layout is unknown (then noted as undetermined)."""
-        x, g = rows
+        x, g, _ = rows
         if N == 1:
-            return (None if x is None else x.reshape(1, -1, x.shape[-1])), g.reshape(1, -1, g.shape[-1])
+            return Rows(None if x is None else x.reshape(1, -1, x.shape[-1]), g.reshape(1, -1, g.shape[-1]))
         layout = self.capture.layouts.get(use.key)
         if layout is None:
             if bool((g != 0).any()):
@@ -166,27 +166,26 @@ class Passes:
                 f"{use.tracked.name}: rows must hold the batch's {N} samples along axis {layout.axis} ({layout.kind.value}, as the "
                 f"probe found), got leading axes {lead}; the model's layout must not change from batch to batch"
             )
-        return (None if x is None else layout.samples_first(x, N)), layout.samples_first(g, N)
+        return Rows(None if x is None else layout.samples_first(x, N), layout.samples_first(g, N))
 
     def _hand_over(self, use: CallUse, rows: list[Rows], scale: float) -> None:
         if not rows:
             for collector in self.collectors:
                 collector.touch(use.tracked)
             return
-        x, g = rows[0] if len(rows) == 1 else use.form.joined(rows)
+        joined = rows[0] if len(rows) == 1 else use.form.joined(rows)
         for collector in self.collectors:
-            collector.add(use.tracked, use.form, x, g, scale)
+            collector.add(use.tracked, use.form, joined, scale)
 
-    def squares(self, root: Tensor, tracked: list[Tracked], passes: Iterable[Pass]) -> list[Tensor]:
-        """One sample's squared gradients by autograd itself, summed over passes: the loop's share. Keeps the graph."""
+    def loop(self, root: Tensor, tracked: list[Tracked], n: int, passes: Iterable[Pass]) -> None:
+        """Hand sample n's gradients by autograd itself to the collectors: the loop's share. Keeps the graph."""
         leaves = [t.leaf for t in tracked]
-        squares = [torch.zeros_like(leaf, dtype=torch.promote_types(leaf.dtype, torch.float32)) for leaf in leaves]
         for one in passes:
             grads = self._grad(root, leaves, one.cotangent, lambda *_: None, keep=True)
-            for square, grad in zip(squares, grads, strict=True):
-                if grad is not None:
-                    square.add_(grad.to(square.dtype).square(), alpha=one.scale)
-        return squares
+            for which, grad in zip(tracked, grads, strict=True):
+                gradient = torch.zeros_like(which.leaf) if grad is None else grad
+                for collector in self.collectors:
+                    collector.add_gradients(which, gradient.unsqueeze(0), n, one.scale)
 
     def _backward(self, root: Tensor, cotangent: Tensor, listener: Listener, keep: bool) -> None:
         self._grad(root, [self.capture.anchor], cotangent, listener, keep)

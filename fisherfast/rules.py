@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +26,13 @@ from fisherfast.ops.embedding_sq import embedding_sq_
 from fisherfast.ops.linear_sq import linear_sq_
 from fisherfast.ops.scale_sq import scale_sq_
 
-Rows = tuple[Tensor | None, Tensor]
+
+class Rows(NamedTuple):
+    """One parameter's rows in one backward pass: x ``[N, T, ...]`` or None, g ``[N, T, ...]``; with offsets ``[M, ...]``."""
+
+    x: Tensor | None
+    g: Tensor
+    offsets: Tensor | None = None
 
 
 class Form:
@@ -38,14 +44,14 @@ class Form:
         """Bring saved inputs and output gradient to ``x [..., I]`` (or None) and ``g [..., O]``, same leading axes."""
         raise NotImplementedError
 
-    def accumulate(self, acc: Tensor, x: Tensor | None, g: Tensor, scale: float, flag: Tensor) -> None:
-        """Add ``scale * sum_n (sample gradient)^2`` from x ``[N, T, I]`` and g ``[N, T, O]`` into ``acc``."""
+    def accumulate(self, acc: Tensor, rows: Rows, scale: float, **outputs: Tensor | None) -> None:
+        """Add ``scale * sum_n w_n (sample gradient)^2`` of rows, samples first, into ``acc``; ``outputs`` as for the ops."""
         raise NotImplementedError
 
     def joined(self, uses: list[Rows]) -> Rows:
         """Several uses of one parameter as one: a sum over uses is a sum over more positions."""
-        xs = [x for x, _ in uses if x is not None]
-        return (torch.cat(xs, dim=1) if xs else None), torch.cat([g for _, g in uses], dim=1)
+        xs = [use.x for use in uses if use.x is not None]
+        return Rows(torch.cat(xs, dim=1) if xs else None, torch.cat([use.g for use in uses], dim=1))
 
 
 @dataclass(frozen=True)
@@ -58,14 +64,15 @@ class MatMul(Form):
     def rows(self, g: Tensor, inputs: tuple[Tensor, ...]) -> Rows:
         """See ``Form``."""
         (x,) = inputs
-        return _like(x, g.dtype, (*g.shape[:-1], x.shape[-1])), g
+        return Rows(_like(x, g.dtype, (*g.shape[:-1], x.shape[-1])), g)
 
-    def accumulate(self, acc: Tensor, x: Tensor | None, g: Tensor, scale: float, flag: Tensor) -> None:
+    def accumulate(self, acc: Tensor, rows: Rows, scale: float, **outputs: Tensor | None) -> None:
         """See ``Form``."""
+        x, g, offsets = rows
         assert x is not None
         # The sample gradient of W^T is the transpose of that of W: swap the roles of x and g.
         x, g = (g, x) if self.transposed else (x, g)
-        linear_sq_(acc, x, g, scale, flag=flag)
+        linear_sq_(acc, x, g, scale, offsets=offsets, **outputs)
 
 
 @dataclass(frozen=True)
@@ -82,7 +89,7 @@ class Elementwise(Form):
         if inputs:
             (x,) = inputs if self.prepare is None else (self.prepare(inputs[0]),)
             x = self._flat(_like(x, g.dtype, g.shape))
-        return x, self._flat(g)
+        return Rows(x, self._flat(g))
 
     def _flat(self, tensor: Tensor) -> Tensor:
         if len(self.shape) == 1 and self.shape[0] == tensor.shape[-1]:
@@ -92,13 +99,16 @@ class Elementwise(Form):
         lead = [axis for axis in range(tensor.dim()) if axis not in kept]
         return tensor.permute(*lead, *kept).reshape([tensor.shape[axis] for axis in lead] + [math.prod(self.shape)])
 
-    def accumulate(self, acc: Tensor, x: Tensor | None, g: Tensor, scale: float, flag: Tensor) -> None:
+    def accumulate(self, acc: Tensor, rows: Rows, scale: float, **outputs: Tensor | None) -> None:
         """See ``Form``."""
-        scale_sq_(acc.view(-1), x, g, scale, flag=flag)
+        total = outputs.get("total")
+        if total is not None:
+            outputs["total"] = total.view(-1)
+        scale_sq_(acc.view(-1), rows.x, rows.g, scale, offsets=rows.offsets, **outputs)
 
     def joined(self, uses: list[Rows]) -> Rows:
         """See ``Form``."""
-        return None, torch.cat([g if x is None else g * x for x, g in uses], dim=1)
+        return Rows(None, torch.cat([use.g if use.x is None else use.g * use.x for use in uses], dim=1))
 
 
 @dataclass(frozen=True)
@@ -111,12 +121,13 @@ class Lookup(Form):
     def rows(self, g: Tensor, inputs: tuple[Tensor, ...]) -> Rows:
         """See ``Form``."""
         (ids,) = inputs
-        return ids.long().expand(g.shape[:-1]).unsqueeze(-1), g
+        return Rows(ids.long().expand(g.shape[:-1]).unsqueeze(-1), g)
 
-    def accumulate(self, acc: Tensor, x: Tensor | None, g: Tensor, scale: float, flag: Tensor) -> None:
+    def accumulate(self, acc: Tensor, rows: Rows, scale: float, **outputs: Tensor | None) -> None:
         """See ``Form``."""
-        assert x is not None
-        embedding_sq_(acc, x.squeeze(-1), g, scale, flag=flag, padding_idx=self.padding_idx)
+        assert rows.x is not None
+        ids = rows.x.squeeze(-1)
+        embedding_sq_(acc, ids, rows.g, scale, offsets=rows.offsets, padding_idx=self.padding_idx, **outputs)
 
 
 def _like(x: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:

@@ -139,10 +139,7 @@ class collect:
         for n in range(loss.shape[0]):
             unit = torch.zeros_like(loss)
             unit[n] = 1
-            squares = run.passes.squares(loss, tracked, [Pass(unit)])
-            for one, square in zip(tracked, squares, strict=True):
-                for collector in run.collectors:
-                    collector.add_square(one, square)
+            run.passes.loop(loss, tracked, n, [Pass(unit)])
 
     def results(self) -> tuple[DiagonalFisher, ...]:
         """One Fisher per structure asked for, in that order."""

@@ -12,7 +12,7 @@ from fisherfast.accumulator import RunningSum
 from fisherfast.capture import Capture, Tracked
 from fisherfast.fisher.diagonal import DiagonalFisher
 from fisherfast.fisher.protocol import Provenance
-from fisherfast.rules import Form
+from fisherfast.rules import Form, Rows
 
 
 @dataclass(frozen=True)
@@ -49,13 +49,13 @@ class DiagonalCollector:
         for name, accumulator in before.accumulators().items():
             self.sums[name].restore(accumulator)
 
-    def begin(self, passes: int) -> None:
+    def begin(self, passes: int, N: int, weight: Tensor | None) -> None:
         """See ``passes.Collector``."""
         self._staged = self._transactional or passes > 1
 
-    def add(self, tracked: Tracked, form: Form, x: Tensor | None, g: Tensor, scale: float) -> None:
+    def add(self, tracked: Tracked, form: Form, rows: Rows, scale: float) -> None:
         """See ``passes.Collector``."""
-        form.accumulate(self._target(tracked.name), x, g, scale, self._flags[tracked.name])
+        form.accumulate(self._target(tracked.name), rows, scale, flag=self._flags[tracked.name])
         self._touched[tracked.name] = None
 
     def _target(self, name: str) -> Tensor:
@@ -65,9 +65,10 @@ class DiagonalCollector:
             self._stage[name] = torch.zeros_like(self.sums[name].low)
         return self._stage[name]
 
-    def add_square(self, tracked: Tracked, square: Tensor) -> None:
-        """See ``passes.Collector``. Outside a staged batch every sample is a transaction of its own."""
+    def add_gradients(self, tracked: Tracked, gradients: Tensor, first: int, scale: float) -> None:
+        """See ``passes.Collector``. Outside a staged batch every call is a transaction of its own."""
         name = tracked.name
+        square = gradients.to(self.sums[name].low.dtype).square().sum(0).mul_(scale)
         if not torch.isfinite(square).all():
             self._flags[name].fill_(1)
             self._touched[name] = None
@@ -76,7 +77,7 @@ class DiagonalCollector:
             self._touched[name] = None
         else:
             self.sums[name].low.add_(square)
-            self.sums[name].counted(1)
+            self.sums[name].counted(len(gradients))
 
     def touch(self, tracked: Tracked) -> None:
         """See ``passes.Collector``."""

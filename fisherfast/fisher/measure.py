@@ -264,10 +264,7 @@ class _Measurement:
             # Labels and columns come from the whole batch's output, so that every parameter sees the same ones. Exploring:
             # a parameter may be here for this batch only, and its leaf stand-in must be in use.
             values = self._forward(batch.cut(n, n + 1), exploring=True, first=n).values
-            squares = self.run.passes.squares(values, tracked, self._passes(predictions.one(n)))
-            for one, square in zip(tracked, squares, strict=True):
-                for collector in self.run.collectors:
-                    collector.add_square(one, square)
+            self.run.passes.loop(values, tracked, n, self._passes(predictions.one(n)))
 
 
 def _close(a: Tensor, b: Tensor) -> bool:

@@ -105,10 +105,10 @@ class Run:
         )
 
     @contextmanager
-    def transaction(self, N: int, passes: int) -> Iterator[None]:
+    def transaction(self, N: int, passes: int, weight: Tensor | None = None) -> Iterator[None]:
         """One batch: whatever happens inside, what was added gets its weight and the error carries the result so far."""
         for collector in self.collectors:
-            collector.begin(passes)
+            collector.begin(passes, N, weight)
         complete = False
         try:
             yield

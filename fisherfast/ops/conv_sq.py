@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``conv_sq_``: the sum of squared sample gradients of a convolution's weight."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from fisherfast import _backend
+from fisherfast.ops import _common as common
+
+_GEOMETRY = "int[] stride=[], int[] padding=[], int[] dilation=[], int groups=1"
+_SCHEMA = f"conv_sq_(Tensor(a!) acc, Tensor x, Tensor g, {common.OUTPUTS}, {_GEOMETRY}) -> ()"
+
+
+def _check(
+    acc, x, g, scale=1.0, *, weight=None, offsets=None, total=None, sqnorm=None, flag=None,
+    stride=(), padding=(), dilation=(), groups=1,
+) -> None:  # fmt: skip
+    name = "conv_sq_"
+    common.require(
+        3 <= acc.dim() <= 5, lambda: f"{name}: acc must be [O, C / groups, *K] with 1 to 3 kernel axes, got {common.shape(acc)}"
+    )
+    axes = acc.dim() - 2
+    common.require(
+        x.dim() == g.dim() == acc.dim(),
+        lambda: (
+            f"{name}: x and g must be [N, C, *S] and [N, O, *P], {axes} axes each after the channels as acc, got "
+            f"{common.shape(x)} and {common.shape(g)}"
+        ),
+    )
+    common.require(
+        x.shape[0] == g.shape[0], lambda: f"{name}: x and g must hold the same images, got {x.shape[0]} and {g.shape[0]}"
+    )
+    common.check_dtype(name, "x", x, common.INPUT_DTYPES)
+    common.require(x.dtype == g.dtype, lambda: f"{name}: x and g must have one dtype, got {x.dtype} and {g.dtype}", TypeError)
+    common.require(
+        all(len(values) in (0, axes) for values in (stride, padding, dilation)) and min((*stride, *dilation, 1)) >= 1,
+        lambda: (
+            f"{name}: stride, padding and dilation must be empty or one integer per kernel axis ({axes}), stride and dilation "
+            f">= 1, got {list(stride)}, {list(padding)}, {list(dilation)}"
+        ),
+    )
+    C, O = x.shape[1], g.shape[1]
+    common.require(
+        groups >= 1 and C % groups == 0 and O % groups == 0,
+        lambda: f"{name}: groups must divide C = {C} and O = {O}, got {groups}",
+    )
+    N = g.shape[0]
+    if offsets is not None:
+        common.require(
+            offsets.dim() == 1 and offsets.shape[0] >= 1, lambda: f"{name}: offsets must be [N+1], got {common.shape(offsets)}"
+        )
+        common.check_dtype(name, "offsets", offsets, (torch.int64,))
+        N = offsets.shape[0] - 1
+    expected = (O, C // groups, *acc.shape[2:])
+    common.check_outputs(name, acc, "[O, C / groups, *K]", expected, N, weight=weight, total=total, sqnorm=sqnorm, flag=flag)
+    common.check_devices(name, acc, x=x, g=g, weight=weight, offsets=offsets, total=total, sqnorm=sqnorm, flag=flag)
+
+
+@_backend.op(_SCHEMA, _check)
+def conv_sq_(
+    acc: Tensor,
+    x: Tensor,
+    g: Tensor,
+    scale: float = 1.0,
+    *,
+    weight: Tensor | None = None,
+    offsets: Tensor | None = None,
+    total: Tensor | None = None,
+    sqnorm: Tensor | None = None,
+    flag: Tensor | None = None,
+    stride: tuple[int, ...] = (),
+    padding: tuple[int, ...] = (),
+    dilation: tuple[int, ...] = (),
+    groups: int = 1,
+) -> None:
+    """``acc[o,c,k] += scale * sum_n w_n (sum_p g[n,o,p] x[n,c, p stride + k dilation - padding])^2``, x zero outside.
+
+    ``padding`` is what lies before an axis; what lies after it follows from g's size, so ``padding="same"`` of an even
+    kernel is covered. The gradient of a transposed convolution's weight ``[C, O / groups, *K]`` is this op with the
+    roles of x and g exchanged.
+
+    Shapes:   acc [O, C / groups, *K] float32 or float64, contiguous, 1 to 3 kernel axes; x [N, C, *S], g [N, O, *P], any
+              strides, one dtype of float32, bfloat16, float16, float64; c runs over the channels of o's group. stride,
+              padding, dilation: one integer per kernel axis, or empty for 1, 0, 1. With offsets [N+1] the first axis
+              holds M images and sample n owns images ``offsets[n]:offsets[n+1]``. Optional: weight [N], total like acc,
+              sqnorm [N], flag [1]; their meaning is in ``fisherfast.ops._common``.
+    Scale:    a sum over n, not a mean; g must be the gradient of a summed loss.
+    Errors:   ValueError for shapes, strides, devices or geometry that do not fit; TypeError for dtypes; BackendError when
+              a forced backend cannot run the call.
+    Numerics: as ``linear_sq_``. ``2 N |P| O (C / groups) |K|`` FLOPs; the unfolded input is never formed.
+    Source:   the chain rule; Dangel et al. 2020 (arXiv:1912.10985) for the quantity.
+    """
+    if common.stopped(flag, x, g, weight):
+        return
+    x, g = common.wide(x), common.wide(g)
+    axes = acc.dim() - 2
+    stride, padding, dilation = (tuple(v) or (d,) * axes for v, d in ((stride, 1), (padding, 0), (dilation, 1)))
+    sums = common.Sums(acc, scale, weight, total, sqnorm)
+    if 0 in g.shape[2:]:
+        x, g = x[:0], g[:0]
+        offsets = None if offsets is None else torch.zeros_like(offsets)
+    padded = _framed(x, g, acc.shape[2:], stride, padding, dilation)
+    for n, images in common.samples(g, offsets):
+        images = slice(n, n + 1) if isinstance(images, int) else images
+        sums.add(n, _weight_gradient(padded[images], g[images], acc.shape, stride, dilation, groups))
+    sums.store()
+
+
+def _framed(x: Tensor, g: Tensor, kernel, stride, padding, dilation) -> Tensor:
+    """The input with exactly the border that the positions of g reach: zeros where it is outside, cut where nothing looks."""
+    frame: list[int] = []
+    for axis in reversed(range(len(kernel))):
+        reach = (g.shape[2 + axis] - 1) * stride[axis] + (kernel[axis] - 1) * dilation[axis] + 1
+        frame += [padding[axis], reach - padding[axis] - x.shape[2 + axis]]
+    return torch.nn.functional.pad(x, frame)
+
+
+def _weight_gradient(x: Tensor, g: Tensor, shape, stride, dilation, groups) -> Tensor:
+    axes = len(shape) - 2
+    if len(x) == 0 or math.prod(shape) == 0:
+        return g.new_zeros(shape)
+    mask = [False, True, False]
+    weight = g.new_zeros(()).expand(shape)
+    return torch.ops.aten.convolution_backward(g, x, weight, None, stride, [0] * axes, dilation, False, [0] * axes, groups, mask)[
+        1
+    ]
