@@ -3,9 +3,18 @@
 
 from fisherfast import ops, rules
 from fisherfast._backend import BackendError, backend
-from fisherfast.fisher import DiagonalFisher, FisherFileError, FisherWarning, Provenance, load
+from fisherfast.fisher import (
+    Coverage,
+    DiagonalFisher,
+    FisherFileError,
+    FisherWarning,
+    Provenance,
+    SampleMoments,
+    SampleNorms,
+    load,
+)
 from fisherfast.fisher.collect import collect
-from fisherfast.fisher.collectors import Diagonal
+from fisherfast.fisher.collectors import Diagonal, GradientMoments, PerSampleNorm
 from fisherfast.fisher.measure import fisher
 from fisherfast.fisher.run import Interrupted
 from fisherfast.information import information_in_weights
@@ -18,14 +27,19 @@ __all__ = [
     "Bernoulli",
     "Categorical",
     "CausalLM",
+    "Coverage",
     "Diagonal",
     "DiagonalFisher",
     "FisherFileError",
     "FisherWarning",
     "Gaussian",
+    "GradientMoments",
     "Interrupted",
     "NonFiniteError",
+    "PerSampleNorm",
     "Provenance",
+    "SampleMoments",
+    "SampleNorms",
     "backend",
     "collect",
     "fisher",

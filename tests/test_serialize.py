@@ -134,7 +134,7 @@ def rewritten(path, **changes):
     [
         ({"format": "pt"}, r"something else \(format 'pt'\)"),
         ({"format": None}, r"something else \(format None\)"),
-        ({"format_version": "2"}, r"written by fisherfast .* in format 2, this version reads up to 1; upgrade fisherfast"),
+        ({"format_version": "3"}, r"written by fisherfast .* in format 3, this version reads up to 2; upgrade fisherfast"),
         ({"format_version": "one"}, "damaged: format_version is 'one'"),
         ({"structure": "full"}, r"with structure 'full'; known here: \['diagonal'"),
         ({"num_samples": "8"}, "checksum does not match"),

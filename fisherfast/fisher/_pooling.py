@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from fisherfast.fisher.protocol import Provenance
+from fisherfast.fisher.spread import Spread
 
 
 def identity(shapes: Mapping[str, torch.Size], aliases: Mapping[str, str], provenance: Provenance) -> dict[str, Any]:
@@ -68,6 +69,16 @@ def pooled_provenance(mine: Provenance, *, different: list[str]) -> Provenance:
     return dataclasses.replace(mine, **dict.fromkeys(different))
 
 
-def pooled_coverage(mine: Mapping[str, str], other: Mapping[str, str]) -> dict[str, str]:
-    """How each parameter was measured, both ways named where they differ."""
-    return {name: " + ".join(dict.fromkeys(c[name] for c in (mine, other) if name in c)) for name in {**mine, **other}}
+def reduced_spread(mine: Spread | None, group: dist.ProcessGroup | None, device: torch.device) -> Spread | None:
+    """The sums of all ranks, or None on every rank if one rank has none."""
+    recorded = torch.tensor(int(mine is not None), device=device)
+    dist.all_reduce(recorded, op=dist.ReduceOp.MIN, group=group)
+    if mine is None or not recorded.item():
+        return None
+    # Ranks may have met their layers in different orders; the sums travel in one.
+    order = [*sorted(range(len(mine.layers)), key=lambda i: mine.layers[i]), len(mine.layers)]
+    ordered = mine.sums[:, order].contiguous()
+    dist.all_reduce(ordered, group=group)
+    sums = torch.empty_like(ordered)
+    sums[:, order] = ordered
+    return Spread(mine.layers, sums)

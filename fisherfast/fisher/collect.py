@@ -4,13 +4,13 @@
 from __future__ import annotations
 
 from types import TracebackType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fisherfast.capture import refuse_train_mode
-from fisherfast.fisher.collectors import Diagonal
-from fisherfast.fisher.diagonal import DiagonalFisher
+from fisherfast.fisher.collectors import Structure
 from fisherfast.fisher.protocol import Provenance
 from fisherfast.fisher.run import Run, model_name
 from fisherfast.likelihood import FISHER_TYPES
@@ -43,7 +43,7 @@ class collect:
     """
 
     def __init__(
-        self, model: nn.Module, *structures: Diagonal, fisher_type: str = "empirical", allow_missing: bool = False
+        self, model: nn.Module, *structures: Structure, fisher_type: str = "empirical", allow_missing: bool = False
     ) -> None:
         if fisher_type not in FISHER_TYPES:
             raise ValueError(f"collect: fisher_type must be one of {list(FISHER_TYPES)}, got {fisher_type!r}")
@@ -78,9 +78,7 @@ class collect:
                 calls = run.passes.run(loss, [Pass(torch.ones_like(loss))], 1, keep=True if self._may_loop else retain_graph)
                 self._established = self._established and not run.passes.undetermined
                 self._loop(loss)
-            fresh = not any(call.counted for call in calls)
-            for call in calls:
-                call.counted = True
+                fresh = run.fresh(calls)
             run.num_samples += N if fresh else 0
             run.num_positions += N if fresh else 0
             run.batches += 1
@@ -141,13 +139,13 @@ class collect:
             unit[n] = 1
             run.passes.loop(loss, tracked, n, [Pass(unit)])
 
-    def results(self) -> tuple[DiagonalFisher, ...]:
-        """One Fisher per structure asked for, in that order."""
+    def results(self) -> tuple[Any, ...]:
+        """One result per structure asked for, in that order."""
         if not self._run.num_samples:
             raise ValueError("collect: there must be at least one stats.backward(loss) before results, got none")
         return self._run.results()
 
-    def result(self) -> DiagonalFisher:
-        """The only Fisher, where one structure was asked for."""
-        (fisher,) = self.results()
-        return fisher
+    def result(self) -> Any:
+        """The only result, where one structure was asked for."""
+        (result,) = self.results()
+        return result

@@ -1,83 +1,283 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Collectors: what each structure adds up while backward passes run."""
+"""What may be asked of a run, and the engine that adds it up: one op call per parameter and pass, whatever is asked.
+
+A request (``Diagonal``, ``PerSampleNorm``, ``GradientMoments``) says which outputs of the ops it needs; the engine calls
+each op once, for the union of them, and every request builds its result from what was added.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from fisherfast.accumulator import RunningSum
+from fisherfast.accumulator import Accumulator, RunningSum
 from fisherfast.capture import Capture, Tracked
+from fisherfast.fisher import ghost
+from fisherfast.fisher.coverage import Coverage
 from fisherfast.fisher.diagonal import DiagonalFisher
-from fisherfast.fisher.protocol import Provenance
+from fisherfast.fisher.moments import SampleMoments
+from fisherfast.fisher.norms import SampleNorms
+from fisherfast.fisher.protocol import Provenance, layer_of
+from fisherfast.fisher.spread import Spread
 from fisherfast.rules import Form, Rows
 
 
 @dataclass(frozen=True)
+class Counts:
+    """What a run knows beside its sums, and every result carries."""
+
+    num_samples: int
+    num_positions: int
+    batches: int
+    provenance: Provenance
+    coverage: Coverage
+    aliases: dict[str, str]
+
+
+class Structure(Protocol):
+    """A request: which outputs of the ops it needs, and the result it makes of them."""
+
+    @property
+    def squares(self) -> bool:
+        """Whether it needs ``sum_n w_n s_n^2`` of each parameter."""
+
+    @property
+    def totals(self) -> bool:
+        """Whether it needs ``sum_n w_n s_n`` of each parameter."""
+
+    @property
+    def spread(self) -> bool:
+        """Whether it needs the sums behind the standard error of the trace."""
+
+    @property
+    def keeps(self) -> str | None:
+        """Which per-sample norms it needs: ``"whole"``, ``"layers"`` or None."""
+
+    def check(self, fisher_type: str | None) -> None:
+        """Raise ValueError if it has no meaning for this kind of labels."""
+
+    def result(self, engine: Engine, counts: Counts) -> Any:
+        """What has been added so far, on memory of its own."""
+
+    def restore(self, engine: Engine, before: Any) -> None:
+        """Give the engine back what ``result`` took from it."""
+
+
+@dataclass(frozen=True)
 class Diagonal:
-    """Ask ``ff.collect`` for the diagonal: ``ff.collect(model, ff.Diagonal())``."""
+    """Ask for the diagonal: ``ff.collect(model, ff.Diagonal())``. ``stderr=False`` leaves out what ``F.stderr`` needs."""
 
-    def collector(self, capture: Capture, transactional: bool = False) -> DiagonalCollector:
-        """The object that adds it up."""
-        return DiagonalCollector(capture, transactional)
+    stderr: bool = True
+    squares, totals, keeps = True, False, None
+
+    @property
+    def spread(self) -> bool:
+        """See ``Structure``."""
+        return self.stderr
+
+    def check(self, fisher_type: str | None) -> None:
+        """See ``Structure``."""
+
+    def result(self, engine: Engine, counts: Counts) -> DiagonalFisher:
+        """See ``Structure``."""
+        return DiagonalFisher.from_accumulators(
+            {name: running.snapshot() for name, running in engine.squares.items()},
+            num_samples=counts.num_samples,
+            num_positions=counts.num_positions,
+            provenance=counts.provenance,
+            coverage=counts.coverage,
+            aliases=counts.aliases,
+            batches=counts.batches,
+            spread=engine.spread() if self.stderr else None,
+        )
+
+    def restore(self, engine: Engine, before: DiagonalFisher) -> None:
+        """See ``Structure``."""
+        engine.restore_squares(before.accumulators())
+        if self.stderr:
+            engine.restore_spread(before.spread)
 
 
-class DiagonalCollector:
-    """Sums of squared sample gradients, straight into running sums.
+@dataclass(frozen=True)
+class PerSampleNorm:
+    """Ask for the squared norm of every sample's gradient, of the whole model and, ``by_layer=True``, of each layer.
 
-    A batch of one backward pass goes into the sums directly; if the pass stops half-way, each parameter's weight says what
-    it has. A batch of several passes (columns of the exact Fisher, draws) means nothing until they are complete: it goes
-    into staging tensors that are folded in, or dropped, at the end. ``transactional`` stages every batch, for checkpoints.
+    Asked for alone it needs no tensor shaped like a parameter: weights of matrix multiplications go by Gram matrices of
+    their positions where that takes fewer operations (``fisher.ghost``).
+
+    Shapes:   the result's ``squared_norms`` [num_samples], in the order in which the samples came.
+    Scale:    ``E_y |s_n|^2``, per sample and unweighted; with drawn labels the mean over draws.
+    Errors:   NonFiniteError as every run; a batch that does not complete adds no sample.
+    Numerics: float32 within a sample's layer (float64 for float64 models), float64 from there on.
+    Source:   Goodfellow 2015 (arXiv:1510.01799).
     """
 
-    def __init__(self, capture: Capture, transactional: bool) -> None:
-        self._transactional = transactional
-        self.sums = {name: RunningSum(t.parameter) for name, t in capture.tracked.items()}
-        self._flags = {name: torch.zeros(1, dtype=torch.int32, device=capture.device) for name in self.sums}
-        self._stage: dict[str, Tensor] = {}
-        self._staged = False
+    by_layer: bool = False
+    squares, totals, spread = False, False, False
+
+    @property
+    def keeps(self) -> str:
+        """See ``Structure``."""
+        return "layers" if self.by_layer else "whole"
+
+    def check(self, fisher_type: str | None) -> None:
+        """See ``Structure``."""
+
+    def result(self, engine: Engine, counts: Counts) -> SampleNorms:
+        """See ``Structure``."""
+        values = engine.norms()
+        return SampleNorms(
+            None if values is None else values.sum(0) if engine.keeps == "layers" else values[0],
+            dict(zip(engine.layers, values, strict=True)) if self.by_layer and values is not None else None,
+            num_positions=counts.num_positions,
+            batches=counts.batches,
+            provenance=counts.provenance,
+            coverage=counts.coverage,
+        )
+
+    def restore(self, engine: Engine, before: SampleNorms) -> None:
+        """See ``Structure``."""
+        if self.by_layer:
+            engine.restore_norms(torch.stack(list(before.by_layer().values())))
+        elif engine.keeps == "whole":
+            engine.restore_norms(before.squared_norms.unsqueeze(0))
+
+
+@dataclass(frozen=True)
+class GradientMoments:
+    """Ask for mean and variance of the sample gradients, and the gradient noise scale; see the result, ``SampleMoments``.
+
+    Labels of the data or drawn ones. The exact Fisher has no sample gradients: its passes are columns of a square root of
+    the output Hessian, whose squares mean something and whose sum does not.
+    """
+
+    squares, totals, spread, keeps = True, True, False, None
+
+    def check(self, fisher_type: str | None) -> None:
+        """See ``Structure``."""
+        if fisher_type in ("exact", "type-2"):
+            raise ValueError(
+                "GradientMoments: fisher_type must be 'empirical' or 'mc', got 'exact'; its backward passes are columns of a square "
+                "root, not gradients of labels. Over all labels the mean is zero and the second moment is ff.Diagonal()"
+            )
+
+    def result(self, engine: Engine, counts: Counts) -> SampleMoments:
+        """See ``Structure``."""
+        return SampleMoments(
+            {name: running.snapshot() for name, running in engine.totals.items()},
+            {name: running.snapshot() for name, running in engine.squares.items()},
+            engine.squared_weights,
+            num_samples=counts.num_samples,
+            num_positions=counts.num_positions,
+            batches=counts.batches,
+            provenance=counts.provenance,
+            coverage=counts.coverage,
+            aliases=counts.aliases,
+        )
+
+    def restore(self, engine: Engine, before: SampleMoments) -> None:
+        """See ``Structure``."""
+        engine.restore_squares(before.squares)
+        engine.restore_totals(before.totals, before.squared_weights)
+
+
+class Engine:
+    """The sums behind all requests of a run; see ``passes.Collector`` for its protocol.
+
+    A batch of one backward pass goes into the running sums directly; if the pass stops half-way, each parameter's weight
+    says what it has. A batch of several passes (columns of the exact Fisher, draws) means nothing until they are complete:
+    it goes into staging tensors, one more per running sum, that are folded in, or dropped, at the end. ``transactional``
+    stages every batch, for checkpoints. What is per sample counts only when its batch is complete.
+    """
+
+    def __init__(self, capture: Capture, structures: Sequence[Structure], transactional: bool = False) -> None:
+        parameters = {name: t.parameter for name, t in capture.tracked.items()}
+        self.squares = {name: RunningSum(p) for name, p in parameters.items() if any(s.squares for s in structures)}
+        self.totals = {name: RunningSum(p) for name, p in parameters.items() if any(s.totals for s in structures)}
+        self.squared_weights = dict.fromkeys(self.totals, 0.0)  # sum of w^2, where the sum of w is in the running sums
+        keeps = [s.keeps for s in structures]
+        self.keeps = "layers" if "layers" in keeps else "whole" if "whole" in keeps else None
+        self._transactional, self._device = transactional, capture.device
+        self._flags = torch.zeros(len(parameters), dtype=torch.int32, device=capture.device)
+        self._flag = dict(zip(parameters, self._flags.split(1), strict=True))
+        self._measures_spread = any(s.spread for s in structures)
+        self._arrange_layers(parameters)
+        self._values: list[Tensor] = []  # [layers or 1, N] of each batch, where they are kept
+        self._last: tuple[Tensor, int, Tensor | None] | None = None  # the last batch's sum over draws, draws, weight
+        self._lost = False  # a draw came when its batch was no longer the last one: per-sample values are not known
+        self._scratch = torch.zeros(0, device=capture.device)
+        self._staged, self._passes, self._N, self._again = False, 1, 0, False
+        self._weight: Tensor | None = None
+        self._batch_norms: dict[float, Tensor] = {}
+        self._staged_squares: dict[str, Tensor] = {}
+        self._staged_totals: dict[str, Tensor] = {}
         self._touched: dict[str, None] = {}
+
+    def _arrange_layers(self, names: Sequence[str] | dict[str, Any]) -> None:
+        self.layers = tuple(dict.fromkeys(layer_of(name) for name in names))
+        self._row = {name: self.layers.index(layer_of(name)) for name in names}
+        self._spread = Spread.zeros(self.layers, self._device) if self._measures_spread else None
 
     def forget(self, name: str) -> None:
         """Drop a parameter that the run does not cover."""
-        del self.sums[name]
+        for sums in (self.squares, self.totals, self.squared_weights, self._flag):
+            sums.pop(name, None)
+        self._arrange_layers(self._flag)
 
-    def restore(self, before: DiagonalFisher) -> None:
-        """Go on from a checkpoint's sums."""
-        for name, accumulator in before.accumulators().items():
-            self.sums[name].restore(accumulator)
+    # -- one batch
 
     def begin(self, passes: int, N: int, weight: Tensor | None) -> None:
         """See ``passes.Collector``."""
         self._staged = self._transactional or passes > 1
+        self._passes, self._weight, self._N, self._again = passes, weight, N, False
+        self._batch_norms.clear()
+
+    def again(self, follows: bool) -> None:
+        """The batch's samples were counted before: these passes are another draw; ``follows``: of the batch just before."""
+        self._again = True
+        self._lost = self._lost or not follows
 
     def add(self, tracked: Tracked, form: Form, rows: Rows, scale: float) -> None:
         """See ``passes.Collector``."""
-        form.accumulate(self._target(tracked.name), rows, scale, flag=self._flags[tracked.name])
-        self._touched[tracked.name] = None
-
-    def _target(self, name: str) -> Tensor:
-        if not self._staged:
-            return self.sums[name].low
-        if name not in self._stage:
-            self._stage[name] = torch.zeros_like(self.sums[name].low)
-        return self._stage[name]
+        name, flag, sqnorm = tracked.name, self._flag[tracked.name], self._sqnorm(tracked.name, scale)
+        self._touched[name] = None
+        if name in self.squares:
+            acc = self._target(self.squares, self._staged_squares, name)
+            total = self._total(name, scale) if self.totals else None
+            form.accumulate(acc, rows, scale, weight=self._weight, total=total, sqnorm=sqnorm, flag=flag)
+        elif sqnorm is not None and ghost.cheaper(form, rows):
+            norms = ghost.squared_norms(rows)
+            flag |= ~norms.isfinite().all()
+            sqnorm += norms
+        else:
+            form.accumulate(self._scratch_like(tracked.parameter), rows, scale, sqnorm=sqnorm, flag=flag)
 
     def add_gradients(self, tracked: Tracked, gradients: Tensor, first: int, scale: float) -> None:
         """See ``passes.Collector``. Outside a staged batch every call is a transaction of its own."""
-        name = tracked.name
-        square = gradients.to(self.sums[name].low.dtype).square().sum(0).mul_(scale)
-        if not torch.isfinite(square).all():
-            self._flags[name].fill_(1)
+        name, n = tracked.name, len(gradients)
+        gradients = gradients.to(torch.promote_types(gradients.dtype, torch.float32))
+        squares = gradients.square()
+        norms = squares.flatten(1).sum(1)
+        sqnorm = self._sqnorm(name, scale)
+        if not torch.isfinite(norms).all():
+            self._flag[name].fill_(1)
             self._touched[name] = None
-        elif self._staged:
-            self._target(name).add_(square)
+            return
+        if sqnorm is not None:
+            sqnorm[first : first + n] += norms
+        weight = None if self._weight is None else self._weight[first : first + n]
+        if name in self.squares:
+            self._target(self.squares, self._staged_squares, name).add_(_weighted_sum(squares, weight), alpha=scale)
+        if name in self.totals:
+            self._total(name, scale).add_(_weighted_sum(gradients, weight))
+        if self._staged:
             self._touched[name] = None
         else:
-            self.sums[name].low.add_(square)
-            self.sums[name].counted(len(gradients))
+            self._counted(name, *_weights(weight, n))
 
     def touch(self, tracked: Tracked) -> None:
         """See ``passes.Collector``."""
@@ -85,35 +285,135 @@ class DiagonalCollector:
 
     def settle(self, N: int, complete: bool) -> list[str]:
         """See ``passes.Collector``. Parameters come in the order of the backward pass."""
-        bad = [name for name in self._touched if self._flags[name].item()]
-        keep = not self._staged or (complete and not bad)
+        flagged = dict(zip(self._flag, torch.cat(list(self._flag.values())).tolist(), strict=True))
+        bad = [name for name in self._touched if flagged[name]]
+        whole = complete and not bad
+        weights = _weights(self._weight, N)
         for name in self._touched:
-            if keep and name not in bad:
-                if name in self._stage:
-                    self.sums[name].low.add_(self._stage[name])
-                self.sums[name].counted(N)
-            self._flags[name].zero_()
-            if name in self._stage:
-                self._stage[name].zero_()
+            if whole or not (self._staged or flagged[name]):
+                if name in self._staged_squares:
+                    self.squares[name].low.add_(self._staged_squares[name])
+                if name in self._staged_totals:
+                    self.totals[name].low.add_(self._staged_totals[name], alpha=1 / self._passes)
+                self._counted(name, *weights)
+        for staged in (self._staged_squares, self._staged_totals):
+            for name in self._touched.keys() & staged.keys():
+                staged[name].zero_()
+        if whole and (self._spread is not None or self.keeps):
+            self._count_samples(N)
+        self._flags.zero_()
         self._touched.clear()
         return bad
 
-    def result(
-        self,
-        capture: Capture,
-        num_samples: int,
-        num_positions: int,
-        batches: int,
-        provenance: Provenance,
-        coverage: dict[str, str],
-    ) -> DiagonalFisher:
-        """The Fisher as it stands, on memory of its own."""
-        return DiagonalFisher.from_accumulators(
-            {name: running.snapshot() for name, running in self.sums.items()},
-            num_samples=num_samples,
-            num_positions=num_positions,
-            provenance=provenance,
-            coverage=coverage,
-            aliases={alias: name for alias, name in capture.aliases.items() if name in self.sums},
-            batches=batches,
-        )
+    def _target(self, sums: dict[str, RunningSum], stage: dict[str, Tensor], name: str) -> Tensor:
+        if not self._staged:
+            return sums[name].low
+        if name not in stage:
+            stage[name] = torch.zeros_like(sums[name].low)
+        return stage[name]
+
+    def _total(self, name: str, scale: float) -> Tensor:
+        if abs(scale * self._passes - 1) > 1e-6:
+            raise RuntimeError(f"{name}: the passes of a batch must be draws of scale 1/{self._passes}, got scale {scale}")
+        return self._target(self.totals, self._staged_totals, name)
+
+    def _sqnorm(self, name: str, scale: float) -> Tensor | None:
+        """Where the batch's per-sample norms go: [N] of the parameter's layer, kept apart by scale until it ends."""
+        if self._spread is None and self.keeps is None:
+            return None
+        if scale not in self._batch_norms:
+            self._batch_norms[scale] = torch.zeros(len(self.layers), self._N, dtype=torch.float64, device=self._device)
+        return self._batch_norms[scale][self._row[name]]
+
+    def _scratch_like(self, parameter: Tensor) -> Tensor:
+        """Where an op may write squares that nobody wants; never read."""
+        dtype = torch.promote_types(parameter.dtype, torch.float32)
+        if self._scratch.dtype != dtype or self._scratch.numel() < parameter.numel():
+            self._scratch = torch.zeros(parameter.numel(), dtype=dtype, device=self._device)
+        return self._scratch[: parameter.numel()].view(parameter.shape)
+
+    def _counted(self, name: str, weight: float, squared: float) -> None:
+        for sums in (self.squares, self.totals):
+            if name in sums:
+                sums[name].counted(weight)
+        if name in self.squared_weights:
+            self.squared_weights[name] += squared / self._passes  # draws are sample gradients of weight w / draws each
+
+    def _count_samples(self, N: int) -> None:
+        values = torch.zeros(len(self.layers), N, dtype=torch.float64, device=self._device)
+        for scale, norms in self._batch_norms.items():
+            values.add_(norms, alpha=scale)
+        if not self._again:
+            self._commit()
+            self._last = (values, 1, self._weight)
+        elif self._last is not None and self._last[0].shape == values.shape:
+            self._last = (self._last[0] + values, self._last[1] + 1, self._last[2])
+        else:
+            self._lost = True
+
+    def _commit(self) -> None:
+        """Count the last batch; until now it could have got more draws."""
+        if self._spread is not None:
+            self._spread = self.spread()
+        if self.keeps and self._last is not None:
+            self._values.append(self._last_kept())
+        self._last = None
+
+    def _last_kept(self) -> Tensor:
+        assert self._last is not None
+        values = self._last[0] / self._last[1]
+        return values if self.keeps == "layers" else values.sum(0, keepdim=True)
+
+    # -- what was added
+
+    def spread(self) -> Spread | None:
+        """The sums behind the standard errors, on memory of their own; None where they are not known."""
+        if self._spread is None or self._lost:
+            return None
+        spread = self._spread.copy()
+        return spread if self._last is None else spread.add(self._last[0] / self._last[1], self._last[2])
+
+    def norms(self) -> Tensor | None:
+        """The kept norms, ``[layers, num_samples]``, or ``[1, num_samples]`` of the whole; None where they are not known."""
+        if self._lost:
+            return None
+        rows = len(self.layers) if self.keeps == "layers" else 1
+        nothing = torch.zeros(rows, 0, dtype=torch.float64, device=self._device)
+        return torch.cat([nothing, *self._values, *([] if self._last is None else [self._last_kept()])], dim=1)
+
+    # -- going on from a checkpoint
+
+    def restore_squares(self, before: dict[str, Accumulator]) -> None:
+        """Start from these sums of squares."""
+        for name, accumulator in before.items():
+            self.squares[name].restore(accumulator)
+
+    def restore_totals(self, before: dict[str, Accumulator], squared_weights: dict[str, float]) -> None:
+        """Start from these sums of gradients."""
+        for name, accumulator in before.items():
+            self.totals[name].restore(accumulator)
+        self.squared_weights.update(squared_weights)
+
+    def restore_spread(self, before: Spread | None) -> None:
+        """Start from these sums; without them (an older file) the run has none either."""
+        self._spread, self._measures_spread = (None, False) if before is None else (before.copy(), True)
+
+    def restore_norms(self, before: Tensor) -> None:
+        """Start from these kept norms."""
+        self._values = [before]
+
+
+def _weights(weight: Tensor | None, n: int) -> tuple[float, float]:
+    """The sum of the weights of n samples and of their squares."""
+    if weight is None:
+        return float(n), float(n)
+    wide = weight.double()
+    one, two = torch.stack([wide.sum(), wide.square().sum()]).tolist()
+    return one, two
+
+
+def _weighted_sum(values: Tensor, weight: Tensor | None) -> Tensor:
+    """``sum_n w_n values[n]``."""
+    if weight is None:
+        return values.sum(0)
+    return (weight.to(values.dtype) @ values.flatten(1)).view(values.shape[1:])

@@ -21,7 +21,9 @@ from torch import Tensor
 
 from fisherfast.accumulator import Accumulator
 from fisherfast.fisher import _arguments, _pooling, serialize
+from fisherfast.fisher.coverage import Coverage
 from fisherfast.fisher.protocol import Damping, FisherWarning, LayerSummary, Provenance, Spectrum, Vector, layer_of, missing
+from fisherfast.fisher.spread import Spread
 
 
 class SummaryRow(NamedTuple):
@@ -64,7 +66,7 @@ class DiagonalFisher:
         for name, mean in diagonal.items():
             _arguments.check_mean(name, mean)
         sums = {name: Accumulator(mean.detach().double() * num_samples, num_samples) for name, mean in diagonal.items()}
-        self._assign(sums, num_samples, num_positions, provenance, coverage, aliases, 0)
+        self._assign(sums, num_samples, num_positions, provenance, coverage, aliases, 0, None)
 
     @classmethod
     def from_accumulators(
@@ -77,13 +79,14 @@ class DiagonalFisher:
         coverage: Mapping[str, str] | None = None,
         aliases: Mapping[str, str] | None = None,
         batches: int = 0,
+        spread: Spread | None = None,
     ) -> DiagonalFisher:
         """From sums of squared scores, each with its own weight. The accumulators are kept, not copied."""
         fisher = cls.__new__(cls)
-        fisher._assign(sums, num_samples, num_positions, provenance, coverage, aliases, batches)
+        fisher._assign(sums, num_samples, num_positions, provenance, coverage, aliases, batches, spread)
         return fisher
 
-    def _assign(self, sums, num_samples, num_positions, provenance, coverage, aliases, batches) -> None:
+    def _assign(self, sums, num_samples, num_positions, provenance, coverage, aliases, batches, spread) -> None:
         self._sums: dict[str, Accumulator] = dict(sums)
         if not self._sums:
             raise ValueError("DiagonalFisher: needs at least one parameter, got none")
@@ -94,7 +97,9 @@ class DiagonalFisher:
         if min(self.num_samples, self.num_positions, self.batches) < 0:
             raise ValueError(f"DiagonalFisher: counts must be >= 0, got {self.num_samples}, {self.num_positions}, {self.batches}")
         self.provenance: Provenance = provenance or Provenance()
-        self.coverage: dict[str, str] = dict(coverage or {})
+        sizes = {name: accumulator.sum.numel() for name, accumulator in self._sums.items()}
+        self.coverage: Coverage = Coverage(coverage, sizes)
+        self.spread: Spread | None = spread
         self.aliases: dict[str, str] = dict(aliases or {})
         for alias, name in self.aliases.items():
             if alias in self._sums or name not in self._sums:
@@ -137,6 +142,26 @@ class DiagonalFisher:
     def trace(self) -> float:
         """``sum_i f_i``."""
         return math.fsum(float(self._mean(name).sum()) for name in self.names)
+
+    def stderr(self, what: str = "trace") -> Any:
+        """The standard error of ``trace()``, or with ``"by_layer"`` of each layer's trace, ``{layer: error}``.
+
+        ``std_n(t_n, ddof=1) / sqrt(N)``, ``t_n = E_y |s_n|^2`` of sample n; for drawn labels ``t_n`` is the mean over draws, so
+        the chance in the labels is part of the error. Over the samples of whole batches; weights: see ``fisher.spread``.
+
+        Errors: ValueError below two samples, and where the sums were not recorded: ``Diagonal(stderr=False)``, a Fisher built
+        from tensors or read from a file of an older version, or one pooled with such.
+        """
+        if what not in ("trace", "by_layer"):
+            raise ValueError(f"stderr: must be of 'trace' or 'by_layer', got {what!r}")
+        if self.spread is None:
+            raise ValueError(
+                "stderr: how the trace varies over samples was not recorded; measure with ff.fisher or ff.collect(model, "
+                "ff.Diagonal()) of this version, and pool only such Fishers"
+            )
+        errors = self.spread.stderr()
+        whole = errors.pop(None)
+        return whole if what == "trace" else errors
 
     def logdet(self, damping: Damping = 0.0) -> float:
         """``sum_i log(f_i + damping_i)``; -inf with a FisherWarning that counts the zero entries if there are any."""
@@ -220,9 +245,10 @@ class DiagonalFisher:
             num_samples=self.num_samples + other.num_samples,
             num_positions=self.num_positions + other.num_positions,
             provenance=_pooling.pooled_provenance(self.provenance, different=different),
-            coverage=_pooling.pooled_coverage(self.coverage, other.coverage),
+            coverage=self.coverage + other.coverage,
             aliases=self.aliases,
             batches=self.batches + other.batches,
+            spread=self.spread + other.spread if self.spread and other.spread else None,
         )
 
     def all_reduce(self, group: dist.ProcessGroup | None = None) -> DiagonalFisher:
@@ -236,6 +262,7 @@ class DiagonalFisher:
         self.provenance = _pooling.pooled_provenance(self.provenance, different=different)
         for name in sorted(self.names):  # one order of collectives, whatever the order in which a rank met its parameters
             self._sums[name].all_reduce(group)
+        self.spread = _pooling.reduced_spread(self.spread, group, device)
         counts = torch.tensor([self.num_samples, self.num_positions, self.batches], device=device)
         dist.all_reduce(counts, group=group)
         self.num_samples, self.num_positions, self.batches = counts.tolist()
@@ -259,8 +286,9 @@ class DiagonalFisher:
             "num_positions": self.num_positions,
             "batches": self.batches,
             "weights": {name: accumulator.weight for name, accumulator in self._sums.items()},
-            "coverage": self.coverage,
             "aliases": self.aliases,
+            "spread": None if self.spread is None else self.spread.state(),
+            **self.coverage.state(),
         }
         return {name: accumulator.sum for name, accumulator in self._sums.items()}, fields
 
@@ -268,8 +296,14 @@ class DiagonalFisher:
     def from_state(cls, tensors: dict[str, Tensor], fields: dict[str, Any]) -> DiagonalFisher:
         """The object whose ``state`` this is; its weights, not its tensors, carry the order of the parameters."""
         sums = {name: Accumulator(tensors[name], weight) for name, weight in fields.pop("weights").items()}
-        provenance = Provenance(**fields.pop("provenance"))
-        return cls.from_accumulators(sums, provenance=provenance, **fields)
+        provenance, coverage, spread = (
+            Provenance(**fields.pop("provenance")),
+            Coverage.from_state(fields),
+            fields.pop("spread", None),
+        )
+        if spread is not None:
+            spread = Spread.from_state(spread, next(iter(tensors.values())).device)
+        return cls.from_accumulators(sums, provenance=provenance, coverage=coverage, spread=spread, **fields)
 
     def __repr__(self) -> str:
         known = [f"{field}={value!r}" for field, value in dataclasses.asdict(self.provenance).items() if value is not None]

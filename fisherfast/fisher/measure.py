@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from fisherfast.batches import Batch, Output
 from fisherfast.capture import refuse_train_mode
 from fisherfast.fisher import serialize
-from fisherfast.fisher.collectors import Diagonal
-from fisherfast.fisher.diagonal import DiagonalFisher
+from fisherfast.fisher.collectors import Diagonal, Structure
 from fisherfast.fisher.protocol import Provenance
 from fisherfast.fisher.run import Run, model_name
 from fisherfast.layout import PROBED
@@ -31,7 +30,7 @@ _CHECKPOINT_SECONDS = 60.0
 def fisher(
     model: nn.Module,
     data: Iterable[Any],
-    structure: str = "diagonal",
+    structure: str | tuple[Structure, ...] = "diagonal",
     fisher_type: str = "mc",
     likelihood: str | Likelihood = "categorical",
     *,
@@ -43,7 +42,7 @@ def fisher(
     allow_missing: bool = False,
     checkpoint: str | os.PathLike[str] | None = None,
     progress: bool = True,
-) -> DiagonalFisher:
+) -> Any:
     """``F = (1/N) sum_n E_y[s_n s_n^T]``, ``s_n = grad_w log p_w(y | x_n)``, for every parameter that asks for a gradient.
 
     ``data`` yields ``(inputs, targets)``, ``(inputs, None)`` or dict batches (Hugging Face). A tuple of inputs is
@@ -51,6 +50,8 @@ def fisher(
     function). ``fisher_type``: "mc" draws ``draws`` labels per sample from the model; "exact" takes the expectation, one
     backward pass per column of a square root of the output Hessian; "empirical" uses the labels of the data, which is
     *not* the Fisher. ``likelihood``: "categorical", "bernoulli", "gaussian", ``ff.CausalLM()`` or an object.
+    ``structure``: "diagonal" gives a ``DiagonalFisher``; a tuple of requests, ``(ff.Diagonal(), ff.PerSampleNorm(),
+    ff.GradientMoments())``, gives their results in that order, from the same passes.
     ``sample_offset`` is the number of the first sample: give each rank its own, so that no two share random numbers.
     ``checkpoint``: a file written every minute, on any error and at the end; if it exists, the run resumes after its
     batches and ends with the same numbers (every batch is then staged, which takes one more tensor per parameter).
@@ -63,8 +64,9 @@ def fisher(
               function of (seed, sample number, position, draw) alone.
     Source:   Achille, Paolini, Soatto 2019 (arXiv:1905.12213), Preliminaries; columns of the exact Fisher: docs/design.md.
     """
-    if structure not in _STRUCTURES:
-        raise ValueError(f"fisher: structure must be one of {sorted(_STRUCTURES)}, got {structure!r}")
+    several = isinstance(structure, tuple)
+    if not structure or (isinstance(structure, str) and structure not in _STRUCTURES):
+        raise ValueError(f"fisher: structure must be one of {sorted(_STRUCTURES)}, or a tuple of requests, got {structure!r}")
     if fisher_type == "type-2":
         fisher_type = "exact"
     if fisher_type not in FISHER_TYPES:
@@ -75,10 +77,11 @@ def fisher(
         raise ValueError(f"fisher: draws must be >= 1, and 1 unless fisher_type='mc', got {draws} with {fisher_type!r}")
     refuse_train_mode(model)
     measurement = _Measurement(
-        model, _STRUCTURES[structure](), fisher_type, resolve(likelihood), draws, seed, sample_offset, max_passes, output,
+        model, structure if isinstance(structure, tuple) else (_STRUCTURES[structure](),), fisher_type, resolve(likelihood), draws, seed, sample_offset, max_passes, output,
         allow_missing, transactional=checkpoint is not None,
     )  # fmt: skip
-    return measurement.over(data, progress, None if checkpoint is None else Path(checkpoint))
+    results = measurement.over(data, progress, None if checkpoint is None else Path(checkpoint))
+    return results if several else results[0]
 
 
 class _Measurement:
@@ -87,7 +90,7 @@ class _Measurement:
     def __init__(
         self,
         model,
-        structure,
+        structures,
         fisher_type,
         likelihood,
         draws,
@@ -109,13 +112,13 @@ class _Measurement:
             seed=seed if drawn else None,
             model=model_name(model),
         )
-        self.run = Run(model, (structure,), self.provenance, allow_missing, transactional)
+        self.run = Run(model, structures, self.provenance, allow_missing, transactional)
         self.capture = self.run.capture
         self._explored = self._probed = False
 
     # -- the data set
 
-    def over(self, data: Iterable[Any], progress: bool, checkpoint: Path | None) -> DiagonalFisher:
+    def over(self, data: Iterable[Any], progress: bool, checkpoint: Path | None) -> tuple[Any, ...]:
         done = self._resume(checkpoint)
         written = time.monotonic()
         with self.run.rescue():
@@ -132,27 +135,31 @@ class _Measurement:
             finally:
                 if checkpoint is not None and self.run.num_samples:
                     self._write(checkpoint)
-        (result,) = self.run.results()
-        return result
+        return self.run.results()
 
     def _resume(self, checkpoint: Path | None) -> int:
         if checkpoint is None or not checkpoint.exists():
             return 0
-        before, extra = serialize.load_with_extra(checkpoint, device=str(self.capture.device))
-        if extra != self._settings() or before.provenance != self.provenance:
+        read, extra = serialize.load_with_extra(checkpoint, device=str(self.capture.device))
+        before = read if isinstance(read, tuple) else (read,)
+        if extra != self._settings() or before[0].provenance != self.provenance:
             raise ValueError(
-                f"fisher: {checkpoint} must be of the same measurement, got {before.provenance} {extra} instead of "
+                f"fisher: {checkpoint} must be of the same measurement, got {before[0].provenance} {extra} instead of "
                 f"{self.provenance} {self._settings()}; remove the file or give another"
             )
         self.run.restore(before)
-        return before.batches
+        return before[0].batches
 
     def _write(self, checkpoint: Path) -> None:
-        (result,) = self.run.results()
-        result.save(checkpoint, extra=self._settings())
+        results = self.run.results()
+        serialize.save(results[0] if len(results) == 1 else serialize.Several(results), checkpoint, extra=self._settings())
 
     def _settings(self) -> dict[str, str]:
-        return {"sample_offset": str(self.sample_offset)}
+        asked = self.run.structures
+        return {
+            "sample_offset": str(self.sample_offset),
+            **({} if asked == (Diagonal(),) else {"structure": ", ".join(map(repr, asked))}),
+        }
 
     # -- one batch
 

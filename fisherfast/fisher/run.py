@@ -3,23 +3,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fisherfast.capture import Capture, unwrapped
-from fisherfast.fisher.collectors import Diagonal, DiagonalCollector
-from fisherfast.fisher.diagonal import DiagonalFisher
+from fisherfast.capture import Call, Capture, unwrapped
+from fisherfast.fisher.collectors import Counts, Engine, Structure
+from fisherfast.fisher.coverage import OPS, Coverage, Stopwatch
 from fisherfast.fisher.protocol import Provenance
 from fisherfast.passes import NonFiniteError, Passes
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C during a run; ``.fisher`` holds what was accumulated before."""
+    """Ctrl-C during a run; ``.fisher`` holds what was accumulated before: the result, or a tuple where several were asked for."""
 
-    fisher: DiagonalFisher
+    fisher: Any
 
 
 class Run:
@@ -28,19 +29,25 @@ class Run:
     def __init__(
         self,
         model: nn.Module,
-        structures: tuple[Diagonal, ...],
+        structures: Sequence[Structure],
         provenance: Provenance,
         allow_missing: bool,
         transactional: bool = False,
     ) -> None:
+        for structure in structures:
+            structure.check(provenance.fisher_type)
+        self.structures = tuple(structures)
         self.capture = Capture(model)
-        self.collectors: list[DiagonalCollector] = [s.collector(self.capture, transactional) for s in structures]
-        self.passes = Passes(self.capture, list(self.collectors))
+        self.engine = Engine(self.capture, self.structures, transactional)
+        self.passes = Passes(self.capture, [self.engine])
         self.provenance = provenance
         self.allow_missing = allow_missing
         self.num_samples = self.num_positions = self.batches = 0
         self.missing: dict[str, str] = {}
         self.ops: dict[str, str] = {}
+        self._sizes = {name: t.parameter.numel() for name, t in self.capture.tracked.items()}
+        self._watch = Stopwatch(self.capture.device)
+        self._counted: list[Call] = []  # the calls of the batch counted last
 
     def check_reached(self, root: Tensor) -> None:
         """After a first forward pass: raise, or record, parameters that the loss does not depend on."""
@@ -58,8 +65,7 @@ class Run:
         for name in lost:
             self.missing[name] = "missing: the loss does not depend on it"
             self.capture.forget(name)
-            for collector in self.collectors:
-                collector.forget(name)
+            self.engine.forget(name)
 
     def note_ops(self, root: Tensor) -> None:
         """Remember which op serves each parameter, for the coverage report."""
@@ -67,32 +73,47 @@ class Run:
             for use in call.uses:
                 self.ops.setdefault(use.tracked.name, use.form.op)
 
-    def restore(self, before: DiagonalFisher) -> None:
-        """Go on from a checkpoint."""
-        self.num_samples, self.num_positions, self.batches = before.num_samples, before.num_positions, before.batches
-        for collector in self.collectors:
-            collector.restore(before)
+    def timed(self, way: str) -> AbstractContextManager[None]:
+        """Charge the wall time of the block to a way of covering parameters (``"loop"``, ``"vmap"``), for ``F.coverage``."""
+        return self._watch.timed(way)
+
+    def restore(self, before: Sequence[Any]) -> None:
+        """Go on from a checkpoint: one earlier result for each structure."""
+        first = before[0]
+        self.num_samples, self.num_positions, self.batches = first.num_samples, first.num_positions, first.batches
+        for structure, result in zip(self.structures, before, strict=True):
+            structure.restore(self.engine, result)
+
+    def fresh(self, calls: list[Call]) -> bool:
+        """Inside a transaction: whether the samples behind ``calls`` are new. If not, the batch is another draw for them."""
+        fresh = not any(call.counted for call in calls)
+        if not fresh:
+            last = {id(call) for call in self._counted}
+            self.engine.again(follows=any(id(call) in last for call in calls))
+        for call in calls:
+            call.counted = True
+        self._counted = calls
+        return fresh
 
     @property
-    def coverage(self) -> dict[str, str]:
+    def coverage(self) -> Coverage:
         """How each parameter is covered: an op, "loop: reason", or "missing: reason"."""
         covered = {
             name: f"loop: {t.loop_reason}" if t.loop_reason else self.ops.get(name, "not used yet")
             for name, t in self.capture.tracked.items()
         }
-        return {**covered, **self.missing}
+        return Coverage({**covered, **self.missing}, self._sizes, self._watch.seconds())
 
     @property
     def looped(self) -> list[str]:
         """Parameters that need the loop over samples in the batch at hand."""
         return [name for name, t in self.capture.tracked.items() if t.loop_reason or name in self.passes.undetermined]
 
-    def results(self) -> tuple[DiagonalFisher, ...]:
-        """What has been accumulated so far."""
-        return tuple(
-            c.result(self.capture, self.num_samples, self.num_positions, self.batches, self.provenance, self.coverage)
-            for c in self.collectors
-        )
+    def results(self) -> tuple[Any, ...]:
+        """What has been accumulated so far, for each structure."""
+        aliases = {alias: name for alias, name in self.capture.aliases.items() if name in self.capture.tracked}
+        counts = Counts(self.num_samples, self.num_positions, self.batches, self.provenance, self.coverage, aliases)
+        return tuple(structure.result(self.engine, counts) for structure in self.structures)
 
     def check_finite(self, root: Tensor, values: Tensor, what: str) -> None:
         """Raise before the backward pass if the forward pass produced NaN or infinity, naming where it began."""
@@ -107,15 +128,14 @@ class Run:
     @contextmanager
     def transaction(self, N: int, passes: int, weight: Tensor | None = None) -> Iterator[None]:
         """One batch: whatever happens inside, what was added gets its weight and the error carries the result so far."""
-        for collector in self.collectors:
-            collector.begin(passes, N, weight)
+        self.engine.begin(passes, N, weight)
         complete = False
         try:
             yield
             complete = True
         finally:
             self.passes.undetermined.clear()
-            bad = [name for c in self.collectors for name in c.settle(N, complete)]
+            bad = self.engine.settle(N, complete)
         if bad:
             raise NonFiniteError(
                 f"batch {self.batches}: gradients must be finite, got NaN or infinity, first at {bad[0]!r} "
@@ -126,7 +146,8 @@ class Run:
     def rescue(self) -> Iterator[None]:
         """Attach the result so far to any error (``err.fisher``) and turn Ctrl-C into ``Interrupted``."""
         try:
-            yield
+            with self.timed(OPS):
+                yield
         except KeyboardInterrupt as interrupt:
             error = Interrupted(*interrupt.args)
             self._attach(error)

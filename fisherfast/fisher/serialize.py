@@ -12,7 +12,7 @@ import json
 import os
 import secrets
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar
 
@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-FORMAT, FORMAT_VERSION = "fisherfast", 1
+FORMAT, FORMAT_VERSION = "fisherfast", 2  # 2: standard errors, coverage in numbers and seconds, several results in a file
 State = tuple[dict[str, Tensor], dict[str, Any]]  # tensors, and fields of plain values that JSON keeps exactly
 _OWN = ("format", "format_version", "fisherfast_version", "structure", "extra", "checksum")
 
@@ -55,6 +55,32 @@ def storable(structure: str) -> Callable[[_Class], _Class]:
         return cls
 
     return register
+
+
+@storable("several")
+class Several:
+    """The results of one run, in one file: what a checkpoint of several requests is. ``load`` gives the tuple."""
+
+    structure: ClassVar[str]
+
+    def __init__(self, results: Sequence[Storable]) -> None:
+        self.results = tuple(results)
+
+    def state(self) -> State:
+        """See ``Storable``."""
+        states = [result.state() for result in self.results]
+        tensors = {f"{number}.{name}": t for number, (part, _) in enumerate(states) for name, t in part.items()}
+        return tensors, {"parts": [[r.structure, fields] for r, (_, fields) in zip(self.results, states, strict=True)]}
+
+    @classmethod
+    def from_state(cls, tensors: dict[str, Tensor], fields: dict[str, Any]) -> tuple[Any, ...]:
+        """The tuple of results."""
+        results = []
+        for number, (structure, own) in enumerate(fields["parts"]):
+            prefix = f"{number}."
+            part = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+            results.append(_STRUCTURES[structure].from_state(part, own))
+        return tuple(results)
 
 
 def save(fisher: Storable, path: str | os.PathLike[str], extra: Mapping[str, str] | None = None) -> None:

@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How each parameter was covered, and what share of the numbers and of the time each way took."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+MISSING = "missing"
+OPS = "ops"  # the time that no other way claims: forward and backward passes with the ops inside them
+
+
+class Coverage(dict[str, str]):
+    """``{parameter name: how}``, how being an op's name, ``"vmap: why"``, ``"loop: why"`` or ``"missing: why"``.
+
+    A dictionary like any other; equality is that of its entries. ``print`` shows a table.
+
+    Shapes:   ``sizes`` {parameter name: how many numbers it holds}; ``seconds`` {way: wall time}.
+    Scale:    shares are fractions of one.
+    Errors:   ValueError for a share of what was not recorded (a Fisher built from tensors, a file of an older version).
+    Numerics: times are those of the host; on a GPU the fallback ways are synchronised, the rest is not.
+    Source:   ours.
+    """
+
+    def __init__(
+        self,
+        how: Mapping[str, str] | None = None,
+        sizes: Mapping[str, int] | None = None,
+        seconds: Mapping[str, float] | None = None,
+    ) -> None:
+        super().__init__(how or {})
+        known = how if isinstance(how, Coverage) else Coverage.__new__(Coverage)
+        self.sizes: dict[str, int] = {**getattr(known, "sizes", {}), **(sizes or {})}
+        self.seconds: dict[str, float] = {**getattr(known, "seconds", {}), **(seconds or {})}
+
+    @property
+    def ways(self) -> dict[str, str]:
+        """``{parameter name: way}``: ``how`` without its reasons. Runs pooled that covered one differently: ``"loop + vmap"``."""
+        return {name: " + ".join(part.partition(":")[0].strip() for part in how.split(" + ")) for name, how in self.items()}
+
+    def share_of_parameters(self) -> dict[str, float]:
+        """``{way: fraction of all numbers in parameters}``, the missing ones among them, largest first."""
+        unknown = [name for name in self if name not in self.sizes]
+        if unknown or not self:
+            raise ValueError(
+                f"coverage: needs the size of every parameter, not recorded for {unknown[0] if unknown else 'any'!r}"
+            )
+        counts: dict[str, int] = {}
+        for name, way in self.ways.items():
+            counts[way] = counts.get(way, 0) + self.sizes[name]
+        return _shares(counts)
+
+    def share_of_time(self) -> dict[str, float]:
+        """``{way: fraction of the run's wall time}``, largest first.
+
+        ``"ops"`` is what the fallbacks leave: the data, forward and backward passes, and the ops inside them. Around your
+        own forward passes (``ff.collect``) the run is what happens in ``stats.backward``.
+        """
+        if not self.seconds:
+            raise ValueError("coverage: the time of this run was not recorded")
+        return _shares(self.seconds)
+
+    def __add__(self, other: Mapping[str, str]) -> Coverage:
+        """Of both runs together: both ways named where they differ, times added."""
+        other = Coverage(other)
+        how = {name: " + ".join(dict.fromkeys(c[name] for c in (self, other) if name in c)) for name in {**self, **other}}
+        ways = {**self.seconds, **other.seconds}
+        seconds = {way: self.seconds.get(way, 0.0) + other.seconds.get(way, 0.0) for way in ways}
+        return Coverage(how, {**self.sizes, **other.sizes}, seconds)
+
+    def state(self) -> dict[str, Any]:
+        """Fields for a file: plain values."""
+        return {"coverage": dict(self), "coverage_sizes": self.sizes, "coverage_seconds": self.seconds}
+
+    @classmethod
+    def from_state(cls, fields: dict[str, Any]) -> Coverage:
+        """Take a file's fields out of ``fields``; files of older versions have ``"coverage"`` alone."""
+        return cls(fields.pop("coverage"), fields.pop("coverage_sizes", None), fields.pop("coverage_seconds", None))
+
+    def __str__(self) -> str:
+        """A table: a line for each way, then the parameters outside the ops with the reason."""
+        ways = self.ways
+        tensors = {way: list(ways.values()).count(way) for way in ways.values()}
+        numbers = self.share_of_parameters() if self and all(name in self.sizes for name in self) else {}
+        times = self.share_of_time() if self.seconds else {}
+        lines = [f"{'way':<18}{'tensors':>9}{'parameters':>13}{'time':>9}"]
+        for way in {**numbers, **tensors, **times}:
+            columns = (tensors.get(way, ""), _percent(numbers.get(way)), _percent(times.get(way)))
+            lines.append(f"{way:<18}{columns[0]:>9}{columns[1]:>13}{columns[2]:>9}")
+        lines += [f"{name}: {how}" for name, how in self.items() if ":" in how]
+        return "\n".join(lines)
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{share:.2%}"
+
+
+def _shares(amounts: Mapping[str, float]) -> dict[str, float]:
+    whole = sum(amounts.values()) or 1.0
+    return {way: amount / whole for way, amount in sorted(amounts.items(), key=lambda item: -item[1])}
+
+
+class Stopwatch:
+    """Wall time by way. A way timed inside another is charged to the inner one only, so that the times add up."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._seconds: dict[str, float] = {}
+        self._open: list[str] = []
+        self._since = 0.0
+
+    @contextmanager
+    def timed(self, way: str) -> Iterator[None]:
+        """Charge the block to ``way``. On a GPU, waits for it at both ends unless the way is ``OPS``."""
+        self._charge(wait=way != OPS)
+        self._open.append(way)
+        try:
+            yield
+        finally:
+            self._charge(wait=way != OPS)
+            self._open.pop()
+
+    def _charge(self, wait: bool = False) -> None:
+        if wait and self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        now = time.perf_counter()
+        if self._open:
+            self._seconds[self._open[-1]] = self._seconds.get(self._open[-1], 0.0) + now - self._since
+        self._since = now
+
+    def seconds(self) -> dict[str, float]:
+        """The times so far, those of open blocks included."""
+        self._charge()
+        return dict(self._seconds)

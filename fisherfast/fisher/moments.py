@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Mean and variance of the sample gradients, and the gradient noise scale: how many samples make a gradient worth its step."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fisherfast.accumulator import Accumulator
+from fisherfast.fisher import _pooling, serialize
+from fisherfast.fisher.coverage import Coverage
+from fisherfast.fisher.protocol import Provenance
+
+
+@serialize.storable("sample-moments")
+class SampleMoments:
+    """Moments of the sample gradients ``s_n`` (of the negative log-likelihood): what ``ff.GradientMoments()`` gives.
+
+    With ``W = sum w``, ``V = sum w^2`` (no weights: both N), ``m`` the weighted mean::
+
+        variance    = sum w (s - m)^2 / (W - V / W)            per coordinate, unbiased: N - 1 without weights
+        noise       = tr Sigma = the sum of the variance
+        signal      = |m|^2 - tr Sigma V / W^2                  |G|^2 of the true gradient, unbiased
+        noise_scale = noise / signal
+
+    With drawn labels (``"mc"``) each draw is a sample gradient of its own, of weight ``w / draws``; its expectation is zero
+    for every input, so the mean is noise, the variance is the Fisher's diagonal, and there is no noise scale.
+
+    Shapes:   mean, variance: {parameter name: tensor shaped like the parameter}.
+    Scale:    of one sample's gradient: independent of batch size and loss reduction.
+    Errors:   ValueError below two sample gradients, for pooling what was measured in different ways, and for the noise
+              scale of drawn labels.
+    Numerics: float64 sums; squares and gradients within a batch in float32, so a coordinate whose standard deviation is below
+              about 1e-3 of its mean has no digits of its variance.
+    Source:   McCandlish, Kaplan, Amodei 2018 (arXiv:1812.06162), "simple noise scale", and its appendix A with batches of 1
+              and N samples.
+    """
+
+    structure: ClassVar[str]
+
+    def __init__(
+        self,
+        totals: Mapping[str, Accumulator],
+        squares: Mapping[str, Accumulator],
+        squared_weights: Mapping[str, float],
+        *,
+        num_samples: int,
+        num_positions: int,
+        batches: int = 0,
+        provenance: Provenance | None = None,
+        coverage: Mapping[str, str] | None = None,
+        aliases: Mapping[str, str] | None = None,
+    ) -> None:
+        self.totals, self.squares, self.squared_weights = dict(totals), dict(squares), dict(squared_weights)
+        self.num_samples, self.num_positions, self.batches = num_samples, num_positions, batches
+        self.provenance = provenance or Provenance()
+        self.coverage, self.aliases = Coverage(coverage), dict(aliases or {})
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The parameters, in the model's order."""
+        return tuple(self.totals)
+
+    def mean(self, *, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+        """``{name: mean sample gradient}``."""
+        return {name: total.mean(dtype) for name, total in self.totals.items()}
+
+    def variance(self, *, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+        """``{name: unbiased variance of each coordinate of the sample gradients}``."""
+        return {name: self._variance(name).to(dtype) for name in self.names}
+
+    def _variance(self, name: str) -> Tensor:
+        W, V = self.totals[name].weight, self.squared_weights[name]
+        if W * W - V <= 1e-12 * W * W:
+            raise ValueError(f"variance: needs at least two sample gradients with a weight > 0 of {name!r}")
+        mean = self.totals[name].mean()
+        return (self.squares[name].sum - W * mean.square()).clamp_min_(0) / (W - V / W)
+
+    def noise(self) -> float:
+        """``tr Sigma``: the mean squared distance of a sample gradient from the true gradient."""
+        return math.fsum(float(self._variance(name).sum()) for name in self.names)
+
+    def signal(self) -> float:
+        """``|G|^2`` of the true gradient, without the share of the noise in ``|mean|^2``; below zero where noise hides it."""
+        parts = []
+        for name in self.names:
+            share = self.squared_weights[name] / self.totals[name].weight ** 2
+            parts += [float(self.totals[name].mean().square().sum()), -share * float(self._variance(name).sum())]
+        return math.fsum(parts)
+
+    def noise_scale(self) -> float:
+        """``tr Sigma / |G|^2``: about the batch size above which more samples a step stop helping; inf if ``signal() <= 0``."""
+        if self.provenance.fisher_type == "mc":
+            raise ValueError(
+                "noise_scale: fisher_type must be 'empirical', got 'mc'; the gradient of labels drawn from the model has "
+                "expectation zero, so there is no signal to compare with"
+            )
+        signal = self.signal()
+        return self.noise() / signal if signal > 0 else math.inf
+
+    def __add__(self, other: SampleMoments) -> SampleMoments:
+        """The moments of both data sets together. Errors: ValueError if they were measured in different ways."""
+        if not isinstance(other, SampleMoments):
+            return NotImplemented
+        _pooling.check_same(self._identity(), other._identity())
+        different = [field for field, value in self._draws().items() if value != other._draws()[field]]
+        return SampleMoments(
+            {name: total + other.totals[name] for name, total in self.totals.items()},
+            {name: square + other.squares[name] for name, square in self.squares.items()},
+            {name: value + other.squared_weights[name] for name, value in self.squared_weights.items()},
+            num_samples=self.num_samples + other.num_samples,
+            num_positions=self.num_positions + other.num_positions,
+            batches=self.batches + other.batches,
+            provenance=_pooling.pooled_provenance(self.provenance, different=different),
+            coverage=self.coverage + other.coverage,
+            aliases=self.aliases,
+        )
+
+    def all_reduce(self, group: dist.ProcessGroup | None = None) -> SampleMoments:
+        """Pool the data of all ranks of ``group``, in place on every rank; returns self. ``coverage`` stays the rank's own.
+
+        Errors: ValueError on every rank alike, before anything is added, if the ranks measured different things.
+        """
+        names = sorted(self.names)
+        device = self.totals[names[0]].sum.device
+        _pooling.check_ranks(self._identity(), group, device)
+        different = _pooling.differing_fields(self._draws(), group, device)
+        self.provenance = _pooling.pooled_provenance(self.provenance, different=different)
+        for name in names:
+            self.totals[name].all_reduce(group)
+            self.squares[name].all_reduce(group)
+        counts = [self.num_samples, self.num_positions, self.batches]
+        sums = torch.tensor([*(self.squared_weights[name] for name in names), *counts], dtype=torch.float64, device=device)
+        dist.all_reduce(sums, group=group)
+        pooled = sums.tolist()
+        self.squared_weights = dict(zip(names, pooled, strict=False))
+        self.num_samples, self.num_positions, self.batches = map(int, pooled[len(names) :])
+        return self
+
+    def _identity(self) -> dict[str, Any]:
+        return _pooling.identity({name: t.sum.shape for name, t in self.totals.items()}, self.aliases, self.provenance)
+
+    def _draws(self) -> dict[str, Any]:
+        return {"draws": self.provenance.draws, "seed": self.provenance.seed}
+
+    def save(self, path: str | os.PathLike[str], *, extra: Mapping[str, str] | None = None) -> None:
+        """Write to a safetensors file, whole or not at all; ``fisherfast.load`` reads it back bit by bit."""
+        serialize.save(self, path, extra)
+
+    def state(self) -> serialize.State:
+        """See ``serialize.Storable``."""
+        tensors = {f"total.{name}": total.sum for name, total in self.totals.items()}
+        tensors |= {f"square.{name}": square.sum for name, square in self.squares.items()}
+        fields = {
+            "provenance": dataclasses.asdict(self.provenance),
+            "num_samples": self.num_samples,
+            "num_positions": self.num_positions,
+            "batches": self.batches,
+            "weights": {name: [self.totals[name].weight, self.squared_weights[name]] for name in self.names},
+            "aliases": self.aliases,
+            **self.coverage.state(),
+        }
+        return tensors, fields
+
+    @classmethod
+    def from_state(cls, tensors: dict[str, Tensor], fields: dict[str, Any]) -> SampleMoments:
+        """The object whose ``state`` this is."""
+        weights, provenance = fields.pop("weights"), Provenance(**fields.pop("provenance"))
+        coverage = Coverage.from_state(fields)
+        return cls(
+            {name: Accumulator(tensors[f"total.{name}"], W) for name, (W, _) in weights.items()},
+            {name: Accumulator(tensors[f"square.{name}"], W) for name, (W, _) in weights.items()},
+            {name: V for name, (_, V) in weights.items()},
+            provenance=provenance,
+            coverage=coverage,
+            **fields,
+        )
+
+    def __repr__(self) -> str:
+        return (
+            f"SampleMoments({len(self.names)} tensors, {self.num_samples:,} samples, fisher_type={self.provenance.fisher_type!r})"
+        )

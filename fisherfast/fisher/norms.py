@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Per-sample gradient norms: one number a sample, and one a sample and layer where asked."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from fisherfast.fisher import _pooling, serialize
+from fisherfast.fisher.coverage import Coverage
+from fisherfast.fisher.protocol import Provenance
+
+
+@serialize.storable("sample-norms")
+class SampleNorms:
+    """``E_y |s_n|^2`` of every sample n, ``s_n = grad_w log p_w(y | x_n)``: what ``ff.PerSampleNorm()`` gives.
+
+    Their mean is the trace of the Fisher. With the labels of the data (``"empirical"``) it is ``|s_n|^2`` itself.
+
+    Shapes:   squared_norms [num_samples]; by_layer {layer: [num_samples]}.
+    Scale:    per sample, unweighted; with drawn labels the mean over draws.
+    Errors:   ValueError for norms by layer that were not asked for, and for norms lost because draws of one forward pass
+              (``ff.collect``) did not follow each other.
+    Numerics: float64; see ``PerSampleNorm``.
+    Source:   Goodfellow 2015 (arXiv:1510.01799).
+    """
+
+    structure: ClassVar[str]
+
+    def __init__(
+        self,
+        squared_norms: Tensor | None,
+        by_layer: Mapping[str, Tensor] | None = None,
+        *,
+        num_positions: int | None = None,
+        batches: int = 0,
+        provenance: Provenance | None = None,
+        coverage: Mapping[str, str] | None = None,
+    ) -> None:
+        self._squared_norms = squared_norms
+        self._by_layer = None if by_layer is None else dict(by_layer)
+        self.batches = batches
+        self.num_positions = num_positions if num_positions is not None else self.num_samples
+        self.provenance = provenance or Provenance()
+        self.coverage = Coverage(coverage)
+
+    @property
+    def squared_norms(self) -> Tensor:
+        """``[num_samples]`` float64, in the order in which the samples came."""
+        if self._squared_norms is None:
+            raise ValueError(
+                "squared_norms: draws of one forward pass must follow each other, got another batch in between; "
+                "which sample a draw belongs to is no longer known"
+            )
+        return self._squared_norms
+
+    @property
+    def num_samples(self) -> int:
+        """How many samples were measured."""
+        return len(self.squared_norms)
+
+    def by_layer(self) -> dict[str, Tensor]:
+        """``{layer: [num_samples]}``, in the order of the parameters; they add up to ``squared_norms``."""
+        if self._by_layer is None:
+            raise ValueError("by_layer: the norms of each layer were not recorded; ask for ff.PerSampleNorm(by_layer=True)")
+        return dict(self._by_layer)
+
+    def __add__(self, other: SampleNorms) -> SampleNorms:
+        """The samples of both, the other's after this one's. Errors: ValueError if measured in different ways."""
+        if not isinstance(other, SampleNorms):
+            return NotImplemented
+        _pooling.check_same(self._identity(), other._identity())
+        different = [f for f in ("draws", "seed") if getattr(self.provenance, f) != getattr(other.provenance, f)]
+        device = self.squared_norms.device
+        layers = None if self._by_layer is None else other.by_layer()
+        return SampleNorms(
+            torch.cat([self.squared_norms, other.squared_norms.to(device)]),
+            None if layers is None else {k: torch.cat([v, layers[k].to(device)]) for k, v in self.by_layer().items()},
+            num_positions=self.num_positions + other.num_positions,
+            batches=self.batches + other.batches,
+            provenance=_pooling.pooled_provenance(self.provenance, different=different),
+            coverage=self.coverage + other.coverage,
+        )
+
+    def _identity(self) -> dict[str, Any]:
+        layers = {} if self._by_layer is None else {"layers": list(self._by_layer)}
+        return {**layers, **{f: getattr(self.provenance, f) for f in ("fisher_type", "likelihood", "model")}}
+
+    def save(self, path: str | os.PathLike[str], *, extra: Mapping[str, str] | None = None) -> None:
+        """Write to a safetensors file, whole or not at all; ``fisherfast.load`` reads it back bit by bit."""
+        serialize.save(self, path, extra)
+
+    def state(self) -> serialize.State:
+        """See ``serialize.Storable``."""
+        tensors = {"squared_norms": self.squared_norms}
+        if self._by_layer:
+            tensors["by_layer"] = torch.stack(list(self._by_layer.values()))
+        fields = {
+            "provenance": dataclasses.asdict(self.provenance),
+            "num_positions": self.num_positions,
+            "batches": self.batches,
+            "layers": None if self._by_layer is None else list(self._by_layer),
+            **self.coverage.state(),
+        }
+        return tensors, fields
+
+    @classmethod
+    def from_state(cls, tensors: dict[str, Tensor], fields: dict[str, Any]) -> SampleNorms:
+        """The object whose ``state`` this is."""
+        layers, provenance = fields.pop("layers"), Provenance(**fields.pop("provenance"))
+        coverage = Coverage.from_state(fields)
+        by_layer = None if layers is None else dict(zip(layers, tensors.get("by_layer", ()), strict=True))
+        return cls(tensors["squared_norms"], by_layer, provenance=provenance, coverage=coverage, **fields)
+
+    def __repr__(self) -> str:
+        layers = "" if self._by_layer is None else f", {len(self._by_layer)} layers"
+        return f"SampleNorms({self.num_samples:,} samples{layers}, fisher_type={self.provenance.fisher_type!r})"
