@@ -1,0 +1,523 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One pass, many answers: norms, moments, standard errors and shares of coverage, each against autograd's sample gradients."""
+
+import copy
+import math
+import os
+import subprocess
+import sys
+import textwrap
+
+import networks
+import oracle
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import fisherfast as ff
+from fisherfast.capture import Capture
+from fisherfast.fisher import ghost, serialize
+from fisherfast.fisher.collectors import Engine
+from fisherfast.fisher.coverage import OPS, Stopwatch
+from fisherfast.fisher.protocol import layer_of
+from fisherfast.rules import MatMul, Rows
+
+EXACT = 1e-11
+NAMES = ["mlp-inplace-relu", "layer-norm", "embedding", "conv1d-addmm", "weight-used-twice", *networks.LOOPED]
+EVERYTHING = (ff.Diagonal(), ff.PerSampleNorm(by_layer=True), ff.PerSampleNorm())
+WITH_MOMENTS = (*EVERYTHING, ff.GradientMoments())
+
+
+def problem(name, n=6):
+    build, data = {**networks.COVERED, **networks.LOOPED}[name][:2]
+    x, y = data(n)
+    return build().double(), (x.double() if x.is_floating_point() else x), y
+
+
+def measure(model, batches, structure="diagonal", **options):
+    return ff.fisher(model, batches, structure, progress=False, **options)
+
+
+def sample_gradients(model, x, y, losses=oracle.cross_entropy):
+    """For each sample, ``(weight, {name: gradient})`` of each of its labels, by autograd."""
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    result = []
+    for n in range(len(x)):
+        pairs = []
+        for weight, loss in losses(model, x[n : n + 1], y[n : n + 1]):
+            grads = torch.autograd.grad(loss, list(named.values()), retain_graph=True, allow_unused=True)
+            pairs.append(
+                (weight, {k: torch.zeros_like(p) if g is None else g for (k, p), g in zip(named.items(), grads, strict=True)})
+            )
+        result.append(pairs)
+    return result
+
+
+def layer_norms(gradients):
+    """``{layer: [N]}``: the expectation over labels of the squared norm."""
+    layers = {}
+    for n, pairs in enumerate(gradients):
+        for weight, gradient in pairs:
+            for name, g in gradient.items():
+                layers.setdefault(layer_of(name), torch.zeros(len(gradients), dtype=torch.float64))[n] += (
+                    weight * g.square().sum()
+                )
+    return layers
+
+
+def close(a, b, tolerance=EXACT):
+    return float((torch.as_tensor(a) - torch.as_tensor(b)).abs().max()) <= tolerance * float(torch.as_tensor(b).abs().max())
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("fisher_type", ["empirical", "exact"])
+@pytest.mark.parametrize("sizes", [[6], [4, 2]], ids=str)
+def test_norms_and_standard_errors_match_autograd(name, fisher_type, sizes):
+    model, x, y = problem(name)
+    losses = oracle.cross_entropy if fisher_type == "empirical" else oracle.every_label
+    layers = layer_norms(sample_gradients(model, x, y, losses))
+    whole = torch.stack(list(layers.values())).sum(0)
+    batches = list(zip(x.split(sizes), y.split(sizes), strict=True))
+    fisher, by_layer, norms = measure(model, batches, EVERYTHING, fisher_type=fisher_type)
+    assert close(norms.squared_norms, whole) and close(by_layer.squared_norms, whole)
+    assert norms.squared_norms.dtype == torch.float64 and norms.num_samples == 6
+    assert set(by_layer.by_layer()) == set(layers) == set(fisher.stderr("by_layer"))
+    for layer, expected in layers.items():
+        assert close(by_layer.by_layer()[layer], expected, EXACT * float(whole.max() / expected.max()))
+        assert fisher.stderr("by_layer")[layer] == pytest.approx(
+            float(expected.std() / 6**0.5), rel=1e-9, abs=1e-9 * float(whole.max())
+        )
+    assert fisher.stderr("trace") == pytest.approx(float(whole.std() / 6**0.5), rel=1e-9)
+    assert fisher.trace() == pytest.approx(float(whole.mean()), rel=1e-12)
+    assert oracle.error(fisher.diagonal(dtype=torch.float64), oracle.diagonal(model, [(x, y)], losses)) < EXACT
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_asked_alone_norms_need_nothing_shaped_like_a_parameter(name):
+    model, x, y = problem(name)
+    with ff.collect(model, ff.PerSampleNorm(), fisher_type="empirical") as stats:
+        loss = F.cross_entropy(model(x).flatten(0, -2), y.flatten(), reduction="none").view(6, -1).sum(1)
+        stats.backward(loss)
+    engine = stats._run.engine
+    assert not engine.squares and not engine.totals
+    expected = sum(layer_norms(sample_gradients(model, x, y)).values())
+    assert close(stats.result().squared_norms, expected)
+
+
+@pytest.mark.parametrize("draws", [1, 3])
+@pytest.mark.parametrize("name", [*NAMES[:4], "conv2d"])
+def test_drawn_labels_agree_among_all_answers_and_splits(name, draws):
+    model, x, y = problem(name)
+    options = {"fisher_type": "mc", "draws": draws, "seed": 2}
+    fisher, by_layer, norms, moments = measure(model, [(x, y)], WITH_MOMENTS, **options)
+    assert fisher.trace() == pytest.approx(float(norms.squared_norms.mean()), rel=1e-12)
+    assert fisher.stderr("trace") == pytest.approx(float(norms.squared_norms.std() / 6**0.5), rel=1e-9)
+    assert close(sum(by_layer.by_layer().values()), norms.squared_norms)
+    M, mean = 6 * draws, moments.mean(dtype=torch.float64)
+    expected = {k: (f - mean[k].square()) * M / (M - 1) for k, f in fisher.diagonal(dtype=torch.float64).items()}
+    assert oracle.error(moments.variance(dtype=torch.float64), expected) < EXACT
+    for sizes in ([1] * 6, [4, 2]):
+        split = measure(model, list(zip(x.split(sizes), y.split(sizes), strict=True)), WITH_MOMENTS, **options)
+        assert close(split[2].squared_norms, norms.squared_norms)
+        assert split[0].stderr("trace") == pytest.approx(fisher.stderr("trace"), rel=1e-9)
+        assert oracle.error(split[3].variance(dtype=torch.float64), expected) < EXACT
+    alone = measure(model, [(x, y)], (ff.PerSampleNorm(),), **options)[0]
+    assert close(alone.squared_norms, norms.squared_norms)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_moments_match_autograd(name):
+    model, x, y = problem(name)
+    gradients = [pairs[0][1] for pairs in sample_gradients(model, x, y)]
+    (moments,) = measure(model, [(x[:4], y[:4]), (x[4:], y[4:])], (ff.GradientMoments(),), fisher_type="empirical")
+    stacked = {k: torch.stack([g[k] for g in gradients]) for k in gradients[0]}
+    mean = {k: s.mean(0) for k, s in stacked.items()}
+    assert oracle.error(moments.mean(dtype=torch.float64), mean) < EXACT
+    assert oracle.error(moments.variance(dtype=torch.float64), {k: s.var(0) for k, s in stacked.items()}) < EXACT
+    # McCandlish et al., appendix A.1, with batches of 1 and N samples
+    small, big = sum(float(s.square().sum()) for s in stacked.values()) / 6, sum(float(m.square().sum()) for m in mean.values())
+    signal, noise = (6 * big - small) / 5, (small - big) / (1 - 1 / 6)
+    assert moments.noise() == pytest.approx(noise, rel=1e-10)
+    assert moments.signal() == pytest.approx(signal, rel=1e-9, abs=1e-12 * big)
+    assert moments.noise_scale() == (pytest.approx(noise / signal, rel=1e-9) if signal > 0 else math.inf)
+
+
+def test_what_has_no_meaning_is_refused():
+    model, x, y = problem("mlp-inplace-relu")
+    with pytest.raises(ValueError, match="GradientMoments: fisher_type must be 'empirical' or 'mc', got 'exact'"):
+        measure(model, [(x, y)], (ff.GradientMoments(),), fisher_type="exact")
+    with pytest.raises(ValueError, match="GradientMoments: fisher_type"):
+        ff.collect(model, ff.GradientMoments(), fisher_type="exact")
+    fisher, moments, norms = measure(model, [(x, y)], (ff.Diagonal(stderr=False), ff.GradientMoments(), ff.PerSampleNorm()))
+    with pytest.raises(ValueError, match="expectation zero"):
+        moments.noise_scale()
+    with pytest.raises(ValueError, match="was not recorded"):
+        fisher.stderr("trace")
+    with pytest.raises(ValueError, match=r"ask for ff\.PerSampleNorm\(by_layer=True\)"):
+        norms.by_layer()
+    with pytest.raises(ValueError, match="must be of 'trace' or 'by_layer', got 'logdet'"):
+        measure(model, [(x, y)]).stderr("logdet")
+    with pytest.raises(ValueError, match="at least two samples"):
+        measure(model, [(x[:1], y[:1])]).stderr("trace")
+    with pytest.raises(ValueError, match="at least two sample gradients"):
+        measure(model, [(x[:1], y[:1])], (ff.GradientMoments(),))[0].variance()
+    with pytest.raises(ValueError, match="was not recorded"):
+        ff.DiagonalFisher({"w": torch.ones(3)}, num_samples=2).stderr("trace")
+    with pytest.raises(ValueError, match="structure must be one of"):
+        measure(model, [(x, y)], ())
+
+
+def test_standard_error_covers_the_truth():
+    model, _, _ = problem("mlp-inplace-relu")
+    truth = measure(model, [(torch.randn(50_000, 3).double(), None)], fisher_type="exact").trace()
+    drawn = [measure(model, [(torch.randn(200, 3).double(), None)], seed=seed) for seed in range(100)]
+    deviations = torch.tensor([(F.trace() - truth) / F.stderr("trace") for F in drawn])
+    assert 0.6 < float(deviations.square().mean()) < 1.6  # of expectation 1; four standard deviations of a chi^2 with 100
+
+
+# -- weights, on the engine itself
+
+
+def weighted_engine(structures, weight, x, g, chunks=None, passes=1):
+    model = nn.Linear(x.shape[-1], g.shape[-1], bias=False).double()
+    capture = Capture(model)
+    (tracked,) = capture.tracked.values()
+    engine = Engine(capture, structures)
+    engine.begin(passes, len(x), weight)
+    for _ in range(passes):
+        if chunks is None:
+            engine.add(tracked, MatMul(), Rows(x, g), 1 / passes)
+        else:
+            first = 0
+            for a, b in zip(x.split(chunks), g.split(chunks), strict=True):
+                engine.add_gradients(tracked, b.mT @ a, first, 1 / passes)
+                first += len(a)
+    assert engine.settle(len(x), True) == []
+    return engine
+
+
+@pytest.mark.parametrize("chunks", [None, [5], [2, 3]], ids=str)
+@pytest.mark.parametrize("passes", [1, 2])
+def test_integer_weights_are_repeated_samples(chunks, passes):
+    x, g = torch.randn(5, 3, 4).double(), torch.randn(5, 3, 7).double()
+    times = torch.tensor([1, 3, 0, 2, 1])
+    engine = weighted_engine(WITH_MOMENTS, times.float(), x, g, chunks, passes)
+    again = weighted_engine(WITH_MOMENTS, None, x.repeat_interleave(times, 0), g.repeat_interleave(times, 0), None, passes)
+    for mine, other in ((engine.squares, again.squares), (engine.totals, again.totals)):
+        assert mine["weight"].weight == other["weight"].weight == 7
+        assert close(mine["weight"].snapshot().mean(), other["weight"].snapshot().mean())
+    t = (g.mT @ x).flatten(1).square().sum(1)
+    assert close(engine.norms().sum(0), t)  # unweighted
+    assert engine.squared_weights["weight"] == float(times.square().sum()) / passes
+    spread, w = engine.spread(), times.double()
+    mean = (w * t).sum() / w.sum()
+    assert spread.stderr()[None] == pytest.approx(
+        float(((w * (t - mean)).square().sum() / (w.sum() ** 2 - w.square().sum())).sqrt()), rel=1e-9
+    )
+
+
+def test_equal_weights_change_nothing():
+    x, g = torch.randn(5, 3, 4).double(), torch.randn(5, 3, 7).double()
+    one, two = (weighted_engine(WITH_MOMENTS, w, x, g) for w in (None, torch.full((5,), 2.0)))
+    assert one.spread().stderr() == pytest.approx(two.spread().stderr(), rel=1e-12)
+    assert close(one.totals["weight"].snapshot().mean(), two.totals["weight"].snapshot().mean())
+
+
+def everything(engine):
+    sums = [engine.squares["weight"].snapshot().sum, engine.totals["weight"].snapshot().sum]
+    return [*sums, engine.norms(), engine.spread().sums]
+
+
+def test_a_staged_batch_that_does_not_complete_adds_nothing():
+    x, g = torch.randn(5, 3, 4).double(), torch.randn(5, 3, 7).double()
+    engine = weighted_engine(WITH_MOMENTS, None, x, g, passes=2)
+    before = everything(engine)
+    capture = Capture(nn.Linear(4, 7, bias=False).double())
+    (tracked,) = capture.tracked.values()
+    for bad in (False, True):
+        engine.begin(2, 5, None)
+        engine.add(tracked, MatMul(), Rows(x, g * (float("nan") if bad else 1.0)), 0.5)
+        assert engine.settle(5, complete=bad) == (["weight"] if bad else [])
+    assert all(torch.equal(a, b) for a, b in zip(before, everything(engine), strict=True))
+
+
+# -- ghost norms
+
+
+@pytest.mark.parametrize(("T", "I", "O"), [(1, 5, 7), (3, 50, 70), (200, 500, 700)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_ghost_norms(T, I, O, dtype, monkeypatch):
+    monkeypatch.setattr(ghost, "_NUMBERS", 2 * T * T)  # several chunks
+    rows = Rows(torch.randn(5, T, I).to(dtype), torch.randn(5, T, O).to(dtype))
+    assert ghost.cheaper(MatMul(), rows)
+    expected = (rows.g.double().mT @ rows.x.double()).square().sum((1, 2))
+    result = ghost.squared_norms(rows)
+    assert result.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert close(result.double(), expected, 1e-12 if dtype == torch.float64 else 1e-5)
+
+
+def test_ghost_norms_only_where_cheaper():
+    assert not ghost.cheaper(MatMul(), Rows(torch.randn(2, 9, 4), torch.randn(2, 9, 4)))
+    assert not ghost.cheaper(MatMul(), Rows(torch.randn(9, 4), torch.randn(9, 4), torch.tensor([0, 9])))
+
+
+def test_not_finite_is_seen_by_norms_alone():
+    class Poisoned(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, g):
+            return g * float("nan")
+
+    model, x, y = problem("mlp-inplace-relu")
+    with ff.collect(model, ff.PerSampleNorm()) as stats:
+        stats.backward(F.cross_entropy(model(x), y, reduction="none"))
+        with pytest.raises(ff.NonFiniteError, match=r"first at '2\.(weight|bias)'") as caught:
+            stats.backward(Poisoned.apply(F.cross_entropy(model(x), y, reduction="none")))
+    assert caught.value.fisher.num_samples == 6 and torch.isfinite(caught.value.fisher.squared_norms).all()
+
+
+# -- collect
+
+
+def test_results_come_in_the_order_asked():
+    model, x, y = problem("layer-norm")
+    with ff.collect(model, ff.PerSampleNorm(), ff.GradientMoments(), ff.Diagonal()) as stats:
+        for part in (slice(0, 2), slice(2, 6)):
+            stats.backward(F.cross_entropy(model(x[part]).mT, y[part], reduction="none").sum(1))
+    norms, moments, fisher = stats.results()
+    assert isinstance(norms, ff.SampleNorms) and isinstance(moments, ff.SampleMoments) and isinstance(fisher, ff.DiagonalFisher)
+    assert close(norms.squared_norms, sum(layer_norms(sample_gradients(model, x, y)).values()))
+    assert fisher.stderr("trace") == pytest.approx(float(norms.squared_norms.std() / 6**0.5), rel=1e-9)
+
+
+def test_backwards_through_one_forward_are_draws_of_its_samples():
+    model, x, y = problem("mlp-inplace-relu")
+    drawn = [torch.randint(0, 4, (6,)) for _ in range(3)]
+    with ff.collect(model, ff.PerSampleNorm(), ff.Diagonal(), fisher_type="mc") as stats:
+        stats.backward(F.cross_entropy(model(x[:2]), y[:2], reduction="none"))
+        logits = model(x)
+        for number, labels in enumerate(drawn):
+            stats.backward(F.cross_entropy(logits, labels, reduction="none"), retain_graph=number < 2)
+        halfway = stats.results()[0]
+        stats.backward(F.cross_entropy(model(x[3:]), y[3:], reduction="none"))
+    first, last = (sum(layer_norms(sample_gradients(model, x[s], y[s])).values()) for s in (slice(0, 2), slice(3, 6)))
+    middle = torch.stack([sum(layer_norms(sample_gradients(model, x, labels)).values()) for labels in drawn]).mean(0)
+    norms, fisher = stats.results()
+    assert close(halfway.squared_norms, torch.cat([first, middle]))
+    expected = torch.cat([first, middle, last])
+    assert close(norms.squared_norms, expected) and fisher.num_samples == 11
+    assert fisher.stderr("trace") == pytest.approx(float(expected.std() / 11**0.5), rel=1e-9)
+
+
+def test_draws_of_interleaved_forwards_are_not_guessed():
+    model, x, y = problem("mlp-inplace-relu")
+    with ff.collect(model, ff.PerSampleNorm(), ff.Diagonal(), fisher_type="mc") as stats:
+        first, second = model(x), model(x)
+        for logits in (first, second, first):
+            stats.backward(F.cross_entropy(logits, y, reduction="none"), retain_graph=True)
+    norms, fisher = stats.results()
+    with pytest.raises(ValueError, match="must follow each other"):
+        len(norms.squared_norms)
+    with pytest.raises(ValueError, match="was not recorded"):
+        fisher.stderr("trace")
+    assert fisher.trace() > 0
+
+
+# -- faults
+
+
+def test_a_fault_keeps_the_samples_of_whole_batches():
+    class Faulty(nn.Module):
+        def forward(self, x):
+            if len(x) == 5:
+                raise RuntimeError("lost")
+            return x
+
+    model = nn.Sequential(nn.Linear(3, 11), Faulty(), nn.Linear(11, 4)).double()
+    x, y = networks.vectors(15)
+    batches = [(x[:6].double(), y[:6]), (x[6:10].double(), y[6:10]), (x[10:].double(), y[10:])]
+    with pytest.raises(RuntimeError, match="lost") as caught:
+        measure(model, batches, WITH_MOMENTS, fisher_type="empirical")
+    whole = measure(model, batches[:2], WITH_MOMENTS, fisher_type="empirical")
+    fisher, _, norms, moments = caught.value.fisher
+    assert torch.equal(norms.squared_norms, whole[2].squared_norms) and fisher.stderr("trace") == whole[0].stderr("trace")
+    assert oracle.error(moments.variance(), whole[3].variance()) == 0
+
+
+# -- pooling, files, checkpoints
+
+
+def test_parts_pool_to_the_whole():
+    model, x, y = problem("embedding")
+    whole = measure(model, [(x, y)], WITH_MOMENTS, fisher_type="empirical")
+    a, b = (measure(model, [(x[s], y[s])], WITH_MOMENTS, fisher_type="empirical") for s in (slice(0, 2), slice(2, 6)))
+    fisher, by_layer, norms, moments = (first + second for first, second in zip(a, b, strict=True))
+    assert fisher.stderr("trace") == pytest.approx(whole[0].stderr("trace"), rel=1e-9)
+    assert fisher.stderr("by_layer") == pytest.approx(whole[0].stderr("by_layer"), rel=1e-9)
+    assert close(norms.squared_norms, whole[2].squared_norms) and norms.num_samples == 6
+    assert all(close(v, whole[1].by_layer()[k]) for k, v in by_layer.by_layer().items())
+    assert oracle.error(moments.variance(dtype=torch.float64), whole[3].variance(dtype=torch.float64)) < EXACT
+    assert moments.noise_scale() == pytest.approx(whole[3].noise_scale(), rel=1e-9)
+    bare = ff.DiagonalFisher.from_accumulators(
+        a[0].accumulators(), num_samples=2, provenance=a[0].provenance, aliases=a[0].aliases
+    )
+    with pytest.raises(ValueError, match="was not recorded"):
+        (bare + b[0]).stderr("trace")
+    other = measure(model, [(x, y)], (ff.PerSampleNorm(), ff.GradientMoments()))
+    for mine, theirs in zip((norms, moments), other, strict=True):
+        with pytest.raises(ValueError, match="same fisher_type"):
+            mine + theirs
+
+
+def test_files_give_everything_back(tmp_path):
+    model, x, y = problem("conv2d")
+    results = measure(model, [(x, y)], WITH_MOMENTS, fisher_type="empirical")
+    for number, result in enumerate(results):
+        result.save(tmp_path / str(number))
+        again = ff.load(tmp_path / str(number))
+        (tensors, fields), (others, other_fields) = result.state(), again.state()
+        assert fields == other_fields and tensors.keys() == others.keys()
+        assert all(torch.equal(tensors[k], others[k]) for k in tensors)
+    assert ff.load(tmp_path / "0").stderr("by_layer") == results[0].stderr("by_layer")
+    assert ff.load(tmp_path / "0").coverage.share_of_time() == results[0].coverage.share_of_time()
+    serialize.save(serialize.Several(results), tmp_path / "all")
+    assert [type(r) for r in ff.load(tmp_path / "all")] == [type(r) for r in results]
+
+
+def test_files_of_the_first_format_are_read(tmp_path):
+    path = tmp_path / "old"
+    model, x, y = problem("mlp-inplace-relu")
+    new = measure(model, [(x, y)])
+    new.save(path)
+    with safe_open(path, framework="pt") as file:
+        later = ("spread", "coverage_sizes", "coverage_seconds", "checksum")
+        metadata = {k: v for k, v in file.metadata().items() if k not in later} | {"format_version": "1"}
+    tensors = load_file(path)
+    save_file(tensors, path, metadata | {"checksum": serialize._checksum(metadata, tensors)})
+    old = ff.load(path)
+    assert old.trace() == new.trace() and old.coverage == new.coverage
+    with pytest.raises(ValueError, match="was not recorded"):
+        old.stderr("trace")
+    with pytest.raises(ValueError, match="time of this run was not recorded"):
+        old.coverage.share_of_time()
+    assert old.coverage.share_of_parameters() == new.coverage.share_of_parameters()
+
+
+@pytest.mark.parametrize("structure", ["diagonal", WITH_MOMENTS], ids=["diagonal", "everything"])
+def test_checkpoint_resumes_to_the_same_numbers(structure, tmp_path):
+    class Faulty(nn.Module):
+        on = True
+
+        def forward(self, x):
+            if self.on and len(x) == 5:
+                raise RuntimeError("power cut")
+            return x
+
+    model = nn.Sequential(nn.Linear(3, 11), Faulty(), nn.Linear(11, 4)).double()
+    x, y = networks.vectors(17)
+    batches = [(a.double(), b) for a, b in zip(x.split([6, 4, 5, 2]), y.split([6, 4, 5, 2]), strict=True)]
+    options = {"draws": 2, "checkpoint": tmp_path / "run"}
+    with pytest.raises(RuntimeError, match="power cut"):
+        measure(model, batches, structure, **options)
+    model[1].on = False
+    with pytest.raises(ValueError, match="must be of the same measurement"):
+        measure(model, batches, (ff.Diagonal(stderr=False),), **options)
+    resumed, whole = measure(model, batches, structure, **options), measure(model, batches, structure, draws=2)
+    if structure == "diagonal":
+        resumed, whole = (resumed,), (whole,)
+    assert resumed[0].num_samples == 17
+    assert resumed[0].stderr("by_layer") == pytest.approx(whole[0].stderr("by_layer"), rel=1e-9)
+    if structure != "diagonal":
+        assert all(torch.equal(a.squared_norms, b.squared_norms) for a, b in zip(resumed[1:3], whole[1:3], strict=True))
+        assert oracle.error(resumed[3].variance(), whole[3].variance()) < 1e-6
+
+
+RANK = """
+    import sys, torch, torch.distributed as dist, fisherfast as ff
+    rank, folder = int(sys.argv[1]), sys.argv[2]
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    torch.manual_seed(0)
+    model, x, y = torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.Tanh(), torch.nn.Linear(5, 4)), torch.randn(7, 3), torch.randint(4, (7,))
+    part = slice(0, 3) if rank == 0 else slice(3, 7)
+    fisher, moments = ff.fisher(
+        model, [(x[part], y[part])], (ff.Diagonal(), ff.GradientMoments()), fisher_type="empirical", progress=False)
+    fisher.all_reduce().save(f"{folder}/fisher{rank}")
+    moments.all_reduce().save(f"{folder}/moments{rank}")
+    bare = ff.DiagonalFisher.from_accumulators(fisher.accumulators(), num_samples=7, spread=fisher.spread if rank else None)
+    bare.all_reduce().save(f"{folder}/bare{rank}")
+    if rank == 0:
+        whole = ff.fisher(model, [(x, y)], (ff.Diagonal(), ff.GradientMoments()), fisher_type="empirical", progress=False)
+        whole[0].save(f"{folder}/fisher"), whole[1].save(f"{folder}/moments")
+    dist.destroy_process_group()
+"""
+
+
+def test_ranks_pool_to_the_whole(tmp_path):
+    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", textwrap.dedent(RANK)]
+    ranks = [subprocess.Popen([*command, str(rank), str(tmp_path)], env=environment) for rank in range(2)]
+    try:
+        assert [process.wait(timeout=120) for process in ranks] == [0, 0]
+    finally:
+        for process in ranks:
+            process.kill()
+    fisher, moments = ff.load(tmp_path / "fisher"), ff.load(tmp_path / "moments")
+    for rank in range(2):
+        pooled, pooled_moments = ff.load(tmp_path / f"fisher{rank}"), ff.load(tmp_path / f"moments{rank}")
+        assert pooled.stderr("trace") == pytest.approx(fisher.stderr("trace"), rel=1e-6)
+        assert pooled.stderr("by_layer") == pytest.approx(fisher.stderr("by_layer"), rel=1e-6)
+        assert pooled_moments.noise_scale() == pytest.approx(moments.noise_scale(), rel=1e-4)
+        assert pooled_moments.num_samples == 7 and oracle.error(pooled_moments.variance(), moments.variance()) < 1e-5
+        with pytest.raises(ValueError, match="was not recorded"):
+            ff.load(tmp_path / f"bare{rank}").stderr("trace")
+
+
+# -- coverage
+
+
+def test_coverage_is_a_dictionary_with_shares():
+    model, x, y = problem("tied-embedding-and-head")
+    model.register_parameter("idle", nn.Parameter(torch.ones(17).double()))
+    fisher = measure(model, [(x, y)], allow_missing=True)
+    coverage, sizes = fisher.coverage, {name: p.numel() for name, p in model.named_parameters()}
+    assert isinstance(coverage, ff.Coverage) and coverage == dict(coverage) and set(coverage) == set(sizes)
+    shares = coverage.share_of_parameters()
+    assert sum(shares.values()) == pytest.approx(1) and shares["missing"] == pytest.approx(17 / sum(sizes.values()))
+    assert shares["linear_sq_"] >= 121 / sum(sizes.values())
+    assert sum(coverage.share_of_time().values()) == pytest.approx(1) and OPS in coverage.share_of_time()
+    table = str(coverage)
+    assert "linear_sq_" in table and "missing" in table and "idle: missing" in table and "%" in table
+    assert copy.deepcopy(coverage).sizes == coverage.sizes
+
+
+def test_coverage_of_pooled_runs():
+    one = ff.Coverage({"a": "linear_sq_", "b": "loop: no rule for sin"}, {"a": 3, "b": 1}, {OPS: 1.0, "loop": 3.0})
+    two = ff.Coverage({"a": "linear_sq_", "b": "vmap: no rule for sin"}, {"a": 3, "b": 1}, {OPS: 1.0, "vmap": 3.0})
+    both = one + two
+    assert both == {"a": "linear_sq_", "b": "loop: no rule for sin + vmap: no rule for sin"}
+    assert both.share_of_parameters() == {"linear_sq_": 0.75, "loop + vmap": 0.25}
+    assert both.share_of_time() == {"loop": 0.375, "vmap": 0.375, OPS: 0.25}
+    assert one + {"a": "linear_sq_"} == one and ff.Coverage(one).seconds == one.seconds
+    assert str(ff.Coverage()) and str(ff.Coverage({"a": "linear_sq_"}))
+    with pytest.raises(ValueError, match="needs the size of every parameter, not recorded for 'a'"):
+        ff.Coverage({"a": "linear_sq_"}).share_of_parameters()
+
+
+def test_stopwatch_charges_the_inner_way(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    watch = Stopwatch(torch.device("cpu"))
+    with watch.timed(OPS):
+        now[0] += 1
+        with watch.timed("loop"):
+            now[0] += 2
+        now[0] += 4
+        assert watch.seconds() == {OPS: 5.0, "loop": 2.0}
+    now[0] += 8
+    assert watch.seconds() == {OPS: 5.0, "loop": 2.0}
