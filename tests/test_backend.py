@@ -25,13 +25,20 @@ BY_NAME = pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
 
 
 def arguments(op: _backend.Op) -> tuple[torch.Tensor, ...]:
-    """A small valid call: acc, x or ids, g."""
+    """A small valid call: acc, x or ids, g; together with ``keywords``."""
     g = torch.ones(2, 3, 5)
     if op.name == "linear_sq_":
         return torch.zeros(5, 4), torch.ones(2, 3, 4), g
     if op.name == "scale_sq_":
         return torch.zeros(5), g, g
+    if op.name == "categorical_score_":
+        return torch.zeros(2, 3), torch.ones(2, 3)
     return torch.zeros(7, 5), torch.zeros(2, 3, dtype=torch.int64), g
+
+
+def keywords(op: _backend.Op) -> dict[str, torch.Tensor]:
+    """What a small valid call needs besides ``arguments``."""
+    return {"labels": torch.tensor([0, 2])} if op.name == "categorical_score_" else {}
 
 
 def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -56,16 +63,16 @@ def test_forced_backend_that_cannot_run_says_why_and_what_can(op):
         rf"{op.name}: backend 'cuda' was asked for but cannot run here: needs cuda tensors, got cpu. Usable on cpu: {usable}"
     )
     with ff.backend("cuda"), pytest.raises(ff.BackendError, match=message):
-        op.overload(*arguments(op))
+        op.overload(*arguments(op), **keywords(op))
 
 
 def test_forced_backend_ends_with_its_block():
     op = _backend.OPS["scale_sq_"]
     with pytest.raises(ff.BackendError), ff.backend("cuda"):
         with ff.backend("reference"):
-            op.overload(*arguments(op))
-        op.overload(*arguments(op))
-    op.overload(*arguments(op))
+            op.overload(*arguments(op), **keywords(op))
+        op.overload(*arguments(op), **keywords(op))
+    op.overload(*arguments(op), **keywords(op))
 
 
 def test_forced_backend_holds_in_other_threads():
@@ -74,7 +81,7 @@ def test_forced_backend_holds_in_other_threads():
 
     def call() -> None:
         try:
-            op.overload(*arguments(op))
+            op.overload(*arguments(op), **keywords(op))
         except ff.BackendError as error:
             caught.append(error)
 
@@ -116,23 +123,24 @@ def test_triton_not_installed_is_named(monkeypatch):
     op = _backend.OPS["linear_sq_"]
     assert "triton" not in op.usable("cpu") and "triton" not in op.usable("cuda")
     with ff.backend("triton"), pytest.raises(ff.BackendError, match="triton is not installed; pip install triton"):
-        op.overload(*arguments(op))
+        op.overload(*arguments(op), **keywords(op))
 
 
 @BY_NAME
 def test_missing_native_code_warns_once_and_runs_the_reference(op, monkeypatch):
     monkeypatch.setattr(_backend, "native_problem", lambda: "fisherfast._C is not built; reinstall")
     monkeypatch.setattr(op, "_warned", set())
-    args = arguments(op)
+    args, more = arguments(op), keywords(op)
     with pytest.warns(
         UserWarning, match=f"{op.name}: backend 'cpu' is not used: fisherfast._C is not built; reinstall. Running a slower"
     ):
-        op.overload(*args)
+        op.overload(*args, **more)
     expected = args[0].clone()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        op.overload(*args)
-    assert expected.any() and torch.equal(args[0], 2 * expected)
+        op.overload(*args, **more)
+    times = 1 if op.name == "categorical_score_" else 2  # which writes; the others add
+    assert expected.any() and torch.equal(args[0], times * expected)
 
 
 @BY_NAME
@@ -148,9 +156,10 @@ def test_fake_tensors_take_the_check_only(op):
 
     with FakeTensorMode() as mode:
         args = [mode.from_tensor(t) for t in arguments(op)]
-        assert op.overload(*args) is None
+        more = {name: mode.from_tensor(t) for name, t in keywords(op).items()}
+        assert op.overload(*args, **more) is None
         with pytest.raises((ValueError, TypeError), match=op.name):
-            op.overload(args[0].bfloat16(), *args[1:])
+            op.overload(args[0].bfloat16(), *args[1:], **more)
 
 
 # ---- one op, one name, four places
@@ -171,8 +180,8 @@ def test_every_op_has_its_file_in_every_backend():
     assert modules == {f.stem for f in (ROOT / "fisherfast/ops").glob("[!_]*.py")}
     assert modules == {f.stem for f in (ROOT / "kernels").glob("[!_]*.py")}
     assert modules <= {f.stem for f in (ROOT / "csrc/cpu").glob("*.cpp")}
-    # scale_sq is bound by memory: Triton reaches what CUDA C++ would.
-    assert modules - {"scale_sq"} <= {f.stem for f in (ROOT / "csrc/cuda").glob("*.cu")}
+    # scale_sq and categorical_score are bound by memory: Triton reaches what CUDA C++ would.
+    assert modules - {"scale_sq", "categorical_score"} <= {f.stem for f in (ROOT / "csrc/cuda").glob("*.cu")}
 
 
 @BY_NAME
@@ -182,7 +191,7 @@ def test_triton_launcher_takes_the_arguments_of_the_op(op):
 
     kernels = importlib.import_module(f"fisherfast.kernels.{op.module}")
     assert inspect.signature(getattr(kernels, op.name)).parameters.keys() == inspect.signature(op.reference).parameters.keys()
-    assert kernels.why_not(*arguments(op)) is None
+    assert kernels.why_not(*arguments(op), **keywords(op)) is None
 
 
 # ---- floors
