@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 Output = str | Callable[[Any], Tensor] | None
 
@@ -56,11 +56,15 @@ class Batch:
             raise ValueError(f"data: inputs and targets must hold the same samples, got {N} and targets {tuple(targets.shape)}")
         return cls(inputs, targets, mask, N)
 
+    def has_samples(self, value: Any) -> bool:
+        """Whether an input's first axis holds the samples."""
+        return isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == self.N
+
     def cut(self, start: int, stop: int) -> Batch:
         """Samples ``start:stop``; tensors whose first axis is not the sample axis are kept whole."""
 
         def part(value: Any) -> Any:
-            return value[start:stop] if isinstance(value, Tensor) and value.dim() and value.shape[0] == self.N else value
+            return value[start:stop] if self.has_samples(value) else value
 
         if isinstance(self.inputs, dict):
             inputs: Any = {key: part(value) for key, value in self.inputs.items()}
@@ -68,7 +72,7 @@ class Batch:
             inputs = tuple(part(value) for value in self.inputs)
         return Batch(inputs, part(self.targets), part(self.mask), stop - start)
 
-    def feed(self, model: nn.Module, output: Output = None) -> Tensor:
+    def feed(self, model: Callable[..., Any], output: Output = None) -> Tensor:
         """The model's output tensor for this batch: the result itself, its ``.logits``, or what ``output`` picks."""
         result = model(**self.inputs) if isinstance(self.inputs, dict) else model(*self.inputs)
         picked = _picked(result, output)

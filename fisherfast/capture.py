@@ -1,18 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """Capture: what is caught is the use of a parameter by a function, whatever module wrote the call.
 
-A ``TorchFunctionMode`` sees every torch function that receives a tracked parameter. Where a rule covers the call, the
-parameter is replaced by its detached alias (so autograd never runs the weight-gradient GEMM) and the output passes
-through a *tap*: an autograd node that changes nothing, keeps the saved inputs as any node does, and in the backward pass
-hands them with g to whoever listens. Where no rule covers it, the parameter is replaced by a leaf alias that autograd can
-differentiate, for the loop over samples. The model itself is never touched: no hooks, no flags, no ``.grad``.
+A ``TorchFunctionMode`` sees every torch function that receives a tracked parameter, or a view of one. Where a rule covers
+the call, the parameter is replaced by its detached alias (so autograd never runs the weight-gradient GEMM) and the output
+passes through a *tap*: an autograd node that changes nothing, keeps the saved inputs as any node does, and in the backward
+pass hands them with g to whoever listens. A function that is made of such functions is taken apart. A function that gives
+back memory of the parameter itself makes a view, which is followed. Where nothing fits, the parameter is replaced by a leaf
+alias that autograd can differentiate, for the fallback. The model itself is never touched: no hooks, no flags, no ``.grad``.
 """
 
 from __future__ import annotations
 
 import itertools
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,9 +26,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from fisherfast.layout import Layout
-from fisherfast.rules import RULES, Form, Use
-
-LOOP = "loop"
+from fisherfast.rules import DECOMPOSITIONS, RULES, Form, Part, Use, Window, part
 
 _DROPOUTS = {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout}
 _CHANCE = {*_DROPOUTS, F.scaled_dot_product_attention, F.batch_norm}
@@ -49,9 +50,26 @@ class Tracked:
         self.name, self.parameter = name, parameter
         self.detached = parameter.detach()
         self.leaf = parameter.detach().requires_grad_()
-        self.loop_reason: str | None = None
+        self.fallback: str | None = None  # why no rule covers it
         self.expand = False  # give it a sample axis where it is used
-        self.looping = self.expanding = False  # the same decisions, as in force for the current forward pass
+        self.caught, self.differentiated, self.expanding = True, False, False  # these decisions, as in force in this forward pass
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A tensor of the model's that is a parameter, or a part of one (``window``)."""
+
+    tensor: Tensor
+    tracked: Tracked
+    window: Window | None = None
+
+    def stand_in(self, leaf: bool) -> Tensor:
+        """The tensor that takes its place: one that autograd differentiates, or one it does not."""
+        whole = self.tracked.leaf if leaf else self.tracked.detached
+        return whole if self.window is None else self.window.of_tensor(whole)
+
+
+Key = tuple[str, Window | None, int]  # parameter, part of it, number among the uses of that part
 
 
 @dataclass
@@ -61,7 +79,12 @@ class CallUse:
     tracked: Tracked
     form: Form
     picks: tuple[int, ...]
-    key: tuple[str, int] = ("", 0)
+    key: Key = ("", None, 0)
+
+    @property
+    def window(self) -> Window | None:
+        """The part of the parameter that is used; None for all of it."""
+        return self.form.window if isinstance(self.form, Part) else None
 
 
 @dataclass
@@ -87,8 +110,9 @@ class _Tap(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor | None) -> tuple[Tensor | None, ...]:
-        ctx.call.capture.heard(ctx.call, g, ctx.saved_tensors)  # also of no gradient at all: a visit counts
-        return (g, None, None, *(None for _ in ctx.saved_tensors))
+        saved = ctx.saved_tensors  # once: a checkpointed tensor can be unpacked only once
+        ctx.call.capture.heard(ctx.call, g, saved)  # also of no gradient at all: a visit counts
+        return (g, None, None, *(None for _ in saved))
 
 
 Listener = Callable[[Call, Tensor | None, tuple[Tensor, ...]], None]
@@ -108,17 +132,28 @@ class Capture(TorchFunctionMode):
             raise ValueError(f"model: parameters must be on one device, got {devices}; move the model to one of them")
         self.device = named[0][1].device
         self.tracked = {name: Tracked(name, p) for name, p in named}
-        self._by_id = {id(t.parameter): t for t in self.tracked.values()}
+        names = {id(t.parameter): t.name for t in self.tracked.values()}
         self.aliases = {
-            alias: self._by_id[id(p)].name
+            alias: names[id(p)]
             for alias, p in root.named_parameters(remove_duplicate=False)
-            if id(p) in self._by_id and alias != self._by_id[id(p)].name
+            if id(p) in names and alias != names[id(p)]
         }
         self.anchor = torch.zeros((), device=self.device, requires_grad=True)
-        self.begin(exploring=True)
-        self.layouts: dict[tuple[str, int], Layout] = {}
+        self.layouts: dict[Key, Layout] = {}
         self.listener: Listener | None = None
         self._counter = itertools.count()
+        self._eager: list[AbstractContextManager[None]] = []
+        self.begin(exploring=True)
+
+    def __enter__(self) -> Capture:
+        self._eager.append(_eager())
+        self._eager[-1].__enter__()
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._eager.pop().__exit__(*error)
 
     def begin(self, exploring: bool, num_samples: int | None = None) -> None:
         """Prepare a forward pass: what was decided since the last one comes into force.
@@ -126,13 +161,16 @@ class Capture(TorchFunctionMode):
         ``exploring``: stand-ins keep autograd's own path to every parameter open beside the tap. ``num_samples``: of the
         batch, where known; needed to expand.
         """
-        self.exploring, self.num_samples = exploring, num_samples
+        self.num_samples = num_samples
         for tracked in self.tracked.values():
-            tracked.looping, tracked.expanding = tracked.loop_reason is not None, tracked.expand
+            tracked.caught, tracked.expanding = tracked.fallback is None, tracked.expand
+            tracked.differentiated = exploring or tracked.expand or not tracked.caught
+        # Views are held while they are known by their id, which Python would give to another tensor.
+        self._references = {id(t.parameter): Reference(t.parameter, t) for t in self.tracked.values()}
 
     def forget(self, name: str) -> None:
         """Stop tracking a parameter."""
-        del self._by_id[id(self.tracked.pop(name).parameter)]
+        del self._references[id(self.tracked.pop(name).parameter)]
 
     def heard(self, call: Call, g: Tensor | None, saved: tuple[Tensor, ...]) -> None:
         """Pass a tap's gradient on to the listener of the current backward pass."""
@@ -141,7 +179,9 @@ class Capture(TorchFunctionMode):
                 "collect: a backward pass reached captured layers without stats.backward(); call stats.backward(loss) with "
                 "the vector of per-sample losses instead of loss.backward()"
             )
-        self.listener(call, g, saved)
+        # What the listener computes is not the model's: no mode looks at it, no autocast rounds it.
+        with torch._C.DisableTorchFunction(), torch.autocast(self.device.type, enabled=False):
+            self.listener(call, g, saved)
 
     # -- the forward pass
 
@@ -155,64 +195,88 @@ class Capture(TorchFunctionMode):
             return func(*args, **kwargs)
         if getattr(func, "__name__", "") == "__get__" and not isinstance(func(*args, **kwargs), Tensor):
             return func(*args, **kwargs)
+        if func in DECOMPOSITIONS and torch.is_grad_enabled():
+            with self:
+                out = DECOMPOSITIONS[func](*args, **kwargs)
+            if out is not NotImplemented:
+                return out
         uses = self._covered(func, args, kwargs, found)
         if uses is None:
             return self._uncovered(func, args, kwargs, found)
-        stand_ins = {id(t.parameter): t.leaf if self.exploring or t.looping or t.expanding else t.detached for t in found}
+        stand_ins = {id(r.tensor): r.stand_in(r.tracked.differentiated) for r in found}
         out = func(*_replaced(args, stand_ins), **_replaced(kwargs, stand_ins))
-        return self._tapped(out, [u for u in uses if not self._by_id[id(u.parameter)].looping])
+        return self._tapped(out, uses)
 
-    def _found(self, items: Iterable[Any]) -> list[Tracked]:
+    def _found(self, items: Iterable[Any]) -> list[Reference]:
         found = []
         for item in items:
             if isinstance(item, Tensor):
-                tracked = self._by_id.get(id(item))
-                if tracked is not None:
-                    found.append(tracked)
+                reference = self._references.get(id(item))
+                if reference is not None:
+                    found.append(reference)
             elif isinstance(item, (tuple, list)):
                 found += self._found(item)
             elif isinstance(item, dict):
                 found += self._found(item.values())
         return found
 
-    def _covered(self, func: Any, args: Any, kwargs: Any, found: list[Tracked]) -> list[Use] | None:
+    def _covered(self, func: Any, args: Any, kwargs: Any, found: list[Reference]) -> list[Use] | None:
         """The uses the function's rule declares, or None unless they cover every tracked argument exactly once."""
         if func not in RULES or not torch.is_grad_enabled():
             return None
-        uses = [u for u in RULES[func](*args, **kwargs) if id(u.parameter) in self._by_id]
-        complete = sorted(id(u.parameter) for u in uses) == sorted(id(t.parameter) for t in found)
+        uses = [u for u in RULES[func](*args, **kwargs) if id(u.parameter) in self._references]
+        complete = sorted(id(u.parameter) for u in uses) == sorted(id(r.tensor) for r in found)
         return uses if complete else None
 
-    def _uncovered(self, func: Any, args: Any, kwargs: Any, found: list[Tracked]) -> Any:
-        stand_ins = {id(t.parameter): t.leaf for t in found}
+    def _uncovered(self, func: Any, args: Any, kwargs: Any, found: list[Reference]) -> Any:
+        stand_ins = {id(r.tensor): r.stand_in(leaf=True) for r in found}
         out = func(*_replaced(args, stand_ins), **_replaced(kwargs, stand_ins))
-        if any(isinstance(o, Tensor) and o.requires_grad for o in tree_leaves(out)):
-            for t in found:
-                t.loop_reason = t.loop_reason or f"no rule for {getattr(func, '__name__', func)}"
+        outputs = [o for o in tree_leaves(out) if isinstance(o, Tensor) and o.requires_grad]
+        if len(found) == 1 and outputs and all(self._is_part(o, found[0].tracked) for o in outputs):
+            for o in outputs:
+                self._references[id(o)] = Reference(o, found[0].tracked, Window.of(o, found[0].tracked.parameter))
+        elif outputs:
+            for reference in found:
+                tracked = reference.tracked
+                tracked.fallback = tracked.fallback or f"no rule for {getattr(func, '__name__', func)}"
         return out
 
+    def _is_part(self, out: Tensor, tracked: Tracked) -> bool:
+        """Whether ``out`` is memory of the parameter, each number at most once."""
+        whole = tracked.parameter
+        return (
+            whole.is_contiguous()
+            and out.dtype == whole.dtype
+            and out.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
+            and all(stride or size == 1 for size, stride in zip(out.shape, out.stride(), strict=True))
+        )
+
     def _tapped(self, out: Tensor, uses: list[Use]) -> Tensor:
-        if not uses:
+        references = [self._references[id(use.parameter)] for use in uses]
+        caught = [(use, r) for use, r in zip(uses, references, strict=True) if r.tracked.caught]
+        if not caught:
             return out
-        if self.num_samples is not None and any(self._by_id[id(u.parameter)].expanding for u in uses):
+        if self.num_samples is not None and any(r.tracked.expanding for _, r in caught):
             out = out.expand(self.num_samples, *(out.shape[1:] if out.shape[0] == 1 else out.shape))
         if out._is_view() or (out.is_leaf and out.requires_grad):
             out = out.clone()  # a tap writes its output's version; what a view shares memory with stays untouched
         saved: list[Tensor] = []
         call = Call(next(self._counter), self)
-        for use in uses:
+        for use, reference in caught:
             picks = []
             for tensor in use.inputs:
                 if all(tensor is not s for s in saved):
                     saved.append(tensor)
                 picks.append(next(i for i, s in enumerate(saved) if s is tensor))
-            call.uses.append(CallUse(self._by_id[id(use.parameter)], use.form, tuple(picks)))
+            form = use.form if reference.window is None else part(use.form, reference.window, reference.tracked.parameter)
+            call.uses.append(CallUse(reference.tracked, form, tuple(picks)))
         self._learn_num_samples(call, out)
         return _Tap.apply(out, self.anchor, call, *saved)
 
     def _learn_num_samples(self, call: Call, out: Tensor) -> None:
         # Around a user's own forward nobody says how many samples the batch has; an earlier layer of known layout does.
-        layout = self.layouts.get((call.uses[0].tracked.name, 0))
+        use = call.uses[0]
+        layout = self.layouts.get((use.tracked.name, use.window, 0))
         if self.num_samples is None and layout is not None and layout.kind.value == "axis":
             self.num_samples = out.shape[layout.axis]
 
@@ -222,7 +286,7 @@ class Capture(TorchFunctionMode):
         """The taps that ``root`` depends on, in the order of the forward pass, each with its autograd node.
 
         Read off the graph, so a forward pass that is never differentiated counts for nothing. Also numbers the uses of
-        each parameter in this order: a use's key is (parameter name, number).
+        each parameter, or part of one, in this order: the number is the last entry of a use's key.
         """
         seen, stack, found = set(), [root.grad_fn], []
         while stack:
@@ -230,17 +294,38 @@ class Capture(TorchFunctionMode):
             if node is None or node in seen:
                 continue
             seen.add(node)
+            if type(node).__name__ == "CheckpointFunctionBackward":
+                raise ValueError(
+                    "model: gradient checkpointing must be torch's with use_reentrant=False, got use_reentrant=True, which hides the "
+                    "layers from autograd; pass use_reentrant=False (Hugging Face: gradient_checkpointing_kwargs)"
+                )
             call = getattr(node, "call", None)
             if isinstance(call, Call) and call.capture is self:
                 found.append((call, node))
             stack.extend(parent for parent, _ in node.next_functions)
         found.sort(key=lambda pair: pair[0].index)
-        numbers: defaultdict[str, int] = defaultdict(int)
+        numbers: defaultdict[tuple[str, Window | None], int] = defaultdict(int)
         for call, _ in found:
             for use in call.uses:
-                use.key = (use.tracked.name, numbers[use.tracked.name])
-                numbers[use.tracked.name] += 1
+                which = (use.tracked.name, use.window)
+                use.key = (*which, numbers[which])
+                numbers[which] += 1
         return found
+
+    def only_broadcast(self, root: Tensor, name: str) -> bool:
+        """Whether all that ``root`` makes of a parameter's uses is sums and products, which may have one more leading axis."""
+        taps = {node for call, node in self.calls(root) if any(use.tracked.name == name for use in call.uses)}
+        seen, stack, consumers = set(), [root.grad_fn], set()
+        while stack:
+            node = stack.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            parents = [parent for parent, _ in node.next_functions]
+            if not taps.isdisjoint(parents):
+                consumers.add(type(node).__name__)
+            stack.extend(parents)
+        return consumers <= {"AddBackward0", "SubBackward0", "MulBackward0"}
 
     def first_non_finite(self, root: Tensor) -> str | None:
         """The parameter whose call first received an input that is not finite, by the tensors the graph still holds."""
@@ -248,6 +333,12 @@ class Capture(TorchFunctionMode):
             if any(s.is_floating_point() and not torch.isfinite(s).all() for s in node.saved_tensors):
                 return call.uses[0].tracked.name
         return None
+
+
+def _eager() -> AbstractContextManager[None]:
+    """Compiled functions run as they are written: what is compiled already is not seen by a mode."""
+    compiled = "torch._dynamo" in sys.modules  # importing it takes a second, and only then can anything be compiled
+    return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
 
 
 def _replaced(tree: Any, stand_ins: dict[int, Tensor]) -> Any:

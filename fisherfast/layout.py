@@ -1,23 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the sample axis is. Established by a probe, never assumed.
+"""Where the samples are. Established by tagging them, never assumed.
 
-A layer may see ``[N, T, D]``, ``[T, N, D]``, ``[N*T, D]`` or no sample axis at all (a position table looked up once and
-broadcast over the batch). Shapes cannot decide. So per-sample losses are back-propagated for subsets of the samples: a
-row of g that is not zero belongs to a sample of the subset. A subset and its complement for each bit of the sample
-number tell them apart, and show a row that depends on two samples for what it is. Four samples are enough to tell one
-layout from another, and take four passes.
+A layer may see ``[N, T, D]``, ``[T, N, D]``, ``[N*T, D]``, rows gathered by data (experts) or no sample axis at all (a position
+table looked up once and broadcast over the batch). Shapes cannot decide. But g is linear in the gradient at the root: if
+sample n's part of that is multiplied by ``2^k_n``, then so is every row of g that belongs to sample n, without any rounding. So
+two backward passes, one of them tagged, tell for every row which sample it belongs to; a row that depends on several samples
+shows no single factor. Where the rows of a use lie as an axis would have them, that axis is remembered for all batches;
+where they do not, every batch is tagged.
 """
 
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterator
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-PROBED = 4  # samples that the probe looks at
+PROBED = 4  # samples that a first probe looks at: enough to tell one layout from another
+UNKNOWN, MIXED = -1, -2  # of a row: its gradient is zero; it depends on several samples
 
 
 class Kind(enum.Enum):
@@ -42,8 +44,8 @@ class Layout:
         size = lead[self.axis]
         return size == N if self.kind is Kind.AXIS else size % N == 0
 
-    def samples_first(self, rows: Tensor, N: int) -> Tensor:
-        """Rows ``[*lead, F]`` as ``[N, T, F]``; a view where strides allow."""
+    def samples_first(self, rows: Tensor, N: int, features: int = 1) -> Tensor:
+        """Rows ``[*lead, *F]`` as ``[N, T, *F]``; a view where strides allow."""
         axis = self.axis
         if self.kind is Kind.SAMPLE_MAJOR:
             rows = rows.unflatten(axis, (N, -1))
@@ -51,7 +53,8 @@ class Layout:
             rows = rows.unflatten(axis, (-1, N))
             axis += 1
         rows = rows.movedim(axis, 0) if axis else rows
-        return rows.reshape(N, -1, rows.shape[-1]) if rows.dim() != 3 else rows
+        lead = rows.dim() - features
+        return rows if lead == 2 else rows.reshape(N, -1, *rows.shape[lead:])
 
     def sample_of_row(self, lead: tuple[int, ...], N: int, device: torch.device) -> Tensor:
         """The sample number of each row, broadcastable to ``lead``."""
@@ -72,45 +75,98 @@ def candidates(lead: tuple[int, ...], N: int) -> list[Layout]:
     return [c for c in exact if c.kind is Kind.AXIS or lead[c.axis] != N]
 
 
-def masks(N: int, device: torch.device) -> Iterator[Tensor]:
-    """Subsets of the first samples, ``[N]`` of 0.0 and 1.0, that together tell every two of those apart."""
-    few = min(N, PROBED)
-    index = torch.arange(N, device=device)
-    for bit in range(max(few - 1, 1).bit_length()):
-        chosen = ((index >> bit) & 1).bool()
-        for half in (chosen, ~chosen):
-            yield (half & (index < few)).float()
+class Gathered:
+    """Rows that belong to the samples ``numbers`` ``[*lead]`` says, in one batch; rows without a gradient are left out."""
+
+    def __init__(self, numbers: Tensor, N: int) -> None:
+        flat = numbers.flatten()
+        kept = (flat >= 0).nonzero().squeeze(1)
+        self._order = kept[flat[kept].argsort(stable=True)]
+        counts = torch.bincount(flat[kept], minlength=N)
+        self.offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])  # [N + 1]: where each sample's rows begin
+
+    def packed(self, rows: Tensor, features: int = 1) -> Tensor:
+        """Rows ``[*lead, *F]`` as ``[M, *F]``, those of one sample together."""
+        return rows.flatten(0, rows.dim() - features - 1)[self._order]
 
 
-class Evidence:
-    """What the probe has seen of one use: the layouts still possible, and whether any gradient arrived."""
+class Tags:
+    """Factors for the samples' parts of the gradient at the root: for each pass ``2^digit`` of the sample's number."""
 
-    def __init__(self) -> None:
-        self.lead: tuple[int, ...] | None = None
-        self.possible: list[Layout] = []
-        self.alive = False
-        self.had_sample_axis = False  # some axis is as long as there are samples
+    def __init__(self, N: int, few: int, dtype: torch.dtype) -> None:
+        self.N, self.few = N, min(few, N)
+        # Far apart when samples are few: a trace of another sample in a row then weighs a lot more than rounding. A float16
+        # gradient has little room.
+        narrow = dtype == torch.float16
+        self.base = self.few if self.few <= PROBED else 4 if narrow else 32
+        self.step = (2 if narrow else 8) if self.few <= PROBED else (2 if narrow else 1)
+        self.passes = 1 if self.few <= self.base else math.ceil(math.log(self.few, self.base) - 1e-9)
 
-    def see(self, g: Tensor, mask: Tensor) -> None:
-        """Strike the layouts under which a non-zero row of g ``[*lead, F]`` belongs to a sample outside ``mask``."""
-        N = mask.shape[0]
-        nonzero = (g != 0).any(-1)
-        lead = tuple(nonzero.shape)
-        if self.lead is None:
-            self.lead, self.possible = lead, candidates(lead, N)
-            self.had_sample_axis = N in lead
-        self.alive = self.alive or bool(nonzero.any())
-        outside = mask == 0
-        self.possible = [
-            layout for layout in self.possible if not bool((nonzero & outside[layout.sample_of_row(lead, N, g.device)]).any())
+    def factors(self, device: torch.device) -> list[Tensor]:
+        """``[N]`` for each pass; 0 for samples that are not looked at."""
+        number = torch.arange(self.N, device=device)
+        digits = [number // self.base**k % self.base for k in range(self.passes)]
+        return [torch.exp2((d * self.step).double()).where(number < self.few, 0.0) for d in digits]
+
+
+class Sightings:
+    """What tagged passes showed of one use's rows: per pass the largest entry of each row, where it is, and the row's sum."""
+
+    def __init__(self, tags: Tags) -> None:
+        self.tags = tags
+        self._seen: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def see(self, g: Tensor, features: int) -> None:
+        """Note a tagged pass's gradient ``[*lead, *F]``."""
+        rows = g.flatten(g.dim() - features).detach()
+        sums = rows.abs().sum(-1, dtype=torch.float64)
+        at = rows.abs().argmax(-1, keepdim=True) if rows.shape[-1] else rows.new_zeros(*rows.shape[:-1], 0, dtype=torch.int64)
+        self._seen.append((at, rows.gather(-1, at).double(), sums))
+
+    def numbers(self, g: Tensor, features: int) -> Tensor:
+        """The sample of every row ``[*lead]``, ``UNKNOWN`` or ``MIXED``, from the same pass without tags."""
+        rows = g.flatten(g.dim() - features).detach()
+        total = rows.abs().sum(-1, dtype=torch.float64)
+        number = torch.zeros(rows.shape[:-1], dtype=torch.int64, device=g.device)
+        clean = torch.ones_like(number, dtype=torch.bool)
+        looked_at = torch.zeros_like(clean)
+        for k, (at, tagged, tagged_sum) in enumerate(self._seen):
+            ratio = (tagged / rows.gather(-1, at).double()).squeeze(-1)
+            digit = ratio.log2().div(self.tags.step).round().nan_to_num(0, 0, 0).clamp(0, self.tags.base - 1)
+            factor = torch.exp2(digit * self.tags.step)
+            clean &= ((ratio - factor).abs() <= _TOLERANCE * factor) & (
+                (tagged_sum - factor * total).abs() <= _TOLERANCE * tagged_sum
+            )
+            looked_at |= tagged_sum > 0
+            number += digit.long() * self.tags.base**k
+        number = number.where(clean & (number < self.tags.few), MIXED)
+        return number.where((total > 0) & looked_at, UNKNOWN)
+
+
+_TOLERANCE = 1e-3  # kernels that add in a changing order may round a tagged pass differently
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What is known of one use's rows: the one layout that explains them, if there is one; else who owns each row."""
+
+    layout: Layout | None
+    numbers: Tensor
+    had_sample_axis: bool  # some axis is as long as there are samples
+
+    @classmethod
+    def of(cls, numbers: Tensor, N: int) -> Finding:
+        """Compare the rows' samples ``[*lead]`` with all layouts."""
+        lead = tuple(numbers.shape)
+        known = numbers != UNKNOWN
+        possible = [
+            layout
+            for layout in candidates(lead, N)
+            if bool(((numbers == layout.sample_of_row(lead, N, numbers.device)) | ~known).all())
         ]
-
-    @property
-    def layout(self) -> Layout | None:
-        """The one layout that explains everything seen; None if there is none or more than one."""
-        return self.possible[0] if self.alive and len(self.possible) == 1 else None
+        return cls(possible[0] if bool(known.any()) and len(possible) == 1 else None, numbers, N in lead)
 
     @property
     def mixes_samples(self) -> bool:
-        """No layout explains what was seen: rows depend on several samples, or are gathered by data."""
-        return self.alive and not self.possible
+        """Whether some row depends on several samples: it has no sample axis, or samples are not independent."""
+        return bool((self.numbers == MIXED).any())

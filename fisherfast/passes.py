@@ -9,15 +9,20 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import combinations
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from fisherfast.capture import Call, CallUse, Capture, Listener, Tracked
-from fisherfast.layout import Evidence, masks
-from fisherfast.rules import Form, Rows
+from fisherfast.capture import Call, CallUse, Capture, Key, Listener, Tracked
+from fisherfast.layout import PROBED, Finding, Gathered, Sightings, Tags
+from fisherfast.rules import Form, Rows, Window, combines, joined
+from fisherfast.rules.decompositions import opened
+
+Group = tuple[str, Window | None]  # a parameter, or a part of it
+_grad = opened(torch.autograd.grad)  # as a function that modes see, it would switch them off for all that happens inside
 
 
 class NonFiniteError(ArithmeticError):
@@ -51,12 +56,57 @@ class Pass:
     scale: float = 1.0
 
 
+class _Folded:
+    """Rows of a sample with one position, over several passes: ``sum_p (g_p x)^2 = (sum_p g_p^2) x^2``, so one op call does."""
+
+    def __init__(self, form: Form, x: Tensor | None) -> None:
+        self.form, self._x = form, x
+        self._squares: Tensor | None = None
+
+    def add(self, g: Tensor, scale: float) -> None:
+        """Add one pass."""
+        g = g.to(torch.promote_types(g.dtype, torch.float32))
+        if self._squares is None:
+            self._squares = torch.zeros_like(g)
+        self._squares.addcmul_(g, g, value=scale)
+
+    def rows(self) -> Rows:
+        """Rows whose squares are those sums."""
+        assert self._squares is not None
+        g = self._squares.sqrt_()
+        return self.form.oriented(Rows(None if self._x is None else self._x.to(g.dtype), g))
+
+
+@dataclass
+class _Batch:
+    """What the passes through one graph share."""
+
+    root: Tensor
+    groups: dict[Group, list[CallUse]]
+    unlocated: set[Key]
+    count: int
+    padded: bool
+    folded: dict[Group, _Folded] = field(default_factory=dict)
+
+    @property
+    def N(self) -> int:
+        """Samples."""
+        return self.root.shape[0]
+
+
+def _one_position(rows: Rows) -> bool:
+    return rows.offsets is None and rows.g.dim() == 3 and rows.g.shape[1] == 1
+
+
 class Passes:
     """Runs backward passes on the graphs of one capture."""
 
     def __init__(self, capture: Capture, collectors: list[Collector]) -> None:
         self.capture, self.collectors = capture, collectors
-        self.undetermined: set[str] = set()  # covered by rules, but of unknown layout in the batch at hand
+        self.scattered: set[Key] = set()  # uses whose rows lie as the data has it (experts): tagged in every batch
+        self.underflow: defaultdict[str, list[int]] = defaultdict(
+            lambda: [0, 0]
+        )  # name: float16 gradients that are subnormal, all
 
     # -- exploring
 
@@ -75,117 +125,190 @@ class Passes:
             stack.extend(parent for parent, _ in node.next_functions)
         return names
 
-    def probe(self, root: Tensor, cotangent: Tensor) -> dict[tuple[str, int], Evidence]:
-        """Back-propagate subsets of the samples and record what each use saw; keeps the graph.
+    def probe(self, root: Tensor, cotangent: Tensor, few: int = PROBED) -> dict[Key, Finding]:
+        """Tag the first ``few`` samples and find out which rows of each use are whose; keeps the graph.
 
         ``root`` and ``cotangent`` have the sample axis first.
         """
         N = root.shape[0]
-        self.capture.calls(root)
-        evidence: defaultdict[tuple[str, int], Evidence] = defaultdict(Evidence)
-        for mask in masks(N, root.device):
+        tags = Tags(N, few, cotangent.dtype)
+        inside = (torch.arange(N, device=root.device) < tags.few).view(-1, *(1,) * (cotangent.dim() - 1))
+        cotangent = cotangent * inside
+        sightings = self._tag(root, cotangent, tags)
+        numbers: dict[Key, Tensor] = {}
 
-            def see(call: Call, g: Tensor | None, saved: tuple[Tensor, ...], mask: Tensor = mask) -> None:
+        def listen(call: Call, g: Tensor | None, saved: tuple[Tensor, ...]) -> None:
+            for use in call.uses:
                 if g is not None:
-                    for use in call.uses:
-                        evidence[use.key].see(_rows(use, g, saved).g, mask)
+                    rows = _rows(use, g, saved)
+                    numbers[use.key] = sightings[use.key].numbers(rows.g, use.form.features)
 
-            chosen = cotangent * mask.to(cotangent.dtype).view(-1, *(1,) * (cotangent.dim() - 1))
-            self._backward(root, chosen, see, keep=True)
-        return dict(evidence)
+        self._backward(root, cotangent, listen, keep=True)
+        return {key: Finding.of(found, N) for key, found in numbers.items()}
+
+    def _tag(self, root: Tensor, cotangent: Tensor, tags: Tags, keys: set[Key] | None = None) -> dict[Key, Sightings]:
+        """The tagged passes: what they show of each use, or of those named."""
+        self.capture.calls(root)
+        sightings: defaultdict[Key, Sightings] = defaultdict(lambda: Sightings(tags))
+        for factor in tags.factors(root.device):
+
+            def listen(call: Call, g: Tensor | None, saved: tuple[Tensor, ...]) -> None:
+                for use in call.uses:
+                    if g is not None and (keys is None or use.key in keys):
+                        sightings[use.key].see(_rows(use, g, saved).g, use.form.features)
+
+            scaled = cotangent * factor.to(cotangent.dtype).view(-1, *(1,) * (cotangent.dim() - 1))
+            self._backward(root, scaled, listen, keep=True)
+        return sightings
 
     def route_mixed_forms(self, root: Tensor) -> None:
-        """Send parameters used in different forms (an embedding tied to a head, say) to the loop over samples."""
-        forms: defaultdict[str, set[tuple[str, bool]]] = defaultdict(set)
+        """Send parameters that are used in forms which do not combine to the fallback."""
+        uses: defaultdict[str, list[CallUse]] = defaultdict(list)
         for call, _ in self.capture.calls(root):
             for use in call.uses:
-                forms[use.tracked.name].add((use.form.op, getattr(use.form, "transposed", False)))
-        for name, kinds in forms.items():
-            if len(kinds) > 1:
-                ops = " and ".join(sorted({op for op, _ in kinds}))
-                self.capture.tracked[name].loop_reason = f"one tensor used in different forms ({ops})"
+                uses[use.tracked.name].append(use)
+        for name, mine in uses.items():
+            reason = _conflict(mine)
+            if reason is not None:
+                self.capture.tracked[name].fallback = reason
 
     # -- counting
 
-    def run(self, root: Tensor, passes: Iterable[Pass], count: int, keep: bool = False) -> list[Call]:
+    def run(self, root: Tensor, passes: Iterable[Pass], count: int, keep: bool = False, padded: bool = False) -> list[Call]:
         """Back-propagate ``count`` passes and hand each parameter's rows, all its uses joined, to the collectors.
 
-        Returns the calls that the root depends on.
+        ``padded``: some positions have no gradient; they are then left out. Returns the calls that the root depends on.
         """
         calls = [call for call, _ in self.capture.calls(root)]
-        expected: defaultdict[str, int] = defaultdict(int)
+        groups: defaultdict[Group, list[CallUse]] = defaultdict(list)
         for call in calls:
             for use in call.uses:
-                expected[use.tracked.name] += 1
+                if use.tracked.fallback is None:
+                    groups[use.key[:2]].append(use)
+        batch = _Batch(root, groups, self._unlocated(groups, root.shape[0]), count, padded)
         for number, one in enumerate(passes, start=1):
-            self._run_one(root, one, expected, keep or number < count)
+            self._run_one(batch, one, keep or number < count)
+        for group, folded in batch.folded.items():
+            self._hand_over(groups[group][0].tracked, folded.form, folded.rows(), 1.0)
+        visited = {name for name, _ in groups}
         for name, tracked in self.capture.tracked.items():
-            if not expected[name] and tracked.loop_reason is None:
+            if name not in visited and tracked.fallback is None:
                 for collector in self.collectors:
                     collector.touch(tracked)
         return calls
 
-    def _run_one(self, root: Tensor, one: Pass, expected: dict[str, int], keep: bool) -> None:
-        N = root.shape[0]
-        visited: defaultdict[str, int] = defaultdict(int)
-        waiting: defaultdict[str, list[Rows]] = defaultdict(list)
+    def _unlocated(self, groups: dict[Group, list[CallUse]], N: int) -> set[Key]:
+        """Uses whose rows have no layout that is known."""
+        if N == 1:
+            return set()
+        return {use.key for uses in groups.values() for use in uses if use.key not in self.capture.layouts}
+
+    def _run_one(self, batch: _Batch, one: Pass, keep: bool) -> None:
+        visited: defaultdict[Group, int] = defaultdict(int)
+        waiting: defaultdict[Group, list[tuple[Form, Rows]]] = defaultdict(list)
+        held: defaultdict[Group, list[tuple[CallUse, Rows]]] = defaultdict(list)  # of uses that nothing is known of yet
+        tags = Tags(batch.N, batch.N, one.cotangent.dtype)
+        scattered = batch.unlocated & self.scattered
+        sightings = self._tag(batch.root, one.cotangent, tags, scattered) if scattered else {}
 
         def listen(call: Call, g: Tensor | None, saved: tuple[Tensor, ...]) -> None:
             for use in call.uses:
-                if use.tracked.loop_reason is not None:
+                group = use.key[:2]
+                if group not in batch.groups:
                     continue
-                name = use.tracked.name
-                visited[name] += 1
-                rows = None if g is None else self._samples_first(use, _rows(use, g, saved), N)
-                if rows is not None:
-                    waiting[name].append(rows)
-                if visited[name] == expected[name] and name not in self.undetermined:
-                    self._hand_over(use, waiting.pop(name, []), one.scale)
+                visited[group] += 1
+                if g is not None:
+                    self._count_underflow(use, g)
+                    rows = _rows(use, g, saved)
+                    if use.key not in batch.unlocated:
+                        waiting[group].append((use.form, self._samples_first(use, rows, batch.N)))
+                    elif use.key in sightings:
+                        waiting[group].append((use.form, self._gathered(use, rows, batch.N, sightings[use.key])))
+                    elif bool((g != 0).any()):
+                        held[group].append((use, rows))
+                if visited[group] == len(batch.groups[group]) and group not in held:
+                    self._joined(batch, group, waiting.pop(group, []), one.scale)
 
-        self._backward(root, one.cotangent, listen, keep)
-        for name, uses in expected.items():
-            if visited[name] != uses and self.capture.tracked[name].loop_reason is None:
+        self._backward(batch.root, one.cotangent, listen, keep or bool(batch.unlocated))
+        if held:
+            keys = {use.key for uses in held.values() for use, _ in uses}
+            sightings = self._tag(batch.root, one.cotangent, tags, keys)
+        for group, uses in held.items():
+            rows = [(use.form, self._gathered(use, r, batch.N, sightings[use.key])) for use, r in uses]
+            self._joined(batch, group, waiting[group] + rows, one.scale)
+        for group, expected in batch.groups.items():
+            if visited[group] != len(expected):
                 raise RuntimeError(
-                    f"{name}: its {uses} uses must each be visited once by the backward pass, got {visited[name]} visits; "
-                    "part of the graph was cut or replaced after the forward pass. Nothing of this batch is trusted"
+                    f"{group[0]}: its {len(expected)} uses must each be visited once by the backward pass, got {visited[group]} "
+                    "visits; part of the graph was cut or replaced after the forward pass. Nothing of this batch is trusted"
                 )
 
-    def _samples_first(self, use: CallUse, rows: Rows, N: int) -> Rows | None:
-        """Rows as ``[N, T, ...]``, or None where g is zero or its layout is unknown (then noted as undetermined)."""
-        x, g, _ = rows
+    def _samples_first(self, use: CallUse, rows: Rows, N: int) -> Rows:
+        """Rows as ``[N, T, ...]``."""
+        features = use.form.features
         if N == 1:
-            return Rows(None if x is None else x.reshape(1, -1, x.shape[-1]), g.reshape(1, -1, g.shape[-1]))
-        layout = self.capture.layouts.get(use.key)
-        if layout is None:
-            if bool((g != 0).any()):
-                self.undetermined.add(use.tracked.name)
-            return None
-        lead = tuple(g.shape[:-1])
+            return rows.each(lambda t: t.reshape(1, -1, *t.shape[t.dim() - features :]))
+        layout = self.capture.layouts[use.key]
+        lead = tuple(rows.g.shape[: rows.g.dim() - features])
         if not layout.fits(lead, N):
             raise ValueError(
                 f"{use.tracked.name}: rows must hold the batch's {N} samples along axis {layout.axis} ({layout.kind.value}, as the "
                 f"probe found), got leading axes {lead}; the model's layout must not change from batch to batch"
             )
-        return Rows(None if x is None else layout.samples_first(x, N), layout.samples_first(g, N))
+        return rows.each(lambda t: layout.samples_first(t, N, features))
 
-    def _hand_over(self, use: CallUse, rows: list[Rows], scale: float) -> None:
-        if not rows:
+    def _gathered(self, use: CallUse, rows: Rows, N: int, sightings: Sightings) -> Rows:
+        """Rows whose owners the tags tell: ``[N, T, ...]`` if they turn out to have a layout, else packed with offsets."""
+        finding = Finding.of(sightings.numbers(rows.g, use.form.features), N)
+        if finding.mixes_samples:
+            raise ValueError(
+                f"{use.tracked.name}: a row must belong to one sample, got rows that depend on several: batch statistics, a "
+                "contrastive loss, or a table without a sample axis that earlier batches did not show"
+            )
+        if finding.layout is not None and use.key not in self.scattered:
+            self.capture.layouts[use.key] = finding.layout
+            return self._samples_first(use, rows, N)
+        self.scattered.add(use.key)
+        gathered = Gathered(finding.numbers, N)
+        return rows.each(lambda t: gathered.packed(t, use.form.features), gathered.offsets)
+
+    def _joined(self, batch: _Batch, group: Group, uses: list[tuple[Form, Rows]], scale: float) -> None:
+        """One part of a parameter, all its uses heard: hand it over, or keep it until all passes are done."""
+        tracked = batch.groups[group][0].tracked
+        if not uses:
             for collector in self.collectors:
-                collector.touch(use.tracked)
-            return
-        joined = rows[0] if len(rows) == 1 else use.form.joined(rows)
+                collector.touch(tracked)
+        elif batch.count > 1 and len(batch.groups[group]) == 1 and _one_position(uses[0][1]):
+            form, rows = uses[0]
+            batch.folded.setdefault(group, _Folded(form, rows.x)).add(rows.g, scale)
+        else:
+            form, rows = joined([(form, form.oriented(rows)) for form, rows in uses])
+            if batch.padded and form.op == "linear_sq_" and rows.g.shape[-2] > 1:
+                rows = rows.without_zeros()
+            self._hand_over(tracked, form, rows, scale)
+
+    def _hand_over(self, tracked: Tracked, form: Form, rows: Rows, scale: float) -> None:
         for collector in self.collectors:
-            collector.add(use.tracked, use.form, joined, scale)
+            collector.add(tracked, form, rows, scale)
+
+    def _count_underflow(self, use: CallUse, g: Tensor) -> None:
+        if g.dtype == torch.float16:
+            small = int(((g != 0) & (g.abs() < torch.finfo(g.dtype).tiny)).sum())
+            count = self.underflow[use.tracked.name]
+            count[0], count[1] = count[0] + small, count[1] + g.numel()
 
     def loop(self, root: Tensor, tracked: list[Tracked], n: int, passes: Iterable[Pass]) -> None:
         """Hand sample n's gradients by autograd itself to the collectors: the loop's share. Keeps the graph."""
-        leaves = [t.leaf for t in tracked]
         for one in passes:
-            grads = self._grad(root, leaves, one.cotangent, lambda *_: None, keep=True)
-            for which, grad in zip(tracked, grads, strict=True):
-                gradient = torch.zeros_like(which.leaf) if grad is None else grad
+            for which, gradient in zip(tracked, self.gradients(root, tracked, one.cotangent), strict=True):
                 for collector in self.collectors:
                     collector.add_gradients(which, gradient.unsqueeze(0), n, one.scale)
+
+    def gradients(self, root: Tensor, tracked: list[Tracked], cotangent: Tensor) -> list[Tensor]:
+        """Gradients of parameters that autograd differentiates in this graph, by autograd itself. Keeps the graph."""
+        leaves = [t.leaf for t in tracked]
+        grads = self._grad(root, leaves, cotangent, lambda *_: None, keep=True)
+        return [torch.zeros_like(leaf) if grad is None else grad for leaf, grad in zip(leaves, grads, strict=True)]
 
     def _backward(self, root: Tensor, cotangent: Tensor, listener: Listener, keep: bool) -> None:
         self._grad(root, [self.capture.anchor], cotangent, listener, keep)
@@ -195,7 +318,8 @@ class Passes:
     ) -> tuple[Tensor | None, ...]:
         self.capture.listener = listener
         try:
-            return torch.autograd.grad(root, inputs, cotangent, retain_graph=keep, allow_unused=True)
+            with self.capture:  # gradient checkpointing runs parts of the forward pass again, and they must be caught again
+                return _grad(root, inputs, cotangent, retain_graph=keep, allow_unused=True)
         finally:
             self.capture.listener = None
 
@@ -204,12 +328,20 @@ def _rows(use: CallUse, g: Tensor, saved: tuple[Tensor, ...]) -> Rows:
     return use.form.rows(g, tuple(saved[i] for i in use.picks))
 
 
-def conclude(capture: Capture, evidence: dict[tuple[str, int], Evidence]) -> set[str]:
-    """Write the layouts the evidence establishes into the capture; return the parameters whose rows mix samples."""
-    mixing = set()
-    for key, seen in evidence.items():
-        if seen.layout is not None:
-            capture.layouts[key] = seen.layout
-        elif seen.mixes_samples:
-            mixing.add(key[0])
-    return mixing
+def _conflict(uses: list[CallUse]) -> str | None:
+    """Why several uses of one parameter cannot be squared as one sum by the ops, or None."""
+    parts = list(dict.fromkeys(use.window for use in uses))
+    for a, b in combinations(parts, 2):
+        if a is None or b is None or not a.disjoint(b):
+            return "parts of one tensor that overlap"
+    for window in parts:
+        forms = [use.form for use in uses if use.window == window]
+        if not combines(forms):
+            return f"one tensor used in different forms ({' and '.join(sorted({form.op for form in forms}))})"
+    return None
+
+
+def conclude(capture: Capture, findings: dict[Key, Finding]) -> set[str]:
+    """Write the layouts that were found into the capture; return the parameters whose rows mix samples."""
+    capture.layouts.update((key, finding.layout) for key, finding in findings.items() if finding.layout is not None)
+    return {key[0] for key, finding in findings.items() if finding.mixes_samples}

@@ -197,28 +197,265 @@ COVERED["half-used-branch"] = (
     sequences,
 )
 
-# the same for parameters that must go to the loop over samples: name -> (builder, data, looped parameters)
-LOOPED = {
-    "conv2d": (
-        lambda: nn.Sequential(nn.Conv2d(1, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(48, C)),
-        images,
-        {"0.weight", "0.bias"},
-    ),
-    "tied-embedding-and-head": (
-        lambda: Wrapped(
-            lambda m, x: F.linear(torch.tanh(m.inner(m.wte(x))), m.wte.weight), wte=nn.Embedding(V, D), inner=nn.Linear(D, D)
+
+class Recurrent(nn.Module):
+    """A recurrent layer between ``[N, T, I]`` and ``[N, T, D]``, padded or packed."""
+
+    def __init__(self, kind, packed=False, **options):
+        super().__init__()
+        self.r, self.packed, self.batch_first = getattr(nn, kind)(I, D, **options), packed, options.get("batch_first", False)
+
+    def forward(self, x):
+        """Every step's output."""
+        if self.packed:
+            lengths = (x[:, :, 0] > 0).sum(1).clamp(1)  # as the data has it
+            out, _ = self.r(nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False))
+            return nn.utils.rnn.pad_packed_sequence(out, batch_first=True, total_length=T)[0]
+        out, _ = self.r(x if self.batch_first else x.transpose(0, 1))
+        return out if self.batch_first else out.transpose(0, 1)
+
+
+class Attention(nn.Module):
+    """Self-attention, or cross-attention where ``kdim`` says that keys have a width of their own."""
+
+    def __init__(self, batch_first, kdim=None, **options):
+        super().__init__()
+        self.a = nn.MultiheadAttention(12, 3, batch_first=batch_first, kdim=kdim, vdim=kdim, **options)
+        self.q, self.k = nn.Linear(I, 12), None if kdim is None else nn.Linear(I, kdim)
+
+    def forward(self, x):
+        """Attend."""
+        q = self.q(x)
+        k = q if self.k is None else self.k(x.flip(1))
+        if self.a.batch_first:
+            return self.a(q, k, k, need_weights=False)[0]
+        return self.a(*(t.transpose(0, 1) for t in (q, k, k)), need_weights=False)[0].transpose(0, 1)
+
+
+class Experts(nn.Module):
+    """A mixture of experts: weights stacked in one tensor, rows gathered by what they hold."""
+
+    def __init__(self, experts=3):
+        super().__init__()
+        self.up, self.down = parameter(experts, D, D), parameter(experts, D, D)
+        self.gate = nn.Linear(D, experts)
+
+    def forward(self, x):
+        """One expert for each position."""
+        rows = x.reshape(-1, D)
+        p = self.gate(rows).softmax(-1)
+        chosen, out = p.argmax(-1), torch.zeros_like(rows)
+        for e in range(len(self.up)):
+            mine = (chosen == e).nonzero().squeeze(1)
+            hidden = F.linear(rows[mine], self.up[e]).tanh()
+            out = out.index_add(0, mine, F.linear(hidden, self.down[e]) * p[mine, e].unsqueeze(1))
+        return out.view_as(x)
+
+
+def pictures(n=N):
+    """Images [N, 3, 7, 8] and one label per sample."""
+    return torch.randn(n, 3, 7, 8), torch.randint(0, C, (n,))
+
+
+def one_label(n=N):
+    """Inputs [N, T, I] and one label per sample."""
+    return torch.randn(n, T, I), torch.randint(0, C, (n,))
+
+
+def _norm_with_statistics(norm):
+    norm.running_mean.normal_()
+    norm.running_var.uniform_(0.5, 2.0)
+    return norm.eval()
+
+
+def _tied(*, bias=False, scale=1.0):
+    model = Wrapped(
+        lambda m, x: m.head(torch.tanh(m.inner(m.wte(x) * scale))),
+        wte=nn.Embedding(V, D, padding_idx=2),
+        inner=nn.Linear(D, D),
+        head=nn.Linear(D, V, bias=bias),
+    )
+    model.head.weight = model.wte.weight
+    return model
+
+
+def next_tokens(n=N):
+    """Token ids [N, T] and the tokens to predict."""
+    return torch.randint(0, V, (n, T)), torch.randint(0, V, (n, T))
+
+
+def _cells(m, x):
+    h, c = x.new_zeros(len(x), D), x.new_zeros(len(x), D)
+    for t in range(T):
+        h, c = m.cell(x[:, t], (h, c))
+    return m.head(m.gru(h, c.tanh()))
+
+
+def _twice_convolved(m, x):
+    return m.head(m.conv(x).tanh().mean((2, 3)) + m.conv(F.avg_pool2d(x, 2)).tanh().mean((2, 3)))
+
+
+def _frames(m, x):
+    return m.head(m.conv(x.flatten(0, 1)).tanh().mean((2, 3)).view(len(x), 2, -1).mean(1))
+
+
+def _frames_first(m, x):
+    return m.head(m.conv(x.transpose(0, 1).flatten(0, 1)).tanh().mean((2, 3)).view(2, len(x), -1).mean(0))
+
+
+def _video(n=N):
+    return torch.randn(n, 2, 3, 6, 6), torch.randint(0, C, (n,))
+
+
+def _one_and_three_axes(m, x):
+    h = m.one(x)  # [N, 4, T]
+    return m.head(m.three(h[:, None, :, :, None].expand(-1, -1, -1, -1, 3)).flatten(1))
+
+
+COVERED |= {
+    "conv-groups-same": (
+        lambda: nn.Sequential(
+            nn.Conv2d(3, 6, 3, padding=1, stride=2),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(6, 4, (2, 3), groups=2, padding="same", dilation=(1, 2)),
+            nn.GroupNorm(2, 4),
+            nn.Tanh(),
+            nn.Flatten(),
+            nn.Linear(64, C),
         ),
-        lambda n=N: (torch.randint(0, V, (n, T)), torch.randint(0, V, (n, T))),
-        {"wte.weight"},
+        pictures,
+    ),
+    "conv-transposed-depthwise-batch-norm": (
+        lambda: nn.Sequential(
+            nn.ConvTranspose2d(3, 4, 3, stride=2, padding=1, output_padding=1),
+            nn.Conv2d(4, 4, 3, groups=4, bias=False),
+            nn.PReLU(4),
+            _norm_with_statistics(nn.BatchNorm2d(4)),
+            nn.Tanh(),
+            nn.Flatten(),
+            nn.Linear(4 * 12 * 14, C),
+        ),
+        pictures,
+    ),
+    "instance-norm": (
+        lambda: nn.Sequential(
+            nn.Conv2d(3, 4, 3),
+            nn.InstanceNorm2d(4, affine=True),
+            nn.PReLU(),
+            _norm_with_statistics(nn.InstanceNorm2d(4, affine=True, track_running_stats=True)),
+            nn.Tanh(),
+            nn.Flatten(),
+            nn.Linear(120, C),
+        ),
+        pictures,
+    ),
+    "batch-norm-vectors": (
+        lambda: nn.Sequential(nn.Linear(I, D), _norm_with_statistics(nn.BatchNorm1d(D)), nn.Tanh(), nn.Linear(D, C)),
+        vectors,
+    ),
+    "conv-one-and-three-axes": (
+        lambda: Wrapped(_one_and_three_axes, one=nn.Conv1d(T, 4, 2), three=nn.Conv3d(1, 2, 2), head=nn.Linear(12, C)),
+        one_label,
+    ),
+    "conv-called-twice": (
+        lambda: Wrapped(_twice_convolved, conv=nn.Conv2d(3, 5, 3, padding=1), head=nn.Linear(5, C)),
+        pictures,
+    ),
+    "conv-frames": (lambda: Wrapped(_frames, conv=nn.Conv2d(3, 5, 3), head=nn.Linear(5, C)), _video),
+    "conv-frames-first": (lambda: Wrapped(_frames_first, conv=nn.Conv2d(3, 5, 3), head=nn.Linear(5, C)), _video),
+    "attention": (lambda: nn.Sequential(Attention(True), nn.Linear(12, C)), sequences),
+    "attention-time-first": (lambda: nn.Sequential(Attention(False, add_bias_kv=True), nn.Linear(12, C)), sequences),
+    "attention-cross": (lambda: nn.Sequential(Attention(True, kdim=5), nn.Linear(12, C)), sequences),
+    "attention-same-width": (lambda: nn.Sequential(Attention(True, kdim=12), nn.Linear(12, C)), sequences),
+    "transformer-encoder": (
+        lambda: nn.Sequential(
+            nn.Linear(I, 12), nn.TransformerEncoderLayer(12, 3, 13, dropout=0.0, batch_first=True), nn.Linear(12, C)
+        ),
+        sequences,
+    ),
+    "lstm": (lambda: nn.Sequential(Recurrent("LSTM", num_layers=2, bidirectional=True), nn.Linear(2 * D, C)), sequences),
+    "lstm-projected": (lambda: nn.Sequential(Recurrent("LSTM", proj_size=7, batch_first=True), nn.Linear(7, C)), sequences),
+    "lstm-packed": (
+        lambda: nn.Sequential(Recurrent("LSTM", packed=True, num_layers=2, bidirectional=True), nn.Linear(2 * D, C)),
+        sequences,
+    ),
+    "gru": (lambda: nn.Sequential(Recurrent("GRU", batch_first=True, bias=False), nn.Linear(D, C)), sequences),
+    "gru-packed": (lambda: nn.Sequential(Recurrent("GRU", packed=True), nn.Linear(D, C)), sequences),
+    "rnn": (lambda: nn.Sequential(Recurrent("RNN", nonlinearity="relu"), nn.Linear(D, C)), sequences),
+    "cells": (lambda: Wrapped(_cells, cell=nn.LSTMCell(I, D), gru=nn.GRUCell(D, D), head=nn.Linear(D, C)), one_label),
+    "bilinear": (
+        lambda: Wrapped(
+            lambda m, x: m.head(m.pair(x.tanh(), m.first(x))), first=nn.Linear(I, 5), pair=nn.Bilinear(I, 5, 7), head=nn.Linear(7, C)
+        ),
+        sequences,
+    ),
+    "embedding-bag": (
+        lambda: nn.Sequential(nn.EmbeddingBag(V, D, padding_idx=2), nn.Tanh(), nn.Linear(D, C)),
+        lambda n=N: (torch.randint(0, V, (n, T)), torch.randint(0, C, (n,))),
+    ),
+    "experts": (lambda: nn.Sequential(nn.Linear(I, D), Experts(), nn.Linear(D, C)), sequences),
+    "stacked-matrices": (
+        lambda: Wrapped(
+            lambda m, x: m.head(torch.bmm(m.first(x).unflatten(-1, (T, 2)).flatten(0, 1).movedim(0, 1), m.w).tanh().movedim(0, 1)
+                                .unflatten(0, x.shape[:2]).flatten(2)),
+            first=nn.Linear(I, 2 * T), w=parameter(T, 2, 3), head=nn.Linear(3 * T, C),
+        ),
+        sequences,
+    ),
+    "tied-embedding-and-head": (_tied, next_tokens),
+    "tied-scaled-with-bias": (lambda: _tied(bias=True, scale=3.0), next_tokens),
+    "tied-autoencoder": (
+        lambda: Wrapped(
+            lambda m, x: m.head(F.linear(F.linear(x, m.w).tanh(), m.w.t())), w=parameter(D, I), head=nn.Linear(I, C)
+        ),
+        sequences,
     ),
     "sliced-position-table": (
         lambda: Wrapped(_sliced_position_table, first=nn.Linear(I, D), pos=parameter(T + 2, D), head=nn.Linear(D, C)),
         sequences,
-        {"pos"},
     ),
+    "chunks-of-one-weight": (
+        lambda: Wrapped(
+            lambda m, x: m.head(sum(F.linear(x, w).tanh() for w in m.w.chunk(3))), w=parameter(3 * D, I), head=nn.Linear(D, C)
+        ),
+        sequences,
+    ),
+    "columns-of-one-weight": (
+        lambda: Wrapped(lambda m, x: m.head(F.linear(x[..., 1:], m.w[:, 1:])), w=parameter(D, I), head=nn.Linear(D, C)),
+        sequences,
+    ),
+}  # fmt: skip
+
+# the same for parameters that no rule covers: name -> (builder, data, those parameters)
+FALLBACK = {
     "scale-of-a-weight": (
         lambda: Wrapped(lambda m, x: F.linear(x, m.w * m.s), w=parameter(C, I), s=parameter(C, 1)),
         vectors,
         {"w", "s"},
     ),
-}
+    "overlapping-parts": (
+        lambda: Wrapped(
+            lambda m, x: m.head(torch.tanh(F.linear(x, m.w[:4]) + F.linear(x, m.w[2:6]))), w=parameter(7, I), head=nn.Linear(4, C)
+        ),
+        sequences,
+        {"w"},
+    ),
+    "weight-norm": (
+        lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(I, D)), nn.Tanh(), nn.Linear(D, C)),
+        sequences,
+        {"0.parametrizations.weight.original0", "0.parametrizations.weight.original1"},
+    ),
+    "orthogonal": (
+        lambda: nn.Sequential(nn.utils.parametrizations.orthogonal(nn.Linear(I, I)), nn.Tanh(), nn.Linear(I, C)),
+        sequences,
+        {"0.parametrizations.weight.original"},
+    ),
+    "relative-bias": (  # a table without a sample axis, whose use cannot be given one
+        lambda: Wrapped(
+            lambda m, x: m.head(m.first(x) + m.bias(torch.arange(T * D).view(T, D) % V).permute(2, 0, 1)),
+            first=nn.Linear(I, D), bias=nn.Embedding(V, 1), head=nn.Linear(D, C),
+        ),
+        sequences,
+        {"bias.weight"},
+    ),
+}  # fmt: skip

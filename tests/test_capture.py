@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import fisherfast as ff
+from fisherfast import fallback
 
 EXACT = 1e-12  # float64 rounding of a few hundred operations
 
@@ -49,19 +50,26 @@ def test_covered_use_matches_autograd_in_collect(name):
     assert stats.result().num_samples == 15
 
 
-@pytest.mark.parametrize("name", networks.LOOPED)
-def test_looped_use_matches_autograd_and_says_so(name):
-    build, data, looped = networks.LOOPED[name]
-    model, batches = build().double(), [data(), data(3)]
+@pytest.mark.parametrize("vmap", [True, False], ids=["vmap", "loop"])
+@pytest.mark.parametrize("name", networks.FALLBACK)
+def test_uncovered_use_matches_autograd_and_says_so(name, vmap, monkeypatch):
+    build, data, uncovered = networks.FALLBACK[name]
+    model, batches = build().double(), [data(), data(3), data(19)]
     batches = [(x.double() if x.is_floating_point() else x, y) for x, y in batches]
     expected = oracle.diagonal(model, batches, oracle.cross_entropy)
+    if not vmap:
+        monkeypatch.setattr(fallback, "vmap", lambda *_, **__: refuse)
     result = empirical(model, batches)
     assert oracle.error(result.diagonal(dtype=torch.float64), expected) < EXACT
-    assert {n for n, how in result.coverage.items() if how.startswith("loop")} == looped
+    assert {n for n, way in result.coverage.ways.items() if way == ("vmap" if vmap else "loop")} == uncovered, result.coverage
     with ff.collect(model, ff.Diagonal(), fisher_type="empirical") as stats:
         for x, y in batches:
             stats.backward(per_sample_loss(model, x, y))
     assert oracle.error(stats.result().diagonal(dtype=torch.float64), expected) < EXACT
+
+
+def refuse(*_):
+    raise RuntimeError("data-dependent control flow")
 
 
 @pytest.mark.parametrize(

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fisherfast.capture import refuse_train_mode
+from fisherfast.capture import Tracked, refuse_train_mode
 from fisherfast.fisher.collectors import Structure
 from fisherfast.fisher.protocol import Provenance
 from fisherfast.fisher.run import Run, model_name
+from fisherfast.layout import Finding
 from fisherfast.likelihood import FISHER_TYPES
 from fisherfast.passes import Pass, conclude
 
@@ -52,8 +53,7 @@ class collect:
         refuse_train_mode(model)
         self._run = Run(model, structures, Provenance(fisher_type=fisher_type, model=model_name(model)), allow_missing)
         self._explored = False  # whether the parameters' forms are known, and samples were told apart at least once
-        self._established = False  # whether every use whose gradient was ever seen has a layout
-        self._may_loop = True
+        self._postponed: list[Tracked] = []  # in the fallback for the batch at hand, to be expanded from the next on
 
     def __enter__(self) -> collect:
         self._run.capture.__enter__()
@@ -71,17 +71,22 @@ class collect:
             self._check(loss)
             N = loss.shape[0]
             run.check_finite(loss, loss, "the loss")
-            if not self._established:
-                self._establish(loss)
+            if not self._explored:
+                self._explore(loss)
+            self._check_fallback()
             with run.transaction(N, passes=1):
-                # The loop over samples needs the graph after this pass; whether it is needed is known only then.
-                calls = run.passes.run(loss, [Pass(torch.ones_like(loss))], 1, keep=True if self._may_loop else retain_graph)
-                self._established = self._established and not run.passes.undetermined
-                self._loop(loss)
+                looped = bool(run.looped)
+                calls = run.passes.run(loss, [Pass(torch.ones_like(loss))], 1, keep=looped or retain_graph)
+                if looped:
+                    with run.timed("loop"):
+                        self._loop(loss)
                 fresh = run.fresh(calls)
             run.num_samples += N if fresh else 0
             run.num_positions += N if fresh else 0
             run.batches += 1
+            for tracked in self._postponed:
+                tracked.expand, tracked.fallback = True, None
+            self._postponed.clear()
             capture.begin(exploring=not self._explored)
 
     def _check(self, loss: Tensor) -> None:
@@ -97,43 +102,45 @@ class collect:
                 "collect: the loss must depend on the model's parameters, got one without a graph; run the model in the block"
             )
 
-    def _establish(self, loss: Tensor) -> None:
+    def _explore(self, loss: Tensor) -> None:
         """First batches: which parameters are reached, in which forms, and where their sample axis is."""
-        run, capture = self._run, self._run.capture
-        if not self._explored:
-            run.check_reached(loss)
-            run.note_ops(loss)
-            run.passes.route_mixed_forms(loss)
+        run = self._run
+        run.check_reached(loss)
+        run.note_ops(loss)
+        run.passes.route_mixed_forms(loss)
         if loss.shape[0] > 1:
-            evidence = run.passes.probe(loss, torch.ones_like(loss))
-            for name in sorted(conclude(capture, evidence)):
-                self._route_mixing(name, evidence)
-            self._explored = True
-            settled = {key: bool(e.layout or capture.tracked[key[0]].loop_reason) for key, e in evidence.items()}
-            self._established = all(settled[key] or not e.alive for key, e in evidence.items())
-            self._may_loop = not all(settled.values()) or bool(run.looped)
+            findings = run.passes.probe(loss, torch.ones_like(loss))
+            for name in sorted(conclude(run.capture, findings)):
+                self._route_mixing(loss, name, [f for key, f in findings.items() if key[0] == name and f.mixes_samples])
+            self._explored = not self._postponed
 
-    def _route_mixing(self, name: str, evidence: dict) -> None:
+    def _route_mixing(self, loss: Tensor, name: str, findings: list[Finding]) -> None:
         tracked = self._run.capture.tracked[name]
-        if tracked.expand:
-            tracked.expand, tracked.loop_reason = False, "no sample axis where it is used"
-        elif any(e.had_sample_axis for key, e in evidence.items() if key[0] == name and e.mixes_samples):
+        if not tracked.expand and any(finding.had_sample_axis for finding in findings):
             raise ValueError(
                 f"{name}: a row must belong to one sample, got rows that depend on several; batch statistics and contrastive losses "
                 "have no per-sample gradient. If this is a table that has no sample axis but is as long as the batch, use ff.fisher, "
                 "which can tell, or another batch size"
             )
+        if tracked.expand or not self._run.capture.only_broadcast(loss, name):
+            tracked.expand, tracked.fallback = False, "no sample axis where it is used"
         else:
             # The forward pass is the user's and cannot be run again: loop over this batch's samples, expand from the next on.
-            tracked.expand = True
-            self._run.passes.undetermined.add(name)
+            tracked.fallback = "no sample axis where it is used, in the first batch"
+            self._postponed.append(tracked)
+
+    def _check_fallback(self) -> None:
+        tracked = self._run.capture.tracked
+        late = [name for name in self._run.looped if not tracked[name].differentiated]
+        if late:
+            raise ValueError(
+                f"{late[0]}: its uses must be those of the first batch, got a function without a rule in a later one "
+                f"({tracked[late[0]].fallback}); use ff.fisher, or begin with a batch that shows all uses"
+            )
 
     def _loop(self, loss: Tensor) -> None:
         run = self._run
-        names = run.looped
-        if not names:
-            return
-        tracked = [run.capture.tracked[name] for name in names]
+        tracked = [run.capture.tracked[name] for name in run.looped]
         for n in range(loss.shape[0]):
             unit = torch.zeros_like(loss)
             unit[n] = 1

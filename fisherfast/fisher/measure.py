@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterable, Iterator, Sized
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 
 from fisherfast.batches import Batch, Output
-from fisherfast.capture import refuse_train_mode
+from fisherfast.capture import Tracked, refuse_train_mode
+from fisherfast.fallback import SampleGradients
 from fisherfast.fisher import serialize
 from fisherfast.fisher.collectors import Diagonal, Structure
 from fisherfast.fisher.protocol import Provenance
@@ -114,6 +116,7 @@ class _Measurement:
         )
         self.run = Run(model, structures, self.provenance, allow_missing, transactional)
         self.capture = self.run.capture
+        self._sample_gradients = SampleGradients(model, output)
         self._explored = self._probed = False
 
     # -- the data set
@@ -171,23 +174,22 @@ class _Measurement:
             )
         if not self._explored or (not self._probed and batch.N > 1):
             self._explore(batch.cut(0, min(batch.N, PROBED)))
-        predictions = self._forward(batch)
+        output, predictions = self._forward(batch)
         count = self._num_passes(predictions)
         if predictions.values.grad_fn is None:
             raise ValueError(
                 "model: the output must depend on the parameters through autograd, got one without a graph; is grad disabled?"
             )
         with self.run.transaction(batch.N, count):
-            self.run.passes.run(predictions.values, self._passes(predictions.detached()), count)
-            undetermined = bool(self.run.passes.undetermined)
-            self._loop(batch, predictions.detached())
-        self._probed = self._probed and not undetermined
+            padded = predictions.num_positions < 0.8 * predictions.counted.numel()
+            self.run.passes.run(predictions.values, self._passes(predictions.detached()), count, padded=padded)
+            self._fall_back(batch, output, predictions)
         self.run.num_samples += batch.N
         self.run.num_positions += predictions.num_positions
         self.run.batches += 1
 
-    def _forward(self, batch: Batch, exploring: bool = False, first: int = 0) -> Predictions:
-        """Run the model on a batch whose first sample is number ``first`` of the current one."""
+    def _forward(self, batch: Batch, exploring: bool = False, first: int = 0) -> tuple[Tensor, Predictions]:
+        """Run the model on a batch whose first sample is number ``first`` of the current one: its output, and what that says."""
         self.capture.begin(exploring, batch.N)
         with self.capture, torch.enable_grad():
             output = batch.feed(self.model, self.output)
@@ -195,7 +197,7 @@ class _Measurement:
         sample = torch.arange(start, start + batch.N, device=output.device)
         predictions = self.likelihood.predictions(output, batch.targets, batch.mask, sample)
         self.run.check_finite(predictions.values, predictions.values, "the model's output")
-        return predictions
+        return output, predictions
 
     def _num_passes(self, predictions: Predictions) -> int:
         if self.fisher_type != "exact":
@@ -223,7 +225,7 @@ class _Measurement:
 
     def _explore(self, few: Batch) -> None:
         """On a few samples: what is reached, in which forms, where the sample axis is; expands or loops where it has to."""
-        values = self._forward(few, exploring=True).values
+        values = self._values(few)
         if not self._explored:
             self.run.check_reached(values)
             self.run.note_ops(values)
@@ -235,14 +237,17 @@ class _Measurement:
                 self._resolve(few, values, mixing)
             self._probed = True
 
+    def _values(self, few: Batch) -> Tensor:
+        return self._forward(few, exploring=True)[1].values
+
     def _probe(self, values: Tensor) -> set[str]:
         generator = torch.Generator().manual_seed(0)
         cotangent = torch.randn(values.shape, generator=generator).to(values.device, values.dtype)
         return conclude(self.capture, self.run.passes.probe(values, cotangent))
 
     def _resolve(self, few: Batch, values: Tensor, mixing: set[str]) -> None:
-        """Parameters without a sample axis where they are used: expand there if that works, else loop over samples."""
-        alone = self._forward(few.cut(0, 1), exploring=True).values
+        """Parameters without a sample axis where they are used: expand there if that works, else the fallback."""
+        alone = self._values(few.cut(0, 1))
         if not _close(alone, values[:1]):
             raise ValueError(
                 "model: samples must not depend on each other, but the first sample's output changes with its batch (by "
@@ -252,25 +257,47 @@ class _Measurement:
         for name in mixing:
             self.capture.tracked[name].expand = True
         try:
-            expanded = self._forward(few, exploring=True).values
+            expanded = self._values(few)
             still = self._probe(expanded) if _close(expanded, values) else mixing
         except (RuntimeError, IndexError):  # a shape that does not broadcast: this use cannot be expanded
             still = mixing
         for name in still:
             tracked = self.capture.tracked[name]
-            tracked.expand, tracked.loop_reason = False, "no sample axis where it is used"
+            tracked.expand, tracked.fallback = False, "no sample axis where it is used"
 
-    # -- the loop over samples, for what no rule covers
+    # -- the fallback, for what no rule covers. Labels and columns come from the whole batch's output, so that every parameter
+    # sees the same ones.
 
-    def _loop(self, batch: Batch, predictions: Predictions) -> None:
-        names = self.run.looped
-        if not names:
-            return
-        tracked = [self.capture.tracked[name] for name in names]
+    def _fall_back(self, batch: Batch, output: Tensor, predictions: Predictions) -> None:
+        tracked = [self.capture.tracked[name] for name in self.run.looped]
+        if tracked and not self._by_vmap(batch, output, predictions, tracked):
+            with self.run.timed("loop"):
+                self._loop(batch, predictions.detached(), tracked)
+
+    def _by_vmap(self, batch: Batch, output: Tensor, predictions: Predictions, tracked: list[Tracked]) -> bool:
+        """Hand over several samples' gradients at a time; False, with nothing handed over, if that cannot be done."""
+        with self.run.timed("vmap"):
+            for one in self._passes(predictions.detached()):
+                (cotangent,) = torch.autograd.grad(predictions.values, output, one.cotangent, retain_graph=True)
+                chunks = self._sample_gradients(batch, cotangent, tracked, partial(self._first, batch, cotangent, tracked))
+                if chunks is None:
+                    self.run.way = f"loop: {self._sample_gradients.reason}"
+                    return False
+                for first, gradients in chunks:
+                    for which in tracked:
+                        self.run.engine.add_gradients(which, gradients[which.name], first, one.scale)
+        self.run.way = "vmap"
+        return True
+
+    def _first(self, batch: Batch, cotangent: Tensor, tracked: list[Tracked]) -> dict[str, Tensor]:
+        """The first sample's gradients by autograd."""
+        output, _ = self._forward(batch.cut(0, 1), exploring=True)
+        gradients = self.run.passes.gradients(output, tracked, cotangent[:1])
+        return {which.name: gradient for which, gradient in zip(tracked, gradients, strict=True)}
+
+    def _loop(self, batch: Batch, predictions: Predictions, tracked: list[Tracked]) -> None:
         for n in range(batch.N):
-            # Labels and columns come from the whole batch's output, so that every parameter sees the same ones. Exploring:
-            # a parameter may be here for this batch only, and its leaf stand-in must be in use.
-            values = self._forward(batch.cut(n, n + 1), exploring=True, first=n).values
+            values = self._forward(batch.cut(n, n + 1), exploring=True, first=n)[1].values
             self.run.passes.loop(values, tracked, n, self._passes(predictions.one(n)))
 
 

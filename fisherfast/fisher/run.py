@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -45,6 +46,7 @@ class Run:
         self.num_samples = self.num_positions = self.batches = 0
         self.missing: dict[str, str] = {}
         self.ops: dict[str, str] = {}
+        self.way = "loop"  # of the fallback
         self._sizes = {name: t.parameter.numel() for name, t in self.capture.tracked.items()}
         self._watch = Stopwatch(self.capture.device)
         self._counted: list[Call] = []  # the calls of the batch counted last
@@ -69,9 +71,11 @@ class Run:
 
     def note_ops(self, root: Tensor) -> None:
         """Remember which op serves each parameter, for the coverage report."""
+        forms: defaultdict[str, dict[str, None]] = defaultdict(dict)
         for call, _ in self.capture.calls(root):
             for use in call.uses:
-                self.ops.setdefault(use.tracked.name, use.form.op)
+                forms[use.tracked.name][use.form.op] = None
+        self.ops.update((name, " + ".join(ops)) for name, ops in forms.items())
 
     def timed(self, way: str) -> AbstractContextManager[None]:
         """Charge the wall time of the block to a way of covering parameters (``"loop"``, ``"vmap"``), for ``F.coverage``."""
@@ -99,15 +103,15 @@ class Run:
     def coverage(self) -> Coverage:
         """How each parameter is covered: an op, "loop: reason", or "missing: reason"."""
         covered = {
-            name: f"loop: {t.loop_reason}" if t.loop_reason else self.ops.get(name, "not used yet")
+            name: f"{self.way}: {t.fallback}" if t.fallback else self.ops.get(name, "not used yet")
             for name, t in self.capture.tracked.items()
         }
         return Coverage({**covered, **self.missing}, self._sizes, self._watch.seconds())
 
     @property
     def looped(self) -> list[str]:
-        """Parameters that need the loop over samples in the batch at hand."""
-        return [name for name, t in self.capture.tracked.items() if t.loop_reason or name in self.passes.undetermined]
+        """Parameters that no rule covers."""
+        return [name for name, t in self.capture.tracked.items() if t.fallback]
 
     def results(self) -> tuple[Any, ...]:
         """What has been accumulated so far, for each structure."""
@@ -134,7 +138,6 @@ class Run:
             yield
             complete = True
         finally:
-            self.passes.undetermined.clear()
             bad = self.engine.settle(N, complete)
         if bad:
             raise NonFiniteError(

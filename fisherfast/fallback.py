@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The fallback: sample gradients of the few parameters that no rule covers, by autograd itself.
+
+``torch.func`` computes them for several samples at once, in chunks whose gradients fit a fixed budget. Where vmap cannot
+(control flow that depends on data) or does not give what autograd gives, a loop over samples does, which is always right.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+
+from fisherfast.batches import Batch, Output
+from fisherfast.capture import Tracked, unwrapped
+
+_BUDGET = 2**28  # bytes of sample gradients at a time
+_MOST = 16  # samples at a time: activations are held too
+
+
+class SampleGradients:
+    """Sample gradients by ``torch.func``; ``reason`` is why it cannot be used for this model, once that is known."""
+
+    def __init__(self, model: nn.Module, output: Output) -> None:
+        self._model, self._output = unwrapped(model), output
+        self.reason: str | None = None
+        self._verified = False
+
+    def __call__(
+        self, batch: Batch, cotangent: Tensor, tracked: list[Tracked], check: Callable[[], Mapping[str, Tensor]]
+    ) -> Iterator[tuple[int, dict[str, Tensor]]] | None:
+        """``(first sample, {name: [n, *parameter]})`` chunk by chunk, or None if vmap cannot.
+
+        ``cotangent`` is the gradient at the model's output. ``check`` gives the first sample's gradients by autograd: what the
+        first sample of a run must equal.
+        """
+        size = sum(t.parameter.numel() * t.parameter.element_size() for t in tracked)
+        chunk = max(1, min(batch.N, _MOST, _BUDGET // max(size, 1)))
+        if self.reason is None:
+            try:
+                first = self._chunk(batch.cut(0, chunk), cotangent[:chunk], tracked)
+            except (RuntimeError, ValueError, TypeError, NotImplementedError, IndexError) as error:
+                if isinstance(error, torch.OutOfMemoryError):
+                    raise
+                self.reason = f"vmap cannot: {type(error).__name__}: {str(error).strip().splitlines()[0]}"
+            else:
+                if not (self._verified or _equal({name: g[0] for name, g in first.items()}, check())):
+                    self.reason = "vmap does not give the model's own gradient"
+                self._verified = True
+        if self.reason is not None:
+            return None
+        return self._rest(batch, cotangent, tracked, chunk, first)
+
+    def _rest(self, batch, cotangent, tracked, chunk, first) -> Iterator[tuple[int, dict[str, Tensor]]]:
+        yield 0, first
+        for start in range(chunk, batch.N, chunk):
+            stop = min(start + chunk, batch.N)
+            yield start, self._chunk(batch.cut(start, stop), cotangent[start:stop], tracked)
+
+    def _chunk(self, batch: Batch, cotangent: Tensor, tracked: list[Tracked]) -> dict[str, Tensor]:
+        frozen = {name: p.detach() for name, p in self._model.named_parameters()}
+        parameters = {t.name: t.detached for t in tracked}
+
+        inputs = batch.inputs if isinstance(batch.inputs, dict) else dict(enumerate(batch.inputs))
+        tensors = {key: value for key, value in inputs.items() if batch.has_samples(value)}
+
+        def scalar(parameters: dict[str, Tensor], samples: dict[Any, Tensor], cotangent: Tensor) -> Tensor:
+            # A batch of one sample: what vmap takes away from the samples' axis.
+            mine = {**inputs, **{key: value.unsqueeze(0) for key, value in samples.items()}}
+            one = Batch(mine if isinstance(batch.inputs, dict) else tuple(mine.values()), None, None, 1)
+            result = one.feed(partial(self._call, {**frozen, **parameters}), self._output)
+            return (result[0] * cotangent).sum()
+
+        return vmap(grad(scalar), in_dims=(None, 0, 0))(parameters, tensors, cotangent)
+
+    def _call(self, parameters: dict[str, Tensor], *inputs: Any, **named: Any) -> Any:
+        return functional_call(self._model, parameters, inputs, named)
+
+
+def _equal(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> bool:
+    for name, value in expected.items():
+        tolerance = 1e4 * torch.finfo(value.dtype).eps * float(value.abs().max())
+        if not math.isfinite(tolerance) or float((found[name] - value).abs().max()) > tolerance:
+            return False
+    return True

@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rules: how a parameter's use by a function gives x and g.
+
+The one idea: whatever module wrote the call, a parameter enters a network in one of a few *forms* (``forms``). A rule says,
+for one torch function, which of its arguments are parameters and in which form (``functions``); everything after that is
+blind to the layer. A function that is made of such functions is taken apart instead (``decompositions``).
+"""
+
+from fisherfast.rules import decompositions, functions
+from fisherfast.rules.decompositions import DECOMPOSITIONS
+from fisherfast.rules.forms import (
+    Convolution,
+    Elementwise,
+    Form,
+    Lookup,
+    MatMul,
+    Part,
+    Rows,
+    Tied,
+    Window,
+    combines,
+    joined,
+    part,
+)
+from fisherfast.rules.table import RULES, Use, rule
+
+__all__ = [
+    "DECOMPOSITIONS",
+    "RULES",
+    "Convolution",
+    "Elementwise",
+    "Form",
+    "Lookup",
+    "MatMul",
+    "Part",
+    "Rows",
+    "Tied",
+    "Use",
+    "Window",
+    "combines",
+    "decompositions",
+    "functions",
+    "joined",
+    "part",
+    "rule",
+]

@@ -1,0 +1,437 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Forms: the few ways in which a parameter enters a network, and for each the op that takes its rows.
+
+* ``MatMul``       ``y = x W``: rows x ``[..., I]``, g ``[..., O]``                     -> ``linear_sq_``
+* ``Convolution``  ``y = x * W``: images x ``[..., C, *S]``, g ``[..., O, *P]``         -> ``conv_sq_``
+* ``Elementwise``  ``y = p * x`` or ``y = p + x`` under broadcasting: rows ``[..., D]`` -> ``scale_sq_``
+* ``Lookup``       ``y = W[ids]``: ids ``[...]``, g ``[..., D]``                        -> ``embedding_sq_``
+* ``Tied``         a table that is looked up and multiplied by: both, and a cross term
+
+The leading axes ``[...]`` hold samples and positions in any layout; ``fisherfast.layout`` finds out which is which.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from operator import itemgetter
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fisherfast.ops._common import wide
+from fisherfast.ops.conv_sq import conv_sq_
+from fisherfast.ops.embedding_sq import embedding_sq_
+from fisherfast.ops.linear_sq import linear_sq_
+from fisherfast.ops.scale_sq import scale_sq_
+
+
+class Rows(NamedTuple):
+    """One parameter's rows in one backward pass: x ``[N, T, ...]`` or None, g ``[N, T, ...]``; with offsets ``[M, ...]``.
+
+    ``lookup``: of a tied table, the rows of its use as an embedding.
+    """
+
+    x: Tensor | None
+    g: Tensor
+    offsets: Tensor | None = None
+    lookup: Rows | None = None
+
+    def each(self, change: Callable[[Tensor], Tensor], offsets: Tensor | None = None) -> Rows:
+        """Both tensors changed in the same way."""
+        return Rows(None if self.x is None else change(self.x), change(self.g), offsets)
+
+    def packed(self) -> Rows:
+        """The same rows with offsets."""
+        if self.offsets is not None:
+            return self
+        N, T = self.g.shape[:2]
+        offsets = torch.arange(0, N * T + 1, T, device=self.g.device) if T else _nothing(N, self.g)
+        return self.each(lambda rows: rows.flatten(0, 1), offsets)
+
+    def without_zeros(self) -> Rows:
+        """Leave out the positions whose gradient is zero (padding), if they are many: they add nothing and would be multiplied."""
+        alive = (self.g != 0).any(-1)
+        if self.offsets is not None or int(alive.sum()) > 0.8 * alive.numel():
+            return self
+        counts = torch.cat([_nothing(0, self.g), alive.sum(1).cumsum(0)])
+        return self.each(lambda rows: rows[alive], counts)
+
+
+def _nothing(N: int, like: Tensor) -> Tensor:
+    return torch.zeros(N + 1, dtype=torch.int64, device=like.device)
+
+
+class Form:
+    """How one use of a parameter turns (saved inputs, gradient of the output) into rows, and which op takes the rows."""
+
+    op: str
+
+    @property
+    def features(self) -> int:
+        """How many trailing axes of g's rows belong to one position: all others hold samples and positions."""
+        return 1
+
+    def rows(self, g: Tensor, inputs: tuple[Tensor, ...]) -> Rows:
+        """Bring saved inputs and output gradient to ``x [..., I]`` (or None) and ``g [..., O]``, same leading axes."""
+        raise NotImplementedError
+
+    def oriented(self, rows: Rows) -> Rows:
+        """Rows, samples first, as the parameter is stored: a transposed use exchanges x and g."""
+        return rows
+
+    def joins(self, other: Form) -> bool:
+        """Whether rows of the two forms, oriented, can be joined."""
+        return self == other
+
+    def joined(self, uses: list[Rows]) -> Rows:
+        """Several uses of one parameter as one: a sum over uses is a sum over more positions."""
+        if len(uses) == 1:
+            return uses[0]
+        if all(use.offsets is None for use in uses):
+            xs = [use.x for use in uses if use.x is not None]
+            return Rows(torch.cat(xs, dim=1) if xs else None, torch.cat([use.g for use in uses], dim=1))
+        return _merged([use.packed() for use in uses])
+
+    def accumulate(self, acc: Tensor, rows: Rows, scale: float, **outputs: Tensor | None) -> None:
+        """Add ``scale * sum_n w_n (sample gradient)^2`` of oriented rows into ``acc``; ``outputs`` as for the ops."""
+        raise NotImplementedError
+
+
+def _merged(uses: list[Rows]) -> Rows:
+    """Packed rows of several uses, sample by sample."""
+    offsets = [use.offsets for use in uses if use.offsets is not None]
+    numbers = [torch.repeat_interleave(o.diff()) for o in offsets]
+    order = torch.cat(numbers).argsort(stable=True)
+    xs = [use.x for use in uses if use.x is not None]
+    return Rows(torch.cat(xs)[order] if xs else None, torch.cat([use.g for use in uses])[order], sum(offsets[1:], offsets[0]))
+
+
+def like(x: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    """``x`` in the dtype and, by broadcasting, the shape of a gradient."""
+    x = x if x.dtype == dtype else x.to(dtype)
+    return x if x.shape == shape else x.expand(shape)
+
+
+@dataclass(frozen=True)
+class MatMul(Form):
+    """A weight that multiplies; ``transposed`` where it is stored ``[I, O]`` (Hugging Face's Conv1D)."""
+
+    transposed: bool = False
+    op = "linear_sq_"
+
+    def rows(self, g: Tensor, inputs: tuple[Tensor, ...]) -> Rows:
+        """See ``Form``."""
+        (x,) = inputs
+        return Rows(like(x, g.dtype, (*g.shape[:-1], x.shape[-1])), g)
+
+    def oriented(self, rows: Rows) -> Rows:
+        """See ``Form``: the sample gradient of W^T is the transpose of that of W."""
+        assert rows.x is not None
+        return Rows(rows.g, rows.x, rows.offsets) if self.transposed else rows
+
+    def joins(self, other: Form) -> bool:
+        """See ``Form``."""
+        return isinstance(other, MatMul)
+
+    def accumulate(self, acc: Tensor, rows: Rows, scale: float, **outputs: Tensor | None) -> None:
+        """See ``Form``."""
+        assert rows.x is not None
+        linear_sq_(acc, rows.x, rows.g, scale, offsets=rows.offsets, **outputs)
+
+
+@dataclass(frozen=True)
+class Convolution(Form):
+    """A kernel that is slid over an image, one entry of the geometry per axis; ``transposed``: its weight is ``[I, O, *K]``."""
+
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int = 1
+    transposed: bool = False
+    op = "conv_sq_"
+
+    @property
+    def features(self) -> int:
+        """See ``Form``: channels and the axes of an image."""
+        return 1 + len(self.stride)
+
+    def rows(self, g: Tensor, inputs: tuple[Tensor, ...]) -> Rows:
+        """See ``Form``."""
+        (x,) = inputs
+        return Rows(x if x.dtype == g.dtype else x.to(g.dtype), g)
+
+    def oriented(self, rows: Rows) -> Rows:
+        """See ``Form``; samples of one image each lose their second axis."""
+        assert rows.x is not None
+        if rows.offsets is None:
+            rows = rows.each(lambda images: images[:, 0]) if rows.g.shape[1] == 1 else rows.packed()
+        x, g = rows.x, rows.g
+        assert x is not None
+        return Rows(g, x, rows.offsets) if self.transposed else rows
+
+    def joined(self, uses: list[Rows]) -> Rows:
+        """See ``Form``: several images a sample, brought to one size by zeros, which add nothing."""
+        xs, gs = [use.x for use in uses if use.x is not None], [use.g for use in uses]
+        xs, gs = _one_size(xs), _one_size(gs)
+        packed = [
+            Rows(x, g, torch.arange(len(g) + 1, device=g.device) if use.offsets is None else use.offsets)
+            for x, g, use in zip(xs, gs, uses, strict=True)
+        ]
+        return _merged(packed)
+
+    def accumulate(self, acc: Tensor, rows: Rows, scale: float, **outputs: Tensor | None) -> None:
+        """See ``Form``."""
+        assert rows.x is not None
+        geometry = {"stride": self.stride, "padding": self.padding, "dilation": self.dilation, "groups": self.groups}
+        conv_sq_(acc, rows.x, rows.g, scale, offsets=rows.offsets, **outputs, **geometry)
+
+
+def _one_size(images: list[Tensor]) -> list[Tensor]:
+    largest = [max(sizes) for sizes in zip(*(image.shape[2:] for image in images), strict=True)]
+    return [
+        F.pad(image, [n for now, size in zip(reversed(image.shape[2:]), reversed(largest), strict=True) for n in (0, size - now)])
+        for image in images
+    ]
+
+
+@dataclass(frozen=True)
+class Elementwise(Form):
+    """A parameter that multiplies or is added under broadcasting; ``prepare`` recomputes x from what was saved."""
+
+    shape: tuple[int, ...]
+    prepare: Callable[[Tensor], Tensor] | None = field(default=None, compare=False)
+    op = "scale_sq_"
+
+    def rows(self, g: Tensor, inputs: tuple[Tensor, ...]) -> Rows:
+        """See ``Form``."""
+        x = None
+        if inputs:
+            (x,) = inputs if self.prepare is None else (self.prepare(inputs[0]),)
+            x = self._flat(like(x, g.dtype, g.shape))
+        return Rows(x, self._flat(g))
+
+    def _flat(self, tensor: Tensor) -> Tensor:
+        if len(self.shape) == 1 and self.shape[0] == tensor.shape[-1]:
+            return tensor  # the common case: one feature axis, last
+        aligned = (1,) * (tensor.dim() - len(self.shape)) + self.shape
+        kept = [axis for axis, size in enumerate(aligned) if size != 1]
+        lead = [axis for axis in range(tensor.dim()) if axis not in kept]
+        return tensor.permute(*lead, *kept).reshape([tensor.shape[axis] for axis in lead] + [math.prod(self.shape)])
+
+    def joins(self, other: Form) -> bool:
+        """See ``Form``."""
+        return isinstance(other, Elementwise)
+
+    def joined(self, uses: list[Rows]) -> Rows:
+        """See ``Form``."""
+        products = [wide(use.g) if use.x is None else wide(use.g) * wide(use.x) for use in uses]
+        return super().joined([Rows(None, product, use.offsets) for product, use in zip(products, uses, strict=True)])
+
+    def accumulate(self, acc: Tensor, rows: Rows, scale: float, **outputs: Tensor | None) -> None:
+        """See ``Form``."""
+        total = outputs.get("total")
+        if total is not None:
+            outputs["total"] = total.view(-1)
+        scale_sq_(acc.view(-1), rows.x, rows.g, scale, offsets=rows.offsets, **outputs)
+
+
+@dataclass(frozen=True)
+class Lookup(Form):
+    """An embedding table; the row ``padding_idx`` has no gradient."""
+
+    padding_idx: int = -1
+    op = "embedding_sq_"
+
+    def rows(self, g: Tensor, inputs: tuple[Tensor, ...]) -> Rows:
+        """See ``Form``."""
+        (ids,) = inputs
+        return Rows(ids.long().expand(g.shape[:-1]).unsqueeze(-1), g)
+
+    def accumulate(self, acc: Tensor, rows: Rows, scale: float, **outputs: Tensor | None) -> None:
+        """See ``Form``."""
+        assert rows.x is not None
+        ids = rows.x.squeeze(-1)
+        embedding_sq_(acc, ids, rows.g, scale, offsets=rows.offsets, padding_idx=self.padding_idx, **outputs)
+
+
+@dataclass(frozen=True)
+class Tied(Form):
+    """A table ``[V, D]`` that is both looked up and multiplied by: an embedding tied to the head.
+
+    A sample gradient is the head's part H plus, in the rows that occur, the embedding's E: ``(H + E)^2 = H^2`` everywhere,
+    ``+ 2 H E + E^2`` in those rows, whose H is a gather. Nothing of size ``[N, V, D]`` is formed.
+    """
+
+    padding_idx: int = -1
+    op = "linear_sq_ + embedding_sq_"
+
+    def accumulate(self, acc: Tensor, rows: Rows, scale: float, **outputs: Tensor | None) -> None:
+        """See ``Form``."""
+        lookup, flag = rows.lookup, outputs.get("flag")
+        assert rows.x is not None and lookup is not None and lookup.x is not None
+        if flag is not None:  # the second op's inputs too, before the first adds anything
+            flag |= ~torch.isfinite(lookup.g).all()
+        linear_sq_(acc, rows.x, rows.g, scale, offsets=rows.offsets, **outputs)
+        for n, head, table in _few_samples(rows._replace(lookup=None), lookup):
+            self._add_touched(acc, n, head, table, scale, **outputs)
+
+    def _add_touched(
+        self, acc: Tensor, n: slice, head: Rows, table: Rows, scale: float, *, weight=None, total=None, sqnorm=None, flag=None
+    ) -> None:
+        assert head.x is not None and table.x is not None
+        ids = table.x.squeeze(-1)  # [n, U]
+        dtype = acc.dtype if acc.dtype == torch.float64 else torch.float32
+        same = (ids.unsqueeze(2) == ids.unsqueeze(1)).to(dtype)  # [n, U, U]
+        first = ~same.tril(-1).any(-1) & (ids != self.padding_idx)
+        E = torch.bmm(same, table.g.to(dtype))
+        touched = head.g.gather(2, ids.unsqueeze(1).expand(-1, head.g.shape[1], -1)).to(dtype)  # [n, T, U]
+        H = torch.bmm(touched.mT, head.x.to(dtype))
+        add = (E * (2 * H + E)) * first.unsqueeze(-1)
+        if flag is not None:
+            add, E = (torch.where(flag == 0, t, 0.0) for t in (add, E))
+        if sqnorm is not None:
+            sqnorm[n] += add.sum((1, 2))
+        w = 1.0 if weight is None else weight[n].view(-1, 1, 1)
+        # Unlike index_add_, index_put_ adds in a fixed order on a GPU too.
+        acc.index_put_((ids,), (scale * w * add).to(acc.dtype), accumulate=True)
+        if total is not None:
+            total.index_put_((ids,), (w * E * first.unsqueeze(-1)).to(total.dtype), accumulate=True)
+
+
+def _few_samples(head: Rows, table: Rows) -> Iterator[tuple[slice, Rows, Rows]]:
+    """Both uses' rows for a few samples at a time, ``[n, T, ...]``: a bounded workspace."""
+    if head.offsets is None and table.offsets is None:
+        T, U = head.g.shape[1], table.g.shape[1]
+        step = max(1, 2**22 // max(1, U * (T + U + table.g.shape[2])))
+        for start in range(0, len(head.g), step):
+            few = slice(start, start + step)
+            yield few, head.each(itemgetter(few)), table.each(itemgetter(few))
+        return
+    head, table = head.packed(), table.packed()
+    assert head.offsets is not None and table.offsets is not None
+    for n, bounds in enumerate(zip(pairwise(head.offsets.tolist()), pairwise(table.offsets.tolist()), strict=True)):
+        a, b = (slice(*bound) for bound in bounds)
+        yield slice(n, n + 1), head.each(itemgetter((None, a))), table.each(itemgetter((None, b)))
+
+
+@dataclass(frozen=True)
+class Window:
+    """A part of a parameter, as it lies in the parameter's memory."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    start: int
+
+    @classmethod
+    def of(cls, part: Tensor, whole: Tensor) -> Window:
+        """Where ``part``, a view, lies in ``whole``."""
+        return cls(tuple(part.shape), part.stride(), int(part.storage_offset() - whole.storage_offset()))
+
+    def of_tensor(self, whole: Tensor) -> Tensor:
+        """The same part of a tensor that is laid out like the parameter."""
+        return whole.as_strided(self.shape, self.strides, whole.storage_offset() + self.start)
+
+    def end(self) -> int:
+        """One past the last element."""
+        return self.start + 1 + sum((size - 1) * stride for size, stride in zip(self.shape, self.strides, strict=True))
+
+    def disjoint(self, other: Window) -> bool:
+        """Whether it is plain that the two have no element in common."""
+        return self.end() <= other.start or other.end() <= self.start
+
+
+@dataclass(frozen=True)
+class Part(Form):
+    """A use of a part of the parameter: the form of that use, and where the part lies."""
+
+    form: Form
+    window: Window
+
+    @property
+    def op(self) -> str:  # type: ignore[override]
+        """See ``Form``."""
+        return self.form.op
+
+    @property
+    def features(self) -> int:
+        """See ``Form``."""
+        return self.form.features
+
+    def rows(self, g: Tensor, inputs: tuple[Tensor, ...]) -> Rows:
+        """See ``Form``."""
+        return self.form.rows(g, inputs)
+
+    def oriented(self, rows: Rows) -> Rows:
+        """See ``Form``."""
+        return self.form.oriented(rows)
+
+    def joins(self, other: Form) -> bool:
+        """See ``Form``."""
+        return isinstance(other, Part) and self.window == other.window and self.form.joins(other.form)
+
+    def joined(self, uses: list[Rows]) -> Rows:
+        """See ``Form``."""
+        return self.form.joined(uses)
+
+    def accumulate(self, acc: Tensor, rows: Rows, scale: float, **outputs: Tensor | None) -> None:
+        """See ``Form``: where the part does not lie in one piece, by way of a tensor that does."""
+        total = outputs.pop("total", None)
+        targets = [None if whole is None else self.window.of_tensor(whole) for whole in (acc, total)]
+        pieces = [
+            t if t is None or t.is_contiguous() else torch.zeros_like(t, memory_format=torch.contiguous_format) for t in targets
+        ]
+        assert pieces[0] is not None
+        self.form.accumulate(pieces[0], rows, scale, total=pieces[1], **outputs)
+        for target, piece in zip(targets, pieces, strict=True):
+            if target is not None and piece is not None and piece is not target:
+                target += piece
+
+
+def part(form: Form, window: Window, whole: Tensor) -> Form:
+    """The form of a use of the part ``window`` of the parameter ``whole``, in the simplest terms."""
+    if isinstance(form, MatMul) and len(window.shape) == 2 and window.strides == (1, window.shape[0]):
+        form, window = (
+            replace(form, transposed=not form.transposed),
+            Window(window.shape[::-1], window.strides[::-1], window.start),
+        )
+    if isinstance(form, Elementwise) and window.start == 0 and math.prod(window.shape) == whole.numel():
+        if Window.of(whole, whole).strides == whole.contiguous().stride() and _dense(window):
+            return form  # a reshaped parameter: the op sees it flat
+    same = window == Window.of(whole, whole)
+    return form if same else Part(form, window)
+
+
+def _dense(window: Window) -> bool:
+    size = 1
+    for extent, stride in zip(reversed(window.shape), reversed(window.strides), strict=True):
+        if extent != 1 and stride != size:
+            return False
+        size *= extent
+    return True
+
+
+def combines(forms: list[Form]) -> bool:
+    """Whether the uses of one parameter, or part, in these forms can be joined."""
+    lookups = [form for form in forms if isinstance(form, Lookup)]
+    others = [form for form in forms if not isinstance(form, Lookup)]
+    if lookups and others:
+        return all(isinstance(form, MatMul) for form in others) and len(set(lookups)) == 1
+    return all(forms[0].joins(form) for form in forms)
+
+
+def joined(uses: list[tuple[Form, Rows]]) -> tuple[Form, Rows]:
+    """All uses of one parameter, or part, as one; rows are oriented."""
+    (form, rows), *more = uses
+    if not more:
+        return form, rows
+    lookups = [rows for form, rows in uses if isinstance(form, Lookup)]
+    if 0 < len(lookups) < len(uses):
+        lookup = next(form for form, _ in uses if isinstance(form, Lookup))
+        head = MatMul().joined([rows for form, rows in uses if not isinstance(form, Lookup)])
+        return Tied(lookup.padding_idx), head._replace(lookup=lookup.joined(lookups))
+    return form, form.joined([rows for _, rows in uses])
