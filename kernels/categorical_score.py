@@ -24,8 +24,8 @@ def why_not(out: Tensor, logits: Tensor, **_: Any) -> str | None:
 def config(R: int, C: int, dtype: torch.dtype) -> dict[str, int]:
     """Rows and columns of a tile and its warps, for [R, C] logits; a pure function."""
     BLOCK_C = power_of_two(C, 16, 2048 if dtype == torch.float64 else 4096)
-    BLOCK_R = power_of_two(R, 1, max(1, 512 // BLOCK_C))
-    return {"BLOCK_R": BLOCK_R, "BLOCK_C": BLOCK_C, "num_warps": max(1, min(8, BLOCK_R * BLOCK_C // 256))}
+    BLOCK_R = power_of_two(R, 1, max(1, 256 // BLOCK_C))
+    return {"BLOCK_R": BLOCK_R, "BLOCK_C": BLOCK_C, "num_warps": max(1, min(8, BLOCK_R * BLOCK_C // 128))}
 
 
 @triton.jit
