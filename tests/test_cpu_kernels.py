@@ -65,6 +65,35 @@ def test_linear_sq_within_the_gate_for_any_number_of_threads(isa, threads):
     assert_gate(run(x, g, threads), torch.einsum("nto,nti->noi", g, x).square().sum(0), exact)
 
 
+@pytest.mark.parametrize(
+    ("N", "C", "O", "S", "groups"),
+    [(3, 5, 7, (6, 5), 1), (2, 35, 19, (9, 11), 1), (2, 24, 24, (5, 6), 2), (5, 37, 37, (7, 9), 37), (2, 40, 20, (8, 8), 20)],
+)
+def test_conv_sq_matches_float64_and_does_not_depend_on_the_number_of_threads(isa, N, C, O, S, groups):
+    x, g = torch.randn(N, C, *S), torch.randn(N, O, *S)
+    patches = torch.nn.functional.unfold(x.double(), 3, padding=1).unflatten(1, (groups, C // groups, 9)).to(x.dtype)
+    rows = g.flatten(2).unflatten(1, (groups, O // groups))
+    exact, plain = (
+        torch.einsum("ngop,ngckp->ngock", rows.to(dtype), patches.to(dtype)).square().sum(0).reshape(O, C // groups, 3, 3)
+        for dtype in (torch.float64, torch.float32)
+    )
+
+    def outputs(threads):
+        acc, total, sqnorm = torch.zeros(exact.shape), torch.zeros(exact.shape), torch.zeros(N)
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            with ff.backend("cpu"):
+                ff.ops.conv_sq_(acc, x, g, total=total, sqnorm=sqnorm, padding=(1, 1), groups=groups)
+        finally:
+            torch.set_num_threads(before)
+        return acc, total, sqnorm
+
+    one, three = outputs(1), outputs(3)
+    assert_gate(one[0], plain, exact)
+    assert all(torch.equal(a, b) for a, b in zip(one, three, strict=True))
+
+
 def test_scale_sq_and_embedding_sq_match_float64(isa):
     g, ids = torch.randn(13, 7, 23), torch.randint(0, 5, (13, 7))
     one_hot = torch.nn.functional.one_hot(ids, 5)

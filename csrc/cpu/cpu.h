@@ -58,9 +58,23 @@ inline float widen(Half value) {
 // Memory of the calling thread, kept between calls so that a call does not pay for page faults. Contents are undefined.
 void* scratch(std::size_t bytes);
 
+// The same for what a call shares among its threads: one at a time in a thread. Only a moderate size is kept.
+class SharedScratch {
+ public:
+  explicit SharedScratch(std::size_t bytes);
+  ~SharedScratch();
+  SharedScratch(const SharedScratch&) = delete;
+  SharedScratch& operator=(const SharedScratch&) = delete;
+
+  void* data() const { return data_; }
+
+ private:
+  void* data_;
+  bool kept_;
+};
+
 // Sets the flag where g, x or weight is not finite; true if nothing may be added.
-bool stopped(const OptionalTensor& flag, const Samples& samples, const Tensor& g, const OptionalTensor& x,
-             const OptionalTensor& weight);
+bool stopped(const OptionalTensor& flag, const Tensor& g, const OptionalTensor& x, const OptionalTensor& weight);
 
 // Raises unless offsets rise from 0 to M.
 void check_offsets(const Samples& samples);

@@ -75,7 +75,7 @@ void embedding_sq(Tensor acc, Tensor ids, Tensor g, double scale, OptionalTensor
   check_offsets(samples);
   std::vector<Use> uses = uses_of(ids, samples);
   check_ids(uses, acc.size(0));
-  if (stopped(flag, samples, g, std::nullopt, weight)) return;
+  if (stopped(flag, g, std::nullopt, weight)) return;
   if (samples.M == 0 || acc.numel() == 0) return;
   sort_by_id(uses, acc.size(0));
   const int64_t D = acc.size(1);

@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // The check behind the flag: one read of the inputs before anything is added.
+#include <algorithm>
 #include <atomic>
 #include <type_traits>
+#include <vector>
 
 #include "cpu/cpu.h"
 
@@ -20,46 +22,65 @@ constexpr Bits<S> kExponent = std::is_same_v<S, double>     ? static_cast<Bits<S
                               : std::is_same_v<S, BFloat16> ? static_cast<Bits<S>>(0x7f80)
                                                             : static_cast<Bits<S>>(0x7c00);
 
-template <class S>
-bool finite(const Rows<S>& rows, const Samples& samples) {
-  constexpr int64_t kGrain = 16384;  // elements below which a second thread does not pay
-  const auto run = FISHERFAST_PICK(all_finite<Bits<S>>);
-  const auto clean = [&](const S* data, int64_t count, int64_t stride) {
-    return run(reinterpret_cast<const Bits<S>*>(data), count, stride, kExponent<S>);
-  };
-  std::atomic<bool> all{true};
-  const bool dense = rows.stride_d == 1 && rows.stride_t == rows.width && rows.even(samples);
-  if (dense) {
-    torch::stable::parallel_for(0, samples.M * rows.width, kGrain, [&](int64_t begin, int64_t end) {
-      if (!clean(rows.data + begin, end - begin, 1)) all = false;
-    });
-  } else {
-    torch::stable::parallel_for(0, samples.M, kGrain / (rows.width + 1) + 1, [&](int64_t begin, int64_t end) {
-      for (int64_t m = begin; m < end; ++m) {
-        const int64_t n = samples.offsets ? 0 : m / samples.T;
-        if (!clean(rows.data + n * rows.stride_n + (m - n * samples.T) * rows.stride_t, rows.width, rows.stride_d)) all = false;
-      }
-    });
+struct Axis {
+  int64_t size, stride;
+};
+
+// The axes of a tensor's elements, the longest stride first; those that memory allows are one, repeated elements are left out.
+std::vector<Axis> axes_of(const Tensor& tensor) {
+  std::vector<Axis> axes;
+  for (int64_t d = 0; d < tensor.dim(); ++d)
+    if (tensor.size(d) > 1 && tensor.stride(d) > 0) axes.push_back({tensor.size(d), tensor.stride(d)});
+  std::stable_sort(axes.begin(), axes.end(), [](const Axis& a, const Axis& b) { return a.stride > b.stride; });
+  std::vector<Axis> merged;
+  for (const Axis& axis : axes) {
+    if (!merged.empty() && merged.back().stride == axis.size * axis.stride) {
+      merged.back() = {merged.back().size * axis.size, axis.stride};
+    } else {
+      merged.push_back(axis);
+    }
   }
+  if (merged.empty()) merged.push_back({1, 1});
+  return merged;
+}
+
+// Lines along the last axis; a single line is cut where a thread ends.
+template <class S>
+bool finite(const Tensor& tensor) {
+  constexpr int64_t kGrain = 16384;  // elements below which a second thread does not pay
+  if (tensor.numel() == 0) return true;
+  const auto run = FISHERFAST_PICK(all_finite<Bits<S>>);
+  const auto* data = static_cast<const Bits<S>*>(tensor.const_data_ptr());
+  std::vector<Axis> axes = axes_of(tensor);
+  const Axis line = axes.back();
+  axes.pop_back();
+  int64_t lines = 1;
+  for (const Axis& axis : axes) lines *= axis.size;
+  std::atomic<bool> all{true};
+  torch::stable::parallel_for(0, lines * line.size, kGrain, [&](int64_t begin, int64_t end) {
+    while (begin < end) {
+      const int64_t start = begin % line.size, count = std::min(end - begin, line.size - start);
+      int64_t offset = start * line.stride, rest = begin / line.size;
+      for (auto axis = axes.rbegin(); axis != axes.rend(); rest /= axis->size, ++axis) offset += rest % axis->size * axis->stride;
+      if (!run(data + offset, count, line.stride, kExponent<S>)) all = false;
+      begin += count;
+    }
+  });
   return all;
 }
 
-bool finite(const Tensor& tensor, const Samples& samples) {
+bool finite(const Tensor& tensor) {
   bool all = true;
-  dispatch_input("flag", tensor.scalar_type(), [&](auto type) { all = finite(rows_of<typename decltype(type)::type>(tensor), samples); });
+  dispatch_input("flag", tensor.scalar_type(), [&](auto type) { all = finite<typename decltype(type)::type>(tensor); });
   return all;
-}
-
-bool finite_weight(const Tensor& weight) {
-  return finite(Rows<float>{weight.const_data_ptr<float>(), 0, 0, 1, weight.size(0)}, Samples{1, 1, 1, nullptr});
 }
 
 }  // namespace
 
-bool stopped(const OptionalTensor& flag, const Samples& samples, const Tensor& g, const OptionalTensor& x, const OptionalTensor& weight) {
+bool stopped(const OptionalTensor& flag, const Tensor& g, const OptionalTensor& x, const OptionalTensor& weight) {
   if (!flag) return false;
   auto* value = flag->mutable_data_ptr<int32_t>();
-  if (*value == 0 && !(finite(g, samples) && (!x || finite(*x, samples)) && (!weight || finite_weight(*weight)))) *value = 1;
+  if (*value == 0 && !(finite(g) && (!x || finite(*x)) && (!weight || finite(*weight)))) *value = 1;
   return *value != 0;
 }
 

@@ -51,7 +51,7 @@ void run(const ScaleProblem<S>& problem, const Sink& acc, const Sink& total, dou
 void scale_sq(Tensor acc, OptionalTensor x, Tensor g, double scale, OptionalTensor weight, OptionalTensor offsets, OptionalTensor total,
               OptionalTensor sqnorm, OptionalTensor flag) {
   const Samples samples = samples_of(g, offsets);
-  if (stopped(flag, samples, g, x, weight)) return;
+  if (stopped(flag, g, x, weight)) return;
   check_offsets(samples);
   if (samples.M == 0 || acc.numel() == 0) return;
   dispatch_input("scale_sq_", g.scalar_type(), [&](auto type) {

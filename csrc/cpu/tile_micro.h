@@ -1,15 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// Compiled once per instruction set by each_isa.h, as a part of linear_sq_kernel.h: the register block, and the rows it walks.
+// Compiled once per instruction set by each_isa.h, as a part of tile_kernel.h: the register block, and the rows it walks.
+
+#include "cpu/lanes.h"
 
 constexpr int kCells = kBlockRows * kBlockVectors;
-
-template <class R>
-struct Lanes {
-  static constexpr int count = kVectorBytes / sizeof(R);
-  static constexpr int64_t columns = kBlockVectors * count;
-  typedef R Vector __attribute__((vector_size(kVectorBytes)));
-  typedef R Unaligned __attribute__((vector_size(kVectorBytes), aligned(alignof(R)), may_alias));
-};
 
 // Rows of an operand, in place or packed.
 template <class R>

@@ -1,0 +1,98 @@
+// SPDX-License-Identifier: Apache-2.0
+// Compiled once per instruction set by each_isa.h, after lanes.h: brings as many channels of an image as a vector has lanes.
+
+// After log2(count) rounds of interleaving the first half of the rows with the second, rows have become columns.
+template <class R>
+void transpose(typename Lanes<R>::Vector* rows) {
+  using Vector = typename Lanes<R>::Vector;
+  using Index = std::conditional_t<sizeof(R) == 8, int64_t, int32_t>;
+  typedef Index Order __attribute__((vector_size(kVectorBytes)));
+  constexpr int kCount = Lanes<R>::count;
+  Order low{}, high{};
+#pragma GCC unroll 16
+  for (int lane = 0; lane < kCount; ++lane) {
+    low[lane] = lane / 2 + lane % 2 * kCount;
+    high[lane] = low[lane] + kCount / 2;
+  }
+#pragma GCC unroll 4
+  for (int round = 1; round < kCount; round *= 2) {
+    Vector next[kCount];
+#pragma GCC unroll 16
+    for (int i = 0; i < kCount / 2; ++i) {
+      next[2 * i] = __builtin_shuffle(rows[i], rows[i + kCount / 2], low);
+      next[2 * i + 1] = __builtin_shuffle(rows[i], rows[i + kCount / 2], high);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < kCount; ++i) rows[i] = next[i];
+  }
+}
+
+template <class S>
+typename Lanes<compute_t<S>>::Vector load_wide(const S* in) {
+  typename Lanes<compute_t<S>>::Vector vector;
+  for (int lane = 0; lane < Lanes<compute_t<S>>::count; ++lane) vector[lane] = widen(in[lane]);
+  return vector;
+}
+
+// Some channels of one image, at most a vector of them; pixels of the target lie a stride apart.
+template <class S>
+struct ChannelBlock {
+  using R = compute_t<S>;
+  using Unaligned = typename Lanes<R>::Unaligned;
+  static constexpr int kLanes = Lanes<R>::count;
+  const Images<S>& images;
+  const S* in;
+  R* out;
+  int64_t pixel_stride;
+  int count, width;  // channels there are; channels to write, the rest of them zeros
+
+  const Pixel& pixel(int64_t index) const { return images.pixels[index]; }
+
+  void bring() const {
+    for (int64_t i = 0; i < images.hole_count; ++i) std::memset(out + images.holes[i] * pixel_stride, 0, width * sizeof(R));
+    if (count < kLanes) return one_by_one(0, images.pixel_count);
+    if (images.stride_c == 1) return copy();
+    for (int64_t first = 0; first < images.pixel_count;) {
+      const int64_t left = pixel(first).run;
+      if (left >= kLanes) {
+        transposed(first);
+        first += kLanes;
+      } else if (first > 0 && left + first >= kLanes && pixel(first + left - kLanes).run == kLanes) {
+        transposed(first + left - kLanes);  // the end of a run: some of it again
+        first += left;
+      } else {
+        one_by_one(first, first + 1);
+        ++first;
+      }
+    }
+  }
+
+  void copy() const {
+    for (int64_t i = 0; i < images.pixel_count; ++i)
+      if (pixel(i).to >= 0) *reinterpret_cast<Unaligned*>(out + pixel(i).to * pixel_stride) = load_wide(in + pixel(i).from);
+  }
+
+  // As many positions side by side as there are channels.
+  void transposed(int64_t first) const {
+    typename Lanes<R>::Vector rows[kLanes];
+    const S* start = in + pixel(first).from;
+#pragma GCC unroll 16
+    for (int c = 0; c < kLanes; ++c) rows[c] = load_wide(start + c * images.stride_c);
+    transpose<R>(rows);
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) {
+      const int64_t to = pixel(first + i).to;
+      if (to >= 0) *reinterpret_cast<Unaligned*>(out + to * pixel_stride) = rows[i];
+    }
+  }
+
+  void one_by_one(int64_t first, int64_t last) const {
+    for (int64_t index = first; index < last; ++index) {
+      const auto [from, to, run] = pixel(index);
+      if (to < 0) continue;
+      R* target = out + to * pixel_stride;
+      for (int c = 0; c < count; ++c) target[c] = widen(in[from + c * images.stride_c]);
+      for (int c = count; c < width; ++c) target[c] = 0;
+    }
+  }
+};

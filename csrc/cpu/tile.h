@@ -1,0 +1,83 @@
+// SPDX-License-Identifier: Apache-2.0
+// What linear_sq_ and conv_sq_ share: both add the squares of sample gradients that are products of two matrices, rows of g
+// by rows of x. The accumulator is cut into tiles; a thread takes a tile, walks the samples, and keeps what it adds in its
+// own fp32 copy of the tile. The tiles are planned here, tile_kernel.h does one.
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#include "cpu/cpu.h"
+
+namespace fisherfast {
+
+// Sums are short chains of additions (kDepth positions, then kRun samples, then blocks of those), for the sake of their last
+// digits: one chain over thousands of fp32 terms would lose some.
+constexpr int64_t kDepth = 128;  // most rows multiplied in one go; that many of 48 columns of x stay in L1
+constexpr int64_t kRun = 32;     // most samples in one go
+constexpr int64_t kMaxTileRows = 256, kMaxTileColumns = 528;  // about half of a 1 MiB L2 in fp32
+
+// An accumulator and the factor of what is added to it.
+struct Output {
+  Sink sink;
+  double scale;
+};
+
+// An accumulator cut into down x across tiles of one size, but for the last ones; as often as there are groups.
+struct Tiling {
+  int64_t rows, columns, down, across;
+  int64_t groups = 1;
+
+  int64_t tiles() const { return groups * down * across; }
+};
+
+// Per sample n, with C its gradient: squares += w_n C^2, sums += w_n C, norms[n] += |C|^2.
+struct Tiles {
+  Samples samples;
+  const float* weight;  // [N] or null
+  Output squares, sums;
+  int64_t longest = 0;       // most rows of a sample
+  double* norms = nullptr;   // [tiles, N] or null: every tile has its own row
+  Tiling tiling{};
+  int64_t flush_every = 32;  // blocks added up in a tile before it goes to the accumulator
+};
+
+// One tile's code for the instruction set in use, and the sizes of its register block.
+template <class Problem>
+struct TileKernel {
+  int64_t block_rows, block_columns, lanes;
+  void (*tile)(const Problem&, int64_t index);
+};
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// The threads that so many multiply-adds are worth.
+int64_t threads_for(int64_t products);
+
+// Cuts a rows x columns accumulator of reals of so many bytes. Where norms are summed by tile, tiles do not depend on threads.
+Tiling plan(const Tiles& tiles, int64_t rows, int64_t columns, int64_t block_rows, int64_t block_columns, int64_t bytes,
+            int64_t threads, bool norms);
+
+// Runs all tiles; adds what they found of sqnorm to that of the samples from first_sample on.
+template <class Problem>
+void run_tiles(Problem problem, const TileKernel<Problem>& kernel, int64_t threads, const Sink& sqnorm, int64_t first_sample) {
+  const int64_t tiles = problem.tiling.tiles(), N = problem.samples.N;
+  std::vector<double> norms(sqnorm ? tiles * N : 0);
+  if (sqnorm) problem.norms = norms.data();
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, std::min(threads, tiles), 1, [&](int64_t, int64_t) {
+    for (int64_t tile = next++; tile < tiles; tile = next++) kernel.tile(problem, tile);
+  });
+  for (int64_t n = 0; sqnorm && n < N; ++n) {
+    double norm = 0;
+    for (int64_t tile = 0; tile < tiles; ++tile) norm += norms[tile * N + n];
+    add_to(sqnorm, first_sample + n, norm);
+  }
+}
+
+}  // namespace fisherfast
