@@ -14,9 +14,9 @@ from __future__ import annotations
 import itertools
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -57,16 +57,23 @@ class Tracked:
 
 @dataclass(frozen=True)
 class Reference:
-    """A tensor of the model's that is a parameter, or a part of one (``window``)."""
+    """A tensor of the model's that is a parameter, a part of one (``window``), or such a part shifted, cast or copied (``made``).
+
+    What ``made`` makes of the part has the identity as its derivative, so a gradient of the one is a gradient of the other.
+    """
 
     tensor: Tensor
     tracked: Tracked
     window: Window | None = None
+    made: tuple[Callable[[Tensor], Tensor], ...] = ()
 
     def stand_in(self, leaf: bool) -> Tensor:
         """The tensor that takes its place: one that autograd differentiates, or one it does not."""
         whole = self.tracked.leaf if leaf else self.tracked.detached
-        return whole if self.window is None else self.window.of_tensor(whole)
+        tensor = whole if self.window is None else self.window.of_tensor(whole)
+        for make in self.made:
+            tensor = make(tensor)
+        return tensor
 
 
 Key = tuple[str, Window | None, int]  # parameter, part of it, number among the uses of that part
@@ -168,6 +175,13 @@ class Capture(TorchFunctionMode):
         # Views are held while they are known by their id, which Python would give to another tensor.
         self._references = {id(t.parameter): Reference(t.parameter, t) for t in self.tracked.values()}
 
+    @property
+    def narrow(self) -> bool:
+        """Whether gradients pass through float16."""
+        kind = self.device.type
+        cast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16
+        return cast or any(t.parameter.dtype == torch.float16 for t in self.tracked.values())
+
     def forget(self, name: str) -> None:
         """Stop tracking a parameter."""
         del self._references[id(self.tracked.pop(name).parameter)]
@@ -230,11 +244,18 @@ class Capture(TorchFunctionMode):
 
     def _uncovered(self, func: Any, args: Any, kwargs: Any, found: list[Reference]) -> Any:
         stand_ins = {id(r.tensor): r.stand_in(leaf=True) for r in found}
-        out = func(*_replaced(args, stand_ins), **_replaced(kwargs, stand_ins))
+
+        def make(tensor: Tensor) -> Any:
+            mine = {**stand_ins, id(found[0].tensor): tensor}
+            return func(*_replaced(args, mine), **_replaced(kwargs, mine))
+
+        out = make(stand_ins[id(found[0].tensor)])
         outputs = [o for o in tree_leaves(out) if isinstance(o, Tensor) and o.requires_grad]
-        if len(found) == 1 and outputs and all(self._is_part(o, found[0].tracked) for o in outputs):
+        if len(found) == 1 and outputs and not found[0].made and all(self._is_part(o, found[0].tracked) for o in outputs):
             for o in outputs:
                 self._references[id(o)] = Reference(o, found[0].tracked, Window.of(o, found[0].tracked.parameter))
+        elif len(found) == 1 and outputs and _keeps_derivative(func, args, out):
+            self._references[id(out)] = replace(found[0], tensor=out, made=(*found[0].made, make))
         elif outputs:
             for reference in found:
                 tracked = reference.tracked
@@ -288,21 +309,11 @@ class Capture(TorchFunctionMode):
         Read off the graph, so a forward pass that is never differentiated counts for nothing. Also numbers the uses of
         each parameter, or part of one, in this order: the number is the last entry of a use's key.
         """
-        seen, stack, found = set(), [root.grad_fn], []
-        while stack:
-            node = stack.pop()
-            if node is None or node in seen:
-                continue
-            seen.add(node)
-            if type(node).__name__ == "CheckpointFunctionBackward":
-                raise ValueError(
-                    "model: gradient checkpointing must be torch's with use_reentrant=False, got use_reentrant=True, which hides the "
-                    "layers from autograd; pass use_reentrant=False (Hugging Face: gradient_checkpointing_kwargs)"
-                )
+        found = []
+        for node in graph(root):
             call = getattr(node, "call", None)
             if isinstance(call, Call) and call.capture is self:
                 found.append((call, node))
-            stack.extend(parent for parent, _ in node.next_functions)
         found.sort(key=lambda pair: pair[0].index)
         numbers: defaultdict[tuple[str, Window | None], int] = defaultdict(int)
         for call, _ in found:
@@ -315,16 +326,10 @@ class Capture(TorchFunctionMode):
     def only_broadcast(self, root: Tensor, name: str) -> bool:
         """Whether all that ``root`` makes of a parameter's uses is sums and products, which may have one more leading axis."""
         taps = {node for call, node in self.calls(root) if any(use.tracked.name == name for use in call.uses)}
-        seen, stack, consumers = set(), [root.grad_fn], set()
-        while stack:
-            node = stack.pop()
-            if node is None or node in seen:
-                continue
-            seen.add(node)
-            parents = [parent for parent, _ in node.next_functions]
-            if not taps.isdisjoint(parents):
+        consumers = set()
+        for node in graph(root):
+            if not taps.isdisjoint(parent for parent, _ in node.next_functions):
                 consumers.add(type(node).__name__)
-            stack.extend(parents)
         return consumers <= {"AddBackward0", "SubBackward0", "MulBackward0"}
 
     def first_non_finite(self, root: Tensor) -> str | None:
@@ -333,6 +338,35 @@ class Capture(TorchFunctionMode):
             if any(s.is_floating_point() and not torch.isfinite(s).all() for s in node.saved_tensors):
                 return call.uses[0].tracked.name
         return None
+
+
+def graph(root: Tensor) -> Iterator[Any]:
+    """All autograd nodes behind ``root``."""
+    seen, stack = set(), [root.grad_fn]
+    while stack:
+        node: Any = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if type(node).__name__ == "CheckpointFunctionBackward":
+            raise ValueError(
+                "model: gradient checkpointing must be torch's with use_reentrant=False, got use_reentrant=True, which hides the layers "
+                "from autograd; pass use_reentrant=False (Hugging Face: gradient_checkpointing_kwargs)"
+            )
+        yield node
+        stack.extend(parent for parent, _ in node.next_functions)
+
+
+_COPIES = {
+    *(getattr(Tensor, name) for name in ("to", "type_as", "float", "double", "half", "bfloat16", "contiguous", "clone")),
+    torch.clone,
+}
+_SUMS = {torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__}
+
+
+def _keeps_derivative(func: Any, args: Any, out: Any) -> bool:
+    """Whether a function of one parameter changes its dtype, its place in memory, or its values by a constant, only."""
+    return isinstance(out, Tensor) and (func in _COPIES or (func in _SUMS and all(isinstance(a, (int, float)) for a in args[1:])))
 
 
 def _eager() -> AbstractContextManager[None]:

@@ -47,7 +47,7 @@ class SampleGradients:
             except (RuntimeError, ValueError, TypeError, NotImplementedError, IndexError) as error:
                 if isinstance(error, torch.OutOfMemoryError):
                     raise
-                self.reason = f"vmap cannot: {type(error).__name__}: {str(error).strip().splitlines()[0]}"
+                self.reason = f"vmap cannot, {type(error).__name__}: {str(error).strip().partition('. ')[0]}"
             else:
                 if not (self._verified or _equal({name: g[0] for name, g in first.items()}, check())):
                     self.reason = "vmap does not give the model's own gradient"

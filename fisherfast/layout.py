@@ -91,15 +91,16 @@ class Gathered:
 
 
 class Tags:
-    """Factors for the samples' parts of the gradient at the root: for each pass ``2^digit`` of the sample's number."""
+    """Factors for the samples' parts of the gradient at the root: for each pass ``2^digit`` of the sample's number.
 
-    def __init__(self, N: int, few: int, dtype: torch.dtype) -> None:
-        self.N, self.few = N, min(few, N)
-        # Far apart when samples are few: a trace of another sample in a row then weighs a lot more than rounding. A float16
-        # gradient has little room.
-        narrow = dtype == torch.float16
+    ``narrow``: gradients pass through float16, which has little room for factors and rounds small numbers.
+    """
+
+    def __init__(self, N: int, few: int, narrow: bool = False) -> None:
+        self.N, self.few, self.narrow = N, min(few, N), narrow
+        # Far apart when samples are few: a trace of another sample in a row then weighs a lot more than rounding.
         self.base = self.few if self.few <= PROBED else 4 if narrow else 32
-        self.step = (2 if narrow else 8) if self.few <= PROBED else (2 if narrow else 1)
+        self.step = 2 if narrow else 8 if self.few <= PROBED else 1
         self.passes = 1 if self.few <= self.base else math.ceil(math.log(self.few, self.base) - 1e-9)
 
     def factors(self, device: torch.device) -> list[Tensor]:
@@ -130,6 +131,7 @@ class Sightings:
         number = torch.zeros(rows.shape[:-1], dtype=torch.int64, device=g.device)
         clean = torch.ones_like(number, dtype=torch.bool)
         looked_at = torch.zeros_like(clean)
+        tolerance = _NARROW_TOLERANCE if self.tags.narrow else _TOLERANCE
         for k, (at, tagged, tagged_sum) in enumerate(self._seen):
             ratio = (tagged / rows.gather(-1, at).double()).squeeze(-1)
             digit = ratio.log2().div(self.tags.step).round().nan_to_num(0, 0, 0).clamp(0, self.tags.base - 1)
@@ -140,10 +142,14 @@ class Sightings:
             looked_at |= tagged_sum > 0
             number += digit.long() * self.tags.base**k
         number = number.where(clean & (number < self.tags.few), MIXED)
+        if self.tags.narrow:  # rounded beyond recognition, and next to nothing
+            looked_at &= clean | (rows.abs().amax(-1) > _ROUNDED)
         return number.where((total > 0) & looked_at, UNKNOWN)
 
 
 _TOLERANCE = 1e-3  # kernels that add in a changing order may round a tagged pass differently
+_NARROW_TOLERANCE = 0.05
+_ROUNDED = 100 * torch.finfo(torch.float16).smallest_normal
 
 
 @dataclass(frozen=True)

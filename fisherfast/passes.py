@@ -16,7 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from fisherfast.capture import Call, CallUse, Capture, Key, Listener, Tracked
+from fisherfast.capture import Call, CallUse, Capture, Key, Listener, Tracked, graph
 from fisherfast.layout import PROBED, Finding, Gathered, Sightings, Tags
 from fisherfast.rules import Form, Rows, Window, combines, joined
 from fisherfast.rules.decompositions import opened
@@ -113,17 +113,8 @@ class Passes:
     def reached(self, root: Tensor) -> set[str]:
         """Names of the parameters whose leaf stand-ins the root depends on."""
         leaves = {id(t.leaf): t.name for t in self.capture.tracked.values()}
-        seen, stack, names = set(), [root.grad_fn], set()
-        while stack:
-            node = stack.pop()
-            if node is None or node in seen:
-                continue
-            seen.add(node)
-            variable = getattr(node, "variable", None)
-            if variable is not None and id(variable) in leaves:
-                names.add(leaves[id(variable)])
-            stack.extend(parent for parent, _ in node.next_functions)
-        return names
+        variables = (getattr(node, "variable", None) for node in graph(root))
+        return {leaves[id(variable)] for variable in variables if id(variable) in leaves}
 
     def probe(self, root: Tensor, cotangent: Tensor, few: int = PROBED) -> dict[Key, Finding]:
         """Tag the first ``few`` samples and find out which rows of each use are whose; keeps the graph.
@@ -131,7 +122,7 @@ class Passes:
         ``root`` and ``cotangent`` have the sample axis first.
         """
         N = root.shape[0]
-        tags = Tags(N, few, cotangent.dtype)
+        tags = Tags(N, few, self.capture.narrow)
         inside = (torch.arange(N, device=root.device) < tags.few).view(-1, *(1,) * (cotangent.dim() - 1))
         cotangent = cotangent * inside
         sightings = self._tag(root, cotangent, tags)
@@ -207,7 +198,7 @@ class Passes:
         visited: defaultdict[Group, int] = defaultdict(int)
         waiting: defaultdict[Group, list[tuple[Form, Rows]]] = defaultdict(list)
         held: defaultdict[Group, list[tuple[CallUse, Rows]]] = defaultdict(list)  # of uses that nothing is known of yet
-        tags = Tags(batch.N, batch.N, one.cotangent.dtype)
+        tags = Tags(batch.N, batch.N, self.capture.narrow)
         scattered = batch.unlocated & self.scattered
         sightings = self._tag(batch.root, one.cotangent, tags, scattered) if scattered else {}
 

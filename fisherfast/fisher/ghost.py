@@ -30,7 +30,7 @@ def squared_norms(rows: Rows) -> Tensor:
               relative error is ``eps (sum_t |g_t| |x_t|)^2 / |g^T x|^2``; never below zero.
     Source:   Goodfellow 2015 (arXiv:1510.01799) for T = 1; Li et al. 2022 (arXiv:2110.05679), "ghost clipping".
     """
-    x, g, _ = rows
+    x, g = rows.x, rows.g
     assert x is not None
     T = g.shape[1]
     if T == 1:

@@ -22,7 +22,7 @@ from fisherfast.fisher.collectors import Diagonal, Structure
 from fisherfast.fisher.protocol import Provenance
 from fisherfast.fisher.run import Run, model_name
 from fisherfast.layout import PROBED
-from fisherfast.likelihood import FISHER_TYPES, Likelihood, Predictions, resolve
+from fisherfast.likelihood import FISHER_TYPES, Likelihood, Predictions, resolve, stored_name
 from fisherfast.passes import Pass, conclude
 
 _STRUCTURES = {"diagonal": Diagonal}
@@ -109,7 +109,7 @@ class _Measurement:
         drawn = fisher_type == "mc"
         self.provenance = Provenance(
             fisher_type=fisher_type,
-            likelihood=likelihood.name,
+            likelihood=stored_name(likelihood, fisher_type),
             draws=draws if drawn else None,
             seed=seed if drawn else None,
             model=model_name(model),
@@ -117,6 +117,7 @@ class _Measurement:
         self.run = Run(model, structures, self.provenance, allow_missing, transactional)
         self.capture = self.run.capture
         self._sample_gradients = SampleGradients(model, output)
+        self.run.without_vmap(None)
         self._explored = self._probed = False
 
     # -- the data set
@@ -180,7 +181,7 @@ class _Measurement:
             raise ValueError(
                 "model: the output must depend on the parameters through autograd, got one without a graph; is grad disabled?"
             )
-        with self.run.transaction(batch.N, count):
+        with self.run.transaction(batch.N, count, batch.weight):
             padded = predictions.num_positions < 0.8 * predictions.counted.numel()
             self.run.passes.run(predictions.values, self._passes(predictions.detached()), count, padded=padded)
             self._fall_back(batch, output, predictions)
@@ -208,7 +209,7 @@ class _Measurement:
                 f"fisher: fisher_type='exact' must take at most max_passes = {self.max_passes} backward passes, got {count} "
                 f"for an output {tuple(predictions.values.shape)}; use fisher_type='mc', or raise max_passes"
             )
-        return count
+        return max(count, 1)
 
     @torch.no_grad()
     def _passes(self, predictions: Predictions) -> Iterator[Pass]:
@@ -220,6 +221,8 @@ class _Measurement:
         else:
             for column in self.likelihood.columns(predictions):
                 yield Pass(column)
+            if not self.likelihood.num_columns(predictions):  # no label in the batch: its samples count all the same
+                yield Pass(torch.zeros_like(predictions.values))
 
     # -- finding out how the model uses its parameters
 
@@ -281,12 +284,11 @@ class _Measurement:
                 (cotangent,) = torch.autograd.grad(predictions.values, output, one.cotangent, retain_graph=True)
                 chunks = self._sample_gradients(batch, cotangent, tracked, partial(self._first, batch, cotangent, tracked))
                 if chunks is None:
-                    self.run.way = f"loop: {self._sample_gradients.reason}"
+                    self.run.without_vmap(self._sample_gradients.reason)
                     return False
                 for first, gradients in chunks:
                     for which in tracked:
                         self.run.engine.add_gradients(which, gradients[which.name], first, one.scale)
-        self.run.way = "vmap"
         return True
 
     def _first(self, batch: Batch, cotangent: Tensor, tracked: list[Tracked]) -> dict[str, Tensor]:

@@ -46,7 +46,7 @@ class Run:
         self.num_samples = self.num_positions = self.batches = 0
         self.missing: dict[str, str] = {}
         self.ops: dict[str, str] = {}
-        self.way = "loop"  # of the fallback
+        self._no_vmap: str | None = "the forward pass is yours and runs once"  # why the fallback loops over samples
         self._sizes = {name: t.parameter.numel() for name, t in self.capture.tracked.items()}
         self._watch = Stopwatch(self.capture.device)
         self._counted: list[Call] = []  # the calls of the batch counted last
@@ -103,10 +103,17 @@ class Run:
     def coverage(self) -> Coverage:
         """How each parameter is covered: an op, "loop: reason", or "missing: reason"."""
         covered = {
-            name: f"{self.way}: {t.fallback}" if t.fallback else self.ops.get(name, "not used yet")
+            name: self._fallback(t.fallback) if t.fallback else self.ops.get(name, "not used yet")
             for name, t in self.capture.tracked.items()
         }
         return Coverage({**covered, **self.missing}, self._sizes, self._watch.seconds())
+
+    def _fallback(self, reason: str) -> str:
+        return f"vmap: {reason}" if self._no_vmap is None else f"loop: {reason} ({self._no_vmap})"
+
+    def without_vmap(self, reason: str | None) -> None:
+        """Note why the fallback cannot use vmap, or None if it can."""
+        self._no_vmap = reason
 
     @property
     def looped(self) -> list[str]:

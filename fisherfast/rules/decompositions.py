@@ -8,7 +8,7 @@ them be differentiated on a GPU, where cuDNN refuses a backward pass in eval mod
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from types import FunctionType
 from typing import Any
 
@@ -49,6 +49,16 @@ def _bilinear(input1, input2, weight, bias=None):
 @decomposes(torch.bmm, Tensor.bmm)
 def _bmm(input, mat2):
     return torch.stack([torch.mm(x, w) for x, w in zip(input.unbind(0), mat2.unbind(0), strict=True)])
+
+
+@decomposes(torch._grouped_mm, F.grouped_mm)
+def _grouped_mm(input, mat2, *, offs=None, bias=None, out_dtype=None):
+    if input.dim() != 2 or mat2.dim() != 3 or bias is not None or out_dtype not in (None, input.dtype):
+        return NotImplemented
+    ends = offs.tolist()
+    groups = input[: ends[-1]].split([end - start for start, end in pairwise([0, *ends])])
+    products = torch.cat([torch.mm(x, w) for x, w in zip(groups, mat2.unbind(0), strict=True)])
+    return F.pad(products, (0, 0, 0, len(input) - ends[-1]))
 
 
 @decomposes(torch.baddbmm, Tensor.baddbmm)

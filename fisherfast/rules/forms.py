@@ -119,14 +119,20 @@ def like(x: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
 
 @dataclass(frozen=True)
 class MatMul(Form):
-    """A weight that multiplies; ``transposed`` where it is stored ``[I, O]`` (Hugging Face's Conv1D)."""
+    """A weight that multiplies; ``transposed`` where it is stored ``[I, O]`` (Hugging Face's Conv1D).
+
+    ``left``: it stands on the left, ``y = W x``, and features are the last axis but one.
+    """
 
     transposed: bool = False
+    left: bool = False
     op = "linear_sq_"
 
     def rows(self, g: Tensor, inputs: tuple[Tensor, ...]) -> Rows:
         """See ``Form``."""
         (x,) = inputs
+        if self.left:
+            x, g = x.mT, g.mT
         return Rows(like(x, g.dtype, (*g.shape[:-1], x.shape[-1])), g)
 
     def oriented(self, rows: Rows) -> Rows:

@@ -32,6 +32,8 @@ def _addmm(input, mat1, mat2, *, beta=1, alpha=1):
 def _matmul(input, other):
     if other.dim() == 2:
         yield Use(other, MatMul(transposed=True), (input,))
+    if input.dim() == 2 and other.dim() >= 2:
+        yield Use(input, MatMul(left=True), (other,))
 
 
 @rule(F.embedding)
@@ -39,6 +41,12 @@ def _embedding(input, weight, padding_idx=None, max_norm=None, norm_type=2.0, sc
     if max_norm is None and not scale_grad_by_freq:
         padding_idx = -1 if padding_idx is None else padding_idx % weight.shape[0]
         yield Use(weight, Lookup(padding_idx), (input,))
+
+
+@rule(Tensor.__getitem__)
+def _rows_of(input, index):
+    if isinstance(index, Tensor) and index.dtype == torch.int64 and input.dim() == 2:
+        yield Use(input, Lookup(), (index % input.shape[0],))
 
 
 # -- convolutions

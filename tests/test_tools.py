@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""It lives with the user's tools: gradient checkpointing, compiled models, autocast."""
+
+import networks
+import oracle
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import fisherfast as ff
+
+EXACT = 1e-12
+
+
+def diagonals(model, batches):
+    """The empirical diagonal by ``ff.fisher`` and by ``ff.collect``."""
+    one = ff.fisher(model, batches, fisher_type="empirical", progress=False)
+    with ff.collect(model, ff.Diagonal(), fisher_type="empirical") as stats:
+        for x, y in batches:
+            losses = F.cross_entropy(model(x).flatten(0, -2), y.flatten(), reduction="none")
+            stats.backward(losses.view(len(x), -1).sum(1))
+    return [result.diagonal(dtype=torch.float64) for result in (one, stats.result())]
+
+
+def doubles(data, *sizes):
+    return [(x.double(), y) for x, y in map(data, sizes)]
+
+
+class Checkpointed(nn.Module):
+    """Blocks whose activations are thrown away and computed again in the backward pass."""
+
+    def __init__(self, reentrant=False):
+        super().__init__()
+        self.first, self.head, self.reentrant = nn.Linear(networks.I, networks.D), nn.Linear(networks.D, networks.C), reentrant
+        D = networks.D
+        self.inplace = nn.Sequential(nn.Linear(D, D), nn.ReLU(inplace=True), nn.Linear(D, D))
+        self.normed = nn.Sequential(nn.LayerNorm(D), nn.Linear(D, D), nn.Tanh())
+        self.both = networks.parameter(2 * D, D)
+
+    def halves(self, h):
+        """Views of one weight."""
+        up, gate = self.both.chunk(2)
+        return F.linear(h, up).tanh() * F.linear(h, gate)
+
+    def forward(self, x):
+        """Three checkpointed blocks."""
+        h = self.first(x)
+        for block in (self.inplace, self.normed, self.halves):
+            h = h + checkpoint(block, h, use_reentrant=self.reentrant)
+        return self.head(h)
+
+
+def test_checkpointed_blocks_are_caught_again():
+    model, batches = Checkpointed().double(), doubles(networks.sequences, 7, 5, 1)
+    expected = oracle.diagonal(model, batches, oracle.cross_entropy)
+    assert all(oracle.error(found, expected) < EXACT for found in diagonals(model, batches))
+    exact = ff.fisher(model, [(x[:2], None) for x, _ in batches], fisher_type="exact", progress=False)
+    plain = oracle.diagonal(model, [(x[:2], None) for x, _ in batches], oracle.every_label)
+    assert oracle.error(exact.diagonal(dtype=torch.float64), plain) < EXACT
+
+
+def test_reentrant_checkpointing_is_refused_by_name():
+    model, (batch,) = Checkpointed(reentrant=True).double(), doubles(networks.sequences, 5)
+    with pytest.raises(ValueError, match="use_reentrant=False"):
+        ff.fisher(model, [batch], fisher_type="empirical", progress=False)
+
+
+@pytest.mark.parametrize("part", ["whole", "module", "in-place"])
+def test_compiled_models_run_as_written(part):
+    model, batches = Checkpointed().double(), doubles(networks.sequences, 7, 5)
+    expected = oracle.diagonal(model, batches, oracle.cross_entropy)
+    measured = model
+    if part == "whole":
+        measured = torch.compile(model, backend="eager")
+    elif part == "module":
+        model.normed = torch.compile(model.normed, backend="eager")
+    else:
+        model.normed.compile(backend="eager")
+    with torch.no_grad():
+        measured(batches[0][0])  # compiled before it is measured
+    for found in diagonals(measured, batches):
+        found = {name.replace("_orig_mod.", ""): value for name, value in found.items()}
+        assert oracle.error(found, expected) < EXACT
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_is_as_exact_as_autograd_under_autocast(dtype):
+    model, batches = Checkpointed(), [networks.sequences(31)]
+    wide = [(x.double(), y) for x, y in batches]
+    expected = oracle.diagonal(oracle.doubled(model), wide, oracle.cross_entropy)
+    with torch.autocast("cpu", dtype=dtype):
+        plain = oracle.error(oracle.diagonal(model, batches, oracle.cross_entropy), expected)
+        for found in diagonals(model, batches):
+            assert oracle.error(found, expected) <= 2 * plain
+
+
+def test_inplace_activations_after_every_kind_of_layer():
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.ReLU(inplace=True), nn.GroupNorm(2, 4), nn.ELU(inplace=True), nn.ConvTranspose2d(4, 2, 2),
+        nn.Hardtanh(inplace=True), nn.Flatten(), nn.Linear(2 * 6 * 7, networks.C), nn.SiLU(inplace=True),
+    ).double()  # fmt: skip
+    batches = doubles(networks.pictures, 7, 3)
+    expected = oracle.diagonal(model, batches, oracle.cross_entropy)
+    assert all(oracle.error(found, expected) < EXACT for found in diagonals(model, batches))
+
+
+def test_parameters_on_several_devices_are_refused():
+    model = nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 4, device="meta"))
+    with pytest.raises(ValueError, match=r"one device, got \['cpu', 'meta'\]"):
+        ff.fisher(model, [networks.vectors()], progress=False)
