@@ -18,7 +18,7 @@ from fisherfast.fisher.collectors import Diagonal, GradientMoments, PerSampleNor
 from fisherfast.fisher.measure import fisher
 from fisherfast.fisher.run import Interrupted
 from fisherfast.information import information_in_weights
-from fisherfast.likelihood import Bernoulli, Categorical, CausalLM, Gaussian
+from fisherfast.likelihood import Bernoulli, Categorical, CausalLM, Gaussian, LogLikelihood
 from fisherfast.passes import NonFiniteError
 from fisherfast.rules import rule
 
@@ -35,6 +35,7 @@ __all__ = [
     "Gaussian",
     "GradientMoments",
     "Interrupted",
+    "LogLikelihood",
     "NonFiniteError",
     "PerSampleNorm",
     "Provenance",

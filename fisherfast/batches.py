@@ -15,28 +15,31 @@ Output = str | Callable[[Any], Tensor] | None
 
 @dataclass(frozen=True)
 class Batch:
-    """One batch: positional or keyword inputs, labels or None, an attention mask or None; N samples."""
+    """One batch of N samples: positional or keyword inputs, labels or None, an attention mask or None, weights or None."""
 
     inputs: tuple[Any, ...] | dict[str, Any]
     targets: Tensor | None
     mask: Tensor | None
     N: int
+    weight: Tensor | None = None  # [N] float32, finite, >= 0
 
     @classmethod
     def of(cls, item: Any, device: torch.device) -> Batch:
-        """From ``(inputs, targets)``, ``(inputs, None)`` or a dict (Hugging Face); moved to ``device``.
+        """From ``(inputs, targets)``, ``(inputs, targets, weights)`` or a dict (Hugging Face); moved to ``device``.
 
-        A tuple of inputs is ``model(*x)``, a dict ``model(**x)``. A dict batch's ``labels`` are its targets and are not
-        passed to the model.
+        A tuple of inputs is ``model(*x)``, a dict ``model(**x)``; targets may be None. A dict batch's ``labels`` are its
+        targets, its ``sample_weight`` its weights, and neither is passed to the model. A sample of weight 2 counts as
+        two: means become ``sum_n w_n (...) / sum_n w_n``.
         """
         if isinstance(item, Mapping):
-            inputs: Any = {key: value for key, value in item.items() if key != "labels"}
-            targets = item.get("labels")
-        elif isinstance(item, (tuple, list)) and len(item) == 2:
-            inputs, targets = item
+            inputs: Any = {key: value for key, value in item.items() if key not in ("labels", "sample_weight")}
+            targets, weight = item.get("labels"), item.get("sample_weight")
+        elif isinstance(item, (tuple, list)) and len(item) in (2, 3):
+            inputs, targets, weight = (*item, None)[:3]
         else:
             raise TypeError(
-                f"data: a batch must be (inputs, targets), (inputs, None) or a dict, got {type(item).__name__}; "
+                "data: a batch must be (inputs, targets), (inputs, targets, weights) or a dict, got "
+                f"{type(item).__name__}{f' of {len(item)}' if isinstance(item, (tuple, list)) else ''}; "
                 "wrap inputs without labels as (inputs, None)"
             )
         if isinstance(inputs, Mapping):
@@ -54,7 +57,7 @@ class Batch:
         targets = None if targets is None else _moved(torch.as_tensor(targets), device)
         if targets is not None and (targets.dim() == 0 or targets.shape[0] != N):
             raise ValueError(f"data: inputs and targets must hold the same samples, got {N} and targets {tuple(targets.shape)}")
-        return cls(inputs, targets, mask, N)
+        return cls(inputs, targets, mask, N, _weight(weight, N, device))
 
     def has_samples(self, value: Any) -> bool:
         """Whether an input's first axis holds the samples."""
@@ -70,7 +73,7 @@ class Batch:
             inputs: Any = {key: part(value) for key, value in self.inputs.items()}
         else:
             inputs = tuple(part(value) for value in self.inputs)
-        return Batch(inputs, part(self.targets), part(self.mask), stop - start)
+        return Batch(inputs, part(self.targets), part(self.mask), stop - start, part(self.weight))
 
     def feed(self, model: Callable[..., Any], output: Output = None) -> Tensor:
         """The model's output tensor for this batch: the result itself, its ``.logits``, or what ``output`` picks."""
@@ -95,6 +98,19 @@ def _picked(result: Any, output: Output) -> Any:
     if output is not None:
         return result[output] if isinstance(result, Mapping) else getattr(result, output)
     return getattr(result, "logits", result)
+
+
+def _weight(weight: Any, N: int, device: torch.device) -> Tensor | None:
+    if weight is None:
+        return None
+    weight = torch.as_tensor(weight).detach().to(device, torch.float32).contiguous()
+    if weight.shape != (N,):
+        raise ValueError(f"data: sample weights must be [N] = ({N},), one number per sample, got {tuple(weight.shape)}")
+    if not bool((torch.isfinite(weight) & (weight >= 0)).all()):
+        raise ValueError(
+            f"data: sample weights must be finite and not negative, got {float(weight.min())} .. {float(weight.max())}"
+        )
+    return weight
 
 
 def _moved(value: Any, device: torch.device) -> Any:

@@ -200,6 +200,7 @@ FLOORS = {
     "kernels": 0,
     "_backend": 1,
     "_random": 1,
+    "_warning": 1,
     "ops": 2,
     "rules": 3,
     "layout": 3,

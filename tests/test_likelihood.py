@@ -1,21 +1,49 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Closed-form scores are autograd's, columns multiply out to the output Hessian, labels follow the model and their keys only."""
+"""Closed-form scores are autograd's, columns multiply out to the output Hessian, labels follow the model and their keys only,
+padding and batches change nothing, weights count samples."""
+
+import re
+import warnings
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 import fisherfast as ff
 from fisherfast import _random
-from fisherfast.likelihood import resolve
+from fisherfast.batches import Batch
+from fisherfast.likelihood import Draws, resolve, stored_name
 
 N, L, C, K = 7, 5, 11, 3
 
 
 def predictions(likelihood, output, targets=None, mask=None, first=0):
     return likelihood.predictions(output, targets, mask, torch.arange(first, first + len(output)))
+
+
+def poisson_log_prob(z, y):
+    return (y * z - z.exp() - torch.lgamma(y + 1)).sum(-1)
+
+
+def poisson_sample(z, draws):
+    """Inverse CDF."""
+    rate = z.double().exp()
+    u, term = draws.uniform(*z.shape[1:]), (-rate).exp()
+    cdf, y = term.clone(), torch.zeros_like(rate)
+    for k in range(1, 200):
+        y += u >= cdf
+        term = term * rate / k
+        cdf += term
+    return y
+
+
+def poisson_columns(z):
+    for k in range(z.shape[1]):
+        yield F.one_hot(torch.tensor(k), z.shape[1]) * (z / 2).exp()
 
 
 CASES = {
@@ -34,12 +62,30 @@ CASES = {
         lambda z, y, reduction: F.cross_entropy(z[:, :-1].flatten(0, 1), y[:, 1:].flatten(), reduction=reduction),
     ),
     "bernoulli": (ff.Bernoulli(), (N, K), lambda: torch.randint(0, 2, (N, K)).double(), F.binary_cross_entropy_with_logits),
+    "bernoulli-positions": (
+        ff.Bernoulli(),
+        (N, L, K),
+        lambda: torch.randint(0, 2, (N, L, K)).double(),
+        F.binary_cross_entropy_with_logits,
+    ),
     "gaussian": (ff.Gaussian(), (N, K), lambda: torch.randn(N, K).double(), lambda z, y, reduction: (z - y).square().sum() / 2),
     "gaussian-sigma": (
         ff.Gaussian(0.3),
         (N,),
         lambda: torch.randn(N).double(),
         lambda z, y, reduction: (z - y).square().sum() / 0.18,
+    ),
+    "gaussian-sigma-per-output": (
+        ff.Gaussian(torch.tensor([0.3, 1.0, 2.0])),
+        (N, L, K),
+        lambda: torch.randn(N, L, K).double(),
+        lambda z, y, reduction: ((z - y) / torch.tensor([0.3, 1.0, 2.0])).square().sum() / 2,
+    ),
+    "poisson": (
+        ff.LogLikelihood(poisson_log_prob, poisson_sample, poisson_columns, name="poisson"),
+        (N, K),
+        lambda: torch.randint(0, 5, (N, K)).double(),
+        lambda z, y, reduction: F.poisson_nll_loss(z, y, reduction=reduction),
     ),
 }
 
@@ -51,7 +97,7 @@ def test_empirical_score_is_the_gradient_of_the_loss(name):
     (expected,) = torch.autograd.grad(loss(output, y, reduction="sum"), output)
     p = predictions(likelihood, output, y)
     (score,) = torch.autograd.grad(p.values, output, likelihood.empirical(p.detached()))
-    torch.testing.assert_close(score, expected, rtol=1e-13, atol=1e-15)
+    torch.testing.assert_close(score, expected, rtol=1e-12, atol=1e-14)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -93,19 +139,10 @@ def test_labels_depend_on_their_keys_only(name):
     output = torch.randn(shape, dtype=torch.float64)
     whole = likelihood.sampled(predictions(likelihood, output, first=5), seed=1, draw=2)
     parts = [likelihood.sampled(predictions(likelihood, output[n : n + 1], first=5 + n), seed=1, draw=2) for n in range(N)]
-    assert torch.equal(whole, torch.cat(parts))
+    torch.testing.assert_close(whole, torch.cat(parts), rtol=1e-12, atol=1e-14)
     assert not torch.equal(whole, likelihood.sampled(predictions(likelihood, output, first=5), seed=2, draw=2))
     assert not torch.equal(whole, likelihood.sampled(predictions(likelihood, output, first=6), seed=1, draw=2))
     assert not torch.equal(whole, likelihood.sampled(predictions(likelihood, output, first=5), seed=1, draw=3))
-
-
-def test_padding_changes_nothing():
-    logits = torch.randn(2, 4, C, dtype=torch.float64)
-    padded = torch.cat([torch.randn(2, 3, C, dtype=torch.float64), logits], 1)
-    mask = torch.tensor([[0, 0, 0, 1, 1, 1, 1]] * 2)
-    plain = ff.Categorical().sampled(predictions(ff.Categorical(), logits), 0, 0)
-    other = ff.Categorical().sampled(predictions(ff.Categorical(), padded, mask=mask), 0, 0)
-    assert torch.equal(other[:, 3:], plain) and not other[:, :3].any()
 
 
 def test_ignored_labels_count_nothing():
@@ -172,3 +209,327 @@ def test_rejects_names_and_sigma():
         resolve("poisson")
     with pytest.raises(ValueError, match="sigma must be positive"):
         ff.Gaussian(0.0)
+
+
+# ---- what a loss adds to the likelihood
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("weighted", [True, False], ids=["weighted", "plain"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
+def test_class_weights_and_label_smoothing_are_those_of_cross_entropy(smoothing, weighted, dtype):
+    weight = torch.rand(C).index_fill(0, torch.tensor([2]), 0.0) if weighted else None
+    z, y = torch.randn(N, L, C).to(dtype).double().requires_grad_(), torch.randint(0, C, (N, L))
+    y[0], y[1, 2:] = -100, -100
+    loss = F.cross_entropy(
+        z.flatten(0, 1), y.flatten(), None if weight is None else weight.double(), reduction="sum", label_smoothing=smoothing
+    )
+    (expected,) = torch.autograd.grad(loss, z)
+    likelihood = ff.Categorical(class_weight=weight, label_smoothing=smoothing)
+    score = likelihood.empirical(predictions(likelihood, z.detach().to(dtype), y))
+    tolerance = 4 * torch.finfo(dtype).eps
+    torch.testing.assert_close(score.double(), expected, rtol=tolerance, atol=tolerance)
+
+
+def test_pos_weight_is_that_of_binary_cross_entropy():
+    weight, z, y = torch.rand(K).double(), torch.randn(N, K, dtype=torch.float64, requires_grad=True), torch.rand(N, K).double()
+    (expected,) = torch.autograd.grad(F.binary_cross_entropy_with_logits(z, y, pos_weight=weight, reduction="sum"), z)
+    likelihood = ff.Bernoulli(pos_weight=weight)
+    torch.testing.assert_close(likelihood.empirical(predictions(likelihood, z, y)), expected, rtol=1e-12, atol=1e-14)
+
+
+def classifier():
+    return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, C))
+
+
+def diagonal(*args, **kwargs):
+    return ff.fisher(*args, progress=False, **kwargs).diagonal(dtype=torch.float64)
+
+
+def assert_same(a, b, rtol=1e-5):
+    for name in a | b:
+        torch.testing.assert_close(a[name], b[name], rtol=rtol, atol=rtol * float(b[name].abs().max()))
+
+
+@pytest.mark.parametrize("fisher_type", ["mc", "exact"])
+def test_settings_of_the_loss_do_not_change_the_fisher_and_it_says_so(fisher_type):
+    model, batch = classifier(), (torch.randn(N, 4), torch.randint(0, C, (N,)))
+    likelihood = ff.Categorical(class_weight=torch.rand(C), label_smoothing=0.1)
+    plain = ff.fisher(model, [batch], fisher_type=fisher_type, progress=False)
+    with pytest.warns(ff.FisherWarning, match=f"class_weight=.*, label_smoothing=0.1 change the loss.*{fisher_type!r}"):
+        F_ = ff.fisher(model, [batch], fisher_type=fisher_type, likelihood=likelihood, progress=False)
+    assert_same(F_.diagonal(), plain.diagonal(), 0.0)
+    assert (F_ + plain).num_samples == 2 * N
+
+
+def test_settings_of_the_loss_name_an_empirical_fisher():
+    one, two = (ff.Categorical(class_weight=w) for w in (torch.ones(C), torch.arange(C) + 1.0))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        names = {
+            stored_name(likelihood, "empirical") for likelihood in (ff.Categorical(), one, two, ff.CausalLM(label_smoothing=0.1))
+        }
+    assert len(names) == 4 and "causal_lm(label_smoothing=0.1)" in names
+    assert stored_name(ff.Categorical(class_weight=torch.ones(C)), "empirical") in names  # of the numbers, not of the object
+
+
+# ---- padding
+
+
+class PerToken(nn.Module):
+    """A language model without attention: what a token predicts depends on that token alone."""
+
+    def __init__(self, outputs):
+        super().__init__()
+        self.table, self.head = nn.Embedding(13, 6), nn.Linear(6, outputs)
+
+    def forward(self, input_ids, attention_mask=None):
+        return self.head(self.table(input_ids).tanh())
+
+
+LENGTHS = (5, 1, 4, 2)
+
+
+def sequences(target):
+    """Per sample: ids [1, T] and targets [1, T] or [1, T, K]."""
+    ids = [torch.randint(1, 13, (1, T)) for T in LENGTHS]
+    return [(i, target(i.shape[1])) for i in ids]
+
+
+def padded(items, fill, side):
+    """One dict batch, padded on one side or on both."""
+    longest = max(LENGTHS) + 1
+
+    def pad(tensor, value):
+        missing = longest - tensor.shape[1]
+        left = {"right": 0, "left": missing, "both": missing // 2}[side]
+        frame = tensor.new_full((1, longest, *tensor.shape[2:]), value)
+        frame[:, left : left + tensor.shape[1]] = tensor
+        return frame
+
+    ids, mask = torch.cat([pad(i, 0) for i, _ in items]), torch.cat([pad(torch.ones_like(i), 0) for i, _ in items])
+    return {"input_ids": ids, "attention_mask": mask, "labels": torch.cat([pad(y, fill) for _, y in items])}
+
+
+PADDED = {
+    "categorical": (ff.Categorical(), 4, lambda T: torch.randint(0, 4, (1, T)), -100),
+    "causal-lm": (ff.CausalLM(), 13, lambda T: torch.randint(0, 13, (1, T)), -100),
+    "bernoulli": (ff.Bernoulli(), K, lambda T: torch.randint(0, 2, (1, T, K)).float(), -100.0),
+    "gaussian": (ff.Gaussian(torch.tensor([0.5, 1.0, 2.0])), K, lambda T: torch.randn(1, T, K), float("nan")),
+    "user": (
+        ff.LogLikelihood(
+            lambda z, y: -((z - y) ** 2).sum(-1) / 2, lambda z, draws: z + draws.normal(*z.shape[1:]), name="normal"
+        ),
+        K,
+        lambda T: torch.randn(1, T, K),
+        7.0,
+    ),
+}
+
+
+@pytest.mark.parametrize("side", ["right", "left", "both"])
+@pytest.mark.parametrize("fisher_type", ["mc", "exact", "empirical"])
+@pytest.mark.parametrize("name", PADDED)
+def test_padding_changes_nothing(name, fisher_type, side):
+    """One padded batch, against one batch per sample without padding; with and without labels where they are not needed."""
+    likelihood, outputs, target, fill = PADDED[name]
+    if name == "user" and fisher_type == "exact":
+        pytest.skip("it was given no columns")
+    model, items = PerToken(outputs), sequences(target)
+    options = {"fisher_type": fisher_type, "likelihood": likelihood}
+    alone = [{"input_ids": i, "attention_mask": torch.ones_like(i), "labels": y} for i, y in items]
+    expected = ff.fisher(model, alone, progress=False, **options)
+    batch = padded(items, fill, side)
+    for labels in (True, False) if fisher_type != "empirical" else (True,):
+        given = batch if labels else {k: v for k, v in batch.items() if k != "labels"}
+        F_ = ff.fisher(model, [given], progress=False, **options)
+        assert_same(F_.diagonal(), expected.diagonal())
+        assert F_.num_positions == expected.num_positions
+
+
+@pytest.mark.parametrize(("name", "columns"), [("categorical", 3), ("causal-lm", 12), ("bernoulli", K), ("gaussian", K)])
+def test_padding_costs_no_pass(name, columns):
+    """As many passes as the longest sample has labels, wherever they are."""
+    likelihood, outputs, target, fill = PADDED[name]
+    batch = padded(sequences(target), fill, "both")
+    output = torch.randn(*batch["input_ids"].shape, outputs)
+    p = predictions(likelihood, output, batch["labels"], batch["attention_mask"])
+    labels = max(LENGTHS) - (name == "causal-lm")
+    assert likelihood.num_columns(p) == labels * columns == len(list(likelihood.columns(p)))
+
+
+def test_labels_of_one_sample_are_never_seeded_together():
+    batch = padded(sequences(PADDED["categorical"][2]), -100, "both")
+    output = torch.randn(*batch["input_ids"].shape, 4)
+    p = predictions(ff.Categorical(), output, batch["labels"])
+    for column in ff.Categorical().columns(p):
+        assert (column.any(-1).sum(1) <= 1).all() and not column[~p.counted].any()
+
+
+def test_ignored_outputs_of_a_multi_label_problem():
+    z, y = torch.randn(N, K), torch.randint(0, 2, (N, K)).float()
+    y[0], y[1, 1] = -100.0, -100.0
+    p = predictions(ff.Bernoulli(), z, y)
+    assert p.num_positions == N * K - K - 1
+    for score in (ff.Bernoulli().empirical(p), ff.Bernoulli().sampled(p, 0, 0)):
+        assert torch.equal(score != 0, y != -100.0)
+
+
+def test_bernoulli_keeps_relative_precision_where_it_is_certain():
+    z = torch.tensor([[25.0, -25.0]])
+    score = ff.Bernoulli().empirical(predictions(ff.Bernoulli(), z, torch.tensor([[1.0, 0.0]])))
+    torch.testing.assert_close(
+        score.double(), torch.tensor([[-1.0, 1.0]]).double() * (-z[0, :1]).double().sigmoid(), rtol=1e-6, atol=0.0
+    )
+
+
+# ---- sample weights
+
+
+def test_a_weight_of_two_is_the_sample_twice():
+    model, x, y = classifier(), torch.randn(N, 4), torch.randint(0, C, (N,))
+    w = torch.tensor([1.0, 2.0, 0.0, 1.0, 3.0, 1.0, 0.0])
+    times = w.long()
+    twice = diagonal(model, [(x.repeat_interleave(times, 0), y.repeat_interleave(times))], fisher_type="empirical")
+    assert_same(diagonal(model, [(x[:3], y[:3], w[:3]), (x[3:], y[3:], w[3:])], fisher_type="empirical"), twice)
+    model = Keywords(model)
+    items = [{"x": x, "labels": y, "sample_weight": w.tolist()}]
+    assert_same({f"inner.{k}": v for k, v in twice.items()}, diagonal(model, items, fisher_type="empirical"))
+
+
+class Keywords(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return self.inner(x)
+
+
+@pytest.mark.parametrize("fisher_type", ["mc", "exact"])
+def test_weights_weigh_the_mean(fisher_type):
+    """``sum_n w_n F_n / sum_n w_n`` of the Fishers of the single samples."""
+    model, x, w = classifier(), torch.randn(N, 4), torch.rand(N)
+    options = {"fisher_type": fisher_type, "seed": 3}
+    single = [diagonal(model, [(x[n : n + 1], None)], sample_offset=n, **options) for n in range(N)]
+    mean = {name: sum(w[n] * single[n][name] for n in range(N)) / w.sum() for name in single[0]}
+    assert_same(diagonal(model, [(x, None, w)], **options), mean)
+
+
+def test_batches_carry_and_cut_weights():
+    x = torch.randn(N, 4)
+    batch = Batch.of((x, None, range(N)), torch.device("cpu"))
+    assert batch.weight.dtype == torch.float32 and batch.cut(2, 4).weight.tolist() == [2.0, 3.0]
+    assert Batch.of((x, None), torch.device("cpu")).weight is None
+    assert "sample_weight" not in Batch.of({"x": x, "sample_weight": torch.ones(N)}, torch.device("cpu")).inputs
+
+
+@pytest.mark.parametrize(
+    ("weight", "message"),
+    [
+        (torch.ones(N - 1), r"sample weights must be \[N\] = \(7,\), one number per sample, got \(6,\)"),
+        (torch.ones(N, 1), r"got \(7, 1\)"),
+        (torch.full((N,), -1.0), "must be finite and not negative, got -1.0"),
+        (torch.full((N,), float("nan")), "must be finite and not negative"),
+    ],
+)
+def test_rejects_weights(weight, message):
+    with pytest.raises(ValueError, match=f"data: .*{message}"):
+        Batch.of((torch.randn(N, 4), None, weight), torch.device("cpu"))
+
+
+def test_rejects_items_that_are_no_batch():
+    with pytest.raises(TypeError, match=r"must be \(inputs, targets\), \(inputs, targets, weights\) or a dict, got tuple of 4"):
+        Batch.of((1, 2, 3, 4), torch.device("cpu"))
+
+
+# ---- the user's own
+
+
+def test_draws_depend_on_their_keys_only():
+    """Not on the batch, nor on padding; and one call's numbers are not another's."""
+    p = predictions(PADDED["user"][0], torch.randn(N, L, K), None, torch.ones(N, L))
+    whole = Draws(p, 5, 1)
+    first, second, alone = whole.uniform(L, 2), whole.uniform(L, 2), whole.uniform()
+    assert first.shape == (N, L, 2) and alone.shape == (N,)
+    assert torch.cat([first.flatten(), second.flatten(), alone]).unique().numel() == 2 * first.numel() + N
+    assert torch.equal(Draws(p.one(3), 5, 1).uniform(L, 2), first[3:4])
+    mask = F.pad(torch.ones(N, L), (2, 1))
+    longer = predictions(PADDED["user"][0], torch.randn(N, L + 3, K), None, mask)
+    assert torch.equal(Draws(longer, 5, 1).uniform(L + 3, 2)[:, 2:-1], first)
+
+
+def test_a_likelihood_of_the_user_is_the_built_in_one_of_that_form():
+    model, x, y = nn.Linear(4, K), torch.randn(N, 4), torch.randn(N, K)
+    normal = ff.LogLikelihood(lambda z, y: -((z - y) ** 2).sum(1) / (2 * 0.3**2), name="normal", columns_of=unit_columns)
+    for fisher_type in ("empirical", "exact"):
+        options = {"fisher_type": fisher_type}
+        mine, built_in = (diagonal(model, [(x, y)], likelihood=p, **options) for p in (normal, ff.Gaussian(0.3)))
+        assert_same(mine, built_in)
+
+
+def unit_columns(z):
+    for k in range(K):
+        yield F.one_hot(torch.tensor(k), K).to(z).expand_as(z) / 0.3
+
+
+@pytest.mark.parametrize(
+    ("likelihood", "call", "message"),
+    [
+        (
+            ff.LogLikelihood(lambda z, y: z.sum(), name="u"),
+            "empirical",
+            r"u: log_prob must return .*\[N\] = \(7,\).*got shape \(\)",
+        ),
+        (ff.LogLikelihood(lambda z, y: y.sum(1), name="u"), "empirical", r"got shape \(7,\) without a graph"),
+        (ff.LogLikelihood(lambda z, y: z.sum(1), name="u"), "sampled", r"u: fisher_type='mc' needs LogLikelihood\(sample=...\)"),
+        (ff.LogLikelihood(lambda z, y: z.sum(1), name="u"), "num_columns", r"columns_of=.*use fisher_type='mc'"),
+        (
+            ff.LogLikelihood(lambda z, y: z.sum(1), name="u", columns_of=lambda z: [z[0]]),
+            "num_columns",
+            r"columns_of must yield columns like the output \(7, 3\), got \(3,\)",
+        ),
+    ],
+)
+def test_rejects_what_a_user_gives(likelihood, call, message):
+    p = predictions(likelihood, torch.randn(N, K), torch.randn(N, K))
+    arguments = (0, 0) if call == "sampled" else ()
+    with pytest.raises(ValueError, match=message):
+        getattr(likelihood, call)(p, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: ff.Categorical(class_weight=-torch.ones(3)), r"class_weight must be \[C\], finite and not negative"),
+        (lambda: ff.CausalLM(label_smoothing=1.5), r"causal_lm: label_smoothing must lie in \[0, 1\], got 1.5"),
+        (lambda: ff.Gaussian(torch.tensor([1.0, 0.0])), "sigma must be positive"),
+        (
+            lambda: predictions(ff.Categorical(class_weight=torch.ones(3)), torch.randn(N, C)),
+            r"class_weight must be \[C\] = \(11,\)",
+        ),
+        (lambda: predictions(ff.Gaussian(torch.ones(2)), torch.randn(N, 4)), r"sigma must be as long as .* \[4\], got \(2,\)"),
+        (lambda: predictions(ff.Bernoulli(pos_weight=torch.ones(2)), torch.randn(N, K)), "pos_weight must be as long as"),
+    ],
+)
+def test_rejects_settings(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_the_example_of_the_documentation():
+    """docs/likelihoods.md: its code runs, and its Fisher is that of the model."""
+    text = (Path(__file__).parents[1] / "docs/likelihoods.md").read_text()
+    scope: dict = {}
+    for block in re.findall(r"```python\n(.*?)```", text, re.S):
+        exec(block, scope)
+    model, counts, x, y = scope["model"], scope["poisson"], scope["x"], scope["y"]
+    gradients = []
+    for n in range(len(x)):
+        loss = F.poisson_nll_loss(model(x[n]), y[n], reduction="sum")
+        gradients.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))]))
+    expected = torch.stack(gradients).square().mean(0)
+    empirical = ff.fisher(model, [(x, y)], fisher_type="empirical", likelihood=counts, progress=False).diagonal()
+    torch.testing.assert_close(torch.cat([d.flatten() for d in empirical.values()]), expected, rtol=1e-4, atol=1e-6)
+    exact, mc = scope["exact"].trace(), scope["F"].trace()
+    assert abs(mc - exact) <= 5 * scope["F"].stderr("trace")

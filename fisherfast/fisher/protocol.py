@@ -18,12 +18,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fisherfast._warning import FisherWarning as FisherWarning
+
 Vector = TypeVar("Vector", Tensor, dict[str, Tensor])  # flat, in F.names order, or {parameter name: tensor}
 Damping = float | Mapping[str, float]  # one number, or one per layer or parameter name
-
-
-class FisherWarning(UserWarning):
-    """A number is right but not what it may be taken for; the message says what it leaves out."""
 
 
 def layer_of(parameter: str) -> str:
