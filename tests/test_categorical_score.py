@@ -149,6 +149,40 @@ def test_mean_score_over_draws_is_zero(backend, device):
     assert (value.mean(0).abs() <= 5 * value.std(0) / R**0.5).all()
 
 
+@pytest.mark.parametrize("shape", [(7, 3), (5, 259), (2, 5003)], ids=str)
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
+@every_dtype
+def test_every_instruction_set(isa, dtype, shape):
+    if "cpu" not in OP.usable("cpu"):
+        pytest.skip(OP.unavailable("cpu", "cpu"))
+    force = torch.ops.fisherfast_cpp.cpu_isa
+    best = force(None)
+    try:
+        force(isa)
+    except (ValueError, RuntimeError):
+        pytest.skip(f"this processor has {best}, not {isa}")
+    try:
+        logits, u = (3 * torch.randn(shape)).to(dtype), torch.rand(shape[0], dtype=torch.float64)
+        value, drawn = run("cpu", logits, uniform=u)
+    finally:
+        force(best)
+    assert_gate("cpu", value, logits, drawn)
+    assert torch.equal(drawn, run("reference", logits, uniform=u)[1])
+
+
+# Halves of the last place, subnormals, zero, one: narrowing rounds as torch does. With two classes p runs over all of [0, 1].
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=SHORT.get)
+def test_rounding_to_16_bits_is_torchs(dtype):
+    if "cpu" not in OP.usable("cpu"):
+        pytest.skip(OP.unavailable("cpu", "cpu"))
+    logits = torch.zeros(4001, 2, dtype=dtype)
+    logits[:, 1] = torch.linspace(-40, 40, 4001)
+    labels = torch.zeros(4001, dtype=torch.int64)
+    value, _ = run("cpu", logits, labels=labels)
+    wide, _ = run("cpu", logits.float(), labels=labels)
+    assert torch.equal(value, wide.to(dtype))
+
+
 # ---- extremes
 
 
@@ -224,6 +258,17 @@ def test_strided_logits(backend, device, dtype, layout):
     value, drawn = run(backend, layout(logits), uniform=u)
     torch.testing.assert_close(value, expected)
     assert torch.equal(drawn, y)
+
+
+@every_target
+def test_rows_further_apart_than_int32(backend, device):
+    """Rows 2^31 elements apart; the memory between them is reserved but never touched."""
+    if emulated(backend, device):
+        pytest.skip("Triton's interpreter copies the whole storage: 4 GiB")
+    logits = torch.randn(2, 37, device=device).bfloat16()
+    far = torch.empty(2**31 + 64, dtype=torch.bfloat16, device=device).as_strided((2, 37), (2**31, 1)).copy_(logits)
+    labels = torch.tensor([3, 5], device=device)
+    assert torch.equal(run(backend, far, labels=labels)[0], run(backend, logits, labels=labels)[0])
 
 
 @every_target

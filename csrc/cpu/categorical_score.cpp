@@ -26,8 +26,9 @@ struct ScoreExp;
 // log(2) in two parts, the first short enough that its products with n are exact; kMagic moves an integer to the last bits.
 template <>
 struct ScoreExp<float> {
+  using Bits = uint32_t;
   static constexpr int kDegree = 7, kMantissa = 23;
-  static constexpr uint32_t kOne = 127u << kMantissa;
+  static constexpr Bits kOne = Bits{127} << kMantissa;
   static constexpr float kLog2e = 1.44269504f, kMagic = 12582912.0f, kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
   static constexpr float kLowest = -87.33f;
   static constexpr float kTaylor[] = {1.0f, 1.0f, 1.0f / 2, 1.0f / 6, 1.0f / 24, 1.0f / 120, 1.0f / 720, 1.0f / 5040};
@@ -35,14 +36,14 @@ struct ScoreExp<float> {
 
 template <>
 struct ScoreExp<double> {
+  using Bits = uint64_t;
   static constexpr int kDegree = 13, kMantissa = 52;
-  static constexpr uint64_t kOne = uint64_t{1023} << kMantissa;
+  static constexpr Bits kOne = Bits{1023} << kMantissa;
   static constexpr double kLog2e = 1.4426950408889634, kMagic = 6755399441055744.0;
   static constexpr double kLn2High = 6.93145751953125e-1, kLn2Low = 1.42860682030941723212e-6;
   static constexpr double kLowest = -708.39;
-  static constexpr double kTaylor[] = {1.0,         1.0,          1.0 / 2,       1.0 / 6,        1.0 / 24,
-                                       1.0 / 120,   1.0 / 720,    1.0 / 5040,    1.0 / 40320,    1.0 / 362880,
-                                       1.0 / 3628800, 1.0 / 39916800, 1.0 / 479001600, 1.0 / 6227020800.0};
+  static constexpr double kTaylor[] = {1.0,        1.0,         1.0 / 2,      1.0 / 6,       1.0 / 24,       1.0 / 120,       1.0 / 720,
+                                       1.0 / 5040, 1.0 / 40320, 1.0 / 362880, 1.0 / 3628800, 1.0 / 39916800, 1.0 / 479001600, 1.0 / 6227020800.0};
 };
 
 // Rounding to nearest, ties to even; written, as widen is, so that loops over it become vector code.
@@ -96,8 +97,9 @@ void categorical_score(Tensor out, Tensor logits, OptionalTensor labels, Optiona
   if (y) check_labels(y, kept, R, C);
   dispatch_input("categorical_score_", logits.scalar_type(), [&](auto type) {
     using S = typename decltype(type)::type;
-    const ScoreProblem<S> problem{
-        rows_of<S>(logits), static_cast<S*>(out.mutable_data_ptr()), y, data_or_null<const double>(uniform), kept, data_or_null<int64_t>(drawn)};
+    const ScoreProblem<S> problem{rows_of<S>(logits), static_cast<S*>(out.mutable_data_ptr()),
+                                  y, data_or_null<const double>(uniform),
+                                  kept, data_or_null<int64_t>(drawn)};
     const auto run = FISHERFAST_PICK(score_rows<S>);
     torch::stable::parallel_for(0, R, kGrain / C + 1, [&](int64_t begin, int64_t end) { run(problem, begin, end); });
   });

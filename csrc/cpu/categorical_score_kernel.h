@@ -1,25 +1,21 @@
 // SPDX-License-Identifier: Apache-2.0
 // Compiled once per instruction set by each_isa.h.
+#include "cpu/lanes.h"
 
 constexpr int64_t kScoreTile = 256;  // classes: long enough to add up in R, short enough to scan for the label
 
 template <class R>
-struct ScoreLanes {
-  static constexpr int count = kVectorBytes / sizeof(R);
-  using Bits = std::conditional_t<sizeof(R) == 8, uint64_t, uint32_t>;
-  typedef R Vector __attribute__((vector_size(kVectorBytes)));
-  typedef Bits BitVector __attribute__((vector_size(kVectorBytes)));
-
-  static int64_t whole(int64_t C) { return (C + count - 1) / count * count; }
-};
+constexpr int64_t whole_vectors(int64_t C) {
+  return (C + Lanes<R>::count - 1) / Lanes<R>::count * Lanes<R>::count;
+}
 
 // exp(x) for x <= 0, to about one unit in the last place: 2^n times the Taylor polynomial of the rest, |rest| <= ln(2) / 2.
 // Zero where the result would not be a normal number; NaN stays NaN.
 template <class R>
-typename ScoreLanes<R>::Vector score_exp(typename ScoreLanes<R>::Vector x) {
-  using Vector = typename ScoreLanes<R>::Vector;
-  using BitVector = typename ScoreLanes<R>::BitVector;
+typename Lanes<R>::Vector score_exp(typename Lanes<R>::Vector x) {
+  using Vector = typename Lanes<R>::Vector;
   using E = ScoreExp<R>;
+  typedef typename E::Bits BitVector __attribute__((vector_size(kVectorBytes)));
   const Vector shifted = x * E::kLog2e + E::kMagic;  // its last bits are round(x log2(e))
   const Vector n = shifted - E::kMagic;
   const Vector rest = x - n * E::kLn2High - n * E::kLn2Low;
@@ -31,26 +27,26 @@ typename ScoreLanes<R>::Vector score_exp(typename ScoreLanes<R>::Vector x) {
 }
 
 template <class R>
-double score_sum_lanes(typename ScoreLanes<R>::Vector lanes) {
+double score_sum_lanes(typename Lanes<R>::Vector lanes) {
   double sum = 0;
-  for (int i = 0; i < ScoreLanes<R>::count; ++i) sum += static_cast<double>(lanes[i]);
+  for (int i = 0; i < Lanes<R>::count; ++i) sum += static_cast<double>(lanes[i]);
   return sum;
 }
 
 template <class R>
 double score_sum(const R* tile, int64_t size) {
-  using Vector = typename ScoreLanes<R>::Vector;
+  using Vector = typename Lanes<R>::Vector;
   Vector lanes{};
-  for (int64_t c = 0; c < size; c += ScoreLanes<R>::count) lanes += *reinterpret_cast<const Vector*>(tile + c);
+  for (int64_t c = 0; c < size; c += Lanes<R>::count) lanes += *reinterpret_cast<const Vector*>(tile + c);
   return score_sum_lanes<R>(lanes);
 }
 
 // tile[c] = exp(tile[c] - top); returns the sum.
 template <class R>
 double score_exponentials(R* tile, int64_t size, R top) {
-  using Vector = typename ScoreLanes<R>::Vector;
+  using Vector = typename Lanes<R>::Vector;
   Vector lanes{};
-  for (int64_t c = 0; c < size; c += ScoreLanes<R>::count) {
+  for (int64_t c = 0; c < size; c += Lanes<R>::count) {
     auto& at = *reinterpret_cast<Vector*>(tile + c);
     at = score_exp<R>(at - top);
     lanes += at;
@@ -61,7 +57,7 @@ double score_exponentials(R* tile, int64_t size, R top) {
 // Copies a row into values, filled up with -inf to whole vectors; returns the largest.
 template <class S, class R>
 R score_load(R* __restrict values, const S* row, int64_t stride, int64_t C) {
-  using Vector = typename ScoreLanes<R>::Vector;
+  using Vector = typename Lanes<R>::Vector;
   constexpr R kNothing = -std::numeric_limits<R>::infinity();
   Vector lanes = Vector{} + kNothing;
   for (int64_t start = 0; start < C; start += kScoreTile) {
@@ -73,15 +69,15 @@ R score_load(R* __restrict values, const S* row, int64_t stride, int64_t C) {
     } else {
       for (int64_t c = 0; c < count; ++c) tile[c] = widen(from[c * stride]);
     }
-    const int64_t size = ScoreLanes<R>::whole(count);
+    const int64_t size = whole_vectors<R>(count);
     for (int64_t c = count; c < size; ++c) tile[c] = kNothing;
-    for (int64_t c = 0; c < size; c += ScoreLanes<R>::count) {
+    for (int64_t c = 0; c < size; c += Lanes<R>::count) {
       const Vector x = *reinterpret_cast<const Vector*>(tile + c);
       lanes = x > lanes ? x : lanes;
     }
   }
   R top = kNothing;
-  for (int i = 0; i < ScoreLanes<R>::count; ++i) top = lanes[i] > top ? lanes[i] : top;
+  for (int i = 0; i < Lanes<R>::count; ++i) top = lanes[i] > top ? lanes[i] : top;
   return top;
 }
 
@@ -109,7 +105,7 @@ int64_t score_draw(const R* values, const double* sums, int64_t tiles, int64_t C
 template <class S>
 void score_rows(const ScoreProblem<S>& problem, int64_t begin, int64_t end) {
   using R = compute_t<S>;
-  const int64_t C = problem.logits.width, whole = ScoreLanes<R>::whole(C), tiles = (C + kScoreTile - 1) / kScoreTile;
+  const int64_t C = problem.logits.width, whole = whole_vectors<R>(C), tiles = (C + kScoreTile - 1) / kScoreTile;
   auto* values = static_cast<R*>(scratch(whole * sizeof(R) + tiles * sizeof(double)));
   auto* sums = reinterpret_cast<double*>(values + whole);
   const auto size = [&](int64_t tile) { return std::min(kScoreTile, whole - tile * kScoreTile); };
