@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import itertools
 import sys
+import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -87,6 +88,7 @@ class CallUse:
     form: Form
     picks: tuple[int, ...]
     key: Key = ("", None, 0)
+    gathered: bool = False  # its rows were chosen by what the data holds
 
     @property
     def window(self) -> Window | None:
@@ -172,6 +174,7 @@ class Capture(TorchFunctionMode):
         for tracked in self.tracked.values():
             tracked.caught, tracked.expanding = tracked.fallback is None, tracked.expand
             tracked.differentiated = exploring or tracked.expand or not tracked.caught
+        self._gathered: dict[int, weakref.ref[Tensor]] = {}
         # Views are held while they are known by their id, which Python would give to another tensor.
         self._references = {id(t.parameter): Reference(t.parameter, t) for t in self.tracked.values()}
 
@@ -206,7 +209,10 @@ class Capture(TorchFunctionMode):
             _refuse_train_mode(func, args, kwargs)
         found = self._found(args) + self._found(kwargs.values())
         if not found or getattr(func, "__name__", "") == "__set__":
-            return func(*args, **kwargs)
+            out = func(*args, **kwargs)
+            if self._gathered or func in _GATHERS:
+                self._follow_rows(func, args, kwargs, out)
+            return out
         if getattr(func, "__name__", "") == "__get__" and not isinstance(func(*args, **kwargs), Tensor):
             return func(*args, **kwargs)
         if func in DECOMPOSITIONS and torch.is_grad_enabled():
@@ -219,7 +225,26 @@ class Capture(TorchFunctionMode):
             return self._uncovered(func, args, kwargs, found)
         stand_ins = {id(r.tensor): r.stand_in(r.tracked.differentiated) for r in found}
         out = func(*_replaced(args, stand_ins), **_replaced(kwargs, stand_ins))
-        return self._tapped(out, uses)
+        gathered = bool(self._gathered) and any(map(self._is_gathered, tree_leaves((args, kwargs))))
+        tapped = self._tapped(out, uses, gathered)
+        if gathered:
+            self._gathered[id(tapped)] = weakref.ref(tapped)
+        return tapped
+
+    def _follow_rows(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+        """Keep track of the tensors whose rows were chosen by data: their place does not tell whose they are."""
+        if func in _SCATTERS:
+            return
+        leaves = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        by_data = func in _GATHERS and any(not leaf.is_floating_point() for leaf in leaves)
+        if by_data or any(map(self._is_gathered, leaves)):
+            for tensor in tree_leaves(out):
+                if isinstance(tensor, Tensor) and tensor.is_floating_point():
+                    self._gathered[id(tensor)] = weakref.ref(tensor)
+
+    def _is_gathered(self, leaf: Any) -> bool:
+        known = self._gathered.get(id(leaf))
+        return known is not None and known() is leaf
 
     def _found(self, items: Iterable[Any]) -> list[Reference]:
         found = []
@@ -272,7 +297,7 @@ class Capture(TorchFunctionMode):
             and all(stride or size == 1 for size, stride in zip(out.shape, out.stride(), strict=True))
         )
 
-    def _tapped(self, out: Tensor, uses: list[Use]) -> Tensor:
+    def _tapped(self, out: Tensor, uses: list[Use], gathered: bool) -> Tensor:
         references = [self._references[id(use.parameter)] for use in uses]
         caught = [(use, r) for use, r in zip(uses, references, strict=True) if r.tracked.caught]
         if not caught:
@@ -290,7 +315,7 @@ class Capture(TorchFunctionMode):
                     saved.append(tensor)
                 picks.append(next(i for i, s in enumerate(saved) if s is tensor))
             form = use.form if reference.window is None else part(use.form, reference.window, reference.tracked.parameter)
-            call.uses.append(CallUse(reference.tracked, form, tuple(picks)))
+            call.uses.append(CallUse(reference.tracked, form, tuple(picks), gathered=gathered))
         self._learn_num_samples(call, out)
         return _Tap.apply(out, self.anchor, call, *saved)
 
@@ -357,6 +382,15 @@ def graph(root: Tensor) -> Iterator[Any]:
         stack.extend(parent for parent, _ in node.next_functions)
 
 
+_GATHERS = {
+    *(Tensor.__getitem__, Tensor.index_select, Tensor.gather, Tensor.masked_select, Tensor.take_along_dim),
+    *(torch.index_select, torch.gather, torch.masked_select, torch.take_along_dim, torch._pack_padded_sequence),
+}
+_SCATTERS = {
+    *(getattr(owner, name + end) for owner in (torch, Tensor) for name in ("index_add", "scatter_add", "scatter", "index_copy",
+      "index_put", "masked_scatter", "scatter_reduce") for end in ("", "_") if hasattr(owner, name + end)),
+    *(Tensor.__setitem__, torch._pad_packed_sequence),
+}  # fmt: skip
 _COPIES = {
     *(getattr(Tensor, name) for name in ("to", "type_as", "float", "double", "half", "bfloat16", "contiguous", "clone")),
     torch.clone,

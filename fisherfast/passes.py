@@ -133,6 +133,8 @@ class Passes:
                 if g is not None:
                     rows = _rows(use, g, saved)
                     numbers[use.key] = sightings[use.key].numbers(rows.g, use.form.features)
+                    if use.gathered:
+                        self.scattered.add(use.key)
 
         self._backward(root, cotangent, listen, keep=True)
         return {key: Finding.of(found, N) for key, found in numbers.items()}
@@ -189,10 +191,12 @@ class Passes:
         return calls
 
     def _unlocated(self, groups: dict[Group, list[CallUse]], N: int) -> set[Key]:
-        """Uses whose rows have no layout that is known."""
+        """Uses whose rows have no layout that is known: a layout that rows chosen by data seem to have is none."""
         if N == 1:
             return set()
-        return {use.key for uses in groups.values() for use in uses if use.key not in self.capture.layouts}
+        uses = [use for group in groups.values() for use in group]
+        self.scattered |= {use.key for use in uses if use.gathered}
+        return {use.key for use in uses if use.key in self.scattered or use.key not in self.capture.layouts}
 
     def _run_one(self, batch: _Batch, one: Pass, keep: bool) -> None:
         visited: defaultdict[Group, int] = defaultdict(int)
@@ -256,9 +260,11 @@ class Passes:
                 f"{use.tracked.name}: a row must belong to one sample, got rows that depend on several: batch statistics, a "
                 "contrastive loss, or a table without a sample axis that earlier batches did not show"
             )
-        if finding.layout is not None and use.key not in self.scattered:
-            self.capture.layouts[use.key] = finding.layout
-            return self._samples_first(use, rows, N)
+        layout = finding.layout
+        if layout is not None:
+            if use.key not in self.scattered:
+                self.capture.layouts[use.key] = layout
+            return rows.each(lambda t: layout.samples_first(t, N, use.form.features))
         self.scattered.add(use.key)
         gathered = Gathered(finding.numbers, N)
         return rows.each(lambda t: gathered.packed(t, use.form.features), gathered.offsets)
@@ -334,5 +340,5 @@ def _conflict(uses: list[CallUse]) -> str | None:
 
 def conclude(capture: Capture, findings: dict[Key, Finding]) -> set[str]:
     """Write the layouts that were found into the capture; return the parameters whose rows mix samples."""
-    capture.layouts.update((key, finding.layout) for key, finding in findings.items() if finding.layout is not None)
+    capture.layouts.update((key, found.layout) for key, found in findings.items() if found.layout is not None)
     return {key[0] for key, finding in findings.items() if finding.mixes_samples}

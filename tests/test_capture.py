@@ -223,3 +223,26 @@ def test_no_weight_gradient_gemm_runs():
     with ff.backend("cpu"), Watch():
         empirical(model, batches)
     assert products and not {(37, 41), (41, 37), (41, 43), (43, 41)} & set(products)
+
+
+def test_rows_chosen_by_data_are_told_apart_in_every_batch():
+    """In the first batch each sample has one row for the expert, in order: as if the rows lay along the samples' axis."""
+    model = nn.Sequential(nn.Identity(), networks.Wrapped(_chosen, w=networks.parameter(4, 3))).double()
+    first, second = torch.randn(3, 2, 3).double(), torch.randn(3, 2, 3).double()
+    for x, owners in ((first, [0, 1, 2]), (second, [1, 1, 0])):
+        x[:, :, 0] = -1
+        for k, owner in enumerate(owners):
+            x[owner, k % 2 if owner != owners[k - 1] else 1, 0] = 1
+    second[1, :, 0] = 1
+    batches = [(x, torch.randint(0, 4, (3, 2))) for x in (first, second)]
+    expected = oracle.diagonal(model, batches, oracle.cross_entropy)
+    result = empirical(model, batches)
+    assert result.coverage["1.w"] == "linear_sq_"
+    assert oracle.error(result.diagonal(dtype=torch.float64), expected) < EXACT
+
+
+def _chosen(m, x):
+    rows = x.flatten(0, 1)
+    mine = (rows[:, 0] > 0).nonzero().squeeze(1)
+    out = rows.new_zeros(len(rows), 4).index_add(0, mine, F.linear(rows[mine], m.w))
+    return out.view(*x.shape[:2], 4)
