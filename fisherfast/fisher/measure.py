@@ -47,8 +47,8 @@ def fisher(
 ) -> Any:
     """``F = (1/N) sum_n E_y[s_n s_n^T]``, ``s_n = grad_w log p_w(y | x_n)``, for every parameter that asks for a gradient.
 
-    ``data`` yields ``(inputs, targets)``, ``(inputs, None)`` or dict batches (Hugging Face). A tuple of inputs is
-    ``model(*x)``, a dict ``model(**x)``; the output is a tensor, has ``.logits``, or is what ``output`` picks (a name or a
+    ``data`` yields ``(inputs, targets)``, ``(inputs, None)`` or dict batches (Hugging Face); weights of samples are a third
+    entry, or the dict's ``"sample_weight"``. A tuple of inputs is ``model(*x)``, a dict ``model(**x)``; the output is a tensor, has ``.logits``, or is what ``output`` picks (a name or a
     function). ``fisher_type``: "mc" draws ``draws`` labels per sample from the model; "exact" takes the expectation, one
     backward pass per column of a square root of the output Hessian; "empirical" uses the labels of the data, which is
     *not* the Fisher. ``likelihood``: "categorical", "bernoulli", "gaussian", ``ff.CausalLM()`` or an object.
@@ -183,7 +183,7 @@ class _Measurement:
             )
         with self.run.transaction(batch.N, count, batch.weight):
             padded = predictions.num_positions < 0.8 * predictions.counted.numel()
-            self.run.passes.run(predictions.values, self._passes(predictions.detached()), count, padded=padded)
+            self.run.back_propagate(predictions.values, self._passes(predictions.detached()), count, padded)
             self._fall_back(batch, output, predictions)
         self.run.num_samples += batch.N
         self.run.num_positions += predictions.num_positions
