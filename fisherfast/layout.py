@@ -136,9 +136,8 @@ class Sightings:
             ratio = (tagged / rows.gather(-1, at).double()).squeeze(-1)
             digit = ratio.log2().div(self.tags.step).round().nan_to_num(0, 0, 0).clamp(0, self.tags.base - 1)
             factor = torch.exp2(digit * self.tags.step)
-            clean &= ((ratio - factor).abs() <= _TOLERANCE * factor) & (
-                (tagged_sum - factor * total).abs() <= _TOLERANCE * tagged_sum
-            )
+            clean &= (ratio - factor).abs() <= tolerance * factor
+            clean &= (tagged_sum - factor * total).abs() <= tolerance * tagged_sum
             looked_at |= tagged_sum > 0
             number += digit.long() * self.tags.base**k
         number = number.where(clean & (number < self.tags.few), MIXED)
