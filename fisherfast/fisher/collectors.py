@@ -241,6 +241,7 @@ class Engine:
         self._again = True
         self._lost = self._lost or not follows
 
+    @torch.no_grad()  # rows may come from outside the backward pass, with a graph behind them
     def add(self, tracked: Tracked, form: Form, rows: Rows, scale: float) -> None:
         """See ``passes.Collector``."""
         name, flag, sqnorm = tracked.name, self._flag[tracked.name], self._sqnorm(tracked.name, scale)
@@ -256,6 +257,7 @@ class Engine:
         else:
             form.accumulate(self._scratch_like(tracked.parameter), rows, scale, sqnorm=sqnorm, flag=flag)
 
+    @torch.no_grad()
     def add_gradients(self, tracked: Tracked, gradients: Tensor, first: int, scale: float) -> None:
         """See ``passes.Collector``. Outside a staged batch every call is a transaction of its own."""
         name, n = tracked.name, len(gradients)

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -15,7 +15,7 @@ from fisherfast.capture import Call, Capture, unwrapped
 from fisherfast.fisher.collectors import Counts, Engine, Structure
 from fisherfast.fisher.coverage import OPS, Coverage, Stopwatch
 from fisherfast.fisher.protocol import Provenance
-from fisherfast.passes import NonFiniteError, Passes
+from fisherfast.passes import NonFiniteError, Pass, Passes
 
 
 class Interrupted(KeyboardInterrupt):
@@ -119,6 +119,14 @@ class Run:
     def looped(self) -> list[str]:
         """Parameters that no rule covers."""
         return [name for name, t in self.capture.tracked.items() if t.fallback]
+
+    def back_propagate(self, root: Tensor, passes: Iterable[Pass], count: int, padded: bool = False) -> None:
+        """All passes of a batch. One at a time where gradients are summed: passes taken together leave only their squares."""
+        if not self.engine.totals:
+            self.passes.run(root, passes, count, padded=padded)
+            return
+        for number, one in enumerate(passes, start=1):
+            self.passes.run(root, [one], 1, keep=number < count, padded=padded)
 
     def results(self) -> tuple[Any, ...]:
         """What has been accumulated so far, for each structure."""
