@@ -220,6 +220,21 @@ def test_integer_weights_are_repeated_samples(chunks, passes):
     )
 
 
+@pytest.mark.parametrize("name", ["mlp-inplace-relu", "embedding", "tied-embedding-and-head", "weight-norm", "experts"])
+def test_weights_of_the_data_are_repeated_samples(name):
+    model, x, y = problem(name)
+    times = torch.tensor([1, 3, 0, 2, 1, 2])
+    data = [(x[:4], y[:4], times[:4]), (x[4:], y[4:], times[4:])]
+    repeated = (x.repeat_interleave(times, 0), y.repeat_interleave(times, 0))
+    fisher, _, norms, moments = measure(model, data, WITH_MOMENTS, fisher_type="empirical")
+    again, _, _, expected = measure(model, [repeated], WITH_MOMENTS, fisher_type="empirical")
+    assert oracle.error(fisher.diagonal(dtype=torch.float64), again.diagonal(dtype=torch.float64)) < EXACT
+    assert oracle.error(moments.mean(dtype=torch.float64), expected.mean(dtype=torch.float64)) < EXACT
+    assert close(norms.squared_norms, measure(model, [(x, y)], (ff.PerSampleNorm(),), fisher_type="empirical")[0].squared_norms)
+    assert fisher.num_samples == 6 and fisher.stderr("trace") > 0
+    assert fisher.trace() == pytest.approx(float((times * norms.squared_norms).sum() / times.sum()), rel=1e-12)
+
+
 def test_equal_weights_change_nothing():
     x, g = torch.randn(5, 3, 4).double(), torch.randn(5, 3, 7).double()
     one, two = (weighted_engine(WITH_MOMENTS, w, x, g) for w in (None, torch.full((5,), 2.0)))
