@@ -74,7 +74,8 @@ class _Folded:
         """Rows whose squares are those sums."""
         assert self._squares is not None
         g = self._squares.sqrt_()
-        return self.form.oriented(Rows(None if self._x is None else self._x.to(g.dtype), g))
+        x = self._x
+        return self.form.oriented(Rows(x if x is None or not x.is_floating_point() else x.to(g.dtype), g))
 
 
 @dataclass
