@@ -7,6 +7,7 @@ likelihoods or of what a collector computes.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -50,10 +51,18 @@ class Collector(Protocol):
 
 @dataclass(frozen=True)
 class Pass:
-    """One backward pass that counts: the gradient of the summed loss at the root, and the scale of its squares."""
+    """One backward pass that counts: the gradient of the summed loss at the root, and the scale of its squares.
+
+    ``loss_scale``: what the gradient was multiplied by, to be taken out before anything is squared.
+    """
 
     cotangent: Tensor
     scale: float = 1.0
+    loss_scale: float = 1.0
+
+    def unscaled(self, g: Tensor) -> Tensor:
+        """A gradient without the factor, in float32 or wider, where digits lost to a factor would stay lost."""
+        return g if self.loss_scale == 1 else g.to(torch.promote_types(g.dtype, torch.float32)) / self.loss_scale
 
 
 class _Folded:
@@ -215,7 +224,7 @@ class Passes:
                 visited[group] += 1
                 if g is not None:
                     self._count_underflow(use, g)
-                    rows = _rows(use, g, saved)
+                    rows = _rows(use, one.unscaled(g), saved)
                     if use.key not in batch.unlocated:
                         waiting[group].append((use.form, self._samples_first(use, rows, batch.N)))
                     elif use.key in sightings:
@@ -300,7 +309,7 @@ class Passes:
         for one in passes:
             for which, gradient in zip(tracked, self.gradients(root, tracked, one.cotangent), strict=True):
                 for collector in self.collectors:
-                    collector.add_gradients(which, gradient.unsqueeze(0), n, one.scale)
+                    collector.add_gradients(which, one.unscaled(gradient).unsqueeze(0), n, one.scale)
 
     def gradients(self, root: Tensor, tracked: list[Tracked], cotangent: Tensor) -> list[Tensor]:
         """Gradients of parameters that autograd differentiates in this graph, by autograd itself. Keeps the graph."""
@@ -337,6 +346,12 @@ def _conflict(uses: list[CallUse]) -> str | None:
         if not combines(forms):
             return f"one tensor used in different forms ({' and '.join(sorted({form.op for form in forms}))})"
     return None
+
+
+def check_loss_scale(caller: str, loss_scale: float) -> None:
+    """Raise ValueError unless a factor is one."""
+    if not (math.isfinite(loss_scale) and loss_scale > 0):
+        raise ValueError(f"{caller}: loss_scale must be a finite number > 0, got {loss_scale}; a power of two rounds nothing")
 
 
 def conclude(capture: Capture, findings: dict[Key, Finding]) -> set[str]:

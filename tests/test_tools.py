@@ -96,6 +96,30 @@ def test_autocast_is_as_exact_as_autograd_under_autocast(dtype):
             assert oracle.error(found, expected) <= 2 * plain
 
 
+def test_float16_underflow_is_counted_reported_and_cured_by_a_loss_scale():
+    """Gradients of 1e-7 and less: float16 keeps a digit or none of them."""
+    model = nn.Sequential(nn.Linear(3, 11), nn.Tanh(), nn.Linear(11, 4))
+    with torch.no_grad():
+        model[2].weight.mul_(1e-6)
+    batches = [networks.vectors(31)]
+    expected = ff.fisher(model, batches, fisher_type="empirical", progress=False).diagonal()
+    errors = []
+    with torch.autocast("cpu", dtype=torch.float16):
+        with pytest.warns(ff.FisherWarning, match=r"float16 gradients must not underflow.*pass loss_scale"):
+            lost = ff.fisher(model, batches, fisher_type="empirical", progress=False)
+        kept = ff.fisher(model, batches, fisher_type="empirical", progress=False, loss_scale=2.0**12)
+        x, y = batches[0]
+        with ff.collect(model, ff.Diagonal(), fisher_type="empirical", loss_scale=2.0**12) as stats:
+            stats.backward(F.cross_entropy(model(x), y, reduction="none"))
+    for result in (lost, kept, stats.result()):
+        errors.append(oracle.error({"0.weight": result.diagonal()["0.weight"]}, {"0.weight": expected["0.weight"]}))
+    assert errors[0] > 0.05 and max(errors[1:]) < 0.01
+    small, every = lost.coverage.underflow["0.weight"]
+    assert every == 31 * 11 and small > every / 2 and "underflow" in str(lost.coverage)
+    with pytest.raises(ValueError, match="loss_scale must be"):
+        ff.fisher(model, batches, loss_scale=0.0)
+
+
 def test_inplace_activations_after_every_kind_of_layer():
     model = nn.Sequential(
         nn.Conv2d(3, 4, 3), nn.ReLU(inplace=True), nn.GroupNorm(2, 4), nn.ELU(inplace=True), nn.ConvTranspose2d(4, 2, 2),

@@ -15,7 +15,7 @@ from fisherfast.fisher.protocol import Provenance
 from fisherfast.fisher.run import Run, model_name
 from fisherfast.layout import Finding
 from fisherfast.likelihood import FISHER_TYPES
-from fisherfast.passes import Pass, conclude
+from fisherfast.passes import Pass, check_loss_scale, conclude
 
 
 class collect:
@@ -39,18 +39,26 @@ class collect:
               ``fisher_type``, which is recorded and not checked.
 
     Inside the block the weights are frozen where they are used: ``.grad``, ``requires_grad``, hooks and modes of the model
-    are not touched. A forward pass without a backward pass counts for nothing; several backward passes through one
+    are not touched. ``loss_scale`` multiplies the gradients on their way through a float16 model and is taken out of their
+    squares; the loss itself is not scaled. A forward pass without a backward pass counts for nothing; several backward passes through one
     forward pass (``retain_graph=True``) are draws: they are averaged, and their samples counted once.
     """
 
     def __init__(
-        self, model: nn.Module, *structures: Structure, fisher_type: str = "empirical", allow_missing: bool = False
+        self,
+        model: nn.Module,
+        *structures: Structure,
+        fisher_type: str = "empirical",
+        loss_scale: float = 1.0,
+        allow_missing: bool = False,
     ) -> None:
         if fisher_type not in FISHER_TYPES:
             raise ValueError(f"collect: fisher_type must be one of {list(FISHER_TYPES)}, got {fisher_type!r}")
         if not structures:
             raise ValueError("collect: must be given what to collect, got nothing; for example collect(model, ff.Diagonal())")
+        check_loss_scale("collect", loss_scale)
         refuse_train_mode(model)
+        self._loss_scale = loss_scale
         self._run = Run(model, structures, Provenance(fisher_type=fisher_type, model=model_name(model)), allow_missing)
         self._explored = False  # whether the parameters' forms are known, and samples were told apart at least once
         self._postponed: list[Tracked] = []  # in the fallback for the batch at hand, to be expanded from the next on
@@ -61,6 +69,7 @@ class collect:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._run.capture.__exit__(kind, error, trace)
+        self._run.warn_of_underflow()
         if error is not None and not hasattr(error, "fisher") and isinstance(error, Exception):
             self._run._attach(error)
 
@@ -76,7 +85,7 @@ class collect:
             self._check_fallback()
             with run.transaction(N, passes=1):
                 looped = bool(run.looped)
-                calls = run.passes.run(loss, [Pass(torch.ones_like(loss))], 1, keep=looped or retain_graph)
+                calls = run.passes.run(loss, [self._pass(torch.ones_like(loss))], 1, keep=looped or retain_graph)
                 if looped:
                     with run.timed("loop"):
                         self._loop(loss)
@@ -88,6 +97,9 @@ class collect:
                 tracked.expand, tracked.fallback = True, None
             self._postponed.clear()
             capture.begin(exploring=not self._explored)
+
+    def _pass(self, samples: Tensor) -> Pass:
+        return Pass(samples * self._loss_scale, loss_scale=self._loss_scale)
 
     def _check(self, loss: Tensor) -> None:
         if loss.dim() != 1:
@@ -144,7 +156,7 @@ class collect:
         for n in range(loss.shape[0]):
             unit = torch.zeros_like(loss)
             unit[n] = 1
-            run.passes.loop(loss, tracked, n, [Pass(unit)])
+            run.passes.loop(loss, tracked, n, [self._pass(unit)])
 
     def results(self) -> tuple[Any, ...]:
         """One result per structure asked for, in that order."""

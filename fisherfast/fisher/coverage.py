@@ -19,7 +19,8 @@ class Coverage(dict[str, str]):
 
     A dictionary like any other; equality is that of its entries. ``print`` shows a table.
 
-    Shapes:   ``sizes`` {parameter name: how many numbers it holds}; ``seconds`` {way: wall time}.
+    Shapes:   ``sizes`` {parameter name: how many numbers it holds}; ``seconds`` {way: wall time}; ``underflow`` {parameter name:
+              [float16 gradients so small that they lose digits, all that were seen]}.
     Scale:    shares are fractions of one.
     Errors:   ValueError for a share of what was not recorded (a Fisher built from tensors, a file of an older version).
     Numerics: times are those of the host; on a GPU the fallback ways are synchronised, the rest is not.
@@ -31,11 +32,13 @@ class Coverage(dict[str, str]):
         how: Mapping[str, str] | None = None,
         sizes: Mapping[str, int] | None = None,
         seconds: Mapping[str, float] | None = None,
+        underflow: Mapping[str, list[int]] | None = None,
     ) -> None:
         super().__init__(how or {})
         known = how if isinstance(how, Coverage) else Coverage.__new__(Coverage)
         self.sizes: dict[str, int] = {**getattr(known, "sizes", {}), **(sizes or {})}
         self.seconds: dict[str, float] = {**getattr(known, "seconds", {}), **(seconds or {})}
+        self.underflow: dict[str, list[int]] = {**getattr(known, "underflow", {}), **(underflow or {})}
 
     @property
     def ways(self) -> dict[str, str]:
@@ -70,16 +73,20 @@ class Coverage(dict[str, str]):
         how = {name: " + ".join(dict.fromkeys(c[name] for c in (self, other) if name in c)) for name in {**self, **other}}
         ways = {**self.seconds, **other.seconds}
         seconds = {way: self.seconds.get(way, 0.0) + other.seconds.get(way, 0.0) for way in ways}
-        return Coverage(how, {**self.sizes, **other.sizes}, seconds)
+        counts = {name: [c.underflow.get(name, [0, 0]) for c in (self, other)] for name in {**self.underflow, **other.underflow}}
+        underflow = {name: [sum(column) for column in zip(*pair, strict=True)] for name, pair in counts.items()}
+        return Coverage(how, {**self.sizes, **other.sizes}, seconds, underflow)
 
     def state(self) -> dict[str, Any]:
         """Fields for a file: plain values."""
-        return {"coverage": dict(self), "coverage_sizes": self.sizes, "coverage_seconds": self.seconds}
+        fields = {"coverage": dict(self), "coverage_sizes": self.sizes, "coverage_seconds": self.seconds}
+        return {**fields, **({"coverage_underflow": self.underflow} if self.underflow else {})}
 
     @classmethod
     def from_state(cls, fields: dict[str, Any]) -> Coverage:
         """Take a file's fields out of ``fields``; files of older versions have ``"coverage"`` alone."""
-        return cls(fields.pop("coverage"), fields.pop("coverage_sizes", None), fields.pop("coverage_seconds", None))
+        more = (fields.pop(f"coverage_{name}", None) for name in ("sizes", "seconds", "underflow"))
+        return cls(fields.pop("coverage"), *more)
 
     def __str__(self) -> str:
         """A table: a line for each way, then the parameters outside the ops with the reason."""
@@ -92,6 +99,10 @@ class Coverage(dict[str, str]):
             columns = (tensors.get(way, ""), _percent(numbers.get(way)), _percent(times.get(way)))
             lines.append(f"{way:<18}{columns[0]:>9}{columns[1]:>13}{columns[2]:>9}")
         lines += [f"{name}: {how}" for name, how in self.items() if ":" in how]
+        lines += [
+            f"{name}: {_percent(small / every)} of its float16 gradients underflow"
+            for name, (small, every) in self.underflow.items()
+        ]
         return "\n".join(lines)
 
 
@@ -126,7 +137,7 @@ class Stopwatch:
 
     def _charge(self, wait: bool = False) -> None:
         if wait and self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+            torch.accelerator.synchronize(self._device)
         now = time.perf_counter()
         if self._open:
             self._seconds[self._open[-1]] = self._seconds.get(self._open[-1], 0.0) + now - self._since

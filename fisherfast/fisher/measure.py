@@ -23,7 +23,7 @@ from fisherfast.fisher.protocol import Provenance
 from fisherfast.fisher.run import Run, model_name
 from fisherfast.layout import PROBED
 from fisherfast.likelihood import FISHER_TYPES, Likelihood, Predictions, resolve, stored_name
-from fisherfast.passes import Pass, conclude
+from fisherfast.passes import Pass, check_loss_scale, conclude
 
 _STRUCTURES = {"diagonal": Diagonal}
 _CHECKPOINT_SECONDS = 60.0
@@ -41,6 +41,7 @@ def fisher(
     sample_offset: int = 0,
     max_passes: int = 1000,
     output: Output = None,
+    loss_scale: float = 1.0,
     allow_missing: bool = False,
     checkpoint: str | os.PathLike[str] | None = None,
     progress: bool = True,
@@ -54,6 +55,7 @@ def fisher(
     *not* the Fisher. ``likelihood``: "categorical", "bernoulli", "gaussian", ``ff.CausalLM()`` or an object.
     ``structure``: "diagonal" gives a ``DiagonalFisher``; a tuple of requests, ``(ff.Diagonal(), ff.PerSampleNorm(),
     ff.GradientMoments())``, gives their results in that order, from the same passes.
+    ``loss_scale`` multiplies the gradients on their way through a float16 model and is taken out of their squares.
     ``sample_offset`` is the number of the first sample: give each rank its own, so that no two share random numbers.
     ``checkpoint``: a file written every minute, on any error and at the end; if it exists, the run resumes after its
     batches and ends with the same numbers (every batch is then staged, which takes one more tensor per parameter).
@@ -77,10 +79,11 @@ def fisher(
         )
     if draws < 1 or (draws > 1 and fisher_type != "mc"):
         raise ValueError(f"fisher: draws must be >= 1, and 1 unless fisher_type='mc', got {draws} with {fisher_type!r}")
+    check_loss_scale("fisher", loss_scale)
     refuse_train_mode(model)
     measurement = _Measurement(
         model, structure if isinstance(structure, tuple) else (_STRUCTURES[structure](),), fisher_type, resolve(likelihood), draws, seed, sample_offset, max_passes, output,
-        allow_missing, transactional=checkpoint is not None,
+        loss_scale, allow_missing, transactional=checkpoint is not None,
     )  # fmt: skip
     results = measurement.over(data, progress, None if checkpoint is None else Path(checkpoint))
     return results if several else results[0]
@@ -100,12 +103,13 @@ class _Measurement:
         sample_offset,
         max_passes,
         output,
+        loss_scale,
         allow_missing,
         transactional,
     ) -> None:
         self.model, self.fisher_type, self.likelihood = model, fisher_type, likelihood
         self.draws, self.seed, self.sample_offset = draws, seed, sample_offset
-        self.max_passes, self.output = max_passes, output
+        self.max_passes, self.output, self.loss_scale = max_passes, output, loss_scale
         drawn = fisher_type == "mc"
         self.provenance = Provenance(
             fisher_type=fisher_type,
@@ -139,6 +143,7 @@ class _Measurement:
             finally:
                 if checkpoint is not None and self.run.num_samples:
                     self._write(checkpoint)
+        self.run.warn_of_underflow()
         return self.run.results()
 
     def _resume(self, checkpoint: Path | None) -> int:
@@ -213,6 +218,10 @@ class _Measurement:
 
     @torch.no_grad()
     def _passes(self, predictions: Predictions) -> Iterator[Pass]:
+        for one in self._unscaled_passes(predictions):
+            yield Pass(one.cotangent * self.loss_scale, one.scale, self.loss_scale) if self.loss_scale != 1 else one
+
+    def _unscaled_passes(self, predictions: Predictions) -> Iterator[Pass]:
         if self.fisher_type == "empirical":
             yield Pass(self.likelihood.empirical(predictions))
         elif self.fisher_type == "mc":
@@ -288,7 +297,7 @@ class _Measurement:
                     return False
                 for first, gradients in chunks:
                     for which in tracked:
-                        self.run.engine.add_gradients(which, gradients[which.name], first, one.scale)
+                        self.run.engine.add_gradients(which, one.unscaled(gradients[which.name]), first, one.scale)
         return True
 
     def _first(self, batch: Batch, cotangent: Tensor, tracked: list[Tracked]) -> dict[str, Tensor]:

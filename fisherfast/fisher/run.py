@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -11,11 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fisherfast._warning import FisherWarning
 from fisherfast.capture import Call, Capture, unwrapped
 from fisherfast.fisher.collectors import Counts, Engine, Structure
 from fisherfast.fisher.coverage import OPS, Coverage, Stopwatch
 from fisherfast.fisher.protocol import Provenance
 from fisherfast.passes import NonFiniteError, Pass, Passes
+
+
+_MANY = 0.01  # of the gradients of one parameter
 
 
 class Interrupted(KeyboardInterrupt):
@@ -106,7 +111,19 @@ class Run:
             name: self._fallback(t.fallback) if t.fallback else self.ops.get(name, "not used yet")
             for name, t in self.capture.tracked.items()
         }
-        return Coverage({**covered, **self.missing}, self._sizes, self._watch.seconds())
+        return Coverage({**covered, **self.missing}, self._sizes, self._watch.seconds(), self.passes.underflow)
+
+    def warn_of_underflow(self) -> None:
+        """At the end: say so if many float16 gradients were too small for their digits."""
+        shares = {name: small / every for name, (small, every) in self.passes.underflow.items()}
+        worst = max(shares, key=lambda name: shares[name], default="")
+        if worst and shares[worst] > _MANY:
+            warnings.warn(
+                f"{worst}: float16 gradients must not underflow, got {shares[worst]:.1%} below {torch.finfo(torch.float16).tiny:.0e}, "
+                "where digits are lost; pass loss_scale=2**10 or larger, or use bfloat16. F.coverage.underflow counts them",
+                FisherWarning,
+                stacklevel=3,
+            )
 
     def _fallback(self, reason: str) -> str:
         return f"vmap: {reason}" if self._no_vmap is None else f"loop: {reason} ({self._no_vmap})"
