@@ -22,6 +22,7 @@ ROOT = Path(__file__).parents[1]
 THREADS = 2
 DISTURBED = 0.05  # of a run's time spent waiting for a processor; 0 to 2 % on a quiet machine
 TRIES = 5
+LONG = 0.2  # seconds: what a run finds in the caches at its start no longer matters, so no untimed run goes before it
 _TARGET = "target"
 PACKAGES = ("fisherfast", "torch", "triton", "numpy", "backpack-for-pytorch", "nngeometry", "asdfghjkl", "opacus")
 
@@ -36,15 +37,21 @@ def passes(measured: float, plain: float) -> bool:
     return measured <= 2 * plain + 1e-7
 
 
+def right(measured: float, plain: float) -> bool:
+    """Whether a peer computed the quantity asked for: float32 sums in another order are not another quantity."""
+    return measured <= max(2 * plain, 1e-5)
+
+
 def _waited() -> float:
     """Seconds the threads of this process stood ready to run and were not run (Linux; elsewhere unknown, so 0)."""
     return sum(int(stat.read_text().split()[1]) for stat in Path("/proc/self/task").glob("*/schedstat")) * 1e-9
 
 
-def _timed(function: Callable[[], Any]) -> tuple[float, float]:
-    """Run twice; seconds of the second run, and how many of them it waited for a processor. Disturbed, it tries again."""
+def _timed(function: Callable[[], Any], untimed: bool) -> tuple[float, float]:
+    """Seconds of a run, after an untimed one, and how many of them it waited for a processor. Disturbed, it tries again."""
     for _ in range(TRIES):
-        function()
+        if untimed:
+            function()
         waited, start = _waited(), time.perf_counter()
         function()
         seconds, waited = time.perf_counter() - start, _waited() - waited
@@ -53,23 +60,32 @@ def _timed(function: Callable[[], Any]) -> tuple[float, float]:
     return seconds, waited
 
 
-def interleaved(benchmark: Any, target: Callable[[], Any], others: dict[str, Callable[[], Any]], seconds: float) -> None:
-    """Time the others and the target in turn, round after round, for about ``seconds``; keep quartiles of times and ratios.
+def interleaved(
+    benchmark: Any,
+    target: Callable[[], Any],
+    others: dict[str, Callable[[], Any]],
+    seconds: float,
+    least: int = 11,
+    batches: int = 1,
+) -> None:
+    """Time the others and the target in turn, round after round, for about ``seconds`` but ``least`` rounds; keep quartiles.
 
-    A ratio is taken within a round, so a machine that slows for a while slows both sides. Every timed run follows an untimed
-    run of the same function: each finds the caches as it leaves them. Where another process took a processor, the run is
-    left out; too few others, and there is no number.
+    A ratio is taken within a round, so a machine that slows for a while slows both sides. Every timed run that is not long
+    follows an untimed run of the same function: each finds the caches as it leaves them. Where another process took a
+    processor, the run is left out; too few others, and there is no number. The target's times are divided by ``batches``.
     """
     rounds: list[dict[str, tuple[float, float]]] = []
     waited = 0.0
+    untimed = {name: _timed(run, untimed=True)[0] < LONG for name, run in {**others, _TARGET: target}.items()}
 
     def discard() -> None:
         target()
 
     def setup() -> None:
         nonlocal waited
-        rounds.append({name: _timed(other) for name, other in others.items()})
-        target()
+        rounds.append({name: _timed(other, untimed[name]) for name, other in others.items()})
+        if untimed[_TARGET]:
+            target()
         waited = _waited()
 
     def teardown() -> None:
@@ -78,9 +94,11 @@ def interleaved(benchmark: Any, target: Callable[[], Any], others: dict[str, Cal
     start = time.perf_counter()
     setup()
     target()
-    count = max(11, min(51, int(seconds / (time.perf_counter() - start))))
+    count = max(least, min(51, int(seconds / (time.perf_counter() - start))))
     rounds.clear()
     benchmark.pedantic(discard, setup=setup, teardown=teardown, rounds=count)
+    for r in rounds:
+        r[_TARGET] = (r[_TARGET][0] / batches, r[_TARGET][1] / batches)
     benchmark.extra_info |= {
         "seconds": _quartiles([r[_TARGET][0] for r in _undisturbed(rounds, _TARGET)]),
         "rounds": count,

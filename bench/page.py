@@ -2,9 +2,12 @@
 """docs/performance.md from the stored results: a pure function of the JSON files, so a test can hold the page to them."""
 
 import json
+import re
 from collections.abc import Iterable
 from math import prod
 from pathlib import Path
+
+import scaling
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
@@ -17,19 +20,45 @@ HEAD = """\
 Written by `make bench` from the files in `bench/results/`; edit neither. How each number is taken is in `bench/README.md`.
 Every result was compared with a float64 oracle before it was timed: a wrong result has no number.
 """
-MODELS = """\
+QUANTITIES = {
+    "diagonal": """\
 ### Diagonal of a whole model
 
 Time for the empirical diagonal of one batch, as a ratio to one plain forward and backward of that batch (no optimiser, loss
 summed): median over alternating rounds, quartiles in brackets. Memory is the peak above the plain step's own, each in a fresh process.
+""",
+    "exact": """\
+### Exact Fisher over 10 classes
+
+Time for the diagonal of the exact Fisher, `sum_c p_c (d log p_c)^2` summed over the batch; ratio and memory as above.
+""",
+    "norms": """\
+### Squared norm of every sample's gradient
+
+Time for the squared norms of the samples' gradients over all parameters; ratio and memory as above. Ours in one pass adds the
+diagonal and the moments (mean and variance of the gradients).
+""",
+}
+SCALING = """\
+### Cost against N, T, width and classes
+
+Least of a few runs at each point, all ways in turn, each result compared with the oracle at every point. The exponent is the
+slope of log time against log extent by least squares over all points; in brackets, over the last three.
 """
-LINEAR = """\
+GEMMS = {
+    "linear_sq_": """\
 ### `linear_sq_`
 
 GFLOP/s count the products only (2NTIO). A column with x says how many times faster ours is than that route; below 1 we lose.
 The error against float64 is relative to plain torch's (einsum, materialised); the gate is 2.
 Routes that reach the same result are plain torch; the dW GEMM, which an ordinary backward pass computes, is a yardstick.
-"""
+""",
+    "conv_sq_": """\
+### `conv_sq_`
+
+As above; images are H x H, kernels K x K. The gradient of the whole batch, which an ordinary backward pass computes, is the yardstick.
+""",
+}
 MEMORY = """\
 ### Ops bound by memory
 
@@ -42,6 +71,16 @@ def newest() -> list[Path]:
     return [max(folder.glob("*.json")) for folder in sorted(RESULTS.glob("cpu-*"))]
 
 
+def slug(machine: dict) -> str:
+    """The name of a machine's folder of results."""
+    return "cpu-{}-{}-threads".format(re.sub(r"[^a-z0-9]+", "-", machine["cpu"].lower()).strip("-"), machine["threads"])
+
+
+def figure(machine: dict) -> Path:
+    """Where a machine's figure of the scaling lies."""
+    return PAGE.with_name(f"scaling-{slug(machine).removeprefix('cpu-')}.svg")
+
+
 def render(paths: Iterable[Path] | None = None) -> str:
     """The whole page, from the latest run of every CPU or from the runs given."""
     runs = [section(json.loads(path.read_text()), path.name) for path in (newest() if paths is None else paths)]
@@ -49,10 +88,20 @@ def render(paths: Iterable[Path] | None = None) -> str:
 
 
 def section(run: dict, source: str) -> str:
-    """One machine's results."""
-    models = [_model(case, run) for case in dict.fromkeys(r["case"] for r in run["models"])]
-    parts = [_machine(run, source), MODELS, *models, LINEAR, _linear(run), MEMORY, _memory(run), _losses(run)]
-    return "\n".join(parts)
+    """One machine's results; a part that a run does not have is left out."""
+    parts = [_machine(run, source)]
+    for quantity, text in QUANTITIES.items():
+        cases = dict.fromkeys(r["case"] for r in run["models"] if _quantity(r) == quantity)
+        parts += [text, *(_model(quantity, case, run) for case in cases)] if cases else []
+    if run.get("scaling"):
+        parts += [SCALING, _scaling(run)]
+    for op, text in GEMMS.items():
+        parts += [text, _gemm(_records(run, op))] if _records(run, op) else []
+    return "\n".join([*parts, MEMORY, _memory(run), _losses(run)])
+
+
+def _quantity(record: dict) -> str:
+    return record.get("quantity", "diagonal")
 
 
 def _machine(run: dict, source: str) -> str:
@@ -78,8 +127,11 @@ def _mebibytes(value: float) -> str:
     return f"{value / 2**20:.0f}"
 
 
-def _model(case: str, run: dict) -> str:
-    rows = sorted((r for r in run["models"] if r["case"] == case), key=_ratio)
+def _model(quantity: str, case: str, run: dict) -> str:
+    def mine(records: list[dict]) -> list[dict]:
+        return [r for r in records if _quantity(r) == quantity and r["case"] == case]
+
+    rows = sorted(mine(run["models"]), key=_ratio)
     plain = [1e3 * r["others"]["plain"]["seconds"][1] for r in rows]
     title = (
         f"**{rows[0]['summary']}**: beside the different ways the plain step takes {min(plain):.1f} to {max(plain):.1f} ms; "
@@ -97,7 +149,7 @@ def _model(case: str, run: dict) -> str:
         ]
         for r in rows
     ]
-    unable = [c for c in run["cannot"] if c["case"] == case]
+    unable = mine(run["cannot"])
     body += [[c["way"], versions.get(c["package"], NONE), *[NONE] * 4] for c in unable]
     table = _table(["way", "version", "ratio", "quartiles", "ms", "MiB above plain"], body, left=2)
     reasons = [f"- {c['way']} cannot: {c['reason']}." + (f" Why: {c['why']}." if c["why"] else "") for c in unable]
@@ -136,9 +188,12 @@ def _times(value: float | None) -> str:
     return f"{value:.2f}" if value < 10 else f"{value:.0f}"
 
 
-def _linear(run: dict) -> str:
-    others = ["reference", "mm per sample", "einsum, materialised", "addmm of squares", "dW GEMM alone"]
-    records = _records(run, "linear_sq_")
+def _percent(value: float | None) -> str:
+    return NONE if value is None else f"{100 * value:.0f} %"
+
+
+def _gemm(records: list[dict]) -> str:
+    others = list(dict.fromkeys(route for record in records for route in record["others"]))
     rows = []
     for record in records:
         rate = record["flops"] / record["seconds"][1] * 1e-9
@@ -153,7 +208,7 @@ def _linear(run: dict) -> str:
                 *(_times(_faster(record, route)) for route in others),
             ]
         )
-    head = ["case", "N T I O", "ms", "GFLOP/s", "of peak", "error", *(f"x {o}" for o in others)]
+    head = ["case", " ".join(records[0]["shape"]), "ms", "GFLOP/s", "of peak", "error", *(f"x {o}" for o in others)]
     mean = prod(_best_plain(r) for r in records) ** (1 / len(records))
     return f"{_table(head, rows, left=2)}\nGeometric mean over the fastest plain torch route of each case: {mean:.2f}.\n"
 
@@ -166,22 +221,46 @@ def _memory(run: dict) -> str:
             " ".join(f"{k}={v}" for k, v in record["shape"].items()),
             f"{record['seconds'][1] * 1e6:.0f}",
             f"{record['bytes'] / record['seconds'][1] * 1e-9:.1f}",
-            f"{100 * _faster(record, 'copy of as many bytes'):.0f} %",
+            _percent(_faster(record, "copy of as many bytes")),
             _times(_faster(record, "reference")),
             _times(_best_plain(record)),
         ]
-        for op in ("scale_sq_", "embedding_sq_")
+        for op in dict.fromkeys(r["op"] for r in run["ops"] if r["op"] not in GEMMS)
         for record in _records(run, op)
     ]
     return _table(["op", "case", "shape", "us", "GB/s", "of copy", "x reference", "x plain torch"], rows, left=3)
 
 
+def _scaling(run: dict) -> str:
+    records = run["scaling"]
+    sweeps = list(dict.fromkeys(r["sweep"] for r in records))
+    curves = {sweep: scaling.labelled(records, sweep) for sweep in sweeps}
+    labels = list(dict.fromkeys(label for curve in curves.values() for label in curve))
+    rows = []
+    for label in labels:
+        cells = [curves[sweep].get(label, ([], [])) for sweep in sweeps]
+        rows.append([f"**{label}**" if label.startswith("fisherfast") else label, *(_exponents(*cell) for cell in cells)])
+    titles = {r["sweep"]: r["title"] for r in records}
+    head = ["way", *(f"{sweep}: {titles[sweep]}" for sweep in sweeps)]
+    reasons = {(r["sweep"], way): reason for r in records for way, reason in r["left_out"].items()}
+    lines = [f"- {scaling.label(way)}, {sweep}: {reason}." for (sweep, way), reason in reasons.items()]
+    picture = f"![{', '.join(sweeps)}: time of every way on log axes]({figure(run['machine']).name})\n"
+    return "\n".join([picture, _table(head, rows), *(["Not at every point:\n", *lines, ""] if lines else [])])
+
+
+def _exponents(points: list[int], seconds: list[float]) -> str:
+    if len(points) < 3:
+        return NONE
+    return f"{scaling.exponent(points, seconds):.2f} ({scaling.exponent(points[-3:], seconds[-3:]):.2f})"
+
+
 def _losses(run: dict) -> str:
     lines = []
-    for case in dict.fromkeys(r["case"] for r in run["models"]):
-        rows = [r for r in run["models"] if r["case"] == case]
+    for quantity, case in dict.fromkeys((_quantity(r), r["case"]) for r in run["models"]):
+        rows = [r for r in run["models"] if (_quantity(r), r["case"]) == (quantity, case)]
         theirs = [r for r in rows if not _ours(r)]
         best = min((r for r in rows if _ours(r)), key=_ratio)
+        case = case if quantity == "diagonal" else f"{case}, {quantity}"
         lines += [
             f"- {case}, time: {r['way']} takes {_ratio(r):.2f} of a plain step, our best {_ratio(best):.2f}."
             for r in theirs
@@ -192,6 +271,15 @@ def _losses(run: dict) -> str:
             f"{_mebibytes(_above_plain(best))}."
             for r in theirs
             if _above_plain(r) < _above_plain(best)
+        ]
+    for sweep in dict.fromkeys(r["sweep"] for r in run.get("scaling", [])):
+        curves = scaling.labelled(run["scaling"], sweep)
+        ours = dict(zip(*curves[scaling.STEADY], strict=True))
+        faster = {way: [p for p, s in zip(*curve, strict=True) if s < ours[p]] for way, curve in curves.items()}
+        lines += [
+            f"- scaling, {sweep} = {', '.join(map(str, points))}: {way} takes less time than a further batch of ours."
+            for way, points in faster.items()
+            if points and not way.startswith(("fisherfast", scaling.PLAIN))
         ]
     for record in run["ops"]:
         gains = {route: _faster(record, route) for route in record["errors"] if route in record["others"]}

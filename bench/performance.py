@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``make bench``: measure, store a trimmed JSON, write docs/performance.md from the stored JSONs.
+"""``make bench``: measure, store a trimmed JSON, write docs/performance.md and its figures from the stored JSONs.
 
 ``python bench/performance.py`` does all of it; ``--page`` only the last step, on any machine.
 """
@@ -8,7 +8,6 @@ import argparse
 import datetime
 import json
 import os
-import re
 import subprocess
 import sys
 import tempfile
@@ -16,9 +15,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 import page
+import scaling
 
 BENCH = Path(__file__).parent
-FILES = ["test_ops.py", "test_models.py"]
+FILES = ["test_ops.py", "test_models.py", "test_scaling.py"]
 
 
 def measure() -> dict:
@@ -39,15 +39,14 @@ def trim(full: dict) -> dict:
         "machine": full["machine_info"]["fisherfast"],
         "ops": [r for r in results if "op" in r],
         "models": [r for r in results if "way" in r],
+        "scaling": [r for r in results if "sweep" in r],
         "cannot": full["cannot"],
     }
 
 
 def store(result: dict) -> Path:
     """Write one run to ``bench/results/cpu-<processor>-<threads>/<date>.json``."""
-    machine = result["machine"]
-    slug = re.sub(r"[^a-z0-9]+", "-", machine["cpu"].lower()).strip("-")
-    path = page.RESULTS / f"cpu-{slug}-{machine['threads']}-threads" / f"{result['date']}.json"
+    path = page.RESULTS / page.slug(result["machine"]) / f"{result['date']}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(_rounded(result), indent=1) + "\n")
     return path
@@ -63,9 +62,15 @@ def _rounded(value):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--page", action="store_true", help="only rewrite docs/performance.md from the stored results")
+    parser.add_argument(
+        "--page", action="store_true", help="only rewrite docs/performance.md and its figures from the stored results"
+    )
     if not parser.parse_args().page:
         print(f"wrote {store(trim(measure()))}")
+    for path in page.newest():
+        run = json.loads(path.read_text())
+        if run.get("scaling"):
+            scaling.draw(run["scaling"], page.figure(run["machine"]))
     page.PAGE.write_text(page.render())
     print(f"wrote {page.PAGE}")
 

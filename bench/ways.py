@@ -1,16 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ways to the empirical diagonal of a whole model: ours, plain torch's, and every peer's.
+"""What a way is, and the ways to the empirical diagonal of a whole model: ours, plain torch's, and every peer's.
 
 A way prepares a model once (wrapping, extending: not timed) and returns the function that is timed, which runs one batch and
-gives ``{parameter name: sum over samples of the squared sample gradient}``, or a function that does where reading the result
-is paid once per data set and not once per batch. Each peer is used as its documentation says, in the form that was fastest here.
+gives its result, or a function that does where reading the result is paid once per data set and not once per batch. For the
+diagonal a result is ``{parameter name: sum over samples of the squared sample gradient}``; ``exact.py`` and ``norms.py`` hold
+the ways to the other quantities. Each peer is used as its documentation says, in the form that was fastest here.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
+import measure
 import torch
 from models import loss_per_sample
 from torch import Tensor, nn
@@ -19,21 +23,32 @@ from torch.utils.data import DataLoader, Dataset
 
 import fisherfast as ff
 
-Squares = dict[str, Tensor]
-Run = Callable[[], Squares | Callable[[], Squares]]
+Result = dict[str, Tensor]
+Run = Callable[[], Result | Callable[[], Result]]
+Problem = tuple[nn.Module, Tensor, Tensor]
+Prepare = Callable[[nn.Module, Tensor, Tensor], Run]
 
+PER_POSITION = "on small feature maps it squares the gradient of each position, not that of each image"
+LOOP = "loop over samples"  # for every quantity there is one: run in float64 it is the oracle, in float32 it sets the gate
 CHUNK = 4  # samples per vmap: the whole batch at once is slower on every case here
 
 
 @dataclass(frozen=True)
 class Way:
-    """One way; ``package`` is its distribution, ``why`` explains by case a result that is another quantity."""
+    """One way to one quantity; ``package`` is its distribution, ``why`` explains by case a result that cannot be used.
+
+    ``mean``: the result is divided by the number of samples. ``batches``: how many a run takes; its time is divided by them.
+    ``also``: further quantities that the same result holds.
+    """
 
     name: str
-    prepare: Callable[[nn.Module, Tensor, Tensor], Run]
-    package: str | None
-    mean: bool
-    why: dict[str, str]
+    quantity: str
+    prepare: Prepare
+    package: str | None = None
+    mean: bool = False
+    batches: int = 1
+    also: tuple[str, ...] = ()
+    why: dict[str, str] = field(default_factory=dict)
 
     @property
     def ours(self) -> bool:
@@ -41,17 +56,69 @@ class Way:
         return self.package == "fisherfast"
 
 
-WAYS: dict[str, Way] = {}
+_WAYS: list[Way] = []
 
 
-def way(name: str, package: str | None = None, mean: bool = False, why: dict[str, str] | None = None):
-    """Register the decorated function; ``mean``: its result is divided by the number of samples."""
+def of(quantity: str) -> dict[str, Way]:
+    """The ways to a quantity, by name."""
+    return {way.name: way for way in _WAYS if way.quantity == quantity}
 
-    def register(prepare: Callable[[nn.Module, Tensor, Tensor], Run]):
-        WAYS[name] = Way(name, prepare, package, mean, why or {})
+
+def way(name: str, package: str | None = None, quantity: str = "diagonal", **options: Any) -> Callable[[Prepare], Prepare]:
+    """Register the decorated function; ``options`` are the further fields of ``Way``."""
+
+    def register(prepare: Prepare) -> Prepare:
+        _WAYS.append(Way(name, quantity, prepare, package, **options))
         return prepare
 
     return register
+
+
+def oracle(quantity: str, model: nn.Module, x: Tensor, y: Tensor) -> tuple[Result, dict[str, float]]:
+    """The result by the loop in float64, and for each of its parts the error that plain torch makes in float32.
+
+    That error is the loop's worst at any part of this result: a small parameter's own may be nearly zero by luck.
+    """
+    prepare = of(quantity)[LOOP].prepare
+    narrow = prepare(model, x, y)()
+    wide = prepare(copy.deepcopy(model).double(), x.double() if x.is_floating_point() else x, y)()
+    return wide, dict.fromkeys(wide, max(measure.error(narrow[k], wide[k]) for k in wide))
+
+
+def wrong(result: Result, way: Way, N: int, wide: Result, plain_errors: dict[str, float]) -> str | None:
+    """What is wrong with a way's result for N samples, or None."""
+    missing = [k for k in wide if k not in result]
+    if missing:
+        return f"no result for {len(missing)} of {len(wide)} parameters ({missing[0]}, ...)"
+    scale, passes = (N if way.mean else 1), (measure.passes if way.ours else measure.right)
+    errors = {k: measure.error(result[k].detach().double() * scale, wide[k]) for k in wide}
+    failed = {k: e for k, e in errors.items() if not passes(e, plain_errors[k])}
+    if failed:
+        worst = max(failed, key=failed.get)
+        parts = f"{len(failed)} of {len(wide)} parameters differ, {worst}" if len(wide) > 1 else f"the {worst} differ"
+        return f"another quantity: {parts} by {failed[worst]:.2g} of the maximum"
+    return None
+
+
+def attempt(
+    way: Way, problem: Problem, oracles: Callable[[str], tuple[Result, dict[str, float]]]
+) -> tuple[Run | None, str | None]:
+    """Prepare and run once: what is timed, or the reason why there is nothing to time. Ours raises instead."""
+    model, x, y = problem
+    try:
+        run = way.prepare(model, x, y)
+        result = run()
+        result = result() if callable(result) else result
+    except Exception as error:  # whatever a peer raises is the finding
+        if way.ours:
+            raise
+        return None, f"raises {type(error).__name__}: {str(error).splitlines()[0]}"
+    wide, plain_errors = oracles(way.quantity)
+    for quantity in way.also:
+        wide, plain_errors = (a | b for a, b in zip((wide, plain_errors), oracles(quantity), strict=True))
+    reason = wrong(result, way, len(x), wide, plain_errors)
+    assert reason is None or not way.ours, reason
+    return (run, None) if reason is None else (None, reason)
 
 
 def plain(model: nn.Module, x: Tensor, y: Tensor) -> Callable[[], None]:
@@ -92,7 +159,7 @@ def one_call(model, x, y):
     return lambda: ff.fisher(model, [(x, y)], fisher_type="empirical", progress=False).diagonal()
 
 
-@way("loop over samples")
+@way(LOOP)
 def loop(model, x, y):
     parameters = dict(model.named_parameters())
 
@@ -143,7 +210,7 @@ def backpack(model, x, y):
     return run
 
 
-class _OneBatch(Dataset):
+class OneBatch(Dataset):
     """A data set that hands over its batch whole, so that no collation is timed."""
 
     def __init__(self, x: Tensor, y: Tensor) -> None:
@@ -156,28 +223,41 @@ class _OneBatch(Dataset):
         return self.x, self.y
 
 
+def whole(x: Tensor, y: Tensor) -> DataLoader:
+    """The loader that a peer asks for, with this one batch."""
+    return DataLoader(OneBatch(x, y), batch_size=len(x), collate_fn=lambda batch: batch)
+
+
 @way("nngeometry", package="nngeometry", mean=True)
 def nngeometry(model, x, y):
     from nngeometry.metrics import FIM
     from nngeometry.object import PMatDiag
 
-    loader = DataLoader(_OneBatch(x, y), batch_size=len(x), collate_fn=lambda batch: batch)
-
     def function(x, y):
         return loss_per_sample(model(x), y)[:, None]
 
     def run():
-        fisher = FIM(model, loader, PMatDiag, variant="regression", function=function)
+        fisher = FIM(model, whole(x, y), PMatDiag, variant="regression", function=function)
         blocks = fisher.get_diag().split([p.numel() for p in model.parameters()])
         return {k: b.view_as(p) for (k, p), b in zip(model.named_parameters(), blocks, strict=True)}
 
     return run
 
 
+def asdl_diagonal(model: nn.Module) -> Result:
+    """What ASDL left at the modules, by parameter."""
+    diagonals = {name: module.fisher.diag for name, module in model.named_modules() if hasattr(module, "fisher")}
+    return {k: getattr(diagonals[k.rpartition(".")[0]], k.rpartition(".")[2]) for k, _ in model.named_parameters()}
+
+
 @way(
     "ASDL",
     package="asdfghjkl",
-    why={"decoder": "flattens positions into the batch: squares each position's gradient, not each sequence's"},
+    why={
+        "decoder": "flattens positions into the batch: squares each position's gradient, not each sequence's",
+        "all-cnn": PER_POSITION,
+        "resnet18": PER_POSITION,
+    },
 )
 def asdl(model, x, y):
     from asdl import FISHER_EMP, SHAPE_DIAG
@@ -192,8 +272,7 @@ def asdl(model, x, y):
         logits = maker.setup_model_call(model, x)
         maker.setup_loss_call(loss, logits, y)
         maker.forward_and_backward()
-        diagonals = {m: module.fisher.diag for m, module in model.named_modules() if hasattr(module, "fisher")}
-        return {k: getattr(diagonals[k.rpartition(".")[0]], k.rpartition(".")[2]) for k, _ in model.named_parameters()}
+        return asdl_diagonal(model)
 
     return run
 

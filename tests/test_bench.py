@@ -14,7 +14,9 @@ PATH = Path(__file__).parents[1] / "bench" / "page.py"
 def page():
     spec = importlib.util.spec_from_file_location("bench_page", PATH)
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(PATH.parent)  # it imports its neighbour
+        spec.loader.exec_module(module)
     return module
 
 
@@ -54,6 +56,29 @@ def model(way, package, ratio, peak):
     }
 
 
+def convolution():
+    shape = {"N": 2, "C": 3, "O": 5, "H": 7, "K": 3, "stride": 1, "groups": 1}
+    record = op() | {"op": "conv_sq_", "case": "tiny", "shape": shape}
+    record["others"] = {"reference": record["others"]["reference"], "dW of the batch": record["others"]["dW GEMM alone"]}
+    record["others"]["einsum, materialised"] = op()["others"]["einsum, materialised"]
+    return record
+
+
+def points(sweep, seconds, left_out=None):
+    """Records of one sweep: ``{way: seconds at 1, 10, 100, ...}``."""
+    count = max(map(len, seconds.values()))
+    return [
+        {
+            "sweep": sweep,
+            "title": "toy that grows",
+            "point": 10**i,
+            "seconds": {way: times[i] for way, times in seconds.items() if i < len(times)},
+            "left_out": left_out or {},
+        }
+        for i in range(count)
+    ]
+
+
 @pytest.fixture
 def run():
     return {
@@ -80,9 +105,12 @@ def test_performance_page_equals_its_results(page):
 
 
 def test_performance_page_numbers(page, run, tmp_path):
+    run["ops"].append(op() | {"case": "another"})
+    run["ops"][1]["others"]["addmm of squares"] = op()["others"]["reference"]
     (tmp_path / "run.json").write_text(json.dumps(run))
     text = page.render([tmp_path / "run.json"])
-    assert "| small | 2 3 5 7 | 1.00 | 50 | 50 % | 0.75 | 3.00 | 2.00 | 4.00 | - | 0.50 |" in text
+    assert "| small | 2 3 5 7 | 1.00 | 50 | 50 % | 0.75 | 3.00 | 2.00 | 4.00 | 0.50 | - |" in text
+    assert "| another | 2 3 5 7 | 1.00 | 50 | 50 % | 0.75 | 3.00 | 2.00 | 4.00 | 0.50 | 3.00 |" in text
     assert "| **ours** | 0.1 | 0.90 | [0.89, 0.91] | 30.0 | 27 |" in text
     assert "fastest plain torch route of each case: 2.00." in text
     assert "data in `run.json`" in text
@@ -107,3 +135,54 @@ def test_performance_page_shows_what_a_peer_cannot(page, run):
 def test_performance_page_without_losses_says_so(page, run):
     run["models"] = run["models"][:1]
     assert "Nowhere in this run." in page.section(run, "run.json")
+
+
+def test_performance_page_of_a_run_before_there_were_more_tables(page, run):
+    text = page.section(run, "run.json")
+    assert "### Diagonal of a whole model" in text
+    assert not any(part in text for part in ("### Exact", "### Squared norm", "### Cost against", "### `conv_sq_`"))
+
+
+def test_performance_page_has_a_table_per_quantity(page, run):
+    run["models"] += [model("ours, exact", "fisherfast", 3.5, 20) | {"quantity": "exact"}]
+    run["models"] += [model("theirs, exact", "peer", 3.25, 90) | {"quantity": "exact"}]
+    run["cannot"] += [{**run["cannot"][0], "quantity": "exact", "way": "another", "why": None}]
+    text = page.section(run, "run.json")
+    diagonal, exact = text.split("### Exact Fisher over 10 classes")
+    assert "| **ours, exact** | 0.1 | 3.50 | [3.49, 3.51] | 30.0 | 20 |" in exact and "ours, exact" not in diagonal
+    assert "- another cannot: raises ValueError." in exact and "- another cannot" not in diagonal
+    assert "- toy, exact, time: theirs, exact takes 3.25 of a plain step, our best 3.50." in exact
+
+
+def test_performance_page_of_a_convolution(page, run):
+    run["ops"].append(convolution())
+    text = page.section(run, "run.json")
+    assert (
+        "| case | N C O H K stride groups | ms | GFLOP/s | of peak | error | x reference | x dW of the batch | x einsum" in text
+    )
+    assert "| tiny | 2 3 5 7 3 1 1 | 1.00 | 50 | 50 % | 0.75 | 3.00 | 0.50 | 4.00 |" in text
+
+
+def test_performance_page_scaling(page, run):
+    seconds = {
+        "plain": [1.0, 10.0, 100.0],
+        "fisherfast: ff.collect, each further batch": [1.5, 15.0, 150.0],
+        "Peer, its way": [1.0, 100.0, 10000.0],
+        "Slow": [1.0, 1000.0],
+    }
+    run["scaling"] = points("samples N", seconds, {"Slow": "beyond 10 takes more than 1 s a run"})
+    text = page.section(run, "run.json")
+    assert "(scaling-abacus-2-threads.svg)" in text
+    assert "| way | samples N: toy that grows |" in text
+    assert "| plain forward and backward | 1.00 (1.00) |" in text
+    assert "| **fisherfast, a further batch** | 1.00 (1.00) |" in text
+    assert "| Peer | 2.00 (2.00) |" in text
+    assert "| Slow | - |" in text
+    assert "- Slow, samples N: beyond 10 takes more than 1 s a run." in text
+    losses = text.partition("Where we lose")[2]
+    assert "- scaling, samples N = 1: Peer takes less time than a further batch of ours." in losses
+
+
+def test_performance_page_figures_are_stored(page):
+    runs = [json.loads(path.read_text()) for path in page.newest()]
+    assert all(page.figure(run["machine"]).is_file() for run in runs if run.get("scaling"))
