@@ -6,6 +6,7 @@ compilation, so block sizes, dtypes and specialisations are those of real calls.
 of its own, since Triton's interpreter must be off and the stand-in driver stays.
 """
 
+import itertools
 import json
 import re
 import subprocess
@@ -14,10 +15,11 @@ import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
-from fisherfast.kernels import embedding_sq, linear_sq, scale_sq
+from fisherfast.kernels import categorical_score, conv_sq, embedding_sq, linear_sq, scale_sq
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
@@ -81,6 +83,48 @@ def embedding(dtype: torch.dtype, N: int, T: int, V: int, D: int) -> None:
     embedding_sq.embedding_sq_(torch.empty(V, D), ids, torch.empty(N, T, D, dtype=dtype), **outputs(V, D, N=N))
 
 
+def score(dtype: torch.dtype, R: int, C: int, *, drawn: bool) -> None:
+    logits = torch.empty(R, C, dtype=dtype)
+    if drawn:
+        more = {"uniform": torch.empty(R, dtype=FP64), "counted": torch.ones(R, dtype=torch.bool), "drawn": torch.empty(R).long()}
+    else:
+        more = {"labels": torch.zeros(R).long()}
+    categorical_score.categorical_score_(logits, logits, **more)
+
+
+def conv(
+    dtype: torch.dtype,
+    N: int,
+    C: int,
+    O: int,
+    S: tuple[int, ...],
+    K: tuple[int, ...],
+    *,
+    channels_last: bool = True,
+    images: int = 0,
+    acc: torch.dtype = FP32,
+    every: bool = False,
+    **geometry: Any,
+) -> None:
+    """Padded to keep the size at stride 1; ``images`` above 0 are shared out among N samples."""
+    stride, padding = geometry.get("stride", (1,) * len(K)), tuple(k // 2 for k in K)
+    P = tuple((s - 1) // step + 1 for s, step in zip(S, stride, strict=True))
+    x, g = (torch.empty(images or N, channels, *size, dtype=dtype) for channels, size in ((C, S), (O, P)))
+    if channels_last:
+        x, g = (t.movedim(1, -1).contiguous().movedim(-1, 1) for t in (x, g))
+    parameter = (O, C // geometry.get("groups", 1), *K)
+    more: dict[str, Any] = outputs(*parameter, N=N) if every else {}
+    if images:
+        more["offsets"] = torch.linspace(0, images, N + 1).long()
+    conv_sq.conv_sq_(torch.empty(parameter, dtype=acc), x, g, padding=padding, **geometry, **more)
+
+
+def tf32_conv(*arguments: Any) -> None:
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    conv(FP32, *arguments)
+    torch.backends.cuda.matmul.fp32_precision = "ieee"
+
+
 def calls() -> dict[str, Callable[[], None]]:
     """Calls as a decoder layer makes them, in each input dtype, and the shapes that take another path."""
     cases = {}
@@ -89,6 +133,8 @@ def calls() -> dict[str, Callable[[], None]]:
         cases[f"linear_sq {name} T=1 every output"] = partial(linear, dtype, 256, 1, 4096, 4096, every=True)
         cases[f"scale_sq {name} T=512"] = partial(scale, dtype, 8, 512, 4096)
         cases[f"embedding_sq {name}"] = partial(embedding, dtype, 8, 512, 1000, 4096)
+        for C, drawn in itertools.product((10, 128256), (False, True)):
+            cases[f"categorical_score {name} C={C} {'drawn' if drawn else 'given'}"] = partial(score, dtype, 1024, C, drawn=drawn)
     for name, dtype in {"bf16": BF16, "fp32": FP32, "fp64": FP64}.items():
         cases[f"linear_sq {name} T=512 every output"] = partial(linear, dtype, 8, 512, 4096, 4096, every=True)
     cases["linear_sq bf16 T=512 acc fp64"] = partial(linear, BF16, 8, 512, 4096, 4096, acc=FP64)
@@ -96,6 +142,27 @@ def calls() -> dict[str, Callable[[], None]]:
     cases["linear_sq bf16 ragged every output"] = partial(ragged_linear, BF16, 8, 500, 1024, 4096)
     cases["linear_sq bf16 T=1"] = partial(linear, BF16, 256, 1, 1024, 1024)
     cases["linear_sq bf16 small every output"] = partial(linear, BF16, 3, 5, 7, 11, every=True)
+    k3 = (3, 3)
+    layer, depthwise, stem = ((64, 256, 256, (32, 32), k3), (64, 64, 128, (32, 32), k3), (64, 3, 64, (224, 224), (7, 7)))
+    for name, dtype in {"bf16": BF16, "fp16": FP16, "fp32": FP32, "fp64": FP64}.items():
+        cases[f"conv_sq {name} 3x3"] = partial(conv, dtype, *layer)
+    for name, dtype in {"bf16": BF16, "fp32": FP32, "fp64": FP64}.items():
+        cases[f"conv_sq {name} 3x3 every output"] = partial(conv, dtype, *layer, every=True)
+        cases[f"conv_sq {name} 3x3 channels first"] = partial(conv, dtype, *layer, channels_last=False)
+        cases[f"conv_sq {name} stem"] = partial(conv, dtype, *stem, channels_last=False, stride=(2, 2), every=True)
+        cases[f"conv_sq {name} depthwise every output"] = partial(conv, dtype, *depthwise, groups=64, every=True)
+    cases["conv_sq bf16 3x3 stride 2"] = partial(conv, BF16, 64, 128, 128, (56, 56), k3, stride=(2, 2))
+    cases["conv_sq bf16 1x1"] = partial(conv, BF16, 64, 64, 256, (56, 56), (1, 1))
+    cases["conv_sq bf16 3x3 7x7 map"] = partial(conv, BF16, 64, 512, 512, (7, 7), k3)
+    cases["conv_sq bf16 3x3 acc fp64"] = partial(conv, BF16, *layer, acc=FP64)
+    cases["conv_sq fp32 3x3 tf32 allowed"] = partial(tf32_conv, *layer)
+    cases["conv_sq bf16 depthwise"] = partial(conv, BF16, 64, 256, 256, (32, 32), k3, groups=256)
+    cases["conv_sq bf16 depthwise ragged"] = partial(conv, BF16, 8, 64, 64, (32, 32), k3, groups=64, images=20)
+    cases["conv_sq bf16 ragged every output"] = partial(conv, BF16, 8, 128, 128, (32, 32), k3, images=20, every=True)
+    cases["conv_sq bf16 groups every output"] = partial(conv, BF16, 64, 1024, 1024, (14, 14), k3, groups=32, every=True)
+    cases["conv_sq fp32 1d every output"] = partial(conv, FP32, 16, 80, 384, (3000,), (3,), every=True)
+    cases["conv_sq bf16 3d every output"] = partial(conv, BF16, 8, 64, 64, (16, 28, 28), (3, 3, 3), every=True)
+    cases["conv_sq bf16 small every output"] = partial(conv, BF16, 3, 5, 7, (5, 5), k3, every=True)
     cases["scale_sq fp32 T=1"] = partial(scale, FP32, 4096, 1, 1024)
     return cases
 

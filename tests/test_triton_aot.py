@@ -14,7 +14,7 @@ import pytest
 import torch
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
-from fisherfast.kernels import _common, embedding_sq, linear_sq, scale_sq  # noqa: E402
+from fisherfast.kernels import _common, categorical_score, conv_sq, embedding_sq, linear_sq, scale_sq  # noqa: E402
 
 HERE = Path(__file__).parent
 TARGETS = (80, 90, 100)
@@ -56,8 +56,10 @@ def test_nothing_spills(compiled):
 @pytest.mark.slow
 def test_matrix_units_are_used(compiled):
     target, rows = compiled
-    gemms = [r for r in rows if r["kernel"] in ("_linear_sq_kernel", "_linear_sq_flat_kernel") and "small" not in r["call"]]
-    assert len(gemms) >= 12
+    # "small" and "groups" fill no more than Ampere's instructions.
+    kernels = ("_linear_sq_kernel", "_linear_sq_flat_kernel", "_conv_sq_kernel")
+    gemms = [r for r in rows if r["kernel"] in kernels and r["call"].split()[2] not in ("small", "groups")]
+    assert len(gemms) >= 12 + 20
     wrong = [(r["call"], r["matrix"]) for r in gemms if r["matrix"] != MATRIX[target][r["call"].split()[1]]]
     assert wrong == []
 
@@ -65,7 +67,12 @@ def test_matrix_units_are_used(compiled):
 @pytest.mark.slow
 def test_every_kernel_is_compiled(compiled):
     """A kernel that no representative call reaches is a kernel nobody looked at."""
-    defined = {name for file in (_common, linear_sq, scale_sq, embedding_sq) for name in vars(file) if name.endswith("_kernel")}
+    defined = {
+        name
+        for file in (_common, categorical_score, conv_sq, linear_sq, scale_sq, embedding_sq)
+        for name in vars(file)
+        if name.endswith("_kernel")
+    }
     assert defined == {row["kernel"] for row in compiled[1]}
 
 
@@ -105,6 +112,59 @@ def test_scale_config(N, T, D, dtype):
     assert blocks["BLOCK_N"] * blocks["BLOCK_T"] * blocks["BLOCK_D"] <= 4096
     assert triton.cdiv(N, shares * blocks["BLOCK_N"]) <= 32
     assert 1 <= shares <= triton.cdiv(N, blocks["BLOCK_N"])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize(("R", "C"), [(1, 1), (65536, 10), (3, 1000), (1024, 128256)])
+def test_score_config(R, C, dtype):
+    """Tiles no larger than needed, of at most 4096 logits; some hundred of them a warp."""
+    blocks = categorical_score.config(R, C, dtype)
+    assert all(size & (size - 1) == 0 for size in blocks.values())
+    assert blocks["BLOCK_R"] < 2 * R and blocks["BLOCK_C"] < 2 * max(C, 16)
+    assert blocks["BLOCK_R"] * blocks["BLOCK_C"] <= 4096 and blocks["num_warps"] <= 8
+
+
+@pytest.mark.parametrize("arch", TARGETS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("tiles", [2, 3, 4])
+@pytest.mark.parametrize("N", [1, 64, 10**5])
+@pytest.mark.parametrize(
+    ("groups", "O", "C", "K", "T"),
+    [
+        (1, 1, 1, 1, 1),
+        (1, 64, 3, 49, 12544),
+        (1, 64, 64, 9, 3136),
+        (1, 512, 512, 9, 49),
+        (32, 4, 4, 9, 3136),
+        (1, 96, 48, 1, 784),
+    ],
+)
+def test_conv_config(groups, O, C, K, T, N, tiles, dtype, arch):
+    """As ``test_linear_config``; the shares fill the chip when the tiles do not, and workspaces stay below 64 MiB."""
+    blocks, shares = conv_sq.config(groups, O, C, K, N, T, dtype, tiles, arch)
+    sizes = {name: blocks[f"BLOCK_{name}"] for name in "OIT"}
+    assert all(size >= 16 and size & (size - 1) == 0 for size in sizes.values())
+    assert all(sizes[name] < 2 * max(extent, 16) for name, extent in (("O", O), ("I", K * C), ("T", T)))
+    programs = groups * triton.cdiv(O, sizes["O"]) * triton.cdiv(K * C, sizes["I"])
+    assert programs * N >= conv_sq.PROGRAMS or max(sizes["O"], sizes["I"]) <= 32
+    assert 1 <= shares <= N and (shares == 1 or shares * programs <= 4 * conv_sq.PROGRAMS)
+    assert shares == 1 or shares * groups * O * C * K * max(dtype.itemsize, 4) <= 2**26
+    offsets = {column // C for column in range(min(sizes["I"], K * C))}
+    assert not blocks["ONE_OFFSET"] or len(offsets) == 1
+
+
+@pytest.mark.parametrize(("C", "tile"), [(256, 128), (64, 64), (3, 128)])
+def test_conv_tiles_keep_to_one_kernel_offset_where_channels_allow(C, tile):
+    blocks, _ = conv_sq.config(1, 256, C, 9, 64, 1024, torch.bfloat16, 2, 90)
+    assert blocks["ONE_OFFSET"] == (C % 64 == 0)
+    assert blocks["BLOCK_I"] == (tile if C > 3 else 32)
+
+
+@pytest.mark.parametrize(("pairs", "K", "N", "T"), [(1, 1, 1, 1), (256, 9, 64, 1024), (7, 49, 3, 5), (4096, 9, 10**5, 49)])
+def test_conv_direct_config(pairs, K, N, T):
+    blocks, shares = conv_sq.direct_config(pairs, K, N, T)
+    assert blocks["BLOCK_E"] < 2 * pairs and blocks["BLOCK_E"] * blocks["BLOCK_T"] <= 1024
+    assert 1 <= shares <= N
 
 
 @pytest.mark.parametrize("D", [1, 7, 128, 4096])

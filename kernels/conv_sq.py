@@ -1,0 +1,461 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Triton kernels of ``conv_sq_``: ``acc[o,c,k] += scale * sum_n w_n (sum_p g[n,o,p] x[n,c,p stride + k dilation - padding])^2``.
+
+An implicit GEMM: a program owns a tile of one group's ``[O / G, |K| C / G]`` matrix, walks the samples, runs the GEMM over
+the positions p on the matrix units with x read in place, zero outside, and squares the tile in registers after each sample.
+A column is (k, c) with c fastest: neighbours in memory where channels are last, and a tile that lies within one kernel offset
+k looks outside of x for whole rows at a time. A convolution's weight is small and its samples are many, so the samples are
+split into shares, whose sums ``_fold_columns_kernel`` adds in acc's order (c, k). Groups of a few channels, depthwise above
+all, would leave a matrix tile empty: those multiply element by element. The contract is in ``fisherfast.ops.conv_sq``.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._common import architecture, check_offsets, device_problem, fold_, long, power_of_two, raise_flag_, sample_rows, wide
+from .linear_sq import PROGRAMS, _add, _dot, fold_size, linear_sq_, precision, tiles_held
+
+
+def why_not(acc: Tensor, x: Tensor, g: Tensor, scale: float = 1.0, *, stride=(), padding=(), dilation=(), **_: Any) -> str | None:
+    """Why this call cannot run under Triton, or None."""
+    steps = max((1, *stride)) * max(g.shape[2:]) + max((1, *dilation)) * max(acc.shape[2:]) + max((0, *map(abs, padding)))
+    largest = max(math.prod(g.shape[2:]), *x.shape[2:], steps)
+    if largest >= 2**30:
+        return f"positions are counted in 32 bits: those of an image must be fewer than 2^30, got {largest}"
+    return device_problem(acc.device)
+
+
+def block(extent: int, largest: int) -> int:
+    """Side of a tile: the largest power of two, unless half of it leaves at least a fifth fewer cells empty; pure."""
+    size = power_of_two(extent, 16, largest)
+    while size > 32 and 4 * triton.cdiv(extent, size) > 5 * triton.cdiv(extent, size // 2) / 2:
+        size //= 2
+    return size
+
+
+def config(
+    groups: int, O: int, C: int, K: int, N: int, T: int, dtype: torch.dtype, tiles: int, arch: int
+) -> tuple[dict[str, int], int]:
+    """Tile sizes for each group's ``[O, K C]`` and a GEMM over T positions, and in how many shares to split N; pure.
+
+    ``tiles`` is how many tiles are held in registers.
+    """
+    # With a step or two a sample only another program hides the latency of loads: tiles that leave room for one.
+    largest = 128 if dtype.itemsize == 2 and T > 128 else 64
+    BLOCK_O, BLOCK_I = block(O, largest), block(K * C, largest)
+    divisor = C & -C
+    if K > 1 and divisor >= 64:
+        BLOCK_I = min(BLOCK_I, divisor)
+    # Registers: without warpgroup instructions the operands pass through them too; 64-bit numbers take two.
+    warpgroups = arch // 10 in (9, 10)
+    if tiles > 2 or not warpgroups:
+        BLOCK_I = min(BLOCK_I, largest // 2)
+    if tiles > 2 and not (warpgroups and dtype.itemsize < 8):
+        BLOCK_O = min(BLOCK_O, 64 if dtype.itemsize < 8 else 32)
+
+    def programs() -> int:
+        return groups * triton.cdiv(O, BLOCK_O) * triton.cdiv(K * C, BLOCK_I)
+
+    while max(BLOCK_O, BLOCK_I) > 32 and programs() * N < PROGRAMS:
+        if BLOCK_O >= BLOCK_I:
+            BLOCK_O //= 2
+        else:
+            BLOCK_I //= 2
+    one_offset = K == 1 or C % BLOCK_I == 0
+    cells, crowded = BLOCK_O * BLOCK_I, tiles > 2 or not one_offset or not warpgroups
+    blocks = {
+        "BLOCK_O": BLOCK_O,
+        "BLOCK_I": BLOCK_I,
+        "BLOCK_T": power_of_two(T, 16, max(16, 128 // dtype.itemsize // (1 if one_offset or warpgroups else 2))),
+        "ONE_OFFSET": one_offset,
+        # Columns of several kernel offsets look outside of x one by one: more for a thread to hold.
+        "num_warps": 8 if cells * dtype.itemsize >= 2**14 or (cells >= 2**11 and crowded) else 4,
+        "num_stages": 3,
+    }
+    return blocks, max(1, min(N, 4 * PROGRAMS // programs()))
+
+
+def direct_config(pairs: int, K: int, N: int, T: int) -> tuple[dict[str, int], int]:
+    """Tile sizes for ``pairs`` of channels (o, c) and T positions, and in how many shares to split N; a pure function."""
+    BLOCK_E = power_of_two(pairs, 1, 32)
+    BLOCK_T = power_of_two(T, 16, 1024 // BLOCK_E)
+    programs = triton.cdiv(pairs, BLOCK_E) * K
+    return {"BLOCK_E": BLOCK_E, "BLOCK_T": BLOCK_T, "num_warps": 4}, max(1, min(N, 8 * PROGRAMS // programs))
+
+
+class Geometry(NamedTuple):
+    """A convolution over three axes; those that are not there come first, with extent 1."""
+
+    positions: tuple[int, int, int]
+    extents: tuple[int, int, int]
+    kernel: tuple[int, int, int]
+    stride: tuple[int, int, int]
+    padding: tuple[int, int, int]
+    dilation: tuple[int, int, int]
+
+
+@triton.jit
+def _digits(i, extents):
+    """The coordinates of flat index ``i``."""
+    rest = i // extents[2]
+    return rest // extents[1], rest % extents[1], i % extents[2]
+
+
+@triton.jit
+def _advance(p0, p1, p2, BLOCK_T: tl.constexpr, P, AXES: tl.constexpr):
+    """The coordinates ``BLOCK_T`` positions on: digits added with carry, since a division costs more than the load."""
+    d0, d1, d2 = _digits(BLOCK_T, P)
+    if AXES == 1:
+        return p0, p1, p2 + BLOCK_T
+    else:
+        p2 += d2
+        p1 += tl.where(p2 >= P[2], d1 + 1, d1)
+        p2 = tl.where(p2 >= P[2], p2 - P[2], p2)
+        if AXES == 3:
+            p0 += tl.where(p1 >= P[1], d0 + 1, d0)
+            p1 = tl.where(p1 >= P[1], p1 - P[1], p1)
+        return p0, p1, p2
+
+
+@triton.jit
+def _kernel_offset(k, geometry):
+    """Where kernel offset(s) ``k`` look from position 0: ``k dilation - padding`` per axis."""
+    _, _, K, _, padding, dilation = geometry
+    k0, k1, k2 = _digits(k, K)
+    return k0 * dilation[0] - padding[0], k1 * dilation[1] - padding[1], k2 * dilation[2] - padding[2]
+
+
+@triton.jit
+def _look(p0, p1, p2, at0, at1, at2, geometry, x_strides, AXES: tl.constexpr):
+    """Offset of position(s) p from that of position 0, and whether p looks inside x; only the second depends on ``at``."""
+    _, S, _, stride, _, _ = geometry
+    s2 = p2 * stride[2]
+    offset = long(s2) * x_strides[4]
+    inside = (s2 + at2 >= 0) & (s2 + at2 < S[2])
+    if AXES > 1:
+        s1 = p1 * stride[1]
+        offset += long(s1) * x_strides[3]
+        inside = inside & (s1 + at1 >= 0) & (s1 + at1 < S[1])
+    if AXES > 2:
+        s0 = p0 * stride[0]
+        offset += long(s0) * x_strides[2]
+        inside = inside & (s0 + at0 >= 0) & (s0 + at0 < S[0])
+    return offset, inside
+
+
+@triton.jit
+def _images(offsets, n):
+    """First image of sample ``n`` and how many it has."""
+    if offsets is None:
+        return long(n), 1
+    else:
+        return sample_rows(offsets, long(n), 1)
+
+
+@triton.jit
+def _image_gradient(
+    x, g, at0, at1, at2, p0, p1, p2, inside_o, inside_i, c, T, geometry, x_strides, g_stride_t,
+    BLOCK_T: tl.constexpr, AXES: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """``c`` plus one image's gradient.
+
+    ``x`` [1, BLOCK_I] and ``g`` [BLOCK_O, 1] point at what position 0 reads; ``p`` [BLOCK_T, 1] are the first positions.
+    """
+    for start in range(0, T, BLOCK_T):
+        t = start + tl.arange(0, BLOCK_T)
+        gs = tl.load(g + long(t)[None, :] * g_stride_t, mask=inside_o & (t < T)[None, :], other=0.0)  # [BLOCK_O, BLOCK_T]
+        offset, inside = _look(p0, p1, p2, at0, at1, at2, geometry, x_strides, AXES)
+        xs = tl.load(x + offset, mask=inside & inside_i & (t < T)[:, None], other=0.0)  # [BLOCK_T, BLOCK_I]
+        c = _dot(gs, xs, c, PRECISION)
+        p0, p1, p2 = _advance(p0, p1, p2, BLOCK_T, geometry[0], AXES)
+    return c
+
+
+@triton.jit(do_not_specialize=["begin", "share"])
+def _conv_sq_kernel(
+    squares_out,
+    sums_out,
+    norms,
+    x,
+    g,
+    weight,
+    offsets,
+    flag,
+    shape,
+    geometry,
+    x_strides,
+    g_strides,
+    begin,
+    share,
+    BLOCK_O: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    AXES: tl.constexpr,
+    ONE_OFFSET: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """``squares_out[s] += sum_n w_n c_n^2``, ``sums_out[s] += sum_n w_n c_n``, ``norms[tile, n] = sum c_n^2``.
+
+    ``c_n`` [G O, K C] is sample n's gradient; O, C and I = K C are those of one group. Share s sums ``share`` samples from
+    ``begin + s share`` on; a long sum takes several launches, see ``fold_size``.
+
+    Tile:  [BLOCK_O, BLOCK_I] of one group's [O, I] and one share of the samples a program; c_n, the sum of squares and (if
+           asked) the sum stay in registers. With ONE_OFFSET all its columns have the same kernel offset.
+    FLOPs: 2 N T G O I. Bytes: x read K O / BLOCK_O times and g I / BLOCK_I times, mostly from L2; workspaces of 4 S G O I
+           read and written once a launch.
+    """
+    if flag is not None:
+        if tl.load(flag) != 0:
+            return
+    N, T, G, O, C, I = shape
+    tiles_o, tiles_i = tl.cdiv(O, BLOCK_O), tl.cdiv(I, BLOCK_I)
+    tile = tl.program_id(0)
+    group = long(tile // (tiles_o * tiles_i))
+    o = long(tile % tiles_o) * BLOCK_O + tl.arange(0, BLOCK_O)
+    column = long(tile // tiles_o % tiles_i) * BLOCK_I
+    i = column + tl.arange(0, BLOCK_I)
+    inside_o, inside_i = (o < O)[:, None], (i < I)[None, :]
+    if ONE_OFFSET:
+        k = column // C
+        channel = (i - k * C)[None, :]
+    else:
+        k = (i // C)[None, :]
+        channel = (i % C)[None, :]
+    at0, at1, at2 = _kernel_offset(k.to(tl.int32), geometry)
+    x += (group * C + channel) * x_strides[1] + long(at0) * x_strides[2] + long(at1) * x_strides[3] + long(at2) * x_strides[4]
+    g += (group * O + o[:, None]) * g_strides[1]
+    p0, p1, p2 = _digits(tl.arange(0, BLOCK_T)[:, None], geometry[0])
+    zero = tl.zeros([BLOCK_O, BLOCK_I], tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32)
+    squares = zero
+    sums = zero
+    begin += tl.program_id(1) * share
+    for n in range(begin, tl.minimum(begin + share, N)):
+        first, images = _images(offsets, n)
+        c = zero
+        if offsets is None:
+            c = _image_gradient(
+                x + first * x_strides[0], g + first * g_strides[0], at0, at1, at2, p0, p1, p2, inside_o, inside_i, c,
+                T, geometry, x_strides, g_strides[2], BLOCK_T, AXES, PRECISION,
+            )  # fmt: skip
+        else:
+            for m in range(first, first + images):
+                c = _image_gradient(
+                    x + m * x_strides[0], g + m * g_strides[0], at0, at1, at2, p0, p1, p2, inside_o, inside_i, c,
+                    T, geometry, x_strides, g_strides[2], BLOCK_T, AXES, PRECISION,
+                )  # fmt: skip
+        if norms is not None:
+            tl.store(norms + long(tile) * N + n, tl.sum(c * c))
+        w = 1.0
+        if weight is not None:
+            w = tl.load(weight + n)
+        squares += c * c * w
+        if sums_out is not None:
+            sums += c * w
+    index = ((long(tl.program_id(1)) * G + group) * O + o[:, None]) * I + i[None, :]
+    _add(squares_out, squares, index, inside_o & inside_i)
+    if sums_out is not None:
+        _add(sums_out, sums, index, inside_o & inside_i)
+
+
+@triton.jit(do_not_specialize=["begin", "share"])
+def _conv_sq_direct_kernel(
+    squares_out,
+    sums_out,
+    norms,
+    x,
+    g,
+    weight,
+    offsets,
+    flag,
+    shape,
+    geometry,
+    x_strides,
+    g_strides,
+    begin,
+    share,
+    BLOCK_E: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    AXES: tl.constexpr,
+):
+    """As ``_conv_sq_kernel``, for groups of a few channels: products of pairs (o, c), summed over the positions.
+
+    Tile:  BLOCK_E pairs at one kernel offset and one share of the samples a program; [BLOCK_E, BLOCK_T] products.
+    FLOPs: 2 N T G O K C. Bytes: x and g read K times, g C times and x O times more, mostly from L1 and L2.
+    """
+    if flag is not None:
+        if tl.load(flag) != 0:
+            return
+    N, T, G, O, C, I = shape
+    K = I // C
+    k = tl.program_id(0) % K
+    pair = long(tl.program_id(0) // K) * BLOCK_E + tl.arange(0, BLOCK_E)
+    inside_e = pair < long(G) * O * C
+    o, c = pair // C, pair % C
+    at0, at1, at2 = _kernel_offset(k, geometry)
+    x += long(at0) * x_strides[2] + long(at1) * x_strides[3] + long(at2) * x_strides[4]
+    x += ((o // O * C + c) * x_strides[1])[:, None]
+    g += (o * g_strides[1])[:, None]
+    first_p0, first_p1, first_p2 = _digits(tl.arange(0, BLOCK_T)[None, :], geometry[0])
+    squares = tl.zeros([BLOCK_E], tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32)
+    sums = squares
+    begin += tl.program_id(1) * share
+    for n in range(begin, tl.minimum(begin + share, N)):
+        first, images = _images(offsets, n)
+        products = tl.zeros([BLOCK_E, BLOCK_T], squares.dtype)
+        for m in range(first, first + images):
+            p0, p1, p2 = first_p0, first_p1, first_p2
+            for start in range(0, T, BLOCK_T):
+                t = start + tl.arange(0, BLOCK_T)[None, :]
+                offset, inside = _look(p0, p1, p2, at0, at1, at2, geometry, x_strides, AXES)
+                inside = inside & inside_e[:, None] & (t < T)
+                gs = wide(tl.load(g + m * g_strides[0] + long(t) * g_strides[2], mask=inside, other=0.0))
+                products += gs * wide(tl.load(x + m * x_strides[0] + offset, mask=inside, other=0.0))
+                p0, p1, p2 = _advance(p0, p1, p2, BLOCK_T, geometry[0], AXES)
+        gradient = tl.sum(products, 1)
+        if norms is not None:
+            tl.store(norms + long(tl.program_id(0)) * N + n, tl.sum(gradient * gradient))
+        w = 1.0
+        if weight is not None:
+            w = tl.load(weight + n)
+        squares += gradient * gradient * w
+        if sums_out is not None:
+            sums += gradient * w
+    index = (long(tl.program_id(1)) * G * O + o) * I + k * C + c
+    _add(squares_out, squares, index, inside_e)
+    if sums_out is not None:
+        _add(sums_out, sums, index, inside_e)
+
+
+@triton.jit
+def _fold_columns_kernel(out, partial, flag, shape, scale: tl.float64, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr):
+    """``out[o, c, k] += scale * sum_r partial[r, o, k, c]`` unless the flag is set. One program: [BLOCK_C, BLOCK_K] of one o."""
+    if flag is not None:
+        if tl.load(flag) != 0:
+            return
+    R, O, C, K = shape
+    tiles_c, tiles_k = tl.cdiv(C, BLOCK_C), tl.cdiv(K, BLOCK_K)
+    tile = tl.program_id(0) % (tiles_c * tiles_k)
+    o = long(tl.program_id(0) // (tiles_c * tiles_k))
+    c = (tile % tiles_c * BLOCK_C + tl.arange(0, BLOCK_C))[:, None]
+    k = (tile // tiles_c * BLOCK_K + tl.arange(0, BLOCK_K))[None, :]
+    inside = (c < C) & (k < K)
+    partial += (o * K + k) * C + c
+    values = tl.zeros([BLOCK_C, BLOCK_K], tl.float64)
+    for r in range(R):
+        values += tl.load(partial + r * (long(O) * K * C), mask=inside, other=0.0)
+    index = (o * C + c) * K + k
+    before = tl.load(out + index, mask=inside, other=0.0)
+    tl.store(out + index, (before + values * scale).to(before.dtype), mask=inside)
+
+
+def _fold_columns_(out: Tensor, partial: Tensor, scale: float, flag: Tensor | None) -> None:
+    """``out[o, c, *k] += scale * sum_r partial[r, o, k, c]`` in a fixed order; nothing while the flag is set."""
+    R, O, K, C = partial.shape
+    BLOCK_C, BLOCK_K = power_of_two(C, 1, 64), power_of_two(K, 1, 16)
+    grid = (O * triton.cdiv(C, BLOCK_C) * triton.cdiv(K, BLOCK_K),)
+    _fold_columns_kernel[grid](out, partial, flag, (R, O, C, K), scale, BLOCK_C, BLOCK_K)
+
+
+def _as_rows(tensor: Tensor) -> Tensor:
+    """The same values with at most three axes, without a copy where channels are first or last in dense memory."""
+    last = tensor.movedim(1, -1)
+    return last if last.is_contiguous() else tensor.flatten(2)
+
+
+def _channels_last(tensor: Tensor, channels: int) -> Tensor:
+    """16-bit values in a layout that is copied asynchronously, which takes aligned neighbours: 4 bytes at least."""
+    if tensor.element_size() > 2 or channels % 16 or tensor.stride(1) == 1:
+        return tensor
+    return tensor.movedim(1, -1).contiguous().movedim(-1, 1)
+
+
+def conv_sq_(
+    acc: Tensor,
+    x: Tensor,
+    g: Tensor,
+    scale: float = 1.0,
+    *,
+    weight: Tensor | None = None,
+    offsets: Tensor | None = None,
+    total: Tensor | None = None,
+    sqnorm: Tensor | None = None,
+    flag: Tensor | None = None,
+    stride: tuple[int, ...] = (),
+    padding: tuple[int, ...] = (),
+    dilation: tuple[int, ...] = (),
+    groups: int = 1,
+) -> None:
+    """Launch the kernel that fits: ``linear_sq_`` of the whole input, products of channel pairs, or an implicit GEMM."""
+    axes = acc.dim() - 2
+    N = g.shape[0] if offsets is None else len(offsets) - 1
+    stride, padding, dilation = (tuple(v) or (d,) * axes for v, d in ((stride, 1), (padding, 0), (dilation, 1)))
+    with torch.cuda.device_of(acc):
+        whole = x.shape[2:] == acc.shape[2:] and not any(padding) and max(dilation) == 1 and set(g.shape[2:]) == {1}
+        if whole and groups == 1 and offsets is None:
+            rows = (x.flatten(1).unsqueeze(1), g.flatten(1).unsqueeze(1))
+            flat = None if total is None else total.flatten(1)
+            linear_sq_(acc.flatten(1), *rows, scale, weight=weight, total=flat, sqnorm=sqnorm, flag=flag)
+            return
+        check_offsets(offsets, len(g))
+        raise_flag_(flag, _as_rows(x), _as_rows(g), weight)
+        if 0 in (N, acc.numel(), x.numel(), g.numel()):
+            return
+
+        def padded(values: tuple[int, ...], missing: int) -> tuple[int, int, int]:
+            a, b, c = (missing,) * (3 - axes) + tuple(values)
+            return a, b, c
+
+        geometry = Geometry(
+            padded(g.shape[2:], 1),
+            padded(x.shape[2:], 1),
+            padded(acc.shape[2:], 1),
+            padded(stride, 1),
+            padded(padding, 0),
+            padded(dilation, 1),
+        )
+        _launch(acc, x, g, scale, weight, offsets, total, sqnorm, flag, geometry, groups, N)
+
+
+def _launch(acc, x, g, scale, weight, offsets, total, sqnorm, flag, geometry, G, N) -> None:
+    O, C, K, T = acc.shape[0] // G, acc.shape[1], math.prod(geometry.kernel), math.prod(geometry.positions)
+    options: dict[str, Any]
+    if G > 1 and O * C < 16:
+        kernel = _conv_sq_direct_kernel
+        blocks, shares = direct_config(G * O * C, K, N, T)
+        tiles = triton.cdiv(G * O * C, blocks["BLOCK_E"]) * K
+        options = {}
+    else:
+        kernel = _conv_sq_kernel
+        blocks, shares = config(G, O, C, K, N, T, x.dtype, tiles_held(acc, total), architecture(acc.device))
+        tiles = G * triton.cdiv(O, blocks["BLOCK_O"]) * triton.cdiv(C * K, blocks["BLOCK_I"])
+        options = {"PRECISION": precision(x.dtype)}
+        x = _channels_last(x, C)
+        g = g if T % 16 == 0 and g.is_contiguous() else _channels_last(g, O)
+    g = g.flatten(2)
+    axes = acc.dim() - 2
+    x_strides = (*x.stride()[:2], *(0,) * (3 - axes), *x.stride()[2:])
+
+    computed = torch.promote_types(x.dtype, torch.float32)
+    share = min(fold_size(N), triton.cdiv(N, shares))
+
+    def workspace(out: Tensor | None) -> Tensor | None:
+        dtype = computed if out is None else torch.promote_types(out.dtype, computed)
+        return None if out is None else torch.zeros(shares, G * O, K, C, dtype=dtype, device=acc.device)
+
+    squares, sums = workspace(acc), workspace(total)
+    norms = None if sqnorm is None else torch.empty(tiles, N, device=acc.device, dtype=computed)
+    sizes = ((N, T, G, O, C, C * K), geometry, x_strides, g.stride())
+    for begin in range(0, N, share * shares):
+        kernel[(tiles, shares)](
+            squares, sums, norms, x, g, weight, offsets, flag, *sizes, begin, share, AXES=axes, **options, **blocks
+        )
+    _fold_columns_(acc, squares, scale, flag)
+    if total is not None:
+        _fold_columns_(total, sums, 1.0, flag)
+    if norms is not None:
+        fold_(sqnorm, norms, 1.0, flag)
