@@ -7,9 +7,10 @@ each op once, for the union of them, and every request builds its result from wh
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -185,6 +186,20 @@ class GradientMoments:
         engine.restore_totals(before.totals, before.squared_weights)
 
 
+_Method = TypeVar("_Method", bound=Callable[..., Any])
+
+
+def _aside(method: _Method) -> _Method:
+    """Arithmetic of our own: it leaves no graph, and the capture that is active around it does not listen."""
+
+    @functools.wraps(method)
+    def call(*args: Any, **options: Any) -> Any:
+        with torch.no_grad(), torch._C.DisableTorchFunction():
+            return method(*args, **options)
+
+    return call  # type: ignore[return-value]
+
+
 class Engine:
     """The sums behind all requests of a run; see ``passes.Collector`` for its protocol.
 
@@ -212,7 +227,7 @@ class Engine:
         self._scratch = torch.zeros(0, device=capture.device)
         self._staged, self._passes, self._N, self._again = False, 1, 0, False
         self._weight: Tensor | None = None
-        self._batch_norms: dict[float, Tensor] = {}
+        self._batch_norms: dict[float, tuple[Tensor, ...]] = {}  # of each layer, by the scale of the pass
         self._staged_squares: dict[str, Tensor] = {}
         self._staged_totals: dict[str, Tensor] = {}
         self._touched: dict[str, None] = {}
@@ -241,7 +256,7 @@ class Engine:
         self._again = True
         self._lost = self._lost or not follows
 
-    @torch.no_grad()  # rows may come from outside the backward pass, with a graph behind them
+    @_aside
     def add(self, tracked: Tracked, form: Form, rows: Rows, scale: float) -> None:
         """See ``passes.Collector``."""
         name, flag, sqnorm = tracked.name, self._flag[tracked.name], self._sqnorm(tracked.name, scale)
@@ -257,7 +272,7 @@ class Engine:
         else:
             form.accumulate(self._scratch_like(tracked.parameter), rows, scale, sqnorm=sqnorm, flag=flag)
 
-    @torch.no_grad()
+    @_aside
     def add_gradients(self, tracked: Tracked, gradients: Tensor, first: int, scale: float) -> None:
         """See ``passes.Collector``. Outside a staged batch every call is a transaction of its own."""
         name, n = tracked.name, len(gradients)
@@ -285,6 +300,7 @@ class Engine:
         """See ``passes.Collector``."""
         self._touched[tracked.name] = None
 
+    @_aside
     def settle(self, N: int, complete: bool) -> list[str]:
         """See ``passes.Collector``. Parameters come in the order of the backward pass."""
         flagged = dict(zip(self._flag, torch.cat(list(self._flag.values())).tolist(), strict=True))
@@ -324,7 +340,8 @@ class Engine:
         if self._spread is None and self.keeps is None:
             return None
         if scale not in self._batch_norms:
-            self._batch_norms[scale] = torch.zeros(len(self.layers), self._N, dtype=torch.float64, device=self._device)
+            norms = torch.zeros(len(self.layers), self._N, dtype=torch.float64, device=self._device)
+            self._batch_norms[scale] = norms.unbind(0)
         return self._batch_norms[scale][self._row[name]]
 
     def _scratch_like(self, parameter: Tensor) -> Tensor:
@@ -344,7 +361,7 @@ class Engine:
     def _count_samples(self, N: int) -> None:
         values = torch.zeros(len(self.layers), N, dtype=torch.float64, device=self._device)
         for scale, norms in self._batch_norms.items():
-            values.add_(norms, alpha=scale)
+            values.add_(torch.stack(norms), alpha=scale)
         if not self._again:
             self._commit()
             self._last = (values, 1, self._weight)
@@ -355,8 +372,8 @@ class Engine:
 
     def _commit(self) -> None:
         """Count the last batch; until now it could have got more draws."""
-        if self._spread is not None:
-            self._spread = self.spread()
+        if self._spread is not None and self._last is not None:
+            self._spread.add(self._last[0] / self._last[1], self._last[2])
         if self.keeps and self._last is not None:
             self._values.append(self._last_kept())
         self._last = None

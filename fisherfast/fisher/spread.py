@@ -38,9 +38,14 @@ class Spread:
     def add(self, values: Tensor, weight: Tensor | None) -> Spread:
         """Take samples, in place: ``values [layers, N]`` are their ``t_n``. Returns self."""
         t = torch.cat([values, values.sum(0, keepdim=True)])
-        w = torch.ones(t.shape[1], dtype=torch.float64, device=t.device) if weight is None else weight.double()
-        wt = w * t
-        self.sums += torch.stack([w.expand_as(t), (w * w).expand_as(t), wt, w * wt, wt * wt]).sum(-1)
+        if weight is None:
+            self.sums[:2] += t.shape[1]
+            self.sums[2:4] += t.sum(1)
+            self.sums[4] += t.square().sum(1)
+        else:
+            w = weight.double()
+            wt = w * t
+            self.sums += torch.stack([w.expand_as(t), (w * w).expand_as(t), wt, w * wt, wt * wt]).sum(-1)
         return self
 
     def __add__(self, other: Spread) -> Spread:
