@@ -76,7 +76,10 @@ def interleaved(
     """
     rounds: list[dict[str, tuple[float, float]]] = []
     waited = 0.0
-    untimed = {name: _timed(run, untimed=True)[0] < LONG for name, run in {**others, _TARGET: target}.items()}
+    first = {name: _timed(run, untimed=False)[0] for name, run in {**others, _TARGET: target}.items()}
+    untimed = {name: alone < LONG for name, alone in first.items()}
+    a_round = sum(first[name] * (1 + untimed[name]) for name in first)
+    count = max(least, min(51, int(seconds / a_round)))
 
     def discard() -> None:
         target()
@@ -91,11 +94,6 @@ def interleaved(
     def teardown() -> None:
         rounds[-1][_TARGET] = (benchmark.stats.stats.data[-1], _waited() - waited)
 
-    start = time.perf_counter()
-    setup()
-    target()
-    count = max(least, min(51, int(seconds / (time.perf_counter() - start))))
-    rounds.clear()
     benchmark.pedantic(discard, setup=setup, teardown=teardown, rounds=count)
     for r in rounds:
         r[_TARGET] = (r[_TARGET][0] / batches, r[_TARGET][1] / batches)

@@ -11,7 +11,7 @@ import norms  # noqa: F401
 import pytest
 import ways
 
-SECONDS = 4.0  # per way, but
+SECONDS = 3.0  # per way, but
 LEAST = 6  # rounds
 CASES = [
     (quantity, case, name)
