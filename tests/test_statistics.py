@@ -525,6 +525,21 @@ def test_coverage_of_pooled_runs():
         ff.Coverage({"a": "linear_sq_"}).share_of_parameters()
 
 
+@pytest.mark.parametrize(
+    ("how", "way"),
+    [
+        ("linear_sq_", "linear_sq_"),
+        ("linear_sq_ + embedding_sq_", "linear_sq_ + embedding_sq_"),
+        ("loop: one tensor used in different forms (linear_sq_ + embedding_sq_ and scale_sq_)", "loop"),
+        ("loop: no rule for sin (vmap cannot, ValueError: a + b) + vmap: no rule for sin", "loop + vmap"),
+        ("scale_sq_ + loop: why: because", "scale_sq_ + loop"),
+        ("missing: the loss does not depend on it", "missing"),
+    ],
+)
+def test_ways_leave_out_the_reasons(how, way):
+    assert ff.Coverage({"w": how}).ways == {"w": way}
+
+
 def test_stopwatch_charges_the_inner_way(monkeypatch):
     now = [0.0]
     monkeypatch.setattr("time.perf_counter", lambda: now[0])

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -12,6 +13,8 @@ import torch
 
 MISSING = "missing"
 OPS = "ops"  # the time that no other way claims: forward and backward passes with the ops inside them
+# Between ways, not between the words of a reason: what follows is an op's name or a way with its reason.
+_BETWEEN = re.compile(r" \+ (?=\w+_(?: \+ |$)|(?:loop|vmap|missing):)")
 
 
 class Coverage(dict[str, str]):
@@ -42,8 +45,8 @@ class Coverage(dict[str, str]):
 
     @property
     def ways(self) -> dict[str, str]:
-        """``{parameter name: way}``: ``how`` without its reasons. Runs pooled that covered one differently: ``"loop + vmap"``."""
-        return {name: " + ".join(part.partition(":")[0].strip() for part in how.split(" + ")) for name, how in self.items()}
+        """``{parameter name: way}``: ``how`` without its reasons; ``"loop + vmap"`` if runs pooled covered it differently."""
+        return {name: " + ".join(part.partition(":")[0] for part in _BETWEEN.split(how)) for name, how in self.items()}
 
     def share_of_parameters(self) -> dict[str, float]:
         """``{way: fraction of all numbers in parameters}``, the missing ones among them, largest first."""
