@@ -10,18 +10,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_OURS = ("labels", "sample_weight", "sample_offsets")  # keys of a dict batch that are not passed to the model
 Output = str | Callable[[Any], Tensor] | None
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One batch of N samples: positional or keyword inputs, labels or None, an attention mask or None, weights or None."""
+    """One batch of N samples: positional or keyword inputs, labels or None, an attention mask or None, weights or None.
+
+    ``offsets`` ``[N + 1]``: the samples are packed, one after the other, in a single row ``[1, M, ...]``.
+    """
 
     inputs: tuple[Any, ...] | dict[str, Any]
     targets: Tensor | None
     mask: Tensor | None
     N: int
     weight: Tensor | None = None  # [N] float32, finite, >= 0
+    offsets: Tensor | None = None
 
     @classmethod
     def of(cls, item: Any, device: torch.device) -> Batch:
@@ -29,11 +34,14 @@ class Batch:
 
         A tuple of inputs is ``model(*x)``, a dict ``model(**x)``; targets may be None. A dict batch's ``labels`` are its
         targets, its ``sample_weight`` its weights, and neither is passed to the model. A sample of weight 2 counts as
-        two: means become ``sum_n w_n (...) / sum_n w_n``.
+        two: means become ``sum_n w_n (...) / sum_n w_n``. ``"sample_offsets"`` ``[N + 1]``, or Hugging Face's
+        ``"cu_seq_lens_q"``, say where samples packed into one row ``[1, M]`` begin and end.
         """
+        offsets = None
         if isinstance(item, Mapping):
-            inputs: Any = {key: value for key, value in item.items() if key not in ("labels", "sample_weight")}
+            inputs: Any = {key: value for key, value in item.items() if key not in _OURS}
             targets, weight = item.get("labels"), item.get("sample_weight")
+            offsets = item.get("sample_offsets", item.get("cu_seq_lens_q"))
         elif isinstance(item, (tuple, list)) and len(item) in (2, 3):
             inputs, targets, weight = (*item, None)[:3]
         else:
@@ -51,6 +59,8 @@ class Batch:
         tensors = [v for v in (inputs.values() if isinstance(inputs, dict) else inputs) if isinstance(v, Tensor) and v.dim()]
         if not tensors:
             raise ValueError("data: a batch's inputs must hold a tensor with a sample axis, got none")
+        if offsets is not None:
+            return cls._of_packed(inputs, targets, weight, _moved(torch.as_tensor(offsets), device), device)
         N = tensors[0].shape[0]
         if N == 0:
             raise ValueError(f"data: a batch must hold at least one sample, got inputs of shape {tuple(tensors[0].shape)}")
@@ -59,12 +69,28 @@ class Batch:
             raise ValueError(f"data: inputs and targets must hold the same samples, got {N} and targets {tuple(targets.shape)}")
         return cls(inputs, targets, mask, N, _weight(weight, N, device))
 
+    @classmethod
+    def _of_packed(cls, inputs: dict[str, Any], targets: Any, weight: Any, offsets: Tensor, device: torch.device) -> Batch:
+        bounds = offsets.tolist()
+        rows = {key: v.shape[1] for key, v in inputs.items() if isinstance(v, Tensor) and v.dim() > 1 and v.shape[0] == 1}
+        if len(bounds) < 2 or bounds[0] != 0 or sorted(set(bounds)) != bounds or bounds[-1] not in rows.values():
+            raise ValueError(
+                f"data: the offsets of packed samples must rise from 0 to M, inputs being [1, M], got {bounds[:8]} and inputs {rows}"
+            )
+        targets = None if targets is None else _moved(torch.as_tensor(targets), device)
+        if targets is not None and targets.shape[:2] != (1, bounds[-1]):
+            raise ValueError(f"data: the targets of packed samples must be [1, {bounds[-1]}], got {tuple(targets.shape)}")
+        N = len(bounds) - 1
+        return cls(inputs, targets, None, N, _weight(weight, N, device), offsets.long())
+
     def has_samples(self, value: Any) -> bool:
         """Whether an input's first axis holds the samples."""
-        return isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == self.N
+        return self.offsets is None and isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == self.N
 
     def cut(self, start: int, stop: int) -> Batch:
         """Samples ``start:stop``; tensors whose first axis is not the sample axis are kept whole."""
+        if self.offsets is not None:
+            return self._cut_packed(start, stop, self.offsets)
 
         def part(value: Any) -> Any:
             return value[start:stop] if self.has_samples(value) else value
@@ -75,6 +101,36 @@ class Batch:
             inputs = tuple(part(value) for value in self.inputs)
         return Batch(inputs, part(self.targets), part(self.mask), stop - start, part(self.weight))
 
+    def _cut_packed(self, start: int, stop: int, offsets: Tensor) -> Batch:
+        assert isinstance(self.inputs, dict)
+        M, first, last = int(offsets[-1]), int(offsets[start]), int(offsets[stop])
+        mine = offsets[start : stop + 1] - first
+
+        def part(key: str, value: Any) -> Any:
+            if key.startswith("cu_seq_lens"):
+                return mine.to(value.dtype)
+            packed = isinstance(value, Tensor) and value.dim() > 1 and value.shape[:2] == (1, M)
+            return value[:, first:last] if packed else value
+
+        inputs = {key: part(key, value) for key, value in self.inputs.items()}
+        weight = None if self.weight is None else self.weight[start:stop]
+        return Batch(inputs, part("labels", self.targets), None, stop - start, weight, mine)
+
+    def unpacked(self, output: Tensor, ignore_index: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Output, targets and mask with the sample axis first: packed samples are spread to ``[N, L, ...]``, L the longest."""
+        if self.offsets is None:
+            return output, self.targets, self.mask
+        lengths = self.offsets.diff()
+        position = torch.arange(int(lengths.max()), device=output.device)
+        mask = position < lengths.unsqueeze(1)  # [N, L]
+        index = self.offsets[:-1].unsqueeze(1) + torch.minimum(
+            position, lengths.unsqueeze(1) - 1
+        )  # past its end, the sample's last
+        targets = None if self.targets is None else self.targets[0][index]
+        if targets is not None and not targets.is_floating_point():
+            targets = targets.masked_fill(~mask, ignore_index)
+        return output[0][index], targets, mask
+
     def feed(self, model: Callable[..., Any], output: Output = None) -> Tensor:
         """The model's output tensor for this batch: the result itself, its ``.logits``, or what ``output`` picks."""
         result = model(**self.inputs) if isinstance(self.inputs, dict) else model(*self.inputs)
@@ -84,7 +140,12 @@ class Batch:
                 f"model: the output must be a tensor or have .logits, got {type(picked).__name__}; say which part with "
                 "output='name' or output=lambda result: ..."
             )
-        if picked.dim() == 0 or picked.shape[0] != self.N:
+        if self.offsets is not None:
+            if picked.dim() < 2 or picked.shape[:2] != (1, int(self.offsets[-1])):
+                raise ValueError(
+                    f"model: the output for packed samples must be [1, {int(self.offsets[-1])}, ...], got {tuple(picked.shape)}"
+                )
+        elif picked.dim() == 0 or picked.shape[0] != self.N:
             raise ValueError(
                 f"model: the output must have the sample axis first, {self.N} samples, got shape {tuple(picked.shape)}; "
                 "give the log-likelihood's input per sample, or pick it with output="

@@ -164,13 +164,13 @@ class Capture(TorchFunctionMode):
         super().__exit__(*error)
         self._eager.pop().__exit__(*error)
 
-    def begin(self, exploring: bool, num_samples: int | None = None) -> None:
+    def begin(self, exploring: bool, num_samples: int | None = None, offsets: Tensor | None = None) -> None:
         """Prepare a forward pass: what was decided since the last one comes into force.
 
         ``exploring``: stand-ins keep autograd's own path to every parameter open beside the tap. ``num_samples``: of the
-        batch, where known; needed to expand.
+        batch, where known; needed to expand. ``offsets``: where packed samples begin and end.
         """
-        self.num_samples = num_samples
+        self.num_samples, self.offsets = num_samples, offsets
         for tracked in self.tracked.values():
             tracked.caught, tracked.expanding = tracked.fallback is None, tracked.expand
             tracked.differentiated = exploring or tracked.expand or not tracked.caught

@@ -23,11 +23,12 @@ UNKNOWN, MIXED = -1, -2  # of a row: its gradient is zero; it depends on several
 
 
 class Kind(enum.Enum):
-    """How samples lie along an axis: one each; N blocks of positions; or positions outside, samples inside."""
+    """How samples lie along an axis: one each; N blocks of positions; positions outside, samples inside; or as packed."""
 
     AXIS = "axis"
     SAMPLE_MAJOR = "sample-major"
     SAMPLE_MINOR = "sample-minor"
+    PACKED = "packed"
 
 
 @dataclass(frozen=True)
@@ -37,11 +38,13 @@ class Layout:
     axis: int
     kind: Kind
 
-    def fits(self, lead: tuple[int, ...], N: int) -> bool:
-        """Whether rows with leading axes ``lead`` can hold N samples in this layout."""
+    def fits(self, lead: tuple[int, ...], N: int, offsets: Tensor | None = None) -> bool:
+        """Whether rows with leading axes ``lead`` can hold N samples, packed by ``offsets`` or not, in this layout."""
         if self.axis >= len(lead):
             return False
         size = lead[self.axis]
+        if self.kind is Kind.PACKED:
+            return offsets is not None and size == int(offsets[-1])
         return size == N if self.kind is Kind.AXIS else size % N == 0
 
     def samples_first(self, rows: Tensor, N: int, features: int = 1) -> Tensor:
@@ -56,23 +59,29 @@ class Layout:
         lead = rows.dim() - features
         return rows if lead == 2 else rows.reshape(N, -1, *rows.shape[lead:])
 
-    def sample_of_row(self, lead: tuple[int, ...], N: int, device: torch.device) -> Tensor:
+    def packed(self, rows: Tensor, features: int = 1) -> Tensor:
+        """Rows ``[*lead, *F]`` of packed samples as ``[M, *F]``, along the axis first."""
+        return rows.movedim(self.axis, 0).flatten(0, rows.dim() - features - 1)
+
+    def sample_of_row(self, lead: tuple[int, ...], N: int, device: torch.device, offsets: Tensor | None = None) -> Tensor:
         """The sample number of each row, broadcastable to ``lead``."""
         size = lead[self.axis]
         index = torch.arange(size, device=device)
-        if self.kind is Kind.SAMPLE_MAJOR:
+        if offsets is not None and self.kind is Kind.PACKED:
+            index = torch.bucketize(index, offsets[1:], right=True)
+        elif self.kind is Kind.SAMPLE_MAJOR:
             index = index // (size // N)
         elif self.kind is Kind.SAMPLE_MINOR:
             index = index % N
         return index.view([-1 if a == self.axis else 1 for a in range(len(lead))])
 
 
-def candidates(lead: tuple[int, ...], N: int) -> list[Layout]:
+def candidates(lead: tuple[int, ...], N: int, offsets: Tensor | None = None) -> list[Layout]:
     """All layouts that rows with leading axes ``lead`` allow."""
     every = [Layout(axis, kind) for kind in Kind for axis in range(len(lead))]
-    exact = [layout for layout in every if layout.fits(lead, N)]
+    exact = [layout for layout in every if layout.fits(lead, N, offsets)]
     # An axis of size N is also N blocks of one position: keep one name for it.
-    return [c for c in exact if c.kind is Kind.AXIS or lead[c.axis] != N]
+    return [c for c in exact if c.kind in (Kind.AXIS, Kind.PACKED) or lead[c.axis] != N]
 
 
 class Gathered:
@@ -160,15 +169,17 @@ class Finding:
     had_sample_axis: bool  # some axis is as long as there are samples
 
     @classmethod
-    def of(cls, numbers: Tensor, N: int) -> Finding:
+    def of(cls, numbers: Tensor, N: int, offsets: Tensor | None = None) -> Finding:
         """Compare the rows' samples ``[*lead]`` with all layouts."""
         lead = tuple(numbers.shape)
         known = numbers != UNKNOWN
         possible = [
             layout
-            for layout in candidates(lead, N)
-            if bool(((numbers == layout.sample_of_row(lead, N, numbers.device)) | ~known).all())
+            for layout in candidates(lead, N, offsets)
+            if bool(((numbers == layout.sample_of_row(lead, N, numbers.device, offsets)) | ~known).all())
         ]
+        # Samples of one length lie as blocks too; in the next batch they may not.
+        possible = [layout for layout in possible if layout.kind is Kind.PACKED] or possible
         return cls(possible[0] if bool(known.any()) and len(possible) == 1 else None, numbers, N in lead)
 
     @property

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fisherfast.capture import Call, CallUse, Capture, Key, Listener, Tracked, graph
-from fisherfast.layout import PROBED, Finding, Gathered, Sightings, Tags
+from fisherfast.layout import PROBED, Finding, Gathered, Kind, Layout, Sightings, Tags
 from fisherfast.rules import Form, Rows, Window, combines, joined
 from fisherfast.rules.decompositions import opened
 
@@ -147,7 +147,7 @@ class Passes:
                         self.scattered.add(use.key)
 
         self._backward(root, cotangent, listen, keep=True)
-        return {key: Finding.of(found, N) for key, found in numbers.items()}
+        return {key: Finding.of(found, N, self.capture.offsets) for key, found in numbers.items()}
 
     def _tag(self, root: Tensor, cotangent: Tensor, tags: Tags, keys: set[Key] | None = None) -> dict[Key, Sightings]:
         """The tagged passes: what they show of each use, or of those named."""
@@ -255,16 +255,23 @@ class Passes:
             return rows.each(lambda t: t.reshape(1, -1, *t.shape[t.dim() - features :]))
         layout = self.capture.layouts[use.key]
         lead = tuple(rows.g.shape[: rows.g.dim() - features])
-        if not layout.fits(lead, N):
+        if not layout.fits(lead, N, self.capture.offsets):
             raise ValueError(
                 f"{use.tracked.name}: rows must hold the batch's {N} samples along axis {layout.axis} ({layout.kind.value}, as the "
                 f"probe found), got leading axes {lead}; the model's layout must not change from batch to batch"
             )
+        return self._laid_out(layout, rows, N, features)
+
+    def _laid_out(self, layout: Layout, rows: Rows, N: int, features: int) -> Rows:
+        offsets = self.capture.offsets
+        if layout.kind is Kind.PACKED and offsets is not None:
+            each = math.prod(rows.g.shape[: rows.g.dim() - features]) // rows.g.shape[layout.axis]
+            return rows.each(lambda t: layout.packed(t, features), offsets * each)
         return rows.each(lambda t: layout.samples_first(t, N, features))
 
     def _gathered(self, use: CallUse, rows: Rows, N: int, sightings: Sightings) -> Rows:
         """Rows whose owners the tags tell: ``[N, T, ...]`` if they turn out to have a layout, else packed with offsets."""
-        finding = Finding.of(sightings.numbers(rows.g, use.form.features), N)
+        finding = Finding.of(sightings.numbers(rows.g, use.form.features), N, self.capture.offsets)
         if finding.mixes_samples:
             raise ValueError(
                 f"{use.tracked.name}: a row must belong to one sample, got rows that depend on several: batch statistics, a "
@@ -274,7 +281,7 @@ class Passes:
         if layout is not None:
             if use.key not in self.scattered:
                 self.capture.layouts[use.key] = layout
-            return rows.each(lambda t: layout.samples_first(t, N, use.form.features))
+            return self._laid_out(layout, rows, N, use.form.features)
         self.scattered.add(use.key)
         gathered = Gathered(finding.numbers, N)
         return rows.each(lambda t: gathered.packed(t, use.form.features), gathered.offsets)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterable, Iterator, Sized
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -196,12 +197,13 @@ class _Measurement:
 
     def _forward(self, batch: Batch, exploring: bool = False, first: int = 0) -> tuple[Tensor, Predictions]:
         """Run the model on a batch whose first sample is number ``first`` of the current one: its output, and what that says."""
-        self.capture.begin(exploring, batch.N)
+        self.capture.begin(exploring, batch.N, batch.offsets)
         with self.capture, torch.enable_grad():
             output = batch.feed(self.model, self.output)
         start = self.sample_offset + self.run.num_samples + first
         sample = torch.arange(start, start + batch.N, device=output.device)
-        predictions = self.likelihood.predictions(output, batch.targets, batch.mask, sample)
+        spread, targets, mask = batch.unpacked(output, getattr(self.likelihood, "ignore_index", -100))
+        predictions = self.likelihood.predictions(spread, targets, mask, sample)
         self.run.check_finite(predictions.values, predictions.values, "the model's output")
         return output, predictions
 
@@ -259,23 +261,30 @@ class _Measurement:
 
     def _resolve(self, few: Batch, values: Tensor, mixing: set[str]) -> None:
         """Parameters without a sample axis where they are used: expand there if that works, else the fallback."""
-        alone = self._values(few.cut(0, 1))
-        if not _close(alone, values[:1]):
-            raise ValueError(
-                "model: samples must not depend on each other, but the first sample's output changes with its batch (by "
-                f"{float((alone - values[:1]).detach().abs().max()):.2g}); rows that mix samples reach {sorted(mixing)[:3]}. Batch statistics and "
-                "contrastive losses have no per-sample gradient"
-            )
+        for n in range(few.N):
+            alone = self._values(few.cut(n, n + 1))
+            together = values[n : n + 1, : alone.shape[1]] if few.offsets is not None else values[n : n + 1]
+            if not _close(alone, together):
+                raise ValueError(
+                    f"model: samples must not depend on each other, but sample {n}'s output changes with its batch (by "
+                    f"{float((alone - together).detach().abs().max()):.2g}); rows that mix samples reach {sorted(mixing)[:3]}. Batch "
+                    "statistics and contrastive losses have no per-sample gradient"
+                )
+        for name in self._still_mixing(few, values, mixing):
+            tracked = self.capture.tracked[name]
+            tracked.expand, tracked.fallback = False, "no sample axis where it is used"
+
+    def _still_mixing(self, few: Batch, values: Tensor, mixing: set[str]) -> set[str]:
+        """Expand parameters to the samples where they are used; those for which that does not help."""
+        if few.offsets is not None:
+            return mixing  # packed samples have no axis to expand to
         for name in mixing:
             self.capture.tracked[name].expand = True
         try:
             expanded = self._values(few)
-            still = self._probe(expanded) if _close(expanded, values) else mixing
+            return self._probe(expanded) if _close(expanded, values) else mixing
         except (RuntimeError, IndexError):  # a shape that does not broadcast: this use cannot be expanded
-            still = mixing
-        for name in still:
-            tracked = self.capture.tracked[name]
-            tracked.expand, tracked.fallback = False, "no sample axis where it is used"
+            return mixing
 
     # -- the fallback, for what no rule covers. Labels and columns come from the whole batch's output, so that every parameter
     # sees the same ones.
@@ -288,6 +297,9 @@ class _Measurement:
 
     def _by_vmap(self, batch: Batch, output: Tensor, predictions: Predictions, tracked: list[Tracked]) -> bool:
         """Hand over several samples' gradients at a time; False, with nothing handed over, if that cannot be done."""
+        if batch.offsets is not None:
+            self.run.without_vmap("vmap cannot take packed samples apart")
+            return False
         with self.run.timed("vmap"):
             for one in self._passes(predictions.detached()):
                 (cotangent,) = torch.autograd.grad(predictions.values, output, one.cotangent, retain_graph=True)
@@ -309,7 +321,10 @@ class _Measurement:
     def _loop(self, batch: Batch, predictions: Predictions, tracked: list[Tracked]) -> None:
         for n in range(batch.N):
             values = self._forward(batch.cut(n, n + 1), exploring=True, first=n)[1].values
-            self.run.passes.loop(values, tracked, n, self._passes(predictions.one(n)))
+            passes = self._passes(predictions.one(n))
+            if batch.offsets is not None:  # a packed sample by itself is as long as it is, not as the longest
+                passes = (replace(one, cotangent=one.cotangent[:, : values.shape[1]]) for one in passes)
+            self.run.passes.loop(values, tracked, n, passes)
 
 
 def _close(a: Tensor, b: Tensor) -> bool:

@@ -19,7 +19,6 @@ from fisherfast.fisher.coverage import OPS, Coverage, Stopwatch
 from fisherfast.fisher.protocol import Provenance
 from fisherfast.passes import NonFiniteError, Pass, Passes
 
-
 _MANY = 0.01  # of the gradients of one parameter
 
 

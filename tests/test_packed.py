@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Samples of different length packed into one row, with their boundaries: the same Fisher as of each sample by itself."""
+
+from itertools import pairwise
+
+import architectures
+import oracle
+import pytest
+import torch
+import transformers as hf
+from torch import nn
+
+import fisherfast as ff
+
+EXACT = 1e-12
+V = architectures.V
+
+
+def packed(lengths, key="cu_seq_lens_q", labels=True):
+    """Token ids [1, M], positions that start again with each sample, boundaries."""
+    offsets = torch.tensor([0, *lengths]).cumsum(0)
+    ids = torch.randint(1, V, (1, int(offsets[-1])))
+    positions = torch.cat([torch.arange(n) for n in lengths]).unsqueeze(0)
+    batch = {"input_ids": ids, "position_ids": positions, key: offsets.int()}
+    return {**batch, "labels": ids} if labels else batch
+
+
+def apart(batch, key="cu_seq_lens_q"):
+    """The same samples, each a batch of its own."""
+    bounds = batch[key].tolist()
+    names = [name for name in batch if name != key]
+    return [{name: batch[name][:, a:b] for name in names} for a, b in pairwise(bounds)]
+
+
+def llama():
+    config = hf.LlamaConfig(**architectures.GROUPED, vocab_size=V, attn_implementation="eager", use_cache=False)
+    return hf.LlamaForCausalLM(config).double().eval()
+
+
+class Positions(nn.Module):
+    """Embeddings, positions and a tied head: nothing that looks from one position to another."""
+
+    def __init__(self):
+        super().__init__()
+        self.tokens, self.places, self.mix = nn.Embedding(V, 11), nn.Embedding(32, 11), nn.Linear(11, 11)
+
+    def forward(self, input_ids, position_ids):
+        """Logits [1, M, V]."""
+        return nn.functional.linear(self.mix(self.tokens(input_ids) + self.places(position_ids)).tanh(), self.tokens.weight)
+
+
+@pytest.mark.parametrize("fisher_type", ["empirical", "mc"])
+def test_packed_transformer_equals_its_samples(fisher_type):
+    model, batches = llama(), [packed([5, 3, 7]), packed([2, 9]), packed([4, 4, 4])]
+    options = {"fisher_type": fisher_type, "likelihood": ff.CausalLM(), "progress": False}
+    singles = [one for batch in batches for one in apart(batch)]
+    expected, found = ff.fisher(model, singles, **options), ff.fisher(model, batches, **options)
+    assert (found.num_samples, found.num_positions) == (expected.num_samples, expected.num_positions) == (8, 30)
+    assert oracle.error(found.diagonal(dtype=torch.float64), expected.diagonal(dtype=torch.float64)) < EXACT
+    assert not {way for way in found.coverage.ways.values() if way in ("loop", "vmap")}
+
+
+@pytest.mark.parametrize("fisher_type", ["empirical", "mc", "exact"])
+def test_own_key_is_not_passed_to_the_model(fisher_type):
+    model, batches = Positions().double(), [packed([2, 1, 3], "sample_offsets"), packed([3, 1], "sample_offsets")]
+    options = {"fisher_type": fisher_type, "progress": False}
+    singles = [one for batch in batches for one in apart(batch, "sample_offsets")]
+    expected, found = ff.fisher(model, singles, **options), ff.fisher(model, batches, **options)
+    assert oracle.error(found.diagonal(dtype=torch.float64), expected.diagonal(dtype=torch.float64)) < EXACT
+
+
+def test_samples_that_look_at_each_other_are_refused():
+    """Without positions that start again, attention reaches over the boundaries."""
+    batch = packed([5, 3, 7], "sample_offsets")
+    batch["position_ids"] = torch.arange(15).unsqueeze(0)
+    with pytest.raises(ValueError, match=r"samples must not depend on each other|a row must belong to one sample"):
+        ff.fisher(llama(), [batch], likelihood=ff.CausalLM(), progress=False)
+
+
+@pytest.mark.parametrize("offsets", [[0, 5, 3, 15], [1, 15], [0, 9], [0, 7, 7, 15]])
+def test_rejects_offsets_that_do_not_cover_the_rows(offsets):
+    batch = {**packed([5, 3, 7], "sample_offsets"), "sample_offsets": torch.tensor(offsets)}
+    with pytest.raises(ValueError, match="offsets of packed samples must rise from 0 to M"):
+        ff.fisher(Positions(), [batch], progress=False)
