@@ -106,6 +106,17 @@ def test_scale_sq_and_embedding_sq_match_float64(isa):
     assert_gate(table, plain, exact)
 
 
+@pytest.mark.parametrize("T", [1, 15, 16, 49])
+@pytest.mark.parametrize("has_x", [False, True])
+def test_scale_sq_of_channels_first_matches_float64(isa, T, has_x):
+    g, x = (torch.randn(13, 71, T).transpose(1, 2) for _ in range(2))
+    product = g.double() * x.double() if has_x else g.double()
+    scale = torch.zeros(71)
+    with ff.backend("cpu"):
+        ff.ops.scale_sq_(scale, x if has_x else None, g)
+    assert_gate(scale, product.float().sum(1).square().sum(0), product.sum(1).square().sum(0))
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_linear_sq_does_not_depend_on_the_number_of_threads(isa, shape):
     N, T, I, O = shape
@@ -142,6 +153,6 @@ def test_avx512_accumulators_stay_in_registers(real):
         pytest.skip("objdump (binutils) is not installed, so the machine code cannot be read")
     if platform.machine() not in ("x86_64", "AMD64"):
         pytest.skip(f"AVX-512 is of x86-64, this is {platform.machine()}")
-    (body,) = instructions(tool, f"avx512::micro_kernel<{real}>")
+    (body,) = instructions(tool, f"avx512::micro_kernel<{real}, 3>")
     assert sum("vfmadd" in line and "zmm" in line for line in body) >= 24
     assert not [line for line in body if "zmm" in line and re.search(r"%r[sb]p\b", line)]

@@ -49,10 +49,14 @@ std::vector<Pixel> pixels_of(const Tensor& tensor, const Axes& size, const Axes&
         bool inside = true;
         for (int i = 0; i < 3; ++i) inside = inside && at[i] >= 0 && at[i] < frame[i];
         const int64_t pixel = (at[0] * frame[1] + at[1]) * frame[2] + at[2];
-        pixels.push_back({a * stride[0] + b * stride[1] + c * stride[2], inside ? pixel : -1, 1});
+        pixels.push_back({a * stride[0] + b * stride[1] + c * stride[2], inside ? pixel : -1, 1, 1});
       }
-  for (std::size_t i = pixels.size(); i-- > 1;)
-    if (pixels[i].from == pixels[i - 1].from + 1) pixels[i - 1].run = pixels[i].run + 1;
+  for (std::size_t i = pixels.size(); i-- > 1;) {
+    Pixel &pixel = pixels[i - 1], &next = pixels[i];
+    if (next.from != pixel.from + 1) continue;
+    pixel.run = next.run + 1;
+    if (pixel.to >= 0 && next.to == pixel.to + 1) pixel.line = next.line + 1;
+  }
   return pixels;
 }
 

@@ -34,6 +34,7 @@ struct Pixel {
   int64_t from;  // its place in the image, in elements
   int64_t to;    // its pixel of the frame, or -1 if nothing looks at it
   int64_t run;   // how many positions lie side by side in memory from here on
+  int64_t line;  // and how many of those do so in the frame
 };
 
 // Of x, with the frame around it, and of g, whose frame is itself.

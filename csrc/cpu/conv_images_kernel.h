@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Compiled once per instruction set by each_isa.h, after lanes.h: brings as many channels of an image as a vector has lanes.
+// Compiled once per instruction set by each_isa.h, after lanes.h: brings a few channels of an image, at most a vector of them.
 
 // After log2(count) rounds of interleaving the first half of the rows with the second, rows have become columns.
 template <class R>
@@ -34,11 +34,11 @@ typename Lanes<compute_t<S>>::Vector load_wide(const S* in) {
   return vector;
 }
 
-// Some channels of one image, at most a vector of them; pixels of the target lie a stride apart.
-template <class S>
+// kWidth channels of one image, or fewer; pixels of the target lie a stride apart.
+template <class S, int kWidth>
 struct ChannelBlock {
   using R = compute_t<S>;
-  using Unaligned = typename Lanes<R>::Unaligned;
+  using Vector = typename Lanes<R>::Vector;
   static constexpr int kLanes = Lanes<R>::count;
   const Images<S>& images;
   const S* in;
@@ -50,7 +50,7 @@ struct ChannelBlock {
 
   void bring() const {
     for (int64_t i = 0; i < images.hole_count; ++i) std::memset(out + images.holes[i] * pixel_stride, 0, width * sizeof(R));
-    if (count < kLanes) return one_by_one(0, images.pixel_count);
+    if (count < kWidth) return one_by_one(0, images.pixel_count);
     if (images.stride_c == 1) return copy();
     for (int64_t first = 0; first < images.pixel_count;) {
       const int64_t left = pixel(first).run;
@@ -69,26 +69,33 @@ struct ChannelBlock {
 
   void copy() const {
     for (int64_t i = 0; i < images.pixel_count; ++i)
-      if (pixel(i).to >= 0) *reinterpret_cast<Unaligned*>(out + pixel(i).to * pixel_stride) = load_wide(in + pixel(i).from);
+      if (pixel(i).to >= 0)
+        for (int c = 0; c < kWidth; ++c) out[pixel(i).to * pixel_stride + c] = widen(in[pixel(i).from + c]);
   }
 
-  // As many positions side by side as there are channels.
+  // As many positions side by side as a vector has lanes.
   void transposed(int64_t first) const {
-    typename Lanes<R>::Vector rows[kLanes];
+    Vector rows[kLanes];
     const S* start = in + pixel(first).from;
 #pragma GCC unroll 16
-    for (int c = 0; c < kLanes; ++c) rows[c] = load_wide(start + c * images.stride_c);
+    for (int c = 0; c < kLanes; ++c) rows[c] = c < kWidth ? load_wide(start + c * images.stride_c) : Vector{};
     transpose<R>(rows);
+    if (pixel(first).line >= kLanes) {
+      R* target = out + pixel(first).to * pixel_stride;
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i) std::memcpy(target + i * pixel_stride, &rows[i], kWidth * sizeof(R));
+      return;
+    }
 #pragma GCC unroll 16
     for (int i = 0; i < kLanes; ++i) {
       const int64_t to = pixel(first + i).to;
-      if (to >= 0) *reinterpret_cast<Unaligned*>(out + to * pixel_stride) = rows[i];
+      if (to >= 0) std::memcpy(out + to * pixel_stride, &rows[i], kWidth * sizeof(R));
     }
   }
 
   void one_by_one(int64_t first, int64_t last) const {
     for (int64_t index = first; index < last; ++index) {
-      const auto [from, to, run] = pixel(index);
+      const auto [from, to, run, line] = pixel(index);
       if (to < 0) continue;
       R* target = out + to * pixel_stride;
       for (int c = 0; c < count; ++c) target[c] = widen(in[from + c * images.stride_c]);

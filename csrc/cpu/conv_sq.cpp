@@ -8,13 +8,21 @@
 #include <algorithm>
 #include <vector>
 
+#include "cpu/conv_direct.h"
+
 #define FISHERFAST_KERNEL "cpu/conv_sq_kernel.h"
 #include "cpu/each_isa.h"
 
 namespace fisherfast {
 namespace {
 
-constexpr int64_t kImageBytes = int64_t{8} << 20;  // of images at a time, but at least those of one sample
+// Of images at a time, which should fit into L2; more where they have too few positions to make up for a visit to the
+// accumulator, and at least those of one sample.
+constexpr int64_t kImageBytes = int64_t{2} << 20, kMostImageBytes = int64_t{8} << 20, kLeastRows = 4096;
+
+int64_t images_at_a_time(int64_t bytes, int64_t positions) {
+  return std::max<int64_t>(1, std::min(std::max(kImageBytes / bytes, ceil_div(kLeastRows, positions)), kMostImageBytes / bytes));
+}
 
 // What a column of the unfolded input is.
 struct Columns {
@@ -33,15 +41,15 @@ struct Columns {
   }
 };
 
-// How to copy the columns of the tiles, in vectors.
+// How to copy the columns of every panel, in vectors.
 struct Moves {
   std::vector<Move> moves;
   std::vector<int64_t> first{0};
 
-  Moves(const std::vector<int64_t>& from, const Tiling& tiling, int64_t lanes) {
+  Moves(const std::vector<int64_t>& from, int64_t panel, int64_t lanes) {
     const auto columns = static_cast<int64_t>(from.size());
-    for (int64_t begin = 0; begin < columns; begin += tiling.columns) {
-      const int64_t end = std::min(begin + tiling.columns, columns);
+    for (int64_t begin = 0; begin < columns; begin += panel) {
+      const int64_t end = std::min(begin + panel, columns);
       for (int64_t column = begin, next = begin; column < end; column = next) {
         while (next < end && next - column < lanes && from[next] == from[column] + next - column) ++next;
         moves.push_back({from[column], column - begin});
@@ -51,53 +59,44 @@ struct Moves {
   }
 };
 
-// Samples of images: one each, or those between the offsets.
-struct ImageSamples {
-  int64_t N;
-  const int64_t* offsets;  // or null
+// The columns of every tile in the accumulator's order.
+std::vector<Place> places_of(const std::vector<int64_t>& to, int64_t tile) {
+  const auto columns = static_cast<int64_t>(to.size());
+  std::vector<Place> places;
+  for (int64_t column = 0; column < columns; ++column) places.push_back({column % tile, to[column]});
+  const auto by_place = [](const Place& a, const Place& b) { return a.to < b.to; };
+  for (int64_t begin = 0; begin < columns; begin += tile)
+    std::sort(places.begin() + begin, places.begin() + std::min(begin + tile, columns), by_place);
+  return places;
+}
 
-  int64_t begin(int64_t n) const { return offsets ? offsets[n] : n; }
-
-  // The end of the samples from first on that fit into a number of images: at least one.
-  int64_t fit(int64_t first, int64_t images) const {
-    int64_t last = first + 1;
-    while (last < N && begin(last + 1) - begin(first) <= images) ++last;
-    return last;
-  }
-
-  int64_t longest() const {
-    int64_t images = 0;
-    for (int64_t n = 0; n < N; ++n) images = std::max(images, begin(n + 1) - begin(n));
-    return images;
-  }
-};
-
-// Brings images [first, last) to `out`, one after the other.
-template <class S>
-void bring_images(const Images<S>& images, int64_t first, int64_t last, compute_t<S>* out, int64_t size, int64_t lanes) {
+// body(image, unit), for images [first, last) and the units that an image is cut into.
+template <class Body>
+void for_images(int64_t first, int64_t last, int64_t units, int64_t elements, const Body& body) {
   constexpr int64_t kGrain = 16384;  // elements below which a second thread does not pay
-  const auto bring = FISHERFAST_PICK(bring_channels<S>);
-  const int64_t blocks = ceil_div(images.channels, lanes), units = (last - first) * blocks;
-  torch::stable::parallel_for(0, units, 1 + kGrain * blocks / (size + 1), [&](int64_t begin, int64_t end) {
-    for (int64_t unit = begin; unit < end; ++unit) {
-      const int64_t image = unit / blocks, block = unit % blocks;
-      bring(images, first + image, block, out + image * size + block * lanes, images.channels);
-    }
+  torch::stable::parallel_for(first * units, last * units, 1 + kGrain * units / (elements + 1), [&](int64_t begin, int64_t end) {
+    for (int64_t unit = begin; unit < end; ++unit) body(unit / units, unit % units);
   });
 }
 
 template <class S>
-void run(ConvProblem<compute_t<S>> problem, const Tensor& x, const Tensor& g, const ConvGeometry& geometry, const ImageSamples& samples,
-         const Sink& sqnorm, int64_t groups) {
+void run(const ConvCall& call) {
   using R = compute_t<S>;
   const auto kernel = FISHERFAST_PICK(conv_kernel<R>)();
-  const int64_t C = x.size(1), O = g.size(1), M = g.size(0), P = product(geometry.positions);
+  const auto bring_x = FISHERFAST_PICK(bring_vector<S>), bring_g = FISHERFAST_PICK(bring_panel<S>);
+  const Tensor &x = call.x, &g = call.g;
+  const ConvGeometry& geometry = call.geometry;
+  const ImageSamples& samples = call.samples;
+  const int64_t C = x.size(1), O = g.size(1), M = g.size(0), P = product(geometry.positions), groups = call.groups;
   const std::vector<Pixel> x_pixels = pixels_of(x, geometry.input, geometry.padding, geometry.frame);
   const std::vector<Pixel> g_pixels = pixels_of(g, geometry.positions, {}, geometry.positions);
   const std::vector<int64_t> x_holes = holes_of(x_pixels, geometry.frame), none;
   std::vector<int64_t> positions = geometry.position_pixels();
   for (int64_t& position : positions) position *= C;
 
+  ConvProblem<R> problem{};
+  problem.squares = {call.acc, call.scale};
+  problem.sums = {call.total, 1.0};
   problem.frame = product(geometry.frame) * C;
   problem.positions = positions.data();
   problem.P = P;
@@ -105,40 +104,50 @@ void run(ConvProblem<compute_t<S>> problem, const Tensor& x, const Tensor& g, co
   problem.outputs = O / groups;
   const Columns columns(geometry.offset_pixels(), problem.channels, C, kernel.lanes);
   problem.columns = static_cast<int64_t>(columns.from.size());
-  problem.places = columns.places.data();
   problem.longest = samples.longest() * P;
 
-  const int64_t images = std::max<int64_t>(1, kImageBytes / static_cast<int64_t>((problem.frame + P * O) * sizeof(R)));
+  const int64_t panels = ceil_div(problem.outputs, kernel.block_rows), x_units = ceil_div(C, kernel.lanes);
+  const int64_t g_size = groups * panels * kernel.block_rows * P;
+  const int64_t images = images_at_a_time((problem.frame + g_size) * sizeof(R), P);
   const int64_t threads = threads_for(std::min(M, images) * P * O * problem.columns);
   problem.tiling = plan(problem, problem.outputs, problem.columns, kernel.block_rows, kernel.block_columns, sizeof(R),
-                        ceil_div(threads, groups), static_cast<bool>(sqnorm));
+                        ceil_div(threads, groups), static_cast<bool>(call.sqnorm), true);
   problem.tiling.groups = groups;
-  const Moves moves(columns.from, problem.tiling, kernel.lanes);
+  const Moves moves(columns.from, kernel.block_columns, kernel.lanes);
+  const std::vector<Place> places = places_of(columns.places, problem.tiling.columns);
+  problem.places = places.data();
   problem.moves = moves.moves.data();
   problem.first_move = moves.first.data();
 
   const int64_t most = std::max(std::min(M, images), samples.longest());
-  const SharedScratch memory((most * (problem.frame + P * O) + 2 * kernel.lanes) * sizeof(R));
+  const SharedScratch memory((most * (problem.frame + g_size) + 2 * kernel.lanes) * sizeof(R));
   auto* frames = static_cast<R*>(memory.data());
-  R* rows = frames + most * problem.frame + kernel.lanes;  // frames are read in whole vectors
+  R* rows = frames + ceil_div(most * problem.frame, kernel.lanes) * kernel.lanes + kernel.lanes;  // frames are read in whole vectors
   problem.x = frames;
+  problem.g = rows;
+  problem.rows = most * P;
   const Images<S> x_images = images_of<S>(x, x_pixels, x_holes), g_images = images_of<S>(g, g_pixels, none);
-  const float* weight = problem.weight;
   std::vector<int64_t> offsets;
   for (int64_t first = 0, last = 0; first < samples.N; first = last) {
     last = samples.fit(first, images);
     const int64_t begin = samples.begin(first), end = samples.begin(last);
-    bring_images(x_images, begin, end, frames, problem.frame, kernel.lanes);
-    bring_images(g_images, begin, end, rows, P * O, kernel.lanes);
-    problem.g = {rows, P * O, O, 1, O};
+    for_images(begin, end, x_units, problem.frame, [&](int64_t image, int64_t unit) {
+      const int64_t channel = unit * kernel.lanes, count = std::min(kernel.lanes, C - channel);
+      bring_x(x_images, image, channel, count, frames + (image - begin) * problem.frame + channel, C);
+    });
+    for_images(begin, end, groups * panels, g_size, [&](int64_t image, int64_t unit) {
+      const int64_t channel = unit % panels * kernel.block_rows, count = std::min(kernel.block_rows, problem.outputs - channel);
+      R* out = rows + (unit * problem.rows + (image - begin) * P) * kernel.block_rows;
+      bring_g(g_images, image, unit / panels * problem.outputs + channel, count, out, kernel.block_rows);
+    });
     problem.samples = {last - first, P, (end - begin) * P, nullptr};
     if (samples.offsets) {
       offsets.clear();
       for (int64_t n = first; n <= last; ++n) offsets.push_back((samples.begin(n) - begin) * P);
       problem.samples.offsets = offsets.data();
     }
-    problem.weight = weight ? weight + first : nullptr;
-    run_tiles(problem, kernel, threads, sqnorm, first);
+    problem.weight = call.weight ? call.weight + first : nullptr;
+    run_tiles(problem, kernel, threads, call.sqnorm, first);
   }
 }
 
@@ -148,13 +157,11 @@ void conv_sq(Tensor acc, Tensor x, Tensor g, double scale, OptionalTensor weight
   if (stopped(flag, g, x, weight)) return;
   if (offsets) check_offsets({offsets->size(0) - 1, 0, g.size(0), offsets->const_data_ptr<int64_t>()});
   if (g.numel() == 0 || acc.numel() == 0) return;
-  const ConvGeometry geometry(acc, x, g, stride, padding, dilation);
   const ImageSamples samples{offsets ? offsets->size(0) - 1 : g.size(0), offsets ? offsets->const_data_ptr<int64_t>() : nullptr};
-  const Tiles tiles{{}, data_or_null<const float>(weight), {sink_of(acc), scale}, {sink_of(total), 1.0}};
-  dispatch_input("conv_sq_", g.scalar_type(), [&](auto type) {
-    using S = typename decltype(type)::type;
-    run<S>({tiles}, x, g, geometry, samples, sink_of(sqnorm), groups);
-  });
+  const ConvCall call{x, g, ConvGeometry(acc, x, g, stride, padding, dilation), groups, samples, data_or_null<const float>(weight),
+                      scale, sink_of(acc), sink_of(total), sink_of(sqnorm)};
+  if (direct_is_cheaper(call)) return conv_direct(call);
+  dispatch_input("conv_sq_", g.scalar_type(), [&](auto type) { run<typename decltype(type)::type>(call); });
 }
 
 }  // namespace

@@ -9,7 +9,12 @@ namespace fisherfast {
 
 // A vector's worth of columns, copied from a pixel and those around it; what is too much the next one overwrites.
 struct Move {
-  int64_t from, to;  // from the first channel of the pixel that a position looks at first; to the start of the tile
+  int64_t from, to;  // from the first channel of the pixel that a position looks at first; to the start of the panel
+};
+
+// A column of a tile, and its place in a row of the accumulator.
+struct Place {
+  int64_t from, to;
 };
 
 // Per group: the gradient of a sample is g^T x, with the columns of x the patches that the positions look at. Columns are
@@ -17,15 +22,16 @@ struct Move {
 // columns still are one range of the accumulator's.
 template <class R>
 struct ConvProblem : Tiles {
-  Rows<R> g;                   // [rows, O] of the images at hand
+  const R* g;                  // of the images at hand, [panel of channels, row, channel]: the panels of every group
+  int64_t rows;                // in g, from one panel to the next
   const R* x;                  // their frames, [image, pixel, C]
   int64_t frame;               // elements of a frame
   const int64_t* positions;    // [P]: where in a frame the patch of a position starts
   int64_t P, channels, columns;  // positions; per group, input channels and columns
   int64_t outputs;             // channels of g per group
-  const Move* moves;           // by column of tiles
-  const int64_t* first_move;   // [across + 1]
-  const int64_t* places;       // [columns]: a column's place in a row of the accumulator
+  const Move* moves;           // by panel
+  const int64_t* first_move;   // [panels + 1]
+  const Place* places;         // [columns]: by tile, then by place
 };
 
 }  // namespace fisherfast

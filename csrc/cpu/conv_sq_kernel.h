@@ -3,90 +3,136 @@
 #include "cpu/tile_kernel.h"
 
 #include "cpu/conv_images_kernel.h"
-#include "cpu/operand_kernel.h"
 
-// Columns [begin, end) of the unfolded images of one group.
+// Some channels of g, which was brought in panels.
+template <class R>
+struct GradientPanels {
+  const ConvProblem<R>& problem;
+  const R* g;  // the first panel
+  int64_t channels;
+  R* packed = nullptr;
+
+  int64_t size() const { return channels; }
+  int64_t panels() const { return (channels + kBlockRows - 1) / kBlockRows; }
+  int64_t packed_size() const { return 0; }
+
+  void bring(const Block&) const {}
+
+  Matrix<R> panel(const Block& block, int64_t index) const {
+    const int64_t row = problem.samples.begin(block.segments[0].n) + block.segments[0].t;
+    return {g + (index * problem.rows + row) * kBlockRows, kBlockRows};
+  }
+};
+
+// Columns [begin, end) of the unfolded images of one group. A panel is packed just before it is used, so it is in L1.
 template <class R>
 struct Patches {
   using Unaligned = typename Lanes<R>::Unaligned;
+  static constexpr int64_t kColumns = Lanes<R>::columns;
   const ConvProblem<R>& problem;
   const R* x;
   int64_t begin, end;
-  const Move *first, *last;
   R* packed = nullptr;
 
   int64_t size() const { return end - begin; }
-  int64_t panels() const { return (size() + Lanes<R>::columns - 1) / Lanes<R>::columns; }
+  int64_t panels() const { return (size() + kColumns - 1) / kColumns; }
+  int64_t packed_size() const { return panel_size<R>(kColumns); }
 
-  // An odd number of cache lines, so that rows do not compete for the same places in the cache.
-  int64_t packed_stride() const {
-    constexpr int64_t kLine = 64 / sizeof(R);
-    return ((panels() * Lanes<R>::columns + kLine - 1) / kLine | 1) * kLine;
+  void bring(const Block&) const {}
+
+  Matrix<R> panel(const Block& block, int64_t index) const {
+    const int64_t first = problem.first_move[begin / kColumns + index], last = problem.first_move[begin / kColumns + index + 1];
+    for (int s = 0; s < block.count; ++s) pack(block.segments[s], problem.moves + first, problem.moves + last);
+    const int64_t used = std::min(kColumns, size() - index * kColumns);
+    for (int64_t t = 0; t < block.rows && used < kColumns; ++t) std::memset(packed + t * kColumns + used, 0, (kColumns - used) * sizeof(R));
+    return {packed, kColumns};
   }
 
-  Panels<R> bring(const Block& block) const {
-    for (int s = 0; s < block.count; ++s) pack(block.segments[s]);
-    return {{}, {packed, packed_stride()}, 0, Lanes<R>::columns};
+  void pack(const Segment& segment, const Move* first, const Move* last) const {
+    if (last - first == kBlockVectors) {
+      pack_rows(segment, first, std::integral_constant<int64_t, kBlockVectors>());
+    } else {
+      pack_rows(segment, first, last - first);
+    }
   }
 
-  void pack(const Segment& segment) const {
+  // With a constant number of moves they stay in registers.
+  template <class Count>
+  void pack_rows(const Segment& segment, const Move* moves, Count count) const {
     const int64_t row = problem.samples.begin(segment.n) + segment.t;
-    int64_t image = row / problem.P, p = row % problem.P;
-    R* out = packed + segment.row * packed_stride();
-    for (int64_t t = 0; t < segment.rows; ++t, out += packed_stride()) {
-      const R* in = x + image * problem.frame + problem.positions[p];
-      for (const Move* move = first; move < last; ++move)
-        *reinterpret_cast<Unaligned*>(out + move->to) = *reinterpret_cast<const Unaligned*>(in + move->from);
-      std::memset(out + size(), 0, (panels() * Lanes<R>::columns - size()) * sizeof(R));
-      if (++p == problem.P) ++image, p = 0;
+    int64_t p = row % problem.P;
+    const R* image = x + row / problem.P * problem.frame;
+    R* out = packed + segment.row * kColumns;
+    for (int64_t t = 0; t < segment.rows; ++t, out += kColumns) {
+      const R* in = image + problem.positions[p];
+      for (int64_t move = 0; move < count; ++move)
+        *reinterpret_cast<Unaligned*>(out + moves[move].to) = *reinterpret_cast<const Unaligned*>(in + moves[move].from);
+      if (++p == problem.P) image += problem.frame, p = 0;
     }
   }
 };
 
-// The part of an accumulator that a cell block belongs to; its columns lie at places of their own.
-template <class A>
-struct ScatteredWindow {
-  A* out;
-  int64_t stride, rows, columns;
-  const int64_t* places;
+// A tile of an accumulator whose columns are in an order of its own: rows of cells are put in its order one by one.
+struct OrderedPlace {
+  int64_t first, stride;  // of the accumulator's rows
+  const Place *begin, *end;
 
-  void prefetch() const {}
+  template <class Tile>
+  void prefetch(const Tile&, int64_t, int64_t) const {}
+  template <class Tile, class Cell>
+  void add_cell(const Tile&, int64_t, int64_t, const Cell&) const {}
 
-  // Adds a block of cells, and clears it.
-  template <class R>
-  void add(R* cells, double scale) const {
+  template <class Tile>
+  void add_tile(const Tile& tile) const {
+    if (tile.target.squares) add(tile, tile.target.squares, tile.work.squares);
+    if (tile.target.sums) add(tile, tile.target.sums, tile.work.sums);
+  }
+
+  template <class Tile, class Vector>
+  void add(const Tile& tile, Vector* cells, const Output& output) const {
+    if (output.sink.is_double) {
+      add_rows(tile, cells, static_cast<double*>(output.sink.data) + first, output.scale);
+    } else {
+      add_rows(tile, cells, static_cast<float*>(output.sink.data) + first, output.scale);
+    }
+    std::memset(static_cast<void*>(cells), 0, tile.cells() * sizeof(Vector));
+  }
+
+  template <class Tile, class Vector, class A>
+  void add_rows(const Tile& tile, const Vector* cells, A* out, double scale) const {
+    using R = typename Tile::Real;
+    constexpr int64_t kColumns = Tile::kColumns;
+    R line[kMaxTileColumns];
+    for (int64_t row = 0; row < tile.g.size(); ++row, out += stride) {
+      const R* cell = reinterpret_cast<const R*>(cells + row / kBlockRows * kCells) + row % kBlockRows * kColumns;
+      for (int64_t q = 0; q < tile.x.panels(); ++q, cell += tile.g.panels() * kBlockRows * kColumns)
+        for (int64_t c = 0; c < kColumns; ++c) line[q * kColumns + c] = cell[c];
+      add_row(line, out, scale);
+    }
+  }
+
+  template <class A, class R>
+  void add_row(const R* line, A* out, double scale) const {
     using Wide = std::common_type_t<A, R>;
     const Wide factor = static_cast<Wide>(scale);
-    for (int64_t row = 0; row < rows; ++row, cells += Lanes<R>::columns) {
-      A* line = out + row * stride;
-      for (int64_t c = 0; c < columns; ++c) line[places[c]] = static_cast<A>(line[places[c]] + factor * static_cast<Wide>(cells[c]));
-      std::memset(cells, 0, Lanes<R>::columns * sizeof(R));
-    }
-  }
-};
-
-struct ScatteredPlace {
-  int64_t first, stride;
-  const int64_t* places;
-
-  template <class A>
-  ScatteredWindow<A> window(A* out, int64_t row, int64_t column, int64_t rows, int64_t columns) const {
-    return {out + first + row * stride, stride, rows, columns, places + column};
+    for (const Place* place = begin; place < end; ++place)
+      out[place->to] = static_cast<A>(out[place->to] + factor * static_cast<Wide>(line[place->from]));
   }
 };
 
 template <class R>
 void conv_tile(const ConvProblem<R>& problem, int64_t index) {
-  using G = Operand<R, kBlockRows>;
   const Tiling& tiling = problem.tiling;
   const int64_t across = index % tiling.across, down = index / tiling.across % tiling.down;
-  const int64_t group = index / tiling.across / tiling.down;
-  const int64_t o = group * problem.outputs + down * tiling.rows, column = across * tiling.columns;
-  const int64_t o_end = std::min(o + tiling.rows, (group + 1) * problem.outputs);
-  const G g{problem.g, problem.samples, o, o_end, false, nullptr};
-  const Patches<R> x{problem, problem.x + group * problem.channels, column, std::min(column + tiling.columns, problem.columns),
-                     problem.moves + problem.first_move[across], problem.moves + problem.first_move[across + 1]};
-  Tile<R, G, Patches<R>, ScatteredPlace>{problem, g, x, {o * problem.columns, problem.columns, problem.places + column}}.run(index);
+  const int64_t group = index / tiling.across / tiling.down, column = across * tiling.columns;
+  const int64_t channel = down * tiling.rows, o = group * problem.outputs + channel;
+  const int64_t panel = group * ((problem.outputs + kBlockRows - 1) / kBlockRows) + channel / kBlockRows;
+  const GradientPanels<R> g{problem, problem.g + panel * problem.rows * kBlockRows,
+                            std::min(tiling.rows, problem.outputs - channel)};
+  const int64_t end = std::min(column + tiling.columns, problem.columns);
+  const Patches<R> x{problem, problem.x + group * problem.channels, column, end};
+  const OrderedPlace place{o * problem.columns, problem.columns, problem.places + column, problem.places + end};
+  Tile<R, GradientPanels<R>, Patches<R>, OrderedPlace>{problem, g, x, place}.run(index);
 }
 
 template <class R>
@@ -94,11 +140,22 @@ TileKernel<ConvProblem<R>> conv_kernel() {
   return {kBlockRows, Lanes<R>::columns, Lanes<R>::count, &conv_tile<R>};
 }
 
-// Channels [block * lanes, ...) of image n, to where the first of them belongs.
+// Channels [first, first + count) of image n, of which there are at most a vector.
 template <class S>
-void bring_channels(const Images<S>& images, int64_t n, int64_t block, compute_t<S>* out, int64_t pixel_stride) {
-  constexpr int64_t kLanes = Lanes<compute_t<S>>::count;
-  const int count = static_cast<int>(std::min(kLanes, images.channels - block * kLanes));
-  const S* in = images.data + n * images.stride_n + block * kLanes * images.stride_c;
-  ChannelBlock<S>{images, in, out, pixel_stride, count, count}.bring();
+void bring_vector(const Images<S>& images, int64_t n, int64_t first, int64_t count, compute_t<S>* out, int64_t pixel_stride) {
+  const S* in = images.data + n * images.stride_n + first * images.stride_c;
+  const int channels = static_cast<int>(count);
+  ChannelBlock<S, Lanes<compute_t<S>>::count>{images, in, out, pixel_stride, channels, channels}.bring();
+}
+
+// The same for as many channels as a panel of g has, or fewer: the others are zero.
+template <class S>
+void bring_panel(const Images<S>& images, int64_t n, int64_t first, int64_t count, compute_t<S>* out, int64_t) {
+  constexpr int kWidth = kBlockRows < Lanes<compute_t<S>>::count ? kBlockRows : Lanes<compute_t<S>>::count;
+  for (int start = 0; start < kBlockRows; start += kWidth) {
+    const S* in = images.data + n * images.stride_n + (first + start) * images.stride_c;
+    const int width = std::min(kWidth, kBlockRows - start);
+    const int channels = static_cast<int>(std::max<int64_t>(0, std::min<int64_t>(width, count - start)));
+    ChannelBlock<S, kWidth>{images, in, out + start, kBlockRows, channels, width}.bring();
+  }
 }

@@ -15,52 +15,59 @@ struct Operand {
   int64_t size() const { return end - begin; }
   int64_t panels() const { return (size() + kWidth - 1) / kWidth; }
 
-  // An odd number of cache lines, so that rows do not compete for the same places in the cache.
-  int64_t packed_stride() const {
-    constexpr int64_t kLine = 64 / sizeof(R);
-    return ((panels() * kWidth + kLine - 1) / kLine | 1) * kLine;
-  }
-
   const S* row(const Segment& segment) const {
     return rows.sample(samples, segment.n) + segment.t * rows.stride_t + begin * rows.stride_d;
   }
 
-  // Long strides hurt only where fewer registers mean that a panel is read more often.
-  Panels<R> bring(const Block& block) const {
-    Panels<R> panels{{}, {packed, packed_stride()}, 0, kWidth};
+  int64_t packed_size() const { return panels() * panel_size<R>(kWidth); }
+
+  // Panels that are read where they are: the first ones, that many. Long strides hurt only where fewer registers mean that a
+  // panel is read more often.
+  int64_t in_place(const Block& block) const {
     if constexpr (std::is_same_v<S, R> && kVectorBytes >= 64) {
-      if (rows.stride_d == 1 && !squared && !row_weight && (block.count == 1 || rows.even(samples))) {
-        panels.in_place = {row(block.segments[0]), rows.stride_t};
-        panels.whole = (end - begin) / kWidth;
-      }
+      if (rows.stride_d == 1 && !squared && !row_weight && (block.count == 1 || rows.even(samples))) return size() / kWidth;
     }
-    const int64_t first = panels.whole * kWidth;
-    if (begin + first < end) {
-      for (int s = 0; s < block.count; ++s) pack(block.segments[s], first);
-    }
-    return panels;
+    return 0;
   }
 
-  void pack(const Segment& segment, int64_t first) const {
-    const S* in = row(segment) + first * rows.stride_d;
-    R* out = packed + segment.row * packed_stride();
-    for (int64_t t = 0; t < segment.rows; ++t, in += rows.stride_t, out += packed_stride()) {
+  void bring(const Block& block) const {
+    const int64_t whole = in_place(block);
+    if (whole == panels()) return;
+    for (int s = 0; s < block.count; ++s) pack(block.segments[s], whole);
+  }
+
+  Matrix<R> panel(const Block& block, int64_t index) const {
+    if constexpr (std::is_same_v<S, R>) {
+      if (index < in_place(block)) return {row(block.segments[0]) + index * kWidth, rows.stride_t};
+    }
+    return {packed + index * panel_size<R>(kWidth), kWidth};
+  }
+
+  void pack(const Segment& segment, int64_t first_panel) const {
+    const S* in = row(segment);
+    R* out = packed + segment.row * kWidth;
+    for (int64_t t = 0; t < segment.rows; ++t, in += rows.stride_t, out += kWidth) {
       const R w = row_weight ? row_weight[samples.begin(segment.n) + segment.t + t] : R(1);
       if (rows.stride_d == 1) {
-        pack_row(in, std::integral_constant<int64_t, 1>(), w, first, out);
+        pack_row(in, std::integral_constant<int64_t, 1>(), w, first_panel, out);
       } else {
-        pack_row(in, rows.stride_d, w, first, out);
+        pack_row(in, rows.stride_d, w, first_panel, out);
       }
     }
   }
 
   template <class Stride>
-  void pack_row(const S* in, Stride stride, R w, int64_t first, R* out) const {
-    if (squared) {
-      for (int64_t c = first; c < end - begin; ++c, in += stride) out[c] = widen(*in) * widen(*in) * w;
-    } else {
-      for (int64_t c = first; c < end - begin; ++c, in += stride) out[c] = widen(*in) * w;
+  void pack_row(const S* in, Stride stride, R w, int64_t first_panel, R* out) const {
+    for (int64_t panel = first_panel; panel < panels(); ++panel) {
+      const S* from = in + panel * kWidth * stride;
+      R* to = out + panel * panel_size<R>(kWidth);
+      const int64_t count = std::min(kWidth, size() - panel * kWidth);
+      if (count == kWidth && !squared) {
+        for (int64_t c = 0; c < kWidth; ++c) to[c] = widen(from[c * stride]) * w;
+      } else {
+        for (int64_t c = 0; c < count; ++c) to[c] = widen(from[c * stride]) * (squared ? widen(from[c * stride]) * w : w);
+        for (int64_t c = count; c < kWidth; ++c) to[c] = 0;
+      }
     }
-    for (int64_t c = end - begin; c < panels() * kWidth; ++c) out[c] = 0;
   }
 };

@@ -7,12 +7,13 @@ namespace {
 constexpr int64_t kNormWorkers = 16;  // tiles do not depend on the number of threads where their sums would
 
 // The cheapest of the few ways to cut rows x columns into tiles that fit: time is that of the busiest worker.
-Tiling cheapest(int64_t rows, int64_t columns, int64_t block_rows, int64_t block_columns, int64_t max_rows, int64_t workers) {
+Tiling cheapest(int64_t rows, int64_t columns, int64_t block_rows, int64_t block_columns, int64_t max_rows,
+                int64_t max_columns, int64_t workers) {
   constexpr int64_t kOperandCost = 10;  // bringing an operand's element to the core, in multiply-adds
   const int64_t more = std::min<int64_t>(workers, 16);
   const int64_t row_blocks = ceil_div(rows, block_rows), column_blocks = ceil_div(columns, block_columns);
   const int64_t least_down = ceil_div(rows, max_rows);
-  const int64_t least_across = ceil_div(columns, kMaxTileColumns / block_columns * block_columns);
+  const int64_t least_across = ceil_div(columns, max_columns / block_columns * block_columns);
   Tiling best{};
   int64_t least = INT64_MAX;
   for (int64_t down = least_down; down <= std::min(row_blocks, least_down + more); ++down)
@@ -37,10 +38,11 @@ int64_t threads_for(int64_t products) {
 
 // A tile is as high as its buffers (sums and an unfinished sample want their own) leave room for in L2.
 Tiling plan(const Tiles& tiles, int64_t rows, int64_t columns, int64_t block_rows, int64_t block_columns, int64_t bytes,
-            int64_t threads, bool norms) {
+            int64_t threads, bool norms, bool tall) {
   const int64_t buffers = (tiles.squares.sink && tiles.sums.sink) + (tiles.longest > kDepth) + 1;
-  const int64_t max_rows = kMaxTileRows * static_cast<int64_t>(sizeof(float)) / (bytes * buffers);
-  return cheapest(rows, columns, block_rows, block_columns, max_rows, norms ? kNormWorkers : threads);
+  const int64_t max_rows = (tall ? kTallTileRows : kMaxTileRows) * static_cast<int64_t>(sizeof(float)) / (bytes * buffers);
+  return cheapest(rows, columns, block_rows, block_columns, max_rows, tall ? kTallTileColumns : kMaxTileColumns,
+                  norms ? kNormWorkers : threads);
 }
 
 }  // namespace fisherfast

@@ -21,6 +21,7 @@ namespace fisherfast {
 constexpr int64_t kDepth = 128;  // most rows multiplied in one go; that many of 48 columns of x stay in L1
 constexpr int64_t kRun = 32;     // most samples in one go
 constexpr int64_t kMaxTileRows = 256, kMaxTileColumns = 528;  // about half of a 1 MiB L2 in fp32
+constexpr int64_t kTallTileRows = 512, kTallTileColumns = 264;  // where columns cost more than rows
 
 // An accumulator and the factor of what is added to it.
 struct Output {
@@ -61,7 +62,7 @@ int64_t threads_for(int64_t products);
 
 // Cuts a rows x columns accumulator of reals of so many bytes. Where norms are summed by tile, tiles do not depend on threads.
 Tiling plan(const Tiles& tiles, int64_t rows, int64_t columns, int64_t block_rows, int64_t block_columns, int64_t bytes,
-            int64_t threads, bool norms);
+            int64_t threads, bool norms, bool tall);
 
 // Runs all tiles; adds what they found of sqnorm to that of the samples from first_sample on.
 template <class Problem>

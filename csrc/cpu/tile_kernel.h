@@ -6,46 +6,19 @@
 // of their own: operands are padded with zeros when they are packed, and what lies outside is not written back.
 #include "cpu/tile_micro.h"
 
-// Panels of an operand: the first ones where they are, the others packed.
+// A packed panel of an operand, row after row. A vector to spare: rows may be copied in whole vectors, and panels do not
+// compete for the same places in the cache.
 template <class R>
-struct Panels {
-  Matrix<R> in_place, packed;
-  int64_t whole, width;  // number of those in place; columns of each
+constexpr int64_t panel_size(int64_t width) {
+  return kDepth * width + Lanes<R>::count;
+}
 
-  Matrix<R> operator[](int64_t index) const {
-    const Matrix<R>& matrix = index < whole ? in_place : packed;
-    return {matrix.data + index * width, matrix.stride};
-  }
-};
-
-// The part of an accumulator that a cell block belongs to: rows x columns of it are inside.
-template <class A>
-struct Window {
-  A* out;
-  int64_t stride, rows, columns;
-
-  void prefetch() const {
-    for (int64_t row = 0; row < rows; ++row)
-      for (int64_t c = 0; c < columns; c += 64 / sizeof(A)) __builtin_prefetch(out + row * stride + c, 1);
-  }
-
-  // Adds a block of cells, and clears it.
-  template <class R>
-  void add(R* cells, double scale) const {
-    using Wide = std::common_type_t<A, R>;
-    const Wide factor = static_cast<Wide>(scale);
-    for (int64_t row = 0; row < rows; ++row, cells += Lanes<R>::columns) {
-      A* line = out + row * stride;
-      for (int64_t c = 0; c < columns; ++c) line[c] = static_cast<A>(line[c] + factor * static_cast<Wide>(cells[c]));
-      std::memset(cells, 0, Lanes<R>::columns * sizeof(R));
-    }
-  }
-};
-
-// G and X bring the operands, panels of them for every block of rows; Place knows where in an accumulator a cell block lies.
+// G and X bring the operands, panels of them for every block of rows; Place takes the cells to the accumulators.
 template <class R, class G, class X, class Place>
 struct Tile {
+  using Real = R;
   using Vector = typename Lanes<R>::Vector;
+  static constexpr int64_t kColumns = Lanes<R>::columns;
   const Tiles& work;
   G g;
   X x;
@@ -56,15 +29,15 @@ struct Tile {
 
   void allocate(int64_t index) {
     const int64_t sizes[] = {work.squares.sink ? cells() : 0, work.sums.sink ? cells() : 0, work.longest > kDepth ? cells() : 0};
-    const int64_t g_size = g.packed_stride() * kDepth, x_size = x.packed_stride() * kDepth;
+    const int64_t g_size = g.packed_size(), x_size = x.packed_size();
     const int64_t vectors = sizes[0] + sizes[1] + sizes[2];
-    auto* memory = static_cast<Vector*>(scratch((vectors + 1) * sizeof(Vector) + (g_size + x_size) * sizeof(R)));
+    auto* memory = static_cast<Vector*>(scratch(vectors * sizeof(Vector) + (g_size + x_size) * sizeof(R)));
     std::memset(static_cast<void*>(memory), 0, vectors * sizeof(Vector));
     if (sizes[0]) target.squares = memory;
     if (sizes[1]) target.sums = memory + sizes[0];
     if (sizes[2]) target.carry = memory + sizes[0] + sizes[1];
-    g.packed = reinterpret_cast<R*>(memory + vectors);
-    x.packed = g.packed + g_size;  // last, and a vector to spare: rows may be copied in whole vectors
+    x.packed = reinterpret_cast<R*>(memory + vectors);
+    g.packed = x.packed + x_size;
     if (work.norms) target.norms = work.norms + index * work.samples.N;
   }
 
@@ -78,29 +51,29 @@ struct Tile {
     }
   }
 
-  // Multiplies a block of rows; the last one before a flush takes every cell to the accumulators while it is at hand.
+  // Multiplies a block of rows; the last one before a flush takes every cell to the accumulators, if they allow while it is
+  // at hand.
   void multiply(const Block& block, bool flush) const {
-    const Panels<R> g_panels = g.bring(block), x_panels = x.bring(block);
+    g.bring(block);
+    x.bring(block);
     int64_t cell = 0;
-    for (int64_t q = 0; q < x.panels(); ++q)
+    for (int64_t q = 0; q < x.panels(); ++q) {
+      const Matrix<R> x_panel = x.panel(block, q);
+      const MicroKernel<R> micro_kernel = micro_kernel_of<R>(x.size() - q * kColumns);
       for (int64_t p = 0; p < g.panels(); ++p, cell += kCells) {
         const Target<R> to{at(target.squares, cell), at(target.sums, cell), at(target.carry, cell), target.norms};
         const int64_t row = p * kBlockRows, column = q * Lanes<R>::columns;
-        const auto prefetch = [](const auto& at, double) { at.prefetch(); };
-        if (flush) {
-          visit(work.squares, row, column, prefetch);
-          visit(work.sums, row, column, prefetch);
-        }
-        multiply(g_panels[p], x_panels[q], block, to);
-        if (flush) {
-          visit(work.squares, row, column, [&](const auto& at, double scale) { at.add(reinterpret_cast<R*>(to.squares), scale); });
-          visit(work.sums, row, column, [&](const auto& at, double scale) { at.add(reinterpret_cast<R*>(to.sums), scale); });
-        }
+        if (flush) place.prefetch(*this, row, column);
+        multiply(micro_kernel, g.panel(block, p), x_panel, block, to);
+        if (flush) place.add_cell(*this, row, column, to);
       }
+    }
+    if (flush) place.add_tile(*this);
   }
 
   // Where a block holds many samples, they are first added up among themselves.
-  void multiply(const Matrix<R>& g_panel, const Matrix<R>& x_panel, const Block& block, const Target<R>& to) const {
+  void multiply(MicroKernel<R> micro_kernel, const Matrix<R>& g_panel, const Matrix<R>& x_panel, const Block& block,
+                const Target<R>& to) const {
     constexpr int kDirect = 4;
     if (block.count <= kDirect) return micro_kernel(g_panel, x_panel, block, work.weight, to);
     Vector squares[kCells]{}, sums[kCells]{};
@@ -110,16 +83,4 @@ struct Tile {
   }
 
   static Vector* at(Vector* cells, int64_t cell) { return cells ? cells + cell : nullptr; }
-
-  // body(window, scale) with the part of an accumulator that starts at a row and a column of the tile.
-  template <class Body>
-  void visit(const Output& output, int64_t row, int64_t column, const Body& body) const {
-    if (!output.sink) return;
-    const int64_t rows = std::min<int64_t>(kBlockRows, g.size() - row), columns = std::min(Lanes<R>::columns, x.size() - column);
-    if (output.sink.is_double) {
-      body(place.window(static_cast<double*>(output.sink.data), row, column, rows, columns), output.scale);
-    } else {
-      body(place.window(static_cast<float*>(output.sink.data), row, column, rows, columns), output.scale);
-    }
-  }
 };

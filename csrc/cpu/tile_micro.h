@@ -32,51 +32,64 @@ struct Target {
   double* norms;                                      // [N]
 };
 
-// Every loop over c is unrolled, or GCC keeps c in memory.
-template <class R>
+// The first kVectors vectors of a cell block's rows. Every loop over c is unrolled, or GCC keeps c in memory.
+template <class R, int kVectors>
 [[gnu::noinline]] void micro_kernel(Matrix<R> g, Matrix<R> x, const Block& block, const float* weight, Target<R> target) {
   using Vector = typename Lanes<R>::Vector;
   using Unaligned = typename Lanes<R>::Unaligned;
+  constexpr int kCount = kBlockRows * kVectors;
+  const auto cell = [](int k) { return k / kVectors * kBlockVectors + k % kVectors; };
   for (int s = 0; s < block.count; ++s) {
     const Segment& segment = block.segments[s];
     const R* g_row = g.data + segment.row * g.stride;
     const R* x_row = x.data + segment.row * x.stride;
-    Vector c[kCells];
+    Vector c[kCount];
 #pragma GCC unroll 32
-    for (int k = 0; k < kCells; ++k) c[k] = Vector{};
+    for (int k = 0; k < kCount; ++k) c[k] = Vector{};
     for (int64_t t = 0; t < segment.rows; ++t, g_row += g.stride, x_row += x.stride) {
       __builtin_prefetch(g_row + kBlockRows);
-      Vector b[kBlockVectors];
+      Vector b[kVectors];
 #pragma GCC unroll 32
-      for (int j = 0; j < kBlockVectors; ++j) b[j] = reinterpret_cast<const Unaligned*>(x_row)[j];
+      for (int j = 0; j < kVectors; ++j) b[j] = reinterpret_cast<const Unaligned*>(x_row)[j];
 #pragma GCC unroll 32
-      for (int k = 0; k < kCells; ++k) c[k] += g_row[k / kBlockVectors] * b[k % kBlockVectors];
+      for (int k = 0; k < kCount; ++k) c[k] += g_row[k / kVectors] * b[k % kVectors];
     }
     if (block.resumes) {
 #pragma GCC unroll 32
-      for (int k = 0; k < kCells; ++k) c[k] += target.carry[k];
+      for (int k = 0; k < kCount; ++k) c[k] += target.carry[cell(k)];
     }
     if (block.unfinished) {
 #pragma GCC unroll 32
-      for (int k = 0; k < kCells; ++k) target.carry[k] = c[k];
+      for (int k = 0; k < kCount; ++k) target.carry[cell(k)] = c[k];
       return;
     }
     const R w = weight ? weight[segment.n] : R(1);
     if (target.norms) {
       Vector squares{};
 #pragma GCC unroll 32
-      for (int k = 0; k < kCells; ++k) squares += c[k] * c[k];
+      for (int k = 0; k < kCount; ++k) squares += c[k] * c[k];
       for (int lane = 0; lane < Lanes<R>::count; ++lane) target.norms[segment.n] += squares[lane];
     }
     if (target.sums) {
 #pragma GCC unroll 32
-      for (int k = 0; k < kCells; ++k) target.sums[k] += w * c[k];
+      for (int k = 0; k < kCount; ++k) target.sums[cell(k)] += w * c[k];
     }
     if (target.squares) {
 #pragma GCC unroll 32
-      for (int k = 0; k < kCells; ++k) target.squares[k] += w * c[k] * c[k];
+      for (int k = 0; k < kCount; ++k) target.squares[cell(k)] += w * c[k] * c[k];
     }
   }
+}
+
+template <class R>
+using MicroKernel = void (*)(Matrix<R>, Matrix<R>, const Block&, const float*, Target<R>);
+
+// The one that does no more than so many columns ask for.
+template <class R>
+MicroKernel<R> micro_kernel_of(int64_t columns) {
+  if (columns > (kBlockVectors - 1) * Lanes<R>::count) return micro_kernel<R, kBlockVectors>;
+  if (columns > Lanes<R>::count) return micro_kernel<R, (kBlockVectors + 1) / 2>;
+  return micro_kernel<R, 1>;
 }
 
 // Cuts the rows into blocks, in order.
