@@ -37,6 +37,23 @@ _EMBEDDING = {  # N, T, V, D
 }
 
 
+_CONV = {  # N, C, O, H, K, stride, groups: square maps and kernels, padding K // 2
+    "allcnn-in": (32, 3, 96, 32, 3, 1, 1),
+    "allcnn-32": (32, 96, 96, 32, 3, 1, 1),
+    "allcnn-down": (32, 96, 96, 32, 3, 2, 1),
+    "allcnn-widen": (32, 96, 192, 16, 3, 1, 1),
+    "allcnn-16": (32, 192, 192, 16, 3, 1, 1),
+    "allcnn-8": (32, 192, 192, 8, 3, 1, 1),
+    "allcnn-1x1": (32, 192, 192, 8, 1, 1, 1),
+    "resnet-32": (16, 64, 64, 32, 3, 1, 1),
+    "resnet-16": (16, 128, 128, 16, 3, 1, 1),
+    "resnet-8": (16, 256, 256, 8, 3, 1, 1),
+    "resnet-4": (16, 512, 512, 4, 3, 1, 1),
+    "resnet-1x1-down": (16, 256, 512, 8, 1, 2, 1),
+    "convnext-depthwise": (16, 96, 96, 56, 7, 1, 96),
+}
+
+
 class Problem(NamedTuple):
     """One case of one op: how to reach its result, what that costs at least, and the oracle."""
 
@@ -136,5 +153,52 @@ def _embedding(N: int, T: int, V: int, D: int) -> Problem:
     )
 
 
-CASES = {"linear_sq_": _LINEAR, "scale_sq_": _SCALE, "embedding_sq_": _EMBEDDING}
-PROBLEMS: dict[str, Callable[..., Problem]] = {"linear_sq_": _linear, "scale_sq_": _scale, "embedding_sq_": _embedding}
+def _conv(N: int, C: int, O: int, H: int, K: int, stride: int, groups: int) -> Problem:
+    padding, acc = K // 2, (O, C // groups, K, K)
+    x, P = torch.randn(N, C, H, H), (H + 2 * padding - K) // stride + 1
+    g = torch.randn(N, O, P, P)
+
+    def gradient(x: Tensor, g: Tensor) -> Tensor:
+        weight, axes = x.new_zeros(()).expand(acc), [0, 0]
+        mask = [False, True, False]
+        return torch.ops.aten.convolution_backward(
+            g, x, weight, None, [stride] * 2, [padding] * 2, [1, 1], False, axes, groups, mask
+        )[1]
+
+    def per_sample(acc: Tensor, x: Tensor = x, g: Tensor = g) -> Tensor:
+        for x_n, g_n in zip(x.split(1), g.split(1), strict=True):
+            dw = gradient(x_n, g_n)
+            acc.addcmul_(dw, dw)
+        return acc
+
+    def unfolded(acc: Tensor) -> Tensor:
+        for x_n, g_n in zip(x.split(1), g, strict=True):
+            patches = torch.nn.functional.unfold(x_n, K, padding=padding, stride=stride).view(groups, -1, P * P)
+            dw = torch.einsum("gop,gip->goi", g_n.view(groups, O // groups, P * P), patches).view_as(acc)
+            acc.addcmul_(dw, dw)
+        return acc
+
+    options = {"stride": (stride, stride), "padding": (padding, padding), "groups": groups}
+    return Problem(
+        shape={"N": N, "C": C, "O": O, "H": H, "K": K, "stride": stride, "groups": groups},
+        routes={
+            **_ours(lambda acc: ff.ops.conv_sq_(acc, x, g, **options)),
+            "dW per sample": per_sample,
+            "unfold and einsum": unfolded,
+        },
+        plain="unfold and einsum",
+        yardstick=("dW of the batch alone", lambda acc: gradient(x, g)),
+        acc=acc,
+        oracle=lambda: per_sample(torch.zeros(acc, dtype=torch.float64), x.double(), g.double()),
+        flops=2 * N * P * P * O * (C // groups) * K * K,
+        bytes=4 * (x.numel() + g.numel() + 2 * O * (C // groups) * K * K),
+    )
+
+
+CASES = {"linear_sq_": _LINEAR, "conv_sq_": _CONV, "scale_sq_": _SCALE, "embedding_sq_": _EMBEDDING}
+PROBLEMS: dict[str, Callable[..., Problem]] = {
+    "linear_sq_": _linear,
+    "conv_sq_": _conv,
+    "scale_sq_": _scale,
+    "embedding_sq_": _embedding,
+}
