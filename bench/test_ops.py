@@ -9,7 +9,7 @@ import routes
 import torch
 
 KERNEL = "cpu"
-SECONDS = 10.0  # per case
+SECONDS = 5.0  # per case
 
 
 def errors(problem: routes.Problem) -> dict[str, float]:

@@ -47,8 +47,8 @@ def test_grouped_experts_in_float32():
     """The default way to run experts, one grouped product, has no float64: held to autograd in float32."""
     import transformers as hf
 
-    config = hf.MixtralConfig(**architectures.GROUPED, vocab_size=architectures.V, num_local_experts=4)
-    architecture = architectures.Architecture(lambda: hf.MixtralForCausalLM(config), architectures.text, causal=True)
+    config = hf.MixtralConfig(**architectures.grouped(1), vocab_size=architectures.V, num_local_experts=4)
+    architecture = architectures.Architecture(lambda _: hf.MixtralForCausalLM(config), architectures.text, causal=True)
     model, batch = architecture.make(N, torch.float32)
     assert config._experts_implementation == "grouped_mm"
     result = ff.fisher(model, [batch], fisher_type="empirical", likelihood=ff.CausalLM(), progress=False)

@@ -33,7 +33,7 @@ def apart(batch, key="cu_seq_lens_q"):
 
 
 def llama():
-    config = hf.LlamaConfig(**architectures.GROUPED, vocab_size=V, attn_implementation="eager", use_cache=False)
+    config = hf.LlamaConfig(**architectures.grouped(1), vocab_size=V, attn_implementation="eager", use_cache=False)
     return hf.LlamaForCausalLM(config).double().eval()
 
 

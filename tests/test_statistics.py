@@ -263,21 +263,19 @@ def test_a_staged_batch_that_does_not_complete_adds_nothing():
 # -- ghost norms
 
 
-@pytest.mark.parametrize(("T", "I", "O"), [(1, 5, 7), (3, 50, 70), (200, 500, 700)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-def test_ghost_norms(T, I, O, dtype, monkeypatch):
-    monkeypatch.setattr(ghost, "_NUMBERS", 2 * T * T)  # several chunks
-    rows = Rows(torch.randn(5, T, I).to(dtype), torch.randn(5, T, O).to(dtype))
-    assert ghost.cheaper(MatMul(), rows)
+def test_ghost_norms(dtype):
+    rows = Rows(torch.randn(5, 1, 37).to(dtype), torch.randn(5, 1, 41).to(dtype))
+    assert ghost.applies(MatMul(), rows)
     expected = (rows.g.double().mT @ rows.x.double()).square().sum((1, 2))
     result = ghost.squared_norms(rows)
     assert result.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-    assert close(result.double(), expected, 1e-12 if dtype == torch.float64 else 1e-5)
+    assert close(result.double(), expected, 1e-12 if dtype == torch.float64 else 1e-6)
 
 
-def test_ghost_norms_only_where_cheaper():
-    assert not ghost.cheaper(MatMul(), Rows(torch.randn(2, 9, 4), torch.randn(2, 9, 4)))
-    assert not ghost.cheaper(MatMul(), Rows(torch.randn(9, 4), torch.randn(9, 4), torch.tensor([0, 9])))
+def test_ghost_norms_of_one_position_only():
+    assert not ghost.applies(MatMul(), Rows(torch.randn(2, 9, 4), torch.randn(2, 9, 4)))
+    assert not ghost.applies(MatMul(), Rows(torch.randn(9, 4), torch.randn(9, 4), torch.tensor([0, 9])))
 
 
 def test_not_finite_is_seen_by_norms_alone():

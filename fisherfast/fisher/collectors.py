@@ -107,8 +107,8 @@ class Diagonal:
 class PerSampleNorm:
     """Ask for the squared norm of every sample's gradient, of the whole model and, ``by_layer=True``, of each layer.
 
-    Asked for alone it needs no tensor shaped like a parameter: weights of matrix multiplications go by Gram matrices of
-    their positions where that takes fewer operations (``fisher.ghost``).
+    Asked for alone it needs no sums shaped like the parameters: a weight that sees one position per sample needs the norms of
+    x and g only, and what other kernels add up goes to one scratch tensor.
 
     Shapes:   the result's ``squared_norms`` [num_samples], in the order in which the samples came.
     Scale:    ``E_y |s_n|^2``, per sample and unweighted; with drawn labels the mean over draws.
@@ -265,7 +265,7 @@ class Engine:
             acc = self._target(self.squares, self._staged_squares, name)
             total = self._total(name, scale) if self.totals else None
             form.accumulate(acc, rows, scale, weight=self._weight, total=total, sqnorm=sqnorm, flag=flag)
-        elif sqnorm is not None and ghost.cheaper(form, rows):
+        elif sqnorm is not None and ghost.applies(form, rows):
             norms = ghost.squared_norms(rows)
             flag |= ~norms.isfinite().all()
             sqnorm += norms

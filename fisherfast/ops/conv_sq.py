@@ -112,11 +112,15 @@ def conv_sq_(
 
 def _framed(x: Tensor, g: Tensor, kernel, stride, padding, dilation) -> Tensor:
     """The input with exactly the border that the positions of g reach: zeros where it is outside, cut where nothing looks."""
-    frame: list[int] = []
-    for axis in reversed(range(len(kernel))):
-        reach = (g.shape[2 + axis] - 1) * stride[axis] + (kernel[axis] - 1) * dilation[axis] + 1
-        frame += [padding[axis], reach - padding[axis] - x.shape[2 + axis]]
-    return torch.nn.functional.pad(x, frame)
+    for axis, before in enumerate(padding, start=2):
+        reach = (g.shape[axis] - 1) * stride[axis - 2] + (kernel[axis - 2] - 1) * dilation[axis - 2] + 1
+        first, last = min(max(-before, 0), x.shape[axis]), min(max(reach - before, 0), x.shape[axis])
+        inside = x.narrow(axis, first, max(last - first, 0))
+        framed = x.new_zeros([*x.shape[:axis], reach, *x.shape[axis + 1 :]])
+        if inside.shape[axis]:
+            framed.narrow(axis, max(before, 0), inside.shape[axis]).copy_(inside)
+        x = framed
+    return x
 
 
 def _weight_gradient(x: Tensor, g: Tensor, shape, stride, dilation, groups) -> Tensor:

@@ -174,11 +174,17 @@ def _layers(params: list[Tensor], has_biases: bool, projected: bool) -> Iterator
         yield [w_ih, w_hh, *(rest or (None, None)), w_hr]
 
 
+def _each(states, change):
+    return tuple(map(change, states)) if isinstance(states, (tuple, list)) else change(states)
+
+
 def _recurrent(name: str, input, second, third, *arguments):
     """``torch.lstm`` and its like, padded ``(input, hx, params, ..., batch_first)`` or packed ``(data, sizes, hx, params, ...)``."""
     if isinstance(second if name == "lstm" else third, Tensor):
         sizes, hx, (params, has_biases, num_layers, _, _, bidirectional) = second.tolist(), third, arguments
         batch_first = False
+        # The rows of the state are in the order of the packed data, which only shows where they meet: say so.
+        hx = _each(hx, lambda state: state.index_select(1, torch.arange(sizes[0], device=state.device)))
     else:
         sizes, hx, params = None, second, third
         has_biases, num_layers, _, _, bidirectional, batch_first = arguments
