@@ -131,11 +131,12 @@ void run(const ConvCall& call) {
   for (int64_t first = 0, last = 0; first < samples.N; first = last) {
     last = samples.fit(first, images);
     const int64_t begin = samples.begin(first), end = samples.begin(last);
-    for_images(begin, end, x_units, problem.frame, [&](int64_t image, int64_t unit) {
-      const int64_t channel = unit * kernel.lanes, count = std::min(kernel.lanes, C - channel);
-      bring_x(x_images, image, channel, count, frames + (image - begin) * problem.frame + channel, C);
-    });
-    for_images(begin, end, groups * panels, g_size, [&](int64_t image, int64_t unit) {
+    for_images(begin, end, x_units + groups * panels, problem.frame + g_size, [&](int64_t image, int64_t unit) {
+      if (unit < x_units) {
+        const int64_t channel = unit * kernel.lanes, count = std::min(kernel.lanes, C - channel);
+        return bring_x(x_images, image, channel, count, frames + (image - begin) * problem.frame + channel, C);
+      }
+      unit -= x_units;
       const int64_t channel = unit % panels * kernel.block_rows, count = std::min(kernel.block_rows, problem.outputs - channel);
       R* out = rows + (unit * problem.rows + (image - begin) * P) * kernel.block_rows;
       bring_g(g_images, image, unit / panels * problem.outputs + channel, count, out, kernel.block_rows);
