@@ -11,7 +11,8 @@ import time
 import warnings
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "tests")]
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).parent))
 import page
 
 PAGE = page.ROOT / "docs" / "models.md"
@@ -152,7 +153,7 @@ def main() -> None:
         import performance
 
         result = measure()
-        path = performance.folder(result["machine"]) / FILE
+        path = page.RESULTS / page.slug(result["machine"]) / FILE
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(performance._rounded(result), indent=1) + "\n")
         print(f"wrote {path}")
