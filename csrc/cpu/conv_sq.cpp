@@ -111,7 +111,7 @@ void run(const ConvCall& call) {
   const int64_t images = images_at_a_time((problem.frame + g_size) * sizeof(R), P);
   const int64_t threads = threads_for(std::min(M, images) * P * O * problem.columns);
   problem.tiling = plan(problem, problem.outputs, problem.columns, kernel.block_rows, kernel.block_columns, sizeof(R),
-                        ceil_div(threads, groups), static_cast<bool>(call.sqnorm), true);
+                        ceil_div(threads, groups), true);
   problem.tiling.groups = groups;
   const Moves moves(columns.from, kernel.block_columns, kernel.lanes);
   const std::vector<Place> places = places_of(columns.places, problem.tiling.columns);

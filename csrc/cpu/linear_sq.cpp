@@ -20,7 +20,7 @@ void run(LinearProblem<S> problem, const Sink& sqnorm, int64_t first_sample) {
   const auto kernel = FISHERFAST_PICK(linear_kernel<S>)();
   const int64_t threads = threads_for(problem.samples.M * problem.g.width * problem.x.width);
   problem.tiling = plan(problem, problem.g.width, problem.x.width, kernel.block_rows, kernel.block_columns, sizeof(compute_t<S>),
-                        threads, static_cast<bool>(sqnorm), false);
+                        threads, false);
   run_tiles(problem, kernel, threads, sqnorm, first_sample);
 }
 

@@ -22,7 +22,13 @@ struct Window {
     const Wide factor = static_cast<Wide>(scale);
     for (int64_t row = 0; row < rows; ++row, cells += Lanes<R>::columns) {
       A* line = out + row * stride;
-      for (int64_t c = 0; c < columns; ++c) line[c] = static_cast<A>(line[c] + factor * static_cast<Wide>(cells[c]));
+      int64_t c = 0;
+      if constexpr (std::is_same_v<A, R>) {  // GCC takes the loop below number by number
+        using Unaligned = typename Lanes<R>::Unaligned;
+        for (; c + Lanes<R>::count <= columns; c += Lanes<R>::count)
+          *reinterpret_cast<Unaligned*>(line + c) += factor * *reinterpret_cast<const Unaligned*>(cells + c);
+      }
+      for (; c < columns; ++c) line[c] = static_cast<A>(line[c] + factor * static_cast<Wide>(cells[c]));
       std::memset(cells, 0, Lanes<R>::columns * sizeof(R));
     }
   }

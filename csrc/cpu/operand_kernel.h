@@ -21,44 +21,28 @@ struct Operand {
 
   int64_t packed_size() const { return panels() * panel_size<R>(kWidth); }
 
-  // Panels that are read where they are: the first ones, that many. Long strides hurt only where fewer registers mean that a
-  // panel is read more often.
-  int64_t in_place(const Block& block) const {
-    if constexpr (std::is_same_v<S, R> && kVectorBytes >= 64) {
-      if (rows.stride_d == 1 && !squared && !row_weight && (block.count == 1 || rows.even(samples))) return size() / kWidth;
-    }
-    return 0;
-  }
-
   void bring(const Block& block) const {
-    const int64_t whole = in_place(block);
-    if (whole == panels()) return;
-    for (int s = 0; s < block.count; ++s) pack(block.segments[s], whole);
+    for (int s = 0; s < block.count; ++s) pack(block.segments[s]);
   }
 
-  Matrix<R> panel(const Block& block, int64_t index) const {
-    if constexpr (std::is_same_v<S, R>) {
-      if (index < in_place(block)) return {row(block.segments[0]) + index * kWidth, rows.stride_t};
-    }
-    return {packed + index * panel_size<R>(kWidth), kWidth};
-  }
+  Matrix<R> panel(const Block&, int64_t index) const { return {packed + index * panel_size<R>(kWidth), kWidth}; }
 
-  void pack(const Segment& segment, int64_t first_panel) const {
+  void pack(const Segment& segment) const {
     const S* in = row(segment);
     R* out = packed + segment.row * kWidth;
     for (int64_t t = 0; t < segment.rows; ++t, in += rows.stride_t, out += kWidth) {
       const R w = row_weight ? row_weight[samples.begin(segment.n) + segment.t + t] : R(1);
       if (rows.stride_d == 1) {
-        pack_row(in, std::integral_constant<int64_t, 1>(), w, first_panel, out);
+        pack_row(in, std::integral_constant<int64_t, 1>(), w, out);
       } else {
-        pack_row(in, rows.stride_d, w, first_panel, out);
+        pack_row(in, rows.stride_d, w, out);
       }
     }
   }
 
   template <class Stride>
-  void pack_row(const S* in, Stride stride, R w, int64_t first_panel, R* out) const {
-    for (int64_t panel = first_panel; panel < panels(); ++panel) {
+  void pack_row(const S* in, Stride stride, R w, R* out) const {
+    for (int64_t panel = 0; panel < panels(); ++panel) {
       const S* from = in + panel * kWidth * stride;
       R* to = out + panel * panel_size<R>(kWidth);
       const int64_t count = std::min(kWidth, size() - panel * kWidth);

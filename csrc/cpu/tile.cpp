@@ -1,10 +1,20 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "cpu/tile.h"
 
+#include <unistd.h>
+
 namespace fisherfast {
 namespace {
 
-constexpr int64_t kNormWorkers = 16;  // tiles do not depend on the number of threads where their sums would
+// A tile takes half of the L2 cache; larger tiles bring their operands less often.
+int64_t cache_scale() {
+#if defined(_SC_LEVEL2_CACHE_SIZE)
+  static const int64_t scale = std::clamp<int64_t>(sysconf(_SC_LEVEL2_CACHE_SIZE) >> 20, 1, 2);
+  return scale;
+#else
+  return 1;
+#endif
+}
 
 // The cheapest of the few ways to cut rows x columns into tiles that fit: time is that of the busiest worker.
 Tiling cheapest(int64_t rows, int64_t columns, int64_t block_rows, int64_t block_columns, int64_t max_rows,
@@ -38,11 +48,11 @@ int64_t threads_for(int64_t products) {
 
 // A tile is as high as its buffers (sums and an unfinished sample want their own) leave room for in L2.
 Tiling plan(const Tiles& tiles, int64_t rows, int64_t columns, int64_t block_rows, int64_t block_columns, int64_t bytes,
-            int64_t threads, bool norms, bool tall) {
+            int64_t threads, bool tall) {
   const int64_t buffers = (tiles.squares.sink && tiles.sums.sink) + (tiles.longest > kDepth) + 1;
-  const int64_t max_rows = (tall ? kTallTileRows : kMaxTileRows) * static_cast<int64_t>(sizeof(float)) / (bytes * buffers);
-  return cheapest(rows, columns, block_rows, block_columns, max_rows, tall ? kTallTileColumns : kMaxTileColumns,
-                  norms ? kNormWorkers : threads);
+  const int64_t fitting = (tall ? kTallTileRows : kMaxTileRows) * cache_scale();
+  const int64_t max_rows = fitting * static_cast<int64_t>(sizeof(float)) / (bytes * buffers);
+  return cheapest(rows, columns, block_rows, block_columns, max_rows, tall ? kTallTileColumns : kMaxTileColumns, threads);
 }
 
 }  // namespace fisherfast

@@ -60,9 +60,9 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // The threads that so many multiply-adds are worth.
 int64_t threads_for(int64_t products);
 
-// Cuts a rows x columns accumulator of reals of so many bytes. Where norms are summed by tile, tiles do not depend on threads.
+// Cuts a rows x columns accumulator of reals of so many bytes.
 Tiling plan(const Tiles& tiles, int64_t rows, int64_t columns, int64_t block_rows, int64_t block_columns, int64_t bytes,
-            int64_t threads, bool norms, bool tall);
+            int64_t threads, bool tall);
 
 // Runs all tiles; adds what they found of sqnorm to that of the samples from first_sample on.
 template <class Problem>

@@ -74,7 +74,7 @@ struct Tile {
   // Where a block holds many samples, they are first added up among themselves.
   void multiply(MicroKernel<R> micro_kernel, const Matrix<R>& g_panel, const Matrix<R>& x_panel, const Block& block,
                 const Target<R>& to) const {
-    constexpr int kDirect = 4;
+    constexpr int kDirect = 1;
     if (block.count <= kDirect) return micro_kernel(g_panel, x_panel, block, work.weight, to);
     Vector squares[kCells]{}, sums[kCells]{};
     micro_kernel(g_panel, x_panel, block, work.weight, {to.squares ? squares : nullptr, to.sums ? sums : nullptr, to.carry, to.norms});

@@ -32,6 +32,17 @@ struct Target {
   double* norms;                                      // [N]
 };
 
+template <class R>
+double sum_of_lanes(typename Lanes<R>::Vector vector) {
+  R sums[Lanes<R>::count];
+  std::memcpy(sums, &vector, sizeof sums);
+#pragma GCC unroll 8
+  for (int half = Lanes<R>::count / 2; half > 0; half /= 2)
+#pragma GCC unroll 8
+    for (int lane = 0; lane < half; ++lane) sums[lane] += sums[lane + half];
+  return sums[0];
+}
+
 // The first kVectors vectors of a cell block's rows. Every loop over c is unrolled, or GCC keeps c in memory.
 template <class R, int kVectors>
 [[gnu::noinline]] void micro_kernel(Matrix<R> g, Matrix<R> x, const Block& block, const float* weight, Target<R> target) {
@@ -65,10 +76,10 @@ template <class R, int kVectors>
     }
     const R w = weight ? weight[segment.n] : R(1);
     if (target.norms) {
-      Vector squares{};
+      Vector squares[4]{};  // short chains: each addition waits for the one before it
 #pragma GCC unroll 32
-      for (int k = 0; k < kCount; ++k) squares += c[k] * c[k];
-      for (int lane = 0; lane < Lanes<R>::count; ++lane) target.norms[segment.n] += squares[lane];
+      for (int k = 0; k < kCount; ++k) squares[k % 4] += c[k] * c[k];
+      target.norms[segment.n] += sum_of_lanes<R>((squares[0] + squares[1]) + (squares[2] + squares[3]));
     }
     if (target.sums) {
 #pragma GCC unroll 32
