@@ -46,7 +46,10 @@ struct Operand {
       const S* from = in + panel * kWidth * stride;
       R* to = out + panel * panel_size<R>(kWidth);
       const int64_t count = std::min(kWidth, size() - panel * kWidth);
-      if (count == kWidth && !squared) {
+      // Loops of a constant length become vector code.
+      if (count == kWidth && squared) {
+        for (int64_t c = 0; c < kWidth; ++c) to[c] = widen(from[c * stride]) * widen(from[c * stride]) * w;
+      } else if (count == kWidth) {
         for (int64_t c = 0; c < kWidth; ++c) to[c] = widen(from[c * stride]) * w;
       } else {
         for (int64_t c = 0; c < count; ++c) to[c] = widen(from[c * stride]) * (squared ? widen(from[c * stride]) * w : w);
