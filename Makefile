@@ -13,7 +13,7 @@ demo: $(VENV)/.demo $(VENV)/.built  ## train a small network on real digits, mea
 	PYTHONSAFEPATH=1 $(VENV)/bin/fisherfast info --model fisherfast.demo:model --data fisherfast.demo:data --out out/digits
 
 test: lint  ## everything CI runs
-	$(RUN) -m pytest tests -q
+	$(RUN) -m pytest tests -q -n 2
 
 lint: $(VENV)/.dev $(VENV)/.built
 	$(VENV)/bin/ruff check .
