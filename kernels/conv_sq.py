@@ -80,12 +80,12 @@ def config(
     return blocks, max(1, min(N, 4 * PROGRAMS // programs()))
 
 
-def direct_config(pairs: int, K: int, N: int, T: int) -> tuple[dict[str, int], int]:
+def direct_config(pairs: int, K: int, N: int, T: int, arch: int) -> tuple[dict[str, int], int]:
     """Tile sizes for ``pairs`` of channels (o, c) and T positions, and in how many shares to split N; a pure function."""
     BLOCK_E = power_of_two(pairs, 1, 32)
     BLOCK_T = power_of_two(T, 16, 1024 // BLOCK_E)
     programs = triton.cdiv(pairs, BLOCK_E) * K
-    return {"BLOCK_E": BLOCK_E, "BLOCK_T": BLOCK_T, "num_warps": 4}, max(1, min(N, 8 * PROGRAMS // programs))
+    return {"BLOCK_E": BLOCK_E, "BLOCK_T": BLOCK_T, "num_warps": 8 if arch >= 90 else 4}, max(1, min(N, 8 * PROGRAMS // programs))
 
 
 class Geometry(NamedTuple):
@@ -293,12 +293,13 @@ def _conv_sq_direct_kernel(
     N, T, G, O, C, I = shape
     K = I // C
     k = tl.program_id(0) % K
-    pair = long(tl.program_id(0) // K) * BLOCK_E + tl.arange(0, BLOCK_E)
-    inside_e = pair < long(G) * O * C
-    o, c = pair // C, pair % C
+    pair = tl.program_id(0) // K * BLOCK_E + tl.arange(0, BLOCK_E)  # 32 bits: a 64-bit division is a call, with a stack
+    inside_e = pair < G * O * C
+    channel = pair // (C * O) * C + pair % C
+    o, c = long(pair // C), long(pair % C)
     at0, at1, at2 = _kernel_offset(k, geometry)
     x += long(at0) * x_strides[2] + long(at1) * x_strides[3] + long(at2) * x_strides[4]
-    x += ((o // O * C + c) * x_strides[1])[:, None]
+    x += (long(channel) * x_strides[1])[:, None]
     g += (o * g_strides[1])[:, None]
     first_p0, first_p1, first_p2 = _digits(tl.arange(0, BLOCK_T)[None, :], geometry[0])
     squares = tl.zeros([BLOCK_E], tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32)
@@ -309,12 +310,13 @@ def _conv_sq_direct_kernel(
         products = tl.zeros([BLOCK_E, BLOCK_T], squares.dtype)
         for m in range(first, first + images):
             p0, p1, p2 = first_p0, first_p1, first_p2
+            x_m, g_m = x + m * x_strides[0], g + m * g_strides[0]
             for start in range(0, T, BLOCK_T):
                 t = start + tl.arange(0, BLOCK_T)[None, :]
                 offset, inside = _look(p0, p1, p2, at0, at1, at2, geometry, x_strides, AXES)
                 inside = inside & inside_e[:, None] & (t < T)
-                gs = wide(tl.load(g + m * g_strides[0] + long(t) * g_strides[2], mask=inside, other=0.0))
-                products += gs * wide(tl.load(x + m * x_strides[0] + offset, mask=inside, other=0.0))
+                gs = wide(tl.load(g_m + long(t) * g_strides[2], mask=inside, other=0.0))
+                products += gs * wide(tl.load(x_m + offset, mask=inside, other=0.0))
                 p0, p1, p2 = _advance(p0, p1, p2, BLOCK_T, geometry[0], AXES)
         gradient = tl.sum(products, 1)
         if norms is not None:
@@ -426,7 +428,7 @@ def _launch(acc, x, g, scale, weight, offsets, total, sqnorm, flag, geometry, G,
     options: dict[str, Any]
     if G > 1 and O * C < 16:
         kernel = _conv_sq_direct_kernel
-        blocks, shares = direct_config(G * O * C, K, N, T)
+        blocks, shares = direct_config(G * O * C, K, N, T, architecture(acc.device))
         tiles = triton.cdiv(G * O * C, blocks["BLOCK_E"]) * K
         options = {}
     else:

@@ -162,7 +162,7 @@ def test_conv_tiles_keep_to_one_kernel_offset_where_channels_allow(C, tile):
 
 @pytest.mark.parametrize(("pairs", "K", "N", "T"), [(1, 1, 1, 1), (256, 9, 64, 1024), (7, 49, 3, 5), (4096, 9, 10**5, 49)])
 def test_conv_direct_config(pairs, K, N, T):
-    blocks, shares = conv_sq.direct_config(pairs, K, N, T)
+    blocks, shares = conv_sq.direct_config(pairs, K, N, T, 90)
     assert blocks["BLOCK_E"] < 2 * pairs and blocks["BLOCK_E"] * blocks["BLOCK_T"] <= 1024
     assert 1 <= shares <= N
 
