@@ -3,6 +3,7 @@
 
 import importlib.util
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -186,3 +187,15 @@ def test_performance_page_scaling(page, run):
 def test_performance_page_figures_are_stored(page):
     runs = [json.loads(path.read_text()) for path in page.newest()]
     assert all(page.figure(run["machine"]).is_file() for run in runs if run.get("scaling"))
+
+
+def test_models_page_equals_its_results(page):
+    spec = importlib.util.spec_from_file_location("bench_model_table", PATH.parent / "model_table.py")
+    module = importlib.util.module_from_spec(spec)
+    before = list(sys.path)
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path[:] = before
+    assert module.render() == module.PAGE.read_text(), "docs/models.md was edited; run python bench/model_table.py --page"
+    assert list(page.RESULTS.glob(f"cpu-*/{module.FILE}")), "no results are stored; run python bench/model_table.py"

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python bench/architectures.py``: every Hugging Face architecture of the tests, its coverage, error and time; writes
-bench/results/<cpu>/architectures.json and docs/models.md. ``--page`` only rewrites the page from the stored results.
+"""``python bench/model_table.py``: every Hugging Face architecture of the tests, its coverage, error and time; writes
+bench/results/<cpu>/architectures/latest.json and docs/models.md. ``--page`` only rewrites the page from the stored results.
 """
 
 import argparse
@@ -16,14 +16,14 @@ sys.path.insert(0, str(Path(__file__).parent))
 import page
 
 PAGE = page.ROOT / "docs" / "models.md"
-FILE = "architectures.json"
+FILE = "architectures/latest.json"
 N, EXACT_N, WIDTH, LENGTH, ROUNDS = 8, 5, 16, 64, 7
 
 HEAD = """\
 # Models
 
 Hugging Face architectures that are measured as they are, from dict batches, every parameter covered. Written by
-`python bench/architectures.py` from `bench/results/*/architectures.json`; `tests/test_huggingface.py` holds each to autograd.
+`python bench/model_table.py` from `bench/results/*/architectures/latest.json`; `tests/test_huggingface.py` holds each to autograd.
 
 *error*: of the empirical diagonal of 5 samples against autograd's per-sample gradients in float64, relative to the largest entry.
 Some architectures compute in float32 inside whatever their parameters are, and so does autograd: there 1e-7 is as equal as can be.
