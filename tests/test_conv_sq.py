@@ -14,7 +14,7 @@ from typing import NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_ops import (
     DEVICES,
@@ -520,9 +520,6 @@ def geometries(draw, most: int) -> Geometry:
 
 
 def assert_any_geometry(target: Target, shape: Geometry, ragged: bool, weighted: bool, last: bool, dtype, seed: int) -> None:
-    if target.backend == "reference":  # torch's pad cannot cut off what it has just added
-        pairs = zip(shape.S, shape.frame[::-2], shape.frame[-2::-2], strict=True)
-        assume(all(min(after, before) >= -size for size, after, before in pairs))
     torch.manual_seed(seed)
     case = problem(target, shape, dtype, integers=True, ragged=ragged, weighted=weighted, scale=2.0)
     if last:
