@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Protocol
@@ -30,22 +30,50 @@ class NonFiniteError(ArithmeticError):
     """A NaN or an infinity where a finite number was needed; ``.fisher`` holds what was accumulated before."""
 
 
+@dataclass(frozen=True)
+class Samples:
+    """What there is to know of a batch before its backward passes.
+
+    ``weight`` ``[N]`` float32 or None; ``padded``: many positions have no gradient; ``exists`` ``[N, L]``: which positions
+    of a sequence there are, None if all.
+    """
+
+    N: int
+    passes: int = 1
+    weight: Tensor | None = None
+    padded: bool = False
+    exists: Tensor | None = None
+
+
 class Collector(Protocol):
-    """What a Fisher structure does with the rows of a batch. One batch is ``begin``, any adds, ``settle``."""
+    """What a Fisher structure does with the rows of a batch. One batch is ``begin``, any adds, ``settle``.
 
-    def begin(self, passes: int, N: int, weight: Tensor | None) -> None:
-        """Start a batch of N samples, weighted ``[N]`` float32 or not, and of that many backward passes."""
+    Backward passes of a batch are told apart by their ``number``, from 0.
+    """
 
-    def add(self, tracked: Tracked, form: Form, rows: Rows, scale: float) -> None:
+    @property
+    def separate(self) -> bool:
+        """Whether it needs every pass's own rows; if not, passes may be added up where only their squares count."""
+
+    def explore(self, calls: list[Call]) -> None:
+        """Look at how the model uses its parameters: once or more, before the batches that count."""
+
+    def forget(self, name: str) -> None:
+        """Drop a parameter that the run does not cover."""
+
+    def begin(self, samples: Samples) -> None:
+        """Start a batch."""
+
+    def add(self, tracked: Tracked, form: Form, rows: Rows, scale: float, number: int) -> None:
         """Take one parameter's rows of one backward pass, samples first: ``scale * (sample gradient)^2`` counts."""
 
-    def add_gradients(self, tracked: Tracked, gradients: Tensor, first: int, scale: float) -> None:
+    def add_gradients(self, tracked: Tracked, gradients: Tensor, first: int, scale: float, number: int) -> None:
         """Take whole sample gradients ``[n, *parameter]`` of samples ``first, ..., first + n - 1``, from the fallback."""
 
     def touch(self, tracked: Tracked) -> None:
-        """Note that the batch's gradient of this parameter is zero."""
+        """Note that the gradient of this parameter is zero in a pass."""
 
-    def settle(self, N: int, complete: bool) -> list[str]:
+    def settle(self, complete: bool) -> list[str]:
         """End the batch: weights for what was added. Returns the parameters that met non-finite rows (not added)."""
 
 
@@ -94,8 +122,7 @@ class _Batch:
     root: Tensor
     groups: dict[Group, list[CallUse]]
     unlocated: set[Key]
-    count: int
-    padded: bool
+    folds: bool  # whether passes over one position may be added up
     folded: dict[Group, _Folded] = field(default_factory=dict)
 
     @property
@@ -111,8 +138,9 @@ def _one_position(rows: Rows) -> bool:
 class Passes:
     """Runs backward passes on the graphs of one capture."""
 
-    def __init__(self, capture: Capture, collectors: list[Collector]) -> None:
+    def __init__(self, capture: Capture, collectors: Sequence[Collector]) -> None:
         self.capture, self.collectors = capture, collectors
+        self._separate = any(collector.separate for collector in collectors)
         self.scattered: set[Key] = set()  # uses whose rows lie as the data has it (experts): tagged in every batch
         self.underflow: defaultdict[str, list[int]] = defaultdict(
             lambda: [0, 0]
@@ -177,10 +205,10 @@ class Passes:
 
     # -- counting
 
-    def run(self, root: Tensor, passes: Iterable[Pass], count: int, keep: bool = False, padded: bool = False) -> list[Call]:
+    def run(self, root: Tensor, passes: Iterable[Pass], count: int, keep: bool = False) -> list[Call]:
         """Back-propagate ``count`` passes and hand each parameter's rows, all its uses joined, to the collectors.
 
-        ``padded``: some positions have no gradient; they are then left out. Returns the calls that the root depends on.
+        Returns the calls that the root depends on.
         """
         calls = [call for call, _ in self.capture.calls(root)]
         groups: defaultdict[Group, list[CallUse]] = defaultdict(list)
@@ -188,11 +216,11 @@ class Passes:
             for use in call.uses:
                 if use.tracked.fallback is None:
                     groups[use.key[:2]].append(use)
-        batch = _Batch(root, groups, self._unlocated(groups, root.shape[0]), count, padded)
-        for number, one in enumerate(passes, start=1):
-            self._run_one(batch, one, keep or number < count)
+        batch = _Batch(root, groups, self._unlocated(groups, root.shape[0]), count > 1 and not self._separate)
+        for number, one in enumerate(passes):
+            self._run_one(batch, one, number, keep or number + 1 < count)
         for group, folded in batch.folded.items():
-            self._hand_over(groups[group][0].tracked, folded.form, folded.rows(), 1.0)
+            self._hand_over(groups[group][0].tracked, folded.form, folded.rows(), 1.0, 0)
         visited = {name for name, _ in groups}
         for name, tracked in self.capture.tracked.items():
             if name not in visited and tracked.fallback is None:
@@ -208,7 +236,7 @@ class Passes:
         self.scattered |= {use.key for use in uses if use.gathered}
         return {use.key for use in uses if use.key in self.scattered or use.key not in self.capture.layouts}
 
-    def _run_one(self, batch: _Batch, one: Pass, keep: bool) -> None:
+    def _run_one(self, batch: _Batch, one: Pass, number: int, keep: bool) -> None:
         visited: defaultdict[Group, int] = defaultdict(int)
         waiting: defaultdict[Group, list[tuple[Form, Rows]]] = defaultdict(list)
         held: defaultdict[Group, list[tuple[CallUse, Rows]]] = defaultdict(list)  # of uses that nothing is known of yet
@@ -232,7 +260,7 @@ class Passes:
                     elif bool((g != 0).any()):
                         held[group].append((use, rows))
                 if visited[group] == len(batch.groups[group]) and group not in held:
-                    self._joined(batch, group, waiting.pop(group, []), one.scale)
+                    self._joined(batch, group, waiting.pop(group, []), one.scale, number)
 
         self._backward(batch.root, one.cotangent, listen, keep or bool(batch.unlocated))
         if held:
@@ -240,7 +268,7 @@ class Passes:
             sightings = self._tag(batch.root, one.cotangent, tags, keys)
         for group, uses in held.items():
             rows = [(use.form, self._gathered(use, r, batch.N, sightings[use.key])) for use, r in uses]
-            self._joined(batch, group, waiting[group] + rows, one.scale)
+            self._joined(batch, group, waiting[group] + rows, one.scale, number)
         for group, expected in batch.groups.items():
             if visited[group] != len(expected):
                 raise RuntimeError(
@@ -286,24 +314,22 @@ class Passes:
         gathered = Gathered(finding.numbers, N)
         return rows.each(lambda t: gathered.packed(t, use.form.features), gathered.offsets)
 
-    def _joined(self, batch: _Batch, group: Group, uses: list[tuple[Form, Rows]], scale: float) -> None:
+    def _joined(self, batch: _Batch, group: Group, uses: list[tuple[Form, Rows]], scale: float, number: int) -> None:
         """One part of a parameter, all its uses heard: hand it over, or keep it until all passes are done."""
         tracked = batch.groups[group][0].tracked
         if not uses:
             for collector in self.collectors:
                 collector.touch(tracked)
-        elif batch.count > 1 and len(batch.groups[group]) == 1 and _one_position(uses[0][1]):
+        elif batch.folds and len(batch.groups[group]) == 1 and _one_position(uses[0][1]):
             form, rows = uses[0]
             batch.folded.setdefault(group, _Folded(form, rows.x)).add(rows.g, scale)
         else:
             form, rows = joined([(form, form.oriented(rows)) for form, rows in uses])
-            if batch.padded and form.op == "linear_sq_" and rows.g.shape[-2] > 1:
-                rows = rows.without_zeros()
-            self._hand_over(tracked, form, rows, scale)
+            self._hand_over(tracked, form, rows, scale, number)
 
-    def _hand_over(self, tracked: Tracked, form: Form, rows: Rows, scale: float) -> None:
+    def _hand_over(self, tracked: Tracked, form: Form, rows: Rows, scale: float, number: int) -> None:
         for collector in self.collectors:
-            collector.add(tracked, form, rows, scale)
+            collector.add(tracked, form, rows, scale, number)
 
     def _count_underflow(self, use: CallUse, g: Tensor) -> None:
         if g.dtype == torch.float16:
@@ -313,10 +339,14 @@ class Passes:
 
     def loop(self, root: Tensor, tracked: list[Tracked], n: int, passes: Iterable[Pass]) -> None:
         """Hand sample n's gradients by autograd itself to the collectors: the loop's share. Keeps the graph."""
-        for one in passes:
+        for number, one in enumerate(passes):
             for which, gradient in zip(tracked, self.gradients(root, tracked, one.cotangent), strict=True):
-                for collector in self.collectors:
-                    collector.add_gradients(which, one.unscaled(gradient).unsqueeze(0), n, one.scale)
+                self.hand_over_gradients(which, one.unscaled(gradient).unsqueeze(0), n, one.scale, number)
+
+    def hand_over_gradients(self, tracked: Tracked, gradients: Tensor, first: int, scale: float, number: int) -> None:
+        """Whole sample gradients from a fallback, to the collectors."""
+        for collector in self.collectors:
+            collector.add_gradients(tracked, gradients, first, scale, number)
 
     def gradients(self, root: Tensor, tracked: list[Tracked], cotangent: Tensor) -> list[Tensor]:
         """Gradients of parameters that autograd differentiates in this graph, by autograd itself. Keeps the graph."""

@@ -23,6 +23,7 @@ from fisherfast.fisher import ghost, serialize
 from fisherfast.fisher.collectors import Engine
 from fisherfast.fisher.coverage import OPS, Stopwatch
 from fisherfast.fisher.protocol import layer_of
+from fisherfast.passes import Samples
 from fisherfast.rules import MatMul, Rows
 
 EXACT = 1e-11
@@ -187,16 +188,16 @@ def weighted_engine(structures, weight, x, g, chunks=None, passes=1):
     capture = Capture(model)
     (tracked,) = capture.tracked.values()
     engine = Engine(capture, structures)
-    engine.begin(passes, len(x), weight)
-    for _ in range(passes):
+    engine.begin(Samples(len(x), passes, weight))
+    for number in range(passes):
         if chunks is None:
-            engine.add(tracked, MatMul(), Rows(x, g), 1 / passes)
+            engine.add(tracked, MatMul(), Rows(x, g), 1 / passes, number)
         else:
             first = 0
             for a, b in zip(x.split(chunks), g.split(chunks), strict=True):
-                engine.add_gradients(tracked, b.mT @ a, first, 1 / passes)
+                engine.add_gradients(tracked, b.mT @ a, first, 1 / passes, number)
                 first += len(a)
-    assert engine.settle(len(x), True) == []
+    assert engine.settle(True) == []
     return engine
 
 
@@ -254,9 +255,9 @@ def test_a_staged_batch_that_does_not_complete_adds_nothing():
     capture = Capture(nn.Linear(4, 7, bias=False).double())
     (tracked,) = capture.tracked.values()
     for bad in (False, True):
-        engine.begin(2, 5, None)
-        engine.add(tracked, MatMul(), Rows(x, g * (float("nan") if bad else 1.0)), 0.5)
-        assert engine.settle(5, complete=bad) == (["weight"] if bad else [])
+        engine.begin(Samples(5, 2))
+        engine.add(tracked, MatMul(), Rows(x, g * (float("nan") if bad else 1.0)), 0.5, 0)
+        assert engine.settle(complete=bad) == (["weight"] if bad else [])
     assert all(torch.equal(a, b) for a, b in zip(before, everything(engine), strict=True))
 
 

@@ -15,7 +15,7 @@ from fisherfast.fisher.protocol import Provenance
 from fisherfast.fisher.run import Run, model_name
 from fisherfast.layout import Finding
 from fisherfast.likelihood import FISHER_TYPES
-from fisherfast.passes import Pass, check_loss_scale, conclude
+from fisherfast.passes import Pass, Samples, check_loss_scale, conclude
 
 
 class collect:
@@ -83,7 +83,7 @@ class collect:
             if not self._explored:
                 self._explore(loss)
             self._check_fallback()
-            with run.transaction(N, passes=1):
+            with run.transaction(Samples(N)):
                 looped = bool(run.looped)
                 calls = run.passes.run(loss, [self._pass(torch.ones_like(loss))], 1, keep=looped or retain_graph)
                 if looped:
@@ -118,7 +118,7 @@ class collect:
         """First batches: which parameters are reached, in which forms, and where their sample axis is."""
         run = self._run
         run.check_reached(loss)
-        run.note_ops(loss)
+        run.note_uses(loss)
         run.passes.route_mixed_forms(loss)
         if loss.shape[0] > 1:
             findings = run.passes.probe(loss, torch.ones_like(loss))

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fisherfast.accumulator import Accumulator, RunningSum
-from fisherfast.capture import Capture, Tracked
+from fisherfast.capture import Call, Capture, Tracked
 from fisherfast.fisher import ghost
 from fisherfast.fisher.coverage import Coverage
 from fisherfast.fisher.diagonal import DiagonalFisher
@@ -24,6 +24,7 @@ from fisherfast.fisher.moments import SampleMoments
 from fisherfast.fisher.norms import SampleNorms
 from fisherfast.fisher.protocol import Provenance, layer_of
 from fisherfast.fisher.spread import Spread
+from fisherfast.passes import Collector, Samples
 from fisherfast.rules import Form, Rows
 
 
@@ -40,7 +41,7 @@ class Counts:
 
 
 class Structure(Protocol):
-    """A request: which outputs of the ops it needs, and the result it makes of them."""
+    """A request: which sums of the engine it needs, or its own collector, and the result it makes of them."""
 
     @property
     def squares(self) -> bool:
@@ -61,15 +62,28 @@ class Structure(Protocol):
     def check(self, fisher_type: str | None) -> None:
         """Raise ValueError if it has no meaning for this kind of labels."""
 
-    def result(self, engine: Engine, counts: Counts) -> Any:
+    def collector(self, capture: Capture, transactional: bool) -> Collector | None:
+        """A collector of its own, which ``result`` and ``restore`` are then given; None: the engine's sums are enough."""
+
+    def result(self, source: Any, counts: Counts) -> Any:
         """What has been added so far, on memory of its own."""
 
-    def restore(self, engine: Engine, before: Any) -> None:
-        """Give the engine back what ``result`` took from it."""
+    def restore(self, source: Any, before: Any) -> None:
+        """Give the source back what ``result`` took from it."""
+
+
+class FromEngine:
+    """What requests have in common that the engine's sums are enough for."""
+
+    def check(self, fisher_type: str | None) -> None:
+        """See ``Structure``."""
+
+    def collector(self, capture: Capture, transactional: bool) -> None:
+        """See ``Structure``."""
 
 
 @dataclass(frozen=True)
-class Diagonal:
+class Diagonal(FromEngine):
     """Ask for the diagonal: ``ff.collect(model, ff.Diagonal())``. ``stderr=False`` leaves out what ``F.stderr`` needs."""
 
     stderr: bool = True
@@ -79,9 +93,6 @@ class Diagonal:
     def spread(self) -> bool:
         """See ``Structure``."""
         return self.stderr
-
-    def check(self, fisher_type: str | None) -> None:
-        """See ``Structure``."""
 
     def result(self, engine: Engine, counts: Counts) -> DiagonalFisher:
         """See ``Structure``."""
@@ -104,7 +115,7 @@ class Diagonal:
 
 
 @dataclass(frozen=True)
-class PerSampleNorm:
+class PerSampleNorm(FromEngine):
     """Ask for the squared norm of every sample's gradient, of the whole model and, ``by_layer=True``, of each layer.
 
     Asked for alone it needs no sums shaped like the parameters: a weight that sees one position per sample needs the norms of
@@ -124,9 +135,6 @@ class PerSampleNorm:
     def keeps(self) -> str:
         """See ``Structure``."""
         return "layers" if self.by_layer else "whole"
-
-    def check(self, fisher_type: str | None) -> None:
-        """See ``Structure``."""
 
     def result(self, engine: Engine, counts: Counts) -> SampleNorms:
         """See ``Structure``."""
@@ -149,7 +157,7 @@ class PerSampleNorm:
 
 
 @dataclass(frozen=True)
-class GradientMoments:
+class GradientMoments(FromEngine):
     """Ask for mean and variance of the sample gradients, and the gradient noise scale; see the result, ``SampleMoments``.
 
     Labels of the data or drawn ones. The exact Fisher has no sample gradients: its passes are columns of a square root of
@@ -225,8 +233,8 @@ class Engine:
         self._last: tuple[Tensor, int, Tensor | None] | None = None  # the last batch's sum over draws, draws, weight
         self._lost = False  # a draw came when its batch was no longer the last one: per-sample values are not known
         self._scratch = torch.zeros(0, device=capture.device)
-        self._staged, self._passes, self._N, self._again = False, 1, 0, False
-        self._weight: Tensor | None = None
+        self._staged, self._again = False, False
+        self._samples = Samples(0)
         self._batch_norms: dict[float, tuple[Tensor, ...]] = {}  # of each layer, by the scale of the pass
         self._staged_squares: dict[str, Tensor] = {}
         self._staged_totals: dict[str, Tensor] = {}
@@ -245,10 +253,18 @@ class Engine:
 
     # -- one batch
 
-    def begin(self, passes: int, N: int, weight: Tensor | None) -> None:
+    @property
+    def separate(self) -> bool:
+        """See ``passes.Collector``: passes added up leave the sum of their squares, and no sum of gradients."""
+        return bool(self.totals)
+
+    def explore(self, calls: list[Call]) -> None:
         """See ``passes.Collector``."""
-        self._staged = self._transactional or passes > 1
-        self._passes, self._weight, self._N, self._again = passes, weight, N, False
+
+    def begin(self, samples: Samples) -> None:
+        """See ``passes.Collector``."""
+        self._staged = self._transactional or samples.passes > 1
+        self._samples, self._again = samples, False
         self._batch_norms.clear()
 
     def again(self, follows: bool) -> None:
@@ -257,14 +273,16 @@ class Engine:
         self._lost = self._lost or not follows
 
     @_aside
-    def add(self, tracked: Tracked, form: Form, rows: Rows, scale: float) -> None:
+    def add(self, tracked: Tracked, form: Form, rows: Rows, scale: float, number: int) -> None:
         """See ``passes.Collector``."""
+        if self._samples.padded and form.op == "linear_sq_" and rows.g.shape[-2] > 1:
+            rows = rows.without_zeros()
         name, flag, sqnorm = tracked.name, self._flag[tracked.name], self._sqnorm(tracked.name, scale)
         self._touched[name] = None
         if name in self.squares:
             acc = self._target(self.squares, self._staged_squares, name)
             total = self._total(name, scale) if self.totals else None
-            form.accumulate(acc, rows, scale, weight=self._weight, total=total, sqnorm=sqnorm, flag=flag)
+            form.accumulate(acc, rows, scale, weight=self._samples.weight, total=total, sqnorm=sqnorm, flag=flag)
         elif sqnorm is not None and ghost.applies(form, rows):
             norms = ghost.squared_norms(rows)
             flag |= ~norms.isfinite().all()
@@ -273,7 +291,7 @@ class Engine:
             form.accumulate(self._scratch_like(tracked.parameter), rows, scale, sqnorm=sqnorm, flag=flag)
 
     @_aside
-    def add_gradients(self, tracked: Tracked, gradients: Tensor, first: int, scale: float) -> None:
+    def add_gradients(self, tracked: Tracked, gradients: Tensor, first: int, scale: float, number: int) -> None:
         """See ``passes.Collector``. Outside a staged batch every call is a transaction of its own."""
         name, n = tracked.name, len(gradients)
         gradients = gradients.to(torch.promote_types(gradients.dtype, torch.float32))
@@ -286,7 +304,7 @@ class Engine:
             return
         if sqnorm is not None:
             sqnorm[first : first + n] += norms
-        weight = None if self._weight is None else self._weight[first : first + n]
+        weight = None if self._samples.weight is None else self._samples.weight[first : first + n]
         if name in self.squares:
             self._target(self.squares, self._staged_squares, name).add_(_weighted_sum(squares, weight), alpha=scale)
         if name in self.totals:
@@ -301,24 +319,24 @@ class Engine:
         self._touched[tracked.name] = None
 
     @_aside
-    def settle(self, N: int, complete: bool) -> list[str]:
+    def settle(self, complete: bool) -> list[str]:
         """See ``passes.Collector``. Parameters come in the order of the backward pass."""
         flagged = dict(zip(self._flag, torch.cat(list(self._flag.values())).tolist(), strict=True))
         bad = [name for name in self._touched if flagged[name]]
         whole = complete and not bad
-        weights = _weights(self._weight, N)
+        weights = _weights(self._samples.weight, self._samples.N)
         for name in self._touched:
             if whole or not (self._staged or flagged[name]):
                 if name in self._staged_squares:
                     self.squares[name].low.add_(self._staged_squares[name])
                 if name in self._staged_totals:
-                    self.totals[name].low.add_(self._staged_totals[name], alpha=1 / self._passes)
+                    self.totals[name].low.add_(self._staged_totals[name], alpha=1 / self._samples.passes)
                 self._counted(name, *weights)
         for staged in (self._staged_squares, self._staged_totals):
             for name in self._touched.keys() & staged.keys():
                 staged[name].zero_()
         if whole and (self._spread is not None or self.keeps):
-            self._count_samples(N)
+            self._count_samples()
         self._flags.zero_()
         self._touched.clear()
         return bad
@@ -331,8 +349,10 @@ class Engine:
         return stage[name]
 
     def _total(self, name: str, scale: float) -> Tensor:
-        if abs(scale * self._passes - 1) > 1e-6:
-            raise RuntimeError(f"{name}: the passes of a batch must be draws of scale 1/{self._passes}, got scale {scale}")
+        if abs(scale * self._samples.passes - 1) > 1e-6:
+            raise RuntimeError(
+                f"{name}: the passes of a batch must be draws of scale 1/{self._samples.passes}, got scale {scale}"
+            )
         return self._target(self.totals, self._staged_totals, name)
 
     def _sqnorm(self, name: str, scale: float) -> Tensor | None:
@@ -340,7 +360,7 @@ class Engine:
         if self._spread is None and self.keeps is None:
             return None
         if scale not in self._batch_norms:
-            norms = torch.zeros(len(self.layers), self._N, dtype=torch.float64, device=self._device)
+            norms = torch.zeros(len(self.layers), self._samples.N, dtype=torch.float64, device=self._device)
             self._batch_norms[scale] = norms.unbind(0)
         return self._batch_norms[scale][self._row[name]]
 
@@ -356,15 +376,15 @@ class Engine:
             if name in sums:
                 sums[name].counted(weight)
         if name in self.squared_weights:
-            self.squared_weights[name] += squared / self._passes  # draws are sample gradients of weight w / draws each
+            self.squared_weights[name] += squared / self._samples.passes  # draws are sample gradients of weight w / draws each
 
-    def _count_samples(self, N: int) -> None:
-        values = torch.zeros(len(self.layers), N, dtype=torch.float64, device=self._device)
+    def _count_samples(self) -> None:
+        values = torch.zeros(len(self.layers), self._samples.N, dtype=torch.float64, device=self._device)
         for scale, norms in self._batch_norms.items():
             values.add_(torch.stack(norms), alpha=scale)
         if not self._again:
             self._commit()
-            self._last = (values, 1, self._weight)
+            self._last = (values, 1, self._samples.weight)
         elif self._last is not None and self._last[0].shape == values.shape:
             self._last = (self._last[0] + values, self._last[1] + 1, self._last[2])
         else:

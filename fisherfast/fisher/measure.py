@@ -24,7 +24,7 @@ from fisherfast.fisher.protocol import Provenance
 from fisherfast.fisher.run import Run, model_name
 from fisherfast.layout import PROBED
 from fisherfast.likelihood import FISHER_TYPES, Likelihood, Predictions, resolve, stored_name
-from fisherfast.passes import Pass, check_loss_scale, conclude
+from fisherfast.passes import Pass, Samples, check_loss_scale, conclude
 
 _STRUCTURES = {"diagonal": Diagonal}
 _CHECKPOINT_SECONDS = 60.0
@@ -187,9 +187,9 @@ class _Measurement:
             raise ValueError(
                 "model: the output must depend on the parameters through autograd, got one without a graph; is grad disabled?"
             )
-        with self.run.transaction(batch.N, count, batch.weight):
-            padded = predictions.num_positions < 0.8 * predictions.counted.numel()
-            self.run.back_propagate(predictions.values, self._passes(predictions.detached()), count, padded)
+        padded = predictions.num_positions < 0.8 * predictions.counted.numel()
+        with self.run.transaction(Samples(batch.N, count, batch.weight, padded, batch.mask)):
+            self.run.passes.run(predictions.values, self._passes(predictions.detached()), count)
             self._fall_back(batch, output, predictions)
         self.run.num_samples += batch.N
         self.run.num_positions += predictions.num_positions
@@ -242,7 +242,7 @@ class _Measurement:
         values = self._values(few)
         if not self._explored:
             self.run.check_reached(values)
-            self.run.note_ops(values)
+            self.run.note_uses(values)
             self.run.passes.route_mixed_forms(values)
             self._explored = True
         if few.N > 1:
@@ -301,7 +301,7 @@ class _Measurement:
             self.run.without_vmap("vmap cannot take packed samples apart")
             return False
         with self.run.timed("vmap"):
-            for one in self._passes(predictions.detached()):
+            for number, one in enumerate(self._passes(predictions.detached())):
                 (cotangent,) = torch.autograd.grad(predictions.values, output, one.cotangent, retain_graph=True)
                 chunks = self._sample_gradients(batch, cotangent, tracked, partial(self._first, batch, cotangent, tracked))
                 if chunks is None:
@@ -309,7 +309,8 @@ class _Measurement:
                     return False
                 for first, gradients in chunks:
                     for which in tracked:
-                        self.run.engine.add_gradients(which, one.unscaled(gradients[which.name]), first, one.scale)
+                        unscaled = one.unscaled(gradients[which.name])
+                        self.run.passes.hand_over_gradients(which, unscaled, first, one.scale, number)
         return True
 
     def _first(self, batch: Batch, cotangent: Tensor, tracked: list[Tracked]) -> dict[str, Tensor]:

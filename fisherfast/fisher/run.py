@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -17,7 +17,7 @@ from fisherfast.capture import Call, Capture, unwrapped
 from fisherfast.fisher.collectors import Counts, Engine, Structure
 from fisherfast.fisher.coverage import OPS, Coverage, Stopwatch
 from fisherfast.fisher.protocol import Provenance
-from fisherfast.passes import NonFiniteError, Pass, Passes
+from fisherfast.passes import NonFiniteError, Passes, Samples
 
 _MANY = 0.01  # of the gradients of one parameter
 
@@ -43,8 +43,11 @@ class Run:
             structure.check(provenance.fisher_type)
         self.structures = tuple(structures)
         self.capture = Capture(model)
-        self.engine = Engine(self.capture, self.structures, transactional)
-        self.passes = Passes(self.capture, [self.engine])
+        own = [structure.collector(self.capture, transactional) for structure in self.structures]
+        served = [structure for structure, mine in zip(self.structures, own, strict=True) if mine is None]
+        self.engine = Engine(self.capture, served, transactional) if served else None
+        self.sources: list[Any] = [mine or self.engine for mine in own]  # of each structure
+        self.passes = Passes(self.capture, list({id(source): source for source in self.sources}.values()))
         self.provenance = provenance
         self.allow_missing = allow_missing
         self.num_samples = self.num_positions = self.batches = 0
@@ -71,12 +74,16 @@ class Run:
         for name in lost:
             self.missing[name] = "missing: the loss does not depend on it"
             self.capture.forget(name)
-            self.engine.forget(name)
+            for collector in self.passes.collectors:
+                collector.forget(name)
 
-    def note_ops(self, root: Tensor) -> None:
-        """Remember which op serves each parameter, for the coverage report."""
+    def note_uses(self, root: Tensor) -> None:
+        """Show the collectors how the parameters are used, and remember which op serves each, for the coverage report."""
+        calls = [call for call, _ in self.capture.calls(root)]
+        for collector in self.passes.collectors:
+            collector.explore(calls)
         forms: defaultdict[str, dict[str, None]] = defaultdict(dict)
-        for call, _ in self.capture.calls(root):
+        for call in calls:
             for use in call.uses:
                 forms[use.tracked.name][use.form.op] = None
         self.ops.update((name, " + ".join(ops)) for name, ops in forms.items())
@@ -89,15 +96,16 @@ class Run:
         """Go on from a checkpoint: one earlier result for each structure."""
         first = before[0]
         self.num_samples, self.num_positions, self.batches = first.num_samples, first.num_positions, first.batches
-        for structure, result in zip(self.structures, before, strict=True):
-            structure.restore(self.engine, result)
+        for structure, source, result in zip(self.structures, self.sources, before, strict=True):
+            structure.restore(source, result)
 
     def fresh(self, calls: list[Call]) -> bool:
         """Inside a transaction: whether the samples behind ``calls`` are new. If not, the batch is another draw for them."""
         fresh = not any(call.counted for call in calls)
         if not fresh:
             last = {id(call) for call in self._counted}
-            self.engine.again(follows=any(id(call) in last for call in calls))
+            if self.engine is not None:
+                self.engine.again(follows=any(id(call) in last for call in calls))
         for call in calls:
             call.counted = True
         self._counted = calls
@@ -136,19 +144,11 @@ class Run:
         """Parameters that no rule covers."""
         return [name for name, t in self.capture.tracked.items() if t.fallback]
 
-    def back_propagate(self, root: Tensor, passes: Iterable[Pass], count: int, padded: bool = False) -> None:
-        """All passes of a batch. One at a time where gradients are summed: passes taken together leave only their squares."""
-        if not self.engine.totals:
-            self.passes.run(root, passes, count, padded=padded)
-            return
-        for number, one in enumerate(passes, start=1):
-            self.passes.run(root, [one], 1, keep=number < count, padded=padded)
-
     def results(self) -> tuple[Any, ...]:
         """What has been accumulated so far, for each structure."""
         aliases = {alias: name for alias, name in self.capture.aliases.items() if name in self.capture.tracked}
         counts = Counts(self.num_samples, self.num_positions, self.batches, self.provenance, self.coverage, aliases)
-        return tuple(structure.result(self.engine, counts) for structure in self.structures)
+        return tuple(structure.result(source, counts) for structure, source in zip(self.structures, self.sources, strict=True))
 
     def check_finite(self, root: Tensor, values: Tensor, what: str) -> None:
         """Raise before the backward pass if the forward pass produced NaN or infinity, naming where it began."""
@@ -161,15 +161,16 @@ class Run:
         )
 
     @contextmanager
-    def transaction(self, N: int, passes: int, weight: Tensor | None = None) -> Iterator[None]:
+    def transaction(self, samples: Samples) -> Iterator[None]:
         """One batch: whatever happens inside, what was added gets its weight and the error carries the result so far."""
-        self.engine.begin(passes, N, weight)
+        for collector in self.passes.collectors:
+            collector.begin(samples)
         complete = False
         try:
             yield
             complete = True
         finally:
-            bad = self.engine.settle(N, complete)
+            bad = list(dict.fromkeys(name for collector in self.passes.collectors for name in collector.settle(complete)))
         if bad:
             raise NonFiniteError(
                 f"batch {self.batches}: gradients must be finite, got NaN or infinity, first at {bad[0]!r} "
