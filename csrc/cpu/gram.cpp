@@ -15,7 +15,7 @@ namespace fisherfast {
 namespace {
 
 constexpr int64_t kBlock = 48;  // a tile is a multiple of every instruction set's register blocks
-constexpr int64_t kLargestSide = 528;
+constexpr int64_t kLargestWidth = 528;
 constexpr int64_t kFlush = 16;
 constexpr int64_t kNarrow = 256;                        // with more columns there are tiles enough
 constexpr int64_t kRowsOfShare = 2048, kMostShares = 32;
@@ -25,19 +25,31 @@ int64_t shares_of(int64_t M, int64_t D) {
   return D > kNarrow ? 1 : std::clamp<int64_t>(M / kRowsOfShare, 1, kMostShares);
 }
 
-// Tiles to a row of the accumulator: time is that of the busiest thread, in multiply-adds.
-int64_t side_of(int64_t D, int64_t shares, int64_t threads, int64_t largest) {
-  constexpr int64_t kOperandCost = 20;  // bringing two elements of an operand, in multiply-adds
+// The multiply-adds until the last thread is done, if each takes the next tile when it is free.
+int64_t time_of(int64_t D, int64_t width, int64_t threads) {
+  constexpr int64_t kOperandCost = 15;      // bringing an operand's element to the core, in multiply-adds
+  constexpr int64_t kWaste = kBlock / 2 + 4;  // register blocks reach over the diagonal
+  const int64_t side = ceil_div(D, width);
+  std::vector<int64_t> busy(threads, 0);
+  for (int64_t index = 0; index < side * (side + 1) / 2; ++index) {
+    const TilePosition tile(index, side);
+    const int64_t rows = std::min(width, D - tile.row * width), columns = std::min(width, D - tile.column * width);
+    const bool on_diagonal = tile.row == tile.column;
+    *std::min_element(busy.begin(), busy.end()) +=
+        on_diagonal ? rows * (rows / 2 + kWaste + kOperandCost) : rows * columns + kOperandCost * (rows + columns);
+  }
+  return *std::max_element(busy.begin(), busy.end());
+}
+
+// The width of the tiles: the fastest of the few ways to cut the accumulator.
+int64_t width_of(int64_t D, int64_t threads, int64_t largest) {
   const int64_t blocks = ceil_div(D, kBlock), least_side = ceil_div(D, largest);
-  int64_t best = least_side, least = INT64_MAX;
+  int64_t best = 0, least = INT64_MAX;
   for (int64_t side = least_side; side <= std::min(blocks, least_side + std::min<int64_t>(threads, 16)); ++side) {
-    const int64_t width = ceil_div(blocks, side) * kBlock, above = shares * side * (side - 1) / 2, on = shares * side;
-    const int64_t square = width * (width + kOperandCost), half = width * (width / 2 + kOperandCost + kBlock / 4);
-    const int64_t all = above * square + on * half;
-    const int64_t time = std::max({ceil_div(above, threads) * square, ceil_div(on, threads) * half, all / threads});
+    const int64_t width = ceil_div(blocks, side) * kBlock, time = time_of(D, width, threads);
     if (time < least) {
       least = time;
-      best = side;
+      best = width;
     }
   }
   return best;
@@ -66,8 +78,8 @@ void run(GramProblem<S> problem) {
   pieces.push_back(M);
   problem.samples = {static_cast<int64_t>(pieces.size()) - 1, 0, M, pieces.data()};
   problem.flush_every = kFlush;
-  problem.side = side_of(D, shares, threads, kLargestSide * static_cast<int64_t>(sizeof(float)) / static_cast<int64_t>(sizeof(R)));
-  const int64_t width = ceil_div(ceil_div(D, kBlock), problem.side) * kBlock;
+  const int64_t largest = kLargestWidth * static_cast<int64_t>(sizeof(float)) / static_cast<int64_t>(sizeof(R));
+  const int64_t width = width_of(D, std::max<int64_t>(1, threads / shares), largest);
   problem.side = ceil_div(D, width);
   problem.tiling = {width, width, problem.side * (problem.side + 1) / 2, 1, shares};
   if (shares == 1) return run_tiles(problem, kernel, threads, {}, 0);

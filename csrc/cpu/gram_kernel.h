@@ -5,22 +5,35 @@
 #include "cpu/matrix_place_kernel.h"
 #include "cpu/operand_kernel.h"
 
-// Columns of x, and behind them that of ones, if it is in [begin, end). Rows are counted through all samples of x.
-template <class S, int64_t kWidth>
-struct Columns : Operand<S, kWidth> {
+// Panels are as wide as the register block where that holds whole numbers of its rows: then they serve as either operand.
+template <class R, int64_t kRead>
+constexpr int64_t kPanel = Lanes<R>::columns % kRead == 0 ? Lanes<R>::columns : kRead;
+
+// Columns of x, and behind them that of ones, if it is in [begin, end); read kRead at a time. Rows are counted through all
+// samples of x.
+template <class S, int64_t kRead>
+struct Columns : Operand<S, kPanel<compute_t<S>, kRead>> {
   using R = compute_t<S>;
+  static constexpr int64_t kWidth = kPanel<R, kRead>;
   using Base = Operand<S, kWidth>;
   const Samples& pieces;
   int64_t all;  // columns with that of ones
+  R* const* lender = nullptr;  // another operand's panels, which are the same
 
   Columns(const GramProblem<S>& problem, const Samples& pieces, int64_t begin, int64_t end, const float* row_weight)
       : Base{problem.x, problem.layout, begin, std::min(end, problem.x.width), false, row_weight}, pieces(pieces), all(end - begin) {}
 
   int64_t size() const { return all; }
-  int64_t panels() const { return (all + kWidth - 1) / kWidth; }
-  int64_t packed_size() const { return panels() * panel_size<R>(kWidth); }
+  int64_t panels() const { return (all + kRead - 1) / kRead; }
+  int64_t packed_size() const { return lender ? 0 : (all + kWidth - 1) / kWidth * panel_size<R>(kWidth); }
+
+  Matrix<R> panel(const Block&, int64_t index) const {
+    const int64_t column = index * kRead;
+    return {(lender ? *lender : this->packed) + column / kWidth * panel_size<R>(kWidth) + column % kWidth, kWidth};
+  }
 
   void bring(const Block& block) const {
+    if (lender) return;
     const Segment& rows = block.segments[0];
     const int64_t first = pieces.begin(rows.n), T = this->samples.T;
     for (int64_t done = 0; done < rows.rows;) {
@@ -56,7 +69,9 @@ void gram_tile(const GramProblem<S>& problem, int64_t index) {
   const int64_t i = tile.row * tiling.rows, j = tile.column * tiling.columns;
   const Left left(problem, work.samples, i, std::min(i + tiling.rows, D), problem.row_weight);
   const Right right(problem, work.samples, j, std::min(j + tiling.columns, D), nullptr);
-  Tile<R, Left, Right, MatrixPlace>{work, left, right, {i * D + j, D, i - j}}.run(index);
+  Tile<R, Left, Right, MatrixPlace> product{work, left, right, {i * D + j, D, i - j}};
+  if (i == j && !problem.row_weight && Left::kWidth == Right::kWidth) product.g.lender = &product.x.packed;
+  product.run(index);
 }
 
 template <class S>
