@@ -29,8 +29,8 @@ def config(I: int, M: int, dtype: torch.dtype, arch: int) -> tuple[dict[str, int
     """Tile sizes for ``[I, I]`` and a GEMM over M rows; programs for the tiles, times shares of the rows. A pure function."""
     BLOCK = power_of_two(I, 16, 128 if dtype.itemsize == 2 else 64)
     BLOCK_M = power_of_two(M, 16, 64 if dtype.itemsize == 2 else 32)
-    # Without warpgroup instructions the operands pass through registers too: a tile is half as wide as it is high.
-    ACROSS = 1 if BLOCK < 64 or arch // 10 in (9, 10) else 2
+    # Half as wide as high where a square leaves no registers for addresses; without warpgroup instructions operands pass through them.
+    ACROSS = 2 if BLOCK >= (128 if arch // 10 in (9, 10) else 64) else 1
     side = triton.cdiv(max(I, 1), BLOCK)
     programs = ACROSS * side * (side + 1) // 2
     shares = max(1, min(PROGRAMS // programs, triton.cdiv(M, 4 * BLOCK_M)))
@@ -73,7 +73,7 @@ def _products(
 @triton.jit
 def _add(out, index, values, scale, inside):
     before = tl.load(out + index, mask=inside, other=0.0)
-    tl.store(out + index, before + values.to(before.dtype) * scale, mask=inside)
+    tl.store(out + index, before + values.to(before.dtype) * tl.full((), scale, before.dtype), mask=inside)
 
 
 @triton.jit(do_not_specialize=["begin", "share"])

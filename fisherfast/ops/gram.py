@@ -9,9 +9,7 @@ from torch import Tensor
 from fisherfast import _backend
 from fisherfast.ops import _common as common
 
-_SCHEMA = (
-    "gram_(Tensor(a!) acc, Tensor x, float scale=1.0, *, Tensor? weight=None, bool bias=False, Tensor(b!)? flag=None) -> ()"
-)
+_SCHEMA = "gram_(Tensor(a!) acc, Tensor x, float scale=1.0, *, Tensor? weight=None, bool bias=False, Tensor(b!)? flag=None) -> ()"
 
 
 def _check(acc, x, scale=1.0, *, weight=None, bias=False, flag=None) -> None:
