@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 import triton
-from fisherfast.kernels import categorical_score, conv_sq, embedding_sq, linear_sq, scale_sq
+from fisherfast.kernels import categorical_score, conv_sq, embedding_sq, gram, linear_sq, scale_sq
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
@@ -72,6 +72,27 @@ def ragged_linear(dtype: torch.dtype, N: int, M: int, I: int, O: int) -> None:
     offsets = torch.linspace(0, M, N + 1).long()
     x, g = torch.empty(M, I, dtype=dtype), torch.empty(M, O, dtype=dtype)
     linear_sq.linear_sq_(torch.empty(O, I), x, g, offsets=offsets, **outputs(O, I, N=N))
+
+
+def factor(dtype: torch.dtype, M: int, I: int, *, acc: torch.dtype = FP32, every: bool = False) -> None:
+    D = I + every
+    more = {"weight": torch.ones(M), "bias": True, "flag": torch.zeros(1, dtype=torch.int32)} if every else {}
+    gram.gram_(torch.empty(D, D, dtype=acc), torch.empty(M, I, dtype=dtype), **more)
+
+
+def factor_of_samples(dtype: torch.dtype, N: int, T: int, I: int) -> None:
+    """Samples that do not follow one another in memory, as the maps of a convolution."""
+    gram.gram_(torch.empty(I, I), torch.empty(N, I, T, dtype=dtype).mT)
+
+
+def biased_factor(dtype: torch.dtype, M: int, I: int) -> None:
+    gram.gram_(torch.empty(I + 1, I + 1), torch.empty(M, I, dtype=dtype), bias=True)
+
+
+def tf32_factor(*arguments: int) -> None:
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    factor(FP32, *arguments)
+    torch.backends.cuda.matmul.fp32_precision = "ieee"
 
 
 def scale(dtype: torch.dtype, N: int, T: int, D: int) -> None:
@@ -163,6 +184,16 @@ def calls() -> dict[str, Callable[[], None]]:
     cases["conv_sq fp32 1d every output"] = partial(conv, FP32, 16, 80, 384, (3000,), (3,), every=True)
     cases["conv_sq bf16 3d every output"] = partial(conv, BF16, 8, 64, 64, (16, 28, 28), (3, 3, 3), every=True)
     cases["conv_sq bf16 small every output"] = partial(conv, BF16, 3, 5, 7, (5, 5), k3, every=True)
+    for name, dtype in {"bf16": BF16, "fp16": FP16, "fp32": FP32, "fp64": FP64}.items():
+        cases[f"gram {name} rows"] = partial(factor, dtype, 8192, 4096)
+        cases[f"gram {name} bias"] = partial(biased_factor, dtype, 8192, 4096)
+    for name, dtype in {"bf16": BF16, "fp32": FP32, "fp64": FP64}.items():
+        cases[f"gram {name} every argument"] = partial(factor, dtype, 8192, 4096, every=True)
+        cases[f"gram {name} samples"] = partial(factor_of_samples, dtype, 64, 196, 1024)
+    cases["gram bf16 rows acc fp64"] = partial(factor, BF16, 8192, 4096, acc=FP64)
+    cases["gram fp32 rows tf32 allowed"] = partial(tf32_factor, 8192, 4096)
+    cases["gram bf16 shares"] = partial(factor, BF16, 65536, 576)
+    cases["gram bf16 small every argument"] = partial(factor, BF16, 50, 7, every=True)
     cases["scale_sq fp32 T=1"] = partial(scale, FP32, 4096, 1, 1024)
     return cases
 

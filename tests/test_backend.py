@@ -29,6 +29,8 @@ def arguments(op: _backend.Op) -> tuple[torch.Tensor, ...]:
     g = torch.ones(2, 3, 5)
     if op.name == "linear_sq_":
         return torch.zeros(5, 4), torch.ones(2, 3, 4), g
+    if op.name == "gram_":
+        return torch.zeros(4, 4), torch.ones(2, 3, 4)
     if op.name == "scale_sq_":
         return torch.zeros(5), g, g
     if op.name == "categorical_score_":

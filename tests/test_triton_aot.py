@@ -14,7 +14,7 @@ import pytest
 import torch
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
-from fisherfast.kernels import _common, categorical_score, conv_sq, embedding_sq, linear_sq, scale_sq  # noqa: E402
+from fisherfast.kernels import _common, categorical_score, conv_sq, embedding_sq, gram, linear_sq, scale_sq  # noqa: E402
 
 HERE = Path(__file__).parent
 TARGETS = (80, 90, 100)
@@ -57,9 +57,9 @@ def test_nothing_spills(compiled):
 def test_matrix_units_are_used(compiled):
     target, rows = compiled
     # "small" and "groups" fill no more than Ampere's instructions.
-    kernels = ("_linear_sq_kernel", "_linear_sq_flat_kernel", "_conv_sq_kernel")
+    kernels = ("_linear_sq_kernel", "_linear_sq_flat_kernel", "_conv_sq_kernel", "_gram_kernel")
     gemms = [r for r in rows if r["kernel"] in kernels and r["call"].split()[2] not in ("small", "groups")]
-    assert len(gemms) >= 12 + 20
+    assert len(gemms) >= 12 + 20 + 17
     wrong = [(r["call"], r["matrix"]) for r in gemms if r["matrix"] != MATRIX[target][r["call"].split()[1]]]
     assert wrong == []
 
@@ -69,7 +69,7 @@ def test_every_kernel_is_compiled(compiled):
     """A kernel that no representative call reaches is a kernel nobody looked at."""
     defined = {
         name
-        for file in (_common, categorical_score, conv_sq, linear_sq, scale_sq, embedding_sq)
+        for file in (_common, categorical_score, conv_sq, gram, linear_sq, scale_sq, embedding_sq)
         for name in vars(file)
         if name.endswith("_kernel")
     }
@@ -165,6 +165,18 @@ def test_conv_direct_config(pairs, K, N, T):
     blocks, shares = conv_sq.direct_config(pairs, K, N, T, 90)
     assert blocks["BLOCK_E"] < 2 * pairs and blocks["BLOCK_E"] * blocks["BLOCK_T"] <= 1024
     assert 1 <= shares <= N
+
+
+@pytest.mark.parametrize("arch", TARGETS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(("I", "M"), [(0, 5), (1, 1), (7, 100000), (576, 32768), (4096, 8192), (16384, 3)])
+def test_gram_config(I, M, dtype, arch):
+    """Tiles that tl.dot accepts, every upper tile once, shares of at least four steps, no more of them than fill the chip."""
+    blocks, (programs, shares) = gram.config(I, M, dtype, arch)
+    side = -(-max(I, 1) // blocks["BLOCK"])
+    assert programs == blocks["ACROSS"] * side * (side + 1) / 2
+    assert min(blocks["BLOCK"] // blocks["ACROSS"], blocks["BLOCK_M"]) >= 16
+    assert shares == 1 or (shares * programs <= linear_sq.PROGRAMS and M > 4 * blocks["BLOCK_M"] * (shares - 1))
 
 
 @pytest.mark.parametrize("D", [1, 7, 128, 4096])

@@ -77,6 +77,8 @@ struct OrderedPlace {
   int64_t first, stride;  // of the accumulator's rows
   const Place *begin, *end;
 
+  bool holds(int64_t, int64_t) const { return true; }
+
   template <class Tile>
   void prefetch(const Tile&, int64_t, int64_t) const {}
   template <class Tile, class Cell>

@@ -2,71 +2,8 @@
 // Compiled once per instruction set by each_isa.h: the tiles of linear_sq_.
 #include "cpu/tile_kernel.h"
 
+#include "cpu/matrix_place_kernel.h"
 #include "cpu/operand_kernel.h"
-
-// The part of an accumulator that a cell block belongs to: rows x columns of it are inside.
-template <class A>
-struct Window {
-  A* out;
-  int64_t stride, rows, columns;
-
-  void prefetch() const {
-    for (int64_t row = 0; row < rows; ++row)
-      for (int64_t c = 0; c < columns; c += 64 / sizeof(A)) __builtin_prefetch(out + row * stride + c, 1);
-  }
-
-  // Adds a block of cells, and clears it.
-  template <class R>
-  void add(R* cells, double scale) const {
-    using Wide = std::common_type_t<A, R>;
-    const Wide factor = static_cast<Wide>(scale);
-    for (int64_t row = 0; row < rows; ++row, cells += Lanes<R>::columns) {
-      A* line = out + row * stride;
-      int64_t c = 0;
-      if constexpr (std::is_same_v<A, R>) {  // GCC takes the loop below number by number
-        using Unaligned = typename Lanes<R>::Unaligned;
-        for (; c + Lanes<R>::count <= columns; c += Lanes<R>::count)
-          *reinterpret_cast<Unaligned*>(line + c) += factor * *reinterpret_cast<const Unaligned*>(cells + c);
-      }
-      for (; c < columns; ++c) line[c] = static_cast<A>(line[c] + factor * static_cast<Wide>(cells[c]));
-      std::memset(cells, 0, Lanes<R>::columns * sizeof(R));
-    }
-  }
-};
-
-// A tile of a matrix that starts at its element first: a cell block is taken there as soon as it is done.
-struct MatrixPlace {
-  int64_t first, stride;
-
-  template <class Tile>
-  void prefetch(const Tile& tile, int64_t row, int64_t column) const {
-    const auto body = [](const auto& window, double) { window.prefetch(); };
-    visit(tile, tile.work.squares, row, column, body);
-    visit(tile, tile.work.sums, row, column, body);
-  }
-
-  template <class Tile, class R>
-  void add_cell(const Tile& tile, int64_t row, int64_t column, const Target<R>& cell) const {
-    visit(tile, tile.work.squares, row, column, [&](const auto& window, double scale) { window.add(reinterpret_cast<R*>(cell.squares), scale); });
-    visit(tile, tile.work.sums, row, column, [&](const auto& window, double scale) { window.add(reinterpret_cast<R*>(cell.sums), scale); });
-  }
-
-  template <class Tile>
-  void add_tile(const Tile&) const {}
-
-  // body(window, scale) with the part of an accumulator that starts at a row and a column of the tile.
-  template <class Tile, class Body>
-  void visit(const Tile& tile, const Output& output, int64_t row, int64_t column, const Body& body) const {
-    if (!output.sink) return;
-    const int64_t rows = std::min<int64_t>(kBlockRows, tile.g.size() - row);
-    const int64_t columns = std::min<int64_t>(Tile::kColumns, tile.x.size() - column), offset = first + row * stride + column;
-    if (output.sink.is_double) {
-      body(Window<double>{static_cast<double*>(output.sink.data) + offset, stride, rows, columns}, output.scale);
-    } else {
-      body(Window<float>{static_cast<float*>(output.sink.data) + offset, stride, rows, columns}, output.scale);
-    }
-  }
-};
 
 template <class S>
 void linear_tile(const LinearProblem<S>& problem, int64_t index) {
@@ -78,7 +15,7 @@ void linear_tile(const LinearProblem<S>& problem, int64_t index) {
   const int64_t o = index / tiling.across * tiling.rows, i = index % tiling.across * tiling.columns;
   const G g{problem.g, problem.samples, o, std::min(o + tiling.rows, O), problem.squared, problem.row_weight};
   const X x{problem.x, problem.samples, i, std::min(i + tiling.columns, I), problem.squared, nullptr};
-  Tile<R, G, X, MatrixPlace>{problem, g, x, {o * I + i, I}}.run(index);
+  Tile<R, G, X, MatrixPlace>{problem, g, x, {o * I + i, I, kWhole}}.run(index);
 }
 
 template <class S>

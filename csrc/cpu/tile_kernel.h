@@ -13,7 +13,8 @@ constexpr int64_t panel_size(int64_t width) {
   return kDepth * width + Lanes<R>::count;
 }
 
-// G and X bring the operands, panels of them for every block of rows; Place takes the cells to the accumulators.
+// G and X bring the operands, panels of them for every block of rows; Place says which cells there are, by their first row and
+// end column, and takes them to the accumulators.
 template <class R, class G, class X, class Place>
 struct Tile {
   using Real = R;
@@ -61,8 +62,9 @@ struct Tile {
       const Matrix<R> x_panel = x.panel(block, q);
       const MicroKernel<R> micro_kernel = micro_kernel_of<R>(x.size() - q * kColumns);
       for (int64_t p = 0; p < g.panels(); ++p, cell += kCells) {
-        const Target<R> to{at(target.squares, cell), at(target.sums, cell), at(target.carry, cell), target.norms};
         const int64_t row = p * kBlockRows, column = q * Lanes<R>::columns;
+        if (!place.holds(row, column + kColumns)) continue;
+        const Target<R> to{at(target.squares, cell), at(target.sums, cell), at(target.carry, cell), target.norms};
         if (flush) place.prefetch(*this, row, column);
         multiply(micro_kernel, g.panel(block, p), x_panel, block, to);
         if (flush) place.add_cell(*this, row, column, to);

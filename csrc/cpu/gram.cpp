@@ -1,0 +1,132 @@
+// SPDX-License-Identifier: Apache-2.0
+// acc[i,j] += scale * sum_m w_m x[m,i] x[m,j] for j >= i: the tiles of linear_sq_ on and above the diagonal, for x by itself and
+// nothing squared.
+//
+// Every sum is taken in pieces of kDepth rows, then kFlush pieces, then the accumulator or a share of the rows; none of it
+// depends on tiles or threads, so neither does the result.
+#include "cpu/gram.h"
+
+#include <vector>
+
+#define FISHERFAST_KERNEL "cpu/gram_kernel.h"
+#include "cpu/each_isa.h"
+
+namespace fisherfast {
+namespace {
+
+constexpr int64_t kBlock = 48;  // a tile is a multiple of every instruction set's register blocks
+constexpr int64_t kLargestWidth = 528;
+constexpr int64_t kFlush = 16;
+constexpr int64_t kNarrow = 256;                        // with more columns there are tiles enough
+constexpr int64_t kRowsOfShare = 2048, kMostShares = 32;
+
+// Shares of the rows, where the accumulator is too small to be shared out itself.
+int64_t shares_of(int64_t M, int64_t D) {
+  return D > kNarrow ? 1 : std::clamp<int64_t>(M / kRowsOfShare, 1, kMostShares);
+}
+
+// The multiply-adds until the last thread is done, if each takes the next tile when it is free.
+int64_t time_of(int64_t D, int64_t width, int64_t threads) {
+  constexpr int64_t kOperandCost = 15;      // bringing an operand's element to the core, in multiply-adds
+  constexpr int64_t kWaste = kBlock / 2 + 4;  // register blocks reach over the diagonal
+  const int64_t side = ceil_div(D, width);
+  std::vector<int64_t> busy(threads, 0);
+  for (int64_t index = 0; index < side * (side + 1) / 2; ++index) {
+    const TilePosition tile(index, side);
+    const int64_t rows = std::min(width, D - tile.row * width), columns = std::min(width, D - tile.column * width);
+    const bool on_diagonal = tile.row == tile.column;
+    *std::min_element(busy.begin(), busy.end()) +=
+        on_diagonal ? rows * (rows / 2 + kWaste + kOperandCost) : rows * columns + kOperandCost * (rows + columns);
+  }
+  return *std::max_element(busy.begin(), busy.end());
+}
+
+// The width of the tiles: the fastest of the few ways to cut the accumulator.
+int64_t width_of(int64_t D, int64_t threads, int64_t largest) {
+  const int64_t blocks = ceil_div(D, kBlock), least_side = ceil_div(D, largest);
+  int64_t best = 0, least = INT64_MAX;
+  for (int64_t side = least_side; side <= std::min(blocks, least_side + std::min<int64_t>(threads, 16)); ++side) {
+    const int64_t width = ceil_div(blocks, side) * kBlock, time = time_of(D, width, threads);
+    if (time < least) {
+      least = time;
+      best = width;
+    }
+  }
+  return best;
+}
+
+// acc[i,j] += scale * sum_s partials[s,i,j] for j >= i, s rising.
+template <class A, class R>
+void fold(A* acc, const R* partials, int64_t shares, int64_t D, double scale) {
+  torch::stable::parallel_for(0, D, std::max<int64_t>(1, 32768 / (D * shares)), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+      for (int64_t j = i; j < D; ++j) {
+        std::common_type_t<A, R> sum = 0;
+        for (int64_t s = 0; s < shares; ++s) sum += partials[(s * D + i) * D + j];
+        acc[i * D + j] += static_cast<A>(scale * sum);
+      }
+  });
+}
+
+template <class S>
+void run(GramProblem<S> problem) {
+  using R = compute_t<S>;
+  const auto kernel = FISHERFAST_PICK(gram_kernel<S>)();
+  const int64_t M = problem.layout.M, D = problem.D, shares = shares_of(M, D), threads = threads_for(M * D * D / 2);
+  std::vector<int64_t> pieces;
+  for (int64_t row = 0; row < M; row += kDepth) pieces.push_back(row);
+  pieces.push_back(M);
+  problem.samples = {static_cast<int64_t>(pieces.size()) - 1, 0, M, pieces.data()};
+  problem.flush_every = kFlush;
+  const int64_t largest = kLargestWidth * static_cast<int64_t>(sizeof(float)) / static_cast<int64_t>(sizeof(R));
+  const int64_t width = width_of(D, std::max<int64_t>(1, threads / shares), largest);
+  problem.side = ceil_div(D, width);
+  problem.tiling = {width, width, problem.side * (problem.side + 1) / 2, 1, shares};
+  if (shares == 1) return run_tiles(problem, kernel, threads, {}, 0);
+  const SharedScratch memory(shares * D * D * sizeof(R));
+  problem.partials = static_cast<R*>(memory.data());
+  std::memset(memory.data(), 0, shares * D * D * sizeof(R));
+  const Output acc = problem.sums;
+  problem.sums = {{problem.partials, std::is_same_v<R, double>}, 1.0};
+  run_tiles(problem, kernel, threads, {}, 0);
+  if (acc.sink.is_double) {
+    fold(static_cast<double*>(acc.sink.data), problem.partials, shares, D, acc.scale);
+  } else {
+    fold(static_cast<float*>(acc.sink.data), problem.partials, shares, D, acc.scale);
+  }
+}
+
+// All rows are one sample, if memory allows: then they are packed without looking for samples.
+template <class S>
+void join_samples(Rows<S>& x, Samples& layout) {
+  if (layout.T == 1) x.stride_t = x.stride_n;
+  if (!x.even(layout)) return;
+  layout = {1, layout.M, layout.M, nullptr};
+}
+
+void gram(Tensor acc, Tensor x, double scale, OptionalTensor weight, bool bias, OptionalTensor flag) {
+  if (stopped(flag, x, {}, weight)) return;
+  Samples layout = x.dim() == 3 ? samples_of(x, {}) : Samples{1, x.size(0), x.size(0), nullptr};
+  if (layout.M == 0 || acc.numel() == 0) return;
+  dispatch_input("gram_", x.scalar_type(), [&](auto type) {
+    using S = typename decltype(type)::type;
+    Rows<S> rows = rows_of<S>(x);
+    join_samples(rows, layout);
+    GramProblem<S> problem{};
+    problem.sums = {sink_of(acc), scale};
+    problem.x = rows;
+    problem.layout = layout;
+    problem.row_weight = data_or_null<const float>(weight);
+    problem.D = acc.size(0);
+    run(problem);
+  });
+}
+
+}  // namespace
+}  // namespace fisherfast
+
+STABLE_TORCH_LIBRARY_FRAGMENT(fisherfast_cpp, m) {
+  m.def(
+      "gram_(Tensor(a!) acc, Tensor x, float scale=1.0, *, Tensor? weight=None, bool bias=False, Tensor(b!)? flag=None) -> ()");
+}
+STABLE_TORCH_LIBRARY_IMPL(fisherfast_cpp, CPU, m) { m.impl("gram_", TORCH_BOX(&fisherfast::gram)); }
