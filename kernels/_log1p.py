@@ -12,8 +12,8 @@ import triton.language as tl
 
 # Enough programs for a few on each multiprocessor of a large GPU.
 PROGRAMS = 1024
-# Values of a program's step; with four warps eight of them a thread, which stay in registers.
-BLOCK = 1024
+# Values of a program's step; with four warps four of them a thread, which stay in registers.
+BLOCK = 512
 
 _LOG2 = tl.constexpr(math.log(2))
 _TWICE_BIAS = tl.constexpr(2 * 1023 << 52)  # less the biased exponent of 2^k: that of 2^-k

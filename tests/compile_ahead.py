@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 import triton
-from fisherfast.kernels import categorical_score, conv_sq, embedding_sq, linear_sq, scale_sq
+from fisherfast.kernels import categorical_score, conv_sq, embedding_sq, kron_log1p_sum, linear_sq, log1p_sum, scale_sq
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
@@ -125,6 +125,14 @@ def tf32_conv(*arguments: Any) -> None:
     torch.backends.cuda.matmul.fp32_precision = "ieee"
 
 
+def log1p(dtype: torch.dtype, size: int) -> None:
+    log1p_sum.log1p_sum(torch.zeros(2, dtype=FP64), torch.empty(size, dtype=dtype), 0.3)
+
+
+def kron_log1p(dtype: torch.dtype, I: int, O: int) -> None:
+    kron_log1p_sum.kron_log1p_sum(torch.zeros(2, dtype=FP64), torch.empty(I, dtype=dtype), torch.empty(O, dtype=dtype), 0.3)
+
+
 def calls() -> dict[str, Callable[[], None]]:
     """Calls as a decoder layer makes them, in each input dtype, and the shapes that take another path."""
     cases = {}
@@ -163,6 +171,9 @@ def calls() -> dict[str, Callable[[], None]]:
     cases["conv_sq fp32 1d every output"] = partial(conv, FP32, 16, 80, 384, (3000,), (3,), every=True)
     cases["conv_sq bf16 3d every output"] = partial(conv, BF16, 8, 64, 64, (16, 28, 28), (3, 3, 3), every=True)
     cases["conv_sq bf16 small every output"] = partial(conv, BF16, 3, 5, 7, (5, 5), k3, every=True)
+    for name, dtype in {"fp32": FP32, "fp64": FP64}.items():
+        cases[f"log1p_sum {name} 10M"] = partial(log1p, dtype, 10**7)
+        cases[f"kron_log1p_sum {name} 4096x4096"] = partial(kron_log1p, dtype, 4096, 4096)
     cases["scale_sq fp32 T=1"] = partial(scale, FP32, 4096, 1, 1024)
     return cases
 
