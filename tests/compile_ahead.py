@@ -19,7 +19,16 @@ from typing import Any
 
 import torch
 import triton
-from fisherfast.kernels import categorical_score, conv_sq, embedding_sq, gram, linear_sq, scale_sq
+from fisherfast.kernels import (
+    categorical_score,
+    conv_sq,
+    embedding_sq,
+    gram,
+    kron_log1p_sum,
+    linear_sq,
+    log1p_sum,
+    scale_sq,
+)
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
@@ -146,6 +155,14 @@ def tf32_conv(*arguments: Any) -> None:
     torch.backends.cuda.matmul.fp32_precision = "ieee"
 
 
+def log1p(dtype: torch.dtype, size: int) -> None:
+    log1p_sum.log1p_sum(torch.zeros(2, dtype=FP64), torch.empty(size, dtype=dtype), 0.3)
+
+
+def kron_log1p(dtype: torch.dtype, I: int, O: int) -> None:
+    kron_log1p_sum.kron_log1p_sum(torch.zeros(2, dtype=FP64), torch.empty(I, dtype=dtype), torch.empty(O, dtype=dtype), 0.3)
+
+
 def calls() -> dict[str, Callable[[], None]]:
     """Calls as a decoder layer makes them, in each input dtype, and the shapes that take another path."""
     cases = {}
@@ -194,6 +211,9 @@ def calls() -> dict[str, Callable[[], None]]:
     cases["gram fp32 rows tf32 allowed"] = partial(tf32_factor, 8192, 4096)
     cases["gram bf16 shares"] = partial(factor, BF16, 65536, 576)
     cases["gram bf16 small every argument"] = partial(factor, BF16, 50, 7, every=True)
+    for name, dtype in {"fp32": FP32, "fp64": FP64}.items():
+        cases[f"log1p_sum {name} 10M"] = partial(log1p, dtype, 10**7)
+        cases[f"kron_log1p_sum {name} 4096x4096"] = partial(kron_log1p, dtype, 4096, 4096)
     cases["scale_sq fp32 T=1"] = partial(scale, FP32, 4096, 1, 1024)
     return cases
 

@@ -14,7 +14,17 @@ import pytest
 import torch
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
-from fisherfast.kernels import _common, categorical_score, conv_sq, embedding_sq, gram, linear_sq, scale_sq  # noqa: E402
+from fisherfast.kernels import (  # noqa: E402
+    _common,
+    categorical_score,
+    conv_sq,
+    embedding_sq,
+    gram,
+    kron_log1p_sum,
+    linear_sq,
+    log1p_sum,
+    scale_sq,
+)
 
 HERE = Path(__file__).parent
 TARGETS = (80, 90, 100)
@@ -69,7 +79,7 @@ def test_every_kernel_is_compiled(compiled):
     """A kernel that no representative call reaches is a kernel nobody looked at."""
     defined = {
         name
-        for file in (_common, categorical_score, conv_sq, gram, linear_sq, scale_sq, embedding_sq)
+        for file in (_common, categorical_score, conv_sq, gram, linear_sq, scale_sq, embedding_sq, log1p_sum, kron_log1p_sum)
         for name in vars(file)
         if name.endswith("_kernel")
     }

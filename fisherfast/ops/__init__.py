@@ -9,9 +9,12 @@ the files of this folder are found by listing it.
 import importlib
 import pkgutil
 
-__all__: list[str] = []
+from fisherfast._backend import OPS
+
 for _file in pkgutil.iter_modules(__path__):
     if not _file.name.startswith("_"):
-        _name = f"{_file.name}_"
-        globals()[_name] = getattr(importlib.import_module(f"{__name__}.{_file.name}"), _name)
-        __all__.append(_name)
+        importlib.import_module(f"{__name__}.{_file.name}")
+
+# Last, since importing a file puts it here under its own name, which some ops have too.
+__all__ = list(OPS)
+globals().update({_op.name: getattr(importlib.import_module(_op.reference.__module__), _op.name) for _op in OPS.values()})
