@@ -17,15 +17,17 @@ Axes last_axes(const List& values, std::size_t skip, int64_t absent) {
 
 }  // namespace
 
-ConvGeometry::ConvGeometry(const Tensor& acc, const Tensor& x, const Tensor& g, const std::vector<int64_t>& stride,
+ConvGeometry::ConvGeometry(const std::vector<int64_t>& input, const std::vector<int64_t>& positions,
+                           const std::vector<int64_t>& kernel, const std::vector<int64_t>& stride,
                            const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation)
-    : input(last_axes(x.sizes(), 2, 1)),
-      positions(last_axes(g.sizes(), 2, 1)),
-      kernel(last_axes(acc.sizes(), 2, 1)),
+    : input(last_axes(input, 0, 1)),
+      positions(last_axes(positions, 0, 1)),
+      kernel(last_axes(kernel, 0, 1)),
       stride(last_axes(stride, 0, 1)),
       padding(last_axes(padding, 0, 0)),
       dilation(last_axes(dilation, 0, 1)) {
-  for (int a = 0; a < 3; ++a) frame[a] = (positions[a] - 1) * this->stride[a] + (kernel[a] - 1) * this->dilation[a] + 1;
+  for (int a = 0; a < 3; ++a)
+    frame[a] = (this->positions[a] - 1) * this->stride[a] + (this->kernel[a] - 1) * this->dilation[a] + 1;
 }
 
 std::vector<int64_t> ConvGeometry::grid(const Axes& counts, const Axes& steps) const {
@@ -38,8 +40,16 @@ std::vector<int64_t> ConvGeometry::grid(const Axes& counts, const Axes& steps) c
   return pixels;
 }
 
+std::vector<int64_t> sizes_of(const Tensor& tensor) {
+  std::vector<int64_t> sizes;
+  for (int64_t d = 2; d < tensor.dim(); ++d) sizes.push_back(tensor.size(d));
+  return sizes;
+}
+
+Axes steps_of(const Tensor& tensor) { return last_axes(tensor.strides(), 2, 0); }
+
 std::vector<Pixel> pixels_of(const Tensor& tensor, const Axes& size, const Axes& padding, const Axes& frame) {
-  const Axes stride = last_axes(tensor.strides(), 2, 0);
+  const Axes stride = steps_of(tensor);
   std::vector<Pixel> pixels;
   pixels.reserve(product(size));
   for (int64_t a = 0; a < size[0]; ++a)

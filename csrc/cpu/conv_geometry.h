@@ -18,8 +18,9 @@ inline int64_t product(const Axes& axes) { return axes[0] * axes[1] * axes[2]; }
 struct ConvGeometry {
   Axes input, positions, kernel, stride, padding, dilation, frame;
 
-  ConvGeometry(const Tensor& acc, const Tensor& x, const Tensor& g, const std::vector<int64_t>& stride,
-               const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation);
+  // One integer for each of 1 to 3 axes; stride, padding and dilation may be empty.
+  ConvGeometry(const std::vector<int64_t>& input, const std::vector<int64_t>& positions, const std::vector<int64_t>& kernel,
+               const std::vector<int64_t>& stride, const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation);
 
   // Pixels of the frame: the first one that position p looks at; how much further kernel offset k is.
   std::vector<int64_t> position_pixels() const { return grid(positions, stride); }
@@ -28,6 +29,10 @@ struct ConvGeometry {
  private:
   std::vector<int64_t> grid(const Axes& counts, const Axes& steps) const;
 };
+
+// Of [N, C, *S]: S; and how far apart neighbours along each of three axes are, 0 along an absent one.
+std::vector<int64_t> sizes_of(const Tensor& tensor);
+Axes steps_of(const Tensor& tensor);
 
 // One position of an input image.
 struct Pixel {

@@ -159,8 +159,9 @@ void conv_sq(Tensor acc, Tensor x, Tensor g, double scale, OptionalTensor weight
   if (offsets) check_offsets({offsets->size(0) - 1, 0, g.size(0), offsets->const_data_ptr<int64_t>()});
   if (g.numel() == 0 || acc.numel() == 0) return;
   const ImageSamples samples{offsets ? offsets->size(0) - 1 : g.size(0), offsets ? offsets->const_data_ptr<int64_t>() : nullptr};
-  const ConvCall call{x, g, ConvGeometry(acc, x, g, stride, padding, dilation), groups, samples, data_or_null<const float>(weight),
-                      scale, sink_of(acc), sink_of(total), sink_of(sqnorm)};
+  const ConvGeometry geometry(sizes_of(x), sizes_of(g), sizes_of(acc), stride, padding, dilation);
+  const ConvCall call{x, g, geometry, groups, samples, data_or_null<const float>(weight), scale, sink_of(acc), sink_of(total),
+                      sink_of(sqnorm)};
   if (direct_is_cheaper(call)) return conv_direct(call);
   dispatch_input("conv_sq_", g.scalar_type(), [&](auto type) { run<typename decltype(type)::type>(call); });
 }

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fisherfast import _backend
 from fisherfast.ops import _common as common
+from fisherfast.ops import _conv as conv
 
 _GEOMETRY = "int[] stride=[], int[] padding=[], int[] dilation=[], int groups=1"
 _SCHEMA = f"conv_sq_(Tensor(a!) acc, Tensor x, Tensor g, {common.OUTPUTS}, {_GEOMETRY}) -> ()"
@@ -98,29 +99,16 @@ def conv_sq_(
         return
     x, g = common.wide(x), common.wide(g)
     axes = acc.dim() - 2
-    stride, padding, dilation = (tuple(v) or (d,) * axes for v, d in ((stride, 1), (padding, 0), (dilation, 1)))
+    stride, padding, dilation = conv.options(axes, stride, padding, dilation)
     sums = common.Sums(acc, scale, weight, total, sqnorm)
     if 0 in g.shape[2:]:
         x, g = x[:0], g[:0]
         offsets = None if offsets is None else torch.zeros_like(offsets)
-    padded = _framed(x, g, acc.shape[2:], stride, padding, dilation)
+    padded = conv.framed(x, g.shape[2:], acc.shape[2:], stride, padding, dilation)
     for n, images in common.samples(g, offsets):
         images = slice(n, n + 1) if isinstance(images, int) else images
         sums.add(n, _weight_gradient(padded[images], g[images], acc.shape, stride, dilation, groups))
     sums.store()
-
-
-def _framed(x: Tensor, g: Tensor, kernel, stride, padding, dilation) -> Tensor:
-    """The input with exactly the border that the positions of g reach: zeros where it is outside, cut where nothing looks."""
-    for axis, before in enumerate(padding, start=2):
-        reach = (g.shape[axis] - 1) * stride[axis - 2] + (kernel[axis - 2] - 1) * dilation[axis - 2] + 1
-        first, last = min(max(-before, 0), x.shape[axis]), min(max(reach - before, 0), x.shape[axis])
-        inside = x.narrow(axis, first, max(last - first, 0))
-        framed = x.new_zeros([*x.shape[:axis], reach, *x.shape[axis + 1 :]])
-        if inside.shape[axis]:
-            framed.narrow(axis, max(before, 0), inside.shape[axis]).copy_(inside)
-        x = framed
-    return x
 
 
 def _weight_gradient(x: Tensor, g: Tensor, shape, stride, dilation, groups) -> Tensor:

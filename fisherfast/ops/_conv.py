@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the ops of a convolution have in common: absent options, and the part of the input that the positions reach."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+
+def options(
+    axes: int, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
+) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """Stride, padding and dilation with one integer per axis: 1, 0 and 1 where they are empty."""
+    stride, padding, dilation = (tuple(v) or (d,) * axes for v, d in ((stride, 1), (padding, 0), (dilation, 1)))
+    return stride, padding, dilation
+
+
+def framed(x: Tensor, positions: Sequence[int], kernel: Sequence[int], stride, padding, dilation) -> Tensor:
+    """The input with exactly the border that the positions reach: zeros where it is outside, cut where nothing looks."""
+    for axis, before in enumerate(padding, start=2):
+        reach = (positions[axis - 2] - 1) * stride[axis - 2] + (kernel[axis - 2] - 1) * dilation[axis - 2] + 1
+        first, last = min(max(-before, 0), x.shape[axis]), min(max(reach - before, 0), x.shape[axis])
+        inside = x.narrow(axis, first, max(last - first, 0))
+        frame = x.new_zeros([*x.shape[:axis], reach, *x.shape[axis + 1 :]])
+        if inside.shape[axis]:
+            frame.narrow(axis, max(before, 0), inside.shape[axis]).copy_(inside)
+        x = frame
+    return x
+
+
+def positions(size: Sequence[int], kernel: Sequence[int], given: Sequence[int], stride, padding, dilation) -> tuple[int, ...]:
+    """The output's size: as given, or that of a convolution with as much padding after an axis as before it."""
+    axes = zip(size, kernel, stride, padding, dilation, strict=True)
+    return tuple(given) or tuple(max(0, (s + 2 * b - d * (k - 1) - 1) // step + 1) for s, k, step, b, d in axes)
