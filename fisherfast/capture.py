@@ -197,7 +197,11 @@ class Capture(TorchFunctionMode):
                 "the vector of per-sample losses instead of loss.backward()"
             )
         # What the listener computes is not the model's: no mode looks at it, no graph is made of it, no autocast rounds it.
-        with torch._C.DisableTorchFunction(), torch._C._AutoDispatchBelowAutograd(), torch.autocast(self.device.type, enabled=False):
+        with (
+            torch._C.DisableTorchFunction(),
+            torch._C._AutoDispatchBelowAutograd(),
+            torch.autocast(self.device.type, enabled=False),
+        ):
             self.listener(call, g, saved)
 
     # -- the forward pass
