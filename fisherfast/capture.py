@@ -196,8 +196,12 @@ class Capture(TorchFunctionMode):
                 "collect: a backward pass reached captured layers without stats.backward(); call stats.backward(loss) with "
                 "the vector of per-sample losses instead of loss.backward()"
             )
-        # What the listener computes is not the model's: no mode looks at it, no autocast rounds it.
-        with torch._C.DisableTorchFunction(), torch.autocast(self.device.type, enabled=False):
+        # What the listener computes is not the model's: no mode looks at it, no graph is made of it, no autocast rounds it.
+        with (
+            torch._C.DisableTorchFunction(),
+            torch._C._AutoDispatchBelowAutograd(),
+            torch.autocast(self.device.type, enabled=False),
+        ):
             self.listener(call, g, saved)
 
     # -- the forward pass

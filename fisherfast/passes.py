@@ -362,7 +362,8 @@ class Passes:
     ) -> tuple[Tensor | None, ...]:
         self.capture.listener = listener
         try:
-            with self.capture:  # gradient checkpointing runs parts of the forward pass again, and they must be caught again
+            # Gradient checkpointing runs parts of the forward pass again, and they must be caught again.
+            with torch._C._EnableTorchFunction(), self.capture:
                 return _grad(root, inputs, cotangent, retain_graph=keep, allow_unused=True)
         finally:
             self.capture.listener = None

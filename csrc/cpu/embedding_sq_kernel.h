@@ -31,7 +31,7 @@ void embedding_row(const EmbeddingProblem<S>& problem, const Use* first, const U
     const double w = problem.weight ? problem.weight[use->n] : 1.0;
     for (int64_t d = 0; d < width; ++d) squares[d] += w * sample[d] * sample[d];
     for (int64_t d = 0; d < width; ++d) sums[d] += w * sample[d];
-    if (problem.norms) problem.norms->add(use->n, sample, begin, end);
+    if (problem.norms) problem.norms->add(use->n, begin, end, SquareOf{sample});
   }
   add_row(problem.acc, offset, squares, width, problem.scale);
   if (problem.total) add_row(problem.total, offset, sums, width, 1.0);

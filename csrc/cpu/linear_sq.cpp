@@ -43,24 +43,15 @@ void per_sample(LinearProblem<S> problem, const Sink& sqnorm) {
   }
 }
 
-template <class S>
-double row_square(const Rows<S>& rows, int64_t n) {
-  double sum = 0;
-  for (int64_t d = 0; d < rows.width; ++d) {
-    const double value = widen(rows.data[n * rows.stride_n + d * rows.stride_d]);
-    sum += value * value;
-  }
-  return sum;
-}
-
 // T = 1: a sample gradient is the outer product g_n x_n^T, and its square that of the squares. What is left is a product of
 // matrices: for the kernel, sums over N / kRun samples of kRun rows.
 template <class S>
 void outer_products(LinearProblem<S> problem, const Sink& sqnorm) {
   const int64_t N = problem.samples.N;
   if (sqnorm) {
+    const auto square = FISHERFAST_PICK(row_square<S>);
     torch::stable::parallel_for(0, N, 16, [&](int64_t begin, int64_t end) {
-      for (int64_t n = begin; n < end; ++n) add_to(sqnorm, n, row_square(problem.g, n) * row_square(problem.x, n));
+      for (int64_t n = begin; n < end; ++n) add_to(sqnorm, n, square(problem.g, n) * square(problem.x, n));
     });
   }
   std::vector<int64_t> offsets;

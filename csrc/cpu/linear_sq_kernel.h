@@ -4,6 +4,7 @@
 
 #include "cpu/matrix_place_kernel.h"
 #include "cpu/operand_kernel.h"
+#include "cpu/row_sums.h"
 
 template <class S>
 void linear_tile(const LinearProblem<S>& problem, int64_t index) {
@@ -22,4 +23,14 @@ template <class S>
 TileKernel<LinearProblem<S>> linear_kernel() {
   using R = compute_t<S>;
   return {kBlockRows, Lanes<R>::columns, Lanes<R>::count, &linear_tile<S>};
+}
+
+// The sum of the squares of row n, where a sample has no more rows.
+template <class S>
+double row_square(const Rows<S>& rows, int64_t n) {
+  const S* row = rows.data + n * rows.stride_n;
+  if (rows.stride_d == 1) return sum_line<true>(row, row, rows.width);
+  double sum = 0;
+  for (int64_t d = 0; d < rows.width; ++d) sum += product_at<true>(row, row, d * rows.stride_d, d * rows.stride_d);
+  return sum;
 }

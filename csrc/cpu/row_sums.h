@@ -55,3 +55,10 @@ double sum_line(const S* g, const S* x, int64_t count) {
   for (const double part : parts) sum += part;
   return sum;
 }
+
+// The sum of the squares of count of the values from d on.
+struct SquareOf {
+  const double* values;
+
+  double operator()(int64_t d, int64_t count) const { return sum_line<true>(values + d, values + d, count); }
+};

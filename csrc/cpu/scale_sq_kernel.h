@@ -23,6 +23,6 @@ void scale_part(const ScaleProblem<S>& problem, int64_t first, int64_t last, int
     for (int64_t d = 0; d < width; ++d) squares[begin + d] += w * sample[d] * sample[d];
     if (sums)
       for (int64_t d = 0; d < width; ++d) sums[begin + d] += w * sample[d];
-    if (problem.norms) problem.norms->add(n, sample, begin, end);
+    if (problem.norms) problem.norms->add(n, begin, end, SquareOf{sample});
   }
 }

@@ -35,13 +35,12 @@ class SliceNorms {
  public:
   SliceNorms(const OptionalTensor& sqnorm, int64_t N, int64_t D) : sink_(sink_of(sqnorm)), N_(N), norms_(sink_ ? N * slices_of(D) : 0) {}
 
-  // values: columns [begin, end) of a part of sample n's gradient; begin is the start of a slice.
-  void add(int64_t n, const double* values, int64_t begin, int64_t end) {
-    for (int64_t start = begin; start < end; start += kSlice) {
-      double norm = 0;
-      for (int64_t d = start; d < std::min(start + kSlice, end); ++d) norm += values[d - begin] * values[d - begin];
-      norms_[start / kSlice * N_ + n] += norm;
-    }
+  // Columns [begin, end) of a part of sample n's gradient: norm(d, count) is that of count of them, the first being begin + d;
+  // begin is the start of a slice. The caller computes it: its code is that of the instruction set in use.
+  template <class Norm>
+  void add(int64_t n, int64_t begin, int64_t end, Norm norm) {
+    for (int64_t start = begin; start < end; start += kSlice)
+      norms_[start / kSlice * N_ + n] += norm(start - begin, std::min(kSlice, end - start));
   }
 
   void finish() const {

@@ -76,7 +76,7 @@ class collect:
     def backward(self, loss: Tensor, retain_graph: bool = False) -> None:
         """Back-propagate the vector of per-sample losses ``[N]`` and add what its samples contribute."""
         run, capture = self._run, self._run.capture
-        with run.rescue():
+        with torch._C.DisableTorchFunction(), run.rescue():  # the capture, still active, would look at each line below
             self._check(loss)
             N = loss.shape[0]
             run.check_finite(loss, loss, "the loss")

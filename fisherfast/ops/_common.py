@@ -52,8 +52,7 @@ def check_dtype(op: str, name: str, tensor: Tensor, allowed: tuple[torch.dtype, 
 
 def check_shape(op: str, name: str, tensor: Tensor, symbols: str, expected: tuple[int, ...]) -> None:
     """Raise ValueError unless ``tensor`` is contiguous and has the expected shape."""
-    same = tensor.dim() == len(expected) and all(a == b for a, b in zip(tensor.shape, expected, strict=True))
-    require(same, lambda: f"{op}: {name} must be {symbols} = {expected}, got {shape(tensor)}")
+    require(tensor.shape == expected, lambda: f"{op}: {name} must be {symbols} = {expected}, got {shape(tensor)}")
     require(
         tensor.is_contiguous(), lambda: f"{op}: {name} must be contiguous, got strides {tensor.stride()}; it is written in place"
     )
