@@ -31,7 +31,7 @@ def log1p_sum(acc: Tensor, f: Tensor, c: float = 1.0) -> None:
     Numerics: float64 throughout, for float32 entries too and on every device: some 30 operations an entry, on a GPU with few
               float64 units the bound, but never near the cost of measuring f. Below s = sqrt(2) - 1 both terms are sums
               of positive ones in z = s / (2 + s), so that they keep their digits however small s is; relative error of
-              both sums below 1e-13 (s >= 0). The same bits whatever the number of threads.
+              both sums below 1e-12 (s >= 0). The same bits whatever the number of threads.
     Source:   Proposition 2.5 of arXiv:1905.12213 in the eigenbasis of the Fisher; ``log(1 + v) = 2 atanh(v / (2 + v))``.
     """
     for part in f.reshape(-1).split(_log1p.CHUNK):
