@@ -8,6 +8,7 @@ of its own, since Triton's interpreter must be off and the stand-in driver stays
 
 import itertools
 import json
+import math
 import re
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from typing import Any
 
 import torch
 import triton
-from fisherfast.kernels import categorical_score, conv_sq, embedding_sq, linear_sq, scale_sq
+from fisherfast.kernels import categorical_score, conv_gram, conv_sq, embedding_sq, linear_sq, scale_sq
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
@@ -125,6 +126,33 @@ def tf32_conv(*arguments: Any) -> None:
     torch.backends.cuda.matmul.fp32_precision = "ieee"
 
 
+def gram(
+    dtype: torch.dtype,
+    N: int,
+    C: int,
+    S: tuple[int, ...],
+    kernel: tuple[int, ...],
+    *,
+    acc=FP32,
+    last=True,
+    every=False,
+    **geometry,
+):
+    x = torch.empty(N, C, *S, dtype=dtype)
+    x = x.movedim(1, -1).contiguous().movedim(-1, 1) if last else x
+    groups = geometry.get("groups", 1)
+    D = C // groups * math.prod(kernel) + every
+    more = {"weight": torch.ones(N), "bias": True, "flag": torch.zeros(1, dtype=torch.int32)} if every else {}
+    padding = tuple(k // 2 for k in kernel)
+    conv_gram.conv_gram_(torch.empty(groups, D, D, dtype=acc), x, kernel=kernel, padding=padding, **geometry, **more)
+
+
+def tf32_gram(*arguments: Any) -> None:
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    gram(FP32, *arguments)
+    torch.backends.cuda.matmul.fp32_precision = "ieee"
+
+
 def calls() -> dict[str, Callable[[], None]]:
     """Calls as a decoder layer makes them, in each input dtype, and the shapes that take another path."""
     cases = {}
@@ -163,6 +191,21 @@ def calls() -> dict[str, Callable[[], None]]:
     cases["conv_sq fp32 1d every output"] = partial(conv, FP32, 16, 80, 384, (3000,), (3,), every=True)
     cases["conv_sq bf16 3d every output"] = partial(conv, BF16, 8, 64, 64, (16, 28, 28), (3, 3, 3), every=True)
     cases["conv_sq bf16 small every output"] = partial(conv, BF16, 3, 5, 7, (5, 5), k3, every=True)
+    inputs = (64, 256, (32, 32), k3)
+    for name, dtype in {"bf16": BF16, "fp16": FP16, "fp32": FP32, "fp64": FP64}.items():
+        cases[f"conv_gram {name} 3x3"] = partial(gram, dtype, *inputs)
+        cases[f"conv_gram {name} 3x3 every option"] = partial(gram, dtype, *inputs, every=True)
+        cases[f"conv_gram {name} 1x1"] = partial(gram, dtype, 64, 256, (56, 56), (1, 1))
+        cases[f"conv_gram {name} stem"] = partial(gram, dtype, 64, 3, (224, 224), (7, 7), last=False, stride=(2, 2))
+    cases["conv_gram bf16 3x3 channels first"] = partial(gram, BF16, *inputs, last=False)
+    cases["conv_gram bf16 3x3 stride 2"] = partial(gram, BF16, 64, 128, (56, 56), k3, stride=(2, 2))
+    cases["conv_gram bf16 3x3 acc fp64"] = partial(gram, BF16, *inputs, acc=FP64)
+    cases["conv_gram fp32 3x3 tf32 allowed"] = partial(tf32_gram, *inputs)
+    cases["conv_gram bf16 groups every option"] = partial(gram, BF16, 64, 1024, (14, 14), k3, groups=32, every=True)
+    cases["conv_gram bf16 depthwise"] = partial(gram, BF16, 64, 256, (32, 32), k3, groups=256)
+    cases["conv_gram fp32 1d every option"] = partial(gram, FP32, 16, 80, (3000,), (3,), every=True)
+    cases["conv_gram bf16 3d every option"] = partial(gram, BF16, 8, 64, (16, 28, 28), (3, 3, 3), every=True)
+    cases["conv_gram bf16 small every option"] = partial(gram, BF16, 3, 5, (5, 5), k3, every=True)
     cases["scale_sq fp32 T=1"] = partial(scale, FP32, 4096, 1, 1024)
     return cases
 
