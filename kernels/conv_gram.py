@@ -121,7 +121,7 @@ def _patches(x, i, start, at0, at1, at2, n, p0, p1, p2, shape, geometry, x_strid
     offset, inside = _look(p0, p1, p2, at0, at1, at2, geometry, x_strides, AXES)
     u = tl.load(x + (start + (long(n) * x_strides[0] + offset)), mask=inside & (i < I) & (n < N), other=0.0)
     if BIAS:
-        u = tl.where((i == I) & (n < N), 1.0, u).to(u.dtype)
+        u = tl.where((i == I) & (n < N), tl.full((), 1.0, tl.float32).to(u.dtype), u)
     return u
 
 

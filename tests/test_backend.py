@@ -35,6 +35,8 @@ def arguments(op: _backend.Op) -> tuple[torch.Tensor, ...]:
         return torch.zeros(2, 3), torch.ones(2, 3)
     if op.name == "conv_sq_":
         return torch.zeros(5, 4, 3), torch.ones(2, 4, 6), torch.ones(2, 5, 4)
+    if op.name == "conv_gram_":
+        return torch.zeros(1, 4, 4), torch.ones(2, 4, 6)
     return torch.zeros(7, 5), torch.zeros(2, 3, dtype=torch.int64), g
 
 
@@ -182,8 +184,10 @@ def test_every_op_has_its_file_in_every_backend():
     assert modules == {f.stem for f in (ROOT / "fisherfast/ops").glob("[!_]*.py")}
     assert modules == {f.stem for f in (ROOT / "kernels").glob("[!_]*.py")}
     assert modules <= {f.stem for f in (ROOT / "csrc/cpu").glob("*.cpp")}
-    # scale_sq and categorical_score are bound by memory, where Triton reaches what CUDA C++ would; conv_sq has no CUDA C++.
-    assert modules - {"scale_sq", "categorical_score", "conv_sq"} <= {f.stem for f in (ROOT / "csrc/cuda").glob("*.cu")}
+    # scale_sq and categorical_score are bound by memory, where Triton reaches what CUDA C++ would; convolutions have no CUDA C++.
+    assert modules - {"scale_sq", "categorical_score", "conv_sq", "conv_gram"} <= {
+        f.stem for f in (ROOT / "csrc/cuda").glob("*.cu")
+    }
 
 
 @BY_NAME
