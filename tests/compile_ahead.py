@@ -8,6 +8,7 @@ of its own, since Triton's interpreter must be off and the stand-in driver stays
 
 import itertools
 import json
+import math
 import re
 import subprocess
 import sys
@@ -21,6 +22,7 @@ import torch
 import triton
 from fisherfast.kernels import (
     categorical_score,
+    conv_gram,
     conv_sq,
     embedding_sq,
     gram,
@@ -163,6 +165,33 @@ def kron_log1p(dtype: torch.dtype, I: int, O: int) -> None:
     kron_log1p_sum.kron_log1p_sum(torch.zeros(2, dtype=FP64), torch.empty(I, dtype=dtype), torch.empty(O, dtype=dtype), 0.3)
 
 
+def conv_factor(
+    dtype: torch.dtype,
+    N: int,
+    C: int,
+    S: tuple[int, ...],
+    kernel: tuple[int, ...],
+    *,
+    acc=FP32,
+    last=True,
+    every=False,
+    **geometry,
+):
+    x = torch.empty(N, C, *S, dtype=dtype)
+    x = x.movedim(1, -1).contiguous().movedim(-1, 1) if last else x
+    groups = geometry.get("groups", 1)
+    D = C // groups * math.prod(kernel) + every
+    more = {"weight": torch.ones(N), "bias": True, "flag": torch.zeros(1, dtype=torch.int32)} if every else {}
+    padding = tuple(k // 2 for k in kernel)
+    conv_gram.conv_gram_(torch.empty(groups, D, D, dtype=acc), x, kernel=kernel, padding=padding, **geometry, **more)
+
+
+def tf32_conv_factor(*arguments: Any) -> None:
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    conv_factor(FP32, *arguments)
+    torch.backends.cuda.matmul.fp32_precision = "ieee"
+
+
 def calls() -> dict[str, Callable[[], None]]:
     """Calls as a decoder layer makes them, in each input dtype, and the shapes that take another path."""
     cases = {}
@@ -214,6 +243,21 @@ def calls() -> dict[str, Callable[[], None]]:
     for name, dtype in {"fp32": FP32, "fp64": FP64}.items():
         cases[f"log1p_sum {name} 10M"] = partial(log1p, dtype, 10**7)
         cases[f"kron_log1p_sum {name} 4096x4096"] = partial(kron_log1p, dtype, 4096, 4096)
+    inputs = (64, 256, (32, 32), k3)
+    for name, dtype in {"bf16": BF16, "fp16": FP16, "fp32": FP32, "fp64": FP64}.items():
+        cases[f"conv_gram {name} 3x3"] = partial(conv_factor, dtype, *inputs)
+        cases[f"conv_gram {name} 3x3 every option"] = partial(conv_factor, dtype, *inputs, every=True)
+        cases[f"conv_gram {name} 1x1"] = partial(conv_factor, dtype, 64, 256, (56, 56), (1, 1))
+        cases[f"conv_gram {name} stem"] = partial(conv_factor, dtype, 64, 3, (224, 224), (7, 7), last=False, stride=(2, 2))
+    cases["conv_gram bf16 3x3 channels first"] = partial(conv_factor, BF16, *inputs, last=False)
+    cases["conv_gram bf16 3x3 stride 2"] = partial(conv_factor, BF16, 64, 128, (56, 56), k3, stride=(2, 2))
+    cases["conv_gram bf16 3x3 acc fp64"] = partial(conv_factor, BF16, *inputs, acc=FP64)
+    cases["conv_gram fp32 3x3 tf32 allowed"] = partial(tf32_conv_factor, *inputs)
+    cases["conv_gram bf16 groups every option"] = partial(conv_factor, BF16, 64, 1024, (14, 14), k3, groups=32, every=True)
+    cases["conv_gram bf16 depthwise"] = partial(conv_factor, BF16, 64, 256, (32, 32), k3, groups=256)
+    cases["conv_gram fp32 1d every option"] = partial(conv_factor, FP32, 16, 80, (3000,), (3,), every=True)
+    cases["conv_gram bf16 3d every option"] = partial(conv_factor, BF16, 8, 64, (16, 28, 28), (3, 3, 3), every=True)
+    cases["conv_gram bf16 small every option"] = partial(conv_factor, BF16, 3, 5, (5, 5), k3, every=True)
     cases["scale_sq fp32 T=1"] = partial(scale, FP32, 4096, 1, 1024)
     return cases
 

@@ -146,13 +146,14 @@ def instructions(tool, function):
 
 
 @pytest.mark.parametrize("real", ["float", "double"])
-def test_avx512_accumulators_stay_in_registers(real):
+@pytest.mark.parametrize("kernel", ["micro_kernel", "sym_chain"])
+def test_avx512_accumulators_stay_in_registers(kernel, real):
     # A spilled accumulator shows as a zmm instruction that addresses the stack: it halves the speed and fails nothing else.
     tool = shutil.which("objdump")
     if tool is None:
         pytest.skip("objdump (binutils) is not installed, so the machine code cannot be read")
     if platform.machine() not in ("x86_64", "AMD64"):
         pytest.skip(f"AVX-512 is of x86-64, this is {platform.machine()}")
-    (body,) = instructions(tool, f"avx512::micro_kernel<{real}, 3>")
+    (body,) = instructions(tool, f"avx512::{kernel}<{real}, 3>")
     assert sum("vfmadd" in line and "zmm" in line for line in body) >= 24
     assert not [line for line in body if "zmm" in line and re.search(r"%r[sb]p\b", line)]

@@ -115,7 +115,12 @@ def test_no_spills_and_no_stack(kernels, arch):
     print(f"\nsm_{arch}: registers, static shared bytes, kernel")
     for k in mine:
         print(f"{k.registers:4d} {k.shared:6d}  {k.name}")
-    assert {k.name.split()[0] for k in mine} >= {"linear_sq_mma_kernel", "linear_sq_fma_kernel", "runs_kernel", "kron_sums_kernel"}
+    assert {k.name.split()[0] for k in mine} >= {
+        "linear_sq_mma_kernel",
+        "linear_sq_fma_kernel",
+        "runs_kernel",
+        "kron_sums_kernel",
+    }
     for k in mine:
         assert (k.stack, k.spill_stores, k.spill_loads) == (0, 0, 0), k
 

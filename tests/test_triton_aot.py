@@ -17,6 +17,7 @@ triton = pytest.importorskip("triton", reason="triton is not installed")
 from fisherfast.kernels import (  # noqa: E402
     _common,
     categorical_score,
+    conv_gram,
     conv_sq,
     embedding_sq,
     gram,
@@ -67,9 +68,9 @@ def test_nothing_spills(compiled):
 def test_matrix_units_are_used(compiled):
     target, rows = compiled
     # "small" and "groups" fill no more than Ampere's instructions.
-    kernels = ("_linear_sq_kernel", "_linear_sq_flat_kernel", "_conv_sq_kernel", "_gram_kernel")
-    gemms = [r for r in rows if r["kernel"] in kernels and r["call"].split()[2] not in ("small", "groups")]
-    assert len(gemms) >= 12 + 20 + 17
+    kernels = ("_linear_sq_kernel", "_linear_sq_flat_kernel", "_conv_sq_kernel", "_gram_kernel", "_conv_gram_kernel")
+    gemms = [r for r in rows if r["kernel"] in kernels and r["call"].split()[2] not in ("small", "groups", "depthwise")]
+    assert len(gemms) >= 12 + 20 + 17 + 20
     wrong = [(r["call"], r["matrix"]) for r in gemms if r["matrix"] != MATRIX[target][r["call"].split()[1]]]
     assert wrong == []
 
@@ -79,7 +80,10 @@ def test_every_kernel_is_compiled(compiled):
     """A kernel that no representative call reaches is a kernel nobody looked at."""
     defined = {
         name
-        for file in (_common, categorical_score, conv_sq, gram, linear_sq, scale_sq, embedding_sq, log1p_sum, kron_log1p_sum)
+        for file in (
+            *(_common, categorical_score, conv_gram, conv_sq, gram, linear_sq, scale_sq, embedding_sq),
+            *(log1p_sum, kron_log1p_sum),
+        )
         for name in vars(file)
         if name.endswith("_kernel")
     }
@@ -187,6 +191,21 @@ def test_gram_config(I, M, dtype, arch):
     assert programs == blocks["ACROSS"] * side * (side + 1) / 2
     assert min(blocks["BLOCK"] // blocks["ACROSS"], blocks["BLOCK_M"]) >= 16
     assert shares == 1 or (shares * programs <= linear_sq.PROGRAMS and M > 4 * blocks["BLOCK_M"] * (shares - 1))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("M", [1, 1000, 10**7])
+@pytest.mark.parametrize(("groups", "C", "K"), [(1, 1, 1), (1, 3, 49), (1, 512, 9), (32, 4, 9), (1, 48, 1)])
+def test_conv_gram_config(groups, C, K, M, bias, dtype, arch):
+    """As ``test_conv_config``; a tile is square."""
+    blocks, shares = conv_gram.config(groups, C, K, bias, M, dtype, arch)
+    size, steps = blocks["BLOCK"], triton.cdiv(M, blocks["BLOCK_T"])
+    assert size >= 16 and size & (size - 1) == 0 and size < 2 * max(K * C + bias, 16)
+    assert blocks["BLOCK_T"] >= 16 and blocks["BLOCK_T"] < 2 * max(M, 16)
+    programs = groups * conv_gram.upper_tiles(triton.cdiv(K * C + bias, size))
+    assert programs * steps >= conv_gram.PROGRAMS or size <= 32
+    assert 1 <= shares <= steps and (shares == 1 or shares * programs <= 4 * conv_gram.PROGRAMS)
+    assert not blocks["ONE_OFFSET"] or K == 1 or C % size == 0
 
 
 @pytest.mark.parametrize("D", [1, 7, 128, 4096])

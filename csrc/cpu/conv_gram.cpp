@@ -146,7 +146,7 @@ void for_units(int64_t units, int64_t threads, const Body& body) {
 template <class S, class Source>
 void run(const GramCall& call, Source source, const SymKernel<S>& kernel) {
   using R = compute_t<S>;
-  constexpr int64_t kWorkPerThread = 1 << 16;  // vectors; with fewer, a second thread does not pay
+  constexpr int64_t kWorkPerThread = 1 << 16;  // with less, a second thread does not pay
   const ConvGeometry geometry = source.geometry();
   const int64_t N = call.x.size(0), axis = band_axis(geometry), channels = source.channels();
   const int64_t further = (geometry.kernel[axis] - 1) * geometry.dilation[axis], extent = geometry.input[axis];
@@ -176,6 +176,9 @@ void run(const GramCall& call, Source source, const SymKernel<S>& kernel) {
   problem.right = right;
   problem.left = left;
   const int64_t rows = (channels + kernel.rows - 1) / kernel.rows + call.bias;
+  Box planned{};
+  std::vector<Shift> shifts;
+  problem.shifts = &shifts;
   for (int64_t n = 0; n < N; n += images)
     for (int64_t first = 0; first < extent; first += band) {
       Box box{{}, geometry.input, geometry.input, std::min(images, N - n)};
@@ -191,9 +194,11 @@ void run(const GramCall& call, Source source, const SymKernel<S>& kernel) {
         source.bring(n + image, panel / problem.panels, channel, count, right + start, problem.width);
         if (call.weight) kernel.weigh(right + start, left + start, pixels * problem.width, static_cast<R>(call.weight[n + image]));
       });
-      const std::vector<Shift> shifts = shifts_of(geometry, box);
+      if (!(box == planned)) {
+        shifts = shifts_of(geometry, box);
+        planned = box;
+      }
       problem.pixels = box.pixels();
-      problem.shifts = &shifts;
       for_units(panels * rows, threads, [&](int64_t unit) {
         kernel.tile(problem, unit / rows / problem.panels, unit % rows * kernel.rows, unit / rows % problem.panels);
       });
@@ -254,7 +259,7 @@ std::string conv_gram_route(std::optional<std::string> force) {
   return kRoutes[forced_route];
 }
 
-// For tests: what each route is taken to cost on AVX-512 in float32, in multiply-adds of vectors: [shifted, unfolded].
+// For tests: what each route is taken to cost on AVX-512 in float32: [shifted, unfolded].
 std::vector<int64_t> conv_gram_work(std::vector<int64_t> input, int64_t channels, std::vector<int64_t> kernel,
                                     std::vector<int64_t> positions, std::vector<int64_t> stride, std::vector<int64_t> padding,
                                     std::vector<int64_t> dilation) {

@@ -2,6 +2,7 @@
 #include "cpu/conv_gram_plan.h"
 
 #include <algorithm>
+#include <cmath>
 #include <map>
 
 namespace fisherfast {
@@ -50,7 +51,7 @@ std::vector<Piece> pieces_of(const ConvGeometry& geometry, int axis, int64_t D, 
   return pieces;
 }
 
-// Adds runs to a region and cuts them into chains of similar length.
+// Adds runs to a region and cuts them into chains. Chains as long as there are of them would be the most exact.
 class Runs {
  public:
   Runs(Region& region, int64_t step) : region_(region), step_(step) {}
@@ -64,14 +65,16 @@ class Runs {
   }
 
   void finish() {
+    int64_t total = 0, length = 0;
+    for (const Run& run : whole_) total += run.count;
+    const int64_t longest = std::clamp<int64_t>(2 * std::sqrt(total), kShortChain, kLongChain);
     region_.chains.push_back(0);
-    int64_t length = 0;
     for (const Run& run : whole_)
       for (int64_t done = 0, count = 0; done < run.count; done += count) {
-        count = std::min(run.count - done, kChain - length);
+        count = std::min(run.count - done, longest - length);
         region_.runs.push_back({run.first + done * step_, count});
         length += count;
-        if (length == kChain) {
+        if (length == longest) {
           region_.chains.push_back(static_cast<int64_t>(region_.runs.size()));
           length = 0;
         }
@@ -115,16 +118,23 @@ int64_t count(const std::vector<Piece>& pieces) {
   return sum;
 }
 
-// Vectors of a symmetric product of so many channels, or of one that has no symmetry, times the rows of its blocks.
-int64_t cells(int64_t channels, const Block& block, bool symmetric) {
+// The tiles of a symmetric product of so many channels, or of one that has no symmetry, and what a pixel costs in all of them.
+struct Product {
+  int64_t tiles, pixel;
+};
+
+Product product_of(int64_t channels, const Block& block, bool symmetric) {
+  constexpr int64_t kStep = 5, kLeast = 14;  // from one pixel to the next; of a tile too narrow to hide its loads
   const int64_t width = panel_vectors(channels, block.rows, block.lanes, block.vectors) * block.lanes;
-  int64_t sum = 0;
+  Product product{};
   for (int64_t row = 0; row < channels; row += block.rows)
     for (int64_t column = 0; column < channels; column += width) {
       const int64_t columns = std::min(width, channels - column);
-      if (!symmetric || column + columns > row) sum += block.rows * ceil_div(columns, block.lanes);
+      if (symmetric && column + columns <= row) continue;
+      ++product.tiles;
+      product.pixel += std::max(kLeast, block.rows * ceil_div(columns, block.lanes) + kStep);
     }
-  return sum;
+  return product;
 }
 
 }  // namespace
@@ -161,21 +171,27 @@ std::vector<Shift> shifts_of(const ConvGeometry& geometry, const Box& box) {
 }
 
 int64_t shifted_work(const ConvGeometry& geometry, int64_t channels, const Block& block) {
-  constexpr int64_t kBring = 4;  // a vector of channels
-  const int64_t square = cells(channels, block, false), triangle = cells(channels, block, true);
-  int64_t work = kBring * product(geometry.input) * ceil_div(channels, block.lanes);
+  constexpr int64_t kBring = 48, kBringPart = 80;   // a vector of channels, transposed; the last one, element by element
+  constexpr int64_t kRun = 16, kPlan = 48;          // a run, in a tile and before
+  const Product square = product_of(channels, block, false), triangle = product_of(channels, block, true);
+  int64_t work = product(geometry.input) * (channels / block.lanes * kBring + (channels % block.lanes ? kBringPart : 0));
   for_shifts(geometry, [&](const Axes& D) {
-    int64_t pixels = 1;
-    for (int a = 0; a < 3; ++a) pixels *= count(pieces_of(geometry, a, D[a], 0, geometry.input[a]));
-    work += pixels * (D == Axes{} ? triangle : square);
+    int64_t pixels = 1, runs = 1;
+    for (int a = 0; a < 3; ++a) {
+      const std::vector<Piece> pieces = pieces_of(geometry, a, D[a], 0, geometry.input[a]);
+      pixels *= count(pieces);
+      runs *= a < 2 ? count(pieces) : static_cast<int64_t>(pieces.size());
+    }
+    const Product& product = D == Axes{} ? triangle : square;
+    work += pixels * product.pixel + runs * (kRun * product.tiles + kPlan);
   });
   return work;
 }
 
 int64_t unfolded_work(const ConvGeometry& geometry, int64_t channels, const Block& block) {
-  constexpr int64_t kBring = 4;  // an element of a patch
+  constexpr int64_t kBring = 7;  // an element of a patch
   const int64_t columns = channels * product(geometry.kernel);
-  return product(geometry.positions) * (kBring * columns + cells(columns, block, true));
+  return product(geometry.positions) * (kBring * columns + product_of(columns, block, true).pixel);
 }
 
 bool shifts_are_cheaper(const ConvGeometry& geometry, int64_t channels, const Block& block) {

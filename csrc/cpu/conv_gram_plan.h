@@ -22,6 +22,9 @@ struct Box {
   int64_t images;
 
   int64_t pixels() const { return images * product(size); }
+  bool operator==(const Box& other) const {
+    return first == other.first && count == other.count && size == other.size && images == other.images;
+  }
 };
 
 // The axis along which images that are too large are cut: no shift goes back on it.
@@ -30,8 +33,8 @@ int64_t band_axis(const ConvGeometry& geometry);
 // The shifts with k' >= k and their pixels, numbered as in a box; shifts without pixels are left out.
 std::vector<Shift> shifts_of(const ConvGeometry& geometry, const Box& box);
 
-// Multiply-adds of vectors for an image and a group of channels, packing included: by shifts of the pixels, or with patches
-// unfolded. Which of the two is cheaper.
+// What an image and a group of channels cost by shifts of the pixels, or with patches unfolded, and which is cheaper. Counted
+// in multiply-adds of vectors; what bringing the operands and short runs cost, was measured in them.
 struct Block {
   int64_t rows, lanes, vectors;
 };

@@ -11,7 +11,8 @@
 
 namespace fisherfast {
 
-constexpr int64_t kChain = 128;  // most pixels whose products are added up in one chain, for the sake of the last digits
+// Pixels whose products are added up in one chain: few, for the sake of the last digits.
+constexpr int64_t kShortChain = 8, kLongChain = 128;
 
 // Pixels first, first + step, ...
 struct Run {

@@ -98,7 +98,12 @@ def conv_gram_(
     frames = conv.framed(common.wide(x), positions, kernel, stride, padding, dilation)
     sums = torch.zeros_like(acc, dtype=torch.float64)
     for n, frame in enumerate(frames):
-        u = _patches(frame, positions, kernel, stride, dilation).unflatten(0, (groups, -1)).flatten(1, 1 + axes).flatten(2)
+        u = (
+            _patches(frame, positions, kernel, stride, dilation)
+            .unflatten(0, (groups, x.shape[1] // groups))
+            .flatten(1, 1 + axes)
+            .flatten(2)
+        )
         if bias:
             u = torch.cat([u, u.new_ones(groups, 1, u.shape[2])], 1)
         w = 1.0 if weight is None else float(weight[n])

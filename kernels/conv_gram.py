@@ -1,0 +1,277 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Triton kernels of ``conv_gram_``: ``acc[i,j] += scale * sum_n w_n sum_p u[n,p,i] u[n,p,j]`` for j >= i, u the patches of x.
+
+An implicit GEMM over rows (n, p): a program owns a square tile on or above the diagonal of one group's Gram matrix and reads
+its columns of u from x in place, zero outside. A column is (k, c) with c fastest, as in ``conv_sq``; the appended 1 is the
+last one. Rows are split into shares, each with a workspace of tiles; ``_fold_upper_kernel`` adds them in acc's order (c, k),
+where a pair of columns may have changed sides: the matrix is symmetric. The contract is in ``fisherfast.ops.conv_gram``.
+"""
+
+import math
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._common import architecture, device_problem, long, power_of_two, raise_flag_, wide
+from .conv_sq import Geometry, _as_rows, _channels_last, _digits, _kernel_offset, _look, block
+from .linear_sq import PROGRAMS, _add, _dot, fold_size, precision
+
+
+def geometry_of(x: Tensor, kernel=(), positions=(), stride=(), padding=(), dilation=()) -> Geometry:
+    """The geometry of a call over three axes, absent options filled in."""
+    S = x.shape[2:]
+    axes = len(S)
+    kernel, stride, padding, dilation = (
+        tuple(v) or (absent,) * axes for v, absent in ((kernel, 1), (stride, 1), (padding, 0), (dilation, 1))
+    )
+    each = zip(S, kernel, stride, padding, dilation, strict=True)
+    positions = tuple(positions) or tuple(max(0, (s + 2 * b - d * (k - 1) - 1) // step + 1) for s, k, step, b, d in each)
+
+    def padded(values, absent: int) -> tuple[int, int, int]:
+        a, b, c = (absent,) * (3 - axes) + tuple(values)
+        return a, b, c
+
+    sizes = (padded(values, 1) for values in (positions, S, kernel, stride))
+    return Geometry(*sizes, padding=padded(padding, 0), dilation=padded(dilation, 1))
+
+
+def why_not(
+    acc: Tensor, x: Tensor, scale: float = 1.0, *, kernel=(), positions=(), stride=(), padding=(), dilation=(), **_: Any
+) -> str | None:
+    """Why this call cannot run under Triton, or None."""
+    geometry = geometry_of(x, kernel, positions, stride, padding, dilation)
+    T = math.prod(geometry.positions)
+    steps = max(geometry.stride) * max(geometry.positions) + max(geometry.dilation) * max(geometry.kernel)
+    largest = max(T, x.shape[0] * T // 2, *geometry.extents, steps + max(map(abs, geometry.padding)))
+    if largest >= 2**30:
+        return f"positions are counted in 32 bits: 2^30 in an image and 2^31 in all are too many, got {largest}"
+    return device_problem(acc.device)
+
+
+def config(groups: int, C: int, K: int, bias: bool, M: int, dtype: torch.dtype, arch: int) -> tuple[dict[str, Any], int]:
+    """Tile sizes for each group's ``[K C + bias]^2`` and a GEMM over M rows, and in how many shares to split M; pure."""
+    warpgroups = arch // 10 in (9, 10)
+    largest = 128 if dtype.itemsize == 2 and warpgroups else 64 if dtype.itemsize < 8 else 32
+    BLOCK = block(K * C + bias, largest)
+    divisor = C & -C
+    if K > 1 and divisor >= 32:
+        BLOCK = min(BLOCK, divisor)
+    one_offset = K == 1 or (C > 0 and C % BLOCK == 0)
+    BLOCK_T = power_of_two(M, 16, 128 // dtype.itemsize // (1 if one_offset or warpgroups else 2))
+
+    def programs() -> int:
+        return groups * upper_tiles(triton.cdiv(K * C + bias, BLOCK))
+
+    while BLOCK > 32 and programs() * triton.cdiv(M, BLOCK_T) < PROGRAMS:
+        BLOCK //= 2
+    blocks = {
+        "BLOCK": BLOCK,
+        "BLOCK_T": BLOCK_T,
+        "ONE_OFFSET": K == 1 or (C > 0 and C % BLOCK == 0),
+        "num_warps": 8 if BLOCK * BLOCK * dtype.itemsize >= 2**14 or not one_offset else 4,
+        "num_stages": 3,
+    }
+    return blocks, max(1, min(triton.cdiv(M, BLOCK_T), 4 * PROGRAMS // programs()))
+
+
+def upper_tiles(tiles: int) -> int:
+    """Tiles on and above the diagonal of ``tiles`` x ``tiles``."""
+    return tiles * (tiles + 1) // 2
+
+
+@triton.jit
+def _upper_tile(index, tiles):
+    """Row and column of tile ``index`` of ``(tiles + 1) * cdiv(tiles, 2)``: rows r and tiles - 1 - r make up one line.
+
+    The middle row of an odd number is its own partner, and its second half lies outside of the matrix.
+    """
+    line = index // (tiles + 1)
+    place = index % (tiles + 1)
+    first = place < tiles - line
+    row = tl.where(first, line, tiles - 1 - line)
+    column = tl.where(first, line + place, place - 1)
+    return row, tl.where((tiles == 2 * line + 1) & (place >= tiles - line), tiles, column)
+
+
+@triton.jit
+def _tile_index(row, column, tiles):
+    """Where the workspace holds the tile in this row and column, row <= column."""
+    return row * tiles - row * (row - 1) // 2 + column - row
+
+
+@triton.jit
+def _columns(tile, group, shape, geometry, x_strides, BLOCK: tl.constexpr, ONE_OFFSET: tl.constexpr):
+    """A tile's columns [1, BLOCK]: their index, where position 0 of image 0 reads them, and their kernel offsets."""
+    _, _, _, C, _ = shape
+    column = tile * BLOCK
+    i = column + tl.arange(0, BLOCK)[None, :]
+    k = column // C if ONE_OFFSET else i // C
+    at0, at1, at2 = _kernel_offset(k, geometry)
+    start = long(at0) * x_strides[2] + long(at1) * x_strides[3] + long(at2) * x_strides[4]
+    return i, (group * C + (i - k * C)) * x_strides[1] + start, at0, at1, at2
+
+
+@triton.jit
+def _patches(x, i, start, at0, at1, at2, n, p0, p1, p2, shape, geometry, x_strides, AXES: tl.constexpr, BIAS: tl.constexpr):
+    """``u[(n, p), i]`` [BLOCK_T, BLOCK]; ``n`` and ``p`` are [BLOCK_T, 1]. Rows beyond the last image are zero."""
+    N, _, _, _, I = shape
+    offset, inside = _look(p0, p1, p2, at0, at1, at2, geometry, x_strides, AXES)
+    u = tl.load(x + (start + (long(n) * x_strides[0] + offset)), mask=inside & (i < I) & (n < N), other=0.0)
+    if BIAS:
+        u = tl.where((i == I) & (n < N), tl.full((), 1.0, tl.float32).to(u.dtype), u)
+    return u
+
+
+@triton.jit
+def _advance(n, p0, p1, p2, BLOCK_T: tl.constexpr, P):
+    """The rows ``BLOCK_T`` on: digits added with carry, since a division costs more than the load."""
+    T = P[0] * P[1] * P[2]
+    d0, d1, d2 = _digits(BLOCK_T % T, P)
+    p2 += d2
+    p1 += tl.where(p2 >= P[2], d1 + 1, d1)
+    p2 = tl.where(p2 >= P[2], p2 - P[2], p2)
+    p0 += tl.where(p1 >= P[1], d0 + 1, d0)
+    p1 = tl.where(p1 >= P[1], p1 - P[1], p1)
+    n += tl.where(p0 >= P[0], BLOCK_T // T + 1, BLOCK_T // T)
+    p0 = tl.where(p0 >= P[0], p0 - P[0], p0)
+    return n, p0, p1, p2
+
+
+@triton.jit(do_not_specialize=["begin", "share", "steps"])
+def _conv_gram_kernel(
+    partial,
+    x,
+    weight,
+    flag,
+    shape,
+    geometry,
+    x_strides,
+    begin,
+    share,
+    steps,
+    BLOCK: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    AXES: tl.constexpr,
+    ONE_OFFSET: tl.constexpr,
+    BIAS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """``partial[s, tile] += sum_(n,p) w_n u[n,p,i] u[n,p,j]`` over the rows of share s: ``share`` steps of BLOCK_T of them.
+
+    Tile:  [BLOCK, BLOCK] of one group's Gram matrix and one share of the rows a program. With ONE_OFFSET all columns of a
+           tile have the same kernel offset.
+    FLOPs: N T G (K C)^2. Bytes: x read K (K C) / BLOCK times, mostly from L2; the workspace of 2 S G (K C)^2 read and
+           written once a launch.
+    """
+    if flag is not None:
+        if tl.load(flag) != 0:
+            return
+    N, T, G, _, I = shape
+    tiles = tl.cdiv(I + BIAS, BLOCK)
+    lines = (tiles + 1) * tl.cdiv(tiles, 2)
+    group = long(tl.program_id(0) // lines)
+    row, column = _upper_tile(tl.program_id(0) % lines, tiles)
+    if column >= tiles:
+        return
+    i, i_start, i0, i1, i2 = _columns(row, group, shape, geometry, x_strides, BLOCK, ONE_OFFSET)
+    j, j_start, j0, j1, j2 = _columns(column, group, shape, geometry, x_strides, BLOCK, ONE_OFFSET)
+    begin += tl.program_id(1) * share
+    m = begin * BLOCK_T + tl.arange(0, BLOCK_T)[:, None]
+    n = m // T
+    p0, p1, p2 = _digits(m % T, geometry[0])
+    c = tl.zeros([BLOCK, BLOCK], tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32)
+    for _ in range(begin, tl.minimum(begin + share, steps)):
+        left = _patches(x, i, i_start, i0, i1, i2, n, p0, p1, p2, shape, geometry, x_strides, AXES, BIAS)
+        right = _patches(x, j, j_start, j0, j1, j2, n, p0, p1, p2, shape, geometry, x_strides, AXES, BIAS)
+        if weight is not None:
+            # A product with a weight has more bits than 16.
+            left = wide(left) * tl.load(weight + n, mask=n < N, other=0.0)
+            right = wide(right)
+        c = _dot(tl.trans(left), right, c, PRECISION)
+        n, p0, p1, p2 = _advance(n, p0, p1, p2, BLOCK_T, geometry[0])
+    tile = (long(tl.program_id(1)) * G + group) * (tiles * (tiles + 1) // 2) + _tile_index(row, column, tiles)
+    cells = tl.arange(0, BLOCK)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    _add(partial, c, tile * (BLOCK * BLOCK) + cells, cells >= 0)
+
+
+@triton.jit
+def _fold_upper_kernel(
+    acc, partial, flag, shape, scale: tl.float64, BLOCK: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr
+):
+    """``acc[g, i, j] += scale * sum_s partial[s, g, ...]`` for j >= i, unless the flag is set. One program: [BLOCK_I, BLOCK_J]."""
+    if flag is not None:
+        if tl.load(flag) != 0:
+            return
+    R, G, C, K, D = shape
+    across, down = tl.cdiv(D, BLOCK_J), tl.cdiv(D, BLOCK_I)
+    group = long(tl.program_id(0) // (across * down))
+    i = (tl.program_id(0) // across % down * BLOCK_I + tl.arange(0, BLOCK_I))[:, None]
+    j = (tl.program_id(0) % across * BLOCK_J + tl.arange(0, BLOCK_J))[None, :]
+    inside = (j < D) & (i <= j)
+    from_i = tl.where(i < C * K, i % K * C + i // K, i)
+    from_j = tl.where(j < C * K, j % K * C + j // K, j)
+    low, high = tl.minimum(from_i, from_j), tl.maximum(from_i, from_j)
+    tiles = tl.cdiv(D, BLOCK)
+    tile = group * (tiles * (tiles + 1) // 2) + _tile_index(low // BLOCK, high // BLOCK, tiles)
+    partial += tile * (BLOCK * BLOCK) + low % BLOCK * BLOCK + high % BLOCK
+    values = tl.zeros([BLOCK_I, BLOCK_J], tl.float64)
+    for r in range(R):
+        values += tl.load(partial + long(r) * G * (tiles * (tiles + 1) // 2) * (BLOCK * BLOCK), mask=inside, other=0.0)
+    out = acc + (group * D + i) * D + j
+    before = tl.load(out, mask=inside, other=0.0)
+    tl.store(out, (before + values * scale).to(before.dtype), mask=inside)
+
+
+def conv_gram_(
+    acc: Tensor,
+    x: Tensor,
+    scale: float = 1.0,
+    *,
+    weight: Tensor | None = None,
+    bias: bool = False,
+    flag: Tensor | None = None,
+    kernel: tuple[int, ...] = (),
+    positions: tuple[int, ...] = (),
+    stride: tuple[int, ...] = (),
+    padding: tuple[int, ...] = (),
+    dilation: tuple[int, ...] = (),
+    groups: int = 1,
+) -> None:
+    """Launch the implicit GEMM, share by share, and the fold."""
+    with torch.cuda.device_of(acc):
+        raise_flag_(flag, _as_rows(x), weight)
+        geometry = geometry_of(x, kernel, positions, stride, padding, dilation)
+        N, T, D = len(x), math.prod(geometry.positions), acc.shape[1]
+        C, K = x.shape[1] // groups, math.prod(geometry.kernel)
+        if 0 in (N, T, D):
+            return
+        computed = torch.promote_types(x.dtype, torch.float32)
+        multiplied = x.dtype if weight is None else computed
+        blocks, shares = config(groups, C, K, bias, N * T, multiplied, architecture(acc.device))
+        axes = x.dim() - 2
+        x = _channels_last(x, C) if weight is None else x
+        x_strides = (*x.stride()[:2], *(0,) * (3 - axes), *x.stride()[2:])
+        steps = triton.cdiv(N * T, blocks["BLOCK_T"])
+        share = min(fold_size(steps), triton.cdiv(steps, shares))
+        tiles = triton.cdiv(D, blocks["BLOCK"])
+        partial = torch.zeros(
+            shares,
+            groups * upper_tiles(tiles),
+            blocks["BLOCK"] ** 2,
+            dtype=computed,
+            device=acc.device,
+        )
+        shape = (N, T, groups, max(C, 1), C * K)
+        grid = (groups * (tiles + 1) * triton.cdiv(tiles, 2), shares)
+        for begin in range(0, steps, share * shares):
+            _conv_gram_kernel[grid](
+                partial, x, weight, flag, shape, geometry, x_strides, begin, share, steps,
+                AXES=axes, BIAS=int(bias), PRECISION=precision(multiplied), **blocks,
+            )  # fmt: skip
+        BLOCK_I, BLOCK_J = power_of_two(D, 1, 8), power_of_two(D, 1, 64)
+        grid = (groups * triton.cdiv(D, BLOCK_I) * triton.cdiv(D, BLOCK_J),)
+        shape = (shares, groups, max(C, 1), K, D)
+        _fold_upper_kernel[grid](acc, partial, flag, shape, scale, BLOCK=blocks["BLOCK"], BLOCK_I=BLOCK_I, BLOCK_J=BLOCK_J)
