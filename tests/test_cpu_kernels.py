@@ -5,6 +5,7 @@ import platform
 import re
 import shutil
 import subprocess
+from pathlib import Path
 
 import fisherfast._C
 import pytest
@@ -135,6 +136,55 @@ def test_linear_sq_does_not_depend_on_the_number_of_threads(isa, shape):
 
     for one, three in zip(outputs(1), outputs(3), strict=True):
         assert torch.equal(one, three)
+
+
+def test_the_blas_is_used_on_intel_processors_with_avx512():
+    isa, vendor = torch.ops.fisherfast_cpp.cpu_isa(None), platform.processor()
+    if platform.system() == "Linux":
+        vendor = Path("/proc/cpuinfo").read_text()
+    assert torch.ops.fisherfast_cpp.cpu_blas(None) == ("GenuineIntel" in vendor and isa == "avx512")
+
+
+@pytest.fixture(params=[False, True], ids=["tiles", "blas"])
+def blas(request):
+    """Force the BLAS, or our own tiles, for products over samples."""
+    force = torch.ops.fisherfast_cpp.cpu_blas
+    before = force(None)
+    try:
+        possible = force(request.param) == request.param
+    except ValueError:
+        possible = False
+    if not possible:
+        pytest.skip("no BLAS that can be called here, or no AVX-512")
+    yield
+    force(before)
+
+
+@pytest.mark.parametrize("precision", ["highest", "medium"])  # the latter lets torch's own products round to bfloat16
+@pytest.mark.parametrize(("N", "I", "O"), [(3, 13, 17), (64, 600, 300), (130, 33, 70), (256, 520, 10), (700, 300, 37)])
+def test_linear_sq_of_single_positions_by_tiles_and_by_the_blas(blas, precision, N, I, O):
+    x, g, weight = torch.randn(N, 1, 2 * I)[..., ::2], torch.randn(1, N, O).transpose(0, 1), torch.rand(N)
+
+    def outputs(threads):
+        acc, total, sqnorm = torch.zeros(O, I), torch.zeros(O, I), torch.zeros(N)
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        torch.set_float32_matmul_precision(precision)
+        try:
+            with ff.backend("cpu"):
+                ff.ops.linear_sq_(acc, x, g, 0.5, weight=weight, total=total, sqnorm=sqnorm)
+        finally:
+            torch.set_float32_matmul_precision("highest")
+            torch.set_num_threads(before)
+        return acc, total, sqnorm
+
+    one, three = outputs(1), outputs(3)
+    assert all(torch.equal(a, b) for a, b in zip(one, three, strict=True))
+    plain, exact = (torch.einsum("nto,nti->noi", g.to(dtype), x.to(dtype)) for dtype in (torch.float32, torch.float64))
+    w = weight.view(-1, 1, 1)
+    assert_gate(one[0], (0.5 * w * plain.square()).sum(0), (0.5 * w.double() * exact.square()).sum(0))
+    assert_gate(one[1], (w * plain).sum(0), (w.double() * exact).sum(0))
+    assert_gate(one[2], plain.square().sum((1, 2)), exact.square().sum((1, 2)))
 
 
 def instructions(tool, function):

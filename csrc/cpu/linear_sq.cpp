@@ -1,11 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
 // acc[o,i] += scale * sum_n w_n (sum_t g[n,t,o] x[n,t,i])^2, the sample gradients never leaving the L2 cache.
 //
-// Where T = 1 the squares are taken of g and x first, and one matrix product over the samples is left.
+// Where T = 1 the squares are taken of g and x first, and one matrix product over the samples is left: by our tiles, or by
+// the BLAS where that is faster (cpu/blas.h).
 #include "cpu/linear_sq.h"
 
+#include <type_traits>
 #include <utility>
 #include <vector>
+
+#include "cpu/blas.h"
 
 #define FISHERFAST_KERNEL "cpu/linear_sq_kernel.h"
 #include "cpu/each_isa.h"
@@ -43,34 +47,76 @@ void per_sample(LinearProblem<S> problem, const Sink& sqnorm) {
   }
 }
 
-// T = 1: a sample gradient is the outer product g_n x_n^T, and its square that of the squares. What is left is a product of
-// matrices: for the kernel, sums over N / kRun samples of kRun rows.
-template <class S>
-void outer_products(LinearProblem<S> problem, const Sink& sqnorm) {
-  const int64_t N = problem.samples.N;
-  if (sqnorm) {
-    const auto square = FISHERFAST_PICK(row_square<S>);
-    torch::stable::parallel_for(0, N, 16, [&](int64_t begin, int64_t end) {
-      for (int64_t n = begin; n < end; ++n) add_to(sqnorm, n, square(problem.g, n) * square(problem.x, n));
+// out += scale * sum_n w_n g_n^T x_n, or of the squares of g and x, by the BLAS. Tiles and chains of additions (kBlasRun samples,
+// then blocks of kBlasSamples, then out) do not depend on the number of threads, so the sums do not.
+void blas_product(const LinearProblem<float>& problem, const Output& out) {
+  constexpr int64_t kTileRows = 256, kTileColumns = 512, kBlasRun = 64, kBlasSamples = 256;
+  constexpr int64_t kGrain = 1 << 15;  // elements below which a second thread does not pay
+  const int64_t N = problem.samples.N, O = problem.g.width, I = problem.x.width;
+  const SharedScratch memory(std::min(N, kBlasSamples) * (O + I) * sizeof(float));
+  float *g = static_cast<float*>(memory.data()), *x = g + std::min(N, kBlasSamples) * O;
+  const auto factor_row = FISHERFAST_PICK(factor_row);
+  const auto add_rows = FISHERFAST_PICK(add_rows);
+  const int64_t across = ceil_div(I, kTileColumns), tiles = ceil_div(O, kTileRows) * across;
+  for (int64_t first = 0; first < N; first += kBlasSamples) {
+    const int64_t count = std::min(kBlasSamples, N - first);
+    torch::stable::parallel_for(0, count, ceil_div(kGrain, O + I), [&](int64_t begin, int64_t end) {
+      for (int64_t n = begin; n < end; ++n) {
+        factor_row(problem.g, first + n, problem.weight ? problem.weight[first + n] : 1.0f, problem.squared, g + n * O);
+        factor_row(problem.x, first + n, 1.0f, problem.squared, x + n * I);
+      }
+    });
+    torch::stable::parallel_for(0, tiles, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t tile = begin; tile < end; ++tile) {
+        const int64_t o = tile / across * kTileRows, i = tile % across * kTileColumns;
+        const int64_t rows = std::min(kTileRows, O - o), columns = std::min(kTileColumns, I - i);
+        auto* sums = static_cast<float*>(scratch(rows * columns * sizeof(float)));
+        for (int64_t n = 0; n < count; n += kBlasRun)
+          multiply(std::min(kBlasRun, count - n), rows, columns, {g + n * O + o, O}, {x + n * I + i, I}, n > 0, sums);
+        add_rows(sums, rows, columns, static_cast<float>(out.scale), static_cast<float*>(out.sink.data) + o * I + i, I);
+      }
     });
   }
+}
+
+// The same by our own tiles: for them, sums over N / kRun samples of kRun rows.
+template <class S>
+void tiled_product(LinearProblem<S> problem, const Output& out) {
+  const int64_t N = problem.samples.N;
   std::vector<int64_t> offsets;
   for (int64_t row = 0; row < N; row += kRun) offsets.push_back(row);
   offsets.push_back(N);
-  const Output squares = problem.squares, sums = problem.sums;
   problem.samples = {static_cast<int64_t>(offsets.size()) - 1, 0, N, offsets.data()};
   problem.flush_every = 2;  // a block holds only four such samples: chains of 32, 8, and what is left
   problem.g.stride_t = problem.g.stride_n;
   problem.x.stride_t = problem.x.stride_n;
   problem.row_weight = std::exchange(problem.weight, nullptr);
   problem.squares = {};
-  problem.sums = squares;
-  problem.squared = true;
+  problem.sums = out;
   run(problem, {}, 0);
-  if (!sums.sink) return;
-  problem.sums = sums;
-  problem.squared = false;
-  run(problem, {}, 0);
+}
+
+template <class S>
+void product(LinearProblem<S> problem, const Output& out, bool squared) {
+  if (!out.sink) return;
+  problem.squared = squared;
+  if constexpr (std::is_same_v<S, float>)
+    if (!out.sink.is_double && uses_blas()) return blas_product(problem, out);
+  tiled_product(problem, out);
+}
+
+// T = 1: a sample gradient is the outer product g_n x_n^T, and its square that of the squares. What is left is a product of
+// matrices.
+template <class S>
+void outer_products(const LinearProblem<S>& problem, const Sink& sqnorm) {
+  if (sqnorm) {
+    const auto square = FISHERFAST_PICK(row_square<S>);
+    torch::stable::parallel_for(0, problem.samples.N, 16, [&](int64_t begin, int64_t end) {
+      for (int64_t n = begin; n < end; ++n) add_to(sqnorm, n, square(problem.g, n) * square(problem.x, n));
+    });
+  }
+  product(problem, problem.squares, true);
+  product(problem, problem.sums, false);
 }
 
 void linear_sq(Tensor acc, Tensor x, Tensor g, double scale, OptionalTensor weight, OptionalTensor offsets, OptionalTensor total,

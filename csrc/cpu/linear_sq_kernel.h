@@ -34,3 +34,26 @@ double row_square(const Rows<S>& rows, int64_t n) {
   for (int64_t d = 0; d < rows.width; ++d) sum += product_at<true>(row, row, d * rows.stride_d, d * rows.stride_d);
   return sum;
 }
+
+// Row n of a factor of the product over samples where T = 1: in fp32, weighted, squared or not.
+inline void factor_row(const Rows<float>& rows, int64_t n, float w, bool squared, float* out) {
+  const float* row = rows.data + n * rows.stride_n;
+  const auto fill = [=](auto stride) {
+    if (squared) {
+      for (int64_t d = 0; d < rows.width; ++d) out[d] = row[d * stride] * row[d * stride] * w;
+    } else {
+      for (int64_t d = 0; d < rows.width; ++d) out[d] = row[d * stride] * w;
+    }
+  };
+  if (rows.stride_d == 1) {
+    fill(std::integral_constant<int64_t, 1>());
+  } else {
+    fill(rows.stride_d);
+  }
+}
+
+// Adds a dense matrix to a part of another, whose rows are so many elements apart.
+inline void add_rows(const float* in, int64_t rows, int64_t columns, float scale, float* out, int64_t stride) {
+  for (int64_t row = 0; row < rows; ++row, in += columns, out += stride)
+    for (int64_t c = 0; c < columns; ++c) out[c] += scale * in[c];
+}
