@@ -193,6 +193,8 @@ def test_gram_config(I, M, dtype, arch):
     assert shares == 1 or (shares * programs <= linear_sq.PROGRAMS and M > 4 * blocks["BLOCK_M"] * (shares - 1))
 
 
+@pytest.mark.parametrize("arch", TARGETS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("M", [1, 1000, 10**7])
 @pytest.mark.parametrize(("groups", "C", "K"), [(1, 1, 1), (1, 3, 49), (1, 512, 9), (32, 4, 9), (1, 48, 1)])
