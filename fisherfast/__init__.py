@@ -8,6 +8,7 @@ from fisherfast.fisher import (
     DiagonalFisher,
     FisherFileError,
     FisherWarning,
+    KFACFisher,
     Provenance,
     SampleMoments,
     SampleNorms,
@@ -15,6 +16,7 @@ from fisherfast.fisher import (
 )
 from fisherfast.fisher.collect import collect
 from fisherfast.fisher.collectors import Diagonal, GradientMoments, PerSampleNorm
+from fisherfast.fisher.kfac import KFAC
 from fisherfast.fisher.measure import fisher
 from fisherfast.fisher.run import Interrupted
 from fisherfast.information import information_in_weights
@@ -23,6 +25,7 @@ from fisherfast.passes import NonFiniteError
 from fisherfast.rules import rule
 
 __all__ = [
+    "KFAC",
     "BackendError",
     "Bernoulli",
     "Categorical",
@@ -35,6 +38,7 @@ __all__ = [
     "Gaussian",
     "GradientMoments",
     "Interrupted",
+    "KFACFisher",
     "LogLikelihood",
     "NonFiniteError",
     "PerSampleNorm",

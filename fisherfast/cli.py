@@ -49,6 +49,13 @@ class Likelihood(StrEnum):
         return ff.CausalLM() if self is Likelihood.causal_lm else likelihoods.resolve(self.value)
 
 
+class Structure(StrEnum):
+    """What is kept of the Fisher matrix."""
+
+    diagonal = "diagonal"
+    kfac = "kfac"
+
+
 def _positive(value: float | None) -> float | None:
     if value is not None and not (math.isfinite(value) and value > 0):
         raise typer.BadParameter(f"must be a finite number > 0, got {value:g}")
@@ -69,6 +76,7 @@ def _prior_scale(text: str) -> float | str:
 _MODEL = typer.Option(help="module:function that returns the network, a torch.nn.Module")
 _DATA = typer.Option(help="module:function that returns an iterable of (inputs, targets) batches")
 _TYPE = typer.Option(help="labels drawn from the model, all of them weighted, or those of the data")
+_STRUCTURE = typer.Option(help="the diagonal, or Kronecker blocks where a weight multiplies")
 _LIKELIHOOD = typer.Option(help="what the outputs parameterise")
 _BETA = typer.Option(callback=_positive, show_default="1 / N", help="what one nat may cost, in units of the mean loss")
 _PRIOR = typer.Option(
@@ -86,6 +94,7 @@ def info(
     model: Annotated[str, _MODEL],
     data: Annotated[str, _DATA],
     fisher_type: Annotated[FisherType, _TYPE] = FisherType.mc,
+    structure: Annotated[Structure, _STRUCTURE] = Structure.diagonal,
     likelihood: Annotated[Likelihood, _LIKELIHOOD] = Likelihood.categorical,
     beta: Annotated[float | None, _BETA] = None,
     prior_scale: Annotated[Any, _PRIOR] = "fit",
@@ -107,10 +116,9 @@ def info(
     network = network.eval() if device is None else network.eval().to(device)
     resolved = likelihood.resolve()
 
-    def measure(batches: Iterable[Any], progress: bool = False) -> ff.DiagonalFisher:
-        return ff.fisher(
-            network, batches, fisher_type=fisher_type.value, likelihood=resolved, draws=draws, seed=seed, progress=progress
-        )
+    def measure(batches: Iterable[Any], progress: bool = False) -> Any:
+        options = {"likelihood": resolved, "draws": draws, "seed": seed, "progress": progress}
+        return ff.fisher(network, batches, structure.value, fisher_type.value, **options)
 
     console = Console()
     with _kept(out):

@@ -91,6 +91,15 @@ def test_info_options_reach_the_numbers(module, tmp_path):
     assert "scale 0.25 around 0" in result.output
 
 
+def test_info_of_kronecker_blocks(module, tmp_path):
+    result = info(module, "--structure", "kfac")
+    assert result.exit_code == 0, result.output
+    saved = ff.load(tmp_path / "out" / "fisher.safetensors")
+    F = ff.fisher(sys.modules[module].model().eval(), sys.modules[module].data(), structure="kfac", progress=False)
+    assert saved.factors().keys() == {"0", "2"} and saved.trace() == F.trace()
+    assert "kfac, mc labels" in result.output
+
+
 def test_info_without_timing(module):
     result = run("info", "--model", f"{module}:model", "--data", f"{module}:data", "--rounds", 0)
     assert result.exit_code == 0 and "forward+backward" not in result.output

@@ -3,6 +3,7 @@
 
 from fisherfast.fisher.coverage import Coverage
 from fisherfast.fisher.diagonal import DiagonalFisher
+from fisherfast.fisher.kfac import KFACFisher
 from fisherfast.fisher.moments import SampleMoments
 from fisherfast.fisher.norms import SampleNorms
 from fisherfast.fisher.protocol import Fisher, FisherWarning, LayerSummary, Provenance, Spectrum
@@ -14,6 +15,7 @@ __all__ = [
     "Fisher",
     "FisherFileError",
     "FisherWarning",
+    "KFACFisher",
     "LayerSummary",
     "Provenance",
     "SampleMoments",

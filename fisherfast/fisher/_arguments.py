@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from fisherfast.fisher.protocol import Damping, layer_of
+from fisherfast.fisher.protocol import Damping, Vector, layer_of
 
 _SHOWN = 5
 
@@ -49,6 +49,11 @@ def _split_flat(method: str, v: Tensor, shapes: Mapping[str, torch.Size]) -> dic
 def _check_floating(method: str, what: str, v: Tensor) -> None:
     if not v.is_floating_point():
         raise TypeError(f"{method}: {what} must be floating, got {v.dtype}")
+
+
+def like(v: Vector, parts: dict[str, Tensor]) -> Vector:
+    """A vector by names, flat if ``v`` was."""
+    return torch.cat([part.flatten() for part in parts.values()]) if isinstance(v, Tensor) else parts
 
 
 def damping_by_name(method: str, damping: Damping, names: Iterable[str]) -> dict[str, float]:

@@ -180,7 +180,9 @@ class DiagonalFisher:
     def __matmul__(self, v: Vector) -> Vector:
         """``f_i v_i``, in the dtype and on the device of v."""
         parts = _arguments.split("F @ v", v, self.shapes)
-        return _like(v, {name: (self._mean(name).to(part.device) * part).to(part.dtype) for name, part in parts.items()})
+        return _arguments.like(
+            v, {name: (self._mean(name).to(part.device) * part).to(part.dtype) for name, part in parts.items()}
+        )
 
     def solve(self, v: Vector, damping: Damping = 0.0) -> Vector:
         """``v_i / (f_i + damping_i)``, in the dtype and on the device of v. Errors: ValueError if some divisor is zero."""
@@ -188,7 +190,7 @@ class DiagonalFisher:
         parts = _arguments.split("solve", v, self.shapes)
         for name, part in parts.items():
             parts[name] = (part / self._regular("solve", name, dampings[name]).to(part.device)).to(part.dtype)
-        return _like(v, parts)
+        return _arguments.like(v, parts)
 
     def eigenvalues(self) -> Tensor:
         """All f_i in one float64 tensor, largest first, on the device of the first parameter."""
@@ -314,7 +316,3 @@ class DiagonalFisher:
             f"{self.num_samples:,} samples, {self.num_positions:,} positions, {', '.join(known)}"
             f"{f', {excluded} tensors missing' if excluded else ''})"
         )
-
-
-def _like(v: Vector, parts: dict[str, Tensor]) -> Vector:
-    return torch.cat([part.flatten() for part in parts.values()]) if isinstance(v, Tensor) else parts

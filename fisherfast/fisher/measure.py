@@ -20,13 +20,14 @@ from fisherfast.capture import Tracked, refuse_train_mode
 from fisherfast.fallback import SampleGradients
 from fisherfast.fisher import serialize
 from fisherfast.fisher.collectors import Diagonal, Structure
+from fisherfast.fisher.kfac import KFAC
 from fisherfast.fisher.protocol import Provenance
 from fisherfast.fisher.run import Run, model_name
 from fisherfast.layout import PROBED
 from fisherfast.likelihood import FISHER_TYPES, Likelihood, Predictions, resolve, stored_name
 from fisherfast.passes import Pass, Samples, check_loss_scale, conclude
 
-_STRUCTURES = {"diagonal": Diagonal}
+_STRUCTURES: dict[str, type[Structure]] = {"diagonal": Diagonal, "kfac": KFAC}
 _CHECKPOINT_SECONDS = 60.0
 
 
@@ -54,7 +55,7 @@ def fisher(
     function). ``fisher_type``: "mc" draws ``draws`` labels per sample from the model; "exact" takes the expectation, one
     backward pass per column of a square root of the output Hessian; "empirical" uses the labels of the data, which is
     *not* the Fisher. ``likelihood``: "categorical", "bernoulli", "gaussian", ``ff.CausalLM()`` or an object.
-    ``structure``: "diagonal" gives a ``DiagonalFisher``; a tuple of requests, ``(ff.Diagonal(), ff.PerSampleNorm(),
+    ``structure``: "diagonal" gives a ``DiagonalFisher``, "kfac" a ``KFACFisher``; a tuple of requests, ``(ff.Diagonal(), ff.PerSampleNorm(),
     ff.GradientMoments())``, gives their results in that order, from the same passes.
     ``loss_scale`` multiplies the gradients on their way through a float16 model and is taken out of their squares.
     ``sample_offset`` is the number of the first sample: give each rank its own, so that no two share random numbers.

@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A Kronecker block: ``B (x) A`` over a weight and the bias that goes with it, one pair of factors for each group.
+
+A factor is a matrix, or a vector where it is diagonal: the counts of an embedding, the output factor of a large vocabulary.
+All arithmetic is float64, in the eigenbases of the factors; the block itself, ``[O D, O D]``, is never formed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fisherfast.accumulator import Accumulator
+from fisherfast.ops.kron_log1p_sum import kron_log1p_sum
+
+
+@dataclass(frozen=True)
+class Place:
+    """Which numbers a block is over, and how they are a matrix ``[groups, O, D]``: the bias is its last column.
+
+    ``transposed``: the weight is stored ``[I, O]``, as an embedding table or a Conv1D of Hugging Face.
+    """
+
+    weight: str
+    bias: str | None = None
+    groups: int = 1
+    transposed: bool = False
+    op: str = "gram_"  # that the input factor is from
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The parameters."""
+        return (self.weight,) if self.bias is None else (self.weight, self.bias)
+
+    def matrix(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """The matrix of a vector by names."""
+        weight = tensors[self.weight]
+        weight = weight.mT if self.transposed else weight.flatten(1)
+        matrix = weight.reshape(self.groups, -1, weight.shape[1])
+        return matrix if self.bias is None else torch.cat([matrix, tensors[self.bias].view(self.groups, -1, 1)], 2)
+
+    def tensors(self, matrix: Tensor, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
+        """The inverse of ``matrix``."""
+        weight = matrix if self.bias is None else matrix[..., :-1]
+        weight = weight.reshape(-1, weight.shape[-1])
+        parts = {self.weight: (weight.mT if self.transposed else weight).reshape(shapes[self.weight])}
+        return parts if self.bias is None else {**parts, self.bias: matrix[..., -1].reshape(shapes[self.bias])}
+
+
+@dataclass(eq=False)
+class KroneckerBlock:
+    """The factors as sums and weights: A ``[G, D, D]`` or ``[G, D]``, B ``[G, O, O]`` or ``[G, O]``."""
+
+    place: Place
+    A: Accumulator
+    B: Accumulator
+
+    @functools.cached_property
+    def _values(self) -> tuple[Tensor, Tensor]:
+        return _eigenvalues(self.A.mean()), _eigenvalues(self.B.mean())
+
+    @functools.cached_property
+    def _spectral(self) -> tuple[tuple[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]:
+        return _eigen(self.A.mean()), _eigen(self.B.mean())
+
+    def changed(self) -> None:
+        """The sums have changed: what was computed from them is void."""
+        self.__dict__.pop("_values", None)
+        self.__dict__.pop("_spectral", None)
+
+    def __matmul__(self, v: Tensor) -> Tensor:
+        """``B v A`` of a matrix ``[G, O, D]``."""
+        return _times(_times(v, self.A.mean()).mT, self.B.mean()).mT
+
+    def spectrally(self, v: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+        """``function`` of the block, by its eigenvalues ``[G, O, D]``, times a matrix."""
+        (a, U), (b, V) = self._spectral
+        v = v if U is None else v @ U
+        v = v if V is None else V.mT @ v
+        v = v * function(b.unsqueeze(2) * a.unsqueeze(1))
+        v = v if V is None else V @ v
+        return v if U is None else v @ U.mT
+
+    def diagonal(self) -> Tensor:
+        """As a matrix ``[G, O, D]``."""
+        a, b = (_diagonal(factor.mean()) for factor in (self.A, self.B))
+        return b.unsqueeze(2) * a.unsqueeze(1)
+
+    def trace(self) -> float:
+        """``tr A tr B``, over groups."""
+        a, b = (_diagonal(factor.mean()).sum(1) for factor in (self.A, self.B))
+        return float((a * b).sum())
+
+    def eigenvalues(self) -> tuple[Tensor, Tensor]:
+        """Of the factors: ``[G, D]`` and ``[G, O]``."""
+        return self._values
+
+    def logdet(self, damping: float) -> tuple[float, int]:
+        """``sum log(a_i b_j + damping)`` and how many of these are ``log 0``, which are left out."""
+        a, b = self._values
+        if damping:
+            sums = torch.zeros(2, dtype=torch.float64, device=a.device)
+            for of_input, of_output in zip(a, b, strict=True):
+                kron_log1p_sum(sums, of_input, of_output, 1 / damping)
+            return float(sums[0]) + a.numel() * b.shape[1] * math.log(damping), 0
+        positive_a, positive_b = (a > 0).sum(1), (b > 0).sum(1)
+        logs_a, logs_b = (torch.where(v > 0, v.log(), 0.0).sum(1) for v in (a, b))
+        zeros = a.numel() * b.shape[1] - int((positive_a * positive_b).sum())
+        return float((positive_b * logs_a + positive_a * logs_b).sum()), zeros
+
+    def factor_sizes(self) -> str:
+        """For the coverage report."""
+        a, b = ("diagonal " * (factor.sum.dim() == 2) + str(list(factor.sum.shape[1:])) for factor in (self.A, self.B))
+        return f"B {b} (x) A {a}" + f" in {self.place.groups} groups" * (self.place.groups > 1)
+
+    def state(self) -> tuple[dict[str, Tensor], list[Any]]:
+        """Tensors and plain values."""
+        place = self.place
+        fields = [*dataclasses.astuple(place), self.A.weight, self.B.weight]
+        return {f"{place.weight}.A": self.A.sum, f"{place.weight}.B": self.B.sum}, fields
+
+    @classmethod
+    def from_state(cls, tensors: Mapping[str, Tensor], fields: list[Any]) -> KroneckerBlock:
+        """The block whose ``state`` this is."""
+        *place, weight_a, weight_b = fields
+        name = place[0]
+        return cls(Place(*place), Accumulator(tensors[f"{name}.A"], weight_a), Accumulator(tensors[f"{name}.B"], weight_b))
+
+
+def _times(v: Tensor, factor: Tensor) -> Tensor:
+    return v * factor.unsqueeze(1) if factor.dim() == 2 else v @ factor
+
+
+def _diagonal(factor: Tensor) -> Tensor:
+    return factor if factor.dim() == 2 else factor.diagonal(dim1=1, dim2=2)
+
+
+def _eigenvalues(factor: Tensor) -> Tensor:
+    # A factor of fewer rows than columns has eigenvalues that are zero but for rounding.
+    return factor if factor.dim() == 2 else torch.linalg.eigvalsh(factor).clamp_min(0)
+
+
+def _eigen(factor: Tensor) -> tuple[Tensor, Tensor | None]:
+    if factor.dim() == 2:
+        return factor, None
+    values, vectors = torch.linalg.eigh(factor)
+    return values.clamp_min(0), vectors

@@ -1,0 +1,288 @@
+# SPDX-License-Identifier: Apache-2.0
+"""KFAC: its factors are those of the definition, its blocks exact where theory says so, its algebra that of the dense blocks."""
+
+import copy
+import math
+
+import networks
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import fisherfast as ff
+
+EXACT = 1e-11
+
+
+def close(a, b, tolerance=EXACT):
+    a, b = (t.double() if isinstance(t, torch.Tensor) else torch.tensor(t).double() for t in (a, b))
+    return bool((a - b).abs().max() <= tolerance * b.abs().max().clamp_min(1e-300))
+
+
+def measure(model, data, fisher_type="empirical", structure="kfac", **options):
+    return ff.fisher(model, data, structure=structure, fisher_type=fisher_type, progress=False, **options)
+
+
+def mlp():
+    return nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 4, bias=False)).double()
+
+
+def cnn():
+    return nn.Sequential(
+        nn.Conv2d(2, 3, 3, padding=1, stride=2), nn.Tanh(), nn.Conv2d(3, 5, (2, 3), dilation=(1, 2), padding=(0, 2), bias=False), nn.Tanh(),
+        nn.Flatten(), nn.Linear(5 * 3 * 4, 4),
+    ).double()  # fmt: skip
+
+
+def hooked_factors(model, x, y):
+    """``{layer: (sum over rows of x~ x~^T, rows, sum of g g^T)}`` of Linear and Conv2d layers, by hooks and unfold."""
+    inputs, outputs = {}, {}
+    hooks = []
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+
+            def hook(module, given, out, name=name):
+                inputs[name] = given[0].detach()
+                out.retain_grad()
+                outputs[name] = out
+
+            hooks.append(module.register_forward_hook(hook))
+    logits = model(x)
+    F.cross_entropy(logits.flatten(0, -2), y.flatten(), reduction="sum").backward()
+    for hook in hooks:
+        hook.remove()
+    factors = {}
+    for name, module in model.named_modules():
+        if name in inputs:
+            rows, g = inputs[name], outputs[name].grad
+            if isinstance(module, nn.Conv2d):
+                rows = F.unfold(rows, module.kernel_size, module.dilation, module.padding, module.stride).mT
+                g = g.flatten(2).mT
+            rows, g = rows.flatten(0, -2), g.flatten(0, -2)
+            if module.bias is not None:
+                rows = torch.cat([rows, torch.ones_like(rows[:, :1])], 1)
+            factors[name] = (rows.mT @ rows, len(rows), g.mT @ g)
+    return factors
+
+
+@pytest.mark.parametrize(
+    ("build", "x"), [(mlp, (6, 3)), (mlp, (6, 5, 3)), (cnn, (6, 2, 8, 7))], ids=["vectors", "sequences", "images"]
+)
+def test_factors_are_those_of_the_definition_in_any_split(build, x):
+    model, x = build(), torch.randn(x).double()
+    y = torch.randint(0, 4, model(x).shape[:-1])
+    expected = hooked_factors(copy.deepcopy(model), x, y)
+    for data in ([(x, y)], [(x[:4], y[:4]), (x[4:], y[4:])]):
+        factors = measure(model, data).factors(dtype=torch.float64)
+        assert factors.keys() == expected.keys()
+        for name, (A, rows, B) in expected.items():
+            assert close(factors[name][0], A / rows) and close(factors[name][1], B / len(x))
+
+
+def test_collect_gives_the_same_factors_beside_a_diagonal():
+    model, (x, y) = mlp(), (torch.randn(6, 5, 3).double(), torch.randint(0, 4, (6, 5)))
+    with ff.collect(model, ff.Diagonal(), ff.KFAC(), fisher_type="empirical") as stats:
+        for part in (slice(0, 2), slice(2, 6)):
+            loss = F.cross_entropy(model(x[part]).flatten(0, 1), y[part].flatten(), reduction="none")
+            stats.backward(loss.view(-1, 5).sum(1))
+    diagonal, kfac = stats.results()
+    expected = measure(model, [(x, y)])
+    for name, factors in expected.factors(dtype=torch.float64).items():
+        assert all(close(a, b) for a, b in zip(kfac.factors(dtype=torch.float64)[name], factors, strict=True))
+    assert close(diagonal.trace(), measure(model, [(x, y)], structure="diagonal").trace())
+
+
+def dense_blocks(model, losses):
+    """``{weight name: the exact block of weight and bias}``, from sample gradients: ``losses`` are scalars with their weights."""
+    blocks = {}
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            total = 0
+            for weight, loss in losses():
+                grads = torch.autograd.grad(loss, list(module.parameters()), retain_graph=True)
+                s = torch.cat([g.reshape(g.shape[0], -1) for g in grads], 1).flatten()
+                total = total + weight * torch.outer(s, s)
+            blocks[name] = total
+    return blocks
+
+
+@pytest.mark.parametrize("fisher_type", ["empirical", "exact"])
+def test_one_sample_of_one_position_is_exact(fisher_type):
+    model, x, y = mlp(), torch.randn(1, 3).double(), torch.randint(0, 4, (1,))
+
+    def losses():
+        logs = model(x).log_softmax(-1)[0]
+        labels = [(1.0, int(y))] if fisher_type == "empirical" else [(float(p.detach()), c) for c, p in enumerate(logs.exp())]
+        yield from ((p, -logs[c]) for p, c in labels)
+
+    factors = measure(model, [(x, y)], fisher_type).factors(dtype=torch.float64)
+    for name, expected in dense_blocks(model, losses).items():
+        assert close(torch.kron(factors[name][1], factors[name][0]), expected)
+
+
+def test_deep_linear_networks_with_a_gaussian_likelihood_are_exact():
+    model, x = nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 7), nn.Linear(7, 2)).double(), torch.randn(11, 3).double()
+
+    def losses():
+        out = model(x)
+        yield from ((1 / 11, out[n, o]) for n in range(11) for o in range(2))
+
+    factors = measure(model, [(x, None)], "exact", likelihood="gaussian").factors(dtype=torch.float64)
+    for name, expected in dense_blocks(model, losses).items():
+        assert close(torch.kron(factors[name][1], factors[name][0]), expected)
+
+
+@pytest.mark.parametrize("name", networks.COVERED)
+def test_every_kind_of_network_has_the_algebra_of_its_dense_blocks(name):
+    build, data = networks.COVERED[name]
+    model, (x, y) = build().double(), data()
+    x = x.double() if x.is_floating_point() else x
+    K = measure(model, [(x, y)])
+    delta = 0.1 * max(K.trace() / K.num_parameters, 1e-6)
+    v = {n: torch.randn(shape).double() for n, shape in K.shapes.items()}
+    logdet, trace, diagonal = [], [], K.diagonal(dtype=torch.float64)
+    applied, solved = K @ v, K.solve(v, delta)
+    for block in K.blocks:
+        A, B = block.A.mean(), block.B.mean()
+        A = torch.diag_embed(A) if A.dim() == 2 else A
+        dense = torch.block_diag(*(torch.kron(b, a) for a, b in zip(A, B, strict=True)))
+        names = block.place.names
+
+        def flat(tensors, block=block, names=names):
+            return block.place.matrix({n: tensors[n] for n in names}).flatten()
+
+        damped = dense + delta * torch.eye(len(dense), dtype=torch.float64)
+        assert close(flat(applied), dense @ flat(v))
+        assert close(flat(solved), torch.linalg.solve(damped, flat(v)), 1e-8)
+        assert close(flat(diagonal), dense.diagonal())
+        logdet.append(float(torch.linalg.slogdet(damped)[1]))
+        trace.append(float(dense.trace()))
+    for n in set(K.names) - {n for block in K.blocks for n in block.place.names}:
+        logdet.append(float((diagonal[n] + delta).log().sum()))
+        trace.append(float(diagonal[n].sum()))
+    assert K.logdet(delta) == pytest.approx(math.fsum(logdet), rel=1e-9)
+    assert K.trace() == pytest.approx(math.fsum(trace), rel=1e-10)
+    assert float(K.eigenvalues().sum()) == pytest.approx(K.trace(), rel=1e-9)
+    assert sum(s.num_parameters for s in K.spectra()) == K.num_parameters == len(K.eigenvalues())
+    assert sum(layer.trace for layer in K.by_layer().values()) == pytest.approx(K.trace(), rel=1e-10)
+    assert K.coverage.keys() == set(K.names)
+
+
+@pytest.mark.parametrize("fisher_type", ["empirical", "mc", "exact"])
+def test_runs_pool_and_files_are_bit_exact(fisher_type, tmp_path):
+    model, (x, y) = cnn().float(), (torch.randn(6, 2, 8, 7), torch.randint(0, 4, (6,)))
+    whole = measure(model, [(x, y)], fisher_type)
+    parts = [measure(model, [(x[a:b], y[a:b])], fisher_type, sample_offset=a) for a, b in ((0, 4), (4, 6))]
+    pooled = parts[0] + parts[1]
+    assert pooled.num_samples == 6
+    assert close(pooled.logdet(1e-3), whole.logdet(1e-3), 1e-4) and close(pooled.trace(), whole.trace(), 1e-5)
+    whole.save(tmp_path / "k.safetensors")
+    again = ff.load(tmp_path / "k.safetensors")
+    assert type(again) is ff.KFACFisher and again.provenance == whole.provenance and again.coverage == whole.coverage
+    assert all(torch.equal(a, b) for n in whole.names for a, b in [(whole.diagonal()[n], again.diagonal()[n])])
+    with pytest.raises(ValueError, match="fisher_type"):
+        pooled + measure(model, [(x, y)], "exact" if fisher_type == "empirical" else "empirical")
+
+
+@pytest.mark.parametrize("name", ["mlp-inplace-relu", "embedding", "conv-groups-same", "experts", "conv1d-addmm"])
+def test_weights_of_the_data_are_repeated_samples(name):
+    build, data = networks.COVERED[name]
+    model, (x, y) = build().double(), data(5)
+    x = x.double() if x.is_floating_point() else x
+    times = torch.tensor([1, 3, 0, 2, 1])
+    weighted = measure(model, [(x, y, times.float())])
+    repeated = measure(model, [(x.repeat_interleave(times, 0), y.repeat_interleave(times, 0))])
+    one, two = weighted.diagonal(dtype=torch.float64), repeated.diagonal(dtype=torch.float64)
+    assert all(close(one[n], two[n]) for n in one)
+
+
+class Tagger(nn.Module):
+    """Takes a dict batch with an attention mask, which it does not need."""
+
+    def __init__(self):
+        super().__init__()
+        self.emb, self.inner, self.head = nn.Embedding(11, 5), nn.Linear(5, 7), nn.Linear(7, 4)
+
+    def forward(self, input_ids, attention_mask=None):
+        """Logits [N, T, 4]."""
+        return self.head(self.inner(self.emb(input_ids)).tanh())
+
+
+def test_padding_changes_nothing():
+    model = Tagger().double()
+    lengths = [2, 5, 3]
+    ids, labels = [torch.randint(0, 11, (n,)) for n in lengths], [torch.randint(0, 4, (n,)) for n in lengths]
+    pad = nn.utils.rnn.pad_sequence
+    mask = pad([torch.ones(n, dtype=torch.long) for n in lengths], batch_first=True)
+    padded = {"input_ids": pad(ids, True, 3), "attention_mask": mask, "labels": pad(labels, True, -100)}
+    alone = [{"input_ids": i[None], "labels": t[None]} for i, t in zip(ids, labels, strict=True)]
+    one, two = measure(model, [padded]), measure(model, alone)
+    for name, factors in two.factors(dtype=torch.float64).items():
+        assert all(close(a, b) for a, b in zip(one.factors(dtype=torch.float64)[name], factors, strict=True))
+
+
+def test_information_in_the_weights_is_that_of_the_dense_blocks():
+    model, (x, y) = mlp(), (torch.randn(6, 3).double(), torch.randint(0, 4, (6,)))
+    K = measure(model, [(x, y)])
+    info = ff.information_in_weights(K, model, prior_scale=0.7, beta=0.01)
+    s = 0.7**2 * K.eigenvalues() / 0.01
+    distance = sum(float(p.detach().square().sum()) for p in model.parameters()) / (2 * 0.7**2)
+    assert info.nats == pytest.approx(distance + 0.5 * float((s.log1p() - s / (1 + s)).sum()), rel=1e-9)
+
+
+def test_samples_have_the_covariance_of_the_inverse():
+    model, (x, y) = nn.Linear(2, 2).double(), (torch.randn(9, 2).double(), torch.randint(0, 2, (9,)))
+    K = measure(model, [(x, y)])
+    draws = K.sample(20000, damping=0.1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    flat = torch.cat([draws[n].flatten(1) for n in K.names], 1)
+    unit = torch.eye(6).double()
+    inverse = torch.stack([K.solve(row, damping=0.1) for row in unit])
+    assert float((flat.T.cov() - inverse).abs().max() / inverse.abs().max()) < 0.05
+
+
+# -- large factors, bad input
+
+
+def test_large_output_factors_are_diagonal_and_large_input_factors_refused():
+    model, (x, y) = (
+        nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 11)).double(),
+        (torch.randn(6, 3).double(), torch.randint(0, 11, (6,))),
+    )
+    (K,) = measure(model, [(x, y)], structure=(ff.KFAC(max_factor_dim=8),))
+    full = measure(model, [(x, y)])
+    A, B = K.factors(dtype=torch.float64)["1"]
+    assert close(B, full.factors(dtype=torch.float64)["1"][1].diagonal()) and A.shape == (6, 6)
+    assert "diagonal" in K.coverage["1.weight"]
+    with pytest.raises(ValueError, match=r"0.weight: its input factor must be at most max_factor_dim = 3, got 4 x 4"):
+        measure(model, [(x, y)], structure=(ff.KFAC(max_factor_dim=3),))
+
+
+def test_a_batch_that_is_not_finite_adds_nothing():
+    class Poisoned(torch.autograd.Function):
+        """The identity, with NaN for a gradient."""
+
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, g):
+            return g * float("nan")
+
+    model, (x, y) = mlp(), (torch.randn(6, 3).double(), torch.randint(0, 4, (6,)))
+    with ff.collect(model, ff.KFAC(), fisher_type="empirical") as stats:
+        stats.backward(F.cross_entropy(model(x), y, reduction="none"))
+        before = stats.result().diagonal(dtype=torch.float64)
+        with pytest.raises(ff.NonFiniteError) as error:
+            stats.backward(F.cross_entropy(Poisoned.apply(model(x)), y, reduction="none"))
+    after = error.value.fisher.diagonal(dtype=torch.float64)
+    assert all(torch.equal(before[n], after[n]) for n in before)
+
+
+def test_a_singular_system_says_so():
+    K = measure(mlp(), [(torch.randn(2, 3).double(), torch.randint(0, 4, (2,)))])
+    with pytest.warns(ff.FisherWarning, match="eigenvalues of F"):
+        assert K.logdet() == -math.inf
+    with pytest.raises(ValueError, match="one number for a block"):
+        K.logdet({"0.weight": 0.1, "0.bias": 0.2, "2": 0.1, "4": 0.1})
