@@ -117,8 +117,10 @@ def info(
     resolved = likelihood.resolve()
 
     def measure(batches: Iterable[Any], progress: bool = False) -> Any:
-        options = {"likelihood": resolved, "draws": draws, "seed": seed, "progress": progress}
-        return ff.fisher(network, batches, structure.value, fisher_type.value, **options)
+        labels = fisher_type.value
+        return ff.fisher(
+            network, batches, structure.value, labels, likelihood=resolved, draws=draws, seed=seed, progress=progress
+        )
 
     console = Console()
     with _kept(out):
