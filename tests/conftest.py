@@ -29,6 +29,11 @@ def pytest_report_header() -> list[str]:
     return lines
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Compiling every Triton kernel takes one process minutes: at the end of a run the others would wait for it."""
+    items.sort(key=lambda item: "test_triton_aot" not in item.nodeid)
+
+
 @pytest.fixture(autouse=True)
 def seed(request: pytest.FixtureRequest) -> None:
     """One seed per test, from its name: the same alone, in the suite and in any order."""
