@@ -222,6 +222,30 @@ def test_padding_changes_nothing():
         assert all(close(a, b) for a, b in zip(one.factors(dtype=torch.float64)[name], factors, strict=True))
 
 
+class Translator(nn.Module):
+    """The mask is of the encoder, the labels of a decoder of the same length."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder, self.decoder, self.head = nn.Embedding(11, 5), nn.Embedding(13, 5), nn.Linear(5, 4)
+
+    def forward(self, input_ids, decoder_input_ids, attention_mask):
+        """Logits [N, T, 4]."""
+        mask = attention_mask.unsqueeze(-1)
+        context = (self.encoder(input_ids) * mask).sum(1, keepdim=True)
+        return self.head((self.decoder(decoder_input_ids) + context).tanh())
+
+
+def test_a_mask_is_not_taken_for_that_of_other_rows_of_the_same_length():
+    model = Translator().double()
+    mask = torch.tensor([[1, 1, 0], [1, 1, 1]])
+    ids, others, y = torch.randint(0, 11, (2, 3)), torch.randint(0, 13, (2, 3)), torch.randint(0, 4, (2, 3))
+    K = measure(model, [{"input_ids": ids, "decoder_input_ids": others, "attention_mask": mask, "labels": y}])
+    factors = K.factors(dtype=torch.float64)
+    assert close(factors["encoder"][0], torch.bincount(ids[mask.bool()], minlength=11).double() / 5)
+    assert close(factors["decoder"][0], torch.bincount(others.flatten(), minlength=13).double() / 6)
+
+
 def test_information_in_the_weights_is_that_of_the_dense_blocks():
     model, (x, y) = mlp(), (torch.randn(6, 3).double(), torch.randint(0, 4, (6,)))
     K = measure(model, [(x, y)])

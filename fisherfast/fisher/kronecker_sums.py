@@ -119,48 +119,58 @@ class _Kronecker:
             conv_gram_(B, g, scale, weight=weight, flag=self.B.flag, groups=form.groups)
 
     def _add_rows(self, rows: Rows, scale: float, samples: Samples, A: Tensor | None, B: Tensor) -> None:
-        weight = _of_rows(rows, samples)
         x, g = rows.x, rows.g
         assert x is not None
         if isinstance(self.form, MatMul) and self.form.transposed:
             x, g = g, x  # the rows are as the parameter is stored
+        weight = _of_samples(rows, samples.weight)
         if A is not None:
-            positions = math.prod(g.shape[:-1]) if weight is None else weight.sum(dtype=torch.float64)
-            if not isinstance(self.form, Lookup):
-                gram_(A[0], x, weight=weight, bias=self.place.bias is not None, flag=self.A.flag)
-            self.A.visited(positions)
+            self._add_inputs(x, _of_positions(g, weight, samples.exists), A)
         if isinstance(self.form, Lookup):
-            counted = (x.squeeze(-1) != self.form.padding_idx).to(torch.float32)  # the padding row has no gradient
-            weight = counted if weight is None else weight * counted
-            if A is not None:
-                A[0] += torch.bincount(x.flatten(), weight.flatten().double(), minlength=A.shape[1]).to(A.dtype)
+            weight = self._counted(x, weight)
         if self._vector:
             _add_squares(B[0], g, scale, weight, self.B.flag)
         else:
             gram_(B[0], g, scale, weight=weight, flag=self.B.flag)
+
+    def _add_inputs(self, x: Tensor, weight: Tensor | None, A: Tensor) -> None:
+        self.A.visited(math.prod(x.shape[:-1]) if weight is None else weight.sum(dtype=torch.float64))
+        if isinstance(self.form, Lookup):
+            counts = self._counted(x, weight).flatten().double()
+            A[0] += torch.bincount(x.flatten(), counts, minlength=A.shape[1]).to(A.dtype)
+        else:
+            gram_(A[0], x, weight=weight, bias=self.place.bias is not None, flag=self.A.flag)
+
+    def _counted(self, ids: Tensor, weight: Tensor | None) -> Tensor:
+        """The weights of the rows of a table that are looked up; the padding row has no gradient."""
+        assert isinstance(self.form, Lookup)
+        counted = (ids.squeeze(-1) != self.form.padding_idx).to(torch.float32)
+        return counted if weight is None else weight * counted
 
 
 def _total(samples: Samples) -> Tensor | float:
     return float(samples.N) if samples.weight is None else samples.weight.sum(dtype=torch.float64)
 
 
-def _of_rows(rows: Rows, samples: Samples) -> Tensor | None:
-    """The weight of every row: its sample's, and 0 for positions that do not exist; None if all are 1."""
-    weight, exists = samples.weight, samples.exists
-    if rows.offsets is not None:
-        return None if weight is None else weight.repeat_interleave(rows.offsets.diff())
-    N, T = rows.g.shape[:2]
-    # A weight that is used several times has the positions of each use, one after the other.
-    masked = exists is not None and exists.dim() == 2 and T % exists.shape[1] == 0 and T > 0
-    if weight is None and not masked:
-        return None
-    each = rows.g.new_ones(N, T, dtype=torch.float32)
-    if weight is not None:
-        each *= weight.unsqueeze(1)
-    if masked:
-        assert exists is not None
-        each *= (exists != 0).repeat(1, T // exists.shape[1])
-    return each
+def _of_samples(rows: Rows, weight: Tensor | None) -> Tensor | None:
+    """The weight of every row, that of its sample; None if all are 1."""
+    if weight is None or rows.offsets is None:
+        return None if weight is None else weight.unsqueeze(1).expand(rows.g.shape[:2]).contiguous()
+    return weight.repeat_interleave(rows.offsets.diff())
+
+
+def _of_positions(g: Tensor, weight: Tensor | None, exists: Tensor | None) -> Tensor | None:
+    """The weight of every row ``[N, T]``, and 0 where there is no position.
+
+    A mask says something of these rows if it has their shape (a weight that is used several times has the positions of each
+    use, one after the other) and none that it leaves out has a gradient: a decoder may be as long as the encoder it is not of.
+    """
+    if exists is None or exists.dim() != 2 or g.dim() != 3 or not exists.shape[1] or g.shape[1] % exists.shape[1]:
+        return weight
+    mask = (exists != 0).repeat(1, g.shape[1] // exists.shape[1])
+    if bool((g[~mask] != 0).any()):
+        return weight
+    return mask.to(torch.float32) if weight is None else weight * mask
 
 
 def _add_squares(acc: Tensor, g: Tensor, scale: float, weight: Tensor | None, flag: Tensor) -> None:
