@@ -98,9 +98,26 @@ class KroneckerBlock:
         a, b = (_diagonal(factor.mean()).sum(1) for factor in (self.A, self.B))
         return float((a * b).sum())
 
-    def eigenvalues(self) -> tuple[Tensor, Tensor]:
-        """Of the factors: ``[G, D]`` and ``[G, O]``."""
-        return self._values
+    def spectrum(self) -> tuple[tuple[Tensor, ...], int]:
+        """The factors' eigenvalues ``(b, a)``; with groups all eigenvalues as one factor."""
+        a, b = self._values
+        return ((b[0], a[0]) if len(a) == 1 else ((b.unsqueeze(2) * a.unsqueeze(1)).flatten(),)), 0
+
+    def factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """A and B, means."""
+        return self.A.mean(dtype), self.B.mean(dtype)
+
+    def accumulators(self) -> list[Accumulator]:
+        """What samples add to."""
+        return [self.A, self.B]
+
+    def pooled(self, other: KroneckerBlock) -> KroneckerBlock:
+        """The block of both data sets."""
+        return KroneckerBlock(self.place, self.A + other.A, self.B + other.B)
+
+    def identity(self) -> list[Any]:
+        """What must be equal for pooling to mean anything."""
+        return [self.place.bias, list(self.A.sum.shape), list(self.B.sum.shape)]
 
     def logdet(self, damping: float) -> tuple[float, int]:
         """``sum log(a_i b_j + damping)`` and how many of these are ``log 0``, which are left out."""

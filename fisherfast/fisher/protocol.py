@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What every Fisher answers, whatever its structure: the only thing that estimators may rely on.
 
-A structure (diagonal, Kronecker-factored, Gram) is one file beside this one, a class with these methods and no common
-base. Per-layer work on the eigenvalues goes through ``spectra()``, which never forms the whole spectrum: a block's
-eigenvalues are all products of one entry of each of its factors, so a diagonal has one factor and a Kronecker block two.
+A structure (diagonal, Kronecker-factored, Gram) is one file beside this one, a class with these methods. Per-layer work on
+the eigenvalues goes through ``spectra()``, which never forms the whole spectrum: a block's eigenvalues are all products of
+one entry of each of its factors, so a diagonal has one factor and a Kronecker block two.
 """
 
 from __future__ import annotations
@@ -72,6 +72,14 @@ class Spectrum:
     def num_parameters(self) -> int:
         """The number of eigenvalues."""
         return math.prod(factor.numel() for factor in self.factors) + self.zeros
+
+    def eigenvalues(self) -> Tensor:
+        """All of them, in one flat tensor."""
+        first, *others = self.factors
+        values = first
+        for factor in others:
+            values = torch.outer(values, factor).flatten()
+        return torch.cat([values, values.new_zeros(self.zeros)])
 
 
 @runtime_checkable

@@ -1,0 +1,365 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What Fishers of blocks have in common: a block for every weight that multiplies, for what is left its diagonal."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar, Generic, Protocol, Self, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fisherfast.accumulator import Accumulator
+from fisherfast.fisher import _arguments, _pooling, serialize
+from fisherfast.fisher.collectors import Counts
+from fisherfast.fisher.coverage import Coverage
+from fisherfast.fisher.kronecker import Place
+from fisherfast.fisher.protocol import Damping, FisherWarning, LayerSummary, Provenance, Spectrum, Vector, layer_of
+
+
+class Block(Protocol):
+    """One block: a symmetric operator on matrices ``[groups, O, D]``, of sums and weights that can be pooled."""
+
+    place: Place
+
+    def __matmul__(self, v: Tensor) -> Tensor:
+        """The block times a matrix."""
+
+    def spectrally(self, v: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+        """A function of the block, by its eigenvalues, times a matrix."""
+
+    def diagonal(self) -> Tensor:
+        """As a matrix ``[groups, O, D]``."""
+
+    def trace(self) -> float:
+        """The sum of the eigenvalues."""
+
+    def logdet(self, damping: float) -> tuple[float, int]:
+        """``sum log(eigenvalue + damping)`` and how many of these are ``log 0``, which are left out."""
+
+    def spectrum(self) -> tuple[tuple[Tensor, ...], int]:
+        """The eigenvalues as ``Spectrum`` has them: factors, and how many further ones are zero."""
+
+    def factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """A and B, means."""
+
+    def accumulators(self) -> list[Accumulator]:
+        """What samples add to."""
+
+    def changed(self) -> None:
+        """The sums have changed: what was computed from them is void."""
+
+    def pooled(self, other: Any) -> Any:
+        """The block of both data sets."""
+
+    def identity(self) -> list[Any]:
+        """What must be equal for pooling to mean anything, as plain values."""
+
+    def state(self) -> tuple[dict[str, Tensor], list[Any]]:
+        """Tensors and plain values."""
+
+
+_Block = TypeVar("_Block", bound=Block)
+
+
+class BlockFisher(Generic[_Block]):
+    """Blocks and diagonals that together hold every parameter once; parameters of different blocks are independent.
+
+    See the structures for what the numbers mean, and ``protocol.Fisher`` for the methods.
+    """
+
+    structure: ClassVar[str]
+    block_type: ClassVar[Any]  # its ``from_state`` rebuilds a block
+
+    def __init__(
+        self,
+        blocks: Sequence[_Block],
+        diagonals: Mapping[str, Accumulator],
+        counts: Counts,
+        shapes: Mapping[str, torch.Size],
+    ) -> None:
+        self.blocks, self.diagonals, self._counts = tuple(blocks), dict(diagonals), counts
+        self.shapes: dict[str, torch.Size] = {name: torch.Size(shape) for name, shape in shapes.items()}
+        covered = [name for block in self.blocks for name in block.place.names] + list(self.diagonals)
+        if sorted(covered) != sorted(self.shapes) or not covered:
+            raise ValueError(
+                f"{type(self).__name__}: blocks must cover every parameter once, got {sorted(covered)} for {sorted(self.shapes)}"
+            )
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The parameters, in the model's order; a tied tensor once, under its first name."""
+        return tuple(self.shapes)
+
+    @property
+    def num_samples(self) -> int:
+        """How many samples were measured."""
+        return self._counts.num_samples
+
+    @property
+    def num_positions(self) -> int:
+        """How many labels these samples have."""
+        return self._counts.num_positions
+
+    @property
+    def batches(self) -> int:
+        """How many batches were measured."""
+        return self._counts.batches
+
+    @property
+    def provenance(self) -> Provenance:
+        """How it was measured."""
+        return self._counts.provenance
+
+    @property
+    def coverage(self) -> Coverage:
+        """How each parameter was measured, with the sizes of its factors."""
+        return self._counts.coverage
+
+    @property
+    def aliases(self) -> dict[str, str]:
+        """The other names of tied tensors."""
+        return self._counts.aliases
+
+    @property
+    def num_parameters(self) -> int:
+        """How many numbers the parameters hold."""
+        return sum(shape.numel() for shape in self.shapes.values())
+
+    def factors(self, *, dtype: torch.dtype = torch.float32) -> dict[str, tuple[Tensor, Tensor]]:
+        """``{layer: (A, B)}``, without the axis of groups where there is one group; a vector is a diagonal factor.
+
+        A layer with several blocks gives each under the name of its weight.
+        """
+        layers = [layer_of(block.place.weight) for block in self.blocks]
+        found = {}
+        for layer, block in zip(layers, self.blocks, strict=True):
+            A, B = block.factors(dtype)
+            name = layer if layers.count(layer) == 1 else block.place.weight
+            found[name] = (A, B) if block.place.groups > 1 else (A[0], B[0])
+        return found
+
+    def _mean(self, name: str) -> Tensor:
+        return self.diagonals[name].mean()
+
+    def diagonal(self, *, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+        """``{name: tensor}`` shaped like the parameters."""
+        parts = {name: self._mean(name).to(dtype) for name in self.diagonals}
+        for block in self.blocks:
+            parts |= block.place.tensors(block.diagonal().to(dtype), self.shapes)
+        return {name: parts[name] for name in self.names}
+
+    def _traces(self) -> dict[str, float]:
+        """Of each block, under its weight, and of each diagonal."""
+        traces = {block.place.weight: block.trace() for block in self.blocks}
+        return traces | {name: float(self._mean(name).sum()) for name in self.diagonals}
+
+    def trace(self) -> float:
+        """The sum of the eigenvalues."""
+        return math.fsum(self._traces().values())
+
+    def _damping_of(self, method: str, damping: Damping) -> dict[str, float]:
+        """The damping of each block, under its weight, and of each diagonal."""
+        dampings = _arguments.damping_by_name(method, damping, self.names)
+        for block in self.blocks:
+            if len({dampings[name] for name in block.place.names}) > 1:
+                raise ValueError(f"{method}: damping must be one number for a block, got several for {list(block.place.names)}")
+        return dampings
+
+    def logdet(self, damping: Damping = 0.0) -> float:
+        """``log det(F + damping I)``, from the factors' eigenvalues alone; -inf with a FisherWarning if that is singular."""
+        dampings = self._damping_of("logdet", damping)
+        total, zeros = [], 0
+        for block in self.blocks:
+            value, missing = block.logdet(dampings[block.place.weight])
+            total.append(value)
+            zeros += missing
+        for name in self.diagonals:
+            damped = self._mean(name) + dampings[name]
+            zeros += int((damped == 0).sum())
+            total.append(float(damped.log().sum()))
+        if zeros:
+            message = f"logdet: {zeros} of {self.num_parameters} eigenvalues of F + damping I are zero: -inf; pass damping > 0"
+            warnings.warn(message, FisherWarning, stacklevel=2)
+            return -math.inf
+        return math.fsum(total)
+
+    def __matmul__(self, v: Vector) -> Vector:
+        """``F v``, in the dtype and on the device of v."""
+        parts = _arguments.split("F @ v", v, self.shapes)
+        return self._applied(v, parts, lambda block, matrix: block @ matrix, lambda name, part: self._mean(name) * part)
+
+    def solve(self, v: Vector, damping: Damping = 0.0) -> Vector:
+        """``(F + damping I)^-1 v``, in the dtype and on the device of v. Errors: ValueError if that is singular."""
+        return self._function("solve", v, damping, torch.reciprocal)
+
+    def _function(self, method: str, v: Vector, damping: Damping, function: Callable[[Tensor], Tensor]) -> Vector:
+        dampings = self._damping_of(method, damping)
+
+        def damped(name: str, eigenvalues: Tensor) -> Tensor:
+            values = eigenvalues + dampings[name]
+            if zeros := int((values == 0).sum()):
+                raise ValueError(
+                    f"{method}: F + damping I must be regular, got {zeros} zero eigenvalues in {name!r}; pass damping > 0"
+                )
+            return function(values)
+
+        return self._applied(
+            v,
+            _arguments.split(method, v, self.shapes),
+            lambda block, matrix: block.spectrally(matrix, lambda values: damped(block.place.weight, values)),
+            lambda name, part: damped(name, self._mean(name)) * part,
+        )
+
+    def _applied(
+        self,
+        v: Vector,
+        parts: dict[str, Tensor],
+        of_block: Callable[[_Block, Tensor], Tensor],
+        of_diagonal: Callable[[str, Tensor], Tensor],
+    ) -> Vector:
+        """A function of F times a vector, block by block, in float64 on the factors' device."""
+        device = self._device
+        results = {name: of_diagonal(name, parts[name].to(device, torch.float64)) for name in self.diagonals}
+        for block in self.blocks:
+            matrix = block.place.matrix({name: parts[name].to(device, torch.float64) for name in block.place.names})
+            results |= block.place.tensors(of_block(block, matrix), self.shapes)
+        return _arguments.like(v, {name: results[name].to(parts[name].device, parts[name].dtype) for name in self.names})
+
+    @property
+    def _device(self) -> torch.device:
+        accumulators = [one for block in self.blocks for one in block.accumulators()] + list(self.diagonals.values())
+        return accumulators[0].sum.device
+
+    def sample(
+        self, n: int, *, damping: Damping = 0.0, generator: torch.Generator | None = None, dtype: torch.dtype = torch.float32
+    ) -> dict[str, Tensor]:
+        """``n`` draws from ``N(0, (F + damping I)^-1)``, {name: [n, *shape]}. Errors: ValueError if that is singular."""
+        draws: dict[str, list[Tensor]] = {name: [] for name in self.names}
+        source = self._device if generator is None else generator.device
+        for _ in range(n):
+            normal = {
+                name: torch.randn(shape, dtype=dtype, device=source, generator=generator) for name, shape in self.shapes.items()
+            }
+            for name, value in self._function("sample", normal, damping, torch.rsqrt).items():
+                draws[name].append(value.to(self._device))
+        empty = {name: torch.empty(0, *shape, dtype=dtype, device=self._device) for name, shape in self.shapes.items()}
+        return {name: torch.stack(values) if values else empty[name] for name, values in draws.items()}
+
+    def eigenvalues(self) -> Tensor:
+        """All eigenvalues in one float64 tensor, largest first; ``spectra`` is the form for large models."""
+        return torch.cat([part.eigenvalues() for part in self.spectra()]).sort(descending=True).values
+
+    def spectra(self) -> Iterator[Spectrum]:
+        """Of each block, and of each diagonal."""
+        blocks = {block.place.weight: block for block in self.blocks}
+        for name in self.names:
+            if name in self.diagonals:
+                yield Spectrum(layer_of(name), (name,), (self._mean(name).flatten(),))
+            elif name in blocks:
+                yield Spectrum(layer_of(name), blocks[name].place.names, *blocks[name].spectrum())
+
+    def by_layer(self) -> dict[str, LayerSummary]:
+        """Each layer's parameters and trace, in the order of ``names``; a bias counts to the layer of its weight."""
+        members: defaultdict[str, list[str]] = defaultdict(list)
+        with_weight = {name: block.place.weight for block in self.blocks for name in block.place.names}
+        for name in self.names:
+            members[layer_of(with_weight.get(name, name))].append(name)
+        traces = self._traces()
+        return {
+            layer: LayerSummary(
+                layer,
+                tuple(names),
+                sum(self.shapes[name].numel() for name in names),
+                math.fsum(traces[name] for name in names if name in traces),
+            )
+            for layer, names in members.items()
+        }
+
+    def __add__(self, other: Self) -> Self:
+        """The Fisher of both data sets together: sums are pooled. Errors: ValueError if measured in different ways."""
+        if not isinstance(other, type(self)):
+            return NotImplemented
+        _pooling.check_same(self._identity(), other._identity())
+        mine, theirs = self._counts, other._counts
+        different = [field for field in ("draws", "seed") if getattr(mine.provenance, field) != getattr(theirs.provenance, field)]
+        counts = Counts(
+            mine.num_samples + theirs.num_samples,
+            mine.num_positions + theirs.num_positions,
+            mine.batches + theirs.batches,
+            _pooling.pooled_provenance(mine.provenance, different=different),
+            mine.coverage + theirs.coverage,
+            mine.aliases,
+        )
+        blocks = [a.pooled(b) for a, b in zip(self.blocks, other.blocks, strict=True)]
+        diagonals = {name: one + other.diagonals[name] for name, one in self.diagonals.items()}
+        return type(self)(blocks, diagonals, counts, self.shapes)
+
+    def all_reduce(self, group: dist.ProcessGroup | None = None) -> Self:
+        """Pool the data of all ranks of ``group``, in place on every rank; returns self. ``coverage`` stays the rank's own.
+
+        Errors: ValueError on every rank alike, before anything is added, if the ranks measured different things.
+        """
+        provenance = self.provenance
+        _pooling.check_ranks(self._identity(), group, self._device)
+        draws = {"draws": provenance.draws, "seed": provenance.seed}
+        different = _pooling.differing_fields(draws, group, self._device)
+        for block in sorted(self.blocks, key=lambda block: block.place.weight):
+            for accumulator in block.accumulators():
+                accumulator.all_reduce(group)
+            block.changed()
+        for name in sorted(self.diagonals):
+            self.diagonals[name].all_reduce(group)
+        counts = torch.tensor([self.num_samples, self.num_positions, self.batches], device=self._device)
+        dist.all_reduce(counts, group=group)
+        samples, positions, batches = counts.tolist()
+        pooled = _pooling.pooled_provenance(provenance, different=different)
+        self._counts = Counts(samples, positions, batches, pooled, self.coverage, self.aliases)
+        return self
+
+    def _identity(self) -> dict[str, Any]:
+        blocks = {block.place.weight: block.identity() for block in self.blocks}
+        return {**_pooling.identity(self.shapes, self.aliases, self.provenance), "blocks": blocks}
+
+    def save(self, path: str | os.PathLike[str], *, extra: Mapping[str, str] | None = None) -> None:
+        """Write to a safetensors file, whole or not at all; ``fisherfast.load`` reads it back bit by bit."""
+        serialize.save(self, path, extra)
+
+    def state(self) -> serialize.State:
+        """Sums, and everything else as plain values; see ``serialize.Storable``."""
+        states = [block.state() for block in self.blocks]
+        tensors = {name: tensor for part, _ in states for name, tensor in part.items()}
+        fields = {
+            "provenance": dataclasses.asdict(self.provenance),
+            "num_samples": self.num_samples,
+            "num_positions": self.num_positions,
+            "batches": self.batches,
+            "aliases": self.aliases,
+            "blocks": [fields for _, fields in states],
+            "weights": {name: accumulator.weight for name, accumulator in self.diagonals.items()},
+            "shapes": {name: list(shape) for name, shape in self.shapes.items()},
+            **self.coverage.state(),
+        }
+        return tensors | {name: accumulator.sum for name, accumulator in self.diagonals.items()}, fields
+
+    @classmethod
+    def from_state(cls, tensors: dict[str, Tensor], fields: dict[str, Any]) -> Self:
+        """The object whose ``state`` this is."""
+        blocks = [cls.block_type.from_state(tensors, block) for block in fields["blocks"]]
+        diagonals = {name: Accumulator(tensors[name], weight) for name, weight in fields["weights"].items()}
+        samples, positions, batches = (fields[name] for name in ("num_samples", "num_positions", "batches"))
+        provenance, coverage = Provenance(**fields["provenance"]), Coverage.from_state(fields)
+        counts = Counts(samples, positions, batches, provenance, coverage, fields["aliases"])
+        return cls(blocks, diagonals, counts, {name: torch.Size(shape) for name, shape in fields["shapes"].items()})
+
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}({self.num_parameters:,} parameters in {len(self.blocks)} blocks and {len(self.diagonals)} diagonal tensors, "
+            f"{self.num_samples:,} samples, {self.provenance.fisher_type} labels)"
+        )
