@@ -6,6 +6,7 @@ from fisherfast._backend import BackendError, backend
 from fisherfast.fisher import (
     Coverage,
     DiagonalFisher,
+    EKFACFisher,
     FisherFileError,
     FisherWarning,
     KFACFisher,
@@ -16,6 +17,7 @@ from fisherfast.fisher import (
 )
 from fisherfast.fisher.collect import collect
 from fisherfast.fisher.collectors import Diagonal, GradientMoments, PerSampleNorm
+from fisherfast.fisher.ekfac import EKFAC
 from fisherfast.fisher.kfac import KFAC
 from fisherfast.fisher.measure import fisher
 from fisherfast.fisher.run import Interrupted
@@ -25,6 +27,7 @@ from fisherfast.passes import NonFiniteError
 from fisherfast.rules import rule
 
 __all__ = [
+    "EKFAC",
     "KFAC",
     "BackendError",
     "Bernoulli",
@@ -33,6 +36,7 @@ __all__ = [
     "Coverage",
     "Diagonal",
     "DiagonalFisher",
+    "EKFACFisher",
     "FisherFileError",
     "FisherWarning",
     "Gaussian",

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -116,6 +116,12 @@ class Batch:
         weight = None if self.weight is None else self.weight[start:stop]
         return Batch(inputs, part("labels", self.targets), None, stop - start, weight, mine)
 
+    def fingerprint(self) -> int:
+        """A number that another batch, or the same samples in another order, has with no more than chance 2**-60."""
+        inputs = self.inputs.values() if isinstance(self.inputs, dict) else self.inputs
+        tensors = [t for t in (*inputs, self.targets, self.weight, self.offsets) if isinstance(t, Tensor)]
+        return hash(tuple((tuple(t.shape), t.dtype, _digest(t)) for t in tensors))
+
     def unpacked(self, output: Tensor, ignore_index: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Output, targets and mask with the sample axis first: packed samples are spread to ``[N, L, ...]``, L the longest."""
         if self.offsets is None:
@@ -174,5 +180,47 @@ def _weight(weight: Any, N: int, device: torch.device) -> Tensor | None:
     return weight
 
 
+def _digest(tensor: Tensor) -> int:
+    """The tensor's bytes, eight at a time, times odd numbers that do not repeat: on its device, in one read."""
+    flat = tensor.detach().contiguous().view(-1)
+    raw = flat.view(torch.uint8) if flat.dtype != torch.bool else flat.to(torch.uint8)
+    words = torch.nn.functional.pad(raw, (0, -raw.numel() % 8)).view(torch.int64)
+    factors = torch.arange(1, 2 * words.numel(), 2, device=words.device) * -7046029254386353131  # odd: 2^64 / golden ratio
+    return int(((words ^ (words >> 29)) * factors).sum())
+
+
 def _moved(value: Any, device: torch.device) -> Any:
     return value.to(device) if isinstance(value, Tensor) else value
+
+
+class ReadTwice:
+    """What two passes over one data set must have in common: the same batches, bit by bit, in the same order."""
+
+    def __init__(self, data: Any, caller: str) -> None:
+        if isinstance(data, Iterator):
+            raise ValueError(
+                f"{caller}: data must be readable twice, got {type(data).__name__}, which is used up by the first pass; pass a list "
+                "or a DataLoader, or measure KFAC and then ff.collect(model, ff.EKFAC(basis=kfac))"
+            )
+        self._caller, self._first = caller, list[int]()
+
+    def first(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """The batches of the first pass."""
+        for batch in batches:
+            self._first.append(batch.fingerprint())
+            yield batch
+
+    def again(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """Those of the second. Errors: ValueError for the first one that is not as in the first pass, or that is missing."""
+        number = -1
+        for number, batch in enumerate(batches):
+            if number >= len(self._first) or self._first[number] != batch.fingerprint():
+                raise ValueError(
+                    f"{self._caller}: data must be the same in both passes, got another batch {number} in the second; turn off "
+                    "shuffling and random augmentation, or measure KFAC and then ff.collect(model, ff.EKFAC(basis=kfac))"
+                )
+            yield batch
+        if number + 1 != len(self._first):
+            raise ValueError(
+                f"{self._caller}: data must be the same in both passes, got {len(self._first)} batches and then {number + 1}"
+            )

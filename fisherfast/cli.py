@@ -54,6 +54,7 @@ class Structure(StrEnum):
 
     diagonal = "diagonal"
     kfac = "kfac"
+    ekfac = "ekfac"
 
 
 def _positive(value: float | None) -> float | None:
@@ -76,7 +77,9 @@ def _prior_scale(text: str) -> float | str:
 _MODEL = typer.Option(help="module:function that returns the network, a torch.nn.Module")
 _DATA = typer.Option(help="module:function that returns an iterable of (inputs, targets) batches")
 _TYPE = typer.Option(help="labels drawn from the model, all of them weighted, or those of the data")
-_STRUCTURE = typer.Option(help="the diagonal, or Kronecker blocks where a weight multiplies")
+_STRUCTURE = typer.Option(
+    help="the diagonal, or blocks where a weight multiplies: Kronecker factors, or eigenvalues in their basis (two passes)"
+)
 _LIKELIHOOD = typer.Option(help="what the outputs parameterise")
 _BETA = typer.Option(callback=_positive, show_default="1 / N", help="what one nat may cost, in units of the mean loss")
 _PRIOR = typer.Option(

@@ -3,6 +3,7 @@
 
 from fisherfast.fisher.coverage import Coverage
 from fisherfast.fisher.diagonal import DiagonalFisher
+from fisherfast.fisher.ekfac import EKFACFisher
 from fisherfast.fisher.kfac import KFACFisher
 from fisherfast.fisher.moments import SampleMoments
 from fisherfast.fisher.norms import SampleNorms
@@ -12,6 +13,7 @@ from fisherfast.fisher.serialize import FisherFileError, load, load_with_extra
 __all__ = [
     "Coverage",
     "DiagonalFisher",
+    "EKFACFisher",
     "Fisher",
     "FisherFileError",
     "FisherWarning",

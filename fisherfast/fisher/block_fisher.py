@@ -26,7 +26,9 @@ from fisherfast.fisher.protocol import Damping, FisherWarning, LayerSummary, Pro
 class Block(Protocol):
     """One block: a symmetric operator on matrices ``[groups, O, D]``, of sums and weights that can be pooled."""
 
-    place: Place
+    @property
+    def place(self) -> Place:
+        """Which numbers it is over."""
 
     def __matmul__(self, v: Tensor) -> Tensor:
         """The block times a matrix."""

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fisherfast.accumulator import Accumulator, RunningSum
 from fisherfast.capture import Call, CallUse, Capture, Tracked
+from fisherfast.fisher.few_rows import FewRows
 from fisherfast.fisher.kronecker import Place
 from fisherfast.passes import Samples
 from fisherfast.rules import Convolution, Elementwise, Form, Lookup, MatMul, Rows
@@ -29,6 +30,7 @@ class BatchSum:
         self.flag = torch.zeros(1, dtype=torch.int32, device=like.device)
         self._stage: Tensor | None = None
         self._weight: Tensor | float | None = None  # of what was added in this batch; None: nothing was
+        self.few_rows: FewRows | None = None  # behind the sum, where they are wanted
 
     def target(self, staged: bool) -> Tensor:
         """Where a batch goes."""
@@ -44,10 +46,13 @@ class BatchSum:
 
     def settle(self, whole: bool, alone: bool) -> None:
         """End the batch; ``whole``: it counts; ``alone``: this sum counts although the batch did not complete."""
-        if self._weight is not None and (whole or (alone and self._stage is None)):
+        counts = whole or (alone and self._stage is None)
+        if self._weight is not None and counts:
             if self._stage is not None:
                 self.running.low.add_(self._stage)
             self.running.counted(float(self._weight))
+        if self.few_rows is not None:
+            self.few_rows.settle(counts)
         if self._stage is not None:
             self._stage.zero_()
         self.flag.zero_()

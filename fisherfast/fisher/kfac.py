@@ -24,10 +24,12 @@ class KFAC:
     """Ask for Kronecker factors: ``ff.collect(model, ff.KFAC())``, ``ff.fisher(model, data, structure="kfac")``.
 
     ``max_factor_dim``: the largest factor that is kept as a matrix. An output factor above it (a vocabulary) is kept as its
-    diagonal; an input factor above it is refused.
+    diagonal; an input factor above it is refused. ``keep_rows``: the rows behind a factor are kept while they are few, for
+    eigenvectors that are wanted of it at once (EKFAC); they are not saved.
     """
 
     max_factor_dim: int = 16384
+    keep_rows: bool = False
     squares, totals, spread, keeps = False, False, False, None
 
     def check(self, fisher_type: str | None) -> None:
@@ -35,7 +37,7 @@ class KFAC:
 
     def collector(self, capture: Capture, transactional: bool) -> KroneckerCollector:
         """See ``collectors.Structure``."""
-        return KroneckerCollector(capture, self.max_factor_dim, transactional)
+        return KroneckerCollector(capture, self.max_factor_dim, transactional, self.keep_rows)
 
     def result(self, source: KroneckerCollector, counts: Counts) -> KFACFisher:
         """See ``collectors.Structure``."""

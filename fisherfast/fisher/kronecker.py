@@ -56,11 +56,15 @@ class Place:
 
 @dataclass(eq=False)
 class KroneckerBlock:
-    """The factors as sums and weights: A ``[G, D, D]`` or ``[G, D]``, B ``[G, O, O]`` or ``[G, O]``."""
+    """The factors as sums and weights: A ``[G, D, D]`` or ``[G, D]``, B ``[G, O, O]`` or ``[G, O]``.
+
+    ``few_rows``: for A and for B the rows that they are the Gram matrices of, where they were kept; files hold none.
+    """
 
     place: Place
     A: Accumulator
     B: Accumulator
+    few_rows: tuple[Tensor | None, Tensor | None] = (None, None)
 
     @functools.cached_property
     def _values(self) -> tuple[Tensor, Tensor]:
@@ -74,6 +78,7 @@ class KroneckerBlock:
         """The sums have changed: what was computed from them is void."""
         self.__dict__.pop("_values", None)
         self.__dict__.pop("_spectral", None)
+        self.few_rows = (None, None)
 
     def __matmul__(self, v: Tensor) -> Tensor:
         """``B v A`` of a matrix ``[G, O, D]``."""

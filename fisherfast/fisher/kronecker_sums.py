@@ -11,6 +11,7 @@ from torch import Tensor
 from fisherfast.accumulator import Accumulator
 from fisherfast.capture import Capture, Tracked
 from fisherfast.fisher.block_sums import BatchSum, BlockCollector, add_squares, total_weight
+from fisherfast.fisher.few_rows import FewRows
 from fisherfast.fisher.kronecker import KroneckerBlock, Place
 from fisherfast.ops.conv_gram import conv_gram_
 from fisherfast.ops.gram import gram_
@@ -21,7 +22,7 @@ from fisherfast.rules import Convolution, Form, Lookup, MatMul, Rows
 class KroneckerSums:
     """The sums of one Kronecker block; see ``BlockSums``."""
 
-    def __init__(self, place: Place, form: Form, tracked: Tracked, max_factor_dim: int) -> None:
+    def __init__(self, place: Place, form: Form, tracked: Tracked, max_factor_dim: int, keep_rows: bool) -> None:
         self.place, self.form = place, form
         shape, extra = tracked.parameter.shape, place.bias is not None
         O, D = (shape[1], shape[0]) if place.transposed else (shape[0], math.prod(shape[1:]))
@@ -37,13 +38,19 @@ class KroneckerSums:
         self._vector = max_factor_dim < O
         self.B = BatchSum((place.groups, O) if self._vector else (place.groups, O, O), tracked.parameter)
         self.sums = (self.A, self.B)
+        if keep_rows and not isinstance(form, Convolution):
+            self.A.few_rows = None if counts else FewRows(D)
+            self.B.few_rows = None if self._vector else FewRows(O)
 
     def block(self) -> KroneckerBlock:
         """What was added, on memory of its own."""
-        return KroneckerBlock(self.place, *(_mirrored(one.running.snapshot()) for one in self.sums))
+        A, B = (_mirrored(one.running.snapshot()) for one in self.sums)
+        few_a, few_b = (None if one.few_rows is None else one.few_rows.rows() for one in self.sums)
+        return KroneckerBlock(self.place, A, B, (few_a, few_b))
 
     def restore(self, block: KroneckerBlock) -> None:
-        """See ``BlockSums``."""
+        """See ``BlockSums``; of the rows before none are known."""
+        self.A.few_rows = self.B.few_rows = None
         self.A.running.restore(block.A)
         self.B.running.restore(block.B)
 
@@ -92,6 +99,8 @@ class KroneckerSums:
             add_squares(B[0], g, scale, weight, self.B.flag)
         else:
             gram_(B[0], g, scale, weight=weight, flag=self.B.flag)
+            if self.B.few_rows is not None:
+                self.B.few_rows.add(g, weight, scale)
 
     def _add_inputs(self, x: Tensor, weight: Tensor | None, A: Tensor) -> None:
         self.A.visited(math.prod(x.shape[:-1]) if weight is None else weight.sum(dtype=torch.float64))
@@ -99,7 +108,10 @@ class KroneckerSums:
             counts = self._counted(x, weight).flatten().double()
             A[0] += torch.bincount(x.flatten(), counts, minlength=A.shape[1]).to(A.dtype)
         else:
-            gram_(A[0], x, weight=weight, bias=self.place.bias is not None, flag=self.A.flag)
+            bias = self.place.bias is not None
+            gram_(A[0], x, weight=weight, bias=bias, flag=self.A.flag)
+            if self.A.few_rows is not None:
+                self.A.few_rows.add(x, weight, bias=bias)
 
     def _counted(self, ids: Tensor, weight: Tensor | None) -> Tensor:
         """The weights of the rows of a table that are looked up; the padding row has no gradient."""
@@ -140,10 +152,10 @@ def _mirrored(accumulator: Accumulator) -> Accumulator:
 class KroneckerCollector(BlockCollector):
     """The sums behind a KFAC."""
 
-    def __init__(self, capture: Capture, max_factor_dim: int, transactional: bool) -> None:
+    def __init__(self, capture: Capture, max_factor_dim: int, transactional: bool, keep_rows: bool = False) -> None:
         super().__init__(capture, transactional)
-        self._max_factor_dim = max_factor_dim
+        self._max_factor_dim, self._keep_rows = max_factor_dim, keep_rows
 
     def new_block(self, place: Place, form: Form, tracked: Tracked) -> KroneckerSums:
         """See ``BlockCollector``."""
-        return KroneckerSums(place, form, tracked, self._max_factor_dim)
+        return KroneckerSums(place, form, tracked, self._max_factor_dim, self._keep_rows)

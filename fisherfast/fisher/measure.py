@@ -15,19 +15,20 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
-from fisherfast.batches import Batch, Output
+from fisherfast.batches import Batch, Output, ReadTwice
 from fisherfast.capture import Tracked, refuse_train_mode
 from fisherfast.fallback import SampleGradients
 from fisherfast.fisher import serialize
 from fisherfast.fisher.collectors import Diagonal, Structure
-from fisherfast.fisher.kfac import KFAC
+from fisherfast.fisher.ekfac import EKFAC
+from fisherfast.fisher.kfac import KFAC, KFACFisher
 from fisherfast.fisher.protocol import Provenance
 from fisherfast.fisher.run import Run, model_name
 from fisherfast.layout import PROBED
 from fisherfast.likelihood import FISHER_TYPES, Likelihood, Predictions, resolve, stored_name
 from fisherfast.passes import Pass, Samples, check_loss_scale, conclude
 
-_STRUCTURES: dict[str, type[Structure]] = {"diagonal": Diagonal, "kfac": KFAC}
+_STRUCTURES: dict[str, type[Structure]] = {"diagonal": Diagonal, "kfac": KFAC, "ekfac": EKFAC}
 _CHECKPOINT_SECONDS = 60.0
 
 
@@ -55,7 +56,8 @@ def fisher(
     function). ``fisher_type``: "mc" draws ``draws`` labels per sample from the model; "exact" takes the expectation, one
     backward pass per column of a square root of the output Hessian; "empirical" uses the labels of the data, which is
     *not* the Fisher. ``likelihood``: "categorical", "bernoulli", "gaussian", ``ff.CausalLM()`` or an object.
-    ``structure``: "diagonal" gives a ``DiagonalFisher``, "kfac" a ``KFACFisher``; a tuple of requests, ``(ff.Diagonal(), ff.PerSampleNorm(),
+    ``structure``: "diagonal" gives a ``DiagonalFisher``, "kfac" a ``KFACFisher``, "ekfac" an ``EKFACFisher`` (the data
+    are read twice and must be the same both times); a tuple of requests, ``(ff.Diagonal(), ff.PerSampleNorm(),
     ff.GradientMoments())``, gives their results in that order, from the same passes.
     ``loss_scale`` multiplies the gradients on their way through a float16 model and is taken out of their squares.
     ``sample_offset`` is the number of the first sample: give each rank its own, so that no two share random numbers.
@@ -83,12 +85,35 @@ def fisher(
         raise ValueError(f"fisher: draws must be >= 1, and 1 unless fisher_type='mc', got {draws} with {fisher_type!r}")
     check_loss_scale("fisher", loss_scale)
     refuse_train_mode(model)
-    measurement = _Measurement(
-        model, structure if isinstance(structure, tuple) else (_STRUCTURES[structure](),), fisher_type, resolve(likelihood), draws, seed, sample_offset, max_passes, output,
-        loss_scale, allow_missing, transactional=checkpoint is not None,
-    )  # fmt: skip
-    results = measurement.over(data, progress, None if checkpoint is None else Path(checkpoint))
+    structures = structure if isinstance(structure, tuple) else (_STRUCTURES[structure](),)
+    path = None if checkpoint is None else Path(checkpoint)
+
+    def measurement(structures: tuple[Structure, ...]) -> _Measurement:
+        return _Measurement(
+            model, structures, fisher_type, resolve(likelihood), draws, seed, sample_offset, max_passes, output,
+            loss_scale, allow_missing, transactional=checkpoint is not None,
+        )  # fmt: skip
+
+    if any(isinstance(asked, EKFAC) and asked.basis is None for asked in structures):
+        if path is not None:
+            raise ValueError(
+                "fisher: checkpoint must be None for 'ekfac', which reads the data twice, got a path; measure 'kfac' with a "
+                "checkpoint, then (ff.EKFAC(basis=kfac),) with another"
+            )
+        twice = ReadTwice(data, "fisher")
+        dims = [asked.max_factor_dim for asked in structures if isinstance(asked, EKFAC)]
+        factors = measurement((KFAC(dims[0], keep_rows=True),))
+        (basis,) = factors.over(twice.first(factors.batches(data, progress, "Factors")), None)
+        corrected = measurement(tuple(_based(asked, basis) for asked in structures))
+        results = corrected.over(twice.again(corrected.batches(data, progress, "Fisher")), None)
+    else:
+        once = measurement(structures)
+        results = once.over(once.batches(data, progress, "Fisher"), path)
     return results if several else results[0]
+
+
+def _based(asked: Structure, basis: KFACFisher) -> Structure:
+    return replace(asked, basis=basis) if isinstance(asked, EKFAC) and asked.basis is None else asked
 
 
 class _Measurement:
@@ -128,15 +153,21 @@ class _Measurement:
 
     # -- the data set
 
-    def over(self, data: Iterable[Any], progress: bool, checkpoint: Path | None) -> tuple[Any, ...]:
+    def batches(self, data: Iterable[Any], progress: bool, what: str) -> Iterator[Batch]:
+        """What the data set yields, on the model's device."""
+        for item in _shown(data, progress, what):
+            yield Batch.of(item, self.capture.device)
+
+    def over(self, batches: Iterable[Batch], checkpoint: Path | None) -> tuple[Any, ...]:
+        """Measure all of them."""
         done = self._resume(checkpoint)
         written = time.monotonic()
         with self.run.rescue():
             try:
-                for number, item in enumerate(_shown(data, progress)):
+                for number, batch in enumerate(batches):
                     if number < done:
                         continue
-                    self.batch(Batch.of(item, self.capture.device))
+                    self.batch(batch)
                     if checkpoint is not None and time.monotonic() - written > _CHECKPOINT_SECONDS:
                         self._write(checkpoint)
                         written = time.monotonic()
@@ -335,7 +366,7 @@ def _close(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and float((a - b).detach().abs().max()) <= tolerance
 
 
-def _shown(data: Iterable[Any], progress: bool) -> Iterator[Any]:
+def _shown(data: Iterable[Any], progress: bool, what: str) -> Iterator[Any]:
     """The batches, with a progress bar on a terminal."""
     if not progress:
         yield from data
@@ -343,7 +374,7 @@ def _shown(data: Iterable[Any], progress: bool) -> Iterator[Any]:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     total = len(data) if isinstance(data, Sized) else None
     with Progress(*columns, transient=True) as bar:
-        task = bar.add_task("Fisher", total=total)
+        task = bar.add_task(what, total=total)
         for item in data:
             yield item
             bar.advance(task)

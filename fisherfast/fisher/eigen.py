@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An eigen block: ``(V (x) U) diag(values) (V (x) U)^T``, the eigenvectors of Kronecker factors with eigenvalues of its own.
+
+A basis may be that of the span of few rows: outside it the block is zero. All arithmetic is float64; ``[O D, O D]`` is never formed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fisherfast.accumulator import Accumulator
+from fisherfast.fisher.kronecker import KroneckerBlock, Place
+from fisherfast.ops.log1p_sum import log1p_sum
+
+
+@dataclass(eq=False)
+class EigenBlock:
+    """U ``[G, D, r]`` of A, V ``[G, O, q]`` of B, None where the factor is diagonal; the values' sums ``[G, q, r]``."""
+
+    kronecker: KroneckerBlock
+    U: Tensor | None
+    V: Tensor | None
+    values: Accumulator
+
+    @property
+    def place(self) -> Place:
+        """Of the Kronecker block that the basis is of."""
+        return self.kronecker.place
+
+    @property
+    def _size(self) -> int:
+        A, B = self.kronecker.A.sum, self.kronecker.B.sum
+        return A.shape[0] * A.shape[1] * B.shape[1]
+
+    def _into(self, v: Tensor) -> Tensor:
+        """A matrix ``[G, O, D]`` in the basis, ``[G, q, r]``."""
+        v = v if self.U is None else v @ self.U.double()
+        return v if self.V is None else self.V.double().mT @ v
+
+    def _out(self, v: Tensor) -> Tensor:
+        v = v if self.V is None else self.V.double() @ v
+        return v if self.U is None else v @ self.U.double().mT
+
+    def __matmul__(self, v: Tensor) -> Tensor:
+        """The block times a matrix ``[G, O, D]``."""
+        return self._out(self.values.mean() * self._into(v))
+
+    def spectrally(self, v: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+        """``function`` of the block, by its eigenvalues, times a matrix ``[G, O, D]``."""
+        values = function(self.values.mean())
+        if values.numel() == self._size:
+            return self._out(values * self._into(v))
+        outside = function(values.new_zeros(1))
+        return outside * v + self._out((values - outside) * self._into(v))
+
+    def diagonal(self) -> Tensor:
+        """As a matrix ``[G, O, D]``."""
+        v = self.values.mean()
+        v = v if self.V is None else self.V.double().square() @ v
+        return v if self.U is None else v @ self.U.double().square().mT
+
+    def trace(self) -> float:
+        """The sum of the eigenvalues."""
+        return float(self.values.mean().sum())
+
+    def logdet(self, damping: float) -> tuple[float, int]:
+        """``sum log(eigenvalue + damping)`` and how many of these are ``log 0``, which are left out."""
+        values = self.values.mean()
+        if damping:
+            sums = torch.zeros(2, dtype=torch.float64, device=values.device)
+            log1p_sum(sums, values, 1 / damping)
+            return float(sums[0]) + self._size * math.log(damping), 0
+        positive = values[values > 0]
+        return float(positive.log().sum()), self._size - positive.numel()
+
+    def spectrum(self) -> tuple[tuple[Tensor, ...], int]:
+        """The values, and how many further eigenvalues are zero."""
+        values = self.values.mean().flatten()
+        return (values,), self._size - values.numel()
+
+    def factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """A and B that the basis is of."""
+        return self.kronecker.factors(dtype)
+
+    def accumulators(self) -> list[Accumulator]:
+        """What samples add to: the basis stays as it is."""
+        return [self.values]
+
+    def changed(self) -> None:
+        """Nothing is remembered of the values."""
+
+    def pooled(self, other: EigenBlock) -> EigenBlock:
+        """The block of both data sets, in their one basis."""
+        return EigenBlock(self.kronecker, self.U, self.V, self.values + other.values)
+
+    def identity(self) -> list[Any]:
+        """What must be equal for pooling to mean anything: the basis, by its bits."""
+        digest = hashlib.sha256()
+        for basis in (self.U, self.V):
+            digest.update(b"-" if basis is None else basis.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        return [*self.kronecker.identity(), f"eigenbasis {digest.hexdigest()[:16]} of one ff.KFAC, given to ff.EKFAC(basis=...)"]
+
+    def describe(self) -> str:
+        """For the coverage report."""
+        q, r = self.values.sum.shape[1:]
+        return f"{q} x {r} eigenvalues in the basis of {self.kronecker.factor_sizes()}"
+
+    def state(self) -> tuple[dict[str, Tensor], list[Any]]:
+        """Tensors and plain values."""
+        tensors, fields = self.kronecker.state()
+        own = {"U": self.U, "V": self.V, "values": self.values.sum}
+        named = {f"{self.place.weight}.{name}": tensor.contiguous() for name, tensor in own.items() if tensor is not None}
+        return tensors | named, [*fields, self.values.weight]
+
+    @classmethod
+    def from_state(cls, tensors: Mapping[str, Tensor], fields: list[Any]) -> EigenBlock:
+        """The block whose ``state`` this is."""
+        *of_basis, weight = fields
+        kronecker = KroneckerBlock.from_state(tensors, of_basis)
+        U, V = (tensors.get(f"{kronecker.place.weight}.{name}") for name in "UV")
+        return cls(kronecker, U, V, Accumulator(tensors[f"{kronecker.place.weight}.values"], weight))
+
+
+def eigenbasis(factor: Tensor, rows: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """Eigenvectors of a factor ``[G, D, D]``, or of the span of the rows ``[m, D]`` that it is the Gram matrix of: ``[G, D, r]``.
+
+    None for a factor that is diagonal. Computed in ``dtype``, orthonormal to its precision whatever the factor's rank: any
+    orthonormal basis gives eigenvalues whose sum is the exact trace.
+    """
+    if factor.dim() == 2:
+        return None
+    if rows is not None:
+        Q, R = torch.linalg.qr(rows.to(dtype).mT)
+        return (Q @ _eigenvectors(R @ R.mT)).unsqueeze(0)
+    largest = factor.diagonal(dim1=1, dim2=2).amax(1).clamp_min(torch.finfo(torch.float64).tiny)
+    return torch.stack([_eigenvectors(one) for one in (factor / largest.view(-1, 1, 1)).to(dtype)])
+
+
+def _eigenvectors(matrix: Tensor) -> Tensor:
+    """float32 LAPACK does not converge on some matrices that float64 has no trouble with."""
+    try:
+        vectors = torch.linalg.eigh(matrix).eigenvectors
+    except torch.linalg.LinAlgError:
+        vectors = torch.full_like(matrix, math.nan)
+    if matrix.dtype == torch.float64 or bool(vectors.isfinite().all()):
+        return vectors
+    return torch.linalg.eigh(matrix.double()).eigenvectors.to(matrix.dtype)

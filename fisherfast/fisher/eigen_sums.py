@@ -1,0 +1,217 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a backward pass adds to the eigenvalues of an eigen block: squares of the sample gradients in the basis, ``V^T G_n U``.
+
+Two orders, whichever takes fewer FLOPs: rotate the rows and square what they make (``g V``, ``x U``: long layers with few
+positions), or make each sample's gradient and rotate that (images). Both go through the samples in chunks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from operator import itemgetter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fisherfast.accumulator import Accumulator
+from fisherfast.capture import Capture, Tracked
+from fisherfast.fisher.block_sums import BatchSum, BlockCollector, total_weight
+from fisherfast.fisher.eigen import EigenBlock, eigenbasis
+from fisherfast.fisher.kronecker import KroneckerBlock, Place
+from fisherfast.ops import _conv as conv
+from fisherfast.ops.conv_sq import conv_sq_
+from fisherfast.ops.embedding_sq import embedding_sq_
+from fisherfast.ops.linear_sq import linear_sq_
+from fisherfast.passes import Samples
+from fisherfast.rules import Convolution, Form, Lookup, MatMul, Rows
+
+_CHUNK_BYTES = 2**25
+
+
+_Add = Callable[[Tensor, Rows, float, Tensor | None], None]
+
+
+class EigenSums:
+    """The sums of one eigen block; see ``BlockSums``. The subclasses know the forms."""
+
+    def __init__(self, form: Form, tracked: Tracked, of: KroneckerBlock, U: Tensor | None, V: Tensor | None) -> None:
+        self.place, self.form, self.kronecker, self.U, self.V = of.place, form, of, U, V
+        self._parameter = tracked.parameter.detach()
+        O, D = of.B.sum.shape[1], of.A.sum.shape[1]
+        self._full, self._size = (O, D), (O if V is None else V.shape[2], D if U is None else U.shape[2])
+        self.values = BatchSum((of.place.groups, *self._stored(*self._size)), tracked.parameter)
+        self.sums = (self.values,)
+
+    def _stored(self, q: int, r: int) -> tuple[int, int]:
+        """The shape in which the values are added up."""
+        return q, r
+
+    def route(self, rows: Rows) -> tuple[_Add, int]:
+        """The cheaper order, and how many numbers it makes of a sample."""
+        raise NotImplementedError
+
+    def touch(self, samples: Samples) -> None:
+        """See ``BlockSums``."""
+        self.values.visited(total_weight(samples))
+
+    def block(self) -> EigenBlock:
+        """See ``BlockSums``."""
+        return EigenBlock(self.kronecker, self.U, self.V, self.values.running.snapshot())
+
+    def restore(self, block: EigenBlock) -> None:
+        """See ``BlockSums``."""
+        self.values.running.restore(block.values)
+
+    def add(self, form: Form, rows: Rows, scale: float, number: int, samples: Samples, staged: bool) -> None:
+        """See ``BlockSums``."""
+        acc = self.values.target(staged)
+        if isinstance(form, MatMul):
+            rows = form.oriented(rows)  # a transposed use, turned round before, is needed as it is used
+        add, floats = self.route(rows)
+        for few, weight in _chunks(rows, samples.weight, max(1, _CHUNK_BYTES // (4 * max(1, floats)))):
+            add(acc, few._replace(x=self._exact(few.x), g=self._exact(few.g)), scale, weight)
+
+    def _exact(self, rows: Any) -> Any:
+        """In the precision of the sums; ids as they are."""
+        return rows.to(self.values.running.low.dtype) if rows.is_floating_point() else rows
+
+    def _tiles_cost_less(self, T: int) -> bool:
+        """By FLOPs of a sample with T positions; the squares of rotated rows are a product of T too."""
+        (O, D), (q, r) = self._full, self._size
+        U, V = self.U is not None, self.V is not None
+        return T * O * D + U * O * D * r + V * O * q * r < T * (U * D * r + V * O * q + q * r)
+
+    def _add_tiles(self, acc: Tensor, tiles: Tensor, of_bias: Tensor, scale: float, weight: Tensor | None) -> None:
+        """Sample gradients ``[n, G, O, I]``, and ``[n, G, O]`` of the bias."""
+        if self.U is not None:
+            bias = self.place.bias is not None
+            tiles = tiles @ self.U[:, :-1] + of_bias.unsqueeze(-1) * self.U[:, -1:] if bias else tiles @ self.U
+        squares = (tiles if self.V is None else self.V.mT @ tiles).square_()
+        added = (squares if weight is None else squares * weight.view(-1, 1, 1, 1).to(squares.dtype)).sum(0)
+        self.values.flag |= ~added.isfinite().all()
+        acc += torch.where(self.values.flag == 0, scale * added, 0.0)
+
+
+class _OfMatrix(EigenSums):
+    def route(self, rows: Rows) -> tuple[_Add, int]:
+        T = rows.g.shape[1] if rows.offsets is None else math.ceil(len(rows.g) / max(1, len(rows.offsets) - 1))
+        if rows.offsets is None and T > 1 and self._tiles_cost_less(T):
+            return self._tiles, math.prod(self._full)
+        return self._rotated, T * sum(self._size)
+
+    def _rotated(self, acc: Tensor, rows: Rows, scale: float, weight: Tensor | None) -> None:
+        x, g = rows.x, rows.g
+        assert x is not None
+        if self.U is not None:
+            x = x @ self.U[0, :-1] + self.U[0, -1] if self.place.bias is not None else x @ self.U[0]
+        g = g if self.V is None else g @ self.V[0]
+        linear_sq_(acc[0], x, g, scale, weight=weight, offsets=rows.offsets, flag=self.values.flag)
+
+    def _tiles(self, acc: Tensor, rows: Rows, scale: float, weight: Tensor | None) -> None:
+        assert rows.x is not None
+        self._add_tiles(acc, (rows.g.mT @ rows.x).unsqueeze(1), rows.g.sum(1).unsqueeze(1), scale, weight)
+
+
+class _OfTable(EigenSums):
+    """Ids are one-hot inputs: only g is rotated, and the values are added to by rows of the table, ``[r, q]``."""
+
+    def _stored(self, q: int, r: int) -> tuple[int, int]:
+        return r, q
+
+    def block(self) -> EigenBlock:
+        return EigenBlock(self.kronecker, self.U, self.V, _transposed(self.values.running.snapshot()))
+
+    def restore(self, block: EigenBlock) -> None:
+        self.values.running.restore(_transposed(block.values))
+
+    def route(self, rows: Rows) -> tuple[_Add, int]:
+        return self._rotated, math.prod(rows.g.shape[1:]) if rows.offsets is None else rows.g[0].numel()
+
+    def _rotated(self, acc: Tensor, rows: Rows, scale: float, weight: Tensor | None) -> None:
+        assert isinstance(self.form, Lookup) and rows.x is not None
+        g = rows.g if self.V is None else rows.g @ self.V[0]
+        options = {"weight": weight, "offsets": rows.offsets, "flag": self.values.flag}
+        embedding_sq_(acc[0], rows.x.squeeze(-1), g, scale, padding_idx=self.form.padding_idx, **options)
+
+
+def _transposed(values: Accumulator) -> Accumulator:
+    return Accumulator(values.sum.mT, values.weight)
+
+
+class _OfImages(EigenSums):
+    def route(self, rows: Rows) -> tuple[_Add, int]:
+        images = 1 if rows.offsets is None else math.ceil(len(rows.g) / max(1, len(rows.offsets) - 1))
+        T, G = images * math.prod(rows.g.shape[2:]), self.place.groups
+        return (self._tiles, G * math.prod(self._full)) if self._tiles_cost_less(T) else (self._rotated, T * G * sum(self._size))
+
+    def _geometry(self, rows: Rows) -> tuple[Tensor, tuple[Any, ...]]:
+        """The images, and the arguments by which torch's convolution has the positions of g: it pads both ends alike."""
+        assert isinstance(self.form, Convolution) and rows.x is not None
+        form, x, K = self.form, rows.x, self._parameter.shape[2:]
+        padding = form.padding
+        if conv.positions(x.shape[2:], K, (), form.stride, padding, form.dilation) != rows.g.shape[2:]:
+            x = conv.framed(x, rows.g.shape[2:], K, form.stride, padding, form.dilation)
+            padding = (0,) * len(K)
+        return x, (form.stride, padding, form.dilation, False, (0,) * len(K), form.groups)
+
+    def _rotated(self, acc: Tensor, rows: Rows, scale: float, weight: Tensor | None) -> None:
+        """Rotating patches is a convolution with the columns of U; what is left is one with a kernel of one pixel."""
+        x, geometry = self._geometry(rows)
+        g, G, bias = rows.g, self.place.groups, self.place.bias is not None
+        assert self.U is not None  # an input factor of images is a matrix
+        filters = (self.U[:, :-1] if bias else self.U).mT.reshape(-1, *self._parameter.shape[1:])
+        x = torch.ops.aten.convolution(x, filters, self.U[:, -1].flatten() if bias else None, *geometry)
+        if self.V is not None:
+            g = (self.V.mT @ g.unflatten(1, (G, -1)).flatten(3)).view(len(g), -1, *g.shape[2:])
+        values = acc.view(-1, acc.shape[2], *[1] * (g.dim() - 2))
+        conv_sq_(values, x, g, scale, weight=weight, offsets=rows.offsets, flag=self.values.flag, groups=G)
+
+    def _tiles(self, acc: Tensor, rows: Rows, scale: float, weight: Tensor | None) -> None:
+        x, geometry = self._geometry(rows)
+        g, parameter = rows.g, self._parameter.to(acc.dtype)
+        bounds = list(range(len(g) + 1)) if rows.offsets is None else rows.offsets.tolist()
+        tiles = torch.zeros(len(bounds) - 1, *parameter.shape, dtype=acc.dtype, device=acc.device)
+        of_bias = torch.zeros(tiles.shape[:2], dtype=acc.dtype, device=acc.device)
+        for n, (a, b) in enumerate(pairwise(bounds)):
+            if b > a:
+                of_weight = (g[a:b], x[a:b], parameter, None, *geometry, (False, True, False))
+                tiles[n] = torch.ops.aten.convolution_backward(*of_weight)[1]
+                of_bias[n] = g[a:b].sum((0, *range(2, g.dim())))
+        shape = (len(tiles), self.place.groups, -1)
+        self._add_tiles(acc, tiles.view(*shape, tiles[0, 0].numel()), of_bias.view(shape), scale, weight)
+
+
+def _chunks(rows: Rows, weight: Tensor | None, step: int) -> Iterator[tuple[Rows, Tensor | None]]:
+    """At most ``step`` samples at a time, and their weights."""
+    N = len(rows.g) if rows.offsets is None else len(rows.offsets) - 1
+    for start in range(0, N, step):
+        few = slice(start, min(start + step, N))
+        part = None if weight is None else weight[few]
+        if rows.offsets is None:
+            yield rows.each(itemgetter(few)), part
+        else:
+            first, last = rows.offsets[[few.start, few.stop]].tolist()
+            yield rows.each(itemgetter(slice(first, last)), rows.offsets[few.start : few.stop + 1] - first), part
+
+
+class EigenCollector(BlockCollector):
+    """The sums behind an EKFAC, in the bases of a KFAC's blocks."""
+
+    def __init__(self, capture: Capture, basis: dict[str, KroneckerBlock], transactional: bool) -> None:
+        super().__init__(capture, transactional)
+        self._basis = basis
+
+    def new_block(self, place: Place, form: Form, tracked: Tracked) -> EigenSums:
+        """See ``BlockCollector``."""
+        of = self._basis.get(place.weight)
+        if of is None or of.place != place:
+            raise ValueError(
+                f"{place.weight}: EKFAC's basis must be of this model, used in this way ({place}), got {of and of.place}"
+            )
+        dtype = torch.promote_types(tracked.parameter.dtype, torch.float32)
+        U, V = (eigenbasis(factor.mean(), rows, dtype) for factor, rows in zip((of.A, of.B), of.few_rows, strict=True))
+        kind = _OfImages if isinstance(form, Convolution) else _OfTable if isinstance(form, Lookup) else _OfMatrix
+        return kind(form, tracked, of, U, V)

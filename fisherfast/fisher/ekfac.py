@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""EKFAC: KFAC's eigenvectors with the eigenvalues that are best for them, the second moments of the gradient along each."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+from fisherfast.capture import Capture
+from fisherfast.fisher import serialize
+from fisherfast.fisher.block_fisher import BlockFisher
+from fisherfast.fisher.collectors import Counts
+from fisherfast.fisher.coverage import Coverage
+from fisherfast.fisher.eigen import EigenBlock
+from fisherfast.fisher.eigen_sums import EigenCollector
+from fisherfast.fisher.kfac import KFACFisher
+
+
+@dataclass(frozen=True)
+class EKFAC:
+    """Ask for corrected eigenvalues: ``ff.fisher(model, data, structure="ekfac")``, ``ff.collect(model, ff.EKFAC(basis=kfac))``.
+
+    ``basis``: the ``KFACFisher`` whose eigenvectors are taken. ``ff.fisher`` measures it in a first pass over the data if it is
+    None, with factors as ``KFAC(max_factor_dim)`` keeps them.
+    """
+
+    basis: KFACFisher | None = None
+    max_factor_dim: int = 16384
+    squares, totals, spread, keeps = False, False, False, None
+
+    def check(self, fisher_type: str | None) -> None:
+        """See ``collectors.Structure``: any labels will do."""
+
+    def collector(self, capture: Capture, transactional: bool) -> EigenCollector:
+        """See ``collectors.Structure``."""
+        if self.basis is None:
+            raise ValueError(
+                "EKFAC: basis must be a KFACFisher where the data pass once, got None; measure ff.KFAC() first, or use "
+                "ff.fisher(model, data, structure='ekfac'), which reads the data twice"
+            )
+        return EigenCollector(capture, {block.place.weight: block for block in self.basis.blocks}, transactional)
+
+    def result(self, source: EigenCollector, counts: Counts) -> EKFACFisher:
+        """See ``collectors.Structure``."""
+        blocks, diagonals = source.snapshot()
+        known = counts.coverage
+        how = {name: way if ":" in way else f"{way}: diagonal" for name, way in known.items()}
+        for block in blocks:
+            how |= dict.fromkeys(block.place.names, f"{known[block.place.weight]}: {block.describe()}")
+        coverage = Coverage(how, known.sizes, known.seconds, known.underflow)
+        return EKFACFisher(blocks, diagonals, dataclasses.replace(counts, coverage=coverage), source.shapes)
+
+    def restore(self, source: EigenCollector, before: EKFACFisher) -> None:
+        """See ``collectors.Structure``."""
+        source.restore(before.blocks, before.diagonals)
+
+
+@serialize.storable("ekfac")
+class EKFACFisher(BlockFisher[EigenBlock]):
+    """Blocks ``(V (x) U) diag(values) (V (x) U)^T`` and, where there is no block, the diagonal.
+
+    U and V are the eigenvectors of the factors A and B of a ``KFACFisher``; ``values = sum_n w_n E_y[(V^T G_n U)^2] / sum_n w_n``,
+    G_n the sample's gradient as a matrix ``[O, D]``: the diagonal of the Fisher in this basis, and of all diagonals in it the
+    nearest to the Fisher in Frobenius norm. On the data of the factors their sum is the trace of the Fisher, exactly.
+
+    Shapes:   vectors {parameter name: tensor shaped like the parameter}, or flat in ``names`` order; ``factors()`` are the
+              basis's. Where fewer rows were seen than a third of a factor's columns, the basis is that of their span.
+    Scale:    a mean over samples, as every Fisher's. ``damping`` is Tikhonov, ``F + damping I``, one number per block.
+    Errors:   as ``KFACFisher``'s; ``+`` and ``all_reduce`` refuse other bases than the same, bit by bit.
+    Numerics: eigenvectors in the model's precision, float32 or wider; float64 sums and arithmetic.
+    Source:   George et al. 2018 (arXiv:1806.03884), Proposition 3.1 and Algorithm 1.
+    """
+
+    block_type = EigenBlock
