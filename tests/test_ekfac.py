@@ -1,0 +1,327 @@
+# SPDX-License-Identifier: Apache-2.0
+"""EKFAC: its trace is that of the exact diagonal, its values are sample gradients in the basis, squared; and two passes are one data set."""
+
+import importlib
+import math
+
+import networks
+import oracle
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import fisherfast as ff
+
+eigen_sums = importlib.import_module("fisherfast.fisher.eigen_sums")
+EXACT = 1e-11
+
+
+def close(a, b, tolerance=EXACT):
+    return bool((a - b).abs().max() <= tolerance * b.abs().max().clamp_min(1e-300))
+
+
+def measure(model, data, fisher_type="empirical", structure="ekfac", **options):
+    return ff.fisher(model, data, structure=structure, fisher_type=fisher_type, progress=False, **options)
+
+
+def of_network(name, n=networks.N):
+    build, data = networks.COVERED[name]
+    model, (x, y) = build().double(), data(n)
+    return model, x.double() if x.is_floating_point() else x, y
+
+
+def mlp():
+    return nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 4, bias=False)).double()
+
+
+def vectors(N=6):
+    return torch.randn(N, 3).double(), torch.randint(0, 4, (N,))
+
+
+@pytest.mark.parametrize("weighted", [False, True], ids=["", "weighted"])
+@pytest.mark.parametrize("name", networks.COVERED)
+def test_the_trace_of_every_layer_is_that_of_the_diagonal(name, weighted):
+    model, x, y = of_network(name)
+    batch = (x, y, torch.rand(len(x))) if weighted else (x, y)
+    E, D = measure(model, [batch]), measure(model, [batch], structure="diagonal")
+    assert E.trace() == pytest.approx(D.trace(), rel=EXACT)
+    within = D.diagonal(dtype=torch.float64)
+    for block in E.blocks:
+        expected = math.fsum(float(within[n].sum()) for n in block.place.names)
+        assert block.trace() == pytest.approx(expected, rel=EXACT, abs=EXACT * D.trace())
+
+
+@pytest.mark.parametrize("fisher_type", ["mc", "exact"])
+def test_both_passes_see_the_same_labels(fisher_type):
+    model, (x, _) = mlp().float(), vectors()
+    data = [(x[:4].float(), None), (x[4:].float(), None)]
+    E, D = (measure(model, data, fisher_type, structure=s, seed=3) for s in ("ekfac", "diagonal"))
+    assert E.trace() == pytest.approx(D.trace(), rel=1e-5)
+
+
+def sample_gradients(model, x, y):
+    """Each sample's ``{name: gradient}``, by autograd."""
+    named = dict(model.named_parameters())
+    for n in range(len(x)):
+        ((_, loss),) = oracle.cross_entropy(model, x[n : n + 1], y[n : n + 1])
+        yield dict(zip(named, torch.autograd.grad(loss, list(named.values())), strict=True))
+
+
+def dense(model, x, y, block):
+    """The mean of ``s s^T`` over one block's numbers, ``[groups * O * D] * 2``, and the sample gradients ``[N, G, O, D]``."""
+    matrices = torch.stack([block.place.matrix(gradients) for gradients in sample_gradients(model, x, y)])
+    flat = matrices.flatten(1)
+    return flat.mT @ flat / len(x), matrices
+
+
+ORDERS = {"rotated rows": False, "sample gradients": True}
+NETWORKS = [
+    "mlp-inplace-relu", "linear-sequence", "time-first", "conv1d-addmm", "embedding-padding", "experts", "weight-used-twice",
+    "conv-groups-same", "conv-one-and-three-axes", "conv-frames",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("name", NETWORKS)
+def test_values_are_the_second_moments_along_the_basis_in_both_orders(name, order, monkeypatch):
+    monkeypatch.setattr(eigen_sums.EigenSums, "_tiles_cost_less", lambda self, T: ORDERS[order])
+    model, x, y = of_network(name)
+    E = measure(model, [(x[:2], y[:2]), (x[2:], y[2:])])
+    assert E.blocks
+    for block in E.blocks:
+        _, G = dense(model, x, y, block)
+        rotated = G if block.U is None else G @ block.U
+        rotated = rotated if block.V is None else block.V.mT @ rotated
+        assert close(block.values.mean(), rotated.square().mean(0))
+
+
+@pytest.mark.parametrize("chunk", [1, 10**9])
+def test_chunks_change_nothing(chunk, monkeypatch):
+    model, x, y = of_network("experts", 7)
+    expected = measure(model, [(x, y)]).diagonal(dtype=torch.float64)
+    monkeypatch.setattr(eigen_sums, "_CHUNK_BYTES", chunk)
+    found = measure(model, [(x, y)]).diagonal(dtype=torch.float64)
+    assert all(close(found[n], expected[n]) for n in expected)
+
+
+@pytest.mark.parametrize("N", [2, 40], ids=["few rows", "many rows"])
+def test_the_algebra_is_that_of_the_dense_blocks(N):
+    model = nn.Sequential(nn.Linear(11, 9), nn.Tanh(), nn.Linear(9, 13)).double()
+    x, y = torch.randn(N, 11).double(), torch.randint(0, 13, (N,))
+    E, delta = measure(model, [(x, y)]), 0.05
+    v = {n: torch.randn(shape).double() for n, shape in E.shapes.items()}
+    applied, solved, diagonal, logdet = E @ v, E.solve(v, delta), E.diagonal(dtype=torch.float64), []
+    for block in E.blocks:
+        assert block.U.shape[2] == (2 if N == 2 else block.U.shape[1])
+        Q = torch.kron(block.V[0], block.U[0])
+        matrix = Q @ torch.diag(block.values.mean().flatten()) @ Q.mT
+        damped = matrix + delta * torch.eye(len(matrix)).double()
+
+        def flat(tensors, block=block):
+            return block.place.matrix(tensors).flatten()
+
+        assert close(flat(applied), matrix @ flat(v)) and close(flat(diagonal), matrix.diagonal())
+        assert close(flat(solved), torch.linalg.solve(damped, flat(v)), 1e-9)
+        logdet.append(float(torch.linalg.slogdet(damped)[1]))
+    assert E.logdet(delta) == pytest.approx(math.fsum(logdet), rel=1e-9)
+    assert len(E.eigenvalues()) == E.num_parameters == sum(s.num_parameters for s in E.spectra())
+    assert float(E.eigenvalues().sum()) == pytest.approx(E.trace(), rel=1e-12)
+    if N == 2:
+        with pytest.raises(ValueError, match="must be regular"):
+            E.solve(v)
+        with pytest.warns(ff.FisherWarning, match="eigenvalues"):
+            assert E.logdet() == -math.inf
+
+
+def test_the_span_of_few_rows_gives_the_same_operator_as_the_whole_basis():
+    model, (x, y) = mlp(), (torch.randn(1, 3).double(), torch.randint(0, 4, (1,)))
+    E = measure(model, [(x, y)])
+    K = measure(model, [(x, y)], structure="kfac")
+    (whole,) = measure(model, [(x, y)], structure=(ff.EKFAC(basis=K),))
+    assert E.blocks[1].U.shape[2] < whole.blocks[1].U.shape[2]
+    v = torch.randn(E.num_parameters).double()
+    assert close(E.solve(v, 0.1), whole.solve(v, 0.1), 1e-9) and E.logdet(0.1) == pytest.approx(whole.logdet(0.1), rel=1e-12)
+    assert close(E @ v, K @ v, 1e-9)  # one sample of one position: KFAC is exact
+
+
+def test_no_diagonal_in_the_basis_is_nearer_to_the_fisher_than_its_own():
+    model, (x, y) = mlp(), vectors(9)
+    E, K = measure(model, [(x, y)]), measure(model, [(x, y)], structure="kfac")
+    for ours, theirs in zip(E.blocks, K.blocks, strict=True):
+        exact, _ = dense(model, x, y, ours)
+        Q = torch.kron(ours.V[0], ours.U[0])
+        corrected = Q @ torch.diag(ours.values.mean().flatten()) @ Q.mT
+        factored = torch.kron(theirs.B.mean()[0], theirs.A.mean()[0])
+        assert float((exact - corrected).norm()) <= float((exact - factored).norm())
+        others = Q @ torch.diag(ours.values.mean().flatten() * (1 + 0.1 * torch.randn(len(Q)).double())) @ Q.mT
+        assert float((exact - corrected).norm()) < float((exact - others).norm())
+
+
+def test_collect_takes_the_basis_of_other_data():
+    model, (x, y), (other, labels) = mlp(), vectors(), vectors(5)
+    K = measure(model, [(other, labels)], structure="kfac")
+    with ff.collect(model, ff.EKFAC(basis=K), ff.Diagonal(), fisher_type="empirical") as stats:
+        for part in (slice(0, 2), slice(2, 6)):
+            stats.backward(F.cross_entropy(model(x[part]), y[part], reduction="none"))
+    E, D = stats.results()
+    assert E.trace() == pytest.approx(D.trace(), rel=EXACT)
+    assert torch.equal(E.factors()["0"][0], K.factors()["0"][0])
+    with pytest.raises(ValueError, match="basis must be a KFACFisher where the data pass once"):
+        ff.collect(model, ff.EKFAC())
+
+
+def test_it_stands_beside_others_in_one_call():
+    model, batch = mlp(), vectors()
+    D, E = measure(model, [batch], structure=(ff.Diagonal(), ff.EKFAC()))
+    assert type(D) is ff.DiagonalFisher and E.trace() == pytest.approx(D.trace(), rel=EXACT)
+    assert all(how.startswith("linear_sq_: ") and "eigenvalues in the basis of B" in how for how in E.coverage.values())
+
+
+def test_float32_eigenvectors_are_orthonormal_whatever_the_rank():
+    for matrix in (torch.zeros(7, 7), torch.eye(7), torch.outer(torch.arange(7.0), torch.arange(7.0)), 1e-30 * torch.eye(7)):
+        for dtype in (torch.float32, torch.float64):
+            U = eigen_sums.eigenbasis(matrix.double().unsqueeze(0), None, dtype)
+            assert U.dtype == dtype and close(U[0].mT @ U[0], torch.eye(7, dtype=dtype), 1e-6)
+    assert eigen_sums.eigenbasis(torch.ones(1, 7).double(), None, torch.float32) is None
+
+
+def test_eigenvectors_come_in_float64_where_float32_does_not_converge(monkeypatch):
+    eigh = torch.linalg.eigh
+
+    def stubborn(matrix):
+        if matrix.dtype == torch.float32:
+            raise torch.linalg.LinAlgError("did not converge")
+        return eigh(matrix)
+
+    monkeypatch.setattr(torch.linalg, "eigh", stubborn)
+    A = torch.randn(5, 5).double()
+    U = eigen_sums.eigenbasis((A @ A.mT).unsqueeze(0), None, torch.float32)
+    assert U.dtype == torch.float32 and close(U[0] @ U[0].mT, torch.eye(5), 1e-6)
+
+
+# -- two passes over one data set
+
+
+def test_a_one_shot_iterator_is_refused_before_anything_is_read():
+    read = []
+
+    def once():
+        read.append(1)
+        yield vectors()
+
+    with pytest.raises(ValueError, match="data must be readable twice, got generator"):
+        measure(mlp(), once())
+    assert not read
+
+
+class Changing:
+    """A data set whose passes are given."""
+
+    def __init__(self, *passes):
+        self.passes = list(passes)
+
+    def __iter__(self):
+        return iter(self.passes.pop(0))
+
+
+def test_another_second_pass_is_detected_and_what_was_added_is_kept():
+    a, b = vectors(), vectors()
+    order = torch.arange(5, -1, -1)
+    for second, what in (
+        ([a, (b[0][order], b[1][order])], "another batch 1"), ([a], r"2 batches and then 1"), ([a, b, b], "another batch 2"),
+        ([a, (b[0], (b[1] + 1) % 4)], "another batch 1"), ([], "2 batches and then 0"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=what) as error:
+            measure(mlp(), Changing([a, b], second))
+        assert error.value.fisher.num_samples == 6 * min(len(second), 2 if "batch 2" in what else 1)
+
+
+@pytest.mark.parametrize("change", ["value", "order", "dtype"])
+def test_a_batch_has_another_fingerprint_if_anything_changes(change):
+    batches = importlib.import_module("fisherfast.batches")
+    x, y = torch.randn(5, 3), torch.randint(0, 4, (5,))
+    other = {"value": x + torch.eye(5, 3) * 1e-6, "order": x[[1, 0, 2, 3, 4]], "dtype": x.double()}[change]
+    prints = [batches.Batch.of((t, y), torch.device("cpu")).fingerprint() for t in (x, x.clone(), other)]
+    assert prints[0] == prints[1] != prints[2]
+
+
+def test_a_checkpoint_is_for_a_basis_that_is_given(tmp_path):
+    model, batch = mlp(), vectors()
+    with pytest.raises(ValueError, match="checkpoint must be None for 'ekfac'"):
+        measure(model, [batch], checkpoint=tmp_path / "e")
+    K = measure(model, [batch], structure="kfac")
+    asked, path = (ff.EKFAC(basis=K),), tmp_path / "f"
+    measure(model, [batch], structure=asked, checkpoint=path)
+    (resumed,) = measure(model, [batch, vectors()[:2], batch], structure=asked, checkpoint=path)
+    assert resumed.num_samples == 18 and resumed.batches == 3
+    measure(model, [batch], structure="kfac", checkpoint=tmp_path / "k")
+    went_on = measure(model, [batch, batch], structure="kfac", checkpoint=tmp_path / "k")
+    assert went_on.num_samples == 12 and went_on.trace() == pytest.approx(K.trace(), rel=EXACT)
+
+
+# -- pooling, files, bad input
+
+
+def test_it_pools_in_one_basis_only_and_files_are_bit_exact(tmp_path):
+    model, (x, y) = mlp(), vectors()
+    K = measure(model, [(x, y)], structure="kfac")
+    ((one,), (two,), (whole,)) = (
+        measure(model, [(x[part], y[part])], structure=(ff.EKFAC(basis=K),)) for part in (slice(0, 2), slice(2, 6), slice(0, 6))
+    )
+    pooled = one + two
+    assert pooled.num_samples == 6 and close(pooled.eigenvalues(), whole.eigenvalues())
+    with pytest.raises(ValueError, match=r"one ff\.KFAC, given to ff\.EKFAC"):
+        one + measure(model, [vectors()])
+    whole.save(tmp_path / "e.safetensors")
+    again = ff.load(tmp_path / "e.safetensors")
+    assert type(again) is ff.EKFACFisher and again.coverage == whole.coverage and again.provenance == whole.provenance
+    assert torch.equal(again.eigenvalues(), whole.eigenvalues()) and again.logdet(0.1) == whole.logdet(0.1)
+    few = measure(model, [(x[:1], y[:1])])
+    few.save(tmp_path / "few.safetensors")
+    assert ff.load(tmp_path / "few.safetensors").logdet(0.1) == few.logdet(0.1)
+
+
+def test_the_basis_of_another_model_is_refused():
+    K = measure(mlp(), [vectors()], structure="kfac")
+    other = nn.Sequential(nn.Linear(3, 5, bias=False), nn.Tanh(), nn.Linear(5, 4)).double()
+    with pytest.raises(ValueError, match="EKFAC's basis must be of this model"):
+        measure(other, [vectors()], structure=(ff.EKFAC(basis=K),))
+
+
+class Poisoned(torch.autograd.Function):
+    """The identity, with NaN for one sample's gradient."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, g):
+        return torch.cat([g[:-1], g[-1:] * float("nan")])
+
+
+@pytest.mark.parametrize("tiles", [False, True])
+def test_a_batch_that_is_not_finite_adds_nothing(tiles, monkeypatch):
+    monkeypatch.setattr(eigen_sums.EigenSums, "_tiles_cost_less", lambda self, T: tiles)
+    model, x, y = of_network("linear-sequence")
+    K = measure(model, [(x, y)], structure="kfac")
+
+    def loss(logits):
+        return F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="none").view(len(y), -1).sum(1)
+
+    with ff.collect(model, ff.EKFAC(basis=K), fisher_type="empirical") as stats:
+        stats.backward(loss(model(x)))
+        before = stats.result().eigenvalues()
+        with pytest.raises(ff.NonFiniteError) as error:
+            stats.backward(loss(Poisoned.apply(model(x))))
+    assert torch.equal(error.value.fisher.eigenvalues(), before) and stats.result().num_samples == len(x)
+
+
+def test_information_in_the_weights_reads_it():
+    model, batch = mlp(), vectors()
+    E = measure(model, [batch])
+    info = ff.information_in_weights(E, model, prior_scale=0.7, beta=0.01)
+    s = 0.7**2 * E.eigenvalues() / 0.01
+    distance = sum(float(p.detach().square().sum()) for p in model.parameters()) / (2 * 0.7**2)
+    assert info.nats == pytest.approx(distance + 0.5 * float((s.log1p() - s / (1 + s)).sum()), rel=1e-9)
