@@ -96,6 +96,17 @@ def test_values_are_the_second_moments_along_the_basis_in_both_orders(name, orde
         assert close(block.values.mean(), rotated.square().mean(0))
 
 
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_large_output_factor_has_no_basis_of_its_own(order, monkeypatch):
+    monkeypatch.setattr(eigen_sums.EigenSums, "_tiles_cost_less", lambda self, T: ORDERS[order])
+    model = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 11)).double()
+    x, y = torch.randn(6, 2, 3).double(), torch.randint(0, 11, (6, 2))
+    (E,) = measure(model, [(x, y)], structure=(ff.EKFAC(max_factor_dim=8),))
+    block = E.blocks[1]
+    _, G = dense(model, x, y, block)
+    assert block.V is None and close(block.values.mean(), (G @ block.U).square().mean(0))
+
+
 @pytest.mark.parametrize("chunk", [1, 10**9])
 def test_chunks_change_nothing(chunk, monkeypatch):
     model, x, y = of_network("experts", 7)

@@ -25,6 +25,7 @@ from fisherfast.ops import _conv as conv
 from fisherfast.ops.conv_sq import conv_sq_
 from fisherfast.ops.embedding_sq import embedding_sq_
 from fisherfast.ops.linear_sq import linear_sq_
+from fisherfast.ops.scale_sq import scale_sq_
 from fisherfast.passes import Samples
 from fisherfast.rules import Convolution, Form, Lookup, MatMul, Rows
 
@@ -84,15 +85,17 @@ class EigenSums:
         U, V = self.U is not None, self.V is not None
         return T * O * D + U * O * D * r + V * O * q * r < T * (U * D * r + V * O * q + q * r)
 
-    def _add_tiles(self, acc: Tensor, tiles: Tensor, of_bias: Tensor, scale: float, weight: Tensor | None) -> None:
-        """Sample gradients ``[n, G, O, I]``, and ``[n, G, O]`` of the bias."""
-        if self.U is not None:
-            bias = self.place.bias is not None
-            tiles = tiles @ self.U[:, :-1] + of_bias.unsqueeze(-1) * self.U[:, -1:] if bias else tiles @ self.U
-        squares = (tiles if self.V is None else self.V.mT @ tiles).square_()
-        added = (squares if weight is None else squares * weight.view(-1, 1, 1, 1).to(squares.dtype)).sum(0)
-        self.values.flag |= ~added.isfinite().all()
-        acc += torch.where(self.values.flag == 0, scale * added, 0.0)
+    def _add_tiles(self, acc: Tensor, tiles: Tensor, scale: float, weight: Tensor | None) -> None:
+        """Sample gradients ``[n, G, O, D]``: what is left once U is applied is ``linear_sq_`` with V's rows for every sample."""
+        options = {"weight": weight, "flag": self.values.flag}
+        assert self.U is not None  # without it no tile costs less than its rows
+        n, G, O, D = tiles.shape
+        rotated = (tiles.view(-1, D) @ self.U[0]).view(n, 1, O, -1) if G == 1 else tiles @ self.U
+        for k, values in enumerate(acc):
+            if self.V is None:
+                scale_sq_(values.view(-1), None, rotated[:, k].reshape(n, 1, -1), scale, **options)
+            else:
+                linear_sq_(values, rotated[:, k], self.V[k].expand(n, -1, -1), scale, **options)
 
 
 class _OfMatrix(EigenSums):
@@ -112,7 +115,11 @@ class _OfMatrix(EigenSums):
 
     def _tiles(self, acc: Tensor, rows: Rows, scale: float, weight: Tensor | None) -> None:
         assert rows.x is not None
-        self._add_tiles(acc, (rows.g.mT @ rows.x).unsqueeze(1), rows.g.sum(1).unsqueeze(1), scale, weight)
+        tiles = rows.g.new_empty(len(rows.g), 1, *self._full)
+        tiles[:, 0, :, : rows.x.shape[2]] = rows.g.mT @ rows.x
+        if self.place.bias is not None:
+            tiles[:, 0, :, -1] = rows.g.sum(1)
+        self._add_tiles(acc, tiles, scale, weight)
 
 
 class _OfTable(EigenSums):
@@ -173,15 +180,17 @@ class _OfImages(EigenSums):
         x, geometry = self._geometry(rows)
         g, parameter = rows.g, self._parameter.to(acc.dtype)
         bounds = list(range(len(g) + 1)) if rows.offsets is None else rows.offsets.tolist()
-        tiles = torch.zeros(len(bounds) - 1, *parameter.shape, dtype=acc.dtype, device=acc.device)
-        of_bias = torch.zeros(tiles.shape[:2], dtype=acc.dtype, device=acc.device)
+        tiles = g.new_zeros(len(bounds) - 1, self.place.groups, *self._full)
+        of_weight, of_bias = tiles[..., : parameter[0].numel()], tiles[..., -1]
         for n, (a, b) in enumerate(pairwise(bounds)):
             if b > a:
-                of_weight = (g[a:b], x[a:b], parameter, None, *geometry, (False, True, False))
-                tiles[n] = torch.ops.aten.convolution_backward(*of_weight)[1]
-                of_bias[n] = g[a:b].sum((0, *range(2, g.dim())))
-        shape = (len(tiles), self.place.groups, -1)
-        self._add_tiles(acc, tiles.view(*shape, tiles[0, 0].numel()), of_bias.view(shape), scale, weight)
+                gradient = torch.ops.aten.convolution_backward(g[a:b], x[a:b], parameter, None, *geometry, (False, True, False))[
+                    1
+                ]
+                of_weight[n] = gradient.view(of_weight[n].shape)
+                if self.place.bias is not None:
+                    of_bias[n] = g[a:b].sum((0, *range(2, g.dim()))).view(of_bias[n].shape)
+        self._add_tiles(acc, tiles, scale, weight)
 
 
 def _chunks(rows: Rows, weight: Tensor | None, step: int) -> Iterator[tuple[Rows, Tensor | None]]:

@@ -145,7 +145,7 @@ def _mirrored(accumulator: Accumulator) -> Accumulator:
     """The ops add to the upper triangle only."""
     if accumulator.sum.dim() == 3:
         upper = accumulator.sum.triu_()
-        accumulator.sum = upper + upper.triu(1).mT
+        upper += upper.triu(1).mT
     return accumulator
 
 
