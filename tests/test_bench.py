@@ -189,13 +189,15 @@ def test_performance_page_figures_are_stored(page):
     assert all(page.figure(run["machine"]).is_file() for run in runs if run.get("scaling"))
 
 
-def test_models_page_equals_its_results(page):
-    spec = importlib.util.spec_from_file_location("bench_model_table", PATH.parent / "model_table.py")
+@pytest.mark.parametrize("script", ["model_table", "comparison"])
+def test_pages_equal_their_results(page, script):
+    spec = importlib.util.spec_from_file_location(f"bench_{script}", PATH.parent / f"{script}.py")
     module = importlib.util.module_from_spec(spec)
     before = list(sys.path)
+    sys.modules[spec.name] = module
     try:
         spec.loader.exec_module(module)
     finally:
         sys.path[:] = before
-    assert module.render() == module.PAGE.read_text(), "docs/models.md was edited; run python bench/model_table.py --page"
-    assert list(page.RESULTS.glob(f"cpu-*/{module.FILE}")), "no results are stored; run python bench/model_table.py"
+    assert module.render() == module.PAGE.read_text(), f"{module.PAGE.name} was edited; run python bench/{script}.py --page"
+    assert list(page.RESULTS.glob(f"cpu-*/{module.FILE}")), f"no results are stored; run python bench/{script}.py"
