@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import os
 import warnings
@@ -17,10 +16,9 @@ from torch import Tensor
 
 from fisherfast.accumulator import Accumulator
 from fisherfast.fisher import _arguments, _pooling, serialize
-from fisherfast.fisher.collectors import Counts
-from fisherfast.fisher.coverage import Coverage
+from fisherfast.fisher.counts import Counts, Measured
 from fisherfast.fisher.kronecker import Place
-from fisherfast.fisher.protocol import Damping, FisherWarning, LayerSummary, Provenance, Spectrum, Vector, layer_of
+from fisherfast.fisher.protocol import Damping, FisherWarning, LayerSummary, Spectrum, Vector, layer_of
 
 
 class Block(Protocol):
@@ -70,7 +68,7 @@ class Block(Protocol):
 _Block = TypeVar("_Block", bound=Block)
 
 
-class BlockFisher(Generic[_Block]):
+class BlockFisher(Measured, Generic[_Block]):
     """Blocks and diagonals that together hold every parameter once; parameters of different blocks are independent.
 
     See the structures for what the numbers mean, and ``protocol.Fisher`` for the methods.
@@ -93,46 +91,6 @@ class BlockFisher(Generic[_Block]):
             raise ValueError(
                 f"{type(self).__name__}: blocks must cover every parameter once, got {sorted(covered)} for {sorted(self.shapes)}"
             )
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The parameters, in the model's order; a tied tensor once, under its first name."""
-        return tuple(self.shapes)
-
-    @property
-    def num_samples(self) -> int:
-        """How many samples were measured."""
-        return self._counts.num_samples
-
-    @property
-    def num_positions(self) -> int:
-        """How many labels these samples have."""
-        return self._counts.num_positions
-
-    @property
-    def batches(self) -> int:
-        """How many batches were measured."""
-        return self._counts.batches
-
-    @property
-    def provenance(self) -> Provenance:
-        """How it was measured."""
-        return self._counts.provenance
-
-    @property
-    def coverage(self) -> Coverage:
-        """How each parameter was measured, with the sizes of its factors."""
-        return self._counts.coverage
-
-    @property
-    def aliases(self) -> dict[str, str]:
-        """The other names of tied tensors."""
-        return self._counts.aliases
-
-    @property
-    def num_parameters(self) -> int:
-        """How many numbers the parameters hold."""
-        return sum(shape.numel() for shape in self.shapes.values())
 
     def factors(self, *, dtype: torch.dtype = torch.float32) -> dict[str, tuple[Tensor, Tensor]]:
         """``{layer: (A, B)}``, without the axis of groups where there is one group; a vector is a diagonal factor.
@@ -289,19 +247,9 @@ class BlockFisher(Generic[_Block]):
         if not isinstance(other, type(self)):
             return NotImplemented
         _pooling.check_same(self._identity(), other._identity())
-        mine, theirs = self._counts, other._counts
-        different = [field for field in ("draws", "seed") if getattr(mine.provenance, field) != getattr(theirs.provenance, field)]
-        counts = Counts(
-            mine.num_samples + theirs.num_samples,
-            mine.num_positions + theirs.num_positions,
-            mine.batches + theirs.batches,
-            _pooling.pooled_provenance(mine.provenance, different=different),
-            mine.coverage + theirs.coverage,
-            mine.aliases,
-        )
         blocks = [a.pooled(b) for a, b in zip(self.blocks, other.blocks, strict=True)]
         diagonals = {name: one + other.diagonals[name] for name, one in self.diagonals.items()}
-        return type(self)(blocks, diagonals, counts, self.shapes)
+        return type(self)(blocks, diagonals, self._counts.pooled(other._counts), self.shapes)
 
     def all_reduce(self, group: dist.ProcessGroup | None = None) -> Self:
         """Pool the data of all ranks of ``group``, in place on every rank; returns self. ``coverage`` stays the rank's own.
@@ -327,7 +275,7 @@ class BlockFisher(Generic[_Block]):
 
     def _identity(self) -> dict[str, Any]:
         blocks = {block.place.weight: block.identity() for block in self.blocks}
-        return {**_pooling.identity(self.shapes, self.aliases, self.provenance), "blocks": blocks}
+        return {**super()._identity(), "blocks": blocks}
 
     def save(self, path: str | os.PathLike[str], *, extra: Mapping[str, str] | None = None) -> None:
         """Write to a safetensors file, whole or not at all; ``fisherfast.load`` reads it back bit by bit."""
@@ -338,15 +286,10 @@ class BlockFisher(Generic[_Block]):
         states = [block.state() for block in self.blocks]
         tensors = {name: tensor for part, _ in states for name, tensor in part.items()}
         fields = {
-            "provenance": dataclasses.asdict(self.provenance),
-            "num_samples": self.num_samples,
-            "num_positions": self.num_positions,
-            "batches": self.batches,
-            "aliases": self.aliases,
+            **self._counts.state(),
             "blocks": [fields for _, fields in states],
             "weights": {name: accumulator.weight for name, accumulator in self.diagonals.items()},
             "shapes": {name: list(shape) for name, shape in self.shapes.items()},
-            **self.coverage.state(),
         }
         return tensors | {name: accumulator.sum for name, accumulator in self.diagonals.items()}, fields
 
@@ -355,10 +298,9 @@ class BlockFisher(Generic[_Block]):
         """The object whose ``state`` this is."""
         blocks = [cls.block_type.from_state(tensors, block) for block in fields["blocks"]]
         diagonals = {name: Accumulator(tensors[name], weight) for name, weight in fields["weights"].items()}
-        samples, positions, batches = (fields[name] for name in ("num_samples", "num_positions", "batches"))
-        provenance, coverage = Provenance(**fields["provenance"]), Coverage.from_state(fields)
-        counts = Counts(samples, positions, batches, provenance, coverage, fields["aliases"])
-        return cls(blocks, diagonals, counts, {name: torch.Size(shape) for name, shape in fields["shapes"].items()})
+        return cls(
+            blocks, diagonals, Counts.from_state(fields), {name: torch.Size(shape) for name, shape in fields["shapes"].items()}
+        )
 
     def __repr__(self) -> str:
         return (

@@ -18,26 +18,14 @@ from torch import Tensor
 from fisherfast.accumulator import Accumulator, RunningSum
 from fisherfast.capture import Call, Capture, Tracked
 from fisherfast.fisher import ghost
-from fisherfast.fisher.coverage import Coverage
+from fisherfast.fisher.counts import Counts
 from fisherfast.fisher.diagonal import DiagonalFisher
 from fisherfast.fisher.moments import SampleMoments
 from fisherfast.fisher.norms import SampleNorms
-from fisherfast.fisher.protocol import Provenance, layer_of
+from fisherfast.fisher.protocol import layer_of
 from fisherfast.fisher.spread import Spread
 from fisherfast.passes import Collector, Samples
 from fisherfast.rules import Form, Rows
-
-
-@dataclass(frozen=True)
-class Counts:
-    """What a run knows beside its sums, and every result carries."""
-
-    num_samples: int
-    num_positions: int
-    batches: int
-    provenance: Provenance
-    coverage: Coverage
-    aliases: dict[str, str]
 
 
 class Structure(Protocol):

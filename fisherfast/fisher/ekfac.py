@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from fisherfast.capture import Capture
 from fisherfast.fisher import serialize
 from fisherfast.fisher.block_fisher import BlockFisher
-from fisherfast.fisher.collectors import Counts
+from fisherfast.fisher.counts import Counts
 from fisherfast.fisher.coverage import Coverage
 from fisherfast.fisher.eigen import EigenBlock
 from fisherfast.fisher.eigen_sums import EigenCollector

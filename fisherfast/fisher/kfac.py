@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from fisherfast.capture import Capture
 from fisherfast.fisher import serialize
 from fisherfast.fisher.block_fisher import BlockFisher
-from fisherfast.fisher.collectors import Counts
+from fisherfast.fisher.counts import Counts
 from fisherfast.fisher.coverage import Coverage
 from fisherfast.fisher.kronecker import KroneckerBlock
 from fisherfast.fisher.kronecker_sums import KroneckerCollector

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from fisherfast._warning import FisherWarning
 from fisherfast.capture import Call, Capture, unwrapped
-from fisherfast.fisher.collectors import Counts, Engine, Structure
+from fisherfast.fisher.collectors import Engine, Structure
+from fisherfast.fisher.counts import Counts
 from fisherfast.fisher.coverage import OPS, Coverage, Stopwatch
 from fisherfast.fisher.protocol import Provenance
 from fisherfast.passes import NonFiniteError, Passes, Samples

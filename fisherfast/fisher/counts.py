@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run knows beside its sums: how many samples, measured how, covered by what. Every structure of blocks carries it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+
+from fisherfast.fisher import _pooling
+from fisherfast.fisher.coverage import Coverage
+from fisherfast.fisher.protocol import Provenance
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What a run knows beside its sums, and every result carries."""
+
+    num_samples: int
+    num_positions: int
+    batches: int
+    provenance: Provenance
+    coverage: Coverage
+    aliases: dict[str, str]
+
+    def pooled(self, other: Counts) -> Counts:
+        """Of both data sets."""
+        mine, theirs = self.provenance, other.provenance
+        different = [field for field in ("draws", "seed") if getattr(mine, field) != getattr(theirs, field)]
+        return Counts(
+            self.num_samples + other.num_samples,
+            self.num_positions + other.num_positions,
+            self.batches + other.batches,
+            _pooling.pooled_provenance(mine, different=different),
+            self.coverage + other.coverage,
+            self.aliases,
+        )
+
+    def state(self) -> dict[str, Any]:
+        """Plain values."""
+        return {
+            "provenance": dataclasses.asdict(self.provenance),
+            "num_samples": self.num_samples,
+            "num_positions": self.num_positions,
+            "batches": self.batches,
+            "aliases": self.aliases,
+            **self.coverage.state(),
+        }
+
+    @classmethod
+    def from_state(cls, fields: Mapping[str, Any]) -> Self:
+        """The counts whose ``state`` is among the fields."""
+        samples, positions, batches = (fields[name] for name in ("num_samples", "num_positions", "batches"))
+        provenance, coverage = Provenance(**fields["provenance"]), Coverage.from_state(dict(fields))
+        return cls(samples, positions, batches, provenance, coverage, fields["aliases"])
+
+
+class Measured:
+    """The part of ``protocol.Fisher`` that is about how a Fisher was measured, not about its numbers."""
+
+    _counts: Counts
+    shapes: dict[str, torch.Size]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The parameters, in the model's order; a tied tensor once, under its first name."""
+        return tuple(self.shapes)
+
+    @property
+    def num_samples(self) -> int:
+        """How many samples were measured."""
+        return self._counts.num_samples
+
+    @property
+    def num_positions(self) -> int:
+        """How many labels these samples have."""
+        return self._counts.num_positions
+
+    @property
+    def batches(self) -> int:
+        """How many batches were measured."""
+        return self._counts.batches
+
+    @property
+    def provenance(self) -> Provenance:
+        """How it was measured."""
+        return self._counts.provenance
+
+    @property
+    def coverage(self) -> Coverage:
+        """How each parameter was measured."""
+        return self._counts.coverage
+
+    @property
+    def aliases(self) -> dict[str, str]:
+        """The other names of tied tensors."""
+        return self._counts.aliases
+
+    @property
+    def num_parameters(self) -> int:
+        """How many numbers the parameters hold."""
+        return sum(shape.numel() for shape in self.shapes.values())
+
+    def _identity(self) -> dict[str, Any]:
+        """What must be equal for pooling to mean anything."""
+        return _pooling.identity(self.shapes, self.aliases, self.provenance)
