@@ -9,6 +9,7 @@ from fisherfast.fisher import (
     EKFACFisher,
     FisherFileError,
     FisherWarning,
+    GramFisher,
     KFACFisher,
     Provenance,
     SampleMoments,
@@ -18,6 +19,7 @@ from fisherfast.fisher import (
 from fisherfast.fisher.collect import collect
 from fisherfast.fisher.collectors import Diagonal, GradientMoments, PerSampleNorm
 from fisherfast.fisher.ekfac import EKFAC
+from fisherfast.fisher.gram import Gram
 from fisherfast.fisher.kfac import KFAC
 from fisherfast.fisher.measure import fisher
 from fisherfast.fisher.run import Interrupted
@@ -41,6 +43,8 @@ __all__ = [
     "FisherWarning",
     "Gaussian",
     "GradientMoments",
+    "Gram",
+    "GramFisher",
     "Interrupted",
     "KFACFisher",
     "LogLikelihood",

@@ -55,6 +55,7 @@ class Structure(StrEnum):
     diagonal = "diagonal"
     kfac = "kfac"
     ekfac = "ekfac"
+    gram = "gram"
 
 
 def _positive(value: float | None) -> float | None:

@@ -4,6 +4,7 @@
 from fisherfast.fisher.coverage import Coverage
 from fisherfast.fisher.diagonal import DiagonalFisher
 from fisherfast.fisher.ekfac import EKFACFisher
+from fisherfast.fisher.gram import GramFisher
 from fisherfast.fisher.kfac import KFACFisher
 from fisherfast.fisher.moments import SampleMoments
 from fisherfast.fisher.norms import SampleNorms
@@ -17,6 +18,7 @@ __all__ = [
     "Fisher",
     "FisherFileError",
     "FisherWarning",
+    "GramFisher",
     "KFACFisher",
     "LayerSummary",
     "Provenance",

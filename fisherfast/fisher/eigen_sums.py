@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from itertools import pairwise
-from operator import itemgetter
 from typing import Any
 
 import torch
@@ -21,7 +19,6 @@ from fisherfast.capture import Capture, Tracked
 from fisherfast.fisher.block_sums import BatchSum, BlockCollector, total_weight
 from fisherfast.fisher.eigen import EigenBlock, eigenbasis
 from fisherfast.fisher.kronecker import KroneckerBlock, Place
-from fisherfast.ops import _conv as conv
 from fisherfast.ops.conv_sq import conv_sq_
 from fisherfast.ops.embedding_sq import embedding_sq_
 from fisherfast.ops.linear_sq import linear_sq_
@@ -40,7 +37,7 @@ class EigenSums:
 
     def __init__(self, form: Form, tracked: Tracked, of: KroneckerBlock, U: Tensor | None, V: Tensor | None) -> None:
         self.place, self.form, self.kronecker, self.U, self.V = of.place, form, of, U, V
-        self._parameter = tracked.parameter.detach()
+        self._shape = tuple(tracked.parameter.shape)
         O, D = of.B.sum.shape[1], of.A.sum.shape[1]
         self._full, self._size = (O, D), (O if V is None else V.shape[2], D if U is None else U.shape[2])
         self.values = BatchSum((of.place.groups, *self._stored(*self._size)), tracked.parameter)
@@ -154,22 +151,13 @@ class _OfImages(EigenSums):
         T, G = images * math.prod(rows.g.shape[2:]), self.place.groups
         return (self._tiles, G * math.prod(self._full)) if self._tiles_cost_less(T) else (self._rotated, T * G * sum(self._size))
 
-    def _geometry(self, rows: Rows) -> tuple[Tensor, tuple[Any, ...]]:
-        """The images, and the arguments by which torch's convolution has the positions of g: it pads both ends alike."""
-        assert isinstance(self.form, Convolution) and rows.x is not None
-        form, x, K = self.form, rows.x, self._parameter.shape[2:]
-        padding = form.padding
-        if conv.positions(x.shape[2:], K, (), form.stride, padding, form.dilation) != rows.g.shape[2:]:
-            x = conv.framed(x, rows.g.shape[2:], K, form.stride, padding, form.dilation)
-            padding = (0,) * len(K)
-        return x, (form.stride, padding, form.dilation, False, (0,) * len(K), form.groups)
-
     def _rotated(self, acc: Tensor, rows: Rows, scale: float, weight: Tensor | None) -> None:
         """Rotating patches is a convolution with the columns of U; what is left is one with a kernel of one pixel."""
-        x, geometry = self._geometry(rows)
+        assert isinstance(self.form, Convolution)
+        x, geometry = self.form.framed(rows, self._shape[2:])
         g, G, bias = rows.g, self.place.groups, self.place.bias is not None
         assert self.U is not None  # an input factor of images is a matrix
-        filters = (self.U[:, :-1] if bias else self.U).mT.reshape(-1, *self._parameter.shape[1:])
+        filters = (self.U[:, :-1] if bias else self.U).mT.reshape(-1, *self._shape[1:])
         x = torch.ops.aten.convolution(x, filters, self.U[:, -1].flatten() if bias else None, *geometry)
         if self.V is not None:
             g = (self.V.mT @ g.unflatten(1, (G, -1)).flatten(3)).view(len(g), -1, *g.shape[2:])
@@ -177,33 +165,23 @@ class _OfImages(EigenSums):
         conv_sq_(values, x, g, scale, weight=weight, offsets=rows.offsets, flag=self.values.flag, groups=G)
 
     def _tiles(self, acc: Tensor, rows: Rows, scale: float, weight: Tensor | None) -> None:
-        x, geometry = self._geometry(rows)
-        g, parameter = rows.g, self._parameter.to(acc.dtype)
-        bounds = list(range(len(g) + 1)) if rows.offsets is None else rows.offsets.tolist()
-        tiles = g.new_zeros(len(bounds) - 1, self.place.groups, *self._full)
-        of_weight, of_bias = tiles[..., : parameter[0].numel()], tiles[..., -1]
-        for n, (a, b) in enumerate(pairwise(bounds)):
-            if b > a:
-                gradient = torch.ops.aten.convolution_backward(g[a:b], x[a:b], parameter, None, *geometry, (False, True, False))[
-                    1
-                ]
-                of_weight[n] = gradient.view(of_weight[n].shape)
-                if self.place.bias is not None:
-                    of_bias[n] = g[a:b].sum((0, *range(2, g.dim()))).view(of_bias[n].shape)
+        """The weight's columns and, last, the bias's: its gradient is what a sample's images add up to."""
+        gradients = self.form.gradients(rows, self._shape)
+        tiles = rows.g.new_zeros(len(gradients), self.place.groups, *self._full)
+        of_weight = tiles[..., : gradients[0].numel() // (self.place.groups * self._full[0])]
+        of_weight.copy_(gradients.view(of_weight.shape))
+        if self.place.bias is not None:
+            images = rows.g.flatten(2).sum(2)
+            sums = images if rows.offsets is None else torch.segment_reduce(images, "sum", offsets=rows.offsets)
+            tiles[..., -1] = sums.view(tiles.shape[:-1])
         self._add_tiles(acc, tiles, scale, weight)
 
 
 def _chunks(rows: Rows, weight: Tensor | None, step: int) -> Iterator[tuple[Rows, Tensor | None]]:
     """At most ``step`` samples at a time, and their weights."""
-    N = len(rows.g) if rows.offsets is None else len(rows.offsets) - 1
-    for start in range(0, N, step):
-        few = slice(start, min(start + step, N))
-        part = None if weight is None else weight[few]
-        if rows.offsets is None:
-            yield rows.each(itemgetter(few)), part
-        else:
-            first, last = rows.offsets[[few.start, few.stop]].tolist()
-            yield rows.each(itemgetter(slice(first, last)), rows.offsets[few.start : few.stop + 1] - first), part
+    for start in range(0, rows.num_samples, step):
+        end = min(start + step, rows.num_samples)
+        yield rows.samples(start, end), None if weight is None else weight[start:end]
 
 
 class EigenCollector(BlockCollector):

@@ -21,6 +21,7 @@ from fisherfast.fallback import SampleGradients
 from fisherfast.fisher import serialize
 from fisherfast.fisher.collectors import Diagonal, Structure
 from fisherfast.fisher.ekfac import EKFAC
+from fisherfast.fisher.gram import Gram
 from fisherfast.fisher.kfac import KFAC, KFACFisher
 from fisherfast.fisher.protocol import Provenance
 from fisherfast.fisher.run import Run, model_name
@@ -28,7 +29,7 @@ from fisherfast.layout import PROBED
 from fisherfast.likelihood import FISHER_TYPES, Likelihood, Predictions, resolve, stored_name
 from fisherfast.passes import Pass, Samples, check_loss_scale, conclude
 
-_STRUCTURES: dict[str, type[Structure]] = {"diagonal": Diagonal, "kfac": KFAC, "ekfac": EKFAC}
+_STRUCTURES: dict[str, type[Structure]] = {"diagonal": Diagonal, "kfac": KFAC, "ekfac": EKFAC, "gram": Gram}
 _CHECKPOINT_SECONDS = 60.0
 
 
@@ -57,7 +58,7 @@ def fisher(
     backward pass per column of a square root of the output Hessian; "empirical" uses the labels of the data, which is
     *not* the Fisher. ``likelihood``: "categorical", "bernoulli", "gaussian", ``ff.CausalLM()`` or an object.
     ``structure``: "diagonal" gives a ``DiagonalFisher``, "kfac" a ``KFACFisher``, "ekfac" an ``EKFACFisher`` (the data
-    are read twice and must be the same both times); a tuple of requests, ``(ff.Diagonal(), ff.PerSampleNorm(),
+    are read twice and must be the same both times), "gram" a ``GramFisher``, exact, for small models; a tuple of requests, ``(ff.Diagonal(), ff.PerSampleNorm(),
     ff.GradientMoments())``, gives their results in that order, from the same passes.
     ``loss_scale`` multiplies the gradients on their way through a float16 model and is taken out of their squares.
     ``sample_offset`` is the number of the first sample: give each rank its own, so that no two share random numbers.

@@ -162,7 +162,12 @@ def _measure(
     """Everything but the layer's share of the whole network."""
     kl, dimension = 0.0, 0.0
     for block in blocks:
-        scale = scales[block.spectrum.parameters[0]]
+        scale, *others = (scales[name] for name in block.spectrum.parameters)
+        if any(other != scale for other in others):
+            raise ValueError(
+                f"information_in_weights: prior_scale must be one number for a block of F, got several for "
+                f"{list(block.spectrum.parameters)}; a diagonal Fisher has a block for every parameter"
+            )
         # At a fitted limit (scale 0 or inf) the block is at its center or its Fisher is zero, and the terms below vanish.
         if block.squared_distance:
             kl += block.squared_distance / (2 * scale**2)

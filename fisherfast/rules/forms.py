@@ -17,12 +17,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from operator import itemgetter
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fisherfast.ops import _conv as conv
 from fisherfast.ops._common import wide
 from fisherfast.ops.conv_sq import conv_sq_
 from fisherfast.ops.embedding_sq import embedding_sq_
@@ -52,6 +53,26 @@ class Rows(NamedTuple):
         N, T = self.g.shape[:2]
         offsets = torch.arange(0, N * T + 1, T, device=self.g.device) if T else _nothing(N, self.g)
         return self.each(lambda rows: rows.flatten(0, 1), offsets)
+
+    @property
+    def num_samples(self) -> int:
+        """N."""
+        return len(self.g) if self.offsets is None else len(self.offsets) - 1
+
+    def samples(self, first: int, last: int) -> Rows:
+        """The rows of samples ``first, ..., last - 1``."""
+        lookup = None if self.lookup is None else self.lookup.samples(first, last)
+        if self.offsets is None:
+            return self.each(itemgetter(slice(first, last)))._replace(lookup=lookup)
+        start, end = self.offsets[[first, last]].tolist()
+        few = self.each(itemgetter(slice(start, end)), self.offsets[first : last + 1] - start)
+        return few._replace(lookup=lookup)
+
+    def one_by_one(self) -> Iterator[Rows]:
+        """Packed rows of each sample as ``[1, T, ...]``."""
+        assert self.offsets is not None
+        for start, end in pairwise(self.offsets.tolist()):
+            yield self.each(itemgetter((None, slice(start, end))))
 
     def without_zeros(self) -> Rows:
         """Leave out the positions whose gradient is zero (padding), if they are many: they add nothing and would be multiplied."""
@@ -99,6 +120,17 @@ class Form:
 
     def accumulate(self, acc: Tensor, rows: Rows, scale: float, **outputs: Tensor | None) -> None:
         """Add ``scale * sum_n w_n (sample gradient)^2`` of oriented rows into ``acc``; ``outputs`` as for the ops."""
+        raise NotImplementedError
+
+    def gradients(self, rows: Rows, shape: tuple[int, ...]) -> Tensor:
+        """The sample gradients ``[N, *shape]`` of oriented rows, whole: for few samples, and as the reference of all else."""
+        if rows.offsets is None:
+            return self._gradients(rows, shape)
+        each = [self._gradients(one, shape) for one in rows.one_by_one()]
+        return torch.cat(each) if each else rows.g.new_zeros(0, *shape)
+
+    def _gradients(self, rows: Rows, shape: tuple[int, ...]) -> Tensor:
+        """Of rows ``[N, T, ...]``."""
         raise NotImplementedError
 
 
@@ -149,6 +181,10 @@ class MatMul(Form):
         assert rows.x is not None
         linear_sq_(acc, rows.x, rows.g, scale, offsets=rows.offsets, **outputs)
 
+    def _gradients(self, rows: Rows, shape: tuple[int, ...]) -> Tensor:
+        assert rows.x is not None
+        return (rows.g.mT @ rows.x).view(-1, *shape)
+
 
 @dataclass(frozen=True)
 class Convolution(Form):
@@ -195,6 +231,26 @@ class Convolution(Form):
         assert rows.x is not None
         geometry = {"stride": self.stride, "padding": self.padding, "dilation": self.dilation, "groups": self.groups}
         conv_sq_(acc, rows.x, rows.g, scale, offsets=rows.offsets, **outputs, **geometry)
+
+    def framed(self, rows: Rows, kernel: tuple[int, ...]) -> tuple[Tensor, tuple[Any, ...]]:
+        """The images, and the arguments by which torch's convolution has the positions of g: it pads both ends alike."""
+        x, padding = rows.x, self.padding
+        assert x is not None
+        if conv.positions(x.shape[2:], kernel, (), self.stride, padding, self.dilation) != rows.g.shape[2:]:
+            x = conv.framed(x, rows.g.shape[2:], kernel, self.stride, padding, self.dilation)
+            padding = (0,) * len(kernel)
+        return x, (self.stride, padding, self.dilation, False, (0,) * len(kernel), self.groups)
+
+    def gradients(self, rows: Rows, shape: tuple[int, ...]) -> Tensor:
+        """See ``Form``; torch has them one sample at a time."""
+        x, geometry = self.framed(rows, shape[2:])
+        weight, found = x.new_empty(shape), x.new_zeros(rows.num_samples, *shape)
+        bounds = range(len(x) + 1) if rows.offsets is None else rows.offsets.tolist()
+        for n, (a, b) in enumerate(pairwise(bounds)):
+            if b > a:
+                backward = torch.ops.aten.convolution_backward
+                found[n] = backward(rows.g[a:b], x[a:b], weight, None, *geometry, (False, True, False))[1]
+        return found
 
 
 def _one_size(images: list[Tensor]) -> list[Tensor]:
@@ -245,6 +301,9 @@ class Elementwise(Form):
             outputs["total"] = total.view(-1)
         scale_sq_(acc.view(-1), rows.x, rows.g, scale, offsets=rows.offsets, **outputs)
 
+    def _gradients(self, rows: Rows, shape: tuple[int, ...]) -> Tensor:
+        return (rows.g if rows.x is None else rows.g * rows.x).sum(1).view(-1, *shape)
+
 
 @dataclass(frozen=True)
 class Lookup(Form):
@@ -263,6 +322,12 @@ class Lookup(Form):
         assert rows.x is not None
         ids = rows.x.squeeze(-1)
         embedding_sq_(acc, ids, rows.g, scale, offsets=rows.offsets, padding_idx=self.padding_idx, **outputs)
+
+    def _gradients(self, rows: Rows, shape: tuple[int, ...]) -> Tensor:
+        assert rows.x is not None
+        ids, found = rows.x.squeeze(-1), rows.g.new_zeros(len(rows.g), *shape)
+        sample = torch.arange(len(found), device=ids.device).unsqueeze(1).expand_as(ids)
+        return found.index_put_((sample, ids), rows.g * (ids != self.padding_idx).unsqueeze(-1), accumulate=True)
 
 
 @dataclass(frozen=True)
@@ -285,6 +350,12 @@ class Tied(Form):
         linear_sq_(acc, rows.x, rows.g, scale, offsets=rows.offsets, **outputs)
         for n, head, table in _few_samples(rows._replace(lookup=None), lookup):
             self._add_touched(acc, n, head, table, scale, **outputs)
+
+    def gradients(self, rows: Rows, shape: tuple[int, ...]) -> Tensor:
+        """See ``Form``."""
+        assert rows.lookup is not None
+        head = MatMul().gradients(rows._replace(lookup=None), shape)
+        return head.add_(Lookup(self.padding_idx).gradients(rows.lookup, shape))
 
     def _add_touched(
         self, acc: Tensor, n: slice, head: Rows, table: Rows, scale: float, *, weight=None, total=None, sqnorm=None, flag=None
@@ -318,11 +389,8 @@ def _few_samples(head: Rows, table: Rows) -> Iterator[tuple[slice, Rows, Rows]]:
             few = slice(start, start + step)
             yield few, head.each(itemgetter(few)), table.each(itemgetter(few))
         return
-    head, table = head.packed(), table.packed()
-    assert head.offsets is not None and table.offsets is not None
-    for n, bounds in enumerate(zip(pairwise(head.offsets.tolist()), pairwise(table.offsets.tolist()), strict=True)):
-        a, b = (slice(*bound) for bound in bounds)
-        yield slice(n, n + 1), head.each(itemgetter((None, a))), table.each(itemgetter((None, b)))
+    for n, (one, other) in enumerate(zip(head.packed().one_by_one(), table.packed().one_by_one(), strict=True)):
+        yield slice(n, n + 1), one, other
 
 
 @dataclass(frozen=True)
@@ -345,6 +413,10 @@ class Window:
     def end(self) -> int:
         """One past the last element."""
         return self.start + 1 + sum((size - 1) * stride for size, stride in zip(self.shape, self.strides, strict=True))
+
+    def of_each(self, whole: Tensor) -> Tensor:
+        """The same part of every tensor in a stack ``[N, *parameter]``."""
+        return whole.as_strided((len(whole), *self.shape), (whole.stride(0), *self.strides), self.start)
 
     def disjoint(self, other: Window) -> bool:
         """Whether it is plain that the two have no element in common."""
@@ -396,6 +468,12 @@ class Part(Form):
         for target, piece in zip(targets, pieces, strict=True):
             if target is not None and piece is not None and piece is not target:
                 target += piece
+
+    def gradients(self, rows: Rows, shape: tuple[int, ...]) -> Tensor:
+        """See ``Form``: zero outside the part."""
+        found = rows.g.new_zeros(rows.num_samples, *shape)
+        self.window.of_each(found).copy_(self.form.gradients(rows, self.window.shape))
+        return found
 
 
 def part(form: Form, window: Window, whole: Tensor) -> Form:

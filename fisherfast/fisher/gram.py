@@ -1,0 +1,285 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The exact Fisher of small models and few samples, by its dual: the Gram matrix of the sample gradients has the same eigenvalues."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, ClassVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fisherfast.capture import Capture
+from fisherfast.fisher import _arguments, _pooling, serialize
+from fisherfast.fisher.counts import Counts, Measured
+from fisherfast.fisher.coverage import Coverage
+from fisherfast.fisher.gram_sums import GramCollector, Piece, Pieces
+from fisherfast.fisher.protocol import Damping, FisherWarning, LayerSummary, Spectrum, Vector
+
+_CHUNK_BYTES = 2**27
+
+
+@dataclass(frozen=True)
+class Gram:
+    """Ask for the exact Fisher: ``ff.fisher(model, data, structure="gram")``, ``ff.collect(model, ff.Gram())``.
+
+    ``max_rows``: at most so many sample gradients, one per sample and backward pass; what is computed of them takes
+    ``8 max_rows^2`` bytes and, for eigenvalues, about ``max_rows^3`` operations.
+    """
+
+    max_rows: int = 8192
+    squares, totals, spread, keeps = False, False, False, None
+
+    def check(self, fisher_type: str | None) -> None:
+        """See ``collectors.Structure``: any labels will do."""
+
+    def collector(self, capture: Capture, transactional: bool) -> GramCollector:
+        """See ``collectors.Structure``."""
+        return GramCollector(capture, self.max_rows)
+
+    def result(self, source: GramCollector, counts: Counts) -> GramFisher:
+        """See ``collectors.Structure``."""
+        known = counts.coverage
+        how = {name: way if ":" in way else f"{way}: sample gradients" for name, way in known.items()}
+        counts = dataclasses.replace(counts, coverage=Coverage(how, known.sizes, known.seconds, known.underflow))
+        return GramFisher(source.snapshot(), source.num_rows, source.weight, counts, source.shapes)
+
+    def restore(self, source: GramCollector, before: GramFisher) -> None:
+        """See ``collectors.Structure``."""
+        source.restore(before.pieces, before.num_rows, before.weight)
+
+
+@serialize.storable("gram")
+class GramFisher(Measured):
+    """``F = G^T G / W``, the rows of G ``[M, P]`` the sample gradients, times the roots of their weights: all P^2 entries of F.
+
+    The dual ``G G^T / W`` ``[M, M]`` has F's eigenvalues but for zeros. It is added up parameter by parameter, and G is never
+    whole: what is kept of a layer are the rows x and g that its gradients are products of, or those where they are smaller.
+    With ``fisher_type="exact"`` a sample has a row for every column of the square root of its output Hessian: C - 1 of C classes.
+
+    Shapes:   vectors {parameter name: tensor shaped like the parameter}, or flat in ``names`` order. One block over all
+              layers: ``spectra`` and ``by_layer`` have one entry, named ``""``.
+    Scale:    a mean over samples, as every Fisher's. ``damping`` is Tikhonov, ``F + damping I``; by layer it is exact too.
+    Errors:   ValueError for vectors and dampings that do not fit, for systems that are not damped everywhere, and for
+              ``all_reduce``.
+    Numerics: float64 from the rows on; eigenvalues below ``M 2^-52`` of the largest are rounding and count as zero.
+    Source:   Amari 1998; the dual: Karakida, Akaho & Amari 2019 (arXiv:1806.01316), section 3.
+    """
+
+    structure: ClassVar[str]
+
+    def __init__(self, pieces: Pieces, num_rows: int, weight: float, counts: Counts, shapes: Mapping[str, torch.Size]) -> None:
+        self.pieces, self.num_rows, self.weight, self._counts = pieces, num_rows, weight, counts
+        self.shapes: dict[str, torch.Size] = {name: torch.Size(shape) for name, shape in shapes.items()}
+
+    # -- G, a few rows of one parameter at a time
+
+    def _of(self, name: str, after: int = 0) -> Iterator[tuple[slice, Tensor]]:
+        """Row numbers and ``[rows, numel]`` of G, from row ``after`` on."""
+        if not self.weight:
+            raise ValueError("gram: needs samples of a weight > 0, got none; the run ended before its first backward pass")
+        shape = self.shapes[name]
+        step = max(1, _CHUNK_BYTES // (8 * max(1, shape.numel())))
+        for first in range(after, self.num_rows, step):
+            last = min(first + step, self.num_rows)
+            rows = torch.zeros(last - first, *shape, dtype=torch.float64, device=self._device)
+            for piece in self.pieces[name]:
+                a, b = max(first, piece.first), min(last, piece.end)
+                if a < b:
+                    rows[a - first : b - first] += piece.gradients(a, b, shape)
+            yield slice(first, last), rows.view(last - first, -1)
+
+    @property
+    def _device(self) -> torch.device:
+        return next((piece.root.device for pieces in self.pieces.values() for piece in pieces), torch.device("cpu"))
+
+    def _times(self, columns: Mapping[str, Tensor]) -> Tensor:
+        """G times ``{name: [numel, n]}``: ``[M, n]``."""
+        n = next(iter(columns.values())).shape[1]
+        found = torch.zeros(self.num_rows, n, dtype=torch.float64, device=self._device)
+        for name, column in columns.items():
+            for rows, G in self._of(name):
+                found[rows] += G @ column
+        return found
+
+    def _back(self, columns: Tensor) -> dict[str, Tensor]:
+        """The transpose of G times ``[M, n]``: ``{name: [numel, n]}``."""
+        found = {}
+        for name, shape in self.shapes.items():
+            found[name] = columns.new_zeros(shape.numel(), columns.shape[1])
+            for rows, G in self._of(name):
+                found[name] += G.mT @ columns[rows]
+        return found
+
+    def dual(self, dampings: Mapping[str, float] | None = None) -> Tensor:
+        """``G D^-1 G^T / W``, D the damping of each parameter, or without D: float64 ``[M, M]``."""
+        K = torch.zeros(self.num_rows, self.num_rows, dtype=torch.float64, device=self._device)
+        for name in self.names:
+            scale = 1 / (self.weight * (dampings[name] if dampings else 1.0)) if self.weight else 0.0
+            for above, G in self._of(name):
+                K[above, above] += scale * (G @ G.mT)
+                for below, H in self._of(name, above.stop):
+                    K[below, above] += scale * (H @ G.mT)
+        return K.tril() + K.tril(-1).mT
+
+    # -- what it answers
+
+    @cached_property
+    def _values(self) -> Tensor:
+        """The eigenvalues that may differ from zero, largest first."""
+        values = torch.linalg.eigvalsh(self.dual()).flip(0)[: self.num_parameters]
+        return torch.where(values > len(values) * torch.finfo(torch.float64).eps * values[:1], values, 0.0)
+
+    def diagonal(self, *, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+        """``{name: tensor}`` shaped like the parameters."""
+        return {name: self._diagonal(name).to(dtype).view(shape) for name, shape in self.shapes.items()}
+
+    def _diagonal(self, name: str) -> Tensor:
+        squares = [G.square().sum(0) for _, G in self._of(name)]
+        return torch.stack(squares).sum(0) / self.weight
+
+    def trace(self) -> float:
+        """The sum of the eigenvalues."""
+        return math.fsum(float(self._diagonal(name).sum()) for name in self.names)
+
+    def eigenvalues(self) -> Tensor:
+        """All P eigenvalues in one float64 tensor, largest first."""
+        return torch.cat([self._values, self._values.new_zeros(self.num_parameters - len(self._values))])
+
+    def spectra(self) -> Iterator[Spectrum]:
+        """One block."""
+        yield Spectrum("", self.names, (self._values,), self.num_parameters - len(self._values))
+
+    def by_layer(self) -> dict[str, LayerSummary]:
+        """One block over all layers."""
+        return {"": LayerSummary("", self.names, self.num_parameters, self.trace())}
+
+    def logdet(self, damping: Damping = 0.0) -> float:
+        """``log det(F + damping I)``; -inf with a FisherWarning if that is singular."""
+        dampings = _arguments.damping_by_name("logdet", damping, self.names)
+        distinct = set(dampings.values())
+        if len(distinct) > 1:
+            self._check_damped("logdet", dampings)
+            eye = torch.eye(self.num_rows, dtype=torch.float64, device=self._device)
+            inner = torch.linalg.cholesky(eye + self.dual(dampings)).diagonal().log().sum()
+            return 2 * float(inner) + math.fsum(self.shapes[name].numel() * math.log(d) for name, d in dampings.items())
+        (delta,) = distinct
+        damped = self.eigenvalues() + delta
+        if zeros := int((damped == 0).sum()):
+            message = f"logdet: {zeros} of {self.num_parameters} eigenvalues of F + damping I are zero: -inf; pass damping > 0"
+            warnings.warn(message, FisherWarning, stacklevel=2)
+            return -math.inf
+        return float(damped.log().sum())
+
+    @staticmethod
+    def _check_damped(method: str, dampings: Mapping[str, float]) -> None:
+        if undamped := [name for name, value in dampings.items() if not value]:
+            raise ValueError(f"{method}: damping must be > 0 for every parameter, got 0 for {_arguments.listed(undamped)}")
+
+    def __matmul__(self, v: Vector) -> Vector:
+        """``F v``, in the dtype and on the device of v."""
+        parts = _arguments.split("F @ v", v, self.shapes)
+        return self._like(v, parts, self._back(self._times(self._columns(parts)) / self.weight))
+
+    def solve(self, v: Vector, damping: Damping = 0.0) -> Vector:
+        """``(F + damping I)^-1 v``, in the dtype and on the device of v, by Woodbury's identity; every damping > 0."""
+        dampings = _arguments.damping_by_name("solve", damping, self.names)
+        self._check_damped("solve", dampings)
+        parts = _arguments.split("solve", v, self.shapes)
+        columns = {name: column / dampings[name] for name, column in self._columns(parts).items()}
+        back = self._back(self._inner_solve(self._times(columns), dampings))
+        return self._like(v, parts, {name: columns[name] - back[name] / dampings[name] for name in self.names})
+
+    def _inner_solve(self, columns: Tensor, dampings: Mapping[str, float]) -> Tensor:
+        """``(W I + G D^-1 G^T)^-1`` times ``[M, n]``."""
+        inner = self.dual(dampings)
+        inner.diagonal().add_(1.0)
+        return torch.cholesky_solve(columns, torch.linalg.cholesky(inner)) / self.weight
+
+    def sample(
+        self, n: int, *, damping: Damping = 0.0, generator: torch.Generator | None = None, dtype: torch.dtype = torch.float32
+    ) -> dict[str, Tensor]:
+        """``n`` draws from ``N(0, (F + damping I)^-1)``, ``{name: [n, *shape]}``; every damping > 0.
+
+        A draw x of ``N(0, D^-1)`` is corrected as if ``G x + noise = 0`` had been observed (Matheron's rule).
+        """
+        dampings = _arguments.damping_by_name("sample", damping, self.names)
+        self._check_damped("sample", dampings)
+        source = self._device if generator is None else generator.device
+
+        def normal(size: int) -> Tensor:
+            return torch.randn(size, n, dtype=torch.float64, device=source, generator=generator).to(self._device)
+
+        prior = {name: normal(shape.numel()) / dampings[name] ** 0.5 for name, shape in self.shapes.items()}
+        observed = self._times(prior) + self.weight**0.5 * normal(self.num_rows)
+        back = self._back(self._inner_solve(observed, dampings))
+        return {
+            name: (prior[name] - back[name] / dampings[name]).mT.reshape(n, *shape).to(dtype)
+            for name, shape in self.shapes.items()
+        }
+
+    def _columns(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: part.to(self._device, torch.float64).reshape(-1, 1) for name, part in parts.items()}
+
+    def _like(self, v: Vector, parts: dict[str, Tensor], columns: Mapping[str, Tensor]) -> Vector:
+        found = {name: columns[name].view(part.shape).to(part.device, part.dtype) for name, part in parts.items()}
+        return _arguments.like(v, found)
+
+    # -- pooling and files
+
+    def __add__(self, other: GramFisher) -> GramFisher:
+        """The Fisher of both data sets together: the rows of both. Errors: ValueError if measured in different ways."""
+        if not isinstance(other, GramFisher):
+            return NotImplemented
+        _pooling.check_same(self._identity(), other._identity())
+        pieces = {
+            name: (*mine, *(piece.moved(self.num_rows) for piece in other.pieces[name])) for name, mine in self.pieces.items()
+        }
+        rows, weight = self.num_rows + other.num_rows, self.weight + other.weight
+        return GramFisher(pieces, rows, weight, self._counts.pooled(other._counts), self.shapes)
+
+    def all_reduce(self, group: dist.ProcessGroup | None = None) -> GramFisher:
+        """Refused: the rows of all ranks would have to be on every rank."""
+        raise ValueError("gram: all_reduce must have sums, got rows that differ on every rank; save each and add them with +")
+
+    def save(self, path: str | os.PathLike[str], *, extra: Mapping[str, str] | None = None) -> None:
+        """Write to a safetensors file, whole or not at all; ``fisherfast.load`` reads it back bit by bit."""
+        serialize.save(self, path, extra)
+
+    def state(self) -> serialize.State:
+        """See ``serialize.Storable``."""
+        tensors: dict[str, Tensor] = {}
+        fields: dict[str, Any] = {}
+        for name, pieces in self.pieces.items():
+            states = [piece.state() for piece in pieces]
+            tensors |= {f"{name}.{k}.{part}": t for k, (mine, _) in enumerate(states) for part, t in mine.items()}
+            fields[name] = [plain for _, plain in states]
+        counted = {"num_rows": self.num_rows, "weight": self.weight, "shapes": {n: list(s) for n, s in self.shapes.items()}}
+        return tensors, {**self._counts.state(), **counted, "pieces": fields}
+
+    @classmethod
+    def from_state(cls, tensors: dict[str, Tensor], fields: dict[str, Any]) -> GramFisher:
+        """The object whose ``state`` this is."""
+
+        def mine(prefix: str) -> dict[str, Tensor]:
+            return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+
+        pieces = {
+            name: tuple(Piece.from_state(mine(f"{name}.{k}."), plain) for k, plain in enumerate(plains))
+            for name, plains in fields["pieces"].items()
+        }
+        shapes = {name: torch.Size(shape) for name, shape in fields["shapes"].items()}
+        return cls(pieces, fields["num_rows"], fields["weight"], Counts.from_state(fields), shapes)
+
+    def __repr__(self) -> str:
+        return (
+            f"GramFisher({self.num_parameters:,} parameters, {self.num_rows:,} sample gradients of {self.num_samples:,} samples, "
+            f"{self.provenance.fisher_type} labels)"
+        )

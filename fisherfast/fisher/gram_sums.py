@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The sample gradients behind a Gram Fisher, kept as rows wherever these are smaller, and made whole a few at a time."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fisherfast.capture import Call, Capture, Tracked
+from fisherfast.fisher.block_sums import total_weight
+from fisherfast.ops._common import wide
+from fisherfast.passes import Samples
+from fisherfast.rules import Convolution, Elementwise, Form, Lookup, MatMul, Part, Rows, Tied, Window
+
+Pieces = dict[str, tuple["Piece", ...]]  # of each parameter
+_FORMS: dict[str, Any] = {form.__name__: form for form in (MatMul, Convolution, Elementwise, Lookup, Tied)}
+
+
+@dataclass(frozen=True, eq=False)
+class Piece:
+    """The sample gradients of one parameter, or of a part of it, in one backward pass: rows ``first, ..., first + n - 1`` of G.
+
+    ``root`` ``[n]``: what each is multiplied by, the root of its weight in the sum.
+    """
+
+    first: int
+    form: Form
+    rows: Rows
+    root: Tensor
+
+    @property
+    def end(self) -> int:
+        """One past its last row of G."""
+        return self.first + len(self.root)
+
+    def gradients(self, first: int, last: int, shape: torch.Size) -> Tensor:
+        """Those of rows ``first, ..., last - 1`` of G, ``[last - first, *shape]`` in float64."""
+        few = slice(first - self.first, last - self.first)
+        rows = _each(self.rows.samples(few.start, few.stop), lambda t: t.double() if t.is_floating_point() else t)
+        return self.form.gradients(rows, shape) * self.root[few].view(-1, *[1] * len(shape))
+
+    def moved(self, rows: int) -> Piece:
+        """Further down in G."""
+        return dataclasses.replace(self, first=self.first + rows)
+
+    def state(self) -> tuple[dict[str, Tensor], list[Any]]:
+        """Tensors and plain values."""
+        return {"root": self.root, **_tensors(self.rows)}, [self.first, *_plain(self.form)]
+
+    @classmethod
+    def from_state(cls, tensors: Mapping[str, Tensor], fields: list[Any]) -> Piece:
+        """The piece whose ``state`` this is."""
+        first, *form = fields
+        lookup = {name.removeprefix("lookup."): t for name, t in tensors.items() if name.startswith("lookup.")}
+        own = {name: tensors.get(name) for name in ("x", "offsets")}
+        rows = Rows(g=tensors["g"], **own, lookup=Rows(lookup.get("x"), lookup["g"], lookup.get("offsets")) if lookup else None)
+        return cls(first, _formed(form), rows, tensors["root"])
+
+
+def _each(rows: Rows, change: Any) -> Rows:
+    """Both uses' tensors, changed in the same way."""
+    lookup = None if rows.lookup is None else rows.lookup.each(change, rows.lookup.offsets)
+    return rows.each(change, rows.offsets)._replace(lookup=lookup)
+
+
+def _tensors(rows: Rows) -> dict[str, Tensor]:
+    mine = {"x": rows.x, "g": rows.g, "offsets": rows.offsets}
+    more = {} if rows.lookup is None else {f"lookup.{name}": t for name, t in _tensors(rows.lookup).items()}
+    return {name: t for name, t in mine.items() if t is not None} | more
+
+
+def _plain(form: Form) -> list[Any]:
+    if isinstance(form, Part):
+        return ["Part", _plain(form.form), dataclasses.asdict(form.window)]
+    fields = [field.name for field in dataclasses.fields(form) if field.compare]  # type: ignore[arg-type]
+    return [type(form).__name__, {name: getattr(form, name) for name in fields}]
+
+
+def _formed(plain: list[Any]) -> Form:
+    kind, fields, *window = plain
+    if kind == "Part":
+        return Part(_formed(fields), Window(**_tuples(window[0])))
+    return _FORMS[kind](**_tuples(fields))
+
+
+def _tuples(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON has lists only."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
+
+
+def _smallest(form: Form, rows: Rows, shape: torch.Size) -> tuple[Form, Rows]:
+    """The same gradients on memory of their own: as rows, or whole where that takes less."""
+    inner, part = (form.form, form.window.shape) if isinstance(form, Part) else (form, shape)
+    if sum(t.numel() for t in _tensors(rows).values()) > rows.num_samples * math.prod(part):
+        whole = inner.gradients(_each(rows, lambda t: wide(t) if t.is_floating_point() else t), part)
+        inner, rows = Elementwise(tuple(part)), Rows(None, whole.view(len(whole), 1, -1))
+    else:
+        rows = _each(rows, lambda t: t.clone(memory_format=torch.contiguous_format))
+    return Part(inner, form.window) if isinstance(form, Part) else inner, rows
+
+
+class GramCollector:
+    """Keeps the sample gradients of all batches; see ``passes.Collector`` for its protocol. A batch counts as a whole."""
+
+    separate = True  # every pass is a row of its own
+
+    def __init__(self, capture: Capture, max_rows: int) -> None:
+        self._tracked, self._device = capture.tracked, capture.device
+        self._max_rows, self._samples = max_rows, Samples(0)
+        self._pieces: defaultdict[str, list[Piece]] = defaultdict(list)
+        self._batch: list[tuple[str, Piece, Tensor]] = []  # and whether it is finite
+        self.num_rows, self.weight = 0, 0.0
+
+    @property
+    def shapes(self) -> dict[str, torch.Size]:
+        """Of the parameters, in the model's order."""
+        return {name: tracked.parameter.shape for name, tracked in self._tracked.items()}
+
+    def explore(self, calls: list[Call]) -> None:
+        """See ``passes.Collector``: nothing depends on how a parameter is used."""
+
+    def forget(self, name: str) -> None:
+        """See ``passes.Collector``: it has no gradients yet."""
+
+    def begin(self, samples: Samples) -> None:
+        """See ``passes.Collector``."""
+        rows = self.num_rows + samples.N * samples.passes
+        if rows > self._max_rows:
+            raise ValueError(
+                f"gram: sample gradients must be at most max_rows = {self._max_rows}, got {rows} ({samples.passes} a sample); "
+                "measure fewer samples or draws, or pass (ff.Gram(max_rows=...),): its matrix takes 8 max_rows^2 bytes"
+            )
+        self._samples = samples
+
+    @torch.no_grad()
+    def add(self, tracked: Tracked, form: Form, rows: Rows, scale: float, number: int) -> None:
+        """See ``passes.Collector``."""
+        form, rows = _smallest(form, rows, tracked.parameter.shape)
+        self._keep(tracked.name, form, rows, scale, number * self._samples.N, slice(None))
+
+    @torch.no_grad()
+    def add_gradients(self, tracked: Tracked, gradients: Tensor, first: int, scale: float, number: int) -> None:
+        """See ``passes.Collector``."""
+        rows = Rows(None, gradients.reshape(len(gradients), 1, -1).clone())
+        few = slice(first, first + len(gradients))
+        self._keep(tracked.name, Elementwise(tuple(tracked.parameter.shape)), rows, scale, number * self._samples.N + first, few)
+
+    def _keep(self, name: str, form: Form, rows: Rows, scale: float, first: int, few: slice) -> None:
+        weight = self._samples.weight
+        weight = rows.g.new_ones(rows.num_samples, dtype=torch.float64) if weight is None else weight[few].double()
+        finite = torch.stack([t.isfinite().all() for t in _tensors(rows).values()]).all()
+        self._batch.append((name, Piece(self.num_rows + first, form, rows, (weight * scale).sqrt()), finite))
+
+    def touch(self, tracked: Tracked) -> None:
+        """See ``passes.Collector``: rows that nobody gives are zero."""
+
+    def settle(self, complete: bool) -> list[str]:
+        """See ``passes.Collector``."""
+        finite = torch.stack([good for *_, good in self._batch]).tolist() if self._batch else []
+        bad = list(dict.fromkeys(name for (name, *_), good in zip(self._batch, finite, strict=True) if not good))
+        if complete and not bad:
+            for name, piece, _ in self._batch:
+                self._pieces[name].append(piece)
+            self.num_rows += self._samples.N * self._samples.passes
+            self.weight += float(total_weight(self._samples))
+        self._batch.clear()
+        return bad
+
+    def snapshot(self) -> Pieces:
+        """What was kept: pieces never change."""
+        return {name: tuple(self._pieces[name]) for name in self._tracked}
+
+    def restore(self, pieces: Mapping[str, Sequence[Piece]], num_rows: int, weight: float) -> None:
+        """Start from a snapshot."""
+        self._pieces.update({name: list(mine) for name, mine in pieces.items()})
+        self.num_rows, self.weight = num_rows, weight
