@@ -21,7 +21,9 @@ from fisherfast.fisher.collectors import Diagonal, GradientMoments, PerSampleNor
 from fisherfast.fisher.ekfac import EKFAC
 from fisherfast.fisher.gram import Gram
 from fisherfast.fisher.kfac import KFAC
+from fisherfast.fisher.lanczos import Estimate, SpectralDensity, spectral_density
 from fisherfast.fisher.measure import fisher
+from fisherfast.fisher.operator import FisherOperator
 from fisherfast.fisher.run import Interrupted
 from fisherfast.information import information_in_weights
 from fisherfast.likelihood import Bernoulli, Categorical, CausalLM, Gaussian, LogLikelihood
@@ -39,7 +41,9 @@ __all__ = [
     "Diagonal",
     "DiagonalFisher",
     "EKFACFisher",
+    "Estimate",
     "FisherFileError",
+    "FisherOperator",
     "FisherWarning",
     "Gaussian",
     "GradientMoments",
@@ -53,6 +57,7 @@ __all__ = [
     "Provenance",
     "SampleMoments",
     "SampleNorms",
+    "SpectralDensity",
     "backend",
     "collect",
     "fisher",
@@ -61,4 +66,5 @@ __all__ = [
     "ops",
     "rule",
     "rules",
+    "spectral_density",
 ]

@@ -23,10 +23,10 @@ from fisherfast.fisher.collectors import Diagonal, Structure
 from fisherfast.fisher.ekfac import EKFAC
 from fisherfast.fisher.gram import Gram
 from fisherfast.fisher.kfac import KFAC, KFACFisher
-from fisherfast.fisher.protocol import Provenance
+from fisherfast.fisher.labelling import Labelling
 from fisherfast.fisher.run import Run, model_name
 from fisherfast.layout import PROBED
-from fisherfast.likelihood import FISHER_TYPES, Likelihood, Predictions, resolve, stored_name
+from fisherfast.likelihood import Likelihood, Predictions
 from fisherfast.passes import Pass, Samples, check_loss_scale, conclude
 
 _STRUCTURES: dict[str, type[Structure]] = {"diagonal": Diagonal, "kfac": KFAC, "ekfac": EKFAC, "gram": Gram}
@@ -76,14 +76,7 @@ def fisher(
     several = isinstance(structure, tuple)
     if not structure or (isinstance(structure, str) and structure not in _STRUCTURES):
         raise ValueError(f"fisher: structure must be one of {sorted(_STRUCTURES)}, or a tuple of requests, got {structure!r}")
-    if fisher_type == "type-2":
-        fisher_type = "exact"
-    if fisher_type not in FISHER_TYPES:
-        raise ValueError(
-            f"fisher: fisher_type must be one of {list(FISHER_TYPES)} (or 'type-2' for 'exact'), got {fisher_type!r}"
-        )
-    if draws < 1 or (draws > 1 and fisher_type != "mc"):
-        raise ValueError(f"fisher: draws must be >= 1, and 1 unless fisher_type='mc', got {draws} with {fisher_type!r}")
+    labelling = Labelling.of(fisher_type, likelihood, draws, seed, max_passes)
     check_loss_scale("fisher", loss_scale)
     refuse_train_mode(model)
     structures = structure if isinstance(structure, tuple) else (_STRUCTURES[structure](),)
@@ -91,9 +84,8 @@ def fisher(
 
     def measurement(structures: tuple[Structure, ...]) -> _Measurement:
         return _Measurement(
-            model, structures, fisher_type, resolve(likelihood), draws, seed, sample_offset, max_passes, output,
-            loss_scale, allow_missing, transactional=checkpoint is not None,
-        )  # fmt: skip
+            model, structures, labelling, sample_offset, output, loss_scale, allow_missing, transactional=checkpoint is not None
+        )
 
     if any(isinstance(asked, EKFAC) and asked.basis is None for asked in structures):
         if path is not None:
@@ -121,31 +113,11 @@ class _Measurement:
     """One call of ``fisher``: feeds batches, turns the likelihood into passes, and loops over samples where it must."""
 
     def __init__(
-        self,
-        model,
-        structures,
-        fisher_type,
-        likelihood,
-        draws,
-        seed,
-        sample_offset,
-        max_passes,
-        output,
-        loss_scale,
-        allow_missing,
-        transactional,
+        self, model, structures, labelling: Labelling, sample_offset, output, loss_scale, allow_missing, transactional
     ) -> None:
-        self.model, self.fisher_type, self.likelihood = model, fisher_type, likelihood
-        self.draws, self.seed, self.sample_offset = draws, seed, sample_offset
-        self.max_passes, self.output, self.loss_scale = max_passes, output, loss_scale
-        drawn = fisher_type == "mc"
-        self.provenance = Provenance(
-            fisher_type=fisher_type,
-            likelihood=stored_name(likelihood, fisher_type),
-            draws=draws if drawn else None,
-            seed=seed if drawn else None,
-            model=model_name(model),
-        )
+        self.model, self.labelling = model, labelling
+        self.sample_offset, self.output, self.loss_scale = sample_offset, output, loss_scale
+        self.provenance = labelling.provenance(model_name(model))
         self.run = Run(model, structures, self.provenance, allow_missing, transactional)
         self.capture = self.run.capture
         self._sample_gradients = SampleGradients(model, output)
@@ -208,14 +180,11 @@ class _Measurement:
 
     def batch(self, batch: Batch) -> None:
         """Add one batch."""
-        if self.fisher_type == "empirical" and batch.targets is None:
-            raise ValueError(
-                "fisher: fisher_type='empirical' needs the labels of the data, got a batch without; use 'mc' or 'exact'"
-            )
+        self.labelling.check(batch)
         if not self._explored or (not self._probed and batch.N > 1):
             self._explore(batch.cut(0, min(batch.N, PROBED)))
         output, predictions = self._forward(batch)
-        count = self._num_passes(predictions)
+        count = self.labelling.num_passes(predictions)
         if predictions.values.grad_fn is None:
             raise ValueError(
                 "model: the output must depend on the parameters through autograd, got one without a graph; is grad disabled?"
@@ -233,40 +202,13 @@ class _Measurement:
         self.capture.begin(exploring, batch.N, batch.offsets)
         with self.capture, torch.enable_grad():
             output = batch.feed(self.model, self.output)
-        start = self.sample_offset + self.run.num_samples + first
-        sample = torch.arange(start, start + batch.N, device=output.device)
-        spread, targets, mask = batch.unpacked(output, getattr(self.likelihood, "ignore_index", -100))
-        predictions = self.likelihood.predictions(spread, targets, mask, sample)
+        predictions = self.labelling.predictions(batch, output, self.sample_offset + self.run.num_samples + first)
         self.run.check_finite(predictions.values, predictions.values, "the model's output")
         return output, predictions
 
-    def _num_passes(self, predictions: Predictions) -> int:
-        if self.fisher_type != "exact":
-            return self.draws
-        count = self.likelihood.num_columns(predictions)
-        if count > self.max_passes:
-            raise ValueError(
-                f"fisher: fisher_type='exact' must take at most max_passes = {self.max_passes} backward passes, got {count} "
-                f"for an output {tuple(predictions.values.shape)}; use fisher_type='mc', or raise max_passes"
-            )
-        return max(count, 1)
-
-    @torch.no_grad()
     def _passes(self, predictions: Predictions) -> Iterator[Pass]:
-        for one in self._unscaled_passes(predictions):
+        for one in self.labelling.passes(predictions):
             yield Pass(one.cotangent * self.loss_scale, one.scale, self.loss_scale) if self.loss_scale != 1 else one
-
-    def _unscaled_passes(self, predictions: Predictions) -> Iterator[Pass]:
-        if self.fisher_type == "empirical":
-            yield Pass(self.likelihood.empirical(predictions))
-        elif self.fisher_type == "mc":
-            for draw in range(self.draws):
-                yield Pass(self.likelihood.sampled(predictions, self.seed, draw), 1 / self.draws)
-        else:
-            for column in self.likelihood.columns(predictions):
-                yield Pass(column)
-            if not self.likelihood.num_columns(predictions):  # no label in the batch: its samples count all the same
-                yield Pass(torch.zeros_like(predictions.values))
 
     # -- finding out how the model uses its parameters
 

@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whose labels the scores are of: from a batch's output to the gradients at the output, one for each backward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fisherfast.batches import Batch
+from fisherfast.fisher.protocol import Provenance
+from fisherfast.likelihood import FISHER_TYPES, Likelihood, Predictions, resolve, stored_name
+from fisherfast.passes import Pass
+
+
+@dataclass(frozen=True)
+class Labelling:
+    """A likelihood, and where its labels come from: the data, draws, or the expectation over all of them."""
+
+    fisher_type: str
+    likelihood: Likelihood
+    draws: int
+    seed: int
+    max_passes: int
+
+    @classmethod
+    def of(cls, fisher_type: str, likelihood: str | Likelihood, draws: int, seed: int, max_passes: int) -> Labelling:
+        """From what a caller says. Errors: ValueError."""
+        if fisher_type == "type-2":
+            fisher_type = "exact"
+        if fisher_type not in FISHER_TYPES:
+            raise ValueError(
+                f"fisher: fisher_type must be one of {list(FISHER_TYPES)} (or 'type-2' for 'exact'), got {fisher_type!r}"
+            )
+        if draws < 1 or (draws > 1 and fisher_type != "mc"):
+            raise ValueError(f"fisher: draws must be >= 1, and 1 unless fisher_type='mc', got {draws} with {fisher_type!r}")
+        return cls(fisher_type, resolve(likelihood), draws, seed, max_passes)
+
+    def provenance(self, model: str) -> Provenance:
+        """For the result."""
+        drawn = self.fisher_type == "mc"
+        return Provenance(
+            fisher_type=self.fisher_type,
+            likelihood=stored_name(self.likelihood, self.fisher_type),
+            draws=self.draws if drawn else None,
+            seed=self.seed if drawn else None,
+            model=model,
+        )
+
+    def check(self, batch: Batch) -> None:
+        """Raise ValueError for a batch without the labels that are needed."""
+        if self.fisher_type == "empirical" and batch.targets is None:
+            raise ValueError(
+                "fisher: fisher_type='empirical' needs the labels of the data, got a batch without; use 'mc' or 'exact'"
+            )
+
+    def predictions(self, batch: Batch, output: Tensor, start: int) -> Predictions:
+        """What the output says of a batch whose first sample is number ``start`` of the run."""
+        sample = torch.arange(start, start + batch.N, device=output.device)
+        spread, targets, mask = batch.unpacked(output, getattr(self.likelihood, "ignore_index", -100))
+        return self.likelihood.predictions(spread, targets, mask, sample)
+
+    def num_passes(self, predictions: Predictions) -> int:
+        """Backward passes that a batch takes. Errors: ValueError if they are too many."""
+        if self.fisher_type != "exact":
+            return self.draws
+        count = self.likelihood.num_columns(predictions)
+        if count > self.max_passes:
+            raise ValueError(
+                f"fisher: fisher_type='exact' must take at most max_passes = {self.max_passes} backward passes, got {count} "
+                f"for an output {tuple(predictions.values.shape)}; use fisher_type='mc', or raise max_passes"
+            )
+        return max(count, 1)
+
+    @torch.no_grad()
+    def passes(self, predictions: Predictions) -> Iterator[Pass]:
+        """The gradients at the output, one for each backward pass."""
+        if self.fisher_type == "empirical":
+            yield Pass(self.likelihood.empirical(predictions))
+        elif self.fisher_type == "mc":
+            for draw in range(self.draws):
+                yield Pass(self.likelihood.sampled(predictions, self.seed, draw), 1 / self.draws)
+        else:
+            for column in self.likelihood.columns(predictions):
+                yield Pass(column)
+            if not self.likelihood.num_columns(predictions):  # no label in the batch: its samples count all the same
+                yield Pass(torch.zeros_like(predictions.values))

@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Fisher as an operator: ``F v`` from the model and the data, for models where even the sample gradients are too many."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from fisherfast.batches import Batch, Output
+from fisherfast.capture import refuse_train_mode, unwrapped
+from fisherfast.fisher import _arguments
+from fisherfast.fisher.labelling import Labelling
+from fisherfast.fisher.protocol import Vector
+from fisherfast.fisher.run import model_name
+from fisherfast.likelihood import Likelihood
+from fisherfast.passes import NonFiniteError
+
+
+class FisherOperator:
+    """``F v = (1/N) sum_n E_y[s_n s_n^T v]`` by three passes through the model for each batch, and nothing kept between products.
+
+    The output's derivative along v, ``J v``, is multiplied with each of the batch's gradients at the output, ``c``, and their sum
+    ``sum_c c (c . J v)`` goes back: ``F = J^T (sum_c c c^T) J``. So "exact" costs as much as "mc". ``ff.spectral_density`` gives
+    log-determinants, traces and spectra of it.
+
+    ``data`` is read once for every product: a list of batches or a loader that does not shuffle, as for ``ff.fisher`` otherwise.
+
+    Shapes:   vectors {parameter name: tensor shaped like the parameter}, or flat in ``names`` order; the same kind comes back.
+    Scale:    a mean over samples, as every Fisher's.
+    Errors:   ValueError for an iterator that one product would use up, and as ``ff.fisher``'s for arguments and batches;
+              NotImplementedError for functions whose backward pass has no derivative (``nn.EmbeddingBag``);
+              NonFiniteError if an output or a product is not finite.
+    Numerics: derivatives in the model's precision, sums over batches in float64. ``J v`` is a derivative of the backward pass
+              (Pearlmutter 1994), so attention runs torch's plain kernel, which has one.
+    Source:   Schraudolph 2002, "Fast Curvature Matrix-Vector Products for Second-Order Gradient Descent".
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data: Iterable[Any],
+        fisher_type: str = "mc",
+        likelihood: str | Likelihood = "categorical",
+        *,
+        draws: int = 1,
+        seed: int = 0,
+        sample_offset: int = 0,
+        max_passes: int = 1000,
+        output: Output = None,
+    ) -> None:
+        self._labelling = Labelling.of(fisher_type, likelihood, draws, seed, max_passes)
+        refuse_train_mode(model)
+        if iter(data) is data:
+            raise ValueError("FisherOperator: data must be read again for every product, got an iterator; pass a list of batches")
+        self._model, self._data, self._output, self._first = model, data, output, sample_offset
+        self._parameters = {name: p for name, p in unwrapped(model).named_parameters() if p.requires_grad}
+        if not self._parameters:
+            raise ValueError("FisherOperator: model must have a parameter that asks for a gradient, got none")
+        self.provenance = self._labelling.provenance(model_name(model))
+        self.shapes: dict[str, torch.Size] = {name: p.shape for name, p in self._parameters.items()}
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The parameters, in the model's order; a tied tensor once, under its first name."""
+        return tuple(self.shapes)
+
+    @property
+    def num_parameters(self) -> int:
+        """How many numbers the parameters hold."""
+        return sum(shape.numel() for shape in self.shapes.values())
+
+    @property
+    def device(self) -> torch.device:
+        """The model's."""
+        return next(iter(self._parameters.values())).device
+
+    def __matmul__(self, v: Vector) -> Vector:
+        """``F v``, in the dtype and on the device of v."""
+        parts = _arguments.split("F @ v", v, self.shapes)
+        along = {name: part.to(self._parameters[name]) for name, part in parts.items()}
+        sums = {name: torch.zeros(shape, dtype=torch.float64, device=self.device) for name, shape in self.shapes.items()}
+        samples, total = self._first, 0.0
+        for item in self._data:
+            batch = Batch.of(item, self.device)
+            for name, product in self._product(batch, along, samples).items():
+                sums[name] += product
+            samples += batch.N
+            total += batch.N if batch.weight is None else float(batch.weight.sum(dtype=torch.float64))
+        if not total:
+            raise ValueError("FisherOperator: data must hold samples of a weight > 0, got none")
+        found = {name: (value / total).to(parts[name].device, parts[name].dtype) for name, value in sums.items()}
+        if bad := [name for name, value in found.items() if not bool(value.isfinite().all())]:
+            raise NonFiniteError(f"FisherOperator: F v must be finite, got others in {_arguments.listed(bad)}")
+        return _arguments.like(v, found)
+
+    def _product(self, batch: Batch, along: Mapping[str, Tensor], first: int) -> dict[str, Tensor]:
+        """``sum_n w_n E_y[s_n s_n^T v]`` of one batch whose first sample is number ``first``; a parameter out of reach is left out."""
+        self._labelling.check(batch)
+        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+            predictions = self._labelling.predictions(batch, batch.feed(self._model, self._output), first)
+            values = predictions.values
+            if not bool(values.detach().isfinite().all()):
+                raise NonFiniteError("FisherOperator: the model's output must be finite, got others")
+            self._labelling.num_passes(predictions)
+            derivative = self._along(values, along)
+            back = torch.zeros_like(derivative)
+            for one in self._labelling.passes(predictions.detached()):
+                share = one.scale * (one.cotangent * derivative).flatten(1).sum(1)
+                share = share if batch.weight is None else share * batch.weight
+                back += share.view(-1, *[1] * (back.dim() - 1)) * one.cotangent
+            found = torch.autograd.grad(values, list(self._parameters.values()), back, allow_unused=True)
+        return {name: part.detach() for name, part in zip(self._parameters, found, strict=True) if part is not None}
+
+    def _along(self, values: Tensor, v: Mapping[str, Tensor]) -> Tensor:
+        """``J v``: the derivative by u of ``(J^T u) . v``, which is linear in u."""
+        u = torch.zeros_like(values, requires_grad=True)
+        gradients = torch.autograd.grad(values, list(self._parameters.values()), u, create_graph=True, allow_unused=True)
+        reached = [(g, v[name]) for name, g in zip(self._parameters, gradients, strict=True) if g is not None]
+        if not reached:
+            raise ValueError("model: the output must depend on the parameters through autograd, got one that does not")
+        try:
+            (derivative,) = torch.autograd.grad([g for g, _ in reached], u, [part for _, part in reached])
+        except NotImplementedError as error:
+            raise NotImplementedError(
+                f"FisherOperator: the backward pass of every function must have a derivative, got one without ({error}); write it "
+                "in other functions, or use ff.fisher"
+            ) from error
+        return derivative.detach()
+
+    def __repr__(self) -> str:
+        return f"FisherOperator({self.num_parameters:,} parameters, {self.provenance.fisher_type} labels)"

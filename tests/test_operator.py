@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``F v`` without F is that of the exact Fisher, and what Lanczos makes of products alone is its spectrum."""
+
+import math
+
+import networks
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import fisherfast as ff
+
+EXACT = 1e-11
+
+
+def close(a, b, tolerance=EXACT):
+    return bool((a - b).abs().max() <= tolerance * b.abs().max().clamp_min(1e-300))
+
+
+def mlp():
+    return nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 4)).double()
+
+
+def vectors(N=6):
+    return torch.randn(N, 3).double(), torch.randint(0, 4, (N,))
+
+
+def exact(model, data, *arguments, **options):
+    return ff.fisher(model, data, "gram", *arguments, progress=False, **options)
+
+
+NETWORKS = [name for name in (*networks.COVERED, *networks.FALLBACK) if name != "embedding-bag"]
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_products_are_those_of_the_exact_fisher_for_every_kind_of_network(name):
+    build, data, *_ = {**networks.COVERED, **networks.FALLBACK}[name]
+    model, (x, y) = build().double(), data(networks.N)
+    x = x.double() if x.is_floating_point() else x
+    batches = [(x[:2], y[:2]), (x[2:], y[2:])]
+    G, O = exact(model, batches, "empirical"), ff.FisherOperator(model, batches, "empirical")
+    assert O.shapes == G.shapes
+    v = torch.randn(G.num_parameters).double()
+    assert close(O @ v, G @ v)
+
+
+@pytest.mark.parametrize("fisher_type", ["mc", "exact", "empirical"])
+@pytest.mark.parametrize("weighted", [False, True], ids=["", "weighted"])
+def test_labels_and_weights_are_those_of_fisher(fisher_type, weighted):
+    model, (x, y) = mlp(), vectors()
+    weight = [torch.rand(6).double()] if weighted else []
+    data = [(x[:4], y[:4], *(w[:4] for w in weight)), (x[4:], y[4:], *(w[4:] for w in weight))]
+    options = {"draws": 3, "seed": 5, "sample_offset": 11} if fisher_type == "mc" else {}
+    G, O = exact(model, data, fisher_type, **options), ff.FisherOperator(model, data, fisher_type, **options)
+    v = {name: torch.randn(shape) for name, shape in G.shapes.items()}
+    a, b = O @ v, G @ v
+    assert all(part.dtype == torch.float32 and close(part, b[name], 1e-6) for name, part in a.items())
+    assert O.provenance == G.provenance
+
+
+@pytest.mark.parametrize("likelihood", ["gaussian", "bernoulli"])
+def test_other_likelihoods(likelihood):
+    model, (x, _) = mlp(), vectors()
+    G, O = (make(model, [(x, None)], "exact", likelihood) for make in (exact, ff.FisherOperator))
+    v = torch.randn(G.num_parameters).double()
+    assert close(O @ v, G @ v)
+
+
+def test_attention_has_second_derivatives():
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.qkv, self.head = nn.Linear(8, 24), nn.Linear(8, 4)
+
+        def forward(self, x):
+            q, k, v = (t.unflatten(-1, (2, 4)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+            return self.head(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2).mean(1))
+
+    model, x = Attention(), torch.randn(3, 5, 8)
+    G, O = exact(model, [(x, None)], "exact"), ff.FisherOperator(model, [(x, None)], "exact")
+    v = torch.randn(G.num_parameters)
+    assert close(O @ v, G @ v, 1e-4)
+
+
+def test_a_function_without_second_derivative_is_named():
+    build, data = networks.COVERED["embedding-bag"]
+    model = build()
+    with pytest.raises(NotImplementedError, match="_embedding_bag_backward"):
+        ff.FisherOperator(model, [data(3)], "empirical") @ torch.zeros(sum(p.numel() for p in model.parameters()))
+
+
+def test_as_many_steps_as_parameters_leave_only_the_probes_random():
+    """A probe's quadrature is then ``z^T f(F) z`` itself, z its signs."""
+    model = nn.Linear(3, 2, bias=False).double()
+    x = torch.randn(40, 3).double()
+    O = ff.FisherOperator(model, [(x, None)], "exact", "gaussian")
+    matrix = torch.stack([O @ row for row in torch.eye(6).double()])
+    density = ff.spectral_density(O, probes=3, steps=9, seed=1, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(1)
+    damped = matrix + 0.1 * torch.eye(6).double()
+    values, Q = torch.linalg.eigh(damped)
+    for probe in range(3):
+        z = (torch.randint(0, 2, (6,), generator=generator) * 2 - 1).double()
+        expected = float((Q.mT @ z).square() @ values.log())
+        found = float(density.masses[probe] @ (density.nodes[probe] + 0.1).log())
+        assert found == pytest.approx(expected, rel=1e-9)
+    assert density.masses.sum(1).tolist() == pytest.approx([6.0] * 3)
+    assert density.largest() == pytest.approx(float(values[-1]) - 0.1, rel=1e-9)
+
+
+def test_log_determinant_and_trace_are_within_their_errors():
+    model, (x, _) = nn.Sequential(nn.Linear(3, 31), nn.Tanh(), nn.Linear(31, 4)).double(), vectors(50)
+    G, O = exact(model, [(x, None)], "exact"), ff.FisherOperator(model, [(x, None)], "exact")
+    density = ff.spectral_density(O, probes=20, steps=30, dtype=torch.float64)
+    for (value, stderr), truth in ((density.logdet(0.01), G.logdet(0.01)), (density.trace(), G.trace())):
+        assert abs(value - truth) < 4 * stderr < 0.4 * abs(truth)
+    assert density.largest() == pytest.approx(float(G.eigenvalues()[0]), rel=1e-9)
+
+
+def test_a_krylov_space_that_ends_early_ends_the_steps():
+    K = ff.DiagonalFisher({"w": torch.tensor([2.0, 2.0, 5.0, 5.0]).double()}, num_samples=1)
+    density = ff.spectral_density(K, probes=2, steps=4, dtype=torch.float64)
+    assert (density.masses > 1e-12).sum(1).tolist() == [2, 2]
+    assert density.logdet(1.0).value == pytest.approx(2 * math.log(3) + 2 * math.log(6))
+
+
+def test_any_fisher_has_a_density():
+    model, (x, y) = mlp(), vectors()
+    for structure in ("diagonal", "kfac", "ekfac", "gram"):
+        K = ff.fisher(model, [(x, y)], structure, "empirical", progress=False)
+        value, stderr = ff.spectral_density(K, probes=20, steps=K.num_parameters, dtype=torch.float64).trace()
+        assert abs(value - K.trace()) <= 4 * stderr + 1e-9
+
+
+def test_what_cannot_be_is_refused():
+    model, (x, y) = mlp(), vectors()
+    with pytest.raises(ValueError, match="must be read again for every product, got an iterator"):
+        ff.FisherOperator(model, iter([(x, y)]))
+    with pytest.raises(ValueError, match="needs the labels of the data"):
+        ff.FisherOperator(model, [(x, None)], "empirical") @ torch.zeros(44).double()
+    with pytest.raises(ValueError, match="at most max_passes = 2"):
+        ff.FisherOperator(model, [(x, None)], "exact", max_passes=2) @ torch.zeros(44).double()
+    with pytest.raises(ValueError, match="a flat v must have one axis of all 44"):
+        ff.FisherOperator(model, [(x, y)]) @ torch.zeros(3)
+    with pytest.raises(ff.NonFiniteError, match="the model's output must be finite"):
+        ff.FisherOperator(model, [(x * math.nan, y)]) @ torch.zeros(44).double()
+    with pytest.raises(ValueError, match="samples of a weight > 0"):
+        ff.FisherOperator(model, []) @ torch.zeros(44).double()
+    density = ff.spectral_density(ff.FisherOperator(model, [(x, y)]), probes=1, steps=2, dtype=torch.float64)
+    assert math.isnan(density.trace().stderr)
+    with pytest.raises(ValueError, match="damping must be a finite number > 0, got 0"):
+        density.logdet(0.0)
+    with pytest.raises(ValueError, match="probes and steps must be >= 1"):
+        ff.spectral_density(ff.FisherOperator(model, [(x, y)]), probes=0)
