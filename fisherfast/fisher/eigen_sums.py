@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -194,7 +195,7 @@ class EigenCollector(BlockCollector):
     def new_block(self, place: Place, form: Form, tracked: Tracked) -> EigenSums:
         """See ``BlockCollector``."""
         of = self._basis.get(place.weight)
-        if of is None or of.place != place:
+        if of is None or replace(of.place, sharing=place.sharing) != place:
             raise ValueError(
                 f"{place.weight}: EKFAC's basis must be of this model, used in this way ({place}), got {of and of.place}"
             )

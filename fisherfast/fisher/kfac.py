@@ -10,13 +10,16 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from fisherfast.capture import Capture
+from fisherfast.capture import Capture, Tracked
 from fisherfast.fisher import serialize
 from fisherfast.fisher.block_fisher import BlockFisher
+from fisherfast.fisher.block_sums import BlockCollector
 from fisherfast.fisher.counts import Counts
 from fisherfast.fisher.coverage import Coverage
-from fisherfast.fisher.kronecker import KroneckerBlock
-from fisherfast.fisher.kronecker_sums import KroneckerCollector
+from fisherfast.fisher.kronecker import KroneckerBlock, Place
+from fisherfast.fisher.kronecker_sums import KroneckerSums
+from fisherfast.fisher.reduced_sums import ReducedSums
+from fisherfast.rules import Form
 
 
 @dataclass(frozen=True)
@@ -24,20 +27,27 @@ class KFAC:
     """Ask for Kronecker factors: ``ff.collect(model, ff.KFAC())``, ``ff.fisher(model, data, structure="kfac")``.
 
     ``max_factor_dim``: the largest factor that is kept as a matrix. An output factor above it (a vocabulary) is kept as its
-    diagonal; an input factor above it is refused. ``keep_rows``: the rows behind a factor are kept while they are few, for
+    diagonal; an input factor above it is refused. ``sharing``: what is a row of a factor where a weight sees several positions of
+    a sample: every position ("expand"), or with "reduce" the sample, by the mean of its inputs and the sum of its output
+    gradients. ``keep_rows``: the rows behind a factor are kept while they are few, for
     eigenvectors that are wanted of it at once (EKFAC); they are not saved.
     """
 
     max_factor_dim: int = 16384
+    sharing: str = "expand"
     keep_rows: bool = False
     squares, totals, spread, keeps = False, False, False, None
+
+    def __post_init__(self) -> None:
+        if self.sharing not in ("expand", "reduce"):
+            raise ValueError(f"KFAC: sharing must be 'expand' or 'reduce', got {self.sharing!r}")
 
     def check(self, fisher_type: str | None) -> None:
         """See ``collectors.Structure``: any labels will do."""
 
     def collector(self, capture: Capture, transactional: bool) -> KroneckerCollector:
         """See ``collectors.Structure``."""
-        return KroneckerCollector(capture, self.max_factor_dim, transactional, self.keep_rows)
+        return KroneckerCollector(capture, transactional, self)
 
     def result(self, source: KroneckerCollector, counts: Counts) -> KFACFisher:
         """See ``collectors.Structure``."""
@@ -54,12 +64,26 @@ class KFAC:
         source.restore(before.blocks, before.diagonals)
 
 
+class KroneckerCollector(BlockCollector):
+    """The sums behind a KFAC."""
+
+    def __init__(self, capture: Capture, transactional: bool, asked: KFAC) -> None:
+        super().__init__(capture, transactional)
+        self._asked = asked
+
+    def new_block(self, place: Place, form: Form, tracked: Tracked) -> KroneckerSums:
+        """See ``BlockCollector``."""
+        kind = ReducedSums if self._asked.sharing == "reduce" else KroneckerSums
+        return kind(place, form, tracked, self._asked.max_factor_dim, self._asked.keep_rows)
+
+
 @serialize.storable("kfac")
 class KFACFisher(BlockFisher[KroneckerBlock]):
     """Kronecker blocks ``B (x) A``, and the diagonal where there is no block; parameters of different blocks are independent.
 
     ``A = sum_{n,t} w_n x x^T / sum_n w_n T_n`` and ``B = sum_{n,t} w_n g g^T / sum_n w_n`` ("expand"): T_n counts the positions
-    that exist, w_n are the samples' weights (1 without). A bias joins its weight: A is ``[I + 1, I + 1]``, the bias last.
+    that exist, w_n are the samples' weights (1 without). With "reduce" the rows are the samples' ``mean_t x`` and ``sum_t g``, and
+    both sums are divided by ``sum_n w_n``. A bias joins its weight: A is ``[I + 1, I + 1]``, the bias last.
 
     Shapes:   vectors {parameter name: tensor shaped like the parameter}, or flat in ``names`` order.
     Scale:    the block is a mean over samples, as every Fisher's; exact for samples of one position of one input, an

@@ -33,6 +33,7 @@ class Place:
     groups: int = 1
     transposed: bool = False
     op: str = "gram_"  # that the input factor is from
+    sharing: str = "expand"  # what is a row of a factor: a position, or with "reduce" a sample
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -122,7 +123,7 @@ class KroneckerBlock:
 
     def identity(self) -> list[Any]:
         """What must be equal for pooling to mean anything."""
-        return [self.place.bias, list(self.A.sum.shape), list(self.B.sum.shape)]
+        return [self.place.bias, self.place.sharing, list(self.A.sum.shape), list(self.B.sum.shape)]
 
     def logdet(self, damping: float) -> tuple[float, int]:
         """``sum log(a_i b_j + damping)`` and how many of these are ``log 0``, which are left out."""
@@ -140,7 +141,8 @@ class KroneckerBlock:
     def factor_sizes(self) -> str:
         """For the coverage report."""
         a, b = ("diagonal " * (factor.sum.dim() == 2) + str(list(factor.sum.shape[1:])) for factor in (self.A, self.B))
-        return f"B {b} (x) A {a}" + f" in {self.place.groups} groups" * (self.place.groups > 1)
+        groups = f" in {self.place.groups} groups" * (self.place.groups > 1)
+        return f"B {b} (x) A {a}" + groups + ", reduced" * (self.place.sharing == "reduce")
 
     def state(self) -> tuple[dict[str, Tensor], list[Any]]:
         """Tensors and plain values."""

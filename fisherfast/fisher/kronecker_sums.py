@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from fisherfast.accumulator import Accumulator
-from fisherfast.capture import Capture, Tracked
-from fisherfast.fisher.block_sums import BatchSum, BlockCollector, add_squares, total_weight
+from fisherfast.capture import Tracked
+from fisherfast.fisher.block_sums import BatchSum, add_squares, total_weight
 from fisherfast.fisher.few_rows import FewRows
 from fisherfast.fisher.kronecker import KroneckerBlock, Place
 from fisherfast.ops.conv_gram import conv_gram_
@@ -133,12 +133,18 @@ def _of_positions(g: Tensor, weight: Tensor | None, exists: Tensor | None) -> Te
     A mask says something of these rows if it has their shape (a weight that is used several times has the positions of each
     use, one after the other) and none that it leaves out has a gradient: a decoder may be as long as the encoder it is not of.
     """
-    if exists is None or exists.dim() != 2 or g.dim() != 3 or not exists.shape[1] or g.shape[1] % exists.shape[1]:
-        return weight
-    mask = (exists != 0).repeat(1, g.shape[1] // exists.shape[1])
-    if bool((g[~mask] != 0).any()):
+    mask = existing(g, exists)
+    if mask is None:
         return weight
     return mask.to(torch.float32) if weight is None else weight * mask
+
+
+def existing(g: Tensor, exists: Tensor | None) -> Tensor | None:
+    """Which rows ``[N, T]`` there are, where a mask says so."""
+    if exists is None or exists.dim() != 2 or g.dim() != 3 or not exists.shape[1] or g.shape[1] % exists.shape[1]:
+        return None
+    mask = (exists != 0).repeat(1, g.shape[1] // exists.shape[1])
+    return None if bool((g[~mask] != 0).any()) else mask
 
 
 def _mirrored(accumulator: Accumulator) -> Accumulator:
@@ -147,15 +153,3 @@ def _mirrored(accumulator: Accumulator) -> Accumulator:
         upper = accumulator.sum.triu_()
         upper += upper.triu(1).mT
     return accumulator
-
-
-class KroneckerCollector(BlockCollector):
-    """The sums behind a KFAC."""
-
-    def __init__(self, capture: Capture, max_factor_dim: int, transactional: bool, keep_rows: bool = False) -> None:
-        super().__init__(capture, transactional)
-        self._max_factor_dim, self._keep_rows = max_factor_dim, keep_rows
-
-    def new_block(self, place: Place, form: Form, tracked: Tracked) -> KroneckerSums:
-        """See ``BlockCollector``."""
-        return KroneckerSums(place, form, tracked, self._max_factor_dim, self._keep_rows)

@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Factors whose rows are samples, not positions: ``sharing="reduce"``, by the mean of a sample's inputs and the sum of its gradients."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fisherfast.capture import Tracked
+from fisherfast.fisher.block_sums import add_squares
+from fisherfast.fisher.kronecker import Place
+from fisherfast.fisher.kronecker_sums import KroneckerSums, existing
+from fisherfast.ops import _conv as conv
+from fisherfast.ops._common import wide
+from fisherfast.ops.gram import gram_
+from fisherfast.passes import Samples
+from fisherfast.rules import Convolution, Form, Lookup, MatMul, Rows
+
+
+class Reduced(NamedTuple):
+    """The sums over positions x ``[N, groups * I]`` and g ``[N, groups * O]``, and how many positions there are, ``[N]``."""
+
+    x: Tensor
+    g: Tensor
+    positions: Tensor
+
+
+class ReducedSums(KroneckerSums):
+    """The sums of one Kronecker block; see ``BlockSums``."""
+
+    def __init__(self, place: Place, form: Form, tracked: Tracked, max_factor_dim: int, keep_rows: bool) -> None:
+        if isinstance(form, Lookup):
+            raise ValueError(
+                f"{place.weight}: KFAC(sharing='reduce') must have inputs whose mean is a row, got an embedding, whose input factor "
+                "would be a matrix over the vocabulary; use sharing='expand', or freeze it"
+            )
+        super().__init__(replace(place, sharing="reduce"), form, tracked, max_factor_dim, keep_rows)
+
+    def add(self, form: Form, rows: Rows, scale: float, number: int, samples: Samples, staged: bool) -> None:
+        """Take the rows of one pass; the inputs are those of all passes, and count once."""
+        if isinstance(form, Convolution):
+            x, g, positions = _of_images(form, rows, self._kernel)
+        else:
+            x, g, positions = _of_rows(form, rows, samples.exists)
+        if number == 0:
+            self._add_means(x / positions.clamp_min(1).unsqueeze(1), samples.weight, positions > 0, self.A.target(staged))
+        B = self.B.target(staged)
+        for k, mine in enumerate(self._by_group(g)):
+            if self._vector:
+                add_squares(B[k], mine, scale, samples.weight, self.B.flag)
+            else:
+                gram_(B[k], mine, scale, weight=samples.weight, flag=self.B.flag)
+                if self.B.few_rows is not None:
+                    self.B.few_rows.add(mine, samples.weight, scale)
+
+    def _add_means(self, x: Tensor, weight: Tensor | None, counts: Tensor, A: Tensor) -> None:
+        """A sample without positions has no mean."""
+        weight = counts.to(torch.float32) if weight is None else weight * counts
+        bias = self.place.bias is not None
+        self.A.visited(weight.sum(dtype=torch.float64))
+        for k, mine in enumerate(self._by_group(x)):
+            gram_(A[k], mine, weight=weight, bias=bias, flag=self.A.flag)
+            if self.A.few_rows is not None:
+                self.A.few_rows.add(mine, weight, bias=bias)
+
+    def _by_group(self, rows: Tensor) -> tuple[Tensor, ...]:
+        return rows.unflatten(1, (self.place.groups, -1)).unbind(1)
+
+
+def _of_rows(form: Form, rows: Rows, exists: Tensor | None) -> Reduced:
+    assert rows.x is not None
+    x, g = wide(rows.x), wide(rows.g)
+    if isinstance(form, MatMul) and form.transposed:
+        x, g = g, x  # the rows are as the parameter is stored
+    if rows.offsets is not None:
+        return Reduced(_segments(x, rows.offsets), _segments(g, rows.offsets), rows.offsets.diff())
+    mask = existing(g, exists)
+    if mask is None:
+        return Reduced(x.sum(1), g.sum(1), torch.full((len(g),), g.shape[1], device=g.device))
+    return Reduced((x * mask.unsqueeze(-1)).sum(1), g.sum(1), mask.sum(1))
+
+
+def _of_images(form: Convolution, rows: Rows, kernel: tuple[int, ...]) -> Reduced:
+    x, g, pixels = patch_sums(form, rows, kernel), wide(rows.g).flatten(2).sum(2), math.prod(rows.g.shape[2:])
+    if rows.offsets is None:
+        return Reduced(x, g, torch.full((len(g),), pixels, device=g.device))
+    return Reduced(_segments(x, rows.offsets), _segments(g, rows.offsets), rows.offsets.diff() * pixels)
+
+
+def _segments(rows: Tensor, offsets: Tensor) -> Tensor:
+    return torch.segment_reduce(rows, "sum", offsets=offsets)
+
+
+def patch_sums(form: Convolution, rows: Rows, kernel: tuple[int, ...]) -> Tensor:
+    """The sum of an image's patches ``[images, C * prod(kernel)]``: for each offset in the kernel that of the pixels it meets."""
+    positions = rows.g.shape[2:]
+    assert rows.x is not None
+    x = conv.framed(wide(rows.x), positions, kernel, form.stride, form.padding, form.dilation)
+    sums = []
+    for offset in itertools.product(*map(range, kernel)):
+        met = x
+        for axis, (at, P, stride, dilation) in enumerate(zip(offset, positions, form.stride, form.dilation, strict=True), 2):
+            met = met.narrow(axis, at * dilation, (P - 1) * stride + 1 if P else 0)
+            met = met[(slice(None),) * axis + (slice(None, None, stride),)]
+        sums.append(met.flatten(2).sum(2))
+    return torch.stack(sums, 2).flatten(1)
