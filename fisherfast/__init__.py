@@ -20,6 +20,7 @@ from fisherfast.fisher.collectors import Diagonal, GradientMoments, PerSampleNor
 from fisherfast.fisher.ekfac import EKFAC
 from fisherfast.fisher.kfac import KFAC
 from fisherfast.fisher.measure import fisher
+from fisherfast.fisher.plan import Plan, plan
 from fisherfast.fisher.run import Interrupted
 from fisherfast.information import information_in_weights
 from fisherfast.likelihood import Bernoulli, Categorical, CausalLM, Gaussian, LogLikelihood
@@ -46,6 +47,7 @@ __all__ = [
     "LogLikelihood",
     "NonFiniteError",
     "PerSampleNorm",
+    "Plan",
     "Provenance",
     "SampleMoments",
     "SampleNorms",
@@ -55,6 +57,7 @@ __all__ = [
     "information_in_weights",
     "load",
     "ops",
+    "plan",
     "rule",
     "rules",
 ]

@@ -56,9 +56,7 @@ class KroneckerSums:
         of_result = sum(one.running.nbytes for one in self.sums)
         D, O = (one.running.shape[1] for one in self.sums)
         smaller = f"pass max_factor_dim={O - 1}, which keeps B as its diagonal" if D < O and not self._vector else None
-        return Held(
-            self.place.names, self.blank().factor_sizes(), of_sums, (of_sums + of_result,), self.place.op, smaller
-        )
+        return Held(self.place.names, self.blank().factor_sizes(), of_sums, (of_sums + of_result,), self.place.op, smaller)
 
     def flops(self, form: Form, rows: Rows, number: int) -> int:
         """See ``BlockSums``; of a symmetric product one half is computed."""
