@@ -48,7 +48,8 @@ class KroneckerSums:
 
     def blank(self) -> KroneckerBlock:
         """A block of these sizes on no memory."""
-        return KroneckerBlock(self.place, *(Accumulator.zeros(one.running.shape, "meta") for one in self.sums))
+        A, B = (Accumulator.zeros(one.running.shape, "meta") for one in self.sums)
+        return KroneckerBlock(self.place, A, B)
 
     def holds(self, staged: bool) -> Held:
         """See ``BlockSums``."""

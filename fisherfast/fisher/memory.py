@@ -94,8 +94,6 @@ def in_words(size: float) -> str:
     """Bytes as people write them."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if size < 1024:
-            break
+            return f"{size:,.0f} B" if unit == "B" else f"{size:,.2f} {unit}"
         size /= 1024
-    else:
-        unit = "TiB"
-    return f"{size:,.0f} B" if unit == "B" else f"{size:,.2f} {unit}"
+    return f"{size:,.2f} TiB"

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``plan``: what a Fisher will take, in memory and in work, found out on a few samples without measuring anything."""
+"""``plan``: what a Fisher will take, in memory and in work, found out on a few samples before anything is measured."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from rich.table import Table
 from torch import nn
 
 from fisherfast.batches import Batch, Output
-from fisherfast.capture import Tracked, refuse_train_mode
+from fisherfast.capture import Capture, Tracked, refuse_train_mode
 from fisherfast.fisher import memory
 from fisherfast.fisher.collectors import Structure
 from fisherfast.fisher.measure import Measurement, factors_first, needs_basis, requests
@@ -42,8 +42,8 @@ class Row:
 class Plan:
     """What ``ff.plan`` finds; ``rows`` in the model's order, ``table()`` for ``rich.console.Console.print``.
 
-    Shapes:   ``rows`` one for each block, or parameter without a block; a request of its own (``ff.Diagonal() , ff.KFAC()``)
-              has its own rows.
+    Shapes:   ``rows`` one for each block, or parameter without a block; of several requests each has
+              rows of its own.
     Scale:    ``total_bytes`` are the sums at the end of a run, what every row holds; ``peak_bytes`` those allocated at once at
               most, the result included. FLOPs are those of one batch: ``flops`` of the ops, ``step_flops`` of one plain
               forward and backward pass, ``run_flops`` of all passes and ops, ``ratio = run_flops / step_flops``.
@@ -61,7 +61,7 @@ class Plan:
     passes: int
     readings: int
     step_flops: float
-    problem: str | None = field(default=None)
+    problem: str | None = None
 
     @property
     def total_bytes(self) -> int:
@@ -161,8 +161,8 @@ def plan(
     forward, (_, predictions) = _counted(lambda: measurement.forward(few))
     passes = measurement.num_passes(predictions)
     held = run.holds(passes)
-    ledger = _Ledger(run.passes.collectors, passes)
-    Passes(capture, [ledger]).run(predictions.values, [Pass(torch.ones_like(predictions.values))], 1)
+    ledger = _Ledger(capture, run.passes.collectors, passes)
+    ledger.run(predictions.values, [Pass(torch.ones_like(predictions.values))], 1)
 
     scale = whole.N / few.N
     step = 3 * forward * scale
@@ -189,20 +189,18 @@ def _row(
     return Row(held.names, held.way or coverage[held.names[0]], held.holds, held.bytes, work)
 
 
-class _Ledger(Collector):
-    """Adds up what the collectors would do with the rows of a batch, which it lets go."""
+class _Ledger(Passes):
+    """A backward pass that adds up what collectors would do with the rows, and lets the rows go."""
 
-    separate = True
-
-    def __init__(self, collectors: Sequence[Collector], passes: int) -> None:
-        self._collectors, self._passes = collectors, passes
-        self._folds = passes > 1 and not any(collector.separate for collector in collectors)
+    def __init__(self, capture: Capture, asked: Sequence[Collector], passes: int) -> None:
+        super().__init__(capture, ())
+        self._asked, self._more = asked, passes - 1
+        self._folds = not any(collector.separate for collector in asked)
         self.flops: defaultdict[str, float] = defaultdict(float)
 
-    def add(self, tracked: Tracked, form: Form, rows: Rows, scale: float, number: int) -> None:
-        """See ``passes.Collector``: the first pass and all others."""
-        more = 0 if self._folds and one_position(rows) else self._passes - 1
-        for collector in self._collectors:
+    def _hand_over(self, tracked: Tracked, form: Form, rows: Rows, scale: float, number: int) -> None:
+        more = 0 if self._folds and one_position(rows) else self._more
+        for collector in self._asked:
             first, later = (collector.flops(tracked, form, rows, number) for number in (0, 1))
             self.flops[tracked.name] += first + more * later
 
