@@ -20,7 +20,7 @@ from fisherfast.fisher import memory
 from fisherfast.fisher.run import Run
 
 STRUCTURES = ["diagonal", "kfac", "ekfac"]
-MANY = 71  # samples: no factor of the networks has seen fewer rows than a third of its columns
+MANY = 227  # samples: no factor of the networks has seen fewer rows than a third of its columns
 EVERY = {**networks.COVERED, **networks.FALLBACK}
 GIB = 2**30
 
@@ -49,8 +49,15 @@ def tensors(thing, found):
     elif isinstance(thing, (list, tuple)):
         for value in thing:
             tensors(value, found)
-    elif type(thing).__module__.startswith("fisherfast.") and type(thing).__name__ not in ("Capture", "Tracked", "Spread", "CallUse"):
-        tensors({k: v for k, v in vars(thing).items() if k not in ("_tracked", "_uses", "_calls", "_samples", "_parameter")}, found)
+    elif type(thing).__module__.startswith("fisherfast.") and type(thing).__name__ not in (
+        "Capture",
+        "Tracked",
+        "Spread",
+        "CallUse",
+    ):
+        tensors(
+            {k: v for k, v in vars(thing).items() if k not in ("_tracked", "_uses", "_calls", "_samples", "_parameter")}, found
+        )
     return found
 
 
@@ -103,7 +110,7 @@ def test_bytes_of_a_run_with_a_checkpoint(tmp_path, runs):
 def test_bytes_of_several_requests(runs):
     build, data = networks.COVERED["layer-norm"]
     model, batch = build(), data(MANY)
-    requests = (ff.Diagonal(), ff.GradientMoments(), ff.KFAC(max_factor_dim=4))
+    requests = (ff.Diagonal(), ff.GradientMoments(), ff.KFAC(max_factor_dim=12))
     planned = ff.plan(model, batch, requests)
     ff.fisher(model, [batch], requests, progress=False)
     last = runs[-1]
@@ -138,6 +145,14 @@ def test_bytes_with_a_basis_that_is_given(runs):
     asked = (ff.EKFAC(basis=basis),)
     planned = ff.plan(model, batch, asked)
     assert planned.readings == 1 and planned.total_bytes == measured(model, batch, asked, runs)
+
+
+@pytest.mark.parametrize(("I", "O"), [(6, 7), (6, 2)], ids=["second pass", "first pass"])
+def test_the_peak_of_two_passes(I, O):
+    planned = ff.plan(nn.Linear(I, O, bias=False), (torch.randn(7, I), torch.randint(O, (7,))), "ekfac")
+    factors, values = I * I + O * O, I * O
+    first, second = 16 * factors, (8 + 4) * factors + 16 * values  # sums and result; factors, eigenvectors, sums and result
+    assert planned.peak_bytes == max(first, second) and (first > second) == (O == 2)
 
 
 # ---- work
@@ -241,7 +256,9 @@ def test_a_run_fits_exactly_what_the_plan_says(structure, free, allocated):
 def test_collect_refuses_at_the_first_loss(free, allocated):
     model, loss = nn.Linear(3, 5), nn.CrossEntropyLoss(reduction="none")
     free(100)
-    with pytest.raises(MemoryError, match=r"must fit what is free on cpu, 100 B, got 656 B.*of which 656 B for 'weight' and 'bias'"):
+    with pytest.raises(
+        MemoryError, match=r"must fit what is free on cpu, 100 B, got 656 B.*of which 656 B for 'weight' and 'bias'"
+    ):
         with ff.collect(model, ff.KFAC()) as stats:
             stats.backward(loss(model(torch.randn(7, 3)), torch.randint(5, (7,))))
     assert allocated == [] and all(p.grad is None for p in model.parameters())
@@ -367,7 +384,7 @@ def test_the_table_and_the_repr_say_it_all():
     text = shown(planned)
     for part in ("weight", "bias", "gram_", "B [5, 5] (x) A [4, 4]", "328 B", "656 B at most with the result", "fits"):
         assert part in text
-    assert repr(planned).startswith("Plan(kfac, 1 rows, 328 B of sums; 656 B at most") and "a batch takes 1.1" in repr(planned)
+    assert repr(planned).startswith("Plan(kfac, 1 row, 328 B of sums; 656 B at most") and "a batch takes 1.1" in repr(planned)
 
 
 def command(tmp_path, monkeypatch, name, *options):

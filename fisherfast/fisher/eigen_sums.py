@@ -68,7 +68,8 @@ class EigenSums:
         """See ``BlockSums``; the factors were there before."""
         (O, D), (q, r), values = self._full, self._size, self.values.running
         of_bases = self.place.groups * (self._rotates[0] * D * r + self._rotates[1] * O * q) * self._dtype.itemsize
-        of_factors = self.kronecker.A.sum.nbytes + self.kronecker.B.sum.nbytes
+        kept = (self.kronecker.A.sum, self.kronecker.B.sum, *self.kronecker.few_rows)
+        of_factors = sum(tensor.nbytes for tensor in kept if tensor is not None)
         what = f"{q} x {r} eigenvalues, {self.kronecker.factor_sizes()}"
         made = values.held(staged) + of_bases
         return Held(self.place.names, what, made + of_factors, (made + values.nbytes,))

@@ -50,7 +50,7 @@ class Plan:
     Errors:   none of its own.
     Numerics: bytes are exact, but for a basis of few rows (EKFAC), which takes less. FLOPs are an estimate: the products of matrices, a
               backward pass as twice the forward pass, half of that where the weights are frozen. Not counted: activations,
-              scratch memory of one layer at a time, values of single samples.
+              scratch memory of one layer at a time, values of single samples, EKFAC's few rows before they are a basis.
     Source:   ours.
     """
 
@@ -116,7 +116,8 @@ class Plan:
         )
 
     def __repr__(self) -> str:
-        return f"Plan({self.structure}, {len(self.rows)} rows, {in_words(self.total_bytes)} of sums; {self._summary()})"
+        rows = f"{len(self.rows)} row{'s' * (len(self.rows) != 1)}"
+        return f"Plan({self.structure}, {rows}, {in_words(self.total_bytes)} of sums; {self._summary()})"
 
 
 def plan(
@@ -132,7 +133,7 @@ def plan(
     allow_missing: bool = False,
     checkpoint: bool = False,
 ) -> Plan:
-    """What ``ff.fisher`` with these arguments will hold, and the work of a batch: ``sum of the sums' bytes``, FLOPs against a step's.
+    """What ``ff.fisher`` with these arguments will hold, by layer, and the work of a batch as ``run FLOPs / plain step's FLOPs``.
 
     ``batch`` is one that the data yield; a few of its samples go through the model, as at the beginning of every run, and the
     work is scaled to all of them. Nothing is measured, no sum is allocated. ``checkpoint``: whether the run will have one, for
