@@ -147,7 +147,7 @@ def test_bytes_with_a_basis_that_is_given(runs):
     assert planned.readings == 1 and planned.total_bytes == measured(model, batch, asked, runs)
 
 
-@pytest.mark.parametrize(("I", "O"), [(6, 7), (6, 2)], ids=["second pass", "first pass"])
+@pytest.mark.parametrize(("I", "O"), [(6, 7), (11, 2)], ids=["second pass", "first pass"])
 def test_the_peak_of_two_passes(I, O):
     planned = ff.plan(nn.Linear(I, O, bias=False), (torch.randn(7, I), torch.randint(O, (7,))), "ekfac")
     factors, values = I * I + O * O, I * O
@@ -387,7 +387,7 @@ def test_the_table_and_the_repr_say_it_all():
     assert repr(planned).startswith("Plan(kfac, 1 row, 328 B of sums; 656 B at most") and "a batch takes 1.1" in repr(planned)
 
 
-def command(tmp_path, monkeypatch, name, *options):
+def command(tmp_path, monkeypatch, name, *options, command="plan"):
     (tmp_path / f"{name}.py").write_text(
         "import torch\nfrom torch import nn\n"
         "def model():\n    return nn.Sequential(nn.Linear(5, 7), nn.Dropout(0.5), nn.Linear(7, 3))\n"
@@ -397,7 +397,7 @@ def command(tmp_path, monkeypatch, name, *options):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     data = "nothing" if "nothing" in options else "data"
-    arguments = ["plan", "--model", f"{name}:model", "--data", f"{name}:{data}", *(o for o in options if o != "nothing")]
+    arguments = [command, "--model", f"{name}:model", "--data", f"{name}:{data}", *(o for o in options if o != "nothing")]
     return CliRunner().invoke(cli.app, arguments, env={"COLUMNS": "200", "TERM": "dumb"})
 
 
@@ -413,6 +413,12 @@ def test_command_fails_where_it_does_not_fit(tmp_path, monkeypatch, free):
     result = command(tmp_path, monkeypatch, "planned_module_too_large")
     assert result.exit_code == 2
     assert "0.weight" in result.output and "Error: memory: the sums of a run and its result must fit" in result.output
+
+
+def test_info_shows_the_refusal_alone(tmp_path, monkeypatch, free):
+    free(10)
+    result = command(tmp_path, monkeypatch, "planned_module_refused", command="info")
+    assert result.exit_code == 2 and "Error: memory: " in result.output and "Traceback" not in result.output
 
 
 def test_command_explains_errors(tmp_path, monkeypatch):
