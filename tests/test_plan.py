@@ -64,7 +64,7 @@ def tensors(thing, found):
 def held(run):
     """Bytes of all that the collectors hold, but for what is of samples."""
     of_samples = ("_batch_norms", "_values", "_last", "_scratch")
-    every = [{k: v for k, v in vars(source).items() if k not in of_samples} for source in run.sources]
+    every = [{k: v for k, v in vars(source).items() if k not in of_samples} for source in run.collectors]
     return sum(tensor.nbytes for tensor in tensors([{**one, "_tracked": None} for one in every], {}).values())
 
 
@@ -112,18 +112,11 @@ def test_bytes_of_several_requests(runs):
     model, batch = build(), data(MANY)
     requests = (ff.Diagonal(), ff.GradientMoments(), ff.KFAC(max_factor_dim=12))
     planned = ff.plan(model, batch, requests)
-    ff.fisher(model, [batch], requests, progress=False)
-    last = runs[-1]
-    assert planned.total_bytes == held_once(last)
+    assert planned.total_bytes == measured(model, batch, requests, runs)
     assert planned.structure == "Diagonal, GradientMoments, KFAC"
     # the results: squares twice, totals once, factors once; 8 bytes a number, as the sums
     engine = 8 * sum(p.numel() for p in model.parameters())
     assert planned.peak_bytes == 2 * planned.total_bytes + engine
-
-
-def held_once(run):
-    run.sources = list({id(source): source for source in run.sources}.values())
-    return held(run)
 
 
 def test_an_output_factor_above_max_factor_dim_is_a_diagonal(runs):
@@ -177,6 +170,15 @@ def test_flops_of_a_deep_network_are_counted_by_hand():
     rotated = T * ((I + 1) ** 2 + O**2 + O * (I + 1))
     assert ekfac.rows[0].flops == first + 2 * 2 * N * min(tiles, rotated)
     assert ekfac.run_flops == 2 * 3 * forward + ekfac.flops
+
+
+@pytest.mark.parametrize("name", ["conv-groups-same", "relative-bias"])
+def test_flops_of_several_requests_add_up(name):
+    build, data, *_ = EVERY[name]
+    model, batch = build(), data()
+    diagonal, kfac, both = (ff.plan(model, batch, asked) for asked in ("diagonal", "kfac", (ff.Diagonal(), ff.KFAC())))
+    loop = diagonal.step_flops if name == "relative-bias" else 0  # once for both
+    assert both.flops == pytest.approx(diagonal.flops + kfac.flops - loop, rel=1e-12)
 
 
 def test_passes_over_one_position_are_added_up_first():

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -161,49 +161,50 @@ def plan(
 
     forward, (_, predictions) = _counted(lambda: measurement.forward(few))
     passes = measurement.num_passes(predictions)
-    held = run.holds(passes)
-    ledger = _Ledger(capture, run.passes.collectors, passes)
+    held = [collector.holds(passes) for collector in run.collectors]
+    every = [one for mine in held for one in mine]
+    ledger = _Ledger(capture, run.collectors, passes)
     ledger.run(predictions.values, [Pass(torch.ones_like(predictions.values))], 1)
 
     scale = whole.N / few.N
     step = 3 * forward * scale
-    looped = readings * passes * step / max(1, len(run.looped))  # forward and backward pass once more, for all of them
-    rows = [_row(one, run.coverage, ledger.flops, run.looped, scale, looped) for one in held]
+    # The fallback goes forward and backward once more, for all its parameters and collectors together.
+    of_loop = readings * passes * step / max(1, len(run.looped) * len(held))
+    works = [{name: scale * flops for name, flops in mine.items()} | dict.fromkeys(run.looped, of_loop) for mine in ledger.flops]
+    rows = [_row(one, run.coverage, work) for mine, work in zip(held, works, strict=True) for one in mine]
     rows += [Row((name,), why, "nothing", 0, 0.0) for name, why in run.missing.items()]
     free = memory.free_bytes(capture.device)
     return Plan(
         structure if isinstance(structure, str) else ", ".join(type(one).__name__ for one in structure),
         tuple(rows),
-        memory.peak(held),
+        memory.peak(every),
         free,
         passes,
         readings,
         step,
-        memory.refusal(held, free, capture.device),
+        memory.refusal(every, free, capture.device),
     )
 
 
-def _row(
-    held: Held, coverage: dict[str, str], flops: dict[str, float], looped: Sequence[str], scale: float, of_loop: float
-) -> Row:
-    work = sum(of_loop if name in looped else scale * flops[name] for name in held.names)
-    return Row(held.names, held.way or coverage[held.names[0]], held.holds, held.bytes, work)
+def _row(held: Held, coverage: Mapping[str, str], work: Mapping[str, float]) -> Row:
+    flops = sum(work.get(name, 0.0) for name in held.names)
+    return Row(held.names, held.way or coverage[held.names[0]], held.holds, held.bytes, flops)
 
 
 class _Ledger(Passes):
-    """A backward pass that adds up what collectors would do with the rows, and lets the rows go."""
+    """A backward pass that adds up what each collector would do with the rows, and lets the rows go."""
 
     def __init__(self, capture: Capture, asked: Sequence[Collector], passes: int) -> None:
         super().__init__(capture, ())
         self._asked, self._more = asked, passes - 1
         self._folds = not any(collector.separate for collector in asked)
-        self.flops: defaultdict[str, float] = defaultdict(float)
+        self.flops: list[defaultdict[str, float]] = [defaultdict(float) for _ in asked]
 
     def _hand_over(self, tracked: Tracked, form: Form, rows: Rows, scale: float, number: int) -> None:
         more = 0 if self._folds and one_position(rows) else self._more
-        for collector in self._asked:
+        for collector, mine in zip(self._asked, self.flops, strict=True):
             first, later = (collector.flops(tracked, form, rows, number) for number in (0, 1))
-            self.flops[tracked.name] += first + more * later
+            mine[tracked.name] += first + more * later
 
 
 def _counted(forward: Any) -> tuple[int, Any]:

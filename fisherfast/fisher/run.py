@@ -48,7 +48,8 @@ class Run:
         served = [structure for structure, mine in zip(self.structures, own, strict=True) if mine is None]
         self.engine = Engine(self.capture, served, transactional) if served else None
         self.sources: list[Any] = [mine or self.engine for mine in own]  # of each structure
-        self.passes = Passes(self.capture, list({id(source): source for source in self.sources}.values()))
+        self.collectors = list({id(source): source for source in self.sources}.values())
+        self.passes = Passes(self.capture, self.collectors)
         self.provenance = provenance
         self.allow_missing = allow_missing
         self.num_samples = self.num_positions = self.batches = 0
@@ -92,7 +93,7 @@ class Run:
 
     def holds(self, passes: int) -> list[Held]:
         """What the collectors take, once the model is explored, with batches of so many backward passes."""
-        return [held for source in {id(source): source for source in self.sources}.values() for held in source.holds(passes)]
+        return [held for collector in self.collectors for held in collector.holds(passes)]
 
     def timed(self, way: str) -> AbstractContextManager[None]:
         """Charge the wall time of the block to a way of covering parameters (``"loop"``, ``"vmap"``), for ``F.coverage``."""
