@@ -24,6 +24,7 @@ from fisherfast.fisher.kfac import KFAC
 from fisherfast.fisher.lanczos import Estimate, SpectralDensity, spectral_density
 from fisherfast.fisher.measure import fisher
 from fisherfast.fisher.operator import FisherOperator
+from fisherfast.fisher.plan import Plan, plan
 from fisherfast.fisher.run import Interrupted
 from fisherfast.information import information_in_weights
 from fisherfast.likelihood import Bernoulli, Categorical, CausalLM, Gaussian, LogLikelihood
@@ -54,6 +55,7 @@ __all__ = [
     "LogLikelihood",
     "NonFiniteError",
     "PerSampleNorm",
+    "Plan",
     "Provenance",
     "SampleMoments",
     "SampleNorms",
@@ -64,6 +66,7 @@ __all__ = [
     "information_in_weights",
     "load",
     "ops",
+    "plan",
     "rule",
     "rules",
     "spectral_density",

@@ -7,6 +7,7 @@ knows what was summed.
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -84,7 +85,8 @@ class RunningSum:
 
     The fold is exact: ``high`` becomes the rounded sum of both and ``low`` keeps the rounding error, so together they have
     about 48 bits. ``high`` exists only from the first fold on: a short run takes 4 bytes a number, a long one 8. Sums of
-    float64 models are one float64 tensor and need no folds.
+    float64 models are one float64 tensor and need no folds. Nothing is allocated before the first addition: what a run will
+    hold (``nbytes``) is known before it holds it.
 
     Shapes:   any; contiguous.
     Scale:    a sum; ``weight`` is the number of samples in it.
@@ -97,11 +99,25 @@ class RunningSum:
     _CHUNK = 2**20  # numbers per step of a fold: bounds its temporaries
 
     def __init__(self, like: Tensor) -> None:
-        dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-        self.low = torch.zeros(like.shape, dtype=dtype, device=like.device)
+        self.shape, self.device = like.shape, like.device
+        self.dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
         self.high: Tensor | None = None
         self.weight = 0.0
         self._additions = 0
+
+    @functools.cached_property
+    def low(self) -> Tensor:
+        """What is added to."""
+        return torch.zeros(self.shape, dtype=self.dtype, device=self.device)
+
+    @property
+    def nbytes(self) -> int:
+        """Of both tensors, or of the snapshot: two float32 are as long as one float64."""
+        return 8 * math.prod(self.shape)
+
+    def held(self, staged: bool) -> int:
+        """Bytes of the sum and, where a batch is added up in a tensor of its own before it counts, of that."""
+        return self.nbytes + staged * self.dtype.itemsize * math.prod(self.shape)
 
     def counted(self, weight: float) -> None:
         """Note that something of ``weight`` samples was added to ``low``."""
@@ -113,7 +129,7 @@ class RunningSum:
     def fold(self) -> None:
         """Move what ``low`` can spare to ``high``."""
         self._additions = 0
-        if self.low.dtype == torch.float64:
+        if self.dtype == torch.float64:
             return
         if self.high is None:
             self.high = torch.zeros_like(self.low)
@@ -133,7 +149,7 @@ class RunningSum:
     def restore(self, before: Accumulator) -> None:
         """Start from a snapshot."""
         self.weight = before.weight
-        if self.low.dtype == torch.float64:
+        if self.dtype == torch.float64:
             self.low.copy_(before.sum)
         else:
             self.high = before.sum.float()

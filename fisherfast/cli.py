@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: ``fisherfast info`` measures a network, ``fisherfast env`` says what will run here."""
+"""The command line: ``fisherfast info`` measures a network, ``plan`` says what that will take, ``env`` what will run here."""
 
 from __future__ import annotations
 
@@ -111,13 +111,7 @@ def info(
     """Measure a network: its Fisher and the information in its weights, by layer; written to a folder."""
     if importlib.util.find_spec("matplotlib") is None:
         raise typer.BadParameter("the report has a plot and matplotlib is not installed; pip install 'fisherfast[plot]'")
-    # At the end of the path: a folder of the user's that has the name of an installed package must not replace it.
-    sys.path.append(os.getcwd())
-    make_model, make_data = _function(model, "--model"), _function(data, "--data")
-    network = make_model()
-    if not isinstance(network, nn.Module):
-        raise typer.BadParameter(f"{model} must return a torch.nn.Module, got {_kind(network)}", param_hint="--model")
-    network = network.eval() if device is None else network.eval().to(device)
+    network, make_data = _loaded(model, data, device)
     resolved = likelihood.resolve()
 
     def measure(batches: Iterable[Any], progress: bool = False) -> Any:
@@ -140,9 +134,43 @@ def info(
 
 
 @app.command()
+def plan(
+    model: Annotated[str, _MODEL],
+    data: Annotated[str, _DATA],
+    fisher_type: Annotated[FisherType, _TYPE] = FisherType.mc,
+    structure: Annotated[Structure, _STRUCTURE] = Structure.diagonal,
+    likelihood: Annotated[Likelihood, _LIKELIHOOD] = Likelihood.categorical,
+    draws: Annotated[int, _DRAWS] = 1,
+    device: Annotated[str | None, _DEVICE] = None,
+) -> None:
+    """What measuring a network will take, in memory and work, from a few samples of its first batch; fails if it does not fit."""
+    network, make_data = _loaded(model, data, device)
+    batch = next(iter(_batches(make_data, data)), None)
+    if batch is None:
+        raise typer.BadParameter(f"{data} must yield at least one batch, got none", param_hint="--data")
+    with _kept():
+        found = ff.plan(network, batch, structure.value, fisher_type.value, likelihood.resolve(), draws=draws)
+    Console().print(found.table())
+    if found.problem is not None:
+        typer.echo(f"Error: {found.problem}", err=True)
+        raise typer.Exit(2)
+
+
+@app.command()
 def env() -> None:
     """Versions, devices, and for each op the backend that will run here and why not the others."""
     Console().print(environment.render())
+
+
+def _loaded(model: str, data: str, device: str | None) -> tuple[nn.Module, Callable[[], Any]]:
+    """The network in eval mode, where it is wanted, and the function that gives its data."""
+    # At the end of the path: a folder of the user's that has the name of an installed package must not replace it.
+    sys.path.append(os.getcwd())
+    make_model, make_data = _function(model, "--model"), _function(data, "--data")
+    network = make_model()
+    if not isinstance(network, nn.Module):
+        raise typer.BadParameter(f"{model} must return a torch.nn.Module, got {_kind(network)}", param_hint="--model")
+    return network.eval() if device is None else network.eval().to(device), make_data
 
 
 def _function(spec: str, option: str) -> Callable[[], Any]:
@@ -183,13 +211,13 @@ def _kind(value: Any) -> str:
 
 
 @contextmanager
-def _kept(out: Path) -> Iterator[None]:
+def _kept(out: Path | None = None) -> Iterator[None]:
     """On an error keep what was measured, and show the error alone if it is fisherfast's own, made for the user to read."""
     try:
         yield
-    except (KeyboardInterrupt, ArithmeticError, ValueError, TypeError, RuntimeError) as error:
+    except (KeyboardInterrupt, ArithmeticError, ValueError, TypeError, RuntimeError, MemoryError) as error:
         partial = getattr(error, "fisher", None)
-        if partial is not None and partial.num_samples:
+        if out is not None and partial is not None and partial.num_samples:
             out.mkdir(parents=True, exist_ok=True)
             partial.save(out / "partial.safetensors")
             typer.echo(f"kept the {partial.num_samples:,} samples measured so far in {out / 'partial.safetensors'}", err=True)

@@ -76,6 +76,9 @@ class Collector(Protocol):
     def settle(self, complete: bool) -> list[str]:
         """End the batch: weights for what was added. Returns the parameters that met non-finite rows (not added)."""
 
+    def flops(self, tracked: Tracked, form: Form, rows: Rows, number: int) -> int:
+        """What ``add`` of these rows takes; products of matrices are counted to the last one, the rest roughly."""
+
 
 @dataclass(frozen=True)
 class Pass:
@@ -131,7 +134,8 @@ class _Batch:
         return self.root.shape[0]
 
 
-def _one_position(rows: Rows) -> bool:
+def one_position(rows: Rows) -> bool:
+    """Whether every sample has one: rows whose passes may be added up before they are squared."""
     return rows.offsets is None and rows.g.dim() == 3 and rows.g.shape[1] == 1
 
 
@@ -320,7 +324,7 @@ class Passes:
         if not uses:
             for collector in self.collectors:
                 collector.touch(tracked)
-        elif batch.folds and len(batch.groups[group]) == 1 and _one_position(uses[0][1]):
+        elif batch.folds and len(batch.groups[group]) == 1 and one_position(uses[0][1]):
             form, rows = uses[0]
             batch.folded.setdefault(group, _Folded(form, rows.x)).add(rows.g, scale)
         else:

@@ -18,6 +18,7 @@ from fisherfast.accumulator import Accumulator, RunningSum
 from fisherfast.capture import Call, CallUse, Capture, Tracked
 from fisherfast.fisher.few_rows import FewRows
 from fisherfast.fisher.kronecker import Place
+from fisherfast.fisher.memory import Held
 from fisherfast.passes import Samples
 from fisherfast.rules import Convolution, Elementwise, Form, Lookup, MatMul, Rows
 
@@ -75,6 +76,12 @@ class BlockSums(Protocol):
     def touch(self, samples: Samples) -> None:
         """Count the batch's samples."""
 
+    def holds(self, staged: bool) -> Held:
+        """What they take; ``staged``: with batches that are added up before they count."""
+
+    def flops(self, form: Form, rows: Rows, number: int) -> int:
+        """What ``add`` takes."""
+
     def block(self) -> Any:
         """What was added, on memory of its own."""
 
@@ -86,8 +93,20 @@ class DiagonalSums:
     """The sums of a parameter that has no Kronecker block."""
 
     def __init__(self, tracked: Tracked) -> None:
-        self.squares = BatchSum(tuple(tracked.parameter.shape), tracked.parameter)
+        self._name, self._shape = tracked.name, tuple(tracked.parameter.shape)
+        self.squares = BatchSum(self._shape, tracked.parameter)
         self.sums = (self.squares,)
+
+    def holds(self, staged: bool) -> Held:
+        """See ``BlockSums``."""
+        running = self.squares.running
+        return Held(
+            (self._name,), f"diagonal {list(self._shape)}", running.held(staged), (running.held(staged) + running.nbytes,)
+        )
+
+    def flops(self, form: Form, rows: Rows, number: int) -> int:
+        """See ``BlockSums``."""
+        return form.flops(rows, self._shape)
 
     def add(self, form: Form, rows: Rows, scale: float, number: int, samples: Samples, staged: bool) -> None:
         """Take the rows of one pass."""
@@ -137,13 +156,27 @@ class BlockCollector:
     def forget(self, name: str) -> None:
         """See ``passes.Collector``: nothing is planned yet."""
 
+    def holds(self, passes: int) -> list[Held]:
+        """What batches of so many backward passes take, once the model is explored."""
+        self._plan()
+        staged = self._transactional or passes > 1
+        return [sums.holds(staged) for sums in self._sums.values()]
+
+    def flops(self, tracked: Tracked, form: Form, rows: Rows, number: int) -> int:
+        """See ``passes.Collector``; a bias that joins its weight takes no more."""
+        sums = self._sums.get(tracked.name)
+        return 0 if sums is None else sums.flops(form, rows, number)
+
     def begin(self, samples: Samples) -> None:
         """See ``passes.Collector``."""
-        if not self._sums:
-            self._plan()
+        self._plan()
+        if any(self._before):
+            self._go_on()
         self._staged, self._samples = self._transactional or samples.passes > 1, samples
 
     def _plan(self) -> None:
+        if self._sums:
+            return
         multiply = {name: tracked for name, tracked in self._tracked.items() if self._multiplies(tracked)}
         self._weight_of = {bias: name for name in multiply for bias in self._bias_of(name)}
         bias_of = {weight: bias for bias, weight in self._weight_of.items()}
@@ -155,8 +188,6 @@ class BlockCollector:
             elif name not in self._weight_of:
                 sums[name] = DiagonalSums(tracked)
         self._sums = sums
-        if any(self._before):
-            self._go_on()
 
     def _multiplies(self, tracked: Tracked) -> bool:
         forms = {use.form for _, use in self._uses.get(tracked.name, [])}
@@ -230,7 +261,7 @@ class BlockCollector:
 
     def snapshot(self) -> tuple[list[Any], dict[str, Accumulator]]:
         """What was added, on memory of its own: blocks, and diagonals of the other parameters."""
-        if not self._sums and any(self._before):
+        if any(self._before):
             return self._before
         planned = self._sums or {name: DiagonalSums(tracked) for name, tracked in self._tracked.items()}  # stopped before a batch
         diagonals = {name: s.squares.running.snapshot() for name, s in planned.items() if isinstance(s, DiagonalSums)}
@@ -253,6 +284,7 @@ class BlockCollector:
                 sums.squares.running.restore(diagonals[name])
             else:
                 sums.restore(blocks[name])
+        self._before = ([], {})
 
 
 def _place(weight: str, bias: str | None, form: Form) -> Place:

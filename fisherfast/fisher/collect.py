@@ -33,7 +33,7 @@ class collect:
     Scale:    the result is a mean over samples; the loss vector must not be averaged over anything.
     Errors:   ValueError for a loss that is not such a vector, for parameters the loss does not depend on (unless
               ``allow_missing=True``), for dropout or batch statistics in train mode; NonFiniteError (``err.fisher`` keeps
-              what came before) for NaN or infinity.
+              what came before) for NaN or infinity; MemoryError, at the first loss, if the sums and the result do not fit.
     Numerics: as the ops; sums over samples with 48 bits or more (``accumulator.RunningSum``).
     Source:   the empirical Fisher if the labels are the data's; the Fisher if you drew them from the model: say which with
               ``fisher_type``, which is recorded and not checked.

@@ -20,6 +20,7 @@ from fisherfast.capture import Call, Capture, Tracked
 from fisherfast.fisher import ghost
 from fisherfast.fisher.counts import Counts
 from fisherfast.fisher.diagonal import DiagonalFisher
+from fisherfast.fisher.memory import Held
 from fisherfast.fisher.moments import SampleMoments
 from fisherfast.fisher.norms import SampleNorms
 from fisherfast.fisher.protocol import layer_of
@@ -209,6 +210,7 @@ class Engine:
         parameters = {name: t.parameter for name, t in capture.tracked.items()}
         self.squares = {name: RunningSum(p) for name, p in parameters.items() if any(s.squares for s in structures)}
         self.totals = {name: RunningSum(p) for name, p in parameters.items() if any(s.totals for s in structures)}
+        self._copies = [sums for s in structures for sums, asked in ((self.squares, s.squares), (self.totals, s.totals)) if asked]
         self.squared_weights = dict.fromkeys(self.totals, 0.0)  # sum of w^2, where the sum of w is in the running sums
         keeps = [s.keeps for s in structures]
         self.keeps = "layers" if "layers" in keeps else "whole" if "whole" in keeps else None
@@ -238,6 +240,25 @@ class Engine:
         for sums in (self.squares, self.totals, self.squared_weights, self._flag):
             sums.pop(name, None)
         self._arrange_layers(self._flag)
+
+    # -- what it takes
+
+    def holds(self, passes: int) -> list[Held]:
+        """What batches of so many backward passes take; values of samples and scratch are not counted."""
+        staged = self._transactional or passes > 1
+        return [self._held(name, staged) for name in self._flag]
+
+    def _held(self, name: str, staged: bool) -> Held:
+        sums = [group[name] for group in (self.squares, self.totals) if name in group]
+        of_sums = sum(one.held(staged) for one in sums)
+        of_results = sum(copied[name].nbytes for copied in self._copies)
+        kinds = [kind for kind, group in (("diagonal", self.squares), ("mean", self.totals)) if name in group]
+        what = f"{' and '.join(kinds)} {list(sums[0].shape)}" if sums else "norms"
+        return Held((name,), what, of_sums, (of_sums + of_results,))
+
+    def flops(self, tracked: Tracked, form: Form, rows: Rows, number: int) -> int:
+        """See ``passes.Collector``."""
+        return form.flops(rows, tracked.parameter.shape)
 
     # -- one batch
 

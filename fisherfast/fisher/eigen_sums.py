@@ -7,6 +7,7 @@ positions), or make each sample's gradient and rotate that (images). Both go thr
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -20,6 +21,7 @@ from fisherfast.capture import Capture, Tracked
 from fisherfast.fisher.block_sums import BatchSum, BlockCollector, total_weight
 from fisherfast.fisher.eigen import EigenBlock, eigenbasis
 from fisherfast.fisher.kronecker import KroneckerBlock, Place
+from fisherfast.fisher.memory import Held
 from fisherfast.ops.conv_sq import conv_sq_
 from fisherfast.ops.embedding_sq import embedding_sq_
 from fisherfast.ops.linear_sq import linear_sq_
@@ -34,15 +36,53 @@ _Add = Callable[[Tensor, Rows, float, Tensor | None], None]
 
 
 class EigenSums:
-    """The sums of one eigen block; see ``BlockSums``. The subclasses know the forms."""
+    """The sums of one eigen block; see ``BlockSums``. The subclasses know the forms.
 
-    def __init__(self, form: Form, tracked: Tracked, of: KroneckerBlock, U: Tensor | None, V: Tensor | None) -> None:
-        self.place, self.form, self.kronecker, self.U, self.V = of.place, form, of, U, V
+    The eigenvectors are computed when they are first needed; their sizes are known before.
+    """
+
+    def __init__(self, form: Form, tracked: Tracked, of: KroneckerBlock) -> None:
+        self.place, self.form, self.kronecker = of.place, form, of
         self._shape = tuple(tracked.parameter.shape)
+        self._dtype = torch.promote_types(tracked.parameter.dtype, torch.float32)
+        self._rotates = of.A.sum.dim() == 3, of.B.sum.dim() == 3  # what is diagonal has no basis
         O, D = of.B.sum.shape[1], of.A.sum.shape[1]
-        self._full, self._size = (O, D), (O if V is None else V.shape[2], D if U is None else U.shape[2])
+        of_A, of_B = of.few_rows
+        self._full, self._size = (O, D), (O if of_B is None else len(of_B), D if of_A is None else len(of_A))
         self.values = BatchSum((of.place.groups, *self._stored(*self._size)), tracked.parameter)
         self.sums = (self.values,)
+
+    @functools.cached_property
+    def U(self) -> Tensor | None:
+        """The eigenvectors of A."""
+        return eigenbasis(self.kronecker.A.mean(), self.kronecker.few_rows[0], self._dtype)
+
+    @functools.cached_property
+    def V(self) -> Tensor | None:
+        """The eigenvectors of B."""
+        return eigenbasis(self.kronecker.B.mean(), self.kronecker.few_rows[1], self._dtype)
+
+    def holds(self, staged: bool) -> Held:
+        """See ``BlockSums``; the factors were there before."""
+        (O, D), (q, r), values = self._full, self._size, self.values.running
+        of_bases = self.place.groups * (self._rotates[0] * D * r + self._rotates[1] * O * q) * self._dtype.itemsize
+        kept = (self.kronecker.A.sum, self.kronecker.B.sum, *self.kronecker.few_rows)
+        of_factors = sum(tensor.nbytes for tensor in kept if tensor is not None)
+        what = f"{q} x {r} eigenvalues, {self.kronecker.factor_sizes()}"
+        made = values.held(staged) + of_bases
+        return Held(self.place.names, what, made + of_factors, (made + values.nbytes,))
+
+    def flops(self, form: Form, rows: Rows, number: int) -> int:
+        """See ``BlockSums``: of the cheaper order; the eigenvectors, once in a run, are not counted."""
+        N, T = self._extents(rows)
+        return 2 * N * self.place.groups * min(self._products(T))
+
+    def _extents(self, rows: Rows) -> tuple[int, int]:
+        """Samples, and positions of each."""
+        if rows.offsets is None:
+            return len(rows.g), rows.g.shape[1]
+        N = len(rows.offsets) - 1
+        return N, math.ceil(len(rows.g) / max(1, N))
 
     def _stored(self, q: int, r: int) -> tuple[int, int]:
         """The shape in which the values are added up."""
@@ -77,11 +117,14 @@ class EigenSums:
         """In the precision of the sums; ids as they are."""
         return rows.to(self.values.running.low.dtype) if rows.is_floating_point() else rows
 
+    def _products(self, T: int) -> tuple[int, int]:
+        """What the two orders multiply of a sample with T positions: tiles, rows; the squares of rotated rows are a product too."""
+        (O, D), (q, r), (U, V) = self._full, self._size, self._rotates
+        return T * O * D + U * O * D * r + V * O * q * r, T * (U * D * r + V * O * q + q * r)
+
     def _tiles_cost_less(self, T: int) -> bool:
-        """By FLOPs of a sample with T positions; the squares of rotated rows are a product of T too."""
-        (O, D), (q, r) = self._full, self._size
-        U, V = self.U is not None, self.V is not None
-        return T * O * D + U * O * D * r + V * O * q * r < T * (U * D * r + V * O * q + q * r)
+        tiles, rotated = self._products(T)
+        return tiles < rotated
 
     def _add_tiles(self, acc: Tensor, tiles: Tensor, scale: float, weight: Tensor | None) -> None:
         """Sample gradients ``[n, G, O, D]``: what is left once U is applied is ``linear_sq_`` with V's rows for every sample."""
@@ -98,7 +141,7 @@ class EigenSums:
 
 class _OfMatrix(EigenSums):
     def route(self, rows: Rows) -> tuple[_Add, int]:
-        T = rows.g.shape[1] if rows.offsets is None else math.ceil(len(rows.g) / max(1, len(rows.offsets) - 1))
+        _, T = self._extents(rows)
         if rows.offsets is None and T > 1 and self._tiles_cost_less(T):
             return self._tiles, math.prod(self._full)
         return self._rotated, T * sum(self._size)
@@ -126,6 +169,10 @@ class _OfTable(EigenSums):
     def _stored(self, q: int, r: int) -> tuple[int, int]:
         return r, q
 
+    def _products(self, T: int) -> tuple[int, int]:
+        (O, _), (q, _), (_, V) = self._full, self._size, self._rotates
+        return (T * (V * O * q + q),) * 2  # the only order there is
+
     def block(self) -> EigenBlock:
         return EigenBlock(self.kronecker, self.U, self.V, _transposed(self.values.running.snapshot()))
 
@@ -147,9 +194,12 @@ def _transposed(values: Accumulator) -> Accumulator:
 
 
 class _OfImages(EigenSums):
+    def _extents(self, rows: Rows) -> tuple[int, int]:
+        N, images = (len(rows.g), 1) if rows.offsets is None else super()._extents(rows)
+        return N, images * math.prod(rows.g.shape[2:])
+
     def route(self, rows: Rows) -> tuple[_Add, int]:
-        images = 1 if rows.offsets is None else math.ceil(len(rows.g) / max(1, len(rows.offsets) - 1))
-        T, G = images * math.prod(rows.g.shape[2:]), self.place.groups
+        (_, T), G = self._extents(rows), self.place.groups
         return (self._tiles, G * math.prod(self._full)) if self._tiles_cost_less(T) else (self._rotated, T * G * sum(self._size))
 
     def _rotated(self, acc: Tensor, rows: Rows, scale: float, weight: Tensor | None) -> None:
@@ -192,6 +242,11 @@ class EigenCollector(BlockCollector):
         super().__init__(capture, transactional)
         self._basis = basis
 
+    def foreseen(self, first: BlockCollector, basis: dict[str, KroneckerBlock]) -> EigenCollector:
+        """Before a basis is there: one of these sizes, for a model used as ``first`` knows; returns self."""
+        self._uses, self._calls, self._basis = first._uses, first._calls, basis
+        return self
+
     def new_block(self, place: Place, form: Form, tracked: Tracked) -> EigenSums:
         """See ``BlockCollector``."""
         of = self._basis.get(place.weight)
@@ -199,7 +254,5 @@ class EigenCollector(BlockCollector):
             raise ValueError(
                 f"{place.weight}: EKFAC's basis must be of this model, used in this way ({place}), got {of and of.place}"
             )
-        dtype = torch.promote_types(tracked.parameter.dtype, torch.float32)
-        U, V = (eigenbasis(factor.mean(), rows, dtype) for factor, rows in zip((of.A, of.B), of.few_rows, strict=True))
         kind = _OfImages if isinstance(form, Convolution) else _OfTable if isinstance(form, Lookup) else _OfMatrix
-        return kind(form, tracked, of, U, V)
+        return kind(form, tracked, of)

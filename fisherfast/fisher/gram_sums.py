@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fisherfast.capture import Call, Capture, Tracked
 from fisherfast.fisher.block_sums import total_weight
+from fisherfast.fisher.memory import Held
 from fisherfast.ops._common import wide
 from fisherfast.passes import Samples
 from fisherfast.rules import Convolution, Elementwise, Form, Lookup, MatMul, Part, Rows, Tied, Window
@@ -128,6 +129,14 @@ class GramCollector:
 
     def forget(self, name: str) -> None:
         """See ``passes.Collector``: it has no gradients yet."""
+
+    def holds(self, passes: int) -> list[Held]:
+        """See ``passes.Collector``: nothing before there are samples."""
+        return [Held((name,), "rows of every sample", 0, (0,)) for name in self._tracked]
+
+    def flops(self, tracked: Tracked, form: Form, rows: Rows, number: int) -> int:
+        """See ``passes.Collector``: what is multiplied is multiplied when the result is asked."""
+        return 0
 
     def begin(self, samples: Samples) -> None:
         """See ``passes.Collector``."""

@@ -16,10 +16,12 @@ from fisherfast.fisher.block_fisher import BlockFisher
 from fisherfast.fisher.block_sums import BlockCollector
 from fisherfast.fisher.counts import Counts
 from fisherfast.fisher.coverage import Coverage
+from fisherfast.fisher.eigen_sums import EigenCollector
 from fisherfast.fisher.kronecker import KroneckerBlock, Place
 from fisherfast.fisher.kronecker_sums import KroneckerSums
+from fisherfast.fisher.memory import Held
 from fisherfast.fisher.reduced_sums import ReducedSums
-from fisherfast.rules import Form
+from fisherfast.rules import Form, Rows
 
 
 @dataclass(frozen=True)
@@ -70,11 +72,32 @@ class KroneckerCollector(BlockCollector):
     def __init__(self, capture: Capture, transactional: bool, asked: KFAC) -> None:
         super().__init__(capture, transactional)
         self._asked = asked
+        self._second = EigenCollector(capture, {}, transactional) if asked.keep_rows else None
 
     def new_block(self, place: Place, form: Form, tracked: Tracked) -> KroneckerSums:
         """See ``BlockCollector``."""
         kind = ReducedSums if self._asked.sharing == "reduce" else KroneckerSums
         return kind(place, form, tracked, self._asked.max_factor_dim, self._asked.keep_rows)
+
+    def holds(self, passes: int) -> list[Held]:
+        """See ``BlockCollector``; with the rows kept, of EKFAC's pass over the data, which comes next, as well."""
+        first = super().holds(passes)
+        if self._second is None:
+            return first
+        blocks = [sums.blank() for sums in self._sums.values() if isinstance(sums, KroneckerSums)]
+        second = self._second.foreseen(self, {block.place.weight: block for block in blocks}).holds(passes)
+        return [_in_turn(*pair) for pair in zip(first, second, strict=True)]
+
+    def flops(self, tracked: Tracked, form: Form, rows: Rows, number: int) -> int:
+        """See ``BlockCollector``."""
+        more = 0 if self._second is None else self._second.flops(tracked, form, rows, number)
+        return super().flops(tracked, form, rows, number) + more
+
+
+def _in_turn(first: Held, second: Held) -> Held:
+    """Two passes over the data: the second holds the result of the first."""
+    (alone,), (more,) = first.peaks, second.peaks
+    return dataclasses.replace(second, peaks=(alone, alone - first.bytes + more), smaller=first.smaller)
 
 
 @serialize.storable("kfac")

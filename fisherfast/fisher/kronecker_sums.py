@@ -13,6 +13,7 @@ from fisherfast.capture import Tracked
 from fisherfast.fisher.block_sums import BatchSum, add_squares, total_weight
 from fisherfast.fisher.few_rows import FewRows
 from fisherfast.fisher.kronecker import KroneckerBlock, Place
+from fisherfast.fisher.memory import Held, in_words
 from fisherfast.ops.conv_gram import conv_gram_
 from fisherfast.ops.gram import gram_
 from fisherfast.passes import Samples
@@ -32,7 +33,8 @@ class KroneckerSums:
         if D > max_factor_dim and not counts:
             raise ValueError(
                 f"{place.weight}: its input factor must be at most max_factor_dim = {max_factor_dim}, got {D} x {D} "
-                f"({4 * D * D / 2**30:.2f} GiB in float32); pass KFAC(max_factor_dim={D}), or measure its diagonal"
+                f"({in_words(16 * D * D)} with the result); pass max_factor_dim={D} if there is room for it, or freeze the weight "
+                "(requires_grad_(False)) and measure its diagonal in a run of its own"
             )
         self.A = BatchSum((place.groups, D) if counts else (place.groups, D, D), tracked.parameter)
         self._vector = max_factor_dim < O
@@ -41,6 +43,31 @@ class KroneckerSums:
         if keep_rows and not isinstance(form, Convolution):
             self.A.few_rows = None if counts else FewRows(D)
             self.B.few_rows = None if self._vector else FewRows(O)
+
+    def blank(self) -> KroneckerBlock:
+        """A block of these sizes on no memory."""
+        A, B = (Accumulator.zeros(one.running.shape, "meta") for one in self.sums)
+        return KroneckerBlock(self.place, A, B)
+
+    def holds(self, staged: bool) -> Held:
+        """See ``BlockSums``."""
+        of_sums = sum(one.running.held(staged) for one in self.sums)
+        of_result = sum(one.running.nbytes for one in self.sums)
+        D, O = (one.running.shape[1] for one in self.sums)
+        smaller = f"pass max_factor_dim={O - 1}, which keeps B as its diagonal" if D < O and not self._vector else None
+        return Held(self.place.names, self.blank().factor_sizes(), of_sums, (of_sums + of_result,), self.place.op, smaller)
+
+    def flops(self, form: Form, rows: Rows, number: int) -> int:
+        """See ``BlockSums``; of a symmetric product one half is computed."""
+        G = self.place.groups
+        M = self._num_rows(form, rows)
+        widths = [1 if len(one.running.shape) == 2 else one.running.shape[1] for one in self.sums]
+        of_inputs, of_gradients = (G * M * one.running.shape[1] * width for one, width in zip(self.sums, widths, strict=True))
+        of_inputs = M if isinstance(form, Lookup) else of_inputs
+        return of_gradients + (of_inputs if number == 0 else 0)
+
+    def _num_rows(self, form: Form, rows: Rows) -> int:
+        return len(rows.g) * math.prod(rows.g.shape[2:]) if isinstance(form, Convolution) else math.prod(rows.g.shape[:-1])
 
     def block(self) -> KroneckerBlock:
         """What was added, on memory of its own."""

@@ -26,16 +26,16 @@ class Labelling:
     max_passes: int
 
     @classmethod
-    def of(cls, fisher_type: str, likelihood: str | Likelihood, draws: int, seed: int, max_passes: int) -> Labelling:
+    def of(cls, caller: str, fisher_type: str, likelihood: str | Likelihood, draws: int, seed: int, max_passes: int) -> Labelling:
         """From what a caller says. Errors: ValueError."""
         if fisher_type == "type-2":
             fisher_type = "exact"
         if fisher_type not in FISHER_TYPES:
             raise ValueError(
-                f"fisher: fisher_type must be one of {list(FISHER_TYPES)} (or 'type-2' for 'exact'), got {fisher_type!r}"
+                f"{caller}: fisher_type must be one of {list(FISHER_TYPES)} (or 'type-2' for 'exact'), got {fisher_type!r}"
             )
         if draws < 1 or (draws > 1 and fisher_type != "mc"):
-            raise ValueError(f"fisher: draws must be >= 1, and 1 unless fisher_type='mc', got {draws} with {fisher_type!r}")
+            raise ValueError(f"{caller}: draws must be >= 1, and 1 unless fisher_type='mc', got {draws} with {fisher_type!r}")
         return cls(fisher_type, resolve(likelihood), draws, seed, max_passes)
 
     def provenance(self, model: str) -> Provenance:

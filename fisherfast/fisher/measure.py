@@ -68,48 +68,67 @@ def fisher(
     Shapes:   the output has the sample axis first; see the likelihoods for the rest.
     Scale:    per sample, mean over samples; independent of loss reduction, batch size and number of devices.
     Errors:   ValueError, TypeError or NonFiniteError for what cannot be measured, naming parameter or batch; any error has
-              ``.fisher`` with what was accumulated before, and Ctrl-C raises ``ff.Interrupted`` with it.
+              ``.fisher`` with what was accumulated before, and Ctrl-C raises ``ff.Interrupted`` with it. MemoryError, without
+              one and before a sum is allocated, if the sums and the result do not fit: ``ff.plan`` tells beforehand.
     Numerics: gradients in the model's precision, squares in float32 or wider, sums over samples with 48 bits or more. Labels are a
               function of (seed, sample number, position, draw) alone.
     Source:   Achille, Paolini, Soatto 2019 (arXiv:1905.12213), Preliminaries; columns of the exact Fisher: docs/design.md.
     """
-    several = isinstance(structure, tuple)
-    if not structure or (isinstance(structure, str) and structure not in _STRUCTURES):
-        raise ValueError(f"fisher: structure must be one of {sorted(_STRUCTURES)}, or a tuple of requests, got {structure!r}")
-    labelling = Labelling.of(fisher_type, likelihood, draws, seed, max_passes)
+    structures = requests("fisher", structure)
+    labelling = Labelling.of("fisher", fisher_type, likelihood, draws, seed, max_passes)
     check_loss_scale("fisher", loss_scale)
     refuse_train_mode(model)
-    structures = structure if isinstance(structure, tuple) else (_STRUCTURES[structure](),)
     path = None if checkpoint is None else Path(checkpoint)
 
-    def measurement(structures: tuple[Structure, ...]) -> _Measurement:
-        return _Measurement(
+    def measurement(structures: tuple[Structure, ...]) -> Measurement:
+        return Measurement(
             model, structures, labelling, sample_offset, output, loss_scale, allow_missing, transactional=checkpoint is not None
         )
 
-    if any(isinstance(asked, EKFAC) and asked.basis is None for asked in structures):
+    if any(map(needs_basis, structures)):
         if path is not None:
             raise ValueError(
                 "fisher: checkpoint must be None for 'ekfac', which reads the data twice, got a path; measure 'kfac' with a "
                 "checkpoint, then (ff.EKFAC(basis=kfac),) with another"
             )
         twice = ReadTwice(data, "fisher")
-        dims = [asked.max_factor_dim for asked in structures if isinstance(asked, EKFAC)]
-        factors = measurement((KFAC(dims[0], keep_rows=True),))
-        (basis,) = factors.over(twice.first(factors.batches(data, progress, "Factors")), None)
+
+        def first_pass() -> KFACFisher:  # whose sums are gone when it returns
+            factors = measurement((next(factors_first(asked) for asked in structures if needs_basis(asked)),))
+            (basis,) = factors.over(twice.first(factors.batches(data, progress, "Factors")), None)
+            return basis
+
+        basis = first_pass()
         corrected = measurement(tuple(_based(asked, basis) for asked in structures))
         results = corrected.over(twice.again(corrected.batches(data, progress, "Fisher")), None)
     else:
         once = measurement(structures)
         results = once.over(once.batches(data, progress, "Fisher"), path)
-    return results if several else results[0]
+    return results if isinstance(structure, tuple) else results[0]
+
+
+def requests(caller: str, structure: str | tuple[Structure, ...]) -> tuple[Structure, ...]:
+    """What is asked for. Errors: ValueError."""
+    if not structure or (isinstance(structure, str) and structure not in _STRUCTURES):
+        raise ValueError(f"{caller}: structure must be one of {sorted(_STRUCTURES)}, or a tuple of requests, got {structure!r}")
+    return structure if isinstance(structure, tuple) else (_STRUCTURES[structure](),)
+
+
+def needs_basis(asked: Structure) -> bool:
+    """Whether a pass over the data has to find its basis first."""
+    return isinstance(asked, EKFAC) and asked.basis is None
+
+
+def factors_first(asked: Structure) -> Structure:
+    """The request of that first pass; any other request is its own."""
+    return KFAC(asked.max_factor_dim, keep_rows=True) if isinstance(asked, EKFAC) and asked.basis is None else asked
 
 
 def _based(asked: Structure, basis: KFACFisher) -> Structure:
     return replace(asked, basis=basis) if isinstance(asked, EKFAC) and asked.basis is None else asked
 
 
-class _Measurement:
+class Measurement:
     """One call of ``fisher``: feeds batches, turns the likelihood into passes, and loops over samples where it must."""
 
     def __init__(
@@ -182,8 +201,8 @@ class _Measurement:
         """Add one batch."""
         self.labelling.check(batch)
         if not self._explored or (not self._probed and batch.N > 1):
-            self._explore(batch.cut(0, min(batch.N, PROBED)))
-        output, predictions = self._forward(batch)
+            self.explore(batch.cut(0, min(batch.N, PROBED)))
+        output, predictions = self.forward(batch)
         count = self.labelling.num_passes(predictions)
         if predictions.values.grad_fn is None:
             raise ValueError(
@@ -197,7 +216,7 @@ class _Measurement:
         self.run.num_positions += predictions.num_positions
         self.run.batches += 1
 
-    def _forward(self, batch: Batch, exploring: bool = False, first: int = 0) -> tuple[Tensor, Predictions]:
+    def forward(self, batch: Batch, exploring: bool = False, first: int = 0) -> tuple[Tensor, Predictions]:
         """Run the model on a batch whose first sample is number ``first`` of the current one: its output, and what that says."""
         self.capture.begin(exploring, batch.N, batch.offsets)
         with self.capture, torch.enable_grad():
@@ -212,7 +231,7 @@ class _Measurement:
 
     # -- finding out how the model uses its parameters
 
-    def _explore(self, few: Batch) -> None:
+    def explore(self, few: Batch) -> None:
         """On a few samples: what is reached, in which forms, where the sample axis is; expands or loops where it has to."""
         values = self._values(few)
         if not self._explored:
@@ -227,7 +246,7 @@ class _Measurement:
             self._probed = True
 
     def _values(self, few: Batch) -> Tensor:
-        return self._forward(few, exploring=True)[1].values
+        return self.forward(few, exploring=True)[1].values
 
     def _probe(self, values: Tensor) -> set[str]:
         generator = torch.Generator().manual_seed(0)
@@ -290,13 +309,13 @@ class _Measurement:
 
     def _first(self, batch: Batch, cotangent: Tensor, tracked: list[Tracked]) -> dict[str, Tensor]:
         """The first sample's gradients by autograd."""
-        output, _ = self._forward(batch.cut(0, 1), exploring=True)
+        output, _ = self.forward(batch.cut(0, 1), exploring=True)
         gradients = self.run.passes.gradients(output, tracked, cotangent[:1])
         return {which.name: gradient for which, gradient in zip(tracked, gradients, strict=True)}
 
     def _loop(self, batch: Batch, predictions: Predictions, tracked: list[Tracked]) -> None:
         for n in range(batch.N):
-            values = self._forward(batch.cut(n, n + 1), exploring=True, first=n)[1].values
+            values = self.forward(batch.cut(n, n + 1), exploring=True, first=n)[1].values
             passes = self._passes(predictions.one(n))
             if batch.offsets is not None:  # a packed sample by itself is as long as it is, not as the longest
                 passes = (replace(one, cotangent=one.cotangent[:, : values.shape[1]]) for one in passes)

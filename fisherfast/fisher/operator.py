@@ -52,7 +52,7 @@ class FisherOperator:
         max_passes: int = 1000,
         output: Output = None,
     ) -> None:
-        self._labelling = Labelling.of(fisher_type, likelihood, draws, seed, max_passes)
+        self._labelling = Labelling.of("FisherOperator", fisher_type, likelihood, draws, seed, max_passes)
         refuse_train_mode(model)
         if iter(data) is data:
             raise ValueError("FisherOperator: data must be read again for every product, got an iterator; pass a list of batches")

@@ -41,6 +41,9 @@ class ReducedSums(KroneckerSums):
             )
         super().__init__(replace(place, sharing="reduce"), form, tracked, max_factor_dim, keep_rows)
 
+    def _num_rows(self, form: Form, rows: Rows) -> int:
+        return rows.num_samples
+
     def add(self, form: Form, rows: Rows, scale: float, number: int, samples: Samples, staged: bool) -> None:
         """Take the rows of one pass; the inputs are those of all passes, and count once."""
         if isinstance(form, Convolution):

@@ -17,6 +17,7 @@ from fisherfast.capture import Call, Capture, unwrapped
 from fisherfast.fisher.collectors import Engine, Structure
 from fisherfast.fisher.counts import Counts
 from fisherfast.fisher.coverage import OPS, Coverage, Stopwatch
+from fisherfast.fisher.memory import Held, check
 from fisherfast.fisher.protocol import Provenance
 from fisherfast.passes import NonFiniteError, Passes, Samples
 
@@ -48,7 +49,8 @@ class Run:
         served = [structure for structure, mine in zip(self.structures, own, strict=True) if mine is None]
         self.engine = Engine(self.capture, served, transactional) if served else None
         self.sources: list[Any] = [mine or self.engine for mine in own]  # of each structure
-        self.passes = Passes(self.capture, list({id(source): source for source in self.sources}.values()))
+        self.collectors = list({id(source): source for source in self.sources}.values())
+        self.passes = Passes(self.capture, self.collectors)
         self.provenance = provenance
         self.allow_missing = allow_missing
         self.num_samples = self.num_positions = self.batches = 0
@@ -57,6 +59,7 @@ class Run:
         self._no_vmap: str | None = "the forward pass is yours and runs once"  # why the fallback loops over samples
         self._sizes = {name: t.parameter.numel() for name, t in self.capture.tracked.items()}
         self._watch = Stopwatch(self.capture.device)
+        self._fits = False  # whether the sums were found to
         self._counted: list[Call] = []  # the calls of the batch counted last
 
     def check_reached(self, root: Tensor) -> None:
@@ -89,13 +92,17 @@ class Run:
                 forms[use.tracked.name][use.form.op] = None
         self.ops.update((name, " + ".join(ops)) for name, ops in forms.items())
 
+    def holds(self, passes: int) -> list[Held]:
+        """What the collectors take, once the model is explored, with batches of so many backward passes."""
+        return [held for collector in self.collectors for held in collector.holds(passes)]
+
     def timed(self, way: str) -> AbstractContextManager[None]:
         """Charge the wall time of the block to a way of covering parameters (``"loop"``, ``"vmap"``), for ``F.coverage``."""
         return self._watch.timed(way)
 
     def restore(self, before: Sequence[Any]) -> None:
         """Go on from a checkpoint: one earlier result for each structure."""
-        first = before[0]
+        first, self._fits = before[0], True
         self.num_samples, self.num_positions, self.batches = first.num_samples, first.num_positions, first.batches
         for structure, source, result in zip(self.structures, self.sources, before, strict=True):
             structure.restore(source, result)
@@ -163,7 +170,13 @@ class Run:
 
     @contextmanager
     def transaction(self, samples: Samples) -> Iterator[None]:
-        """One batch: whatever happens inside, what was added gets its weight and the error carries the result so far."""
+        """One batch: whatever happens inside, what was added gets its weight and the error carries the result so far.
+
+        Before the first one nothing is allocated: MemoryError if there is no room.
+        """
+        if not self._fits:
+            check(self.holds(samples.passes), self.capture.device)
+            self._fits = True
         for collector in self.passes.collectors:
             collector.begin(samples)
         complete = False
@@ -193,6 +206,8 @@ class Run:
             raise
 
     def _attach(self, error: BaseException) -> None:
+        if not self._fits and isinstance(error, MemoryError):
+            return  # a result, even of nothing, takes the memory that is not there
         results = self.results()
         error.fisher = results[0] if len(results) == 1 else results  # type: ignore[attr-defined]
         error.add_note(

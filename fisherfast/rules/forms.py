@@ -118,6 +118,10 @@ class Form:
             return Rows(torch.cat(xs, dim=1) if xs else None, torch.cat([use.g for use in uses], dim=1))
         return _merged([use.packed() for use in uses])
 
+    def flops(self, rows: Rows, shape: tuple[int, ...]) -> int:
+        """What the op takes for oriented rows of a parameter of this shape."""
+        return 2 * rows.g.numel()
+
     def accumulate(self, acc: Tensor, rows: Rows, scale: float, **outputs: Tensor | None) -> None:
         """Add ``scale * sum_n w_n (sample gradient)^2`` of oriented rows into ``acc``; ``outputs`` as for the ops."""
         raise NotImplementedError
@@ -176,6 +180,11 @@ class MatMul(Form):
         """See ``Form``."""
         return isinstance(other, MatMul)
 
+    def flops(self, rows: Rows, shape: tuple[int, ...]) -> int:
+        """See ``Form``."""
+        assert rows.x is not None
+        return 2 * rows.g.numel() * rows.x.shape[-1]
+
     def accumulate(self, acc: Tensor, rows: Rows, scale: float, **outputs: Tensor | None) -> None:
         """See ``Form``."""
         assert rows.x is not None
@@ -225,6 +234,10 @@ class Convolution(Form):
             for x, g, use in zip(xs, gs, uses, strict=True)
         ]
         return _merged(packed)
+
+    def flops(self, rows: Rows, shape: tuple[int, ...]) -> int:
+        """See ``Form``."""
+        return 2 * rows.g.numel() * math.prod(shape[1:])
 
     def accumulate(self, acc: Tensor, rows: Rows, scale: float, **outputs: Tensor | None) -> None:
         """See ``Form``."""
@@ -341,6 +354,11 @@ class Tied(Form):
     padding_idx: int = -1
     op = "linear_sq_ + embedding_sq_"
 
+    def flops(self, rows: Rows, shape: tuple[int, ...]) -> int:
+        """See ``Form``."""
+        assert rows.x is not None and rows.lookup is not None
+        return 2 * rows.g.numel() * rows.x.shape[-1] + 2 * rows.lookup.g.numel()
+
     def accumulate(self, acc: Tensor, rows: Rows, scale: float, **outputs: Tensor | None) -> None:
         """See ``Form``."""
         lookup, flag = rows.lookup, outputs.get("flag")
@@ -455,6 +473,10 @@ class Part(Form):
     def joined(self, uses: list[Rows]) -> Rows:
         """See ``Form``."""
         return self.form.joined(uses)
+
+    def flops(self, rows: Rows, shape: tuple[int, ...]) -> int:
+        """See ``Form``."""
+        return self.form.flops(rows, self.window.shape)
 
     def accumulate(self, acc: Tensor, rows: Rows, scale: float, **outputs: Tensor | None) -> None:
         """See ``Form``: where the part does not lie in one piece, by way of a tensor that does."""

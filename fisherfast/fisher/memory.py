@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run will hold, and whether there is room for it: both known before anything is allocated."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+from pathlib import Path
+
+import torch
+
+_CGROUP = Path("/sys/fs/cgroup")
+_MEMINFO = Path("/proc/meminfo")
+
+
+@dataclass(frozen=True)
+class Held:
+    """What a collector keeps for the parameters ``names``, which have their sums in common.
+
+    ``holds``: what it is, in words. ``bytes``: of the sums at the end of a run. ``peaks``: of what is allocated, the result
+    included, at the end of each pass over the data. ``way``: the op, where it is not that of the squares. ``smaller``: how
+    to hold less, where there is a way of its own.
+    """
+
+    names: tuple[str, ...]
+    holds: str
+    bytes: int
+    peaks: tuple[int, ...]
+    way: str | None = None
+    smaller: str | None = None
+
+
+def peak(held: Sequence[Held]) -> int:
+    """The most bytes that are allocated at a time; what needs fewer passes over the data than others is in the last ones."""
+    passes = zip_longest(*(reversed(one.peaks) for one in held), fillvalue=0)
+    return max(map(sum, passes), default=0)
+
+
+def check(held: Sequence[Held], device: torch.device) -> None:
+    """Raise MemoryError, with the sizes and the ways out, unless there is room."""
+    problem = refusal(held, free_bytes(device), device)
+    if problem is not None:
+        raise MemoryError(problem)
+
+
+def refusal(held: Sequence[Held], free: int | None, device: torch.device) -> str | None:
+    """Why there is no room, or None; memory whose size is not known is enough."""
+    needed = peak(held)
+    if free is None or needed <= free:
+        return None
+    largest = max(held, key=lambda one: max(one.peaks))
+    ways = [] if largest.smaller is None else [largest.smaller]
+    ways.append(f"freeze {largest.names[0]!r} here (requires_grad_(False)) and measure its diagonal in a run of its own")
+    return (
+        f"memory: the sums of a run and its result must fit what is free on {device}, {in_words(free)}, got {in_words(needed)}, of "
+        f"which {in_words(max(largest.peaks))} for {' and '.join(map(repr, largest.names))} ({largest.holds}); {', or '.join(ways)}"
+    )
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """The memory that can still be had on a device; None where that is not known."""
+    if device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
+    if device.type != "cpu":
+        return None
+    known = [room for room in (_of_machine(), _of_container()) if room is not None]
+    return min(known, default=None)
+
+
+def _of_machine() -> int | None:
+    if _MEMINFO.exists():
+        fields = dict(line.split(":", 1) for line in _MEMINFO.read_text().splitlines())
+        return int(fields["MemAvailable"].split()[0]) * 1024
+    if "SC_PHYS_PAGES" in getattr(os, "sysconf_names", {}):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")  # all of it: no more can be had
+    return None
+
+
+def _of_container() -> int | None:
+    """What a control group leaves; what it holds of files can be dropped."""
+    try:
+        limit = int((_CGROUP / "memory.max").read_text())  # "max" where there is none
+        used = int((_CGROUP / "memory.current").read_text())
+        fields = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):
+        return None
+    return max(0, limit - used + int(fields["file"]))
+
+
+def in_words(size: float) -> str:
+    """Bytes as people write them."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:,.0f} B" if unit == "B" else f"{size:,.2f} {unit}"
+        size /= 1024
+    return f"{size:,.2f} TiB"

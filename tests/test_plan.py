@@ -1,0 +1,429 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A plan: its bytes are those that the collectors hold after a run, its refusal is the run's, and neither allocates a sum."""
+
+import gc
+import importlib
+import sys
+import weakref
+
+import networks
+import pytest
+import torch
+from rich.console import Console
+from torch import nn
+from typer.testing import CliRunner
+
+import fisherfast as ff
+from fisherfast import cli
+from fisherfast.accumulator import RunningSum
+from fisherfast.fisher import memory
+from fisherfast.fisher.run import Run
+
+STRUCTURES = ["diagonal", "kfac", "ekfac"]
+MANY = 227  # samples: no factor of the networks has seen fewer rows than a third of its columns
+EVERY = {**networks.COVERED, **networks.FALLBACK}
+GIB = 2**30
+
+
+@pytest.fixture
+def runs(monkeypatch):
+    """The runs that gave results."""
+    seen, results = [], Run.results
+
+    def remembering(self):
+        seen.append(self)
+        return results(self)
+
+    monkeypatch.setattr(Run, "results", remembering)
+    return seen
+
+
+def tensors(thing, found):
+    """Floating tensors that sums, blocks and stages are made of, by identity."""
+    if isinstance(thing, torch.Tensor):
+        if thing.is_floating_point():
+            found[id(thing)] = thing
+    elif isinstance(thing, dict):
+        for value in thing.values():
+            tensors(value, found)
+    elif isinstance(thing, (list, tuple)):
+        for value in thing:
+            tensors(value, found)
+    elif type(thing).__module__.startswith("fisherfast.") and type(thing).__name__ not in (
+        "Capture",
+        "Tracked",
+        "Spread",
+        "CallUse",
+    ):
+        tensors(
+            {k: v for k, v in vars(thing).items() if k not in ("_tracked", "_uses", "_calls", "_samples", "_parameter")}, found
+        )
+    return found
+
+
+def held(run):
+    """Bytes of all that the collectors hold, but for what is of samples."""
+    of_samples = ("_batch_norms", "_values", "_last", "_scratch")
+    every = [{k: v for k, v in vars(source).items() if k not in of_samples} for source in run.collectors]
+    return sum(tensor.nbytes for tensor in tensors([{**one, "_tracked": None} for one in every], {}).values())
+
+
+def measured(model, batch, structure, runs, **options):
+    ff.fisher(model, [batch], structure=structure, progress=False, **options)
+    return held(runs[-1])
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("name", EVERY)
+def test_bytes_are_those_of_a_run(name, structure, runs):
+    build, data, *_ = EVERY[name]
+    model, batch = build(), data(MANY)
+    planned = ff.plan(model, batch, structure)
+    assert planned.total_bytes == measured(model, batch, structure, runs)
+    assert sorted(n for row in planned.rows for n in row.names) == sorted(dict(model.named_parameters()).keys() - frozen(model))
+
+
+def frozen(model):
+    return {name for name, p in model.named_parameters() if not p.requires_grad}
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("options", [{"draws": 3}, {"fisher_type": "exact"}, {"fisher_type": "empirical"}], ids=str)
+def test_bytes_of_several_passes(structure, options, runs):
+    build, data = networks.COVERED["conv-groups-same"]
+    for model in (build(), build().double()):
+        x, y = data(MANY)
+        batch = (x.to(model[0].weight.dtype), y)
+        planned = ff.plan(model, batch, structure, **options)
+        assert planned.total_bytes == measured(model, batch, structure, runs, **options)
+        assert planned.passes == {"draws": 3, "exact": networks.C - 1}.get(options.get("fisher_type", "draws"), 1)
+
+
+def test_bytes_of_a_run_with_a_checkpoint(tmp_path, runs):
+    build, data = networks.COVERED["linear-sequence"]
+    model, batch = build(), data(MANY)
+    for structure in ("diagonal", "kfac"):
+        actual = measured(model, batch, structure, runs, checkpoint=tmp_path / f"{structure}.safetensors")
+        assert ff.plan(model, batch, structure, checkpoint=True).total_bytes == actual
+
+
+def test_bytes_of_several_requests(runs):
+    build, data = networks.COVERED["layer-norm"]
+    model, batch = build(), data(MANY)
+    requests = (ff.Diagonal(), ff.GradientMoments(), ff.KFAC(max_factor_dim=12))
+    planned = ff.plan(model, batch, requests)
+    assert planned.total_bytes == measured(model, batch, requests, runs)
+    assert planned.structure == "Diagonal, GradientMoments, KFAC"
+    # the results: squares twice, totals once, factors once; 8 bytes a number, as the sums
+    engine = 8 * sum(p.numel() for p in model.parameters())
+    assert planned.peak_bytes == 2 * planned.total_bytes + engine
+
+
+def test_an_output_factor_above_max_factor_dim_is_a_diagonal(runs):
+    model, batch = nn.Linear(3, 13), (torch.randn(7, 3), torch.randint(13, (7,)))
+    asked = (ff.KFAC(max_factor_dim=5),)
+    planned = ff.plan(model, batch, asked)
+    assert planned.rows[0].holds == "B diagonal [13] (x) A [4, 4]"
+    assert planned.total_bytes == 8 * (13 + 16) == measured(model, batch, asked, runs)
+
+
+def test_a_basis_of_few_rows_takes_less(runs):
+    model, batch = nn.Linear(60, 4), (torch.randn(7, 60), torch.randint(4, (7,)))
+    assert measured(model, batch, "ekfac", runs) < ff.plan(model, batch, "ekfac").total_bytes
+
+
+def test_bytes_with_a_basis_that_is_given(runs):
+    model, batch = nn.Linear(60, 4), (torch.randn(7, 60), torch.randint(4, (7,)))
+    (basis,) = ff.fisher(model, [batch], (ff.KFAC(keep_rows=True),), progress=False)
+    asked = (ff.EKFAC(basis=basis),)
+    planned = ff.plan(model, batch, asked)
+    assert planned.readings == 1 and planned.total_bytes == measured(model, batch, asked, runs)
+
+
+@pytest.mark.parametrize(("I", "O"), [(6, 7), (11, 2)], ids=["second pass", "first pass"])
+def test_the_peak_of_two_passes(I, O):
+    planned = ff.plan(nn.Linear(I, O, bias=False), (torch.randn(7, I), torch.randint(O, (7,))), "ekfac")
+    factors, values = I * I + O * O, I * O
+    first, second = 16 * factors, (8 + 4) * factors + 16 * values  # sums and result; factors, eigenvectors, sums and result
+    assert planned.peak_bytes == max(first, second) and (first > second) == (O == 2)
+
+
+# ---- work
+
+
+def test_flops_of_a_deep_network_are_counted_by_hand():
+    N, T, I, O, C = 6, 5, 3, 7, 4
+    model = nn.Sequential(nn.Linear(I, O), nn.Tanh(), nn.Linear(O, C))
+    batch = (torch.randn(N, T, I), torch.randint(C, (N, T)))
+    forward = 2 * N * T * (I * O + O * C)
+    diagonal = ff.plan(model, batch)
+    assert diagonal.step_flops == 3 * forward
+    assert {row.names: row.flops for row in diagonal.rows} == {
+        ("0.weight",): 2 * N * T * I * O, ("0.bias",): 2 * N * T * O, ("2.weight",): 2 * N * T * O * C, ("2.bias",): 2 * N * T * C,
+    }  # fmt: skip
+    assert diagonal.run_flops == 2 * forward + diagonal.flops  # squares take the place of the weights' gradients
+    kfac = ff.plan(model, batch, "kfac", draws=2)
+    first = N * T * ((I + 1) ** 2 + 2 * O**2)  # half a symmetric product; A once, B in each pass
+    assert [row.flops for row in kfac.rows] == [first, N * T * ((O + 1) ** 2 + 2 * C**2)]
+    ekfac = ff.plan(model, batch, "ekfac", draws=2)
+    tiles = T * O * (I + 1) + O * (I + 1) ** 2 + O**2 * (I + 1)
+    rotated = T * ((I + 1) ** 2 + O**2 + O * (I + 1))
+    assert ekfac.rows[0].flops == first + 2 * 2 * N * min(tiles, rotated)
+    assert ekfac.run_flops == 2 * 3 * forward + ekfac.flops
+
+
+@pytest.mark.parametrize("name", ["conv-groups-same", "relative-bias"])
+def test_flops_of_several_requests_add_up(name):
+    build, data, *_ = EVERY[name]
+    model, batch = build(), data()
+    diagonal, kfac, both = (ff.plan(model, batch, asked) for asked in ("diagonal", "kfac", (ff.Diagonal(), ff.KFAC())))
+    loop = diagonal.step_flops if name == "relative-bias" else 0  # once for both
+    assert both.flops == pytest.approx(diagonal.flops + kfac.flops - loop, rel=1e-12)
+
+
+def test_passes_over_one_position_are_added_up_first():
+    build, data = networks.COVERED["mlp-inplace-relu"]
+    model, batch = build(), data()
+    exact, drawn = (ff.plan(model, batch, fisher_type=kind) for kind in ("exact", "mc"))
+    assert exact.passes == networks.C - 1 and exact.flops == drawn.flops
+
+
+def test_a_convolution_and_a_table():
+    N = 6
+    images = nn.Sequential(nn.Conv2d(4, 6, 3, groups=2, bias=False), nn.Flatten(), nn.Linear(6 * 4, 3))
+    planned = ff.plan(images, (torch.randn(N, 4, 4, 4), torch.randint(3, (N,))))
+    assert planned.rows[0].flops == 2 * N * 4 * 6 * 2 * 9
+    planned = ff.plan(images, (torch.randn(N, 4, 4, 4), torch.randint(3, (N,))), "kfac")
+    assert planned.rows[0].flops == 2 * N * 4 * (18**2 + 3**2)
+    tables = nn.Sequential(nn.Embedding(13, 5), nn.Linear(5, 3))
+    planned = ff.plan(tables, (torch.randint(13, (N, 2)), torch.randint(3, (N, 2))), "kfac")
+    assert planned.rows[0].flops == N * 2 * (1 + 5**2)
+
+
+def test_the_fallback_goes_through_the_network_once_more():
+    build, data, names = networks.FALLBACK["overlapping-parts"]
+    planned = ff.plan(build(), data())
+    (row,) = [row for row in planned.rows if row.names == ("w",)]
+    assert names == {"w"} and row.way.startswith("vmap: ") and row.flops == planned.step_flops
+
+
+# ---- refusals
+
+
+@pytest.fixture
+def free(monkeypatch):
+    """Sets the memory that is free."""
+
+    def leave(size):
+        monkeypatch.setattr(memory, "free_bytes", lambda device: size)
+
+    return leave
+
+
+@pytest.fixture
+def allocated(monkeypatch):
+    """The shapes of the sums that were allocated."""
+    shapes, made = [], RunningSum.low.func
+
+    def noting(self):
+        shapes.append(tuple(self.shape))
+        return made(self)
+
+    monkeypatch.setattr(RunningSum.low, "func", noting)
+    return shapes
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_a_plan_allocates_no_sums(structure, allocated):
+    build, data = networks.COVERED["conv-groups-same"]
+    ff.plan(build(), data(), structure)
+    assert allocated == []
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_a_run_fits_exactly_what_the_plan_says(structure, free, allocated):
+    build, data = networks.COVERED["class-token-and-table"]
+    model, batch = build(), data(MANY)
+    planned = ff.plan(model, batch, structure)
+    free(planned.peak_bytes - 1)
+    refused = ff.plan(model, batch, structure)
+    assert planned.fits and not refused.fits and refused.free_bytes == planned.peak_bytes - 1
+    with pytest.raises(MemoryError) as error:
+        ff.fisher(model, [batch], structure=structure, progress=False)
+    assert str(error.value) == refused.problem and allocated == [] and not hasattr(error.value, "fisher")
+    free(planned.peak_bytes)
+    ff.fisher(model, [batch], structure=structure, progress=False)
+
+
+def test_collect_refuses_at_the_first_loss(free, allocated):
+    model, loss = nn.Linear(3, 5), nn.CrossEntropyLoss(reduction="none")
+    free(100)
+    with pytest.raises(
+        MemoryError, match=r"must fit what is free on cpu, 100 B, got 656 B.*of which 656 B for 'weight' and 'bias'"
+    ):
+        with ff.collect(model, ff.KFAC()) as stats:
+            stats.backward(loss(model(torch.randn(7, 3)), torch.randint(5, (7,))))
+    assert allocated == [] and all(p.grad is None for p in model.parameters())
+
+
+class Head(nn.Module):
+    """A head of 128k classes as the model sees it: a forward pass of a few of them would do."""
+
+    def __init__(self, V=131072):
+        super().__init__()
+        self.head = nn.Linear(2, V, bias=False)
+
+    def forward(self, x):
+        return self.head(x)
+
+
+def test_a_large_vocabulary_is_refused_with_the_ways_out(free):
+    model, batch = Head(), (torch.randn(2, 2), torch.randint(9, (2,)))
+    free(64 * GIB)
+    planned = ff.plan(model, batch, (ff.KFAC(max_factor_dim=2**20),))
+    assert not planned.fits and planned.total_bytes == 8 * (131072**2 + 4)
+    for part in (
+        "free on cpu, 64.00 GiB, got 256.00 GiB, of which 256.00 GiB for 'head.weight' (B [131072, 131072] (x) A [2, 2])",
+        "pass max_factor_dim=131071, which keeps B as its diagonal, or freeze 'head.weight' here (requires_grad_(False))",
+    ):
+        assert part in planned.problem
+    assert ff.plan(model, batch, (ff.KFAC(max_factor_dim=131071),)).fits
+    default = ff.plan(model, batch, "kfac")
+    assert default.fits and default.rows[0].holds == "B diagonal [131072] (x) A [2, 2]"
+
+
+def test_an_input_factor_that_is_too_large_is_refused_in_both():
+    model, batch = nn.Linear(20000, 2, bias=False), (torch.randn(2, 20000), torch.randint(2, (2,)))
+    for ask in (lambda: ff.plan(model, batch, "kfac"), lambda: ff.fisher(model, [batch], "kfac", progress=False)):
+        with pytest.raises(ValueError, match=r"at most max_factor_dim = 16384, got 20000 x 20000 \(5.96 GiB with the result\)"):
+            ask()
+
+
+def test_plan_rejects_as_the_call_does():
+    model, batch = nn.Linear(3, 5), (torch.randn(7, 3), torch.randint(5, (7,)))
+    with pytest.raises(ValueError, match=r"plan: structure must be one of \['diagonal', 'ekfac', 'gram', 'kfac'\]"):
+        ff.plan(model, batch, "dense")
+    with pytest.raises(ValueError, match="plan: draws must be >= 1"):
+        ff.plan(model, batch, draws=0)
+    with pytest.raises(ValueError, match=r"at most max_passes = 3 backward passes, got 4.*use fisher_type='mc'"):
+        ff.plan(model, batch, fisher_type="exact", max_passes=3)
+    with pytest.raises(ValueError, match="dropout and batch statistics must be off"):
+        ff.plan(nn.Sequential(nn.Dropout(), model), batch)
+
+
+def test_missing_parameters_are_rows():
+    model = nn.ModuleDict({"used": nn.Linear(3, 5), "idle": nn.Linear(2, 2, bias=False)})
+    model.forward = lambda x: model["used"](x)
+    batch = (torch.randn(7, 3), torch.randint(5, (7,)))
+    with pytest.raises(ValueError, match="must reach the loss"):
+        ff.plan(model, batch)
+    row = ff.plan(model, batch, allow_missing=True).rows[-1]
+    assert row == type(row)(("idle.weight",), "missing: the loss does not depend on it", "nothing", 0, 0.0)
+
+
+def test_the_sums_of_the_first_pass_are_gone_in_the_second(monkeypatch):
+    measure, alive = importlib.import_module("fisherfast.fisher.measure"), []
+    over = measure.Measurement.over
+
+    def watching(self, batches, checkpoint):
+        alive.append([ref() is not None for ref in watching.sums])
+        results = over(self, batches, checkpoint)
+        watching.sums = [weakref.ref(one) for sums in self.run.sources[0]._sums.values() for one in sums.sums]
+        return results
+
+    watching.sums = []
+    monkeypatch.setattr(measure.Measurement, "over", watching)
+    build, data = networks.COVERED["layer-norm"]
+    gc.disable()
+    try:
+        ff.fisher(build(), [data()], "ekfac", progress=False)
+    finally:
+        gc.enable()
+    assert alive[0] == [] and alive[1] and not any(alive[1])
+
+
+# ---- free memory
+
+
+def test_free_memory_of_this_machine_and_of_devices_not_known(tmp_path, monkeypatch):
+    room = memory.free_bytes(torch.device("cpu"))
+    assert room is None or room > 2**20
+    assert memory.free_bytes(torch.device("meta")) is None
+    assert memory.refusal([memory.Held(("w",), "", 2**80, (2**80,))], None, torch.device("meta")) is None
+
+
+def test_free_memory_is_within_the_container(tmp_path, monkeypatch):
+    (tmp_path / "meminfo").write_text("MemTotal: 9 kB\nMemAvailable:       5 kB\n")
+    monkeypatch.setattr(memory, "_MEMINFO", tmp_path / "meminfo")
+    monkeypatch.setattr(memory, "_CGROUP", tmp_path)
+    assert memory.free_bytes(torch.device("cpu")) == 5 * 1024
+    for name, text in (("memory.max", "4096"), ("memory.current", "3000"), ("memory.stat", "anon 1\nfile 904\n")):
+        (tmp_path / name).write_text(text)
+    assert memory.free_bytes(torch.device("cpu")) == 2000
+    (tmp_path / "memory.max").write_text("max")
+    assert memory.free_bytes(torch.device("cpu")) == 5 * 1024
+
+
+@pytest.mark.parametrize(
+    ("size", "words"), [(0, "0 B"), (1023, "1,023 B"), (1024, "1.00 KiB"), (3 * GIB // 2, "1.50 GiB"), (2**51, "2,048.00 TiB")]
+)
+def test_bytes_in_words(size, words):
+    assert memory.in_words(size) == words
+
+
+# ---- what people see
+
+
+def shown(plan):
+    console = Console(width=200, record=True, file=open("/dev/null", "w"))
+    console.print(plan.table())
+    return console.export_text()
+
+
+def test_the_table_and_the_repr_say_it_all():
+    model, batch = nn.Linear(3, 5), (torch.randn(7, 3), torch.randint(5, (7,)))
+    planned = ff.plan(model, batch, "kfac")
+    text = shown(planned)
+    for part in ("weight", "bias", "gram_", "B [5, 5] (x) A [4, 4]", "328 B", "656 B at most with the result", "fits"):
+        assert part in text
+    assert repr(planned).startswith("Plan(kfac, 1 row, 328 B of sums; 656 B at most") and "a batch takes 1.1" in repr(planned)
+
+
+def command(tmp_path, monkeypatch, name, *options, command="plan"):
+    (tmp_path / f"{name}.py").write_text(
+        "import torch\nfrom torch import nn\n"
+        "def model():\n    return nn.Sequential(nn.Linear(5, 7), nn.Dropout(0.5), nn.Linear(7, 3))\n"
+        "def data():\n    yield torch.randn(11, 5), torch.randint(3, (11,))\n    raise RuntimeError('one batch is enough')\n"
+        "def nothing():\n    return []\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    data = "nothing" if "nothing" in options else "data"
+    arguments = [command, "--model", f"{name}:model", "--data", f"{name}:{data}", *(o for o in options if o != "nothing")]
+    return CliRunner().invoke(cli.app, arguments, env={"COLUMNS": "200", "TERM": "dumb"})
+
+
+def test_command_prints_the_table(tmp_path, monkeypatch):
+    result = command(tmp_path, monkeypatch, "planned_module", "--structure", "ekfac", "--draws", "2")
+    assert result.exit_code == 0, result.output
+    for part in ("0.weight", "2.bias", "eigenvalues", "2 backward passes a batch, the data read twice", "fits"):
+        assert part in result.output
+
+
+def test_command_fails_where_it_does_not_fit(tmp_path, monkeypatch, free):
+    free(10)
+    result = command(tmp_path, monkeypatch, "planned_module_too_large")
+    assert result.exit_code == 2
+    assert "0.weight" in result.output and "Error: memory: the sums of a run and its result must fit" in result.output
+
+
+def test_info_shows_the_refusal_alone(tmp_path, monkeypatch, free):
+    free(10)
+    result = command(tmp_path, monkeypatch, "planned_module_refused", command="info")
+    assert result.exit_code == 2 and "Error: memory: " in result.output and "Traceback" not in result.output
+
+
+def test_command_explains_errors(tmp_path, monkeypatch):
+    assert "must yield at least one batch, got none" in command(tmp_path, monkeypatch, "planned_module_empty", "nothing").output
+    result = command(tmp_path, monkeypatch, "planned_module_gaussian", "--likelihood", "causal-lm")
+    assert result.exit_code == 2 and "Error: " in result.output and "Traceback" not in result.output
