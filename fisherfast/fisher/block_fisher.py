@@ -46,8 +46,8 @@ class Block(Protocol):
     def spectrum(self) -> tuple[tuple[Tensor, ...], int]:
         """The eigenvalues as ``Spectrum`` has them: factors, and how many further ones are zero."""
 
-    def factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """A and B, means."""
+    def factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
+        """A and B, means; None if it is no product of two."""
 
     def accumulators(self) -> list[Accumulator]:
         """What samples add to."""
@@ -75,7 +75,7 @@ class BlockFisher(Measured, Generic[_Block]):
     """
 
     structure: ClassVar[str]
-    block_type: ClassVar[Any]  # its ``from_state`` rebuilds a block
+    block_types: ClassVar[Mapping[str, Any]]  # by the names under which files have them; their ``from_state`` rebuilds a block
 
     def __init__(
         self,
@@ -97,12 +97,12 @@ class BlockFisher(Measured, Generic[_Block]):
 
         A layer with several blocks gives each under the name of its weight.
         """
-        layers = [layer_of(block.place.weight) for block in self.blocks]
+        products = {block.place: factors for block in self.blocks if (factors := block.factors(dtype)) is not None}
+        layers = [layer_of(place.weight) for place in products]
         found = {}
-        for layer, block in zip(layers, self.blocks, strict=True):
-            A, B = block.factors(dtype)
-            name = layer if layers.count(layer) == 1 else block.place.weight
-            found[name] = (A, B) if block.place.groups > 1 else (A[0], B[0])
+        for layer, (place, (A, B)) in zip(layers, products.items(), strict=True):
+            name = layer if layers.count(layer) == 1 else place.weight
+            found[name] = (A, B) if place.groups > 1 else (A[0], B[0])
         return found
 
     def _mean(self, name: str) -> Tensor:
@@ -285,9 +285,10 @@ class BlockFisher(Measured, Generic[_Block]):
         """Sums, and everything else as plain values; see ``serialize.Storable``."""
         states = [block.state() for block in self.blocks]
         tensors = {name: tensor for part, _ in states for name, tensor in part.items()}
+        kinds = {kind: name for name, kind in self.block_types.items()}
         fields = {
             **self._counts.state(),
-            "blocks": [fields for _, fields in states],
+            "blocks": [[kinds[type(block)], *fields] for block, (_, fields) in zip(self.blocks, states, strict=True)],
             "weights": {name: accumulator.weight for name, accumulator in self.diagonals.items()},
             "shapes": {name: list(shape) for name, shape in self.shapes.items()},
         }
@@ -296,7 +297,7 @@ class BlockFisher(Measured, Generic[_Block]):
     @classmethod
     def from_state(cls, tensors: dict[str, Tensor], fields: dict[str, Any]) -> Self:
         """The object whose ``state`` this is."""
-        blocks = [cls.block_type.from_state(tensors, block) for block in fields["blocks"]]
+        blocks = [cls.block_types[kind].from_state(tensors, block) for kind, *block in fields["blocks"]]
         diagonals = {name: Accumulator(tensors[name], weight) for name, weight in fields["weights"].items()}
         return cls(
             blocks, diagonals, Counts.from_state(fields), {name: torch.Size(shape) for name, shape in fields["shapes"].items()}

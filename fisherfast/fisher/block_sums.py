@@ -1,26 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How blocks are collected: which parameters have one, what each batch adds to their sums, and when it counts.
-
-A structure of blocks gives the sums of one block (``BlockSums``) and a ``BlockCollector`` that makes them; parameters without a
-block have their diagonal.
-"""
+"""The sums of one block: what each batch adds to them, and when it counts."""
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from fisherfast.accumulator import Accumulator, RunningSum
-from fisherfast.capture import Call, CallUse, Capture, Tracked
+from fisherfast.capture import Tracked
 from fisherfast.fisher.few_rows import FewRows
 from fisherfast.fisher.kronecker import Place
 from fisherfast.fisher.memory import Held
 from fisherfast.passes import Samples
-from fisherfast.rules import Convolution, Elementwise, Form, Lookup, MatMul, Rows
+from fisherfast.rules import Form, Rows
 
 
 class BatchSum:
@@ -63,8 +57,9 @@ class BatchSum:
 class BlockSums(Protocol):
     """The sums of one block."""
 
-    place: Place
-    form: Form
+    @property
+    def place(self) -> Place:
+        """Which numbers it is over."""
 
     @property
     def sums(self) -> tuple[BatchSum, ...]:
@@ -73,8 +68,14 @@ class BlockSums(Protocol):
     def add(self, form: Form, rows: Rows, scale: float, number: int, samples: Samples, staged: bool) -> None:
         """Take the rows of pass ``number``."""
 
+    def check(self, form: Form) -> None:
+        """Raise ValueError if it is used in a form that it cannot take."""
+
     def touch(self, samples: Samples) -> None:
         """Count the batch's samples."""
+
+    def end(self) -> None:
+        """The batch is over."""
 
     def holds(self, staged: bool) -> Held:
         """What they take; ``staged``: with batches that are added up before they count."""
@@ -89,8 +90,37 @@ class BlockSums(Protocol):
         """Start from such a block."""
 
 
-class DiagonalSums:
-    """The sums of a parameter that has no Kronecker block."""
+class WeightSums:
+    """Those of a block that is made of a weight's inputs and output gradients: in every batch they must be of one form."""
+
+    place: Place
+    form: Form
+
+    def check(self, form: Form) -> None:
+        """Raise ValueError if it is used in another form than in the first batch."""
+        if form != self.form:
+            raise ValueError(f"{self.place.weight}: must be used as in the first batch ({self.form}), got {form}")
+
+    def end(self) -> None:
+        """See ``BlockSums``: nothing is kept of a batch."""
+
+
+class GradientSums:
+    """Those that are made of sample gradients: of any form, or from the fallback."""
+
+    def check(self, form: Form) -> None:
+        """Any form will do."""
+
+    def end(self) -> None:
+        """See ``BlockSums``: nothing is kept of a batch."""
+
+    def add_gradients(self, gradients: Tensor, first: int, scale: float, samples: Samples, staged: bool) -> None:
+        """Take the gradients ``[n, *parameter]`` of samples ``first, ..., first + n - 1``."""
+        raise NotImplementedError
+
+
+class DiagonalSums(GradientSums):
+    """The sums of a parameter that has no block."""
 
     def __init__(self, tracked: Tracked) -> None:
         self._name, self._shape = tracked.name, tuple(tracked.parameter.shape)
@@ -112,186 +142,22 @@ class DiagonalSums:
         """Take the rows of one pass."""
         form.accumulate(self.squares.target(staged), rows, scale, weight=samples.weight, flag=self.squares.flag)
 
+    def add_gradients(self, gradients: Tensor, first: int, scale: float, samples: Samples, staged: bool) -> None:
+        """Take whole sample gradients."""
+        flat = gradients.flatten(1)
+        weight = None if samples.weight is None else samples.weight[first : first + len(flat)]
+        add_squares(self.squares.target(staged).view(-1), flat, scale, weight, self.squares.flag)
+
     def touch(self, samples: Samples) -> None:
         """Count the batch."""
         self.squares.visited(total_weight(samples))
 
 
-class BlockCollector:
-    """The sums behind a structure of blocks; see ``passes.Collector`` for its protocol.
-
-    Which parameters have a block is decided when the first batch that counts begins: those that only multiply or are looked
-    up, always in one way, or are slid over images once. A bias that is added in exactly the calls of its weight joins the weight's block.
-    """
-
-    separate = True  # every pass has output gradients of its own
-
-    def __init__(self, capture: Capture, transactional: bool) -> None:
-        self._tracked = capture.tracked
-        self._transactional, self._staged, self._samples = transactional, False, Samples(0)
-        self._uses: dict[str, list[tuple[int, CallUse]]] = {}
-        self._calls: dict[int, list[CallUse]] = {}
-        self._sums: dict[str, BlockSums | DiagonalSums] = {}
-        self._weight_of: dict[str, str] = {}  # of a bias
-        self._counted: dict[str, int] = {}  # numbers in g of a weight with a bias, in this pass
-        self._before: tuple[list[Any], dict[str, Accumulator]] = ([], {})  # of a checkpoint
-
-    def new_block(self, place: Place, form: Form, tracked: Tracked) -> BlockSums:
-        """The sums of the block of a weight that is used in this form."""
-        raise NotImplementedError
-
-    @property
-    def shapes(self) -> dict[str, torch.Size]:
-        """Of the parameters, in the model's order."""
-        return {name: tracked.parameter.shape for name, tracked in self._tracked.items()}
-
-    def explore(self, calls: list[Call]) -> None:
-        """See ``passes.Collector``."""
-        uses: defaultdict[str, list[tuple[int, CallUse]]] = defaultdict(list)
-        for call in calls:
-            for use in call.uses:
-                uses[use.tracked.name].append((call.index, use))
-        self._uses, self._calls = dict(uses), {call.index: call.uses for call in calls}
-
-    def forget(self, name: str) -> None:
-        """See ``passes.Collector``: nothing is planned yet."""
-
-    def holds(self, passes: int) -> list[Held]:
-        """What batches of so many backward passes take, once the model is explored."""
-        self._plan()
-        staged = self._transactional or passes > 1
-        return [sums.holds(staged) for sums in self._sums.values()]
-
-    def flops(self, tracked: Tracked, form: Form, rows: Rows, number: int) -> int:
-        """See ``passes.Collector``; a bias that joins its weight takes no more."""
-        sums = self._sums.get(tracked.name)
-        return 0 if sums is None else sums.flops(form, rows, number)
-
-    def begin(self, samples: Samples) -> None:
-        """See ``passes.Collector``."""
-        self._plan()
-        if any(self._before):
-            self._go_on()
-        self._staged, self._samples = self._transactional or samples.passes > 1, samples
-
-    def _plan(self) -> None:
-        if self._sums:
-            return
-        multiply = {name: tracked for name, tracked in self._tracked.items() if self._multiplies(tracked)}
-        self._weight_of = {bias: name for name in multiply for bias in self._bias_of(name)}
-        bias_of = {weight: bias for bias, weight in self._weight_of.items()}
-        sums: dict[str, BlockSums | DiagonalSums] = {}
-        for name, tracked in self._tracked.items():
-            if name in multiply:
-                form = self._uses[name][0][1].form
-                sums[name] = self.new_block(_place(name, bias_of.get(name), form), form, tracked)
-            elif name not in self._weight_of:
-                sums[name] = DiagonalSums(tracked)
-        self._sums = sums
-
-    def _multiplies(self, tracked: Tracked) -> bool:
-        forms = {use.form for _, use in self._uses.get(tracked.name, [])}
-        if tracked.fallback or len(forms) != 1:
-            return False
-        (form,) = forms
-        once = len(self._uses[tracked.name]) == 1  # images of several sizes are brought to one by positions that do not exist
-        return isinstance(form, (MatMul, Lookup)) or (isinstance(form, Convolution) and not form.transposed and once)
-
-    def _bias_of(self, weight: str) -> list[str]:
-        """The bias that is added wherever the weight is used, and nowhere else."""
-        calls = [index for index, _ in self._uses[weight]]
-        others = [use for use in self._calls[calls[0]] if use.tracked.name != weight]
-        return [
-            use.tracked.name
-            for use in others
-            if isinstance(use.form, Elementwise)
-            and not use.picks
-            and (use.tracked.fallback, use.tracked.expand) == (None, self._tracked[weight].expand)
-            and [index for index, _ in self._uses[use.tracked.name]] == calls
-        ][:1]
-
-    @torch.no_grad()
-    def add(self, tracked: Tracked, form: Form, rows: Rows, scale: float, number: int) -> None:
-        """See ``passes.Collector``."""
-        name = tracked.name
-        if name in self._weight_of:
-            if self._counted.pop(self._weight_of[name], None) != rows.g.numel():
-                raise ValueError(
-                    f"{name}: must be used with {self._weight_of[name]!r} as in the first batch, got another use of it"
-                )
-            return
-        sums = self._sums[name]
-        if not isinstance(sums, DiagonalSums) and form != sums.form:
-            raise ValueError(f"{name}: must be used as in the first batch ({sums.form}), got {form}")
-        sums.add(form, rows, scale, number, self._samples, self._staged)
-        sums.touch(self._samples)
-        if not isinstance(sums, DiagonalSums):
-            transposed = isinstance(form, MatMul) and form.transposed
-            self._counted[name] = rows.x.numel() if transposed and rows.x is not None else rows.g.numel()
-
-    @torch.no_grad()
-    def add_gradients(self, tracked: Tracked, gradients: Tensor, first: int, scale: float, number: int) -> None:
-        """See ``passes.Collector``."""
-        sums = self._sums[tracked.name]
-        if not isinstance(sums, DiagonalSums):
-            raise ValueError(
-                f"{tracked.name}: must be used as in the first batch, got a use without a rule; begin with 2 samples or more"
-            )
-        weight = self._samples.weight
-        flat = gradients.flatten(1)
-        each = None if weight is None else weight[first : first + len(flat)]
-        add_squares(sums.squares.target(self._staged).view(-1), flat, scale, each, sums.squares.flag)
-        sums.touch(self._samples)
-
-    def touch(self, tracked: Tracked) -> None:
-        """See ``passes.Collector``."""
-        if tracked.name in self._sums:
-            self._sums[tracked.name].touch(self._samples)
-
-    @torch.no_grad()
-    def settle(self, complete: bool) -> list[str]:
-        """See ``passes.Collector``."""
-        every = [(name, one) for name, sums in self._sums.items() for one in sums.sums]
-        flags = torch.cat([one.flag for _, one in every]).tolist()
-        bad = list(dict.fromkeys(name for (name, _), flag in zip(every, flags, strict=True) if flag))
-        for (_, one), flag in zip(every, flags, strict=True):
-            one.settle(whole=complete and not bad, alone=not self._staged and not flag)
-        self._counted.clear()
-        return bad
-
-    def snapshot(self) -> tuple[list[Any], dict[str, Accumulator]]:
-        """What was added, on memory of its own: blocks, and diagonals of the other parameters."""
-        if any(self._before):
-            return self._before
-        planned = self._sums or {name: DiagonalSums(tracked) for name, tracked in self._tracked.items()}  # stopped before a batch
-        diagonals = {name: s.squares.running.snapshot() for name, s in planned.items() if isinstance(s, DiagonalSums)}
-        return [sums.block() for sums in planned.values() if not isinstance(sums, DiagonalSums)], diagonals
-
-    def restore(self, blocks: Sequence[Any], diagonals: dict[str, Accumulator]) -> None:
-        """Start from a snapshot."""
-        self._before = (list(blocks), diagonals)
-
-    def _go_on(self) -> None:
-        """Give the sums, now that they are planned, what a checkpoint has of them."""
-        blocks, diagonals = {block.place.weight: block for block in self._before[0]}, self._before[1]
-        planned = {name: None if isinstance(sums, DiagonalSums) else sums.place for name, sums in self._sums.items()}
-        if planned != {name: block.place for name, block in blocks.items()} | dict.fromkeys(diagonals):
-            raise ValueError(
-                "fisher: a checkpoint must be of the same model, used in the same way, got other blocks; remove the file"
-            )
-        for name, sums in self._sums.items():
-            if isinstance(sums, DiagonalSums):
-                sums.squares.running.restore(diagonals[name])
-            else:
-                sums.restore(blocks[name])
-        self._before = ([], {})
-
-
-def _place(weight: str, bias: str | None, form: Form) -> Place:
-    groups = form.groups if isinstance(form, Convolution) else 1
-    transposed = isinstance(form, Lookup) or (isinstance(form, MatMul) and form.transposed)
-    op = {"conv_sq_": "conv_gram_", "embedding_sq_": "counts"}.get(form.op, "gram_")
-    return Place(weight, bias, groups, transposed, op)
+def mirrored(accumulator: Accumulator) -> Accumulator:
+    """The ops add to the upper triangle of matrices ``[..., D, D]`` only."""
+    upper = accumulator.sum.triu_()
+    upper += upper.triu(1).mT
+    return accumulator
 
 
 def total_weight(samples: Samples) -> Tensor | float:

@@ -110,7 +110,7 @@ class EigenBlock:
     def describe(self) -> str:
         """For the coverage report."""
         q, r = self.values.sum.shape[1:]
-        return f"{q} x {r} eigenvalues in the basis of {self.kronecker.factor_sizes()}"
+        return f"{q} x {r} eigenvalues in the basis of {self.kronecker.describe()}"
 
     def state(self) -> tuple[dict[str, Tensor], list[Any]]:
         """Tensors and plain values."""

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from fisherfast.accumulator import Accumulator
 from fisherfast.capture import Capture, Tracked
-from fisherfast.fisher.block_sums import BatchSum, BlockCollector, total_weight
+from fisherfast.fisher.block_collector import BlockCollector
+from fisherfast.fisher.block_sums import BatchSum, WeightSums, total_weight
 from fisherfast.fisher.eigen import EigenBlock, eigenbasis
 from fisherfast.fisher.kronecker import KroneckerBlock, Place
 from fisherfast.fisher.memory import Held
@@ -35,7 +36,7 @@ _CHUNK_BYTES = 2**25
 _Add = Callable[[Tensor, Rows, float, Tensor | None], None]
 
 
-class EigenSums:
+class EigenSums(WeightSums):
     """The sums of one eigen block; see ``BlockSums``. The subclasses know the forms.
 
     The eigenvectors are computed when they are first needed; their sizes are known before.
@@ -68,7 +69,7 @@ class EigenSums:
         of_bases = self.place.groups * (self._rotates[0] * D * r + self._rotates[1] * O * q) * self._dtype.itemsize
         kept = (self.kronecker.A.sum, self.kronecker.B.sum, *self.kronecker.few_rows)
         of_factors = sum(tensor.nbytes for tensor in kept if tensor is not None)
-        what = f"{q} x {r} eigenvalues, {self.kronecker.factor_sizes()}"
+        what = f"{q} x {r} eigenvalues, {self.kronecker.describe()}"
         made = values.held(staged) + of_bases
         return Held(self.place.names, what, made + of_factors, (made + values.nbytes,))
 
@@ -238,8 +239,8 @@ def _chunks(rows: Rows, weight: Tensor | None, step: int) -> Iterator[tuple[Rows
 class EigenCollector(BlockCollector):
     """The sums behind an EKFAC, in the bases of a KFAC's blocks."""
 
-    def __init__(self, capture: Capture, basis: dict[str, KroneckerBlock], transactional: bool) -> None:
-        super().__init__(capture, transactional)
+    def __init__(self, capture: Capture, basis: dict[str, KroneckerBlock], transactional: bool, max_exact_dim: int) -> None:
+        super().__init__(capture, transactional, max_exact_dim)
         self._basis = basis
 
     def foreseen(self, first: BlockCollector, basis: dict[str, KroneckerBlock]) -> EigenCollector:

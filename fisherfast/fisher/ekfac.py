@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 from fisherfast.capture import Capture
 from fisherfast.fisher import serialize
@@ -13,7 +15,9 @@ from fisherfast.fisher.counts import Counts
 from fisherfast.fisher.coverage import Coverage
 from fisherfast.fisher.eigen import EigenBlock
 from fisherfast.fisher.eigen_sums import EigenCollector
+from fisherfast.fisher.exact import ExactBlock
 from fisherfast.fisher.kfac import KFACFisher
+from fisherfast.fisher.kronecker import KroneckerBlock
 
 
 @dataclass(frozen=True)
@@ -21,11 +25,12 @@ class EKFAC:
     """Ask for corrected eigenvalues: ``ff.fisher(model, data, structure="ekfac")``, ``ff.collect(model, ff.EKFAC(basis=kfac))``.
 
     ``basis``: the ``KFACFisher`` whose eigenvectors are taken. ``ff.fisher`` measures it in a first pass over the data if it is
-    None, with factors as ``KFAC(max_factor_dim)`` keeps them.
+    None, with factors as ``KFAC(max_factor_dim)`` keeps them. ``max_exact_dim``: as KFAC's.
     """
 
     basis: KFACFisher | None = None
     max_factor_dim: int = 16384
+    max_exact_dim: int = 256
     squares, totals, spread, keeps = False, False, False, None
 
     def check(self, fisher_type: str | None) -> None:
@@ -38,7 +43,8 @@ class EKFAC:
                 "EKFAC: basis must be a KFACFisher where the data pass once, got None; measure ff.KFAC() first, or use "
                 "ff.fisher(model, data, structure='ekfac'), which reads the data twice"
             )
-        return EigenCollector(capture, {block.place.weight: block for block in self.basis.blocks}, transactional)
+        basis = {block.place.weight: block for block in self.basis.blocks if isinstance(block, KroneckerBlock)}
+        return EigenCollector(capture, basis, transactional, self.max_exact_dim)
 
     def result(self, source: EigenCollector, counts: Counts) -> EKFACFisher:
         """See ``collectors.Structure``."""
@@ -46,7 +52,8 @@ class EKFAC:
         known = counts.coverage
         how = {name: way if ":" in way else f"{way}: diagonal" for name, way in known.items()}
         for block in blocks:
-            how |= dict.fromkeys(block.place.names, f"{known[block.place.weight]}: {block.describe()}")
+            way = known[block.place.weight].partition(":")[0]
+            how |= dict.fromkeys(block.place.names, f"{way}: {block.describe()}")
         coverage = Coverage(how, known.sizes, known.seconds, known.underflow)
         return EKFACFisher(blocks, diagonals, dataclasses.replace(counts, coverage=coverage), source.shapes)
 
@@ -56,8 +63,8 @@ class EKFAC:
 
 
 @serialize.storable("ekfac")
-class EKFACFisher(BlockFisher[EigenBlock]):
-    """Blocks ``(V (x) U) diag(values) (V (x) U)^T`` and, where there is no block, the diagonal.
+class EKFACFisher(BlockFisher[EigenBlock | ExactBlock]):
+    """Blocks ``(V (x) U) diag(values) (V (x) U)^T``, exact blocks of small parameters, the diagonal of the rest.
 
     U and V are the eigenvectors of the factors A and B of a ``KFACFisher``; ``values = sum_n w_n E_y[(V^T G_n U)^2] / sum_n w_n``,
     G_n the sample's gradient as a matrix ``[O, D]``: the diagonal of the Fisher in this basis, and of all diagonals in it the
@@ -71,4 +78,4 @@ class EKFACFisher(BlockFisher[EigenBlock]):
     Source:   George et al. 2018 (arXiv:1806.03884), Proposition 3.1 and Algorithm 1.
     """
 
-    block_type = EigenBlock
+    block_types: ClassVar[Mapping[str, Any]] = {"eigen": EigenBlock, "exact": ExactBlock}

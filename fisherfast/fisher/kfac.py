@@ -8,15 +8,18 @@ The block of a weight with inputs x and output gradients g is ``B (x) A``, ``A =
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 from fisherfast.capture import Capture, Tracked
 from fisherfast.fisher import serialize
+from fisherfast.fisher.block_collector import BlockCollector
 from fisherfast.fisher.block_fisher import BlockFisher
-from fisherfast.fisher.block_sums import BlockCollector
 from fisherfast.fisher.counts import Counts
 from fisherfast.fisher.coverage import Coverage
 from fisherfast.fisher.eigen_sums import EigenCollector
+from fisherfast.fisher.exact import ExactBlock
 from fisherfast.fisher.kronecker import KroneckerBlock, Place
 from fisherfast.fisher.kronecker_sums import KroneckerSums
 from fisherfast.fisher.memory import Held
@@ -28,7 +31,8 @@ from fisherfast.rules import Form, Rows
 class KFAC:
     """Ask for Kronecker factors: ``ff.collect(model, ff.KFAC())``, ``ff.fisher(model, data, structure="kfac")``.
 
-    ``max_factor_dim``: the largest factor that is kept as a matrix. An output factor above it (a vocabulary) is kept as its
+    ``max_exact_dim``: a parameter that is no multiplied weight (a norm's scale, a class token) has all second moments of its
+    gradient kept, ``[D, D]``, if it has at most so many numbers D; the diagonal if it has more. ``max_factor_dim``: the largest factor that is kept as a matrix. An output factor above it (a vocabulary) is kept as its
     diagonal; an input factor above it is refused. ``sharing``: what is a row of a factor where a weight sees several positions of
     a sample: every position ("expand"), or with "reduce" the sample, by the mean of its inputs and the sum of its output
     gradients. ``keep_rows``: the rows behind a factor are kept while they are few, for
@@ -36,6 +40,7 @@ class KFAC:
     """
 
     max_factor_dim: int = 16384
+    max_exact_dim: int = 256
     sharing: str = "expand"
     keep_rows: bool = False
     squares, totals, spread, keeps = False, False, False, None
@@ -57,7 +62,8 @@ class KFAC:
         known = counts.coverage
         how = {name: way if ":" in way else f"{way}: diagonal" for name, way in known.items()}
         for block in blocks:
-            how |= dict.fromkeys(block.place.names, f"{block.place.op}: {block.factor_sizes()}")
+            way = block.place.op if isinstance(block, KroneckerBlock) else known[block.place.weight].partition(":")[0]
+            how |= dict.fromkeys(block.place.names, f"{way}: {block.describe()}")
         coverage = Coverage(how, known.sizes, known.seconds, known.underflow)
         return KFACFisher(blocks, diagonals, dataclasses.replace(counts, coverage=coverage), source.shapes)
 
@@ -70,9 +76,9 @@ class KroneckerCollector(BlockCollector):
     """The sums behind a KFAC."""
 
     def __init__(self, capture: Capture, transactional: bool, asked: KFAC) -> None:
-        super().__init__(capture, transactional)
+        super().__init__(capture, transactional, asked.max_exact_dim)
         self._asked = asked
-        self._second = EigenCollector(capture, {}, transactional) if asked.keep_rows else None
+        self._second = EigenCollector(capture, {}, transactional, asked.max_exact_dim) if asked.keep_rows else None
 
     def new_block(self, place: Place, form: Form, tracked: Tracked) -> KroneckerSums:
         """See ``BlockCollector``."""
@@ -101,8 +107,8 @@ def _in_turn(first: Held, second: Held) -> Held:
 
 
 @serialize.storable("kfac")
-class KFACFisher(BlockFisher[KroneckerBlock]):
-    """Kronecker blocks ``B (x) A``, and the diagonal where there is no block; parameters of different blocks are independent.
+class KFACFisher(BlockFisher[KroneckerBlock | ExactBlock]):
+    """Kronecker blocks ``B (x) A``, exact blocks of small parameters, the diagonal of the rest; blocks are independent of each other.
 
     ``A = sum_{n,t} w_n x x^T / sum_n w_n T_n`` and ``B = sum_{n,t} w_n g g^T / sum_n w_n`` ("expand"): T_n counts the positions
     that exist, w_n are the samples' weights (1 without). With "reduce" the rows are the samples' ``mean_t x`` and ``sum_t g``, and
@@ -118,4 +124,4 @@ class KFACFisher(BlockFisher[KroneckerBlock]):
               Eschenhagen et al. 2023 (arXiv:2311.00636).
     """
 
-    block_type = KroneckerBlock
+    block_types: ClassVar[Mapping[str, Any]] = {"kronecker": KroneckerBlock, "exact": ExactBlock}

@@ -138,7 +138,7 @@ class KroneckerBlock:
         zeros = a.numel() * b.shape[1] - int((positive_a * positive_b).sum())
         return float((positive_b * logs_a + positive_a * logs_b).sum()), zeros
 
-    def factor_sizes(self) -> str:
+    def describe(self) -> str:
         """For the coverage report."""
         a, b = ("diagonal " * (factor.sum.dim() == 2) + str(list(factor.sum.shape[1:])) for factor in (self.A, self.B))
         groups = f" in {self.place.groups} groups" * (self.place.groups > 1)

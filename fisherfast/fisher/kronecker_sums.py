@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fisherfast.accumulator import Accumulator
 from fisherfast.capture import Tracked
-from fisherfast.fisher.block_sums import BatchSum, add_squares, total_weight
+from fisherfast.fisher.block_sums import BatchSum, WeightSums, add_squares, mirrored, total_weight
 from fisherfast.fisher.few_rows import FewRows
 from fisherfast.fisher.kronecker import KroneckerBlock, Place
 from fisherfast.fisher.memory import Held, in_words
@@ -20,7 +20,7 @@ from fisherfast.passes import Samples
 from fisherfast.rules import Convolution, Form, Lookup, MatMul, Rows
 
 
-class KroneckerSums:
+class KroneckerSums(WeightSums):
     """The sums of one Kronecker block; see ``BlockSums``."""
 
     def __init__(self, place: Place, form: Form, tracked: Tracked, max_factor_dim: int, keep_rows: bool) -> None:
@@ -55,7 +55,7 @@ class KroneckerSums:
         of_result = sum(one.running.nbytes for one in self.sums)
         D, O = (one.running.shape[1] for one in self.sums)
         smaller = f"pass max_factor_dim={O - 1}, which keeps B as its diagonal" if D < O and not self._vector else None
-        return Held(self.place.names, self.blank().factor_sizes(), of_sums, (of_sums + of_result,), self.place.op, smaller)
+        return Held(self.place.names, self.blank().describe(), of_sums, (of_sums + of_result,), self.place.op, smaller)
 
     def flops(self, form: Form, rows: Rows, number: int) -> int:
         """See ``BlockSums``; of a symmetric product one half is computed."""
@@ -71,7 +71,8 @@ class KroneckerSums:
 
     def block(self) -> KroneckerBlock:
         """What was added, on memory of its own."""
-        A, B = (_mirrored(one.running.snapshot()) for one in self.sums)
+        A, B = (one.running.snapshot() for one in self.sums)
+        A, B = (factor if factor.sum.dim() == 2 else mirrored(factor) for factor in (A, B))
         few_a, few_b = (None if one.few_rows is None else one.few_rows.rows() for one in self.sums)
         return KroneckerBlock(self.place, A, B, (few_a, few_b))
 
@@ -172,11 +173,3 @@ def existing(g: Tensor, exists: Tensor | None) -> Tensor | None:
         return None
     mask = (exists != 0).repeat(1, g.shape[1] // exists.shape[1])
     return None if bool((g[~mask] != 0).any()) else mask
-
-
-def _mirrored(accumulator: Accumulator) -> Accumulator:
-    """The ops add to the upper triangle only."""
-    if accumulator.sum.dim() == 3:
-        upper = accumulator.sum.triu_()
-        upper += upper.triu(1).mT
-    return accumulator

@@ -121,7 +121,11 @@ def needs_basis(asked: Structure) -> bool:
 
 def factors_first(asked: Structure) -> Structure:
     """The request of that first pass; any other request is its own."""
-    return KFAC(asked.max_factor_dim, keep_rows=True) if isinstance(asked, EKFAC) and asked.basis is None else asked
+    return (
+        KFAC(asked.max_factor_dim, asked.max_exact_dim, keep_rows=True)
+        if isinstance(asked, EKFAC) and asked.basis is None
+        else asked
+    )
 
 
 def _based(asked: Structure, basis: KFACFisher) -> Structure:

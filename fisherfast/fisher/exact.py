@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An exact block: all second moments of the gradient of one small parameter, ``[D, D]``."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fisherfast.accumulator import Accumulator
+from fisherfast.fisher.kronecker import Place
+from fisherfast.ops.log1p_sum import log1p_sum
+
+
+@dataclass(frozen=True)
+class Flat(Place):
+    """All numbers of a parameter, of whatever shape, in one row ``[1, 1, D]``."""
+
+    def matrix(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """See ``Place``."""
+        return tensors[self.weight].reshape(1, 1, -1)
+
+    def tensors(self, matrix: Tensor, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
+        """See ``Place``."""
+        return {self.weight: matrix.reshape(shapes[self.weight])}
+
+
+@dataclass(eq=False)
+class ExactBlock:
+    """``sum_n w_n E_y[s s^T] / sum_n w_n`` as sum and weight; see ``block_fisher.Block``. All arithmetic is float64."""
+
+    place: Flat
+    moments: Accumulator
+
+    @functools.cached_property
+    def _spectral(self) -> tuple[Tensor, Tensor]:
+        values, vectors = torch.linalg.eigh(self.moments.mean())
+        return values.clamp_min(0), vectors
+
+    def __matmul__(self, v: Tensor) -> Tensor:
+        """The block times a matrix ``[1, 1, D]``."""
+        return v @ self.moments.mean()
+
+    def spectrally(self, v: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+        """``function`` of the block, by its eigenvalues, times a matrix ``[1, 1, D]``."""
+        values, vectors = self._spectral
+        return (v @ vectors * function(values)) @ vectors.mT
+
+    def diagonal(self) -> Tensor:
+        """As a matrix ``[1, 1, D]``."""
+        return self.moments.mean().diagonal().view(1, 1, -1)
+
+    def trace(self) -> float:
+        """The sum of the eigenvalues."""
+        return float(self.moments.mean().trace())
+
+    def logdet(self, damping: float) -> tuple[float, int]:
+        """``sum log(eigenvalue + damping)`` and how many of these are ``log 0``, which are left out."""
+        values = self._spectral[0]
+        if damping:
+            sums = torch.zeros(2, dtype=torch.float64, device=values.device)
+            log1p_sum(sums, values, 1 / damping)
+            return float(sums[0]) + len(values) * math.log(damping), 0
+        positive = values[values > 0]
+        return float(positive.log().sum()), len(values) - len(positive)
+
+    def spectrum(self) -> tuple[tuple[Tensor, ...], int]:
+        """The eigenvalues."""
+        return (self._spectral[0],), 0
+
+    def factors(self, dtype: torch.dtype) -> None:
+        """It has none."""
+
+    def accumulators(self) -> list[Accumulator]:
+        """What samples add to."""
+        return [self.moments]
+
+    def changed(self) -> None:
+        """The sums have changed: what was computed from them is void."""
+        self.__dict__.pop("_spectral", None)
+
+    def pooled(self, other: ExactBlock) -> ExactBlock:
+        """The block of both data sets."""
+        return ExactBlock(self.place, self.moments + other.moments)
+
+    def identity(self) -> list[Any]:
+        """What must be equal for pooling to mean anything."""
+        return ["exact", *self.moments.sum.shape]
+
+    def describe(self) -> str:
+        """For the coverage report."""
+        return f"exact {list(self.moments.sum.shape)}"
+
+    def state(self) -> tuple[dict[str, Tensor], list[Any]]:
+        """Tensors and plain values."""
+        fields = [*dataclasses.astuple(self.place), self.moments.weight]
+        return {f"{self.place.weight}.moments": self.moments.sum}, fields
+
+    @classmethod
+    def from_state(cls, tensors: Mapping[str, Tensor], fields: list[Any]) -> ExactBlock:
+        """The block whose ``state`` this is."""
+        *place, weight = fields
+        return cls(Flat(*place), Accumulator(tensors[f"{place[0]}.moments"], weight))

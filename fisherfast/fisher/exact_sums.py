@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a backward pass adds to an exact block: outer products of whole sample gradients, which are small."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from fisherfast.capture import Tracked
+from fisherfast.fisher.block_sums import BatchSum, GradientSums, mirrored, total_weight
+from fisherfast.fisher.exact import ExactBlock, Flat
+from fisherfast.fisher.memory import Held
+from fisherfast.ops._common import wide
+from fisherfast.ops.gram import gram_
+from fisherfast.passes import Samples
+from fisherfast.rules import Form, Rows
+
+
+class ExactSums(GradientSums):
+    """The sums of one exact block; see ``BlockSums``."""
+
+    def __init__(self, tracked: Tracked) -> None:
+        self.place, self._shape = Flat(tracked.name), tuple(tracked.parameter.shape)
+        D = tracked.parameter.numel()
+        self.moments = BatchSum((D, D), tracked.parameter)
+        self.sums = (self.moments,)
+        self._last: tuple[int, Tensor] | None = None  # the pass whose rows came last, and its gradients
+
+    def holds(self, staged: bool) -> Held:
+        """See ``BlockSums``."""
+        running = self.moments.running
+        what = f"exact {list(running.shape)}"
+        return Held(self.place.names, what, running.held(staged), (running.held(staged) + running.nbytes,), "gram_")
+
+    def flops(self, form: Form, rows: Rows, number: int) -> int:
+        """See ``BlockSums``; of a symmetric product one half is computed."""
+        return form.flops(rows, self._shape) + rows.num_samples * self.moments.running.shape[0] ** 2
+
+    def add(self, form: Form, rows: Rows, scale: float, number: int, samples: Samples, staged: bool) -> None:
+        """Take the rows of one pass. A parameter that is used in parts comes part by part: the sum of its parts is squared."""
+        rows = rows.each(lambda t: wide(t) if t.is_floating_point() else t, rows.offsets)._replace(lookup=rows.lookup)
+        gradients = form.gradients(rows, self._shape).reshape(rows.num_samples, -1)
+        acc, options = self.moments.target(staged), {"weight": samples.weight, "flag": self.moments.flag}
+        if self._last is not None and self._last[0] == number:
+            before = self._last[1]
+            gram_(acc, before, -scale, **options)
+            gradients = gradients + before
+        gram_(acc, gradients, scale, **options)
+        self._last = number, gradients
+
+    def end(self) -> None:
+        """See ``BlockSums``."""
+        self._last = None
+
+    def add_gradients(self, gradients: Tensor, first: int, scale: float, samples: Samples, staged: bool) -> None:
+        """Take whole sample gradients."""
+        weight = None if samples.weight is None else samples.weight[first : first + len(gradients)]
+        rows = wide(gradients).reshape(len(gradients), -1)
+        gram_(self.moments.target(staged), rows, scale, weight=weight, flag=self.moments.flag)
+
+    def touch(self, samples: Samples) -> None:
+        """Count the batch."""
+        self.moments.visited(total_weight(samples))
+
+    def block(self) -> ExactBlock:
+        """What was added, on memory of its own."""
+        return ExactBlock(self.place, mirrored(self.moments.running.snapshot()))
+
+    def restore(self, block: ExactBlock) -> None:
+        """See ``BlockSums``."""
+        self.moments.running.restore(block.moments)

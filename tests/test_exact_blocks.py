@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Small parameters that are no multiplied weights have all second moments of their gradients in KFAC and EKFAC."""
+
+import math
+
+import networks
+import oracle
+import pytest
+import torch
+from torch import nn
+
+import fisherfast as ff
+from fisherfast.fisher.exact import ExactBlock
+
+EVERY = {**networks.COVERED, **networks.FALLBACK}
+
+
+def close(a, b, tolerance=1e-11):
+    return bool((a - b).abs().max() <= tolerance * b.abs().max().clamp_min(1e-300))
+
+
+def measure(model, data, structure="kfac", fisher_type="empirical", **options):
+    return ff.fisher(model, data, structure=structure, fisher_type=fisher_type, progress=False, **options)
+
+
+def of_network(name):
+    build, data, *_ = EVERY[name]
+    model, (x, y) = build().double(), data(networks.N)
+    return model, x.double() if x.is_floating_point() else x, y
+
+
+def moments(model, parameter, x, y, losses=oracle.cross_entropy, weight=None):
+    """The mean of ``s s^T`` of one parameter, one sample at a time."""
+    weight = torch.ones(len(x)).double() if weight is None else weight
+    total = 0
+    for n in range(len(x)):
+        for share, loss in losses(model, x[n : n + 1], y[n : n + 1]):
+            (g,) = torch.autograd.grad(loss, [parameter], retain_graph=True, allow_unused=True)
+            s = torch.zeros_like(parameter).flatten() if g is None else g.flatten()
+            total = total + float(weight[n]) * share * torch.outer(s, s)
+    return total / float(weight.sum())
+
+
+def exact_blocks(K):
+    return {block.place.weight: block for block in K.blocks if isinstance(block, ExactBlock)}
+
+
+def other_networks():
+    """Those that have such parameters."""
+    for name in EVERY:
+        model, x, y = of_network(name)
+        if exact_blocks(measure(model, [(x, y)])):
+            yield name
+
+
+OTHERS = list(other_networks())
+
+
+def test_there_are_many_kinds_of_them():
+    assert len(OTHERS) > 30 and {"layer-norm", "chunks-of-one-weight", "overlapping-parts"} < set(OTHERS)
+
+
+@pytest.mark.parametrize("structure", ["kfac", "ekfac"])
+@pytest.mark.parametrize("name", OTHERS)
+def test_they_are_the_second_moments_of_autograd(name, structure):
+    model, x, y = of_network(name)
+    weight = (torch.rand(len(x)) + 0.1).double()
+    parts = [slice(0, 2), slice(2, None)]
+    K = measure(model, [(x[p], y[p], weight[p]) for p in parts], structure)
+    parameters = dict(model.named_parameters())
+    for which, block in exact_blocks(K).items():
+        assert close(block.moments.mean(), moments(model, parameters[which], x, y, weight=weight))
+        assert "exact [" in K.coverage[which]
+
+
+def normed():
+    return nn.Sequential(nn.Linear(3, 5), nn.LayerNorm(5), nn.Tanh(), nn.Linear(5, 4)).double()
+
+
+@pytest.mark.parametrize("structure", ["kfac", "ekfac"])
+def test_passes_of_all_labels_are_the_expectation(structure):
+    model, x, y = normed(), torch.randn(6, 3).double(), torch.randint(0, 4, (6,))
+    blocks = exact_blocks(measure(model, [(x[:4], None), (x[4:], None)], structure, "exact"))
+    assert blocks.keys() == {"1.weight", "1.bias"}
+    for name, block in blocks.items():
+        assert close(block.moments.mean(), moments(model, model.get_parameter(name), x, y, oracle.every_label))
+
+
+@pytest.mark.parametrize("structure", ["kfac", "ekfac"])
+def test_they_answer_as_their_matrices_do(structure):
+    model, x, y = normed(), torch.randn(40, 3).double(), torch.randint(0, 4, (40,))
+    K, delta = measure(model, [(x, y)], structure), 0.01
+    v = {n: torch.randn(s).double() for n, s in K.shapes.items()}
+    applied, solved, diagonal = K @ v, K.solve(v, delta), K.diagonal(dtype=torch.float64)
+    for name, block in exact_blocks(K).items():
+        F = block.moments.mean()
+        damped = F + delta * torch.eye(5).double()
+        assert close(applied[name], F @ v[name]) and close(diagonal[name], F.diagonal())
+        assert close(solved[name], torch.linalg.solve(damped, v[name]), 1e-9)
+        assert block.logdet(delta)[0] == pytest.approx(float(torch.linalg.slogdet(damped)[1]), rel=1e-10)
+        assert block.trace() == pytest.approx(float(F.trace()))
+    assert sum(s.num_parameters for s in K.spectra()) == K.num_parameters == len(K.eigenvalues())
+    assert "1" not in K.factors()
+
+
+def test_they_pool_and_go_to_files(tmp_path):
+    model, x, y = normed(), torch.randn(6, 3).double(), torch.randint(0, 4, (6,))
+    A, B, whole = (measure(model, [(x[p], y[p])]) for p in (slice(0, 2), slice(2, 6), slice(0, 6)))
+    (A + B).save(tmp_path / "f")
+    again = exact_blocks(ff.load(tmp_path / "f"))
+    assert all(close(again[n].moments.mean(), block.moments.mean()) for n, block in exact_blocks(whole).items())
+
+
+def test_the_size_up_to_which_they_are_exact_is_chosen():
+    model, x, y = normed(), torch.randn(6, 3).double(), torch.randint(0, 4, (6,))
+    (none,) = measure(model, [(x, y)], (ff.KFAC(max_exact_dim=4),))
+    (some,) = measure(model, [(x, y)], (ff.EKFAC(max_exact_dim=5),))
+    assert not exact_blocks(none) and set(none.diagonals) == {"1.weight", "1.bias"}
+    assert len(exact_blocks(some)) == 2 and not some.diagonals
+    with pytest.raises(ValueError, match="must have the same blocks"):
+        none + measure(model, [(x, y)])
+
+
+def test_a_batch_that_is_not_finite_adds_nothing():
+    model, x, y = normed(), torch.randn(6, 3).double(), torch.randint(0, 4, (6,))
+    bad = x.clone()
+    bad[0, 0] = math.nan
+    with pytest.raises(ff.NonFiniteError) as caught:
+        measure(model, [(x, y), (bad, y)])
+    found, expected = exact_blocks(caught.value.fisher), exact_blocks(measure(model, [(x, y)]))
+    assert all(close(found[n].moments.mean(), block.moments.mean()) for n, block in expected.items())
