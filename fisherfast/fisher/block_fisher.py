@@ -97,7 +97,10 @@ class BlockFisher(Measured, Generic[_Block]):
 
         A layer with several blocks gives each under the name of its weight.
         """
-        products = {block.place: factors for block in self.blocks if (factors := block.factors(dtype)) is not None}
+        return self._by_layer({block.place: factors for block in self.blocks if (factors := block.factors(dtype)) is not None})
+
+    @staticmethod
+    def _by_layer(products: Mapping[Place, tuple[Tensor, Tensor]]) -> dict[str, tuple[Tensor, Tensor]]:
         layers = [layer_of(place.weight) for place in products]
         found = {}
         for layer, (place, (A, B)) in zip(layers, products.items(), strict=True):

@@ -93,6 +93,11 @@ class ExactBlock:
         """What must be equal for pooling to mean anything."""
         return ["exact", *self.moments.sum.shape]
 
+    def factored(self, damping: float) -> ExactBlock:
+        """The block plus ``damping I``: there is one factor."""
+        unit = torch.eye(len(self.moments.sum), dtype=torch.float64, device=self.moments.sum.device)
+        return ExactBlock(self.place, Accumulator(self.moments.mean() + damping * unit, 1.0))
+
     def describe(self) -> str:
         """For the coverage report."""
         return f"exact {list(self.moments.sum.shape)}"

@@ -12,6 +12,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
+from torch import Tensor
+
+from fisherfast.accumulator import Accumulator
 from fisherfast.capture import Capture, Tracked
 from fisherfast.fisher import serialize
 from fisherfast.fisher.block_collector import BlockCollector
@@ -23,6 +27,7 @@ from fisherfast.fisher.exact import ExactBlock
 from fisherfast.fisher.kronecker import KroneckerBlock, Place
 from fisherfast.fisher.kronecker_sums import KroneckerSums
 from fisherfast.fisher.memory import Held
+from fisherfast.fisher.protocol import Damping
 from fisherfast.fisher.reduced_sums import ReducedSums
 from fisherfast.rules import Form, Rows
 
@@ -125,3 +130,51 @@ class KFACFisher(BlockFisher[KroneckerBlock | ExactBlock]):
     """
 
     block_types: ClassVar[Mapping[str, Any]] = {"kronecker": KroneckerBlock, "exact": ExactBlock}
+
+    def factored(self, damping: Damping) -> FactoredKFAC:
+        """The Fisher with damping in its factors, ``(B + sqrt(d) / pi I) (x) (A + pi sqrt(d) I)``, ``pi^2 = (tr A / dim A) / (tr B / dim B)``.
+
+        What an optimizer inverts: unlike ``F + d I`` it is a product, and so is its inverse. ``F.factored(d).logdet()`` is its
+        log-determinant. Exact blocks and diagonals are ``F + d I``.
+
+        Errors:   ValueError for a damping that does not fit.
+        Source:   Martens & Grosse 2015 (arXiv:1503.05671), section 6.3.
+        """
+        dampings = self._damping_of("factored", damping)
+        blocks = [block.factored(dampings[block.place.weight]) for block in self.blocks]
+        diagonals = {name: Accumulator(self._mean(name) + dampings[name], 1.0) for name in self.diagonals}
+        return FactoredKFAC(blocks, diagonals, self._counts, self.shapes)
+
+    def inverse(self, damping: Damping, *, dtype: torch.dtype = torch.float32) -> dict[str, tuple[Tensor, Tensor]]:
+        """``{layer: (A^-1, B^-1)}`` of ``factored(damping)``, as ``factors()`` gives A and B; for a vector see ``solve``.
+
+        Errors:   ValueError, naming the layer, if a factor is singular.
+        """
+        products = {}
+        for block in self.factored(damping).blocks:
+            if isinstance(block, KroneckerBlock):
+                try:
+                    products[block.place] = block.inverse(dtype)
+                except torch.linalg.LinAlgError as error:
+                    raise ValueError(
+                        f"inverse: factors must be regular, got a singular one of {block.place.weight!r}; pass a larger damping"
+                    ) from error
+        return self._by_layer(products)
+
+
+class FactoredKFAC(KFACFisher):
+    """A ``KFACFisher`` with damping in its factors: all its methods are of the damped matrix. It is no measurement any more."""
+
+    def __add__(self, other: Any) -> Any:
+        """Refused. Errors: ValueError."""
+        raise ValueError("+: both Fishers must be measurements, got one with damping in its factors; pool before F.factored")
+
+    def all_reduce(self, group: Any = None) -> Any:
+        """Refused. Errors: ValueError."""
+        raise ValueError("all_reduce: F must be a measurement, got one with damping in its factors; pool before F.factored")
+
+    def state(self) -> serialize.State:
+        """Refused. Errors: ValueError."""
+        raise ValueError(
+            "save: F must be a measurement, got one with damping in its factors; save F, and damp it when it is read"
+        )

@@ -138,6 +138,19 @@ class KroneckerBlock:
         zeros = a.numel() * b.shape[1] - int((positive_a * positive_b).sum())
         return float((positive_b * logs_a + positive_a * logs_b).sum()), zeros
 
+    def factored(self, damping: float) -> KroneckerBlock:
+        """``(B + sqrt(damping) / pi I) (x) (A + pi sqrt(damping) I)``, pi^2 the ratio of the factors' mean eigenvalues."""
+        a, b = (_diagonal(factor.mean()).mean(1) for factor in (self.A, self.B))
+        pi = torch.where((a > 0) & (b > 0), a / b, 1.0).sqrt()
+        shifts = (pi * damping**0.5, damping**0.5 / pi)
+        A, B = (Accumulator(_shifted(f.mean(), shift), 1.0) for f, shift in zip((self.A, self.B), shifts, strict=True))
+        return KroneckerBlock(self.place, A, B)
+
+    def inverse(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The inverses of A and B. Errors: torch.linalg.LinAlgError if one is singular."""
+        A, B = (_inverse(factor.mean()).to(dtype) for factor in (self.A, self.B))
+        return A, B
+
     def describe(self) -> str:
         """For the coverage report."""
         a, b = ("diagonal " * (factor.sum.dim() == 2) + str(list(factor.sum.shape[1:])) for factor in (self.A, self.B))
@@ -164,6 +177,16 @@ def _times(v: Tensor, factor: Tensor) -> Tensor:
 
 def _diagonal(factor: Tensor) -> Tensor:
     return factor if factor.dim() == 2 else factor.diagonal(dim1=1, dim2=2)
+
+
+def _shifted(factor: Tensor, shift: Tensor) -> Tensor:
+    if factor.dim() == 2:
+        return factor + shift.unsqueeze(1)
+    return factor + shift.view(-1, 1, 1) * torch.eye(factor.shape[1], dtype=factor.dtype, device=factor.device)
+
+
+def _inverse(factor: Tensor) -> Tensor:
+    return 1 / factor if factor.dim() == 2 else torch.cholesky_inverse(torch.linalg.cholesky(factor))
 
 
 def _eigenvalues(factor: Tensor) -> Tensor:
