@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from fisherfast.layout import Layout
 from fisherfast.rules import DECOMPOSITIONS, RULES, Form, Part, Use, Window, part
@@ -87,6 +88,7 @@ class CallUse:
     tracked: Tracked
     form: Form
     picks: tuple[int, ...]
+    inputs: tuple[int, ...] = ()  # which tensors they are: a number for each; autograd sees to it that nobody changes them
     key: Key = ("", None, 0)
     gathered: bool = False  # its rows were chosen by what the data holds
 
@@ -175,6 +177,7 @@ class Capture(TorchFunctionMode):
             tracked.caught, tracked.expanding = tracked.fallback is None, tracked.expand
             tracked.differentiated = exploring or tracked.expand or not tracked.caught
         self._gathered: dict[int, weakref.ref[Tensor]] = {}
+        self._seen = WeakTensorKeyDictionary()  # inputs of calls, numbered
         # Views are held while they are known by their id, which Python would give to another tensor.
         self._references = {id(t.parameter): Reference(t.parameter, t) for t in self.tracked.values()}
 
@@ -319,7 +322,8 @@ class Capture(TorchFunctionMode):
                     saved.append(tensor)
                 picks.append(next(i for i, s in enumerate(saved) if s is tensor))
             form = use.form if reference.window is None else part(use.form, reference.window, reference.tracked.parameter)
-            call.uses.append(CallUse(reference.tracked, form, tuple(picks), gathered=gathered))
+            inputs = tuple(self._seen.setdefault(tensor, len(self._seen)) for tensor in use.inputs)
+            call.uses.append(CallUse(reference.tracked, form, tuple(picks), inputs, gathered=gathered))
         self._learn_num_samples(call, out)
         return _Tap.apply(out, self.anchor, call, *saved)
 

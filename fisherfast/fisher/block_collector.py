@@ -7,7 +7,8 @@ A structure of blocks gives the sums of a weight's block (``BlockSums``) and a `
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -43,8 +44,8 @@ class BlockCollector:
         self._counted: dict[str, int] = {}  # numbers in g of a weight with a bias, in this pass
         self._before: tuple[list[Any], dict[str, Accumulator]] = ([], {})  # of a checkpoint
 
-    def new_block(self, place: Place, form: Form, tracked: Tracked) -> BlockSums:
-        """The sums of the block of a weight that is used in this form."""
+    def new_block(self, place: Place, form: Form, tracked: Tracked, made: Mapping[str, Any]) -> BlockSums:
+        """The sums of the block of a weight that is used in this form; ``made`` are those of the parameters before it."""
         raise NotImplementedError
 
     @property
@@ -87,11 +88,13 @@ class BlockCollector:
         multiply = {name: tracked for name, tracked in self._tracked.items() if self._multiplies(tracked)}
         self._weight_of = {bias: name for name in multiply for bias in self._bias_of(name)}
         bias_of = {weight: bias for bias, weight in self._weight_of.items()}
+        input_of = self._same_inputs(multiply, bias_of)
         sums: dict[str, BlockSums | DiagonalSums] = {}
         for name, tracked in self._tracked.items():
             if name in multiply:
                 form = self._uses[name][0][1].form
-                sums[name] = self.new_block(_place(name, bias_of.get(name), form), form, tracked)
+                place = replace(_place(name, bias_of.get(name), form), input_of=input_of.get(name))
+                sums[name] = self.new_block(place, form, tracked, sums)
             elif name not in self._weight_of:
                 small = tracked.parameter.numel() <= self._max_exact_dim
                 sums[name] = ExactSums(tracked) if small else DiagonalSums(tracked)
@@ -104,6 +107,18 @@ class BlockCollector:
         (form,) = forms
         once = len(self._uses[tracked.name]) == 1  # images of several sizes are brought to one by positions that do not exist
         return isinstance(form, (MatMul, Lookup)) or (isinstance(form, Convolution) and not form.transposed and once)
+
+    def _same_inputs(self, weights: Iterable[str], bias_of: Mapping[str, str]) -> dict[str, str]:
+        """Of a weight that multiplies what another one before it multiplies (queries, keys and values), that other one."""
+        first: dict[Any, str] = {}
+        shared = {}
+        for name in weights:
+            (_, use), *more = self._uses[name]
+            if isinstance(use.form, MatMul) and not more:
+                leader = first.setdefault((use.inputs, use.form.left, use.tracked.expand, name in bias_of), name)
+                if leader != name:
+                    shared[name] = leader
+        return shared
 
     def _bias_of(self, weight: str) -> list[str]:
         """The bias that is added wherever the weight is used, and nowhere else."""
@@ -155,7 +170,7 @@ class BlockCollector:
     @torch.no_grad()
     def settle(self, complete: bool) -> list[str]:
         """See ``passes.Collector``."""
-        every = [(name, one) for name, sums in self._sums.items() for one in sums.sums]
+        every = [(name, one) for name, sums in self._sums.items() for one in sums.sums]  # each once, also if it is shared
         flags = torch.cat([one.flag for _, one in every]).tolist()
         bad = list(dict.fromkeys(name for (name, _), flag in zip(every, flags, strict=True) if flag))
         for (_, one), flag in zip(every, flags, strict=True):
@@ -171,7 +186,11 @@ class BlockCollector:
             return self._before
         planned = self._sums or {name: DiagonalSums(tracked) for name, tracked in self._tracked.items()}  # stopped before a batch
         diagonals = {name: s.squares.running.snapshot() for name, s in planned.items() if isinstance(s, DiagonalSums)}
-        return [sums.block() for sums in planned.values() if not isinstance(sums, DiagonalSums)], diagonals
+        blocks: dict[str, Any] = {}
+        for name, sums in planned.items():
+            if not isinstance(sums, DiagonalSums):
+                blocks[name] = sums.block(blocks)
+        return list(blocks.values()), diagonals
 
     def restore(self, blocks: Sequence[Any], diagonals: dict[str, Accumulator]) -> None:
         """Start from a snapshot."""

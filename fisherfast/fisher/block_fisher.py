@@ -55,8 +55,8 @@ class Block(Protocol):
     def changed(self) -> None:
         """The sums have changed: what was computed from them is void."""
 
-    def pooled(self, other: Any) -> Any:
-        """The block of both data sets."""
+    def pooled(self, other: Any, made: Mapping[str, Any]) -> Any:
+        """The block of both data sets; ``made`` are the pooled blocks before it, by weight."""
 
     def identity(self) -> list[Any]:
         """What must be equal for pooling to mean anything, as plain values."""
@@ -250,9 +250,11 @@ class BlockFisher(Measured, Generic[_Block]):
         if not isinstance(other, type(self)):
             return NotImplemented
         _pooling.check_same(self._identity(), other._identity())
-        blocks = [a.pooled(b) for a, b in zip(self.blocks, other.blocks, strict=True)]
+        blocks: dict[str, Any] = {}
+        for mine, its in zip(self.blocks, other.blocks, strict=True):
+            blocks[mine.place.weight] = mine.pooled(its, blocks)
         diagonals = {name: one + other.diagonals[name] for name, one in self.diagonals.items()}
-        return type(self)(blocks, diagonals, self._counts.pooled(other._counts), self.shapes)
+        return type(self)(tuple(blocks.values()), diagonals, self._counts.pooled(other._counts), self.shapes)
 
     def all_reduce(self, group: dist.ProcessGroup | None = None) -> Self:
         """Pool the data of all ranks of ``group``, in place on every rank; returns self. ``coverage`` stays the rank's own.
@@ -300,10 +302,16 @@ class BlockFisher(Measured, Generic[_Block]):
     @classmethod
     def from_state(cls, tensors: dict[str, Tensor], fields: dict[str, Any]) -> Self:
         """The object whose ``state`` this is."""
-        blocks = [cls.block_types[kind].from_state(tensors, block) for kind, *block in fields["blocks"]]
+        blocks: dict[str, Any] = {}
+        for kind, *plain in fields["blocks"]:
+            block = cls.block_types[kind].from_state(tensors, plain, blocks)
+            blocks[block.place.weight] = block
         diagonals = {name: Accumulator(tensors[name], weight) for name, weight in fields["weights"].items()}
         return cls(
-            blocks, diagonals, Counts.from_state(fields), {name: torch.Size(shape) for name, shape in fields["shapes"].items()}
+            tuple(blocks.values()),
+            diagonals,
+            Counts.from_state(fields),
+            {name: torch.Size(shape) for name, shape in fields["shapes"].items()},
         )
 
     def __repr__(self) -> str:

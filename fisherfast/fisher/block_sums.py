@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
@@ -83,8 +84,8 @@ class BlockSums(Protocol):
     def flops(self, form: Form, rows: Rows, number: int) -> int:
         """What ``add`` takes."""
 
-    def block(self) -> Any:
-        """What was added, on memory of its own."""
+    def block(self, made: Mapping[str, Any]) -> Any:
+        """What was added, on memory of its own; ``made`` are the blocks of the parameters before it, by weight."""
 
     def restore(self, block: Any) -> None:
         """Start from such a block."""

@@ -96,7 +96,7 @@ class EigenBlock:
     def changed(self) -> None:
         """Nothing is remembered of the values."""
 
-    def pooled(self, other: EigenBlock) -> EigenBlock:
+    def pooled(self, other: EigenBlock, made: Mapping[str, Any]) -> EigenBlock:
         """The block of both data sets, in their one basis."""
         return EigenBlock(self.kronecker, self.U, self.V, self.values + other.values)
 
@@ -115,16 +115,19 @@ class EigenBlock:
     def state(self) -> tuple[dict[str, Tensor], list[Any]]:
         """Tensors and plain values."""
         tensors, fields = self.kronecker.state()
-        own = {"U": self.U, "V": self.V, "values": self.values.sum}
+        own = {"U": None if self.kronecker.leader else self.U, "V": self.V, "values": self.values.sum}
         named = {f"{self.place.weight}.{name}": tensor.contiguous() for name, tensor in own.items() if tensor is not None}
         return tensors | named, [*fields, self.values.weight]
 
     @classmethod
-    def from_state(cls, tensors: Mapping[str, Tensor], fields: list[Any]) -> EigenBlock:
+    def from_state(cls, tensors: Mapping[str, Tensor], fields: list[Any], made: Mapping[str, Any]) -> EigenBlock:
         """The block whose ``state`` this is."""
         *of_basis, weight = fields
-        kronecker = KroneckerBlock.from_state(tensors, of_basis)
+        before = {name: block for name, block in made.items() if isinstance(block, EigenBlock)}
+        kronecker = KroneckerBlock.from_state(tensors, of_basis, {name: block.kronecker for name, block in before.items()})
         U, V = (tensors.get(f"{kronecker.place.weight}.{name}") for name in "UV")
+        if kronecker.place.input_of is not None:
+            U = before[kronecker.place.input_of].U
         return cls(kronecker, U, V, Accumulator(tensors[f"{kronecker.place.weight}.values"], weight))
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -42,8 +42,8 @@ class EigenSums(WeightSums):
     The eigenvectors are computed when they are first needed; their sizes are known before.
     """
 
-    def __init__(self, form: Form, tracked: Tracked, of: KroneckerBlock) -> None:
-        self.place, self.form, self.kronecker = of.place, form, of
+    def __init__(self, form: Form, tracked: Tracked, of: KroneckerBlock, leader: EigenSums | None) -> None:
+        self.place, self.form, self.kronecker, self._leader = of.place, form, of, leader
         self._shape = tuple(tracked.parameter.shape)
         self._dtype = torch.promote_types(tracked.parameter.dtype, torch.float32)
         self._rotates = of.A.sum.dim() == 3, of.B.sum.dim() == 3  # what is diagonal has no basis
@@ -56,6 +56,8 @@ class EigenSums(WeightSums):
     @functools.cached_property
     def U(self) -> Tensor | None:
         """The eigenvectors of A."""
+        if self._leader is not None:
+            return self._leader.U
         return eigenbasis(self.kronecker.A.mean(), self.kronecker.few_rows[0], self._dtype)
 
     @functools.cached_property
@@ -66,8 +68,10 @@ class EigenSums(WeightSums):
     def holds(self, staged: bool) -> Held:
         """See ``BlockSums``; the factors were there before."""
         (O, D), (q, r), values = self._full, self._size, self.values.running
-        of_bases = self.place.groups * (self._rotates[0] * D * r + self._rotates[1] * O * q) * self._dtype.itemsize
-        kept = (self.kronecker.A.sum, self.kronecker.B.sum, *self.kronecker.few_rows)
+        own = self._leader is None
+        of_bases = self.place.groups * (own * self._rotates[0] * D * r + self._rotates[1] * O * q) * self._dtype.itemsize
+        of, (rows_a, rows_b) = self.kronecker, self.kronecker.few_rows
+        kept = (of.A.sum, rows_a, of.B.sum, rows_b) if own else (of.B.sum, rows_b)
         of_factors = sum(tensor.nbytes for tensor in kept if tensor is not None)
         what = f"{q} x {r} eigenvalues, {self.kronecker.describe()}"
         made = values.held(staged) + of_bases
@@ -97,7 +101,7 @@ class EigenSums(WeightSums):
         """See ``BlockSums``."""
         self.values.visited(total_weight(samples))
 
-    def block(self) -> EigenBlock:
+    def block(self, made: Mapping[str, Any]) -> EigenBlock:
         """See ``BlockSums``."""
         return EigenBlock(self.kronecker, self.U, self.V, self.values.running.snapshot())
 
@@ -174,7 +178,7 @@ class _OfTable(EigenSums):
         (O, _), (q, _), (_, V) = self._full, self._size, self._rotates
         return (T * (V * O * q + q),) * 2  # the only order there is
 
-    def block(self) -> EigenBlock:
+    def block(self, made: Mapping[str, Any]) -> EigenBlock:
         return EigenBlock(self.kronecker, self.U, self.V, _transposed(self.values.running.snapshot()))
 
     def restore(self, block: EigenBlock) -> None:
@@ -248,12 +252,12 @@ class EigenCollector(BlockCollector):
         self._uses, self._calls, self._basis = first._uses, first._calls, basis
         return self
 
-    def new_block(self, place: Place, form: Form, tracked: Tracked) -> EigenSums:
+    def new_block(self, place: Place, form: Form, tracked: Tracked, made: Mapping[str, Any]) -> EigenSums:
         """See ``BlockCollector``."""
         of = self._basis.get(place.weight)
-        if of is None or replace(of.place, sharing=place.sharing) != place:
+        if of is None or replace(of.place, sharing=place.sharing, input_of=place.input_of) != place:
             raise ValueError(
                 f"{place.weight}: EKFAC's basis must be of this model, used in this way ({place}), got {of and of.place}"
             )
         kind = _OfImages if isinstance(form, Convolution) else _OfTable if isinstance(form, Lookup) else _OfMatrix
-        return kind(form, tracked, of)
+        return kind(form, tracked, of, None if of.place.input_of is None else made[of.place.input_of])

@@ -85,7 +85,7 @@ class ExactBlock:
         """The sums have changed: what was computed from them is void."""
         self.__dict__.pop("_spectral", None)
 
-    def pooled(self, other: ExactBlock) -> ExactBlock:
+    def pooled(self, other: ExactBlock, made: Mapping[str, Any]) -> ExactBlock:
         """The block of both data sets."""
         return ExactBlock(self.place, self.moments + other.moments)
 
@@ -108,7 +108,7 @@ class ExactBlock:
         return {f"{self.place.weight}.moments": self.moments.sum}, fields
 
     @classmethod
-    def from_state(cls, tensors: Mapping[str, Tensor], fields: list[Any]) -> ExactBlock:
+    def from_state(cls, tensors: Mapping[str, Tensor], fields: list[Any], made: Mapping[str, Any]) -> ExactBlock:
         """The block whose ``state`` this is."""
         *place, weight = fields
         return cls(Flat(*place), Accumulator(tensors[f"{place[0]}.moments"], weight))

@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from torch import Tensor
 
 from fisherfast.capture import Tracked
@@ -61,7 +64,7 @@ class ExactSums(GradientSums):
         """Count the batch."""
         self.moments.visited(total_weight(samples))
 
-    def block(self) -> ExactBlock:
+    def block(self, made: Mapping[str, Any]) -> ExactBlock:
         """What was added, on memory of its own."""
         return ExactBlock(self.place, mirrored(self.moments.running.snapshot()))
 

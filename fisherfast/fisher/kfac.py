@@ -85,18 +85,22 @@ class KroneckerCollector(BlockCollector):
         self._asked = asked
         self._second = EigenCollector(capture, {}, transactional, asked.max_exact_dim) if asked.keep_rows else None
 
-    def new_block(self, place: Place, form: Form, tracked: Tracked) -> KroneckerSums:
+    def new_block(self, place: Place, form: Form, tracked: Tracked, made: Mapping[str, Any]) -> KroneckerSums:
         """See ``BlockCollector``."""
         kind = ReducedSums if self._asked.sharing == "reduce" else KroneckerSums
-        return kind(place, form, tracked, self._asked.max_factor_dim, self._asked.keep_rows)
+        leader = None if place.input_of is None else made[place.input_of]
+        return kind(place, form, tracked, self._asked.max_factor_dim, self._asked.keep_rows, leader)
 
     def holds(self, passes: int) -> list[Held]:
         """See ``BlockCollector``; with the rows kept, of EKFAC's pass over the data, which comes next, as well."""
         first = super().holds(passes)
         if self._second is None:
             return first
-        blocks = [sums.blank() for sums in self._sums.values() if isinstance(sums, KroneckerSums)]
-        second = self._second.foreseen(self, {block.place.weight: block for block in blocks}).holds(passes)
+        blocks: dict[str, KroneckerBlock] = {}
+        for name, sums in self._sums.items():
+            if isinstance(sums, KroneckerSums):
+                blocks[name] = sums.blank(blocks)
+        second = self._second.foreseen(self, blocks).holds(passes)
         return [_in_turn(*pair) for pair in zip(first, second, strict=True)]
 
     def flops(self, tracked: Tracked, form: Form, rows: Rows, number: int) -> int:

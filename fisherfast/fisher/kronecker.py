@@ -34,6 +34,7 @@ class Place:
     transposed: bool = False
     op: str = "gram_"  # that the input factor is from
     sharing: str = "expand"  # what is a row of a factor: a position, or with "reduce" a sample
+    input_of: str | None = None  # the weight before it that multiplies the same inputs, whose factor A is this one's too
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -60,25 +61,35 @@ class KroneckerBlock:
     """The factors as sums and weights: A ``[G, D, D]`` or ``[G, D]``, B ``[G, O, O]`` or ``[G, O]``.
 
     ``few_rows``: for A and for B the rows that they are the Gram matrices of, where they were kept; files hold none.
+    ``leader``: the block that A is of, where it is shared.
     """
 
     place: Place
     A: Accumulator
     B: Accumulator
     few_rows: tuple[Tensor | None, Tensor | None] = (None, None)
+    leader: KroneckerBlock | None = None
 
     @functools.cached_property
-    def _values(self) -> tuple[Tensor, Tensor]:
-        return _eigenvalues(self.A.mean()), _eigenvalues(self.B.mean())
+    def _values_of_A(self) -> Tensor:
+        return _eigenvalues(self.A.mean()) if self.leader is None else self.leader._values_of_A
 
     @functools.cached_property
-    def _spectral(self) -> tuple[tuple[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]:
-        return _eigen(self.A.mean()), _eigen(self.B.mean())
+    def _values_of_B(self) -> Tensor:
+        return _eigenvalues(self.B.mean())
+
+    @functools.cached_property
+    def _eigen_of_A(self) -> tuple[Tensor, Tensor | None]:
+        return _eigen(self.A.mean()) if self.leader is None else self.leader._eigen_of_A
+
+    @functools.cached_property
+    def _eigen_of_B(self) -> tuple[Tensor, Tensor | None]:
+        return _eigen(self.B.mean())
 
     def changed(self) -> None:
         """The sums have changed: what was computed from them is void."""
-        self.__dict__.pop("_values", None)
-        self.__dict__.pop("_spectral", None)
+        for name in ("_values_of_A", "_values_of_B", "_eigen_of_A", "_eigen_of_B"):
+            self.__dict__.pop(name, None)
         self.few_rows = (None, None)
 
     def __matmul__(self, v: Tensor) -> Tensor:
@@ -87,7 +98,7 @@ class KroneckerBlock:
 
     def spectrally(self, v: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
         """``function`` of the block, by its eigenvalues ``[G, O, D]``, times a matrix."""
-        (a, U), (b, V) = self._spectral
+        (a, U), (b, V) = self._eigen_of_A, self._eigen_of_B
         v = v if U is None else v @ U
         v = v if V is None else V.mT @ v
         v = v * function(b.unsqueeze(2) * a.unsqueeze(1))
@@ -106,7 +117,7 @@ class KroneckerBlock:
 
     def spectrum(self) -> tuple[tuple[Tensor, ...], int]:
         """The factors' eigenvalues ``(b, a)``; with groups all eigenvalues as one factor."""
-        a, b = self._values
+        a, b = self._values_of_A, self._values_of_B
         return ((b[0], a[0]) if len(a) == 1 else ((b.unsqueeze(2) * a.unsqueeze(1)).flatten(),)), 0
 
     def factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -114,20 +125,28 @@ class KroneckerBlock:
         return self.A.mean(dtype), self.B.mean(dtype)
 
     def accumulators(self) -> list[Accumulator]:
-        """What samples add to."""
-        return [self.A, self.B]
+        """What samples add to; a shared factor is its leader's."""
+        return [self.A, self.B] if self.leader is None else [self.B]
 
-    def pooled(self, other: KroneckerBlock) -> KroneckerBlock:
+    def pooled(self, other: KroneckerBlock, made: Mapping[str, Any]) -> KroneckerBlock:
         """The block of both data sets."""
-        return KroneckerBlock(self.place, self.A + other.A, self.B + other.B)
+        return KroneckerBlock.following(self.place, lambda: self.A + other.A, self.B + other.B, made)
+
+    @classmethod
+    def following(
+        cls, place: Place, own: Callable[[], Accumulator], B: Accumulator, made: Mapping[str, KroneckerBlock]
+    ) -> KroneckerBlock:
+        """With the factor A of a block that was made before, if the place says so, else with its own."""
+        leader = None if place.input_of is None else made[place.input_of]
+        return cls(place, own(), B) if leader is None else cls(place, leader.A, B, leader=leader)
 
     def identity(self) -> list[Any]:
         """What must be equal for pooling to mean anything."""
-        return [self.place.bias, self.place.sharing, list(self.A.sum.shape), list(self.B.sum.shape)]
+        return [self.place.bias, self.place.sharing, self.place.input_of, list(self.A.sum.shape), list(self.B.sum.shape)]
 
     def logdet(self, damping: float) -> tuple[float, int]:
         """``sum log(a_i b_j + damping)`` and how many of these are ``log 0``, which are left out."""
-        a, b = self._values
+        a, b = self._values_of_A, self._values_of_B
         if damping:
             sums = torch.zeros(2, dtype=torch.float64, device=a.device)
             for of_input, of_output in zip(a, b, strict=True):
@@ -144,7 +163,7 @@ class KroneckerBlock:
         pi = torch.where((a > 0) & (b > 0), a / b, 1.0).sqrt()
         shifts = (pi * damping**0.5, damping**0.5 / pi)
         A, B = (Accumulator(_shifted(f.mean(), shift), 1.0) for f, shift in zip((self.A, self.B), shifts, strict=True))
-        return KroneckerBlock(self.place, A, B)
+        return KroneckerBlock(dataclasses.replace(self.place, input_of=None), A, B)  # pi is B's too: nothing is shared
 
     def inverse(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """The inverses of A and B. Errors: torch.linalg.LinAlgError if one is singular."""
@@ -155,20 +174,23 @@ class KroneckerBlock:
         """For the coverage report."""
         a, b = ("diagonal " * (factor.sum.dim() == 2) + str(list(factor.sum.shape[1:])) for factor in (self.A, self.B))
         groups = f" in {self.place.groups} groups" * (self.place.groups > 1)
-        return f"B {b} (x) A {a}" + groups + ", reduced" * (self.place.sharing == "reduce")
+        shared = "" if self.place.input_of is None else f" of {self.place.input_of}"
+        return f"B {b} (x) A {a}" + shared + groups + ", reduced" * (self.place.sharing == "reduce")
 
     def state(self) -> tuple[dict[str, Tensor], list[Any]]:
         """Tensors and plain values."""
         place = self.place
         fields = [*dataclasses.astuple(place), self.A.weight, self.B.weight]
-        return {f"{place.weight}.A": self.A.sum, f"{place.weight}.B": self.B.sum}, fields
+        factors = {"B": self.B.sum} if self.leader is not None else {"A": self.A.sum, "B": self.B.sum}
+        return {f"{place.weight}.{name}": factor for name, factor in factors.items()}, fields
 
     @classmethod
-    def from_state(cls, tensors: Mapping[str, Tensor], fields: list[Any]) -> KroneckerBlock:
+    def from_state(cls, tensors: Mapping[str, Tensor], fields: list[Any], made: Mapping[str, KroneckerBlock]) -> KroneckerBlock:
         """The block whose ``state`` this is."""
-        *place, weight_a, weight_b = fields
-        name = place[0]
-        return cls(Place(*place), Accumulator(tensors[f"{name}.A"], weight_a), Accumulator(tensors[f"{name}.B"], weight_b))
+        *of_place, weight_a, weight_b = fields
+        place = Place(*of_place)
+        B = Accumulator(tensors[f"{place.weight}.B"], weight_b)
+        return cls.following(place, lambda: Accumulator(tensors[f"{place.weight}.A"], weight_a), B, made)
 
 
 def _times(v: Tensor, factor: Tensor) -> Tensor:

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +25,15 @@ from fisherfast.rules import Convolution, Form, Lookup, MatMul, Rows
 class KroneckerSums(WeightSums):
     """The sums of one Kronecker block; see ``BlockSums``."""
 
-    def __init__(self, place: Place, form: Form, tracked: Tracked, max_factor_dim: int, keep_rows: bool) -> None:
+    def __init__(
+        self,
+        place: Place,
+        form: Form,
+        tracked: Tracked,
+        max_factor_dim: int,
+        keep_rows: bool,
+        leader: KroneckerSums | None = None,
+    ) -> None:
         self.place, self.form = place, form
         shape, extra = tracked.parameter.shape, place.bias is not None
         O, D = (shape[1], shape[0]) if place.transposed else (shape[0], math.prod(shape[1:]))
@@ -36,51 +46,63 @@ class KroneckerSums(WeightSums):
                 f"({in_words(16 * D * D)} with the result); pass max_factor_dim={D} if there is room for it, or freeze the weight "
                 "(requires_grad_(False)) and measure its diagonal in a run of its own"
             )
-        self.A = BatchSum((place.groups, D) if counts else (place.groups, D, D), tracked.parameter)
+        own = BatchSum((place.groups, D) if counts else (place.groups, D, D), tracked.parameter)
+        self.A: BatchSum = own if leader is None else leader.A
+        self._inputs: Inputs = Inputs(place.weight) if leader is None else leader._inputs
+        self._inputs.members += 1
         self._vector = max_factor_dim < O
         self.B = BatchSum((place.groups, O) if self._vector else (place.groups, O, O), tracked.parameter)
-        self.sums = (self.A, self.B)
+        self._factors = (self.A, self.B)
+        self.sums = self._factors if leader is None else (self.B,)
         if keep_rows and not isinstance(form, Convolution):
-            self.A.few_rows = None if counts else FewRows(D)
+            if leader is None:
+                self.A.few_rows = None if counts else FewRows(D)
             self.B.few_rows = None if self._vector else FewRows(O)
 
-    def blank(self) -> KroneckerBlock:
+    def blank(self, made: Mapping[str, KroneckerBlock]) -> KroneckerBlock:
         """A block of these sizes on no memory."""
-        A, B = (Accumulator.zeros(one.running.shape, "meta") for one in self.sums)
-        return KroneckerBlock(self.place, A, B)
+        A, B = (Accumulator.zeros(one.running.shape, "meta") for one in self._factors)
+        return KroneckerBlock.following(self.place, lambda: A, B, made)
 
     def holds(self, staged: bool) -> Held:
         """See ``BlockSums``."""
         of_sums = sum(one.running.held(staged) for one in self.sums)
         of_result = sum(one.running.nbytes for one in self.sums)
-        D, O = (one.running.shape[1] for one in self.sums)
+        D, O = (one.running.shape[1] for one in self._factors)
         smaller = f"pass max_factor_dim={O - 1}, which keeps B as its diagonal" if D < O and not self._vector else None
-        return Held(self.place.names, self.blank().describe(), of_sums, (of_sums + of_result,), self.place.op, smaller)
+        A, B = (Accumulator.zeros(one.running.shape, "meta") for one in self._factors)
+        what = KroneckerBlock(self.place, A, B).describe()
+        return Held(self.place.names, what, of_sums, (of_sums + of_result,), self.place.op, smaller)
 
     def flops(self, form: Form, rows: Rows, number: int) -> int:
         """See ``BlockSums``; of a symmetric product one half is computed."""
         G = self.place.groups
         M = self._num_rows(form, rows)
-        widths = [1 if len(one.running.shape) == 2 else one.running.shape[1] for one in self.sums]
-        of_inputs, of_gradients = (G * M * one.running.shape[1] * width for one, width in zip(self.sums, widths, strict=True))
+        widths = [1 if len(one.running.shape) == 2 else one.running.shape[1] for one in self._factors]
+        of_inputs, of_gradients = (G * M * one.running.shape[1] * width for one, width in zip(self._factors, widths, strict=True))
         of_inputs = M if isinstance(form, Lookup) else of_inputs
-        return of_gradients + (of_inputs if number == 0 else 0)
+        return of_gradients + (of_inputs if number == 0 and self.place.input_of is None else 0)
 
     def _num_rows(self, form: Form, rows: Rows) -> int:
         return len(rows.g) * math.prod(rows.g.shape[2:]) if isinstance(form, Convolution) else math.prod(rows.g.shape[:-1])
 
-    def block(self) -> KroneckerBlock:
+    def block(self, made: Mapping[str, Any]) -> KroneckerBlock:
         """What was added, on memory of its own."""
-        A, B = (one.running.snapshot() for one in self.sums)
-        A, B = (factor if factor.sum.dim() == 2 else mirrored(factor) for factor in (A, B))
-        few_a, few_b = (None if one.few_rows is None else one.few_rows.rows() for one in self.sums)
-        return KroneckerBlock(self.place, A, B, (few_a, few_b))
+        block = KroneckerBlock.following(self.place, lambda: _factor(self.A), _factor(self.B), made)
+        few_a = _few(self.A) if block.leader is None else block.leader.few_rows[0]
+        block.few_rows = (few_a, _few(self.B))
+        return block
 
     def restore(self, block: KroneckerBlock) -> None:
         """See ``BlockSums``; of the rows before none are known."""
         self.A.few_rows = self.B.few_rows = None
-        self.A.running.restore(block.A)
+        if block.leader is None:
+            self.A.running.restore(block.A)
         self.B.running.restore(block.B)
+
+    def end(self) -> None:
+        """See ``BlockSums``."""
+        self._inputs.end()
 
     def touch(self, samples: Samples) -> None:
         """Count the batch's samples."""
@@ -88,7 +110,7 @@ class KroneckerSums(WeightSums):
 
     def add(self, form: Form, rows: Rows, scale: float, number: int, samples: Samples, staged: bool) -> None:
         """Take the rows of one pass; the inputs are those of all passes, and count once."""
-        A = self.A.target(staged) if number == 0 else None
+        A = self.A.target(staged) if number == 0 and self._inputs.new(self.place.weight, inputs_of(form, rows)) else None
         B = self.B.target(staged)
         if isinstance(form, Convolution):
             self._add_images(form, rows, scale, samples.weight, A, B)
@@ -146,6 +168,49 @@ class KroneckerSums(WeightSums):
         assert isinstance(self.form, Lookup)
         counted = (ids.squeeze(-1) != self.form.padding_idx).to(torch.float32)
         return counted if weight is None else weight * counted
+
+
+class Inputs:
+    """Whose inputs a factor A is of: one weight's, or those of several that multiply the same ones, which are added once."""
+
+    def __init__(self, leader: str) -> None:
+        self._leader, self.members = leader, 0
+        self._first: Tensor | None = None  # in this batch, held as long as others are to be compared with it
+        self._come = 0
+
+    def new(self, weight: str, x: Tensor) -> bool:
+        """Whether these inputs are to be added: they are the first in their batch. Errors: ValueError if they are others."""
+        self._come += 1
+        first, last = self._first, self._come == self.members
+        self._first = None if last else x if first is None else first
+        if last:
+            self._come = 0
+        if first is None:
+            return True
+        same = (x.data_ptr(), x.shape, x.stride()) == (first.data_ptr(), first.shape, first.stride())
+        if not same and not (x.shape == first.shape and torch.equal(x, first)):
+            raise ValueError(f"{weight}: must have the inputs of {self._leader!r} as in the first batch, got others")
+        return False
+
+    def end(self) -> None:
+        """The batch is over, whoever came."""
+        self._first, self._come = None, 0
+
+
+def inputs_of(form: Form, rows: Rows) -> Tensor:
+    """x: the rows are as the parameter is stored."""
+    x = rows.g if isinstance(form, MatMul) and form.transposed else rows.x
+    assert x is not None
+    return x
+
+
+def _factor(one: BatchSum) -> Accumulator:
+    factor = one.running.snapshot()
+    return factor if factor.sum.dim() == 2 else mirrored(factor)
+
+
+def _few(one: BatchSum) -> Tensor | None:
+    return None if one.few_rows is None else one.few_rows.rows()
 
 
 def _of_samples(rows: Rows, weight: Tensor | None) -> Tensor | None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from fisherfast.capture import Tracked
 from fisherfast.fisher.block_sums import add_squares
 from fisherfast.fisher.kronecker import Place
-from fisherfast.fisher.kronecker_sums import KroneckerSums, existing
+from fisherfast.fisher.kronecker_sums import KroneckerSums, existing, inputs_of
 from fisherfast.ops import _conv as conv
 from fisherfast.ops._common import wide
 from fisherfast.ops.gram import gram_
@@ -33,13 +33,21 @@ class Reduced(NamedTuple):
 class ReducedSums(KroneckerSums):
     """The sums of one Kronecker block; see ``BlockSums``."""
 
-    def __init__(self, place: Place, form: Form, tracked: Tracked, max_factor_dim: int, keep_rows: bool) -> None:
+    def __init__(
+        self,
+        place: Place,
+        form: Form,
+        tracked: Tracked,
+        max_factor_dim: int,
+        keep_rows: bool,
+        leader: KroneckerSums | None = None,
+    ) -> None:
         if isinstance(form, Lookup):
             raise ValueError(
                 f"{place.weight}: KFAC(sharing='reduce') must have inputs whose mean is a row, got an embedding, whose input factor "
                 "would be a matrix over the vocabulary; use sharing='expand', or freeze it"
             )
-        super().__init__(replace(place, sharing="reduce"), form, tracked, max_factor_dim, keep_rows)
+        super().__init__(replace(place, sharing="reduce"), form, tracked, max_factor_dim, keep_rows, leader)
 
     def _num_rows(self, form: Form, rows: Rows) -> int:
         return rows.num_samples
@@ -50,7 +58,7 @@ class ReducedSums(KroneckerSums):
             x, g, positions = _of_images(form, rows, self._kernel)
         else:
             x, g, positions = _of_rows(form, rows, samples.exists)
-        if number == 0:
+        if number == 0 and self._inputs.new(self.place.weight, inputs_of(form, rows)):
             self._add_means(x / positions.clamp_min(1).unsqueeze(1), samples.weight, positions > 0, self.A.target(staged))
         B = self.B.target(staged)
         for k, mine in enumerate(self._by_group(g)):

@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Weights that multiply the same inputs (queries, keys, values) have one input factor: added, stored and decomposed once."""
+
+import importlib
+from collections import Counter
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from torch import nn
+
+import fisherfast as ff
+
+kronecker_sums = importlib.import_module("fisherfast.fisher.kronecker_sums")
+N, T = 6, 5
+
+
+def close(a, b, tolerance=1e-11):
+    return bool((a - b).abs().max() <= tolerance * b.abs().max().clamp_min(1e-300))
+
+
+class Attention(nn.Module):
+    """Queries, keys and values of one tensor; ``apart``: of copies of it, which nobody can know to be the same."""
+
+    def __init__(self, apart=False, other=False):
+        super().__init__()
+        self.q, self.k, self.v, self.gate = nn.Linear(3, 7), nn.Linear(3, 7), nn.Linear(3, 7), nn.Linear(3, 7, bias=False)
+        self.back, self.head = nn.Parameter(torch.randn(3, 7)), nn.Linear(7, 4)
+        self.apart, self.other = apart, other
+
+    def forward(self, x):
+        """[N, T, 3] to [N, T, 4]."""
+        copy = x.clone if self.apart else lambda: x
+        q, k = self.q(copy()), self.k(copy())
+        v = self.v(2 * x if self.other else copy())
+        out = (q @ k.mT).softmax(-1) @ v
+        return self.head((out * self.gate(copy()).sigmoid() + copy() @ self.back).tanh())
+
+
+def models():
+    one, two = Attention().double(), Attention(apart=True).double()
+    two.load_state_dict(one.state_dict())
+    return one, two
+
+
+def data(n=N):
+    return torch.randn(n, T, 3).double(), torch.randint(0, 4, (n, T))
+
+
+def measure(model, batches, structure="kfac", fisher_type="empirical", **options):
+    return ff.fisher(model, batches, structure=structure, fisher_type=fisher_type, progress=False, **options)
+
+
+STRUCTURES = {"kfac": "kfac", "ekfac": "ekfac", "reduce": (ff.KFAC(sharing="reduce"),)}
+
+
+@pytest.mark.parametrize("fisher_type", ["empirical", "exact"])
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_the_blocks_are_those_of_inputs_that_are_not_known_to_be_the_same(structure, fisher_type):
+    x, y = data()
+    batches = [(x[:2], y[:2]), (x[2:], y[2:])]
+    results = [measure(model, batches, STRUCTURES[structure], fisher_type) for model in models()]
+    shared, apart = (result[0] if isinstance(result, tuple) else result for result in results)
+    leaders = {block.place.weight: block.place.input_of for block in shared.blocks}
+    assert leaders == {"back": None, "q.weight": None, "k.weight": "q.weight", "v.weight": "q.weight", "gate.weight": "back", "head.weight": None}  # fmt: skip
+    assert not any(block.place.input_of for block in apart.blocks)
+    v = torch.randn(shared.num_parameters).double()
+    assert close(shared @ v, apart @ v) and close(shared.solve(v, 0.1), apart.solve(v, 0.1), 1e-9)
+    assert shared.logdet(0.1) == pytest.approx(apart.logdet(0.1), rel=1e-9) and shared.trace() == pytest.approx(apart.trace())
+    assert "of q.weight" in shared.coverage["k.weight"]
+
+
+def test_they_are_added_stored_and_decomposed_once(monkeypatch):
+    calls, decomposed = Counter(), Counter()
+    gram, values = kronecker_sums.gram_, torch.linalg.eigvalsh
+
+    def counting(acc, x, *arguments, **options):
+        calls[x.shape[-1]] += 1
+        return gram(acc, x, *arguments, **options)
+
+    monkeypatch.setattr(kronecker_sums, "gram_", counting)
+    K = measure(models()[0], [data()])
+    assert calls == {3: 2, 7: 6, 4: 1}  # x with a one, x without; g of q, k, v, gate and back, the head's x; the head's g
+    blocks = {block.place.weight: block for block in K.blocks}
+    assert blocks["q.weight"].A is blocks["k.weight"].A is blocks["v.weight"].A is not blocks["gate.weight"].A
+    monkeypatch.setattr(torch.linalg, "eigvalsh", lambda F: decomposed.update([F.shape[-1]]) or values(F))
+    K.logdet(0.1)
+    assert decomposed == {4: 2, 3: 1, 7: 5, 8: 1}  # A of q, k, v and B of the head; A of gate and back; B; A of the head
+
+
+@pytest.mark.parametrize("structure", ["kfac", "ekfac"])
+def test_pools_and_files_have_them_once(structure, tmp_path):
+    model, (x, y) = models()[0], data()
+    basis = measure(model, [(x, y)])
+    asked = ff.KFAC() if structure == "kfac" else ff.EKFAC(basis=basis)
+    (A,), (B,), (whole,) = (measure(model, [(x[p], y[p])], (asked,)) for p in (slice(0, 2), slice(2, N), slice(0, N)))
+    pooled = A + B
+    pooled.save(tmp_path / "f")
+    with safe_open(tmp_path / "f", "pt") as file:
+        assert {name for name in file.keys() if name.endswith((".A", ".U"))} <= {
+            f"{weight}.{part}" for weight in ("q.weight", "back", "head.weight") for part in "AU"
+        }
+    again = ff.load(tmp_path / "f")
+    v = torch.randn(whole.num_parameters).double()
+    assert torch.equal(again @ v, pooled @ v) and close(pooled @ v, whole @ v)
+    accumulators = [one for block in again.blocks for one in block.accumulators()]
+    assert len({id(one) for one in accumulators}) == len({one.sum.data_ptr() for one in accumulators}) == len(accumulators)
+    if structure == "kfac":
+        blocks = {block.place.weight: block for block in again.blocks}
+        assert blocks["q.weight"].A is blocks["v.weight"].A
+
+
+def test_damping_in_the_factors_takes_them_apart():
+    one, two = models()
+    batch = data()
+    a, b = measure(one, [batch]).factored(0.1), measure(two, [batch]).factored(0.1)
+    assert a.logdet() == pytest.approx(b.logdet()) and not any(block.place.input_of for block in a.blocks)
+
+
+def test_a_checkpoint_is_gone_on_from(tmp_path):
+    model, (x, y) = models()[0], data()
+
+    def broken():
+        yield x[:2], y[:2]
+        raise OSError
+
+    with pytest.raises(OSError):
+        measure(model, broken(), checkpoint=tmp_path / "c")
+    batches = [(x[:2], y[:2]), (x[2:], y[2:])]
+    v = torch.randn(sum(p.numel() for p in model.parameters())).double()
+    assert close(measure(model, batches, checkpoint=tmp_path / "c") @ v, measure(model, batches) @ v)
+
+
+def test_inputs_that_differ_in_a_later_batch_are_refused():
+    model, (x, y) = models()[0], data()
+
+    def changing():
+        yield x, y
+        model.other = True
+        yield x, y
+
+    with pytest.raises(ValueError, match=r"must have the inputs of 'q\.weight' as in the first batch, got others"):
+        measure(model, changing())
+
+
+def test_copies_in_a_later_batch_are_the_same_inputs():
+    (model, reference), (x, y) = models(), data()
+
+    def changing():
+        yield x[:2], y[:2]
+        model.apart = True
+        yield x[2:], y[2:]
+
+    K, expected = measure(model, changing()), measure(reference, [(x, y)])
+    v = torch.randn(K.num_parameters).double()
+    assert close(K @ v, expected @ v)
+
+
+def test_collect_shares_them_too():
+    (model, reference), (x, y) = models(), data()
+    with ff.collect(model, ff.KFAC(), fisher_type="empirical") as stats:
+        for part in (slice(0, 2), slice(2, N)):
+            stats.backward(F.cross_entropy(model(x[part]).flatten(0, 1), y[part].flatten(), reduction="none").view(-1, T).sum(1))
+    K, v = stats.result(), torch.randn(sum(p.numel() for p in model.parameters())).double()
+    assert sum(block.place.input_of is not None for block in K.blocks) == 3
+    assert close(K @ v, measure(reference, [(x, y)]) @ v)
