@@ -22,7 +22,6 @@ import fisherfast as ff
 
 Factors = dict[str, tuple[Tensor, Tensor]]
 HOOKS = "plain torch: hooks, unfold, mm"
-JOINT_B = "sums g over the positions before it multiplies: its B is another on feature maps"
 way = partial(ways.way, quantity="kfac")
 
 
@@ -109,7 +108,12 @@ def hooks(model, x, y):
     return lambda: compared(model, factors(uses(model, x, y)))
 
 
-@way("BackPACK, KFAC", package="backpack-for-pytorch", why={"all-cnn": JOINT_B, "resnet18": JOINT_B})
+@way(
+    "BackPACK, KFAC",
+    package="backpack-for-pytorch",
+    why=dict.fromkeys(("all-cnn", "resnet18"), "and of convolutions it sums g over the positions first, which makes another B")
+    | {"decoder": "it has no rule for Linear layers of sequences"},
+)
 def backpack(model, x, y):
     from backpack import backpack as extensions
     from backpack import extend
