@@ -25,7 +25,7 @@ def run_of_batches(model, x, y):
     return lambda: ff.fisher(model, [(x, None)] * BATCHES, fisher_type="exact", progress=False).diagonal()
 
 
-@way(ways.LOOP)
+@way(ways.LOOP, reference=True)
 def loop(model, x, y):
     """One forward pass a sample and one backward pass a class."""
     parameters = dict(model.named_parameters())

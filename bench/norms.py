@@ -58,7 +58,7 @@ def one_pass(model, x, y):
     return run
 
 
-@way(ways.LOOP)
+@way(ways.LOOP, reference=True)
 def loop(model, x, y):
     parameters = list(model.parameters())
 
@@ -72,7 +72,7 @@ def loop(model, x, y):
     return run
 
 
-@way(ways.LOOP, quantity="sums")
+@way(ways.LOOP, quantity="sums", reference=True)
 def gradient(model, x, y):
     """The sum of the samples' gradients: ``{"sum of " parameter name: tensor}``."""
     parameters = dict(model.named_parameters())

@@ -29,7 +29,7 @@ Problem = tuple[nn.Module, Tensor, Tensor]
 Prepare = Callable[[nn.Module, Tensor, Tensor], Run]
 
 PER_POSITION = "on small feature maps it squares the gradient of each position, not that of each image"
-LOOP = "loop over samples"  # for every quantity there is one: run in float64 it is the oracle, in float32 it sets the gate
+LOOP = "loop over samples"
 CHUNK = 4  # samples per vmap: the whole batch at once is slower on every case here
 
 
@@ -38,7 +38,8 @@ class Way:
     """One way to one quantity; ``package`` is its distribution, ``why`` explains by case a result that cannot be used.
 
     ``mean``: the result is divided by the number of samples. ``batches``: how many a run takes; its time is divided by them.
-    ``also``: further quantities that the same result holds.
+    ``also``: further quantities that the same result holds. ``reference``: plain torch's way, of which every quantity has one: run
+    in float64 it is the oracle, in float32 it sets the gate. ``limited``: the way of ours that the project has a limit for.
     """
 
     name: str
@@ -48,6 +49,8 @@ class Way:
     mean: bool = False
     batches: int = 1
     also: tuple[str, ...] = ()
+    reference: bool = False
+    limited: bool = False
     why: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -75,11 +78,11 @@ def way(name: str, package: str | None = None, quantity: str = "diagonal", **opt
 
 
 def oracle(quantity: str, model: nn.Module, x: Tensor, y: Tensor) -> tuple[Result, dict[str, float]]:
-    """The result by the loop in float64, and for each of its parts the error that plain torch makes in float32.
+    """The result by the reference in float64, and for each of its parts the error that plain torch makes in float32.
 
-    That error is the loop's worst at any part of this result: a small parameter's own may be nearly zero by luck.
+    That error is the reference's worst at any part of this result: a small parameter's own may be nearly zero by luck.
     """
-    prepare = of(quantity)[LOOP].prepare
+    (prepare,) = (way.prepare for way in of(quantity).values() if way.reference)
     narrow = prepare(model, x, y)()
     wide = prepare(copy.deepcopy(model).double(), x.double() if x.is_floating_point() else x, y)()
     return wide, dict.fromkeys(wide, max(measure.error(narrow[k], wide[k]) for k in wide))
@@ -159,7 +162,7 @@ def one_call(model, x, y):
     return lambda: ff.fisher(model, [(x, y)], fisher_type="empirical", progress=False).diagonal()
 
 
-@way(LOOP)
+@way(LOOP, reference=True)
 def loop(model, x, y):
     parameters = dict(model.named_parameters())
 
