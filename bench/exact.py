@@ -20,7 +20,7 @@ def one_call(model, x, y):
     return lambda: ff.fisher(model, [(x, None)], fisher_type="exact", progress=False).diagonal()
 
 
-@way(f"fisherfast: ff.fisher, a batch of a run over {BATCHES}", package="fisherfast", mean=True, batches=BATCHES)
+@way(f"fisherfast: ff.fisher, a batch of a run over {BATCHES}", package="fisherfast", mean=True, batches=BATCHES, limited=True)
 def run_of_batches(model, x, y):
     return lambda: ff.fisher(model, [(x, None)] * BATCHES, fisher_type="exact", progress=False).diagonal()
 

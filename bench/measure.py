@@ -24,7 +24,17 @@ DISTURBED = 0.05  # of a run's time spent waiting for a processor; 0 to 2 % on a
 TRIES = 5
 LONG = 0.2  # seconds: what a run finds in the caches at its start no longer matters, so no untimed run goes before it
 _TARGET = "target"
-PACKAGES = ("fisherfast", "torch", "triton", "numpy", "backpack-for-pytorch", "nngeometry", "asdfghjkl", "opacus")
+PACKAGES = (
+    "fisherfast",
+    "torch",
+    "triton",
+    "numpy",
+    "backpack-for-pytorch",
+    "nngeometry",
+    "asdfghjkl",
+    "opacus",
+    "curvlinops-for-pytorch",
+)
 
 
 def error(result: Tensor, oracle: Tensor) -> float:

@@ -29,7 +29,8 @@ def _resident(field: str) -> int:
 
 def _main(case: str, quantity: str, way: str) -> None:
     sys.path.insert(0, str(Path(__file__).parent))
-    import exact  # noqa: F401  registers its ways
+    import ekfac  # noqa: F401  registers its ways, and so on
+    import exact  # noqa: F401
     import measure
     import models
     import norms  # noqa: F401

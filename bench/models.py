@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -159,13 +159,17 @@ def clear_of_zero(model: nn.Module, x: Tensor) -> None:
 
 @dataclass(frozen=True)
 class Case:
-    """A network and one batch of N samples, the same at every call; ``quantities`` are the tables that it is in."""
+    """A network and one batch of N samples, the same at every call; ``quantities`` are the tables that it is in.
+
+    ``limits``: the most plain steps that ours is meant to take, by quantity.
+    """
 
     summary: str
     network: Callable[[], nn.Module]
     batch: Callable[[int], tuple[Tensor, Tensor]]
     N: int
     quantities: tuple[str, ...]
+    limits: dict[str, float] = field(default_factory=dict)
 
     def build(self, clear: bool = True) -> tuple[nn.Module, Tensor, Tensor]:
         """A fresh model with its inputs and targets; ``clear`` of zero, which only a comparison of results needs."""
@@ -177,17 +181,37 @@ class Case:
 
 
 CASES = {
-    "mlp": Case("MLP 784-1024-1024-10, ReLU, N = 256", mlp, _vectors, N=256, quantities=("diagonal", "exact", "norms")),
-    "all-cnn": Case("All-CNN, images 32 x 32, N = 32", _all_cnn, _images, N=32, quantities=("diagonal", "exact", "norms")),
+    "mlp": Case(
+        "MLP 784-1024-1024-10, ReLU, N = 256",
+        mlp,
+        _vectors,
+        N=256,
+        quantities=("diagonal", "exact", "norms", "kfac", "ekfac", "ekfac correction"),
+        limits={"diagonal": 0.95, "exact": 3.7, "norms": 1.0, "kfac": 1.2, "ekfac correction": 2.5},
+    ),
+    "all-cnn": Case(
+        "All-CNN, images 32 x 32, N = 32",
+        _all_cnn,
+        _images,
+        N=32,
+        quantities=("diagonal", "exact", "norms", "kfac", "ekfac", "ekfac correction"),
+        limits={"diagonal": 1.05, "exact": 6.5, "norms": 1.0, "kfac": 1.5, "ekfac correction": 2.5},
+    ),
     "resnet18": Case(
-        "ResNet-18, images 32 x 32, BatchNorm in eval mode, N = 16", _resnet18, _images, N=16, quantities=("diagonal",)
+        "ResNet-18, images 32 x 32, BatchNorm in eval mode, N = 16",
+        _resnet18,
+        _images,
+        N=16,
+        quantities=("diagonal", "kfac"),
+        limits={"diagonal": 1.1, "kfac": 1.7},
     ),
     "decoder": Case(
         "Decoder LM, 4 layers, d = 512, 8 heads, vocabulary 4096, T = 128, N = 8",
         Decoder,
         _text,
         N=8,
-        quantities=("diagonal", "norms"),
+        quantities=("diagonal", "norms", "kfac"),
+        limits={"diagonal": 0.95, "norms": 1.0, "kfac": 1.3},
     ),
 }
 

@@ -16,7 +16,7 @@ NORMS = "squared norms"
 way = partial(ways.way, quantity="norms")
 
 
-@way("fisherfast: ff.collect(PerSampleNorm), each further batch", package="fisherfast")
+@way("fisherfast: ff.collect(PerSampleNorm), each further batch", package="fisherfast", limited=True)
 def further_batch(model, x, y):
     stats = ff.collect(model, ff.PerSampleNorm(), fisher_type="empirical")
 

@@ -2,9 +2,9 @@
 """docs/performance.md from the stored results: a pure function of the JSON files, so a test can hold the page to them."""
 
 import json
+import math
 import re
 from collections.abc import Iterable
-from math import prod
 from pathlib import Path
 
 import scaling
@@ -38,6 +38,22 @@ Time for the diagonal of the exact Fisher, `sum_c p_c (d log p_c)^2` summed over
 Time for the squared norms of the samples' gradients over all parameters; ratio and memory as above. Ours in one pass adds the
 diagonal and the moments (mean and variance of the gradients).
 """,
+    "kfac": """\
+### KFAC's factors
+
+Time for both Kronecker factors of every layer, over the data's labels; ratio and memory as above. The peers are asked for Linear layers and
+2d convolutions only, ours measures every parameter.
+""",
+    "ekfac": """\
+### EKFAC from start to result
+
+Factors, eigendecompositions and corrected eigenvalues of one batch; ratio and memory as above.
+""",
+    "ekfac correction": """\
+### EKFAC's corrected eigenvalues alone
+
+Time for the second moments along a basis that is there already; ratio and memory as above.
+""",
 }
 SCALING = """\
 ### Cost against N, T, width and classes
@@ -57,6 +73,17 @@ Routes that reach the same result are plain torch; the dW GEMM, which an ordinar
 ### `conv_sq_`
 
 As above; images are H x H, kernels K x K. The gradient of the whole batch, which an ordinary backward pass computes, is the yardstick.
+""",
+    "gram_": """\
+### `gram_`
+
+GFLOP/s count the products on and above the diagonal, `M D (D + 1)`, so plain torch, which computes all of it, has twice as many to do.
+""",
+    "conv_gram_": """\
+### `conv_gram_`
+
+As above, D = C K K: the symmetric half of what unfolding and multiplying takes. Shifts of an image are shared between pairs of kernel
+offsets, so more than the peak is possible. The product of patches that are unfolded already is the yardstick.
 """,
 }
 MEMORY = """\
@@ -138,10 +165,12 @@ def _model(quantity: str, case: str, run: dict) -> str:
         f"it peaks {_mebibytes(rows[0]['plain_peak_bytes'])} MiB above the resting model.\n"
     )
     versions = run["machine"]["versions"]
+    limited = any("limit" in r for r in rows)
     body = [
         [
             f"**{r['way']}**" if _ours(r) else r["way"],
             versions.get(r["package"], NONE),
+            *([f"{r['limit']:.2f}" if "limit" in r else NONE] if limited else []),
             f"{_ratio(r):.2f}",
             "[{:.2f}, {:.2f}]".format(*r["others"]["plain"]["ratio"][::2]),
             f"{r['seconds'][1] * 1e3:.1f}",
@@ -150,8 +179,10 @@ def _model(quantity: str, case: str, run: dict) -> str:
         for r in rows
     ]
     unable = mine(run["cannot"])
-    body += [[c["way"], versions.get(c["package"], NONE), *[NONE] * 4] for c in unable]
-    table = _table(["way", "version", "ratio", "quartiles", "ms", "MiB above plain"], body, left=2)
+    body += [[c["way"], versions.get(c["package"], NONE), *[NONE] * (4 + limited)] for c in unable]
+    table = _table(
+        ["way", "version", *(["meant to take"] if limited else []), "ratio", "quartiles", "ms", "MiB above plain"], body, left=2
+    )
     reasons = [f"- {c['way']} cannot: {c['reason']}." + (f" Why: {c['why']}." if c["why"] else "") for c in unable]
     return "\n".join([title, table, *reasons, *([""] if reasons else [])])
 
@@ -209,7 +240,7 @@ def _gemm(records: list[dict]) -> str:
             ]
         )
     head = ["case", " ".join(records[0]["shape"]), "ms", "GFLOP/s", "of peak", "error", *(f"x {o}" for o in others)]
-    mean = prod(_best_plain(r) for r in records) ** (1 / len(records))
+    mean = math.prod(_best_plain(r) for r in records) ** (1 / len(records))
     return f"{_table(head, rows, left=2)}\nGeometric mean over the fastest plain torch route of each case: {mean:.2f}.\n"
 
 
@@ -272,6 +303,11 @@ def _losses(run: dict) -> str:
             for r in theirs
             if _above_plain(r) < _above_plain(best)
         ]
+    lines += [
+        f"- {r['case']}, {_quantity(r)}: {r['way']} is meant to take {r['limit']:.2f} plain steps and takes {_ratio(r):.2f}."
+        for r in run["models"]
+        if _ratio(r) > r.get("limit", math.inf)
+    ]
     for sweep in dict.fromkeys(r["sweep"] for r in run.get("scaling", [])):
         curves = scaling.labelled(run["scaling"], sweep)
         ours = dict(zip(*curves[scaling.STEADY], strict=True))

@@ -37,6 +37,25 @@ _EMBEDDING = {  # N, T, V, D
 }
 
 
+_GRAM = {  # M, D
+    "mlp-hidden": (256, 1024),
+    "decoder-norm": (1024, 512),
+    "decoder-qkv": (1024, 1536),
+    "decoder-down": (1024, 2048),
+    "bert-out": (2048, 768),
+    "llama-in": (4096, 2048),
+}
+_CONV_GRAM = {  # N, C, H, K, stride: square maps and kernels, padding K // 2
+    "allcnn-32": (32, 96, 32, 3, 1),
+    "allcnn-16": (32, 192, 16, 3, 1),
+    "allcnn-8": (32, 192, 8, 3, 1),
+    "allcnn-down": (32, 96, 32, 3, 2),
+    "allcnn-1x1": (32, 192, 8, 1, 1),
+    "vgg-32": (32, 64, 32, 3, 1),
+    "resnet-16": (16, 128, 16, 3, 1),
+    "resnet-4": (16, 512, 4, 3, 1),
+    "resnet-stem": (16, 3, 64, 7, 2),
+}
 _CONV = {  # N, C, O, H, K, stride, groups: square maps and kernels, padding K // 2
     "allcnn-in": (32, 3, 96, 32, 3, 1, 1),
     "allcnn-32": (32, 96, 96, 32, 3, 1, 1),
@@ -65,6 +84,7 @@ class Problem(NamedTuple):
     oracle: Callable[[], Tensor]  # in float64
     flops: int
     bytes: int
+    compared: Callable[[Tensor], Tensor] = lambda acc: acc  # the part of the accumulator that is the result
 
 
 def _ours(call: Callable[..., object]) -> dict[str, Callable[[Tensor], object]]:
@@ -195,10 +215,60 @@ def _conv(N: int, C: int, O: int, H: int, K: int, stride: int, groups: int) -> P
     )
 
 
-CASES = {"linear_sq_": _LINEAR, "conv_sq_": _CONV, "scale_sq_": _SCALE, "embedding_sq_": _EMBEDDING}
+def _gram(M: int, D: int) -> Problem:
+    x = torch.randn(M, D)
+    return Problem(
+        shape={"M": M, "D": D},
+        routes={**_ours(lambda acc: ff.ops.gram_(acc, x)), "addmm of all of it": lambda acc: acc.addmm_(x.mT, x)},
+        plain="addmm of all of it",
+        yardstick=("mm alone", lambda acc: torch.mm(x.mT, x, out=acc)),
+        acc=(D, D),
+        oracle=lambda: (x.double().mT @ x.double()).triu(),
+        flops=M * D * (D + 1),
+        bytes=4 * (M * D + D * (D + 1)),
+        compared=torch.triu,
+    )
+
+
+def _conv_gram(N: int, C: int, H: int, K: int, stride: int) -> Problem:
+    x, D, padding = torch.randn(N, C, H, H), C * K * K, K // 2
+    P = (H + 2 * padding - K) // stride + 1
+
+    def rows(x: Tensor) -> Tensor:
+        return torch.nn.functional.unfold(x, K, padding=padding, stride=stride).mT.flatten(0, 1)
+
+    def unfolded(acc: Tensor) -> Tensor:
+        patches = rows(x)
+        return acc.addmm_(patches.mT, patches)
+
+    options = {"kernel": (K, K), "stride": (stride, stride), "padding": (padding, padding)}
+    patches = rows(x)
+    return Problem(
+        shape={"N": N, "C": C, "H": H, "K": K, "stride": stride},
+        routes={**_ours(lambda acc: ff.ops.conv_gram_(acc.unsqueeze(0), x, **options)), "unfold and addmm": unfolded},
+        plain="unfold and addmm",
+        yardstick=("mm of patches that are there", lambda acc: torch.mm(patches.mT, patches, out=acc)),
+        acc=(D, D),
+        oracle=lambda: (patches.double().mT @ patches.double()).triu(),
+        flops=N * P * P * D * (D + 1),
+        bytes=4 * (x.numel() + D * (D + 1)),
+        compared=torch.triu,
+    )
+
+
+CASES = {
+    "linear_sq_": _LINEAR,
+    "conv_sq_": _CONV,
+    "gram_": _GRAM,
+    "conv_gram_": _CONV_GRAM,
+    "scale_sq_": _SCALE,
+    "embedding_sq_": _EMBEDDING,
+}
 PROBLEMS: dict[str, Callable[..., Problem]] = {
     "linear_sq_": _linear,
     "conv_sq_": _conv,
+    "gram_": _gram,
+    "conv_gram_": _conv_gram,
     "scale_sq_": _scale,
     "embedding_sq_": _embedding,
 }

@@ -3,11 +3,13 @@
 
 import functools
 
-import exact  # noqa: F401  registers its ways
+import ekfac  # noqa: F401  registers its ways, and those of kfac
+import exact  # noqa: F401
 import measure
 import memory
 import models
 import norms  # noqa: F401
+import page
 import pytest
 import ways
 
@@ -15,7 +17,7 @@ SECONDS = 3.0  # per way, but
 LEAST = 6  # rounds
 CASES = [
     (quantity, case, name)
-    for quantity in ("diagonal", "exact", "norms")
+    for quantity in page.QUANTITIES
     for case in models.CASES
     for name in ways.of(quantity)
     if quantity in models.CASES[case].quantities
@@ -39,6 +41,8 @@ def plain_peak(case: str) -> int:
 def test_way(quantity, case, name, benchmark, cannot):
     way = ways.of(quantity)[name]
     facts = {"quantity": quantity, "case": case, "way": name, "package": way.package}
+    limit = models.CASES[case].limits.get(quantity)
+    facts |= {"limit": limit} if way.limited and limit is not None else {}
     run, reason = ways.attempt(way, models.CASES[case].build(), functools.partial(oracle, case))
     if run is None:
         cannot.append(facts | {"reason": reason, "why": way.why.get(case)})

@@ -18,7 +18,7 @@ def errors(problem: routes.Problem) -> dict[str, float]:
     found = {}
     for route, run in problem.routes.items():
         run(acc := torch.zeros(problem.acc))
-        found[route] = measure.error(acc, oracle)
+        found[route] = measure.error(problem.compared(acc), oracle)
     return found
 
 

@@ -134,7 +134,7 @@ def plain(model: nn.Module, x: Tensor, y: Tensor) -> Callable[[], None]:
     return run
 
 
-@way("fisherfast: ff.collect, each further batch", package="fisherfast", mean=True)
+@way("fisherfast: ff.collect, each further batch", package="fisherfast", mean=True, limited=True)
 def further_batch(model, x, y):
     stats = ff.collect(model, ff.Diagonal(), fisher_type="empirical")
 

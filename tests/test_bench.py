@@ -155,6 +155,15 @@ def test_performance_page_has_a_table_per_quantity(page, run):
     assert "- toy, exact, time: theirs, exact takes 3.25 of a plain step, our best 3.50." in exact
 
 
+def test_performance_page_says_what_ours_is_meant_to_take(page, run):
+    run["models"][0] |= {"limit": 0.85}
+    text = page.section(run, "run.json")
+    assert "| way | version | meant to take | ratio |" in text
+    assert "| **ours** | 0.1 | 0.85 | 0.90 |" in text and "| theirs | 1.2.3 | - | 0.80 |" in text
+    assert "| other | - | - | - | - | - | - |" in text
+    assert "- toy, diagonal: ours is meant to take 0.85 plain steps and takes 0.90." in text.partition("Where we lose")[2]
+
+
 def test_performance_page_of_a_convolution(page, run):
     run["ops"].append(convolution())
     text = page.section(run, "run.json")
