@@ -6,29 +6,21 @@
 namespace fisherfast {
 namespace {
 
-constexpr int kUnitRows = 128;  // shares of the rows are multiples of this
-
-// Shares out the rows, where there are fewer tiles than multiprocessors; partial products are added by a second kernel, in order.
+// Shares add to a workspace; a second kernel adds them up, in order.
 template <typename Tile>
 void launch(const Device& device, const Tensor& acc, GramParams<typename Tile::In> p, int64_t N,
             void (*kernel)(GramParams<typename Tile::In>), int shared_bytes) {
   using Real = compute_t<typename Tile::In>;
-  constexpr int kStagesOfUnit = kUnitRows / Tile::kRows;
-  p.stages = static_cast<int>(N * ceil_div(p.T, Tile::kRows));
-  const int64_t side = std::max<int64_t>(1, ceil_div(p.x.width, Tile::kTileO)), tiles = side * (side + 1) / 2;
-  const int64_t units = ceil_div(p.stages, kStagesOfUnit);
-  const int64_t units_per_share = ceil_div(units, choose_splits(tiles, units, device.multiprocessors()));
-  p.stages_per_share = static_cast<int>(units_per_share * kStagesOfUnit);
-  const int64_t shares = ceil_div(units, units_per_share);
+  const auto [tiles, shares] = cut<Tile>(p, N, device.multiprocessors());
   const dim3 grid(tiles, shares);
   if (shares == 1) return device.launch(kernel, grid, Tile::kThreads, p, shared_bytes);
   const int64_t extent = static_cast<int64_t>(p.D) * p.D;
   const auto dtype = std::is_same_v<Real, double> ? ScalarType::Double : ScalarType::Float;
   const Tensor workspace = torch::stable::new_empty(acc, {shares * extent}, dtype);
-  p.partial = workspace.mutable_data_ptr();
+  auto* const partial = static_cast<Real*>(workspace.mutable_data_ptr());
+  p.partial = partial;
   device.launch(kernel, grid, Tile::kThreads, p, shared_bytes);
-  add_partials<Real>(device, {static_cast<const Real*>(p.partial), extent, extent, static_cast<int>(shares), p.scale, p.acc,
-                              p.flag, p.D});
+  add_partials<Real>(device, {partial, extent, extent, static_cast<int>(shares), p.scale, p.acc, p.flag, p.D});
 }
 
 template <typename In>

@@ -28,6 +28,22 @@ struct GramParams {
   bool in_vectors;
 };
 
+// The tiles, and shares of the rows where there are fewer tiles than multiprocessors.
+struct GramGrid {
+  int64_t tiles, shares;
+};
+
+template <typename Tile>
+GramGrid cut(GramParams<typename Tile::In>& p, int64_t N, int64_t multiprocessors) {
+  constexpr int kStagesOfUnit = 128 / Tile::kRows;  // a share is a multiple of 128 rows
+  p.stages = static_cast<int>(N * ceil_div(p.T, Tile::kRows));
+  const int64_t side = std::max<int64_t>(1, ceil_div(p.x.width, Tile::kTileO)), tiles = UpperTile::first(side);
+  const int64_t units = ceil_div(p.stages, kStagesOfUnit);
+  const int64_t units_per_share = ceil_div(units, choose_splits(tiles, units, multiprocessors));
+  p.stages_per_share = static_cast<int>(units_per_share * kStagesOfUnit);
+  return {tiles, ceil_div(units, units_per_share)};
+}
+
 // Chains of additions are short: after kChainRows rows a thread adds the products to its sums, after kFlushRows these to memory.
 // The 64 sums take as many registers as the squares of linear_sq do.
 constexpr int kChainRows = 256, kFlushRows = 64 * kChainRows;
@@ -72,7 +88,7 @@ struct GramBlock {
     if (i < p.x.width) add(stage, i, p.D - 1, value);
   }
   // The corner, sum_m w_m: each lane of the first tile's first warp adds up one row of every stage.
-  __device__ bool counts(const Stage<kRows>& stage) const { return bias && i0 == 0 && threadIdx.x < stage.count; }
+  __device__ bool counts(const Stage<kRows>& stage) const { return bias && i0 == 0 && static_cast<int>(threadIdx.x) < stage.count; }
   __device__ void add_count(double count) const {
     if (!bias || i0 != 0 || threadIdx.x >= 32) return;
     count = warp_sum(count);
