@@ -2,7 +2,7 @@
 // The kernels of gram: acc[i,j] += scale * sum_m w_m x[m,i] x[m,j] for j >= i.
 //
 // A block owns a tile of the upper triangle and walks its share of the rows, in stages. grid = (tiles, shares). A tile on the
-// diagonal loads x once, for both operands, and takes along its part of the column of ones that a bias needs.
+// diagonal takes along its part of the column of ones that a bias needs; for tensor cores it loads x once, for both operands.
 //
 // Floor: M I^2 FLOPs; bytes: x once, the upper half of acc read and written once. As tiled, with side = ceil(I / kTile): side
 // (side + 1) / 2 tiles of 2 M kTile^2 FLOPs each; x is read about side times, mostly from L2: kTile FLOPs an element loaded.
