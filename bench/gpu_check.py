@@ -47,7 +47,10 @@ def test() -> list[Command]:
     """The op tests on this GPU (their names end in cuda) and the router's."""
     workers = ["-n", str(min(8, os.cpu_count() or 1))] if importlib.util.find_spec("xdist") else []
     pytest = [sys.executable, "-m", "pytest", "-q", "-m", "", *workers]
-    return [Command([*pytest, "tests/test_ops.py", "-k", "cuda"], {}), Command([*pytest, "tests/test_backend.py"], {})]
+    return [
+        Command([*pytest, "tests/test_ops.py", "tests/test_gram.py", "-k", "cuda"], {}),
+        Command([*pytest, "tests/test_backend.py"], {}),
+    ]
 
 
 def sanitize() -> list[Command]:

@@ -84,6 +84,18 @@ Rows<S> rows_of(const Tensor& tensor) {
   return {data, stride_n, tensor.stride(last - 1), tensor.stride(last), tensor.size(last)};
 }
 
+// Rows that nobody groups, [M, width] or [N, T, width].
+inline Samples samples_of_rows(const Tensor& x) {
+  return x.dim() == 3 ? samples_of(x, {}) : Samples{1, x.size(0), x.size(0), nullptr};
+}
+
+// Makes one sample of all of them, where memory allows.
+template <class S>
+void join_samples(Rows<S>& x, Samples& samples) {
+  if (samples.T == 1) x.stride_t = x.stride_n;
+  if (x.even(samples)) samples = {1, samples.M, samples.M, nullptr};
+}
+
 template <class T>
 struct Type {
   using type = T;

@@ -118,6 +118,8 @@ def test_no_spills_and_no_stack(kernels, arch):
     assert {k.name.split()[0] for k in mine} >= {
         "linear_sq_mma_kernel",
         "linear_sq_fma_kernel",
+        "gram_mma_kernel",
+        "gram_fma_kernel",
         "runs_kernel",
         "kron_sums_kernel",
     }
@@ -126,20 +128,30 @@ def test_no_spills_and_no_stack(kernels, arch):
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("kernel", ["linear_sq_mma_kernel", "gram_mma_kernel"])
 @pytest.mark.parametrize(("dtype", "product"), [("BFloat16", "HMMA.16816.F32.BF16"), ("Half", "HMMA.16816.F32")])
-def test_16_bit_inputs_use_tensor_cores(machine_code, arch, dtype, product):
+def test_16_bit_inputs_use_tensor_cores(machine_code, arch, kernel, dtype, product):
     """Products with float sums, transposed matrix loads, asynchronous 16-byte copies."""
-    for opcodes in opcodes_of(machine_code, arch, "linear_sq_mma_kernel", dtype):
+    for opcodes in opcodes_of(machine_code, arch, kernel, dtype):
         assert product in opcodes
         assert any(code.startswith("LDSM.16.MT88.4") for code in opcodes)
         assert any(code.startswith("LDGSTS") and ".128" in code for code in opcodes)
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize(("traits", "product"), [("FmaTraitsIf", "FFMA"), ("FmaTraitsId", "DFMA")])
-def test_float32_and_float64_are_not_rounded(machine_code, arch, traits, product):
+@pytest.mark.parametrize(
+    ("kernel", "product"),
+    [
+        ("linear_sq_fma_kernel NS_9FmaTraitsIf", "FFMA"),
+        ("linear_sq_fma_kernel NS_9FmaTraitsId", "DFMA"),
+        ("gram_fma_kernel f", "FFMA"),
+        ("gram_fma_kernel d", "DFMA"),
+        ("gram_fma_kernel N3c108BFloat16", "FFMA"),
+    ],
+)
+def test_float32_and_float64_are_not_rounded(machine_code, arch, kernel, product):
     """No tensor core, whose float32 mode keeps ten bits; shared memory is read 16 bytes at a time."""
-    for opcodes in opcodes_of(machine_code, arch, "linear_sq_fma_kernel", traits):
+    for opcodes in opcodes_of(machine_code, arch, kernel):
         assert product in opcodes
         assert "LDS.128" in opcodes
         assert not any(code.startswith(("HMMA", "HGMMA")) for code in opcodes)

@@ -52,6 +52,13 @@ def test_embedding_touches_only_the_rows_that_occur(cost):
     assert found.bytes == 6 * 8 + 30 * 2 + 2 * 4 * 4 * 5
 
 
+@pytest.mark.parametrize(("element", "rate"), [(2, "bf16"), (4, "fp32")])
+def test_gram_counts_the_upper_triangle(cost, element, rate):
+    found = cost.gram(3, 5, element)
+    upper = [(i, j) for i in range(5) for j in range(i, 5)]
+    assert found == cost.Cost(2 * 3 * len(upper), element * 15 + 2 * 4 * len(upper), rate)
+
+
 def test_bound_is_the_slower_of_arithmetic_and_memory(cost):
     arithmetic = cost.Cost(flops=8 * 10**14, bytes=10**12, rate="bf16")
     assert cost.bound(arithmetic, CEILINGS) == cost.Bound(1.0, "bf16")

@@ -43,6 +43,11 @@ def embedding(N: int, T: int, D: int, element: int, touched: int) -> Cost:
     return Cost(N * T * D, N * T * (ID_BYTES + element * D) + 2 * ACCUMULATOR_BYTES * touched * D, "fp32")
 
 
+def gram(M: int, I: int, element: int) -> Cost:
+    """``M I (I + 1)``, half a matrix product; x once, the upper half of acc read and written."""
+    return Cost(M * I * (I + 1), element * M * I + ACCUMULATOR_BYTES * I * (I + 1), "bf16" if element == 2 else "fp32")
+
+
 def bound(cost: Cost, ceilings: dict[str, float]) -> Bound:
     """The larger of operations over the measured rate (FLOP/s) and bytes over the measured bandwidth (``copy``, B/s)."""
     return max(Bound(cost.flops / ceilings[cost.rate], cost.rate), Bound(cost.bytes / ceilings["copy"], "copy"))

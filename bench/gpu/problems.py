@@ -33,6 +33,12 @@ EMBEDDING = {  # N, T, V, D
     "llama8b-tokens": (8, 2048, 128256, 4096),
     "gpt2-tokens": (32, 1024, 50257, 768),
 }
+GRAM = {  # M, I
+    "llama8b-up": (8192, 4096),
+    "llama1b-up": (8192, 2048),
+    "gpt2-up": (32768, 768),
+    "head-query": (65536, 64),
+}
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -123,4 +129,28 @@ def embedding(dtype: torch.dtype, N: int, T: int, V: int, D: int) -> Problem:
     )
 
 
-CASES = {"linear_sq_": (linear, LINEAR), "scale_sq_": (scale, SCALE), "embedding_sq_": (embedding, EMBEDDING)}
+def gram(dtype: torch.dtype, M: int, I: int) -> Problem:
+    """``gram_`` against the whole product (another result), in the input's dtype and in float32."""
+    x = torch.randn(M, I, device="cuda").to(dtype)
+
+    def product(wide: torch.dtype) -> Tensor:
+        return (x.to(wide).mT @ x.to(wide)).triu()
+
+    return Problem(
+        op="gram_",
+        shape={"M": M, "I": I},
+        acc=(I, I),
+        ours=lambda acc: ff.ops.gram_(acc, x),
+        oracle=lambda: product(torch.float64),
+        plain=lambda: product(torch.float32),
+        peers={"x.T @ x": lambda acc: x.mT @ x, "x.T @ x, float32": lambda acc: x.float().mT @ x.float()},
+        cost=cost.gram(M, I, x.element_size()),
+    )
+
+
+CASES = {
+    "linear_sq_": (linear, LINEAR),
+    "scale_sq_": (scale, SCALE),
+    "embedding_sq_": (embedding, EMBEDDING),
+    "gram_": (gram, GRAM),
+}

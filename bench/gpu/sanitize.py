@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every op in every GPU backend on small awkward shapes, for compute-sanitizer to watch; results are the tests' business."""
+"""The squares ops and ``gram_`` in every GPU backend on small awkward shapes, for compute-sanitizer to watch; results are the tests' business."""
 
 import itertools
 
@@ -8,6 +8,7 @@ import torch
 import fisherfast as ff
 from fisherfast import _backend
 
+SQUARES = ("linear_sq_", "scale_sq_", "embedding_sq_")
 LENGTHS = (3, 0, 37, 1)  # ragged samples
 SHAPES = ((3, 5, 7, 11), (2, 37, 136, 72), (9, 1, 17, 5))  # N, T, I, O
 
@@ -37,17 +38,32 @@ def call(op: str, lead: tuple[int, ...], I: int, O: int, dtype: torch.dtype, off
     run(acc, *arguments, offsets=offsets)
 
 
+def call_gram(lead: tuple[int, ...], I: int, dtype: torch.dtype) -> None:
+    """One call with every option, and one with none."""
+    x, weight, flag = (
+        torch.randn(*lead, I, device="cuda").to(dtype),
+        torch.rand(lead, device="cuda"),
+        torch.zeros(1, device="cuda"),
+    )
+    ff.ops.gram_(torch.zeros(I + 1, I + 1, device="cuda"), x, 0.5, weight=weight, bias=True, flag=flag.int())
+    ff.ops.gram_(torch.zeros(I, I, device="cuda"), x)
+
+
 def main() -> None:
     """Run all of it; the sanitizer's exit status is the answer."""
     offsets = torch.tensor([0, *itertools.accumulate(LENGTHS)], device="cuda")
-    for op, name, dtype in itertools.product(_backend.OPS, ("triton", "cuda"), (torch.float32, torch.bfloat16)):
+    for op, name, dtype in itertools.product((*SQUARES, "gram_"), ("triton", "cuda"), (torch.float32, torch.bfloat16)):
         if _backend.OPS[op].unavailable(name, "cuda") is not None:
             print(f"{op} has no {name} backend here: {_backend.OPS[op].unavailable(name, 'cuda')}")
             continue
         with ff.backend(name):
             for N, T, I, O in SHAPES:
-                call(op, (N, T), I, O, dtype, None)
-            call(op, (sum(LENGTHS),), 40, 24, dtype, offsets)
+                if op == "gram_":
+                    call_gram((N, T), I, dtype)
+                else:
+                    call(op, (N, T), I, O, dtype, None)
+            if op in SQUARES:
+                call(op, (sum(LENGTHS),), 40, 24, dtype, offsets)
         torch.cuda.synchronize()
         print(f"ran {op} {name} {dtype}")
 

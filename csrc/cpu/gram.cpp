@@ -96,17 +96,9 @@ void run(GramProblem<S> problem) {
   }
 }
 
-// All rows are one sample, if memory allows: then they are packed without looking for samples.
-template <class S>
-void join_samples(Rows<S>& x, Samples& layout) {
-  if (layout.T == 1) x.stride_t = x.stride_n;
-  if (!x.even(layout)) return;
-  layout = {1, layout.M, layout.M, nullptr};
-}
-
 void gram(Tensor acc, Tensor x, double scale, OptionalTensor weight, bool bias, OptionalTensor flag) {
   if (stopped(flag, x, {}, weight)) return;
-  Samples layout = x.dim() == 3 ? samples_of(x, {}) : Samples{1, x.size(0), x.size(0), nullptr};
+  Samples layout = samples_of_rows(x);
   if (layout.M == 0 || acc.numel() == 0) return;
   dispatch_input("gram_", x.scalar_type(), [&](auto type) {
     using S = typename decltype(type)::type;

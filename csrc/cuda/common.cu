@@ -49,7 +49,8 @@ __global__ void __launch_bounds__(kThreads) add_partials_kernel(const __grid_con
   if (p.flag && *p.flag) return;
   const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads;
   for (int64_t e = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; e < p.count; e += step) {
-    Real sum = 0;
+    if (p.side && e / p.side > e % p.side) continue;
+    double sum = 0;
     for (int s = 0; s < p.splits; ++s) sum += p.data[s * p.stride + e];
     p.output.add(e, p.scale * sum);
   }

@@ -11,37 +11,10 @@
 #include <cstdint>
 #include <limits>
 
-#include "common.h"
+#include "cuda/device.cuh"
+#include "cuda/plan.h"
 
 namespace fisherfast {
-
-// ---- device side
-
-// A float32 or float64 tensor that is added to, or none.
-struct Output {
-  void* data;
-  bool is_double;
-
-  __device__ void add(int64_t index, double value) const {
-    if (is_double) {
-      static_cast<double*>(data)[index] += value;
-    } else {
-      float* element = static_cast<float*>(data) + index;
-      *element = static_cast<float>(*element + value);
-    }
-  }
-};
-
-// The sum over the lanes of a warp, in lane 0; always in the same order.
-template <typename Real>
-__device__ Real warp_sum(Real value) {
-  for (int distance = 16; distance > 0; distance /= 2) value += __shfl_down_sync(0xffffffffu, value, distance);
-  return value;
-}
-
-// ---- host side
-
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Makes the tensor's device current while it lives, and launches on torch's current stream there.
 class Device {
@@ -100,6 +73,7 @@ struct Partials {
   double scale;
   Output output;
   const int32_t* flag;
+  int64_t side = 0;  // of a square whose elements below the diagonal are left out, or 0
 };
 template <typename Real>
 void add_partials(const Device& device, const Partials<Real>& params);

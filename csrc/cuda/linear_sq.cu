@@ -1,8 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // linear_sq_ on NVIDIA GPUs: which kernel runs, over how many blocks. The kernels are in linear_sq_mma.cuh (16-bit inputs)
 // and linear_sq_fma.cuh (float32, float64, and T = 1, whose squares are never rounded to 16 bits).
-#include <algorithm>
-
 #include "linear_sq_fma.cuh"
 #include "linear_sq_mma.cuh"
 
@@ -18,18 +16,6 @@ struct Arguments {
   int64_t O() const { return g.size(g.dim() - 1); }
   int64_t I() const { return x.size(x.dim() - 1); }
 };
-
-// Splits of the samples, so that few tiles still fill the device: the fewest that bring the time, in units of work of the
-// busiest multiprocessor, to within a tenth of the best.
-int choose_splits(int64_t tiles, int64_t units, int64_t multiprocessors) {
-  const auto time = [&](int64_t splits) { return ceil_div(tiles * splits, multiprocessors) * ceil_div(units, splits); };
-  const int64_t most = std::max<int64_t>(1, std::min(units, 4 * multiprocessors / tiles));
-  int64_t best = time(1);
-  for (int64_t splits = 2; splits <= most; ++splits) best = std::min(best, time(splits));
-  int64_t splits = 1;
-  while (10 * time(splits) > 11 * best) ++splits;
-  return static_cast<int>(splits);
-}
 
 template <typename In>
 LinearSqParams<In> make_params(const Arguments& a) {

@@ -4,83 +4,18 @@
 // sum_n w_n (g x)^2 = sum_n (w_n g^2) x^2, which needs one multiply-add where the other form needs three.
 #pragma once
 
-#include <type_traits>
-
 #include "linear_sq.cuh"
+#include "tile_fma.cuh"
 
 namespace fisherfast {
 
 // Registers of a thread: kMicroO kMicroI for each of c, squares and totals, 16 for fragments, 8 for prefetched elements.
 // float32, 8x8: 64 + 64 + 24 and addresses; float32 with total, 8x4: 96 + 24; float64, 4x4 pairs: 96 + 32 at most.
-template <typename In_, bool kPooled_, bool kTotal_>
-struct FmaTraits {
-  using In = In_;
-  using Real = compute_t<In>;
-  static constexpr bool kPooled = kPooled_, kTotal = kTotal_, kDouble = std::is_same_v<Real, double>;
-  static constexpr int kSide = 16, kThreads = kSide * kSide, kRows = 8;  // threads lie in a square
-  static constexpr int kMicroO = kDouble ? 4 : 8, kMicroI = kDouble || kTotal ? 4 : 8;
-  static constexpr int kTileO = kSide * kMicroO, kTileI = kSide * kMicroI;
-  static constexpr int kPack = 16 / sizeof(Real);  // elements of one shared memory access
-  // The elements a thread owns along one side: packs of kPack, kSide packs apart, so that a warp reads without bank conflicts.
-  static __device__ int owned(int thread, int element) { return (element / kPack * kSide + thread) * kPack + element % kPack; }
-  template <typename Visit>
-  static __device__ void for_each_owned(Visit visit) {
-#pragma unroll
-    for (int o = 0; o < kMicroO; ++o)
-#pragma unroll
-      for (int i = 0; i < kMicroI; ++i) visit(o, i);
-  }
+template <typename In, bool kPooled_, bool kTotal_>
+struct FmaTraits : FmaTile<In, kTotal_ ? 4 : 8> {
+  static constexpr bool kPooled = kPooled_, kTotal = kTotal_;
   static_assert(!(kPooled && kTotal), "a pooled product has one output");
-  static_assert(kThreads % kTileO == 0 && kThreads % kTileI == 0, "a thread loads one feature");
-  static_assert(kRows * kTileO % kThreads == 0 && kRows * kTileI % kThreads == 0, "whole loads");
-  static_assert(2 * kRows * (kTileO + kTileI) * sizeof(Real) <= 47 * 1024, "two buffers in static shared memory");
 };
-
-// One thread's part of a [kRows, kTile] tile on its way from global to shared memory: a feature, every kStep-th row.
-// The raw elements wait in registers while the block multiplies; only put() looks at them.
-template <typename Traits, int kTile>
-struct Prefetch {
-  using In = typename Traits::In;
-  using Real = typename Traits::Real;
-  static constexpr int kStep = Traits::kThreads / kTile, kCount = Traits::kRows / kStep;
-  In values[kCount];
-  float weights[kCount];
-
-  __device__ void get(const Rows<In>& rows, const In* first, const float* weight, int count, int feature) {
-    const int f = feature + threadIdx.x % kTile;
-#pragma unroll
-    for (int j = 0; j < kCount; ++j) {
-      const int t = threadIdx.x / kTile + j * kStep;
-      const bool inside = t < count && f < rows.width;
-      values[j] = inside ? first[t * rows.stride_t + f * rows.stride_d] : In{};
-      if (Traits::kPooled) weights[j] = inside && weight ? weight[t] : 1.0f;
-    }
-  }
-  __device__ void put(Real (&shared)[Traits::kRows][kTile], bool squared) const {
-#pragma unroll
-    for (int j = 0; j < kCount; ++j) {
-      Real value = static_cast<Real>(values[j]);
-      if (Traits::kPooled) value *= (squared ? value : Real(1)) * weights[j];
-      shared[threadIdx.x / kTile + j * kStep][threadIdx.x % kTile] = value;
-    }
-  }
-};
-
-template <typename Real, int kPack>
-struct __align__(16) Pack {
-  Real values[kPack];
-};
-
-template <typename Traits, typename Real, int kMicro, int kTile>
-__device__ void read_fragment(Real (&fragment)[kMicro], const Real (&row)[kTile], int thread) {
-  using P = Pack<Real, Traits::kPack>;
-#pragma unroll
-  for (int e = 0; e < kMicro; e += Traits::kPack) {
-    const P pack = *reinterpret_cast<const P*>(row + Traits::owned(thread, e));
-#pragma unroll
-    for (int j = 0; j < Traits::kPack; ++j) fragment[e + j] = pack.values[j];
-  }
-}
 
 template <typename Traits>
 __global__ void __launch_bounds__(Traits::kThreads, 1)
@@ -94,8 +29,8 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   const int thread_o = threadIdx.x / Traits::kSide, thread_i = threadIdx.x % Traits::kSide;
 
   Walk<Traits::kRows> load(p.samples, p.samples_per_split), use(load);
-  Prefetch<Traits, Traits::kTileO> g_next;
-  Prefetch<Traits, Traits::kTileI> x_next;
+  Prefetch<Traits, Traits::kTileO, Traits::kPooled> g_next;
+  Prefetch<Traits, Traits::kTileI, Traits::kPooled> x_next;
   const In *x = nullptr, *g = nullptr;
   auto fetch = [&] {
     if (load.t == 0) {

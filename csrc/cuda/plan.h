@@ -1,0 +1,57 @@
+// SPDX-License-Identifier: Apache-2.0
+// How work is cut among the blocks of a grid: pure functions, which a test runs on the CPU.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+
+#ifdef __CUDACC__
+#define FISHERFAST_PLAN __host__ __device__
+#else
+#define FISHERFAST_PLAN
+#endif
+
+namespace fisherfast {
+
+FISHERFAST_PLAN inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Splits of a sum, so that few tiles still fill the device: the fewest that bring the time, in units of work of the busiest
+// multiprocessor, to within a tenth of the best.
+inline int choose_splits(int64_t tiles, int64_t units, int64_t multiprocessors) {
+  const auto time = [&](int64_t splits) { return ceil_div(tiles * splits, multiprocessors) * ceil_div(units, splits); };
+  const int64_t most = std::max<int64_t>(1, std::min(units, 4 * multiprocessors / tiles));
+  int64_t best = time(1);
+  for (int64_t splits = 2; splits <= most; ++splits) best = std::min(best, time(splits));
+  int64_t splits = 1;
+  while (10 * time(splits) > 11 * best) ++splits;
+  return static_cast<int>(splits);
+}
+
+// The tiles on and above the diagonal of a square, column by column: number b (b + 1) / 2 + a lies in row a <= column b.
+struct UpperTile {
+  int row, column;
+
+  FISHERFAST_PLAN explicit UpperTile(int64_t index) {
+    column = static_cast<int>((std::sqrt(8.0 * static_cast<double>(index) + 1.0) - 1.0) / 2.0);  // exact, or one off
+    if (first(column) > index) --column;
+    if (first(column + 1) <= index) ++column;
+    row = static_cast<int>(index - first(column));
+  }
+  static FISHERFAST_PLAN int64_t first(int64_t column) { return column * (column + 1) / 2; }
+};
+
+// The stage-th piece of at most kRows rows of N groups of T rows, each group cut by itself.
+template <int kRows>
+struct Stage {
+  int n, t, count;
+
+  FISHERFAST_PLAN Stage(int stage, int T) {
+    const int pieces = static_cast<int>(ceil_div(T, kRows));
+    n = stage / pieces;
+    t = (stage - n * pieces) * kRows;
+    count = T - t < kRows ? T - t : kRows;
+  }
+};
+
+}  // namespace fisherfast

@@ -1,0 +1,233 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The CUDA C++ kernels of ``gram_``, compiled as C++ and run on the CPU: index maps, edges and the copy pipeline, not speed.
+
+``cuda_on_cpu/`` emulates a block by fibers, and the tensor core's instructions by what the PTX ISA says of them. What it cannot
+show: the real instructions' rounding, races that fibers never lose, and anything of time.
+"""
+
+import ctypes
+import math
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.cpp_extension import include_paths
+
+ROOT = Path(__file__).parents[1]
+LETTER = {torch.float32: b"f", torch.float64: b"d", torch.bfloat16: b"b", torch.float16: b"h"}
+SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
+TILES_FILL_IT = 1  # multiprocessors: with this many the rows are not shared out
+UNTOUCHED = 12345.0  # below the diagonal
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not on the PATH: the emulator cannot be compiled")
+every_dtype = pytest.mark.parametrize("dtype", SHORT, ids=SHORT.get)
+
+
+class Call(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("N", "T", "I", "stride_n", "stride_t", "stride_d", "multiprocessors")),
+        ("scale", ctypes.c_double),
+        *((name, ctypes.c_int32) for name in ("bias", "acc_is_double", "eager")),
+    )
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory):
+    target = tmp_path_factory.mktemp("emulated") / "gram.so"
+    here = ROOT / "tests" / "cuda_on_cpu"
+    includes = [f"-I{path}" for path in (here, ROOT / "csrc", *include_paths("cpu"))]
+    # Shared memory is thread_local and needs no constructor: gcc's check for one calls a weak symbol that is not there.
+    flags = ["-O2", "-std=c++17", "-shared", "-fPIC", "-fno-extern-tls-init", "-Wall", "-Werror", "-Wno-unknown-pragmas"]
+    subprocess.run(["g++", *flags, *includes, here / "gram.cpp", "-o", target], check=True)
+    loaded = ctypes.CDLL(str(target))
+    loaded.gram.restype = ctypes.c_int64
+    return loaded
+
+
+@dataclass(frozen=True)
+class Gram:
+    """One call of the emulated op."""
+
+    library: ctypes.CDLL
+    scale: float = 1.0
+    bias: bool = False
+    multiprocessors: int = TILES_FILL_IT
+    eager: bool = True
+
+    def __call__(self, acc: torch.Tensor, x: torch.Tensor, weight: torch.Tensor | None = None) -> int:
+        """Add to ``acc`` as the launch and the fold of csrc/cuda/gram.cu do; the number of shares of the rows."""
+        N, T, I = x.shape
+        D = I + self.bias
+        real = torch.float64 if x.dtype == torch.float64 else torch.float32
+        partial = torch.full((4 * self.multiprocessors, D, D), float("nan"), dtype=real)
+        double = acc.dtype == torch.float64
+        call = Call(N, T, I, *x.stride(), self.multiprocessors, self.scale, self.bias, double, self.eager)
+        pointers = [ctypes.c_void_p(t.data_ptr() if t is not None else None) for t in (acc, x, weight, partial)]
+        error = ctypes.create_string_buffer(256)
+        shares = self.library.gram(ctypes.c_char(LETTER[x.dtype]), ctypes.byref(call), *pointers, error)
+        assert shares > 0, error.value.decode()
+        if shares > 1:
+            upper = torch.ones(D, D, dtype=torch.bool).triu()
+            acc[upper] += (self.scale * partial[:shares, upper].double().sum(0)).to(acc.dtype)
+        return shares
+
+
+def integers(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.randint(-3, 4, shape).to(dtype)
+
+
+def held(D: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """An accumulator that holds something, and below the diagonal what must stay as it is."""
+    return (torch.randint(-9, 10, (D, D)).triu() + torch.full((D, D), UNTOUCHED).tril(-1)).to(dtype)
+
+
+def answer(x: torch.Tensor, scale: float, bias: bool, weight: torch.Tensor | None) -> torch.Tensor:
+    rows = x.double().flatten(0, -2)
+    if bias:
+        rows = torch.cat([rows, rows.new_ones(len(rows), 1)], 1)
+    weighted = rows if weight is None else rows * weight.double().view(-1, 1)
+    return (scale * (weighted.T @ rows)).triu()
+
+
+def assert_exact(gram: Gram, x: torch.Tensor, weight: torch.Tensor | None = None, acc_dtype=torch.float32) -> int:
+    """Small integers: every order of the sums gives the same, so the result must be right to the last bit."""
+    acc = held(x.shape[-1] + gram.bias, acc_dtype)
+    expected = acc.double() + answer(x, gram.scale, gram.bias, weight)
+    shares = gram(acc, x, weight)
+    assert torch.equal(acc.double(), expected), f"differs by {acc - expected}"
+    return shares
+
+
+@pytest.mark.parametrize("acc_dtype", [torch.float32, torch.float64], ids=SHORT.get)
+@pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
+@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
+@every_dtype
+def test_adds_to_the_upper_triangle_only(library, dtype, bias, weighted, acc_dtype):
+    x = integers(1, 37, 61, dtype=dtype)
+    weight = torch.randint(-1, 3, (1, 37)).float() if weighted else None
+    assert_exact(Gram(library, -0.5, bias), x, weight, acc_dtype)
+
+
+@pytest.mark.parametrize("I", [0, 1, 8, 64, 127, 128, 129, 136, 256, 264])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=SHORT.get)
+def test_edges_of_tiles(library, dtype, I):
+    """One tile, several, with and without a column of ones in a tile's last column; widths of whole vectors and not."""
+    assert_exact(Gram(library, bias=True), integers(1, 35, I, dtype=dtype))
+
+
+@pytest.mark.parametrize("eager", [True, False], ids=["eager", "late"])
+@pytest.mark.parametrize("M", [1, 16, 31, 32, 33, 96, 97, 129, 300])
+def test_copies_may_arrive_at_any_time(library, M, eager):
+    """As soon as they are asked for, over what others still read, or only when they are waited for."""
+    assert_exact(Gram(library, bias=True, eager=eager), integers(1, M, 136, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize(("dtype", "shares"), [(torch.float32, 1), (torch.float32, 2), (torch.float16, 1)], ids=str)
+def test_sums_are_flushed_to_memory_more_than_once(library, dtype, shares):
+    """More rows a share than kFlushRows = 16384: the second flush adds to the first, in acc as in a share's sums."""
+    x = integers(1, shares * (16384 + 300), 5, dtype=dtype)
+    assert assert_exact(Gram(library, bias=True, multiprocessors=shares), x) == shares
+
+
+@pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
+@every_dtype
+def test_rows_are_shared_out_where_tiles_are_few(library, dtype, weighted):
+    weight = torch.randint(0, 3, (1, 1000)).float() if weighted else None
+    shares = assert_exact(Gram(library, 2.0, True, multiprocessors=16), integers(1, 1000, 13, dtype=dtype), weight)
+    assert 1 < shares <= 8
+
+
+def transposed(x: torch.Tensor) -> torch.Tensor:
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def padded(x: torch.Tensor) -> torch.Tensor:
+    """The same values inside a larger buffer whose other cells are NaN; rows stay whole vectors apart."""
+    buffer = torch.full((x.shape[0], x.shape[1] + 3, x.shape[2] + 8), float("nan"), dtype=x.dtype)
+    return buffer[:, 1:-2, : x.shape[2]].copy_(x)
+
+
+def shifted(x: torch.Tensor) -> torch.Tensor:
+    """Inside NaN too, and no row begins at a vector's address."""
+    buffer = torch.full((*x.shape[:2], x.shape[2] + 5), float("nan"), dtype=x.dtype)
+    return buffer[..., 3:-2].copy_(x)
+
+
+@pytest.mark.parametrize("layout", [transposed, padded, shifted])
+@pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=SHORT.get)
+def test_layouts(library, dtype, weighted, layout):
+    x = layout(integers(3, 41, 72, dtype=dtype))
+    weight = torch.randint(0, 3, (3, 41)).float() if weighted else None
+    assert_exact(Gram(library, bias=True), x, weight)
+
+
+@every_dtype
+def test_rounding_is_that_of_short_chains(library, dtype):
+    """The gate of every kernel. The emulated products of 16-bit inputs round less than real ones may."""
+    mine = plain = 0.0
+    for _ in range(3):
+        x = torch.randn(1, 700, 29).to(dtype)
+        acc, exact = torch.zeros(29, 29), answer(x, 1.0, False, None)
+        Gram(library)(acc, x)
+        mine = max(mine, float((acc.triu() - exact).abs().max() / exact.abs().max()))
+        plain = max(plain, float(((x[0].float().T @ x[0].float()).triu() - exact).abs().max() / exact.abs().max()))
+    assert mine <= 2 * plain + 1e-7
+
+
+@every_dtype
+def test_rows_of_weight_zero_add_nothing(library, dtype):
+    x, mask = torch.randn(1, 50, 23).to(dtype), torch.rand(1, 50) < 0.5
+    clean, spoiled = torch.zeros(24, 24), torch.zeros(24, 24)
+    Gram(library, bias=True)(clean, torch.where(mask.unsqueeze(-1), x, 0), mask.float())
+    Gram(library, bias=True)(spoiled, torch.where(mask.unsqueeze(-1), x, torch.finfo(dtype).max), mask.float())
+    assert torch.equal(clean, spoiled)
+
+
+# ---- how work is cut
+
+
+def pair(function, *arguments: int, count: int = 2) -> tuple[int, ...]:
+    out = (ctypes.c_int64 * count)()
+    function(*arguments, out)
+    return tuple(out)
+
+
+def test_tiles_of_the_triangle_are_numbered_column_by_column(library):
+    expected = [(row, column) for column in range(60) for row in range(column + 1)]
+    assert [pair(library.upper_tile, ctypes.c_int64(k)) for k in range(len(expected))] == expected
+
+
+@pytest.mark.parametrize("column", [2**11, 2**16 + 1, 2**26 + 3, 2**31 - 2])
+def test_tile_numbers_survive_the_square_root(library, column):
+    first = column * (column + 1) // 2
+    assert pair(library.upper_tile, ctypes.c_int64(first - 1)) == (column - 1, column - 1)
+    assert pair(library.upper_tile, ctypes.c_int64(first)) == (0, column)
+    assert pair(library.upper_tile, ctypes.c_int64(first + column)) == (column, column)
+
+
+@pytest.mark.parametrize(("N", "T"), [(1, 1), (1, 32), (1, 33), (3, 31), (3, 65), (5, 64)])
+def test_stages_hold_every_row_once(library, N, T):
+    rows = []
+    for index in range(N * math.ceil(T / 32)):
+        n, t, count = pair(library.stage, index, T, count=3)
+        assert 1 <= count <= 32
+        rows += [(n, t + r) for r in range(count)]
+    assert rows == [(n, t) for n in range(N) for t in range(T)]
+
+
+@pytest.mark.parametrize(
+    ("tiles", "units", "multiprocessors"), [(1, 1, 132), (1, 1000, 132), (21, 64, 132), (528, 64, 132), (137, 50, 108)]
+)
+def test_splits_are_the_fewest_within_a_tenth_of_the_best(library, tiles, units, multiprocessors):
+    def time(splits: int) -> int:
+        return math.ceil(tiles * splits / multiprocessors) * math.ceil(units / splits)
+
+    chosen = library.splits(*map(ctypes.c_int64, (tiles, units, multiprocessors)))
+    most = max(1, min(units, 4 * multiprocessors // tiles))
+    best = min(map(time, range(1, most + 1)))
+    assert 1 <= chosen <= most and 10 * time(chosen) <= 11 * best
+    assert all(10 * time(fewer) > 11 * best for fewer in range(1, chosen))
