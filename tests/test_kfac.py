@@ -4,6 +4,7 @@
 import copy
 import math
 
+import curvlinops_factors
 import networks
 import pytest
 import torch
@@ -79,6 +80,17 @@ def test_factors_are_those_of_the_definition_in_any_split(build, x):
         assert factors.keys() == expected.keys()
         for name, (A, rows, B) in expected.items():
             assert close(factors[name][0], A / rows) and close(factors[name][1], B / len(x))
+
+
+@pytest.mark.parametrize("name", ["mlp", "cnn"])
+def test_factors_are_those_of_curvlinops(name):
+    (model, _), (tensors, _) = curvlinops_factors.networks()[name], curvlinops_factors.stored()
+    mine = {key.removeprefix(f"{name}."): t for key, t in tensors.items() if key.startswith(f"{name}.")}
+    model.load_state_dict({key.removeprefix("weights."): t for key, t in mine.items() if key.startswith("weights.")})
+    factors = measure(model, [(mine["x"], mine["y"])]).factors(dtype=torch.float64)
+    assert len(factors) == 3
+    for layer, (A, B) in factors.items():
+        assert close(A, mine[f"{layer}.A"]) and close(B, mine[f"{layer}.B"])
 
 
 def test_collect_gives_the_same_factors_beside_a_diagonal():
