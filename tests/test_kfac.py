@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import fisherfast as ff
+from fisherfast.accumulator import Accumulator
+from fisherfast.fisher.block_sums import mirrored
 from fisherfast.fisher.exact import ExactBlock
 
 EXACT = 1e-11
@@ -329,3 +331,10 @@ def test_a_singular_system_says_so():
         assert K.logdet() == -math.inf
     with pytest.raises(ValueError, match="one number for a block"):
         K.logdet({"0.weight": 0.1, "0.bias": 0.2, "2": 0.1, "4": 0.1})
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5, 5), (2, 256, 256), (1, 601, 601)])
+def test_what_lies_below_the_diagonal_is_mirrored(shape):
+    matrix = torch.randn(shape).double()
+    expected = matrix.triu() + matrix.triu(1).mT
+    assert torch.equal(mirrored(Accumulator(matrix.clone(), 1.0)).sum, expected)

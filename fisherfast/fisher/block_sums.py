@@ -17,6 +17,8 @@ from fisherfast.fisher.memory import Held
 from fisherfast.passes import Samples
 from fisherfast.rules import Form, Rows
 
+_BAND = 256  # rows that are mirrored at a time: what is copied stays in the caches
+
 
 class BatchSum:
     """A running sum with its flag; a batch that may have to be dropped waits in a stage."""
@@ -155,9 +157,13 @@ class DiagonalSums(GradientSums):
 
 
 def mirrored(accumulator: Accumulator) -> Accumulator:
-    """The ops add to the upper triangle of matrices ``[..., D, D]`` only."""
-    upper = accumulator.sum.triu_()
-    upper += upper.triu(1).mT
+    """The ops add to the upper triangle of matrices ``[..., D, D]`` only; the lower one is copied from it, a band at a time."""
+    matrix = accumulator.sum
+    for start in range(0, matrix.shape[-1], _BAND):
+        band, below = slice(start, start + _BAND), slice(start + _BAND, None)
+        block = matrix[..., band, band]
+        block.copy_(block.triu() + block.triu(1).mT)
+        matrix[..., below, band] = matrix[..., band, below].mT
     return accumulator
 
 
