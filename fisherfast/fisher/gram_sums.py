@@ -132,7 +132,7 @@ class GramCollector:
 
     def holds(self, passes: int) -> list[Held]:
         """See ``passes.Collector``: nothing before there are samples."""
-        return [Held((name,), "rows of every sample", 0, (0,)) for name in self._tracked]
+        return [Held((name,), "rows, more with every sample", 0, (0,)) for name in self._tracked]
 
     def flops(self, tracked: Tracked, form: Form, rows: Rows, number: int) -> int:
         """See ``passes.Collector``: what is multiplied is multiplied when the result is asked."""
