@@ -340,3 +340,19 @@ def test_information_in_the_weights_reads_it():
     s = 0.7**2 * E.eigenvalues() / 0.01
     distance = sum(float(p.detach().square().sum()) for p in model.parameters()) / (2 * 0.7**2)
     assert info.nats == pytest.approx(distance + 0.5 * float((s.log1p() - s / (1 + s)).sum()), rel=1e-9)
+
+
+@pytest.mark.parametrize("weighted", [False, True], ids=["", "weighted"])
+def test_the_basis_of_few_images_is_that_of_their_patches(weighted):
+    """A convolution on small maps has seen fewer patches than a third of their length."""
+    model = nn.Sequential(nn.Conv2d(7, 11, 3, padding=1, stride=2), nn.Tanh(), nn.Flatten(), nn.Linear(11 * 4, 4)).double()
+    x, y = torch.randn(5, 7, 4, 4).double(), torch.randint(0, 4, (5,))
+    weight = [(torch.rand(5) + 0.1).double()] if weighted else []
+    batches = [(x[p], y[p], *(w[p] for w in weight)) for p in (slice(0, 2), slice(2, 5))]
+    E, D = measure(model, batches), measure(model, batches, structure="diagonal")
+    block = E.blocks[0]
+    U, A = block.U[0], block.kronecker.A.mean()[0]
+    assert U.shape == (7 * 9 + 1, 5 * 4) and close(U.mT @ U, torch.eye(20).double())
+    rotated = U.mT @ A @ U
+    assert close(rotated, rotated.diagonal().diag(), 1e-9) and close(U @ rotated @ U.mT, A)
+    assert E.trace() == pytest.approx(D.trace(), rel=EXACT)

@@ -150,6 +150,7 @@ def test_patch_sums_are_those_of_unfolded_images(data, axes):
     patches = (F.conv1d, F.conv2d, F.conv3d)[axes - 1](x, weight, None, stride, padding, dilation)
     form = Convolution(stride, padding, dilation)
     assert close(patch_sums(form, Rows(x, patches), K), patches.flatten(2).sum(2))
+    assert torch.equal(form.patches(Rows(x, patches), K), patches.flatten(2).mT)
 
 
 def test_groups_have_factors_of_their_own():

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -20,16 +22,20 @@ class FewRows:
         self._rows: list[Tensor] | None = []
         self._batch: list[Tensor] = []
 
-    def add(self, x: Tensor, weight: Tensor | None, scale: float = 1.0, bias: bool = False) -> None:
-        """Rows x ``[..., D]`` of weights ``[...]``; ``bias``: a last column of ones joins them."""
-        if self._rows is None:
-            return
-        rows = x.flatten(0, -2)
-        self._left -= len(rows)
-        if self._left < 0:
+    def room(self, count: int) -> bool:
+        """Whether so many rows more would be few; if not, none is kept from now on."""
+        if self._rows is not None and count > self._left:
             self._rows = None
             self._batch.clear()
+        return self._rows is not None
+
+    def add(self, x: Tensor, weight: Tensor | None, scale: float = 1.0, bias: bool = False) -> None:
+        """Rows x ``[..., D]`` of weights ``[...]``; ``bias``: a last column of ones joins them."""
+        count = math.prod(x.shape[:-1])
+        if not self.room(count):
             return
+        self._left -= count
+        rows = x.flatten(0, -2)
         rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
         rows = torch.cat([rows, torch.ones_like(rows[:, :1])], 1) if bias else rows
         root = scale if weight is None else scale * weight.flatten().unsqueeze(1).to(rows.dtype)

@@ -54,7 +54,7 @@ class KroneckerSums(WeightSums):
         self.B = BatchSum((place.groups, O) if self._vector else (place.groups, O, O), tracked.parameter)
         self._factors = (self.A, self.B)
         self.sums = self._factors if leader is None else (self.B,)
-        if keep_rows and not isinstance(form, Convolution):
+        if keep_rows and place.groups == 1:
             if leader is None:
                 self.A.few_rows = None if counts else FewRows(D)
             self.B.few_rows = None if self._vector else FewRows(O)
@@ -128,12 +128,18 @@ class KroneckerSums(WeightSums):
             where = {"kernel": self._kernel, "positions": g.shape[2:], "stride": form.stride, "padding": form.padding}
             more = {"dilation": form.dilation, "groups": form.groups, "bias": self.place.bias is not None}
             conv_gram_(A, x, weight=weight, flag=self.A.flag, **where, **more)
+            if self.A.few_rows is not None and self.A.few_rows.room(len(g) * math.prod(g.shape[2:])):
+                patches = form.patches(rows, self._kernel)
+                self.A.few_rows.add(patches, _of_pixels(patches, weight), bias=self.place.bias is not None)
             images = len(g) if weight is None else weight.sum(dtype=torch.float64)
             self.A.visited(images * math.prod(g.shape[2:]))
         if self._vector:
             add_squares(B[0], g.flatten(2).mT, scale, None if weight is None else weight.unsqueeze(1), self.B.flag)
         else:
             conv_gram_(B, g, scale, weight=weight, flag=self.B.flag, groups=form.groups)
+            if self.B.few_rows is not None:
+                pixels = g.flatten(2).mT
+                self.B.few_rows.add(pixels, _of_pixels(pixels, weight), scale)
 
     def _add_rows(self, rows: Rows, scale: float, samples: Samples, A: Tensor | None, B: Tensor) -> None:
         x, g = rows.x, rows.g
@@ -218,6 +224,11 @@ def _of_samples(rows: Rows, weight: Tensor | None) -> Tensor | None:
     if weight is None or rows.offsets is None:
         return None if weight is None else weight.unsqueeze(1).expand(rows.g.shape[:2]).contiguous()
     return weight.repeat_interleave(rows.offsets.diff())
+
+
+def _of_pixels(rows: Tensor, weight: Tensor | None) -> Tensor | None:
+    """The weight of every row ``[images, pixels]``, that of its image."""
+    return None if weight is None else weight.unsqueeze(1).expand(rows.shape[:2])
 
 
 def _of_positions(g: Tensor, weight: Tensor | None, exists: Tensor | None) -> Tensor | None:

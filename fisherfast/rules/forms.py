@@ -254,6 +254,16 @@ class Convolution(Form):
             padding = (0,) * len(kernel)
         return x, (self.stride, padding, self.dilation, False, (0,) * len(kernel), self.groups)
 
+    def patches(self, rows: Rows, kernel: tuple[int, ...]) -> Tensor:
+        """What the kernel sees of every image at every position, ``[images, positions, C * prod(kernel)]``: unfolded, for few rows."""
+        assert rows.x is not None
+        axes = len(kernel)
+        x = conv.framed(rows.x, rows.g.shape[2:], kernel, self.stride, self.padding, self.dilation)
+        for axis, (K, stride, dilation) in enumerate(zip(kernel, self.stride, self.dilation, strict=True), 2):
+            x = x.unfold(axis, (K - 1) * dilation + 1, stride)[..., ::dilation]
+        order = (0, *range(2, 2 + axes), 1, *range(2 + axes, 2 + 2 * axes))
+        return x.permute(order).reshape(len(x), math.prod(rows.g.shape[2:]), -1)
+
     def gradients(self, rows: Rows, shape: tuple[int, ...]) -> Tensor:
         """See ``Form``; torch has them one sample at a time."""
         x, geometry = self.framed(rows, shape[2:])
