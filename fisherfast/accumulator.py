@@ -132,7 +132,9 @@ class RunningSum:
         if self.dtype == torch.float64:
             return
         if self.high is None:
-            self.high = torch.zeros_like(self.low)
+            self.high = self.low
+            del self.low  # zeros, once something is added again
+            return
         for a, b in zip(self.high.view(-1).split(self._CHUNK), self.low.view(-1).split(self._CHUNK), strict=True):
             total = a + b
             part = total - a
@@ -143,8 +145,10 @@ class RunningSum:
     def snapshot(self) -> Accumulator:
         """The sum so far, in float64, on its own memory."""
         self.fold()
-        total = self.low.double() if self.high is None else self.high.double().add_(self.low)
-        return Accumulator(total.clone() if total is self.low else total, self.weight)
+        if self.high is None:
+            return Accumulator(self.low.clone(), self.weight)  # float64
+        total = self.high.double()
+        return Accumulator(total.add_(self.low) if "low" in self.__dict__ else total, self.weight)
 
     def restore(self, before: Accumulator) -> None:
         """Start from a snapshot."""

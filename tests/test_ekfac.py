@@ -356,3 +356,23 @@ def test_the_basis_of_few_images_is_that_of_their_patches(weighted):
     rotated = U.mT @ A @ U
     assert close(rotated, rotated.diagonal().diag(), 1e-9) and close(U @ rotated @ U.mT, A)
     assert E.trace() == pytest.approx(D.trace(), rel=EXACT)
+
+
+@pytest.mark.parametrize("rank", [5, 20])
+def test_the_basis_of_few_float32_rows_is_orthonormal_whatever_their_rank(rank):
+    """Eigenvalues that span ten decades, and rows that repeat each other."""
+    eigen = importlib.import_module("fisherfast.fisher.eigen")
+    left, right = (torch.linalg.qr(torch.randn(n, rank).double())[0] for n in (20, 101))
+    rows = (left * torch.logspace(0, -4, rank).double()) @ right.mT
+    U = eigen.eigenbasis(torch.empty(1, 101, 101), rows.float(), torch.float32)[0].double()
+    norms = U.square().sum(0)
+    kept = U[:, norms > 0.5]
+    assert U.shape == (101, 20) and float(norms[norms <= 0.5].sum()) < 1e-9
+    assert float((kept.mT @ kept - torch.eye(kept.shape[1]).double()).abs().max()) < 1e-5
+    assert float((rows - rows @ kept @ kept.mT).norm() / rows.norm()) < 1e-5
+
+
+def test_few_rows_of_a_float32_model_keep_the_trace():
+    model, x, y = nn.Sequential(nn.Linear(101, 97), nn.Tanh(), nn.Linear(97, 83)), torch.randn(9, 101), torch.randint(0, 83, (9,))
+    E, D = (measure(model, [(x, y)], structure=s) for s in ("ekfac", "diagonal"))
+    assert E.blocks[0].U.shape[2] == 9 and E.trace() == pytest.approx(D.trace(), rel=1e-5)

@@ -140,10 +140,28 @@ def eigenbasis(factor: Tensor, rows: Tensor | None, dtype: torch.dtype) -> Tenso
     if factor.dim() == 2:
         return None
     if rows is not None:
-        Q, R = torch.linalg.qr(rows.to(dtype).mT)
-        return (Q @ _eigenvectors(R @ R.mT)).unsqueeze(0)
+        return (_of_span(rows) if dtype == torch.float64 else _of_gram(rows)).unsqueeze(0)
     largest = factor.diagonal(dim1=1, dim2=2).amax(1).clamp_min(torch.finfo(torch.float64).tiny)
     return torch.stack([_eigenvectors(one) for one in (factor / largest.view(-1, 1, 1)).to(dtype)])
+
+
+def _of_span(rows: Tensor) -> Tensor:
+    """Of ``rows^T rows``, to the last bit of float64."""
+    Q, R = torch.linalg.qr(rows.double().mT)
+    return Q @ _eigenvectors(R @ R.mT)
+
+
+def _of_gram(rows: Tensor) -> Tensor:
+    """The same to float32, in half the time: through ``rows rows^T`` in float64, which holds what float32 can tell of the rows.
+
+    Directions that hold less than 1e-11 of the largest are zero: rounding of the rows. One Newton-Schulz step makes the others, whose
+    angles are off by 2e-5 at worst, orthonormal to float32.
+    """
+    wide = rows.double()
+    values, vectors = torch.linalg.eigh(wide @ wide.mT)
+    root = torch.where(values > 1e-11 * values[-1], values, torch.inf).rsqrt()
+    U = (wide.mT @ (vectors * root)).float()
+    return 1.5 * U - 0.5 * (U @ (U.mT @ U))
 
 
 def _eigenvectors(matrix: Tensor) -> Tensor:
