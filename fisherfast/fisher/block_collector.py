@@ -172,9 +172,17 @@ class BlockCollector:
         """See ``passes.Collector``."""
         if parts > 1:
             self._in_parts.add(tracked.name)
-        elif parts == 0 and tracked.name in self._sums:
-            self._sums[tracked.name].idle()
+        elif parts == 0:
+            self._part(tracked.name)
             self.touch(tracked)
+
+    def _part(self, name: str) -> None:
+        """A weight is not used in a batch: its inputs are no longer those of weights that are."""
+        if isinstance(sums := self._sums.get(name), WeightSums):
+            leader = sums.place.input_of or name
+            for other in self._sums.values():
+                if isinstance(other, WeightSums) and other.place.input_of == leader:
+                    other.part()
 
     def touch(self, tracked: Tracked) -> None:
         """See ``passes.Collector``."""
@@ -216,7 +224,7 @@ class BlockCollector:
         for name, block in blocks.items():
             sums = self._sums.get(name)
             if isinstance(sums, WeightSums) and sums.place.input_of is not None and block.place.input_of is None:
-                sums.idle()  # it was, in a batch after the first
+                sums.part()  # it did before, after the first batch
         planned = {name: None if isinstance(sums, DiagonalSums) else sums.place for name, sums in self._sums.items()}
         if planned != {name: block.place for name, block in blocks.items()} | dict.fromkeys(diagonals):
             raise ValueError(

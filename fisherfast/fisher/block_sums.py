@@ -83,9 +83,6 @@ class BlockSums(Protocol):
     def check(self, form: Form) -> None:
         """Raise ValueError if it is used in a form that it cannot take."""
 
-    def idle(self) -> None:
-        """Before anything of a batch is added: the parameter is not used in it."""
-
     def touch(self, samples: Samples) -> None:
         """Count the batch's samples."""
 
@@ -116,8 +113,8 @@ class WeightSums:
         if form != self.form:
             raise ValueError(f"{self.place.weight}: must be used as in the first batch ({self.form}), got {form}")
 
-    def idle(self) -> None:
-        """See ``BlockSums``."""
+    def part(self) -> None:
+        """Have inputs of its own from the next batch on, if it shares those of another weight."""
 
     def end(self) -> None:
         """See ``BlockSums``: nothing is kept of a batch."""
@@ -128,9 +125,6 @@ class GradientSums:
 
     def check(self, form: Form) -> None:
         """Any form will do."""
-
-    def idle(self) -> None:
-        """See ``BlockSums``."""
 
     def end(self) -> None:
         """See ``BlockSums``: nothing is kept of a batch."""

@@ -249,7 +249,7 @@ class EigenCollector(BlockCollector):
 
     def foreseen(self, first: BlockCollector, basis: dict[str, KroneckerBlock]) -> EigenCollector:
         """Before a basis is there: one of these sizes, for a model used as ``first`` knows; returns self."""
-        self._uses, self._calls, self._basis = first._uses, first._calls, basis
+        self._uses, self._calls, self._in_parts, self._basis = first._uses, first._calls, first._in_parts, basis
         return self
 
     def new_block(self, place: Place, form: Form, tracked: Tracked, made: Mapping[str, Any]) -> EigenSums:

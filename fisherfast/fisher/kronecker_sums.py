@@ -49,8 +49,8 @@ class KroneckerSums(WeightSums):
             )
         own = BatchSum((place.groups, D) if counts else (place.groups, D, D), tracked.parameter)
         self.A: BatchSum = own if leader is None else leader.A
-        self._inputs: Inputs = Inputs() if leader is None else leader._inputs
-        self._inputs.members.append(self)
+        self._inputs: Inputs = Inputs(place.weight) if leader is None else leader._inputs
+        self._inputs.members += 1
         self._vector = max_factor_dim < O
         self.B = BatchSum((place.groups, O) if self._vector else (place.groups, O, O), tracked.parameter)
         self._factors = (self.A, self.B)
@@ -101,15 +101,11 @@ class KroneckerSums(WeightSums):
             self.A.running.restore(block.A)
         self.B.running.restore(block.B)
 
-    def idle(self) -> None:
-        """See ``BlockSums``: the inputs of a batch are not those of a weight that is not used in it."""
-        for member in self._inputs.members[1:]:
-            member._share_no_more()
-
-    def _share_no_more(self) -> None:
-        self._inputs.members.remove(self)
-        self._inputs = Inputs()
-        self._inputs.members.append(self)
+    def part(self) -> None:
+        """See ``WeightSums``."""
+        self._inputs.members -= 1
+        self._inputs = Inputs(self.place.weight)
+        self._inputs.members = 1
         self.place, self.A = replace(self.place, input_of=None), self.A.copy()
         self.sums = self._factors = (self.A, self.B)
 
@@ -192,15 +188,15 @@ class KroneckerSums(WeightSums):
 class Inputs:
     """Whose inputs a factor A is of: one weight's, or those of several that multiply the same ones, which are added once."""
 
-    def __init__(self) -> None:
-        self.members: list[KroneckerSums] = []
+    def __init__(self, leader: str) -> None:
+        self._leader, self.members = leader, 0
         self._first: Tensor | None = None  # in this batch, held as long as others are to be compared with it
         self._come = 0
 
     def new(self, weight: str, x: Tensor) -> bool:
         """Whether these inputs are to be added: they are the first in their batch. Errors: ValueError if they are others."""
         self._come += 1
-        first, last = self._first, self._come == len(self.members)
+        first, last = self._first, self._come == self.members
         self._first = None if last else x if first is None else first
         if last:
             self._come = 0
@@ -208,8 +204,7 @@ class Inputs:
             return True
         same = (x.data_ptr(), x.shape, x.stride()) == (first.data_ptr(), first.shape, first.stride())
         if not same and not (x.shape == first.shape and torch.equal(x, first)):
-            leader = self.members[0].place.weight
-            raise ValueError(f"{weight}: must have the inputs of {leader!r} as in the first batch, got others")
+            raise ValueError(f"{weight}: must have the inputs of {self._leader!r} as in the first batch, got others")
         return False
 
     def end(self) -> None:
