@@ -26,7 +26,7 @@ from fisherfast.fisher.measure import fisher
 from fisherfast.fisher.operator import FisherOperator
 from fisherfast.fisher.plan import Plan, plan
 from fisherfast.fisher.run import Interrupted
-from fisherfast.information import information_in_weights
+from fisherfast.information import Bound, information_in_weights, pac_bayes_bound
 from fisherfast.likelihood import Bernoulli, Categorical, CausalLM, Gaussian, LogLikelihood
 from fisherfast.passes import NonFiniteError
 from fisherfast.rules import rule
@@ -36,6 +36,7 @@ __all__ = [
     "KFAC",
     "BackendError",
     "Bernoulli",
+    "Bound",
     "Categorical",
     "CausalLM",
     "Coverage",
@@ -66,6 +67,7 @@ __all__ = [
     "information_in_weights",
     "load",
     "ops",
+    "pac_bayes_bound",
     "plan",
     "rule",
     "rules",

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from fisherfast.capture import unwrapped
 from fisherfast.fisher import Fisher, FisherWarning, LayerSummary, Spectrum
-from fisherfast.information import _prior, _series
+from fisherfast.information import _checks, _prior, _series
 from fisherfast.information.result import Information, LayerInformation
 
 VARIANTS = ("exact", "paper")
@@ -59,7 +59,7 @@ def information_in_weights(
     Numerics: float64 sums, one parameter at a time; g by a series for small s, relative error below 1e-13.
     Source:   Proposition 2.5 and eq. 8 of Achille, Paolini and Soatto (arXiv:1905.12213).
     """
-    beta = _prior.check_positive("beta", beta, "1 / (number of training samples) is the Bayesian choice")
+    beta = _checks.positive("information_in_weights", "beta", beta, "1 / (number of training samples) is the Bayesian choice")
     if variant not in VARIANTS:
         raise ValueError(f"information_in_weights: variant must be one of {list(VARIANTS)}, got {variant!r}")
     if isinstance(prior_scale, str) and prior_scale != "fit":
@@ -67,7 +67,7 @@ def information_in_weights(
     temperature = beta if variant == "exact" else beta / 2
     summaries = F.by_layer()
     scales = {} if isinstance(prior_scale, str) else _prior.given(prior_scale, summaries)
-    weights, centers = _tensors(model), None if center is None else _tensors(center)
+    weights, centers = tensors_of(model), None if center is None else tensors_of(center)
     excluded = _check_names(F, model, weights)
     _check_center(F, weights, centers)
     measured: dict[str, LayerInformation] = {}
@@ -97,7 +97,8 @@ class _Block:
     squared_distance: float
 
 
-def _tensors(source: Weights) -> dict[str, Tensor]:
+def tensors_of(source: Weights) -> dict[str, Tensor]:
+    """The weights by name: a network's parameters, or the mapping as it is."""
     return dict(unwrapped(source).named_parameters()) if isinstance(source, nn.Module) else dict(source)
 
 
@@ -162,12 +163,7 @@ def _measure(
     """Everything but the layer's share of the whole network."""
     kl, dimension = 0.0, 0.0
     for block in blocks:
-        scale, *others = (scales[name] for name in block.spectrum.parameters)
-        if any(other != scale for other in others):
-            raise ValueError(
-                f"information_in_weights: prior_scale must be one number for a block of F, got several for "
-                f"{list(block.spectrum.parameters)}; a diagonal Fisher has a block for every parameter"
-            )
+        scale = _prior.of_block(block.spectrum, scales)
         # At a fitted limit (scale 0 or inf) the block is at its center or its Fisher is zero, and the terms below vanish.
         if block.squared_distance:
             kl += block.squared_distance / (2 * scale**2)
