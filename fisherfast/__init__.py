@@ -26,7 +26,17 @@ from fisherfast.fisher.measure import fisher
 from fisherfast.fisher.operator import FisherOperator
 from fisherfast.fisher.plan import Plan, plan
 from fisherfast.fisher.run import Interrupted
-from fisherfast.information import Bound, information_in_weights, pac_bayes_bound
+from fisherfast.information import (
+    Bound,
+    EffectiveDimension,
+    EscapeTime,
+    FreeEnergy,
+    effective_dimension,
+    escape_time,
+    free_energy,
+    information_in_weights,
+    pac_bayes_bound,
+)
 from fisherfast.likelihood import Bernoulli, Categorical, CausalLM, Gaussian, LogLikelihood
 from fisherfast.passes import NonFiniteError
 from fisherfast.rules import rule
@@ -43,10 +53,13 @@ __all__ = [
     "Diagonal",
     "DiagonalFisher",
     "EKFACFisher",
+    "EffectiveDimension",
+    "EscapeTime",
     "Estimate",
     "FisherFileError",
     "FisherOperator",
     "FisherWarning",
+    "FreeEnergy",
     "Gaussian",
     "GradientMoments",
     "Gram",
@@ -63,7 +76,10 @@ __all__ = [
     "SpectralDensity",
     "backend",
     "collect",
+    "effective_dimension",
+    "escape_time",
     "fisher",
+    "free_energy",
     "information_in_weights",
     "load",
     "ops",

@@ -6,21 +6,21 @@ from __future__ import annotations
 import math
 
 
-def number(caller: str, name: str, value: float, advice: str) -> float:
+def number(caller: str, name: str, value: object, advice: str) -> float:
     """Raise ValueError unless ``value`` is a finite number."""
     if not (isinstance(value, (int, float)) and math.isfinite(value)):
         raise ValueError(f"{caller}: {name} must be a finite number, got {value!r}; {advice}")
     return float(value)
 
 
-def positive(caller: str, name: str, value: float, advice: str) -> float:
+def positive(caller: str, name: str, value: object, advice: str) -> float:
     """Raise ValueError unless ``value`` is a finite number above zero."""
     if not (isinstance(value, (int, float)) and math.isfinite(value) and value > 0):
         raise ValueError(f"{caller}: {name} must be a finite number > 0, got {value!r}; {advice}")
     return float(value)
 
 
-def not_negative(caller: str, name: str, value: float, advice: str) -> float:
+def not_negative(caller: str, name: str, value: object, advice: str) -> float:
     """Raise ValueError unless ``value`` is a finite number of zero or more."""
     if not (isinstance(value, (int, float)) and math.isfinite(value) and value >= 0):
         raise ValueError(f"{caller}: {name} must be a finite number >= 0, got {value!r}; {advice}")
