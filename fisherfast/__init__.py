@@ -31,11 +31,13 @@ from fisherfast.information import (
     EffectiveDimension,
     EscapeTime,
     FreeEnergy,
+    PathStability,
     effective_dimension,
     escape_time,
     free_energy,
     information_in_weights,
     pac_bayes_bound,
+    path_stability,
 )
 from fisherfast.likelihood import Bernoulli, Categorical, CausalLM, Gaussian, LogLikelihood
 from fisherfast.passes import NonFiniteError
@@ -68,6 +70,7 @@ __all__ = [
     "KFACFisher",
     "LogLikelihood",
     "NonFiniteError",
+    "PathStability",
     "PerSampleNorm",
     "Plan",
     "Provenance",
@@ -84,6 +87,7 @@ __all__ = [
     "load",
     "ops",
     "pac_bayes_bound",
+    "path_stability",
     "plan",
     "rule",
     "rules",

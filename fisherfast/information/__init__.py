@@ -4,6 +4,7 @@
 from fisherfast.information.effective_dimension import EffectiveDimension, effective_dimension
 from fisherfast.information.free_energy import EscapeTime, FreeEnergy, escape_time, free_energy
 from fisherfast.information.pac_bayes import Bound, pac_bayes_bound
+from fisherfast.information.path_stability import PathStability, path_stability
 from fisherfast.information.result import WHOLE, Information, LayerInformation
 from fisherfast.information.weights import information_in_weights
 
@@ -15,9 +16,11 @@ __all__ = [
     "FreeEnergy",
     "Information",
     "LayerInformation",
+    "PathStability",
     "effective_dimension",
     "escape_time",
     "free_energy",
     "information_in_weights",
     "pac_bayes_bound",
+    "path_stability",
 ]
