@@ -32,12 +32,16 @@ from fisherfast.information import (
     EscapeTime,
     FreeEnergy,
     PathStability,
+    ShannonInformation,
+    StabilityInformation,
     effective_dimension,
     escape_time,
     free_energy,
     information_in_weights,
     pac_bayes_bound,
     path_stability,
+    shannon_from_stability,
+    shannon_information,
 )
 from fisherfast.likelihood import Bernoulli, Categorical, CausalLM, Gaussian, LogLikelihood
 from fisherfast.passes import NonFiniteError
@@ -76,7 +80,9 @@ __all__ = [
     "Provenance",
     "SampleMoments",
     "SampleNorms",
+    "ShannonInformation",
     "SpectralDensity",
+    "StabilityInformation",
     "backend",
     "collect",
     "effective_dimension",
@@ -91,5 +97,7 @@ __all__ = [
     "plan",
     "rule",
     "rules",
+    "shannon_from_stability",
+    "shannon_information",
     "spectral_density",
 ]

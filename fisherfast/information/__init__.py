@@ -6,6 +6,8 @@ from fisherfast.information.free_energy import EscapeTime, FreeEnergy, escape_ti
 from fisherfast.information.pac_bayes import Bound, pac_bayes_bound
 from fisherfast.information.path_stability import PathStability, path_stability
 from fisherfast.information.result import WHOLE, Information, LayerInformation
+from fisherfast.information.shannon import ShannonInformation, shannon_information
+from fisherfast.information.shannon_stability import StabilityInformation, shannon_from_stability
 from fisherfast.information.weights import information_in_weights
 
 __all__ = [
@@ -17,10 +19,14 @@ __all__ = [
     "Information",
     "LayerInformation",
     "PathStability",
+    "ShannonInformation",
+    "StabilityInformation",
     "effective_dimension",
     "escape_time",
     "free_energy",
     "information_in_weights",
     "pac_bayes_bound",
     "path_stability",
+    "shannon_from_stability",
+    "shannon_information",
 ]

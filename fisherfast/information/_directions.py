@@ -28,7 +28,12 @@ def sums_by_layer(
 def measured(F: Fisher) -> str:
     """What was measured, and how: the part of an estimate's conditions that F brings."""
     weights = sum(layer.num_parameters for layer in F.by_layer().values())
-    return f"k = {weights:,} weights, N = {F.num_samples:,} samples, Fisher {F.provenance.fisher_type or 'of unknown type'}, {F.structure}"
+    lacking = [name for name, how in F.coverage.items() if how.startswith("missing")]
+    without = f", without {', '.join(lacking)}, which it lacks" if lacking else ""
+    return (
+        f"k = {weights:,} weights, N = {F.num_samples:,} samples, Fisher {F.provenance.fisher_type or 'of unknown type'}, "
+        f"{F.structure}{without}"
+    )
 
 
 def scale_in_words(prior_scale: float | Mapping[str, float]) -> str:
