@@ -34,7 +34,10 @@ from fisherfast.information import (
     PathStability,
     ShannonInformation,
     StabilityInformation,
+    TaskDistances,
+    TaskEmbedding,
     effective_dimension,
+    embedding_distance,
     escape_time,
     free_energy,
     information_in_weights,
@@ -42,6 +45,9 @@ from fisherfast.information import (
     path_stability,
     shannon_from_stability,
     shannon_information,
+    task_distance,
+    task_distances,
+    task_embedding,
 )
 from fisherfast.likelihood import Bernoulli, Categorical, CausalLM, Gaussian, LogLikelihood
 from fisherfast.passes import NonFiniteError
@@ -83,9 +89,12 @@ __all__ = [
     "ShannonInformation",
     "SpectralDensity",
     "StabilityInformation",
+    "TaskDistances",
+    "TaskEmbedding",
     "backend",
     "collect",
     "effective_dimension",
+    "embedding_distance",
     "escape_time",
     "fisher",
     "free_energy",
@@ -100,4 +109,7 @@ __all__ = [
     "shannon_from_stability",
     "shannon_information",
     "spectral_density",
+    "task_distance",
+    "task_distances",
+    "task_embedding",
 ]

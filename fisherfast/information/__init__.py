@@ -2,12 +2,15 @@
 """The estimators: what a Fisher says about the information a network holds. Each needs only the Fisher protocol."""
 
 from fisherfast.information.effective_dimension import EffectiveDimension, effective_dimension
+from fisherfast.information.embedding_distance import embedding_distance
 from fisherfast.information.free_energy import EscapeTime, FreeEnergy, escape_time, free_energy
 from fisherfast.information.pac_bayes import Bound, pac_bayes_bound
 from fisherfast.information.path_stability import PathStability, path_stability
 from fisherfast.information.result import WHOLE, Information, LayerInformation
 from fisherfast.information.shannon import ShannonInformation, shannon_information
 from fisherfast.information.shannon_stability import StabilityInformation, shannon_from_stability
+from fisherfast.information.task2vec import TaskEmbedding, task_embedding
+from fisherfast.information.task_distance import TaskDistances, task_distance, task_distances
 from fisherfast.information.weights import information_in_weights
 
 __all__ = [
@@ -21,7 +24,10 @@ __all__ = [
     "PathStability",
     "ShannonInformation",
     "StabilityInformation",
+    "TaskDistances",
+    "TaskEmbedding",
     "effective_dimension",
+    "embedding_distance",
     "escape_time",
     "free_energy",
     "information_in_weights",
@@ -29,4 +35,7 @@ __all__ = [
     "path_stability",
     "shannon_from_stability",
     "shannon_information",
+    "task_distance",
+    "task_distances",
+    "task_embedding",
 ]
