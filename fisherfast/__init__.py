@@ -26,7 +26,20 @@ from fisherfast.fisher.measure import fisher
 from fisherfast.fisher.operator import FisherOperator
 from fisherfast.fisher.plan import Plan, plan
 from fisherfast.fisher.run import Interrupted
-from fisherfast.information import information_in_weights
+from fisherfast.information import (
+    Complexity,
+    Information,
+    Posterior,
+    RateDistortion,
+    expected_loss,
+    information_in_weights,
+    mean_loss,
+    measured_complexity,
+    optimal_posterior,
+    rate_distortion,
+    task_complexity,
+    zero_one,
+)
 from fisherfast.likelihood import Bernoulli, Categorical, CausalLM, Gaussian, LogLikelihood
 from fisherfast.passes import NonFiniteError
 from fisherfast.rules import rule
@@ -38,6 +51,7 @@ __all__ = [
     "Bernoulli",
     "Categorical",
     "CausalLM",
+    "Complexity",
     "Coverage",
     "Diagonal",
     "DiagonalFisher",
@@ -50,24 +64,34 @@ __all__ = [
     "GradientMoments",
     "Gram",
     "GramFisher",
+    "Information",
     "Interrupted",
     "KFACFisher",
     "LogLikelihood",
     "NonFiniteError",
     "PerSampleNorm",
     "Plan",
+    "Posterior",
     "Provenance",
+    "RateDistortion",
     "SampleMoments",
     "SampleNorms",
     "SpectralDensity",
     "backend",
     "collect",
+    "expected_loss",
     "fisher",
     "information_in_weights",
     "load",
+    "mean_loss",
+    "measured_complexity",
     "ops",
+    "optimal_posterior",
     "plan",
+    "rate_distortion",
     "rule",
     "rules",
     "spectral_density",
+    "task_complexity",
+    "zero_one",
 ]
