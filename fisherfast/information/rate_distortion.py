@@ -96,7 +96,7 @@ def rate_distortion(
     (The formulas as printed are those of half the beta: there the slope is ``-beta / 2``.)
 
     ``betas`` are any number of prices, in any order. ``method="monte-carlo"`` measures every point on ``data``, all of them
-    with the same random numbers, so that they differ by beta alone; ``data`` is then read ``draws`` times for each. The other
+    with the same random numbers, so that they differ by beta alone; ``data`` is then read twice a draw for each. The other
     arguments are those of ``task_complexity``.
 
     Shapes:   as there.
