@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fisherfast.fisher import Fisher
 from fisherfast.information import _checks, _directions
-from fisherfast.information.weights import Weights, tensors_of
+from fisherfast.information.weights import Weights, tensors
 
 _CALLER = "path_stability"
 
@@ -82,7 +82,7 @@ def path_stability(F: Fisher, first: Weights, second: Weights, *, beta: float, d
     """
     beta = _checks.positive(_CALLER, "beta", beta, "1 / (number of training samples) is the Bayesian choice")
     damping = _checks.not_negative(_CALLER, "damping", damping, "beta / lambda^2 is that of information_in_weights")
-    displacement = _displacement(F, tensors_of(first), tensors_of(second))
+    displacement = _displacement(F, tensors(first), tensors(second))
     product = F @ displacement
     along = {name: (d * product[name]).sum().item() for name, d in displacement.items()}
     squares = {name: d.square().sum().item() for name, d in displacement.items()}

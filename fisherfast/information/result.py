@@ -80,9 +80,14 @@ class Information:
         return math.fsum(layer.kl for layer in self.layers.values())
 
     @property
+    def loss_rise(self) -> float:
+        """``1/2 tr(F Sigma)``: how much coarse weights add to the mean loss, to second order."""
+        return self.temperature / 2 * math.fsum(layer.effective_dimension for layer in self.layers.values())
+
+    @property
     def lagrangian_rise(self) -> float:
         """``1/2 tr(F Sigma) + beta kl``: what coarse weights cost in all, in units of the mean loss."""
-        return self.temperature / 2 * math.fsum(layer.effective_dimension for layer in self.layers.values()) + self.beta * self.kl
+        return self.loss_rise + self.beta * self.kl
 
     @property
     def parameters(self) -> int:
