@@ -11,7 +11,7 @@ from torch import nn
 
 from fisherfast.fisher import DiagonalFisher
 from fisherfast.fisher.lanczos import Estimate
-from fisherfast.information import information_in_weights, pac_bayes_bound
+from fisherfast.information import information_in_weights, optimal_posterior, pac_bayes_bound
 
 VECTOR = {"expected_loss": 0.02, "nats": 5000.0, "num_samples": 50000}  # science.md 1.11, delta = .05
 
@@ -148,9 +148,12 @@ def test_takes_estimates_and_informations():
         info = information_in_weights(F, net, prior_scale=1.0, beta=0.01, variant=variant)
         bound = pac_bayes_bound(Estimate(0.1, 0.02), info, 100)
         assert bound == pac_bayes_bound(0.1, info.kl, 100)
+        posterior = optimal_posterior(F, net, prior_scale=1.0, beta=0.01, variant=variant)
+        assert bound == pac_bayes_bound(0.1, posterior, 100)
     fitted = information_in_weights(F, net, prior_scale="fit", beta=0.01)
-    with pytest.raises(ValueError, match=r"prior must be fixed before the data are seen, got prior_scale='fit'"):
-        pac_bayes_bound(0.1, fitted, 100)
+    for nats in (fitted, optimal_posterior(F, net, prior_scale="fit", beta=0.01)):
+        with pytest.raises(ValueError, match=r"prior must be fixed before the data are seen, got prior_scale='fit'"):
+            pac_bayes_bound(0.1, nats, 100)
 
 
 def test_says_what_it_depends_on():

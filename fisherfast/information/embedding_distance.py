@@ -36,8 +36,8 @@ def embedding_distance(
     Shapes:   both embeddings of the same filters.
     Scale:    no unit; "cosine" and "normalized_cosine" lie in [0, 1]. Multiplying both embeddings and the damping by one number
               changes nothing.
-    Errors:   ValueError for embeddings of different filters, an unknown kind, a negative damping or alpha; and where a precision
-              is 0 and the kind, other than "cosine", or alpha needs it above: pass damping.
+    Errors:   ValueError for embeddings of different filters, an unknown kind, a negative damping or alpha, and for precisions
+              below 0, or of 0 where the kind is not "cosine"; for a damping of 0 with alpha or "normalized_cosine".
     Numerics: float64; nothing cancels in "kl" and "jensen-shannon". A filter of no precision in both adds nothing to "cosine".
     Source:   Achille et al. 2019, Task2Vec (arXiv:1902.03545); their code adds 1e-8 to the sum in "cosine", which this does not.
     """
@@ -50,12 +50,23 @@ def embedding_distance(
     dampings = _arguments.damping_by_name(_CALLER, damping, shapes)
     trivial = torch.cat([torch.full((count,), dampings[name], dtype=torch.float64) for name, count in shapes.items()])
     p, q = (e.vector().cpu() + trivial for e in (first, second))
-    if kind != "cosine" or alpha:
-        for precision in (p, q, *([trivial] if alpha or kind == "normalized_cosine" else [])):
-            if zeros := int((precision == 0).sum()):
-                raise ValueError(f"{_CALLER}: {kind!r} needs precisions > 0, got {zeros} that are 0; pass damping > 0")
+    _check_precisions(kind, p, q)
+    if (alpha or kind == "normalized_cosine") and not (trivial > 0).all():
+        raise ValueError(
+            f"{_CALLER}: damping must be > 0 with alpha and for 'normalized_cosine', got {damping!r}; beta / lambda^2"
+        )
     distance = _KINDS[kind](p, q, trivial)
     return distance - alpha * _KINDS[kind](p, trivial, trivial) if alpha else distance
+
+
+def _check_precisions(kind: str, *precisions: Tensor) -> None:
+    """Raise ValueError for what is no Gaussian; "cosine" takes precisions of 0."""
+    rule = ">= 0" if kind == "cosine" else "> 0"
+    for p in precisions:
+        if bad := int((p < 0).sum() if kind == "cosine" else (p <= 0).sum()):
+            raise ValueError(
+                f"{_CALLER}: {kind!r} needs precisions {rule}, got {bad} of {len(p)} that are not; pass damping = beta / lambda^2"
+            )
 
 
 def _cosine(p: Tensor, q: Tensor, trivial: Tensor) -> float:

@@ -100,15 +100,15 @@ def pac_bayes_bound(
     ``expected_loss``  the mean training loss, averaged over weights drawn from Q: what ``expected_loss`` estimates, not the
                        loss at the trained weights. The bounds are for its true value. The error of an ``Estimate`` is not part
                        of delta: pass ``draws``, or read the bound as one for the estimated value.
-    ``nats``           KL(Q || P), or an ``Information``, of which ``.kl`` is taken, also for ``variant="paper"``. The prior
-                       must not have seen the data: one with ``prior_scale="fit"`` is refused.
+    ``nats``           KL(Q || P), or an ``Information`` or posterior, of which ``.kl`` is taken, also for ``variant="paper"``.
+                       The prior must not have seen the data: one with ``prior_scale="fit"`` is refused.
     ``beta``           a number above 1/2 fixed before the data were seen; or several, of which the best is taken at the price
                        of ``log(G / delta)`` for G of them; None for a grid that depends on N and delta only: factors of sqrt 2
                        from 1 to the largest that can be best. N times the beta of ``information_in_weights`` (``lagrangian_beta``).
-    ``draws``          how many independent weights the mean in ``expected_loss`` is over. It is then replaced by the largest
-                       value they allow, ``kl(mean || E_Q L) <= log(2 / sample_delta) / draws``, and the bound holds with
-                       probability ``1 - delta - sample_delta``. Every draw must see the same training set, and be one draw of
-                       the weights for all of it.
+    ``draws``          how many independent draws of Q the mean in ``expected_loss`` is over: the ``draws`` that were passed to
+                       ``ff.expected_loss``, whose two signs of one noise are one draw. The mean is then replaced by the
+                       largest value it allows, ``kl(mean || E_Q L) <= log(2 / sample_delta) / draws``, and the bound holds
+                       with probability ``1 - delta - sample_delta``.
 
     Scale:    all losses are divided by ``max_loss`` and the bound multiplied by it; beta is that of the loss in [0, 1].
     Errors:   ValueError for a loss without an upper limit or outside of [0, max_loss], nats below zero, beta of 1/2 or less,
@@ -144,7 +144,7 @@ def pac_bayes_bound(
 
 def _divergence(nats: Any) -> float:
     """KL(Q || P) of a number or of anything with ``.kl``; raise ValueError if its prior was fitted to the data."""
-    if getattr(nats, "prior_scale", None) == "fit":
+    if getattr(getattr(nats, "information", nats), "prior_scale", None) == "fit":
         raise ValueError(
             f"{_CALLER}: the prior must be fixed before the data are seen, got prior_scale='fit'; give the scale of initialisation"
         )

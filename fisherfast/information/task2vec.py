@@ -7,7 +7,6 @@ A filter is what makes one output: a row of a linear layer, an output channel of
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fisherfast.capture import unwrapped
-from fisherfast.fisher import Fisher, FisherWarning, LayerSummary
+from fisherfast.fisher import Fisher, LayerSummary
 from fisherfast.fisher.protocol import layer_of
 from fisherfast.information import _checks, _directions, _prior
 
@@ -52,27 +51,21 @@ class TaskEmbedding:
         Task2Vec's own code, whose loss lacks the 1/2 of the KL, beta is twice the one set there. More robust than the Fisher
         where the weights are at no minimum.
 
-        Shapes:   variance {name: tensor shaped like the parameter}; prior_scale, layers, skip, norms: as in ``task_embedding``.
+        A filter that the task does not need comes out as 0 up to the noise of the training, also below it; with
+        ``damping = beta / lambda^2`` its precision is above 0 all the same.
+
+        Shapes:   variance {name: tensor shaped like the parameter}; prior_scale: a number, or {layer or parameter name: number};
+                  the other arguments as in ``task_embedding``.
         Scale:    that of the Fisher: a mean over samples.
-        Errors:   ValueError for variances not above zero, and as ``task_embedding``. FisherWarning where variances are above
-                  the prior's, which no minimum has: those count as h = 0.
+        Errors:   ValueError for variances not above zero, for a beta or prior_scale not above zero, and as ``task_embedding``.
         Numerics: float64.
         Source:   Achille et al. 2019 (arXiv:1902.03545), with the scale of Proposition 2.5 of arXiv:1905.12213.
         """
         beta = _checks.positive("from_variance", "beta", beta, "it is the price of a nat that the posterior was trained with")
-        scales = _prior.given(prior_scale, _grouped(variance), "from_variance")
-        curvature, above = {}, 0
-        for name, values in variance.items():
-            if not (values.isfinite() & (values > 0)).all():
-                raise ValueError(f"from_variance: variances must be finite and > 0, got others in {name!r}")
-            h = beta * (1 / values.double() - 1 / scales[name] ** 2)
-            above += int((h < -1e-6 * beta / scales[name] ** 2).sum())  # below that it is rounding of float32
-            curvature[name] = h.clamp_min(0)
-        if above:
-            message = (
-                f"from_variance: {above} variances are above the prior's and count as no curvature; train the posterior longer"
-            )
-            warnings.warn(message, FisherWarning, stacklevel=3)
+        scales = _prior.given(prior_scale, _grouped(variance), "from_variance", "variance")
+        if bad := [name for name, values in variance.items() if not (values.isfinite() & (values > 0)).all()]:
+            raise ValueError(f"from_variance: variances must be finite and > 0, got others in {bad}")
+        curvature = {name: beta * (1 / values.double() - 1 / scales[name] ** 2) for name, values in variance.items()}
         source = f"posterior variances, beta = {beta:.3g}, prior scale {_directions.scale_in_words(prior_scale)}"
         return cls(_averaged(curvature, model, layers, skip, norms), source)
 
