@@ -126,6 +126,27 @@ def test_a_sharp_well_of_equal_depth_is_left_ten_times_sooner_at_every_temperatu
         assert sharp.log_time - wide.log_time == pytest.approx(math.log(0.1), rel=1e-12)
 
 
+def test_reproduces_the_table_of_a_sharp_and_a_wide_well():
+    # science.md 1.7: curvatures 100 and 1, equal depth, T = .1, .2, .3: the times' ratio and the sharp well's share of the Gibbs
+    # law, by integration; both drift around 1/10 and 1/11 with T, and the closed form is what they are at T = 0.
+    def well(x):
+        sharp, wide = 50 * (x + 1) ** 2, (x - 1.5) ** 2 / 2
+        return sharp * wide / (sharp + wide)
+
+    x = torch.linspace(-3, 4.5, 150001, dtype=torch.float64)
+    between = (x > -1) & (x < 1.5)
+    saddle = x[between][well(x[between]).argmax()].item()
+    ratios, shares = [], []
+    for T in (0.1, 0.2, 0.3):
+        leaves_sharp = passage_time(well, T, -1.0, saddle + 0.3)
+        leaves_wide = passage_time(lambda z: well(-z), T, -1.5, 0.3 - saddle)
+        law = torch.exp(-well(x) / T)
+        ratios.append(leaves_sharp / leaves_wide)
+        shares.append((law[x < saddle].sum() / law.sum()).item())
+    assert ratios == pytest.approx([0.1007, 0.0951, 0.0890], abs=1e-4)
+    assert shares == pytest.approx([0.0930, 0.0955, 0.0985], abs=1e-4)
+
+
 def test_escape_time_is_the_difference_of_free_energies():
     T = 0.2
     low, high = ff.FreeEnergy(0.1, 3.0, T), ff.FreeEnergy(0.7, 2.0, T)

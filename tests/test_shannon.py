@@ -3,6 +3,7 @@
 
 import math
 
+import numpy
 import pytest
 import torch
 from hypothesis import given, strategies
@@ -42,6 +43,15 @@ def test_the_identity_for_tables(datasets, states, seed):
     assert got.expected_divergence.value >= got.information.value - 1e-13
     assert -1e-13 <= got.information.value <= got.ceiling + 1e-13
     assert {e.stderr for e in (got.information, got.marginal_divergence, got.expected_divergence)} == {0.0}
+
+
+def test_reproduces_the_toy_of_five_data_sets():
+    # science.md 1.11; the annotation's own seed.
+    rng = numpy.random.default_rng(0)
+    pi, q, p = rng.dirichlet([1.0] * 5), rng.dirichlet([0.7] * 6, size=5), rng.dirichlet([1.0] * 6)
+    got = ff.shannon_information(torch.tensor(q), weights=torch.tensor(pi), reference=torch.tensor(p))
+    assert f"{got.expected_divergence.value:.6f}" == "1.082796"
+    assert f"{got.information.value:.4f}" == "0.2994"
 
 
 def test_limits_of_tables():

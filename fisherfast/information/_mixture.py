@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fisherfast.fisher.lanczos import Estimate
 
-_CHUNK = 1 << 22  # differences held at a time: draws x Gaussians x axes
+_CHUNK = 1 << 20  # differences held at a time, draws x Gaussians x axes: 8 MiB
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,8 +54,8 @@ class Mixture:
 
     def log_densities(self, w: Tensor) -> Tensor:
         """Of every Gaussian at every w [n, d]: ``[n, M]``."""
-        squares = ((w[:, None] - self.mean) ** 2 / self.variance).sum(2)
-        return -0.5 * (squares + self.variance.log().sum(1) + self.dimension * math.log(2 * math.pi))
+        squares = (w[:, None] - self.mean).mul_(self.variance.rsqrt()).square_().sum(2)
+        return squares.add_(self.variance.log().sum(1) + self.dimension * math.log(2 * math.pi)).mul_(-0.5)
 
     def log_density(self, w: Tensor) -> Tensor:
         """Of the whole mixture at every w [n, d]."""
@@ -69,25 +69,21 @@ class Mixture:
         As many w are drawn from each Gaussian, and weighted by it: the choice of the Gaussian adds nothing to the error.
         """
         values: dict[str, list[Tensor]] = {name: [] for name in terms}
-        at_once = max(1, _CHUNK // (samples * self.mean.numel()))
-        for chosen in torch.arange(len(self.mean)).split(at_once):
-            # One Gaussian at a time: what it draws must not depend on how many are treated at once.
-            shape = (samples, self.dimension)
-            noise = torch.stack([torch.randn(shape, dtype=torch.float64, generator=generator) for _ in chosen])
-            w = (self.mean[chosen, None] + self.variance[chosen, None].sqrt() * noise).flatten(0, 1)
-            drawn_from = chosen.repeat_interleave(samples)
-            each = self.log_densities(w)
-            weighted = each + self.weight.log()
-            same = self.group[drawn_from, None] == self.group
-            of_group = weighted.masked_fill(~same, -math.inf).logsumexp(1) - self.group_weight()[self.group[drawn_from]].log()
-            own = each.gather(1, drawn_from[:, None])[:, 0]
-            for name, term in terms.items():
-                values[name].append(term(w, own, of_group, weighted.logsumexp(1)).view(-1, samples))
-        return {name: self._estimate(torch.cat(parts)) for name, parts in values.items()}
-
-    def group_weight(self) -> Tensor:
-        """The weight of each group."""
-        return torch.zeros(int(self.group.max()) + 1, dtype=torch.float64).index_add_(0, self.group, self.weight)
+        rows = max(1, _CHUNK // self.mean.numel())
+        log_weight = self.weight.log()
+        for chosen in range(len(self.mean)):
+            members = (self.group == self.group[chosen]).nonzero()[:, 0]
+            log_share = log_weight[members].logsumexp(0)
+            noise = torch.randn((samples, self.dimension), dtype=torch.float64, generator=generator)
+            for w in (self.mean[chosen] + self.variance[chosen].sqrt() * noise).split(rows):
+                each = self.log_densities(w)
+                own = each[:, chosen].clone()
+                each += log_weight
+                of_group = each[:, members].logsumexp(1) - log_share
+                marginal = each.logsumexp(1)
+                for name, term in terms.items():
+                    values[name].append(term(w, own, of_group, marginal))
+        return {name: self._estimate(torch.cat(parts).view(-1, samples)) for name, parts in values.items()}
 
     def _estimate(self, values: Tensor) -> Estimate:
         """From ``[M, samples]``: the weighted mean, and its error within the Gaussians."""
