@@ -31,6 +31,7 @@ from fisherfast.information import (
     Information,
     Posterior,
     RateDistortion,
+    VariationalPosterior,
     expected_loss,
     information_in_weights,
     mean_loss,
@@ -38,6 +39,7 @@ from fisherfast.information import (
     optimal_posterior,
     rate_distortion,
     task_complexity,
+    variational_posterior,
     zero_one,
 )
 from fisherfast.likelihood import Bernoulli, Categorical, CausalLM, Gaussian, LogLikelihood
@@ -77,6 +79,7 @@ __all__ = [
     "SampleMoments",
     "SampleNorms",
     "SpectralDensity",
+    "VariationalPosterior",
     "backend",
     "collect",
     "expected_loss",
@@ -93,5 +96,6 @@ __all__ = [
     "rules",
     "spectral_density",
     "task_complexity",
+    "variational_posterior",
     "zero_one",
 ]

@@ -6,6 +6,7 @@ from fisherfast.information.expected_loss import expected_loss, mean_loss, zero_
 from fisherfast.information.posterior import GaussianPosterior, Posterior, optimal_posterior
 from fisherfast.information.rate_distortion import RateDistortion, rate_distortion
 from fisherfast.information.result import WHOLE, Information, LayerInformation
+from fisherfast.information.variational import VariationalPosterior, variational_posterior
 from fisherfast.information.weights import information_in_weights
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "LayerInformation",
     "Posterior",
     "RateDistortion",
+    "VariationalPosterior",
     "expected_loss",
     "information_in_weights",
     "mean_loss",
@@ -23,5 +25,6 @@ __all__ = [
     "optimal_posterior",
     "rate_distortion",
     "task_complexity",
+    "variational_posterior",
     "zero_one",
 ]
