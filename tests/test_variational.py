@@ -229,6 +229,24 @@ def test_layers_used_twice_or_tied_have_weight_noise():
     assert found.mean.keys() == found.std.keys() == names
 
 
+def test_layer_called_again_later_is_refused():
+    class Growing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(3, 3)
+
+        def forward(self, x):
+            x = self.layer(input=x)
+            return self.layer(x) if len(x) > 2 else x
+
+    net, x = Growing(), torch.randn(4, 3)
+    options = {"beta": BETA, "prior_scale": 1.0, "likelihood": "gaussian", "epochs": 1}
+    ff.variational_posterior(net, [(x[:2], x[:2])], **options)
+    with pytest.raises(ValueError, match=r"the layer of 'layer.weight' must be called once, as in the first batch, got twice"):
+        ff.variational_posterior(net, [(x[:2], x[:2]), (x, x)], **options)
+    assert not net.layer._forward_hooks
+
+
 def test_inputs_of_zeros_have_a_gradient():
     net = nn.Sequential(nn.Linear(3, 2), nn.ReLU(), nn.Linear(2, 1, bias=False))
     with torch.no_grad():

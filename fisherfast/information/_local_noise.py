@@ -49,14 +49,20 @@ class LocalNoise:
     @contextmanager
     def over(self, stds: Mapping[str, Tensor]) -> Iterator[None]:
         """While this is open the model's layers add their noise; ``stds`` by parameter name, differentiable."""
+        called: set[nn.Module] = set()
 
-        def noisy(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        def noisy(module: nn.Module, inputs: tuple[Tensor, ...], options: dict[str, Tensor], output: Tensor) -> Tensor:
             weight = self._weights[module]
-            bias = stds.get(f"{weight.removesuffix('weight')}bias")
-            variance = _variance(module, inputs[0], stds[weight], bias)
+            if module in called:
+                raise ValueError(
+                    f"model: the layer of {weight!r} must be called once, as in the first batch, got twice; pass noise='weight'"
+                )
+            called.add(module)
+            (x,) = (*inputs, *options.values())
+            variance = _variance(module, x, stds[weight], stds.get(f"{weight.removesuffix('weight')}bias"))
             return output + (variance.clamp_min(_NONE).sqrt() * torch.randn_like(variance)).to(output.dtype)
 
-        handles = [module.register_forward_hook(noisy) for module in self._weights]
+        handles = [module.register_forward_hook(noisy, with_kwargs=True) for module in self._weights]
         try:
             yield
         finally:

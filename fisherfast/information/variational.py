@@ -121,7 +121,8 @@ def variational_posterior(
     ``train_mean``   train the means, too, with steps from ``mean_lr``; by default they stay at the model's weights.
 
     Parameters of other layers, and of layers that are tied or called several times, have weight noise in either case. The
-    model itself is left as it is, and so is torch's global generator.
+    model itself is left as it is, and so is torch's global generator. Gradient checkpointing must be off: it would run parts of
+    the model again without the noise.
 
     Shapes:   as for ``ff.fisher``, with labels.
     Scale:    a mean loss over samples, and beta goes with it; a batch counts as an estimate of that mean.
@@ -171,7 +172,7 @@ def _check_settings(prior_scale: float | Mapping[str, float] | str, epochs: int,
 
 @contextmanager
 def _own_generator(seed: int, device: torch.device) -> Iterator[None]:
-    """Torch's global generator, seeded, and as before afterwards: gradient checkpointing replays that one only."""
+    """Torch's global generator, seeded, and as before afterwards: a loader that shuffles takes its order from it, too."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield
