@@ -40,6 +40,7 @@ from fisherfast.information import (
     StabilityInformation,
     TaskDistances,
     TaskEmbedding,
+    VariationalPosterior,
     effective_dimension,
     embedding_distance,
     escape_time,
@@ -58,6 +59,7 @@ from fisherfast.information import (
     task_distance,
     task_distances,
     task_embedding,
+    variational_posterior,
     zero_one,
 )
 from fisherfast.likelihood import Bernoulli, Categorical, CausalLM, Gaussian, LogLikelihood
@@ -106,6 +108,7 @@ __all__ = [
     "StabilityInformation",
     "TaskDistances",
     "TaskEmbedding",
+    "VariationalPosterior",
     "backend",
     "collect",
     "effective_dimension",
@@ -133,5 +136,6 @@ __all__ = [
     "task_distance",
     "task_distances",
     "task_embedding",
+    "variational_posterior",
     "zero_one",
 ]

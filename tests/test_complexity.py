@@ -175,7 +175,7 @@ def test_states_its_conditions():
         assert part in text
     X, y, net, F, scale, _ = regression()
     text = str(ff.measured_complexity(ff.optimal_posterior(F, net, prior_scale=scale, beta=0.1), net, [(X, y)], "gaussian"))
-    for part in ("+-", "k = 4", "N = 20", "gram", "measured"):
+    for part in ("+-", "k = 4", "N = 20", "gram", "measured by 8 draws (seed 0)", "gaussian likelihood"):
         assert part in text
 
 

@@ -153,7 +153,7 @@ def test_dict_batches_and_output():
 
     net, (x, y) = Named().eval(), labelled()
     data, posterior = [{"features": x, "labels": y}], posterior_of(net)
-    plain = float(nn.functional.cross_entropy(net.inner(x), y))
+    plain = nn.functional.cross_entropy(net.inner(x), y).item()
     assert ff.mean_loss(net, data, output="scores") == pytest.approx(plain, rel=1e-6)
     assert ff.expected_loss(posterior, net, data, draws=2, output="scores").value != pytest.approx(plain, rel=1e-6)
 

@@ -146,10 +146,13 @@ def test_takes_estimates_and_informations():
     F = DiagonalFisher({n: torch.rand_like(p) for n, p in net.named_parameters()}, num_samples=100)
     for variant in ("exact", "paper"):
         info = information_in_weights(F, net, prior_scale=1.0, beta=0.01, variant=variant)
-        bound = pac_bayes_bound(Estimate(0.1, 0.02), info, 100)
+        bound = pac_bayes_bound(0.1, info, 100)
         assert bound == pac_bayes_bound(0.1, info.kl, 100)
         posterior = optimal_posterior(F, net, prior_scale=1.0, beta=0.01, variant=variant)
         assert bound == pac_bayes_bound(0.1, posterior, 100)
+    estimate = pac_bayes_bound(Estimate(0.1, 0.02), info, 100)
+    assert estimate.value == bound.value and "E_Q loss = 0.1 (+- 0.02, not part of delta)" in str(estimate)
+    assert "not part of delta" not in str(pac_bayes_bound(Estimate(0.1, 0.02), info, 100, draws=8))
     fitted = information_in_weights(F, net, prior_scale="fit", beta=0.01)
     for nats in (fitted, optimal_posterior(F, net, prior_scale="fit", beta=0.01)):
         with pytest.raises(ValueError, match=r"prior must be fixed before the data are seen, got prior_scale='fit'"):

@@ -54,8 +54,10 @@ def test_reproduces_the_vectors(variant, sigma):
     assert posterior.conditions() == info.conditions()
 
 
-@pytest.mark.parametrize("variant", ["exact", "paper"])
-@pytest.mark.parametrize("structure", ["diagonal", "kfac", "ekfac", "gram"])
+@pytest.mark.parametrize(
+    ("structure", "variant"),
+    [("diagonal", "exact"), ("kfac", "exact"), ("ekfac", "exact"), ("gram", "exact"), ("kfac", "paper")],
+)
 def test_draws_have_the_covariance_of_the_formula(structure, variant):
     net, F = measured(structure)
     beta, n = 0.02, 1500

@@ -15,6 +15,7 @@ from fisherfast.information.shannon import ShannonInformation, shannon_informati
 from fisherfast.information.shannon_stability import StabilityInformation, shannon_from_stability
 from fisherfast.information.task2vec import TaskEmbedding, task_embedding
 from fisherfast.information.task_distance import TaskDistances, task_distance, task_distances
+from fisherfast.information.variational import VariationalPosterior, variational_posterior
 from fisherfast.information.weights import information_in_weights
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "StabilityInformation",
     "TaskDistances",
     "TaskEmbedding",
+    "VariationalPosterior",
     "effective_dimension",
     "embedding_distance",
     "escape_time",
@@ -52,5 +54,6 @@ __all__ = [
     "task_distance",
     "task_distances",
     "task_embedding",
+    "variational_posterior",
     "zero_one",
 ]

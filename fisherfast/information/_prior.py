@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from fisherfast.fisher import LayerSummary, Spectrum
-from fisherfast.information import _series
+from fisherfast.information import _checks, _series
 
 _CALLER = "information_in_weights"
 _MAX_STEPS = 100
@@ -16,9 +16,7 @@ _CONVERGED = 1e-12  # of log lambda^2
 
 def check_positive(name: str, value: float, advice: str, caller: str = _CALLER) -> float:
     """Raise ValueError unless ``value`` is a finite number above zero."""
-    if not (isinstance(value, (int, float)) and math.isfinite(value) and value > 0):
-        raise ValueError(f"{caller}: {name} must be a finite number > 0, got {value!r}; {advice}")
-    return float(value)
+    return _checks.positive(caller, name, value, advice)
 
 
 def check_scale(name: str, value: float, caller: str = _CALLER) -> float:

@@ -18,7 +18,7 @@ from fisherfast.information.expected_loss import expected_loss, mean_loss
 from fisherfast.information.posterior import GaussianPosterior, Posterior
 from fisherfast.information.result import Information
 from fisherfast.information.weights import Weights, informations
-from fisherfast.likelihood import Likelihood
+from fisherfast.likelihood import Likelihood, resolve
 
 METHODS = ("analytic", "monte-carlo")
 
@@ -28,13 +28,13 @@ class Complexity:
     """``C = E_Q loss + beta KL(Q || P)``; made by ``task_complexity`` and ``measured_complexity``.
 
     ``loss`` is the mean loss at the mean of Q, ``expected_loss`` that under its noise, ``stderr`` the standard error of the latter
-    (0 where it is a formula, nan of a single draw). ``source`` is what the nats are of.
+    (0 where it is a formula, nan of a single draw); ``how`` says where it is from. ``source`` is what the nats are of.
     """
 
     loss: float
     expected_loss: float
     stderr: float
-    method: str
+    how: str
     source: Information | GaussianPosterior
 
     @property
@@ -54,7 +54,7 @@ class Complexity:
 
     def conditions(self) -> str:
         """Everything the numbers depend on, in one line."""
-        return f"{self.source.conditions()}; expected loss {'by formula' if self.method == 'analytic' else 'measured'}"
+        return f"{self.source.conditions()}; expected loss {self.how}"
 
     def __str__(self) -> str:
         error = f" (+- {self.stderr:.2g})" if self.stderr else ""
@@ -133,12 +133,12 @@ class Measurement:
     def complexity(self, info: Information, loss: float, model: Weights) -> Complexity:
         """The complexity at nats that are known."""
         if self.method == "analytic":
-            return Complexity(loss, loss + info.loss_rise, 0.0, self.method, info)
+            return Complexity(loss, loss + info.loss_rise, 0.0, "by formula", info)
         data, network = self._runnable(model, "method='monte-carlo' must have")
         estimate = expected_loss(
             Posterior.of(info, model), network, data, self.likelihood, draws=self.draws, seed=self.seed, output=self.output
         )
-        return Complexity(loss, estimate.value, estimate.stderr, self.method, info)
+        return Complexity(loss, estimate.value, estimate.stderr, _measured(self.likelihood, self.draws, self.seed), info)
 
     def _runnable(self, model: Weights, rule: str) -> tuple[Iterable[Any], nn.Module]:
         if self.data is None or not isinstance(model, nn.Module):
@@ -166,4 +166,8 @@ def measured_complexity(
     estimate = expected_loss(posterior, model, data, likelihood, draws=draws, seed=seed, output=output)
     loss = mean_loss(model, data, likelihood, weights=posterior.mean, output=output)
     source = posterior.information if isinstance(posterior, Posterior) else posterior
-    return Complexity(loss, estimate.value, estimate.stderr, "monte-carlo", source)
+    return Complexity(loss, estimate.value, estimate.stderr, _measured(likelihood, draws, seed), source)
+
+
+def _measured(likelihood: str | Likelihood, draws: int, seed: int) -> str:
+    return f"measured by {draws} draws (seed {seed}) and their mirror images, {resolve(likelihood).name} likelihood"

@@ -26,7 +26,7 @@ class Bound:
     """An upper bound on the mean loss of Q on new data, with everything it depends on; made by ``pac_bayes_bound``.
 
     ``value`` and ``expected_loss`` are in units of the loss. ``beta`` is the one of ``num_betas`` that gave the smallest
-    bound, None for ``method="kl"``. ``nats`` is KL(Q || P). ``confidence`` is ``1 - delta - sample_delta``.
+    bound, None for ``method="kl"``. ``nats`` is KL(Q || P). ``stderr`` is that of an ``Estimate`` that was taken as exact.
     """
 
     value: float
@@ -40,6 +40,7 @@ class Bound:
     num_betas: int = 1
     draws: int | None = None
     sample_delta: float = 0.0
+    stderr: float = 0.0
 
     @property
     def confidence(self) -> float:
@@ -70,8 +71,9 @@ class Bound:
         """Everything the bound depends on, in one line."""
         grid = "" if self.beta is None else f", beta = {self.beta:.3g}" + (f" of {self.num_betas}" if self.num_betas > 1 else "")
         drawn = "" if self.draws is None else f", {self.draws:,} draws from Q at sample_delta = {self.sample_delta:g}"
+        error = f" (+- {self.stderr:.2g}, not part of delta)" if self.stderr else ""
         return (
-            f"{self.method}{grid}, delta = {self.delta:g}{drawn}, E_Q loss = {self.expected_loss:.4g}, "
+            f"{self.method}{grid}, delta = {self.delta:g}{drawn}, E_Q loss = {self.expected_loss:.4g}{error}, "
             f"KL = {self.nats:,.4g} nats, N = {self.num_samples:,} samples, loss in [0, {self.max_loss:g}]"
         )
 
@@ -119,7 +121,7 @@ def pac_bayes_bound(
     """
     _checks.one_of(_CALLER, "method", method, METHODS)
     max_loss = _checks.positive(_CALLER, "max_loss", max_loss, "the bounds need a bounded loss: the 0-1 loss, or a clipped one")
-    loss = expected_loss.value if isinstance(expected_loss, Estimate) else expected_loss
+    loss, stderr = expected_loss if isinstance(expected_loss, Estimate) else (expected_loss, 0.0)
     if not 0 <= loss <= max_loss:
         raise ValueError(f"{_CALLER}: expected_loss must be in [0, {max_loss:g}], got {loss!r}; clip the loss at max_loss")
     kl = _divergence(nats)
@@ -130,7 +132,7 @@ def pac_bayes_bound(
         sample_delta = 0.0
     else:
         _check_probability("sample_delta", sample_delta)
-        scaled = _largest(scaled, math.log(2 / sample_delta) / _count("draws", draws))
+        scaled, stderr = _largest(scaled, math.log(2 / sample_delta) / _count("draws", draws)), 0.0
     if method == "kl":
         if beta is not None:
             raise ValueError(f"{_CALLER}: beta must be None for method='kl', which has none, got {beta!r}")
@@ -139,7 +141,9 @@ def pac_bayes_bound(
         betas = _betas(beta, N, delta)
         complexity = (kl + math.log(len(betas) / delta)) / N
         value, best = min(((scaled + b * complexity) / (1 - 1 / (2 * b)), b) for b in betas)
-    return Bound(value * max_loss, scaled * max_loss, kl, N, delta, method, max_loss, best, len(betas), draws, sample_delta)
+    return Bound(
+        value * max_loss, scaled * max_loss, kl, N, delta, method, max_loss, best, len(betas), draws, sample_delta, stderr
+    )
 
 
 def _divergence(nats: Any) -> float:

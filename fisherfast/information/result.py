@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fisherfast.fisher import Fisher
+from fisherfast.information import _prior
 
 WHOLE = "(model)"  # what is shown for the layer named "": the parameters that the model itself holds
 
@@ -141,11 +142,7 @@ class Information:
 
     def prior_in_words(self) -> str:
         """The prior scale and its center: ``0.1 around 0``."""
-        if isinstance(self.prior_scale, str):
-            scale = "fitted by layer"
-        else:
-            scale = "given by layer" if isinstance(self.prior_scale, Mapping) else f"{self.prior_scale:g}"
-        return f"{scale} around {'the given center' if self.centered else '0'}"
+        return _prior.in_words(self.prior_scale, self.centered)
 
     def conditions(self) -> str:
         """Everything the nats depend on, in one line."""
