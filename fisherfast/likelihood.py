@@ -23,6 +23,7 @@ from fisherfast._warning import FisherWarning
 from fisherfast.ops.categorical_score import categorical_score_
 
 FISHER_TYPES = ("mc", "exact", "empirical")
+_NO_LABEL = -100  # what a label that is not counted becomes in the cross entropy
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,9 @@ class Likelihood(Protocol):
 
     def sampled(self, predictions: Predictions, seed: int, draw: int) -> Tensor:
         """Gradient at ``values`` for labels drawn from the model."""
+
+    def losses(self, predictions: Predictions) -> Tensor:
+        """``[N]``: each sample's ``-log p`` at the labels of the data, a part of the graph; ``empirical`` is its gradient."""
 
     def num_columns(self, predictions: Predictions) -> int:
         """How many backward passes the exact Fisher takes."""
@@ -207,6 +211,20 @@ class Categorical:
             for n in range(len(score)):  # in float32, and no copy of more than one sample's logits
                 self._weigh(score[n], predictions.targets[n], predictions.counted[n])
         return score
+
+    def losses(self, predictions: Predictions) -> Tensor:
+        """See ``Likelihood``: the cross entropy, with ``class_weight`` and ``label_smoothing``."""
+        assert predictions.targets is not None
+        values, labels = predictions.values, predictions.targets.masked_fill(~predictions.counted, _NO_LABEL)
+        each = torch.nn.functional.cross_entropy(
+            values.flatten(0, 1).to(_wide(values)),
+            labels.flatten(),
+            weight=None if self.class_weight is None else self.class_weight.to(values.device, _wide(values)),
+            ignore_index=_NO_LABEL,
+            reduction="none",
+            label_smoothing=self.label_smoothing,
+        )
+        return each.view(labels.shape).sum(1)
 
     def _weigh(self, score: Tensor, labels: Tensor, counted: Tensor) -> None:
         """``(1 - e) w_y (p - e_y) + (e / C) sum_c w_c (p - e_c)`` of ``score = p - e_y`` [L, C], in place."""
@@ -330,6 +348,15 @@ class Bernoulli:
         w = 1.0 if self.pos_weight is None else _tiled(self.pos_weight, z)
         return _counted_only(predictions, (1 - y) * z.sigmoid() - w * y * (-z).sigmoid())
 
+    def losses(self, predictions: Predictions) -> Tensor:
+        """See ``Likelihood``: ``-w y log p - (1 - y) log(1 - p)``, added up."""
+        assert predictions.targets is not None
+        z = predictions.values.to(_wide(predictions.values))
+        y = predictions.targets.masked_fill(~predictions.counted, 0).to(z.dtype)
+        w = None if self.pos_weight is None else _tiled(self.pos_weight, z)
+        each = torch.nn.functional.binary_cross_entropy_with_logits(z, y, pos_weight=w, reduction="none")
+        return each.masked_fill(~predictions.counted, 0.0).sum(1)
+
     def sampled(self, predictions: Predictions, seed: int, draw: int) -> Tensor:
         """See ``Likelihood``: ``sigmoid(z) - y`` with ``y = [u < sigmoid(z)]``."""
         z = predictions.values.detach().double()
@@ -387,6 +414,14 @@ class Gaussian:
         assert predictions.targets is not None
         z = predictions.values.detach()
         return _counted_only(predictions, (z - predictions.targets.to(z.dtype)) / self._sigma(z) ** 2)
+
+    def losses(self, predictions: Predictions) -> Tensor:
+        """See ``Likelihood``: ``(z - y)^2 / (2 sigma^2) + log sigma + log(2 pi) / 2``, added up."""
+        assert predictions.targets is not None
+        z = predictions.values.to(_wide(predictions.values))
+        sigma = torch.as_tensor(self._sigma(z)).to(z)
+        each = ((z - predictions.targets.to(z.dtype)) / sigma).square() / 2 + sigma.log() + math.log(2 * math.pi) / 2
+        return each.masked_fill(~predictions.counted, 0.0).sum(1)
 
     def sampled(self, predictions: Predictions, seed: int, draw: int) -> Tensor:
         """See ``Likelihood``: ``- noise / sigma`` with standard normal noise."""
@@ -469,18 +504,25 @@ class LogLikelihood:
     def _score(self, predictions: Predictions, y: Tensor) -> Tensor:
         with torch.enable_grad():
             leaf = predictions.values.detach().requires_grad_()
-            log_p = self.log_prob(leaf, y)
-            N, L = predictions.counted.shape
-            fits = log_p.shape[:1] == (N,) and (log_p.dim() == 1 or (log_p.dim() == 2 and L in (1, log_p.shape[1])))
-            if not fits or not log_p.requires_grad:
-                raise ValueError(
-                    f"{self.name}: log_prob must return one number per sample [N] = ({N},), or one per position [N, L], that depends "
-                    f"on the output through autograd, got shape {tuple(log_p.shape)}"
-                    + ("" if log_p.requires_grad else " without a graph")
-                )
-            if log_p.dim() == 2:
-                log_p = log_p.masked_fill(~predictions.counted, 0.0)
-            return torch.autograd.grad(-log_p.sum(), leaf)[0]
+            return torch.autograd.grad(-self._log_p(replace(predictions, values=leaf), y).sum(), leaf)[0]
+
+    def _log_p(self, predictions: Predictions, y: Tensor) -> Tensor:
+        """What ``log_prob`` says of each sample, checked and added over its positions: ``[N]``."""
+        log_p = self.log_prob(predictions.values, y)
+        N, L = predictions.counted.shape
+        fits = log_p.shape[:1] == (N,) and (log_p.dim() == 1 or (log_p.dim() == 2 and L in (1, log_p.shape[1])))
+        lacks_graph = predictions.values.requires_grad and not log_p.requires_grad
+        if not fits or lacks_graph:
+            raise ValueError(
+                f"{self.name}: log_prob must return one number per sample [N] = ({N},), or one per position [N, L], that depends "
+                f"on the output through autograd, got shape {tuple(log_p.shape)}" + (" without a graph" if lacks_graph else "")
+            )
+        return log_p.masked_fill(~predictions.counted, 0.0).sum(1) if log_p.dim() == 2 else log_p
+
+    def losses(self, predictions: Predictions) -> Tensor:
+        """See ``Likelihood``: ``-log_prob``."""
+        assert predictions.targets is not None
+        return -self._log_p(predictions, predictions.targets)
 
     def empirical(self, predictions: Predictions) -> Tensor:
         """See ``Likelihood``: by autograd."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fisherfast.fisher import Fisher
+from fisherfast.information import _prior
 
 WHOLE = "(model)"  # what is shown for the layer named "": the parameters that the model itself holds
 
@@ -80,9 +81,14 @@ class Information:
         return math.fsum(layer.kl for layer in self.layers.values())
 
     @property
+    def loss_rise(self) -> float:
+        """``1/2 tr(F Sigma)``: how much coarse weights add to the mean loss, to second order."""
+        return self.temperature / 2 * math.fsum(layer.effective_dimension for layer in self.layers.values())
+
+    @property
     def lagrangian_rise(self) -> float:
         """``1/2 tr(F Sigma) + beta kl``: what coarse weights cost in all, in units of the mean loss."""
-        return self.temperature / 2 * math.fsum(layer.effective_dimension for layer in self.layers.values()) + self.beta * self.kl
+        return self.loss_rise + self.beta * self.kl
 
     @property
     def parameters(self) -> int:
@@ -136,11 +142,7 @@ class Information:
 
     def prior_in_words(self) -> str:
         """The prior scale and its center: ``0.1 around 0``."""
-        if isinstance(self.prior_scale, str):
-            scale = "fitted by layer"
-        else:
-            scale = "given by layer" if isinstance(self.prior_scale, Mapping) else f"{self.prior_scale:g}"
-        return f"{scale} around {'the given center' if self.centered else '0'}"
+        return _prior.in_words(self.prior_scale, self.centered)
 
     def conditions(self) -> str:
         """Everything the nats depend on, in one line."""
