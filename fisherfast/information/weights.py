@@ -172,7 +172,7 @@ def _measure(
         if block.squared_distance:
             kl += block.squared_distance / (2 * scale**2)
         if 0 < scale < math.inf:
-            costs, shares = _series.sum_over(block.spectrum, scale**2 / temperature, _series.cost, _series.share)
+            costs, shares = _series.costs_and_shares(block.spectrum, scale**2 / temperature)
             kl += costs / 2
             dimension += shares
     distinct = {scales[name] for name in summary.parameters}
