@@ -52,19 +52,22 @@ def shapes(blocks: int) -> dict[str, tuple[int, ...]]:
 
 
 def inputs(names: dict[str, tuple[int, ...]]) -> tuple[Any, dict[str, Any]]:
-    """A Fisher and weights of these shapes, made in place."""
+    """A Fisher and weights of these shapes: a million random numbers over and over, scaled by layer."""
     import torch
 
     import fisherfast as ff
     from fisherfast.accumulator import Accumulator
 
     torch.manual_seed(0)
+    entries, values = torch.empty(1 << 20, dtype=torch.float64).log_normal_(-12, 2.5), 0.02 * torch.randn(1 << 20).bfloat16()
     sums, weights = {}, {}
     for i, (name, shape) in enumerate(names.items()):
-        values = torch.empty(shape, dtype=torch.float32)
-        weights[name] = values.normal_(0, 0.02).to(torch.bfloat16)
-        total = values.log_normal_(-12 - i % 5, 2.5).double()
-        if len(shape) == 2 and shape[0] == VOCABULARY:
+        total, weights[name] = torch.empty(shape, dtype=torch.float64), torch.empty(shape, dtype=torch.bfloat16)
+        for start in range(0, total.numel(), len(entries)):
+            to, count = slice(start, start + len(entries)), min(len(entries), total.numel() - start)
+            total.view(-1)[to] = entries[:count] * 2.0 ** -(i % 5)
+            weights[name].view(-1)[to] = values[:count]
+        if shape[0] == VOCABULARY:
             total[torch.rand(VOCABULARY) < 0.4] = 0
         sums[name] = Accumulator(total, SAMPLES)
     return ff.DiagonalFisher.from_accumulators(sums, num_samples=SAMPLES), weights
