@@ -143,12 +143,12 @@ def _measured(case: Case) -> dict:
     parameters = sum(p.numel() for p in model.parameters())
     rows = {}
     for structure in reversed(STRUCTURES):  # the exact one first: its trace sets the dampings
-        rows[structure] = _row(model, batches, structure, case.options, rows.get("gram", {}).get("trace"), parameters)
+        rows[structure] = _row(model, batches, structure, case.options, rows.get("gram"), parameters)
         print(case.title, structure, {k: v for k, v in rows[structure].items() if k != "spectrum"}, flush=True)
     return {"title": case.title, "parameters": parameters, "structures": {name: rows[name] for name in STRUCTURES}}
 
 
-def _row(model, batches, structure: str, options: dict, trace: float | None, parameters: int) -> dict:
+def _row(model, batches, structure: str, options: dict, exact: dict | None, parameters: int) -> dict:
     import fisherfast as ff
 
     def run():
@@ -158,17 +158,25 @@ def _row(model, batches, structure: str, options: dict, trace: float | None, par
     start = time.perf_counter()
     F = run()
     seconds = time.perf_counter() - start
-    mean = (F.trace() if trace is None else trace) / parameters
+    mean = (F.trace() if exact is None else exact["trace"]) / parameters
     start = time.perf_counter()
     first = F.logdet(SCALES[0] * mean)
     logdet_seconds = time.perf_counter() - start
     values = F.eigenvalues()
+    scale = "fit" if exact is None else exact["information"]["prior_scale"]
+    info = ff.information_in_weights(F, model, prior_scale=scale, beta=1 / F.num_samples)
     return {
         "seconds": seconds,
         "logdet_seconds": logdet_seconds,
         "bytes": sum(t.numel() * t.element_size() for t in F.state()[0].values()),
         "trace": F.trace(),
         "logdet": [first] + [F.logdet(scale * mean) for scale in SCALES[1:]],
+        "information": {
+            "nats": info.nats,
+            "effective_dimension": sum(layer.effective_dimension for layer in info.by_layer().values()),
+            "prior_scale": next(iter(info.prior_scales.values())),
+            "num_samples": F.num_samples,
+        },
         "spectrum": _thinned(values[values > 1e-12 * values[0]].tolist()),
     }
 
@@ -198,7 +206,7 @@ def render() -> str:
             f"## {machine['cpu']}, {machine['isa']}, {machine['threads']} threads\n\ncommit {machine['commit']}, torch "
             f"{machine['versions']['torch']}\n\n![The eigenvalues of each structure, by rank, on logarithmic axes]({figure(path).name})\n"
         )
-        parts += [_table(case) for case in run["cases"].values()]
+        parts += [_table(case) + _nats(case) for case in run["cases"].values()]
     return "\n".join(parts)
 
 
@@ -219,6 +227,21 @@ def _table(case: dict) -> str:
             + " | ".join(logdets)
             + " |"
         )
+    return "\n".join(lines) + "\n"
+
+
+def _nats(case: dict) -> str:
+    """The information in the weights by each structure, at one prior scale and one beta."""
+    exact = case["structures"]["gram"]["information"]
+    lines = [
+        f"\nInformation in the weights, beta = 1/{exact['num_samples']}, prior scale {exact['prior_scale']:.3g} around 0:\n\n"
+        "| structure | nats | too many | nats per parameter | effective dimension |\n| :-- | --: | --: | --: | --: |"
+    ]
+    for name, row in case["structures"].items():
+        info = row["information"]
+        nats, off = info["nats"], info["nats"] - exact["nats"]
+        wrong = "" if name == "gram" else f"{off:+,.0f} ({off / exact['nats']:+.0%})"
+        lines.append(f"| {name} | {nats:,.0f} | {wrong} | {nats / case['parameters']:.3f} | {info['effective_dimension']:,.0f} |")
     return "\n".join(lines) + "\n"
 
 

@@ -121,7 +121,7 @@ class BlockFisher(Measured, Generic[_Block]):
     def _traces(self) -> dict[str, float]:
         """Of each block, under its weight, and of each diagonal."""
         traces = {block.place.weight: block.trace() for block in self.blocks}
-        return traces | {name: float(self._mean(name).sum()) for name in self.diagonals}
+        return traces | {name: self.diagonals[name].mean_sum() for name in self.diagonals}
 
     def trace(self) -> float:
         """The sum of the eigenvalues."""
@@ -224,7 +224,7 @@ class BlockFisher(Measured, Generic[_Block]):
         blocks = {block.place.weight: block for block in self.blocks}
         for name in self.names:
             if name in self.diagonals:
-                yield Spectrum(layer_of(name), (name,), (self._mean(name).flatten(),))
+                yield Spectrum(layer_of(name), (name,), self.diagonals[name].mean_factors())
             elif name in blocks:
                 yield Spectrum(layer_of(name), blocks[name].place.names, *blocks[name].spectrum())
 

@@ -124,10 +124,13 @@ class DiagonalFisher:
         """The sums and weights themselves, not copies: what a resumed run goes on from."""
         return self._sums
 
-    def _mean(self, name: str) -> Tensor:
+    def _counted(self, name: str) -> Accumulator:
         if self._sums[name].weight == 0:
             raise ValueError(f"DiagonalFisher: {name!r} has counted no samples; the run ended before its first backward pass")
-        return self._sums[name].mean()
+        return self._sums[name]
+
+    def _mean(self, name: str) -> Tensor:
+        return self._counted(name).mean()
 
     def _regular(self, method: str, name: str, damping: float) -> Tensor:
         damped = self._mean(name) + damping
@@ -141,7 +144,7 @@ class DiagonalFisher:
 
     def trace(self) -> float:
         """``sum_i f_i``."""
-        return math.fsum(float(self._mean(name).sum()) for name in self.names)
+        return math.fsum(self._counted(name).mean_sum() for name in self.names)
 
     def stderr(self, what: str = "trace") -> Any:
         """The standard error of ``trace()``, or with ``"by_layer"`` of each layer's trace, ``{layer: error}``.
@@ -198,9 +201,9 @@ class DiagonalFisher:
         return torch.cat([self._mean(name).flatten().to(device) for name in self.names]).sort(descending=True).values
 
     def spectra(self) -> Iterator[Spectrum]:
-        """One block with one factor, the flat float64 diagonal, for each parameter."""
+        """One block for each parameter, its factors the sums themselves and ``1 / weight``: nothing is copied."""
         for name in self.names:
-            yield Spectrum(layer_of(name), (name,), (self._mean(name).flatten(),))
+            yield Spectrum(layer_of(name), (name,), self._counted(name).mean_factors())
 
     def sample(
         self, n: int, *, damping: Damping = 0.0, generator: torch.Generator | None = None, dtype: torch.dtype = torch.float32
@@ -223,7 +226,7 @@ class DiagonalFisher:
         return {layer: self._summarised(layer, tuple(members)) for layer, members in layers.items()}
 
     def _summarised(self, layer: str, members: tuple[str, ...]) -> LayerSummary:
-        trace = math.fsum(float(self._mean(name).sum()) for name in members)
+        trace = math.fsum(self._counted(name).mean_sum() for name in members)
         return LayerSummary(layer, members, sum(self.shapes[name].numel() for name in members), trace)
 
     def summary(self) -> list[SummaryRow]:

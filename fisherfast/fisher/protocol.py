@@ -3,7 +3,7 @@
 
 A structure (diagonal, Kronecker-factored, Gram) is one file beside this one, a class with these methods. Per-layer work on
 the eigenvalues goes through ``spectra()``, which never forms the whole spectrum: a block's eigenvalues are all products of
-one entry of each of its factors, so a diagonal has one factor and a Kronecker block two.
+one entry of each of its factors: a diagonal's are its sums and one number, a Kronecker block's two eigenvalue vectors.
 """
 
 from __future__ import annotations
@@ -59,8 +59,9 @@ class LayerSummary:
 class Spectrum:
     """The eigenvalues of one block: every product of one entry of each factor, and ``zeros`` further ones that are zero.
 
-    Shapes:   factors 1-D float64, ``(f,)`` of a diagonal, ``(b, a)`` of a Kronecker block ``B (x) A``; the block has
-              ``prod(len(factor)) + zeros`` eigenvalues, which is ``num_parameters``.
+    Shapes:   factors 1-D float64, ``(sums, 1/N)`` of a diagonal, ``(b, a)`` of a Kronecker block ``B (x) A``; the block has
+              ``prod(len(factor)) + zeros`` eigenvalues, which is ``num_parameters``. Factors may be views of the Fisher's own
+              memory: read them only.
     """
 
     layer: str

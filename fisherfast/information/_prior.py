@@ -11,7 +11,8 @@ from fisherfast.information import _checks, _series
 
 _CALLER = "information_in_weights"
 _MAX_STEPS = 100
-_CONVERGED = 1e-12  # of log lambda^2
+_CONVERGED = 1e-13  # error of log lambda^2
+_MIDDLE_SLOPE = 1.5  # of the slopes there are, 1 to 2
 
 
 def check_positive(name: str, value: float, advice: str, caller: str = _CALLER) -> float:
@@ -68,22 +69,42 @@ def fitted(spectra: Sequence[Spectrum], squared_distance: float, temperature: fl
     """The lambda of one layer that minimises the Lagrangian: the fixed point of ``lambda^2 = (||w - c||^2 + tr Sigma) / k``.
 
     With Sigma at its own optimum this reads ``lambda^2 sum_j u_j = ||w - c||^2``, u_j the share of direction j. The left
-    side grows with lambda, so the solution is unique; in logarithms its slope lies between 1 and 2, so Newton's steps
-    always contract, where the fixed-point iteration crawls on flat layers. Two limits carry no information: weights at
-    their center (lambda = 0), and a layer whose Fisher is zero (lambda = inf).
+    side grows with lambda, so the solution is unique. Two limits carry no information: weights at their center (lambda =
+    0), and a layer whose Fisher is zero (lambda = inf). A sample of the eigenvalues gives the first guess, so that few
+    steps read all of them.
     """
     if squared_distance == 0:
         return 0.0
-    if not any(_series.sum_over(spectrum, 1.0, _series.share)[0] for spectrum in spectra):
-        return math.inf
-    target = math.log(squared_distance)
-    log_square = target - math.log(sum(spectrum.num_parameters for spectrum in spectra))
+    log_distance = math.log(squared_distance)
+    start = log_distance - math.log(sum(spectrum.num_parameters for spectrum in spectra)), _MIDDLE_SLOPE
+    sampled = _solved([_series.thinned(spectrum) for spectrum in spectra], log_distance, temperature, *start)
+    if not math.isfinite(sampled[0]):
+        sampled = start
+    log_square, _ = _solved([(spectrum, 1.0) for spectrum in spectra], log_distance, temperature, *sampled)
+    return math.exp(log_square / 2)
+
+
+def _solved(
+    spectra: Sequence[tuple[Spectrum, float]], log_distance: float, temperature: float, log_square: float, slope: float
+) -> tuple[float, float]:
+    """``log lambda^2`` and the slope there, by the secant method from a guess of both; inf if every eigenvalue is zero.
+
+    Each spectrum counts as often as said. In ``x = log lambda^2`` the equation is ``h(x) = x + log sum_j u_j - log
+    ||w - c||^2 = 0``. With E the mean over j weighted by u_j, ``h' = 2 - E u`` and ``h'' = 2 E u^2 - E u - (E u)^2``, so that
+    ``1 <= h' <= 2`` and ``|h''| <= 1/4``: steps contract, where the fixed-point iteration crawls on flat layers, and a
+    secant's error is at most ``|h_n h_(n-1)| / 8``, that of any slope in this range ``|h_n|``.
+    """
+    previous = math.inf
     for _ in range(_MAX_STEPS):
         scale = math.exp(log_square) / temperature
-        sums = [_series.sum_over(spectrum, scale, _series.share, lambda s: _series.share(s).square()) for spectrum in spectra]
-        shares, squares = (math.fsum(column) for column in zip(*sums, strict=True))
-        step = (log_square + math.log(shares) - target) / (2 - squares / shares)
-        log_square -= step
-        if abs(step) < _CONVERGED:
-            return math.exp(log_square / 2)
+        shares = math.fsum(times * _series.costs_and_shares(spectrum, scale)[1] for spectrum, times in spectra)
+        if shares == 0:
+            return math.inf, slope
+        value = log_square + math.log(shares) - log_distance
+        if math.isfinite(previous):
+            slope = min(2.0, max(1.0, slope * (previous - value) / previous))  # the last step was previous / slope
+        log_square -= value / slope
+        if abs(value) * min(1.0, abs(previous) / 8) < _CONVERGED:
+            return log_square, slope
+        previous = value
     raise ArithmeticError(f"information_in_weights: prior_scale='fit' did not converge in {_MAX_STEPS} steps; give a number")

@@ -54,9 +54,10 @@ def information_in_weights(
     Shapes:   every tensor of ``model`` and ``center`` has the shape of the same name in F.
     Scale:    F is a mean over samples, so beta goes with a mean loss; with a summed loss in mind divide beta by N.
     Errors:   ValueError for a beta or prior_scale not above zero, an infinite prior_scale (compare 0.5 * F.logdet instead),
-              an unknown variant, names or shapes that differ between F, model and center, a Fisher that is negative or not
-              finite. FisherWarning where F lacks parameters; ``.excluded`` lists them.
-    Numerics: float64 sums, one parameter at a time; g by a series for small s, relative error below 1e-13.
+              an unknown variant, names or shapes that differ between F, model and center, tensors that are not floating, a
+              Fisher that is negative or not finite. FisherWarning where F lacks parameters; ``.excluded`` lists them.
+    Numerics: float64, one layer at a time, in chunks and without copies of F; relative error below 1e-12. A fitted scale
+              is right to 1e-12.
     Source:   Proposition 2.5 and eq. 8 of Achille, Paolini and Soatto (arXiv:1905.12213).
     """
     (info,) = informations(F, model, (beta,), prior_scale=prior_scale, center=center, variant=variant, loss=loss)
@@ -131,6 +132,7 @@ def _check_names(F: Fisher, model: Weights, weights: Mapping[str, Tensor]) -> tu
     excluded = tuple(name for name, how in F.coverage.items() if how.startswith("missing"))
     if lacking := [name for name in F.names if name not in weights]:
         raise ValueError(f"information_in_weights: model must hold every parameter of F, lacks {lacking}")
+    _check_floating("model", F, weights)
     covered = {*F.names, *F.aliases, *excluded}
     # A frozen parameter asks for no Fisher; in a mapping there is no such mark, and everything counts.
     wanted = [name for name, tensor in weights.items() if tensor.requires_grad or not isinstance(model, nn.Module)]
@@ -143,12 +145,19 @@ def _check_names(F: Fisher, model: Weights, weights: Mapping[str, Tensor]) -> tu
     return excluded
 
 
+def _check_floating(role: str, F: Fisher, tensors: Mapping[str, Tensor]) -> None:
+    for name in F.names:
+        if not (dtype := tensors[name].dtype).is_floating_point:
+            raise ValueError(f"information_in_weights: {role}[{name!r}] must be floating, got {dtype}; convert it with .float()")
+
+
 def _check_center(F: Fisher, weights: Mapping[str, Tensor], centers: Mapping[str, Tensor] | None) -> None:
     """Raise ValueError unless the center, if there is one, has every parameter of F in the model's shape."""
     if centers is None:
         return
     if lacking := [name for name in F.names if name not in centers]:
         raise ValueError(f"information_in_weights: center must hold every parameter of F, lacks {lacking}")
+    _check_floating("center", F, centers)
     for name in F.names:
         if (got := tuple(centers[name].shape)) != (shape := tuple(weights[name].shape)):
             raise ValueError(f"information_in_weights: center[{name!r}] must be {shape} as in model, got {got}")
@@ -192,7 +201,7 @@ def _measure(
         if block.squared_distance:
             kl += block.squared_distance / (2 * scale**2)
         if 0 < scale < math.inf:
-            costs, shares = _series.sum_over(block.spectrum, scale**2 / temperature, _series.cost, _series.share)
+            costs, shares = _series.costs_and_shares(block.spectrum, scale**2 / temperature)
             kl += costs / 2
             dimension += shares
     distinct = {scales[name] for name in summary.parameters}
