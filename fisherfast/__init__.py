@@ -26,7 +26,13 @@ from fisherfast.fisher.measure import fisher
 from fisherfast.fisher.operator import FisherOperator
 from fisherfast.fisher.plan import Plan, plan
 from fisherfast.fisher.run import Interrupted
-from fisherfast.information import information_in_weights
+from fisherfast.information import (
+    activation_noise,
+    effective_information,
+    image_tangents,
+    information_in_weights,
+    input_fisher,
+)
 from fisherfast.likelihood import Bernoulli, Categorical, CausalLM, Gaussian, LogLikelihood
 from fisherfast.passes import NonFiniteError
 from fisherfast.rules import rule
@@ -60,10 +66,14 @@ __all__ = [
     "SampleMoments",
     "SampleNorms",
     "SpectralDensity",
+    "activation_noise",
     "backend",
     "collect",
+    "effective_information",
     "fisher",
+    "image_tangents",
     "information_in_weights",
+    "input_fisher",
     "load",
     "ops",
     "plan",
