@@ -123,7 +123,7 @@ def test_spectrum_below_the_dimension_of_x_is_relative():
     assert got.nats == pytest.approx((fisher.logdet().mean().item() - 2 * math.log(PI_E)) / 2)
     assert got.trace == fisher.mean_trace and got.log_pseudo_determinant == fisher.logdet().mean().item()
     assert got.stderr == pytest.approx(fisher.logdet().std().item() / 2 / math.sqrt(12))
-    assert "nats above the entropy of the input: method spectrum, 12 inputs, 2 units about x" in str(got)
+    assert "nats less the entropy of the input: method spectrum, 12 inputs, 2 units about x" in str(got)
     with pytest.raises(
         ValueError, match=r"z must tell all 3 numbers of the input apart for eq\. 10, got .* rank 2 from 2 units; leave"
     ):

@@ -110,6 +110,42 @@ def test_covariance_term_is_the_slope_of_the_covariance(structure):
         torch.testing.assert_close(both.matrix()[n] - mean.matrix()[n], second, rtol=1e-7, atol=1e-9)
 
 
+class Sequence(nn.Module):
+    """A part over positions, then a linear layer on the mean over them."""
+
+    def __init__(self, part, pick=lambda out: out):
+        super().__init__()
+        self.part, self.pick, self.head = part, pick, nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.head(self.pick(self.part(x)).mean(1))
+
+
+@pytest.mark.parametrize(
+    "net",
+    [
+        Sequence(nn.TransformerEncoderLayer(4, 2, 3, batch_first=True)),
+        Sequence(nn.LSTM(4, 4, batch_first=True), lambda out: out[0]),
+    ],
+    ids=["attention", "lstm"],
+)
+def test_both_terms_of_attention_and_recurrence(net):
+    # Against central differences of activation_noise.
+    net, x, step = net.double().eval(), torch.randn(1, 3, 4, dtype=DOUBLE), 1e-5
+    F = ff.DiagonalFisher({name: torch.rand_like(p) + 0.1 for name, p in net.named_parameters()}, 7)
+
+    def noise(x):
+        return ff.activation_noise(net, x, F, beta=0.1)
+
+    moves = step * torch.eye(12, dtype=DOUBLE).view(12, 3, 4)
+    ahead, behind, here = noise(x + moves), noise(x - moves), noise(x)
+    G, slopes = ((a - b) / (2 * step) for a, b in ((ahead.mean, behind.mean), (ahead.covariance, behind.covariance)))
+    inverse = here.covariance[0].inverse()
+    expected = G @ inverse @ G.T + torch.einsum("ij,ajk,kl,bli->ab", inverse, slopes, inverse, slopes) / 2
+    got = ff.input_fisher(net, x, F, beta=0.1, terms="both").matrix()[0]
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6 * float(expected.abs().max()))
+
+
 def test_covariance_term_of_a_gaussian_with_unknown_scale():
     # z = w x: S = s x^2, so the term is 1/2 (S' / S)^2 = 2 / x^2, whatever w, F and beta.
     net, x = nn.Linear(1, 1, bias=False).double(), torch.tensor([[0.5], [3.0]], dtype=DOUBLE)
@@ -217,6 +253,8 @@ def test_conditions_and_damping():
     torch.testing.assert_close(damped.factor, prior.factor, rtol=1e-12, atol=1e-12)
     assert "prior scale uninformative (damping 0.4), k = 26 weights, N = 7 samples, Fisher exact, gram" in str(damped)
     assert "4 units about x, exact formulas, terms mean, layer '1', beta = 0.1, prior scale 0.5 (damping 0.4)" in str(prior)
+    printed = ff.input_fisher(net, x, F, beta=0.1, variant="paper").conditions()
+    assert "paper formulas, terms mean, output, beta = 0.1, no prior, k = 26 weights" in printed
     assert str(ff.activation_noise(net, x, F, beta=0.1, prior_scale=0.5)).startswith("mean noise variance ")
 
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fisherfast.batches import Batch, Output
 from fisherfast.capture import refuse_train_mode, unwrapped
@@ -87,7 +88,11 @@ class Activation:
         return z[self._units.to(z.device)]
 
     def _bound(self, weights: Mapping[str, Tensor]) -> Any:
-        return lambda *inputs: torch.func.functional_call(self._root, dict(weights), inputs)
+        def call(*inputs: Tensor) -> Any:
+            with sdpa_kernel(SDPBackend.MATH):  # the attention whose backward pass can be vectorised and has a derivative
+                return torch.func.functional_call(self._root, dict(weights), inputs)
+
+        return call
 
     def jacobians(self, x: Tensor) -> Jacobians:
         """One backward pass for every unit, vectorised a few at a time.
@@ -118,12 +123,13 @@ class Activation:
                 f"{self.caller}: units^2 times dim x must be <= {MAX_NUMBERS:,} for both terms, got {D:,}^2 x {x.numel():,}; "
                 "choose fewer with units="
             )
-        columns = [part.to(self.dtype) for part in vectors.split(self._sizes, 1)]
-        named = {name: part.view(-1, *weight.shape) for part, (name, weight) in zip(columns, self._weights.items(), strict=True)}
 
         def products(x: Tensor) -> Tensor:
-            along = lambda v: torch.func.jvp(lambda w: self(w, x), (self._weights,), (v,))[1]  # noqa: E731
-            return torch.func.vmap(along)(named)
+            z, pull = torch.func.vjp(lambda weights: self(weights, x), self._weights)[:2]
+            # Not vectorised: under vmap (torch 2.13) the derivative of a layer norm's backward pass comes out wrong.
+            rows = [pull(cotangent)[0] for cotangent in torch.eye(len(z), dtype=z.dtype, device=z.device)]
+            flat = torch.stack([torch.cat([row[name].flatten() for name in self._weights]) for row in rows])
+            return flat @ vectors.to(z.dtype).mT
 
-        found = torch.func.jacrev(products, chunk_size=max(1, _CHUNK_NUMBERS // sum(self._sizes)))(x)
-        return found.detach().double().flatten(2).transpose(0, 1)
+        found = torch.func.jacrev(products, chunk_size=max(1, _CHUNK_NUMBERS // (D * sum(self._sizes))))(x)
+        return found.detach().double().flatten(2)

@@ -20,7 +20,8 @@ PriorScale = float | Mapping[str, float] | str | None
 class Channel:
     """``z_n = f_{w + n}(x)``, ``n ~ N(0, Sigma)``, ``Sigma = beta (F + damping)^-1``: what every number of an activation depends on.
 
-    ``dampings`` by parameter name: ``beta / lambda^2`` of the prior, or the damping given without one.
+    ``dampings`` by parameter name: ``beta / lambda^2`` of the prior, or the damping given without one; none where nothing is
+    inverted, as in the printed formula.
     """
 
     layer: str | None
@@ -39,10 +40,13 @@ class Channel:
         beta: float,
         prior_scale: PriorScale,
         damping: float | None,
+        inverted: bool = True,
     ) -> Channel:
         """Raise ValueError unless the noise is well defined: a prior, a damping, or a Fisher that is regular by itself."""
         if not (isinstance(beta, (int, float)) and math.isfinite(beta) and beta > 0):
             raise ValueError(f"{caller}: beta must be a finite number > 0, got {beta!r}; 1 / (number of training samples)")
+        if not inverted:
+            return cls(layer, float(beta), None, {}, F)
         if prior_scale is None:
             value = 0.0 if damping is None else float(damping)
             if not (math.isfinite(value) and value >= 0):
@@ -72,16 +76,23 @@ class Channel:
     def conditions(self) -> str:
         """Everything the numbers depend on, in one line."""
         F = self.fisher
-        distinct = sorted(set(self.dampings.values()))
-        damping = f"{distinct[0]:.3g}" if len(distinct) == 1 else f"{distinct[0]:.3g} to {distinct[-1]:.3g}"
-        prior = {str: "fitted by layer", type(None): "uninformative"}.get(type(self.prior_scale))
-        if prior is None:
-            prior = "given by layer" if isinstance(self.prior_scale, Mapping) else f"{self.prior_scale:g}"
         return (
-            f"{'output' if self.layer is None else f'layer {self.layer!r}'}, beta = {self.beta:.3g}, prior scale {prior} "
-            f"(damping {damping}), k = {sum(part.num_parameters for part in F.by_layer().values()):,} weights, "
-            f"N = {F.num_samples:,} samples, Fisher {F.provenance.fisher_type or 'of unknown type'}, {F.structure}"
+            f"{'output' if self.layer is None else f'layer {self.layer!r}'}, beta = {self.beta:.3g}, {self._prior_in_words()}, "
+            f"k = {sum(part.num_parameters for part in F.by_layer().values()):,} weights, N = {F.num_samples:,} samples, "
+            f"Fisher {F.provenance.fisher_type or 'of unknown type'}, {F.structure}"
         )
+
+    def _prior_in_words(self) -> str:
+        if not self.dampings:
+            return "no prior"
+        low, high = min(self.dampings.values()), max(self.dampings.values())
+        if self.prior_scale is None:
+            scale = "uninformative"
+        elif isinstance(self.prior_scale, str):
+            scale = "fitted by layer"
+        else:
+            scale = "given by layer" if isinstance(self.prior_scale, Mapping) else f"{self.prior_scale:g}"
+        return f"prior scale {scale} (damping {low:.3g}{'' if low == high else f' to {high:.3g}'})"
 
 
 def _check_regular(caller: str, F: Fisher) -> None:

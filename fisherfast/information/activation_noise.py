@@ -47,7 +47,7 @@ def activation_noise(
     """``S(x) = J Sigma J^T``, ``Sigma = beta (F + beta / lambda^2)^-1``, ``J = dz/dw``: the covariance of z when w is noisy.
 
     Sigma is the weight noise that ``information_in_weights`` finds best, so what S says about z is what the loss is
-    insensitive to. A diagonal Fisher gives ``S_ab = beta sum_k J_ak J_bk / f_k``; a KFAC block ``B (x) A`` of a linear layer gives
+    insensitive to. Weights that F lacks have no noise. A diagonal Fisher gives ``S_ab = beta sum_k J_ak J_bk / f_k``; a KFAC block ``B (x) A`` of a linear layer gives
     its output ``S = beta (x^T A^-1 x) B^-1``.
 
     ``layer``        the output of this submodule; None is the model's own output.

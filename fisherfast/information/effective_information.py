@@ -63,7 +63,7 @@ class EffectiveInformation:
         return f"method {self.method}, {len(self.each):,} inputs{entropy}, {self.source.conditions()}"
 
     def __str__(self) -> str:
-        relative = " above the entropy of the input" if self.entropy is None and self.bound is None else ""
+        relative = " less the entropy of the input" if self.entropy is None and self.bound is None else ""
         return f"{self.nats:.4g} +- {self.stderr:.2g} nats{relative}: {self.conditions()}"
 
 

@@ -120,8 +120,8 @@ def input_fisher(
     Errors:   ValueError for arguments that do not fit, a singular F without prior and damping, too many units, and where z moves
               with x in a direction without noise: there the information is infinite (a layer with more units than weights
               before it; choose fewer with ``units``). A unit that neither moves nor has noise (a dead ReLU) counts as nothing.
-    Numerics: Jacobians in the model's precision, all else float64; the second term by forward over reverse mode, dim z^2 backward
-              passes for each input.
+    Numerics: Jacobians in the model's precision, all else float64. The second term takes dim z^2 backward passes through a
+              backward pass for each input: for few units and small inputs.
     Source:   Proposition 3.2 (i) of Achille, Paolini and Soatto (arXiv:1905.12213), corrected; the Fisher of a Gaussian:
               Kay 1993, "Fundamentals of Statistical Signal Processing", eq. 3.31.
     """
@@ -134,8 +134,7 @@ def input_fisher(
     z = Activation("input_fisher", model, F, layer, units, output)
     x = z.check_inputs(x)
     directions = [None] * len(x) if along is None else nuisances.tangents("input_fisher", x, along)
-    # As printed nothing is inverted, and any F will do.
-    channel = Channel.of("input_fisher", model, F, layer, beta, prior_scale, 1.0 if variant == "paper" else damping)
+    channel = Channel.of("input_fisher", model, F, layer, beta, prior_scale, damping, inverted=variant == "exact")
     factors, num_units = [], 0
     for sample, tangent in zip(x, directions, strict=True):
         local = z.jacobians(sample)
