@@ -291,6 +291,19 @@ def test_spectrum_is_of_the_matrix():
     assert got.eigenvalues().shape == (7, 3) and got.num_units == 4
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, DOUBLE])
+def test_rank_counts_what_is_not_rounding(dtype):
+    # Of three units of a linear layer one is the sum of the others, and has noise of its own.
+    net, x = nn.Linear(7, 3).to(dtype), torch.randn(4, 7, dtype=dtype)
+    with torch.no_grad():
+        net.weight[2] = net.weight[0] + net.weight[1]
+    F = ff.DiagonalFisher({name: torch.ones_like(p) for name, p in net.named_parameters()}, 7)
+    got = ff.input_fisher(net, x, F, beta=0.1)
+    assert got.rank().tolist() == [2] * 4
+    top = got.eigenvalues()[:, :2]
+    torch.testing.assert_close(got.logdet(), top.log().sum(1))
+
+
 def test_along_pulls_back():
     net, x = mlp()
     F = measured(net, x)

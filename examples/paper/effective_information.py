@@ -37,8 +37,15 @@ MEASURES = {
     "nuisance": "eq. 10 on shift and rotation, nats",
     "monte-carlo": f"I(which input; z), nats of {math.log(INPUTS):.2f}",
 }
-AXES = {"weights": "information in the weights, nats", "fisher part": "its Fisher part, nats"}
+NAMES = [f"{layer} {measure}" for layer in LAYERS for measure in MEASURES]
+AXES = {"weights": "information in the weights", "fisher part": "Fisher part of the information in the weights"}
 NUISANCES = {"shift x": 2.0, "shift y": 2.0, "rotation": 0.5}  # widths of uniform priors: pixels, pixels, radians
+SWEEPS = {
+    "length": "trained for 1 to 100 epochs",
+    "decay": "weight decay 0.1 to 3",
+    "noise": "noise on the weights, 0.05 to 0.3",
+    "beta": "one network, beta 1e-4 to 0.1",
+}
 COLOURS = {"length": "#0072B2", "decay": "#D55E00", "noise": "#009E73", "beta": "#999999"}
 PASS_MEAN = 0.5
 
@@ -120,12 +127,10 @@ def runs(seed: int, structure: str) -> list[dict[str, Any]]:
             accuracy = float((network(x_test).argmax(1) == y_test).double().mean())
         common = {"seed": seed, "accuracy": accuracy}
         records.append({"sweep": sweep, "value": value, **common, **measured(network, F, inputs, 1 / len(x))})
+        nats = records[-1]["weights"]
+        print(f"seed {seed}, {sweep} {value:g}: accuracy {accuracy:.1%}, {nats:,.0f} nats in the weights", flush=True)
         if settings == {"epochs": EPOCHS}:
             records += [{"sweep": "beta", "value": beta, **common, **measured(network, F, inputs, beta)} for beta in PRICES]
-        print(
-            f"seed {seed}, {sweep} {value:g}: accuracy {accuracy:.1%}, {records[-1]['weights']:,.0f} nats in the weights",
-            flush=True,
-        )
     return records
 
 
@@ -135,90 +140,72 @@ def spearman(a: list[float], b: list[float]) -> float:
     return float(torch.corrcoef(torch.stack(ranks))[0, 1])
 
 
-def judged(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """For every layer, measure and abscissa: the correlation by seed over the trained networks, by sweep, and the verdict."""
-    verdicts = []
-    for axis in AXES:
-        for name in (f"{layer} {measure}" for layer in LAYERS for measure in MEASURES):
+def judged(records: list[dict[str, Any]], axis: str, measure: str) -> dict[str, Any]:
+    """Whether a measure falls with the information in the weights: correlations over the trained networks of each seed."""
 
-            def correlation(seed: int, *sweeps: str, of: tuple[str, str] = (axis, name)) -> float:
-                rows = [r for r in records if r["seed"] == seed and r["sweep"] in sweeps]
-                return spearman(*([row[what] for row in rows] for what in of))
+    def correlations(*sweeps: str) -> list[float]:
+        found = []
+        for seed in sorted({record["seed"] for record in records}):
+            rows = [record for record in records if record["seed"] == seed and record["sweep"] in sweeps]
+            found.append(spearman([row[axis] for row in rows], [row[measure] for row in rows]))
+        return found
 
-            seeds = sorted({record["seed"] for record in records})
-            each = [correlation(seed, "length", "decay", "noise") for seed in seeds]
-            mean = sum(each) / len(each)
-            by_sweep = {sweep: sum(correlation(seed, sweep) for seed in seeds) / len(seeds) for sweep in COLOURS}
-            passed = mean >= PASS_MEAN and min(each) > 0
-            verdicts.append(
-                {
-                    "against": axis,
-                    "measure": name,
-                    "spearman": mean,
-                    "by seed": each,
-                    "by sweep": by_sweep,
-                    "verdict": "PASS" if passed else "FAIL",
-                }
-            )
-    return verdicts
+    each = correlations("length", "decay", "noise")
+    mean = sum(each) / len(each)
+    by_sweep = {sweep: sum(correlations(sweep)) / len(each) for sweep in COLOURS}
+    return {
+        "claim": f"{measure} falls with the {AXES[axis]}",
+        "verdict": "PASS" if mean >= PASS_MEAN and min(each) > 0 else "FAIL",
+        "seen": f"Spearman {mean:+.2f} (" + ", ".join(f"{sweep} {value:+.2f}" for sweep, value in by_sweep.items()) + ")",
+        "spearman by seed": each,
+        "spearman by sweep": by_sweep,
+    }
 
 
-def drawn(records: list[dict[str, Any]], verdicts: list[dict[str, Any]], path: Path) -> None:
-    """Every measure against the information in the weights and against its Fisher part."""
+def drawn(records: list[dict[str, Any]], criteria: dict[tuple[str, str], dict[str, Any]], path: Path) -> None:
+    """Every measure against the information in the weights, and against its Fisher part."""
     from matplotlib.figure import Figure
 
-    names = [f"{layer} {measure}" for layer in LAYERS for measure in MEASURES]
-    figure = Figure(figsize=(19, 7), layout="constrained")
-    panels = figure.subplots(len(AXES), len(names))
-    for row, axis in zip(panels, AXES, strict=True):
-        for axes, name in zip(row, names, strict=True):
-            for sweep, colour in COLOURS.items():
-                for seed in sorted({r["seed"] for r in records}):
-                    mine = [r for r in records if r["sweep"] == sweep and r["seed"] == seed]
-                    axes.plot(
-                        [r[axis] for r in mine],
-                        [r[name] for r in mine],
-                        "o-",
-                        color=colour,
-                        markersize=4,
-                        linewidth=0.6,
-                        label=sweep,
-                    )
-            judgement = next(v for v in verdicts if (v["against"], v["measure"]) == (axis, name))
-            axes.set_title(f"{name}\n{judgement['verdict']}: Spearman {judgement['spearman']:+.2f}", fontsize=10)
-            axes.set(xlabel=AXES[axis], ylabel=MEASURES[name.partition(" ")[2]], xscale="log")
-            if name.endswith("spectrum"):
-                axes.set_yscale("log")
-            axes.spines[["top", "right"]].set_visible(False)
-    handles, labels = panels[0][0].get_legend_handles_labels()
-    legend = dict(zip(labels, handles, strict=True))
-    figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=4, frameon=False)
+    figure = Figure(figsize=(20, 7), layout="constrained")
+    panels = figure.subplots(len(AXES), len(NAMES))
+    for axes, ((axis, name), criterion) in zip(panels.flatten(), criteria.items(), strict=True):
+        for sweep, colour in COLOURS.items():
+            for seed in sorted({record["seed"] for record in records}):
+                mine = [record for record in records if record["sweep"] == sweep and record["seed"] == seed]
+                points = [record[axis] for record in mine], [record[name] for record in mine]
+                axes.plot(*points, "o-", color=colour, markersize=4, linewidth=0.6, label=SWEEPS[sweep] if seed == 0 else None)
+        axes.set_title(f"{name}\n{criterion['verdict']}: {criterion['seen'].partition(' (')[0]}", fontsize=10)
+        axes.set(xlabel=AXES[axis] + ", nats", ylabel=MEASURES[name.partition(" ")[2]], xscale="log")
+        axes.xaxis.label.set_fontsize(8)
+        if name.endswith("spectrum"):
+            axes.set_yscale("log")
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
     figure.savefig(path, dpi=110)
 
 
 def main() -> None:
     """Train, measure, judge, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="a folder for effective_information.json and .png")
+    parser.add_argument("--out", type=Path, default=Path("out/paper"), metavar="DIR", help="where figure and numbers go")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--structure", default="ekfac", choices=["diagonal", "kfac", "ekfac"])
     arguments = parser.parse_args()
     records = [record for seed in range(arguments.seeds) for record in runs(seed, arguments.structure)]
-    verdicts = judged(records)
-    for v in verdicts:
-        sweeps = ", ".join(f"{sweep} {value:+.2f}" for sweep, value in v["by sweep"].items())
-        print(f"{v['verdict']}  {v['measure']:19s} against {v['against']:11s}: Spearman {v['spearman']:+.2f}  ({sweeps})")
+    criteria = {(axis, name): judged(records, axis, name) for axis in AXES for name in NAMES}
+    for criterion in criteria.values():
+        print(f"{criterion['verdict']}  {criterion['claim']}: {criterion['seen']}")
     arguments.out.mkdir(parents=True, exist_ok=True)
     settings = {
         "prior scale": PRIOR_SCALE,
         "inputs": INPUTS,
         "structure": arguments.structure,
         "nuisance widths": NUISANCES,
-        "passes if": f"mean Spearman over seeds >= {PASS_MEAN} and every seed's > 0, over the networks of length, decay and noise",
+        "passes if": f"mean Spearman over seeds >= {PASS_MEAN}, every seed's > 0, over the networks of length, decay and noise",
     }
-    result = {"settings": settings, "verdicts": verdicts, "records": records}
-    (arguments.out / "effective_information.json").write_text(json.dumps(result, indent=1) + "\n")
-    drawn(records, verdicts, arguments.out / "effective_information.png")
+    result = {"name": "effective_information", "settings": settings, "criteria": [*criteria.values()], "numbers": records}
+    (arguments.out / "effective_information.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    drawn(records, criteria, arguments.out / "effective_information.png")
 
 
 if __name__ == "__main__":

@@ -26,7 +26,8 @@ MAX_MATRIX = 1024
 class InputFisher:
     """``F_{z|x}`` of every input, as ``R^T R``; made by ``input_fisher``, which says what the numbers mean.
 
-    ``factor`` is R ``[N, rows, dim]`` float64, dim that of x, or the number of nuisances if ``along`` names some.
+    ``factor`` is R ``[N, rows, dim]`` float64, dim that of x, or the number of nuisances if ``along`` names some; ``precision`` the
+    model's, which its entries are good to.
     """
 
     factor: Tensor = field(repr=False)
@@ -34,6 +35,7 @@ class InputFisher:
     variant: str
     terms: str
     along: tuple[str, ...] | None
+    precision: torch.dtype
     channel: Channel
 
     @property
@@ -68,7 +70,7 @@ class InputFisher:
 
     def _positive(self, values: Tensor) -> Tensor:
         # Of singular values, max(rows, dim) eps is rounding; these are their squares.
-        rounding = (max(self.factor.shape[1:]) * torch.finfo(torch.float64).eps) ** 2
+        rounding = (max(self.factor.shape[1:]) * torch.finfo(self.precision).eps) ** 2
         return values > rounding * values[:, :1]
 
     def matrix(self) -> Tensor:
@@ -142,7 +144,7 @@ def input_fisher(
         factors.append(
             _printed(local, channel, tangent) if variant == "paper" else _exact(z, sample, local, channel, terms, tangent)
         )
-    return InputFisher(torch.stack(factors), num_units, variant, terms, None if along is None else tuple(along), channel)
+    return InputFisher(torch.stack(factors), num_units, variant, terms, None if along is None else tuple(along), z.dtype, channel)
 
 
 def _along(slopes: Tensor, tangent: Tensor | None) -> Tensor:
