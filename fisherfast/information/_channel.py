@@ -130,12 +130,12 @@ class Whitening:
         kept = values > len(S) * max(torch.finfo(dtype).eps ** 2, torch.finfo(torch.float64).eps)
         roots = torch.where(kept, values, 1.0).rsqrt() * kept
         logdet = float(values[kept].log().sum() + 2 * deviations[deviations > 0].log().sum())
-        # The null space of what was scaled, and the units without noise, whose scale is theirs alone.
         tolerance = max(1e3 * torch.finfo(dtype).eps, 1e-6)
         return cls(roots[:, None] * vectors.mT * inverse, int(kept.sum()), logdet, vectors[:, ~kept].mT, inverse, tolerance)
 
     def carries(self, columns: Tensor) -> bool:
         """Whether columns ``[D, m]`` lie in the range of S, where the noise is, but for rounding."""
+        # A unit without any noise has no scale to be compared on: there only zeros will do.
         scaled = self._scale[:, None] * columns
         lost = float((self._null @ scaled).norm())
         return lost <= self._tolerance * float(scaled.norm()) and not bool(columns[self._scale == 0].any())
