@@ -26,7 +26,7 @@ from fisherfast.fisher.measure import fisher
 from fisherfast.fisher.operator import FisherOperator
 from fisherfast.fisher.plan import Plan, plan
 from fisherfast.fisher.run import Interrupted
-from fisherfast.information import information_in_weights
+from fisherfast.information import Comparison, compare, information_in_weights
 from fisherfast.likelihood import Bernoulli, Categorical, CausalLM, Gaussian, LogLikelihood
 from fisherfast.passes import NonFiniteError
 from fisherfast.rules import rule
@@ -38,6 +38,7 @@ __all__ = [
     "Bernoulli",
     "Categorical",
     "CausalLM",
+    "Comparison",
     "Coverage",
     "Diagonal",
     "DiagonalFisher",
@@ -62,6 +63,7 @@ __all__ = [
     "SpectralDensity",
     "backend",
     "collect",
+    "compare",
     "fisher",
     "information_in_weights",
     "load",

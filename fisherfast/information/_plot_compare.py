@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The picture of a ``Comparison``: the nats of both networks by layer, and their differences."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from fisherfast.fisher import _chart
+from fisherfast.information.compare import Comparison
+
+
+def by_layer(comparison: Comparison, path: str | Path | None = None) -> Any:
+    """A matplotlib figure of two panels, a row per layer: two points and the line between them; the differences as bars."""
+    layers = comparison.by_layer()
+    shown = _chart.rows({name: abs(layer.difference) for name, layer in layers.items()})
+    figure = _chart.figure("Comparison.plot", 10, 0.32 * len(shown) + 2.2)
+    left, right = figure.subplots(1, 2, sharey=True)
+    summed = [[layers[name] for name in row.layers] for row in shown]
+    first, second = (
+        (math.fsum(layer.first for layer in row) for row in summed),
+        (math.fsum(layer.second for layer in row) for row in summed),
+    )
+    _pairs(left, comparison.names, list(first), list(second))
+    left.set(title=f"Nats: {comparison.first.nats:,.0f} and {comparison.second.nats:,.0f}", xlabel="nats")
+    _differences(right, [math.fsum(layer.difference for layer in row) for row in summed])
+    right.set(
+        title=f"Difference: {comparison.difference:+,.0f} nats", xlabel=f"nats of {comparison.names[1]} - {comparison.names[0]}"
+    )
+    right.xaxis.label.set_parse_math(False)
+    _chart.label_rows(left, [row.label for row in shown])
+    right.tick_params(axis="y", length=0)
+    return _chart.finished(figure, comparison.conditions(), path)
+
+
+def _pairs(axes: Any, names: tuple[str, str], first: list[float], second: list[float]) -> None:
+    at = range(len(first))
+    axes.hlines(at, first, second, color="0.6", linewidth=2)
+    for name, values, color, marker in zip(names, (first, second), (_chart.BLUE, _chart.VERMILLION), "os", strict=True):
+        axes.plot(values, at, marker, color=color, markersize=7, label=name)
+    for text in axes.legend(fontsize=8, frameon=False, loc="lower right", bbox_to_anchor=(1, 1), ncols=2).get_texts():
+        text.set_parse_math(False)
+    axes.grid(axis="both", color=_chart.GRID, linewidth=0.8)
+
+
+def _differences(axes: Any, values: list[float]) -> None:
+    colors = [_chart.VERMILLION if value > 0 else _chart.BLUE for value in values]
+    drawn = axes.barh(range(len(values)), values, color=colors, height=0.7)
+    axes.bar_label(drawn, labels=[f"{value:+,.4g}" for value in values], padding=3, fontsize=8)
+    axes.axvline(0, color="0.2", linewidth=0.8)
+    axes.margins(x=0.25)
