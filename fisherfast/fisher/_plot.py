@@ -11,6 +11,7 @@ from fisherfast.fisher import _chart
 from fisherfast.fisher.histogram import Histogram, histogram
 from fisherfast.fisher.protocol import Fisher
 
+_MAX_MARKERS = 50
 TRACE_AXIS = "trace, nats / weight² (logarithmic)"
 
 
@@ -41,7 +42,8 @@ def spectrum(axes: Any, counted: Histogram) -> None:
     """The sorted eigenvalues on logarithmic axes; those that are zero have no place there."""
     if counted.counts:
         axes.set(xscale="log", yscale="log")
-    axes.plot(*counted.ranked(), color=_chart.BLUE, linewidth=1.8, marker="o", markersize=2)
+    ranks, values = counted.ranked()
+    axes.plot(ranks, values, color=_chart.BLUE, linewidth=1.8, marker="o" if len(ranks) <= _MAX_MARKERS else "", markersize=3)
     axes.set(xlabel="rank, largest first (logarithmic)", ylabel="eigenvalue, nats / weight² (logarithmic)")
     axes.grid(color=_chart.GRID, linewidth=0.8)
 

@@ -23,7 +23,8 @@ def by_layer(comparison: Comparison, path: str | Path | None = None) -> Any:
         (math.fsum(layer.second for layer in row) for row in summed),
     )
     _pairs(left, comparison.names, list(first), list(second))
-    left.set(title=f"Nats: {comparison.first.nats:,.0f} and {comparison.second.nats:,.0f}", xlabel="nats")
+    left.set_title(f"Nats: {comparison.first.nats:,.0f} and {comparison.second.nats:,.0f}", loc="left", fontsize=11)
+    left.set_xlabel("nats")
     _differences(right, [math.fsum(layer.difference for layer in row) for row in summed])
     right.set(
         title=f"Difference: {comparison.difference:+,.0f} nats", xlabel=f"nats of {comparison.names[1]} - {comparison.names[0]}"

@@ -11,6 +11,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from fisherfast.fisher._arguments import listed
 from fisherfast.fisher.protocol import WHOLE
 from fisherfast.information.result import Information
 
@@ -139,16 +140,12 @@ def _layers_differ(first: Information, second: Information) -> str | None:
         ("layers", first.layers, second.layers),
         ("parameters", first.fisher.shapes, second.fisher.shapes),
     ):
-        lacking = [sorted(set(one) - set(other)) for one, other in ((ours, theirs), (theirs, ours))]
+        lacking = [set(one) - set(other) for one, other in ((ours, theirs), (theirs, ours))]
         if any(lacking):
-            return f"{what} {_few(lacking[0])} only in the first and {_few(lacking[1])} only in the second"
+            return f"{what} {listed(lacking[0])} only in the first and {listed(lacking[1])} only in the second"
     shapes, others = first.fisher.shapes, second.fisher.shapes
     different = [f"{name} {tuple(shapes[name])} and {tuple(others[name])}" for name in shapes if shapes[name] != others[name]]
-    return f"shapes of {_few(different)}" if different else None
-
-
-def _few(names: Sequence[str], limit: int = 3) -> str:
-    return f"{', '.join(names[:limit])} and {len(names) - limit} more" if len(names) > limit else ", ".join(names) or "none"
+    return f"shapes of {listed(different)}" if different else None
 
 
 def _notes(first: Information, second: Information, names: tuple[str, str]) -> tuple[str, ...]:

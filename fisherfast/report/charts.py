@@ -18,8 +18,8 @@ from fisherfast.information import Information
 from fisherfast.report import svg
 from fisherfast.report.curve import Curve
 
-_WIDTH = 5.0  # inches: 360 points, what a phone shows without scaling
-_LONGEST = 56  # letters of a layer's name that fit this width
+_WIDTH = 4.5  # inches: 324 points, what a phone shows without scaling
+_LONGEST = 48  # letters of a layer's name that fit this width
 
 
 @dataclass(frozen=True)
@@ -58,10 +58,10 @@ def by_layer(info: Information) -> Chart:
         bars = axes.barh(range(len(nats)), nats, color=_chart.BLUE, height=0.4)
         axes.bar_label(bars, labels=[f"{value:,.1f}" for value in nats], padding=3, fontsize=8)
         for at, row in enumerate(shown):
-            axes.text(0, at - 0.25, _shortened(row.label), va="bottom", fontsize=8.5, parse_math=False)
+            axes.text(0, at - 0.25, _shortened(row.label), va="bottom", fontsize=9, parse_math=False)
         axes.set(yticks=[], ylim=(len(shown) - 0.6, -0.8), xlabel="nats")
         axes.margins(x=0.2)
-        axes.spines["left"].set_visible(False)
+        axes.spines[["left", "top", "right"]].set_visible(False)
         largest = sorted(zip(nats, shown, strict=True), key=lambda pair: -pair[0])[:5]
         said = ", ".join(f"{row.label} {value:,.1f}" for value, row in largest)
         picture = svg.inline(figure, "layers", f"Bars of nats by layer. The largest: {said}. The table by layer has all of them.")
@@ -76,6 +76,7 @@ def spectrum(counted: Histogram) -> Chart:
     with _drawn(3.2) as figure:
         axes = figure.subplots()
         _plot.spectrum(axes, counted)
+        axes.spines[["top", "right"]].set_visible(False)
         span = f"from {counted.values[0]:.2g} down to {counted.values[-1]:.2g}" if counted.values else "none above zero"
         alternative = f"The eigenvalues of the Fisher by rank: {span}. {_plot.spectrum_title(counted)}."
         picture = svg.inline(figure, "spectrum", alternative)
@@ -85,8 +86,8 @@ def spectrum(counted: Histogram) -> Chart:
     rows = [[f"1e{power} to 1e{power + 1}", f"{count:,}"] for power, count in sorted(decades.items(), reverse=True)]
     rows += [["zero", f"{counted.zeros:,}"]] if counted.zeros else []
     meaning = (
-        "How sharply the loss rises along each direction of the weights, the sharpest first. Few large and many small ones: most "
-        "directions may be changed freely."
+        "How sharply the predictions change along each direction of the weights, the sharpest first. Where a few are large and most "
+        "are small, most directions may be changed freely."
     )
     if counted.zeros:
         meaning += f" {counted.zeros:,} eigenvalues are zero and not drawn."
@@ -141,7 +142,7 @@ def trade_off(curve: Curve, info: Information) -> Chart:
         axes.set(xlabel="information, nats", ylabel="rise of the loss, nats")
         picture = svg.inline(figure, "rate", f"The rise of the loss over the nats kept. {_ends(curve)}")
     meaning = (
-        "Each point is the lowest loss for its nats; the slope at a point is minus its beta. To the right finer weights, to the "
+        "How little the loss can rise, to second order, when the weights may hold so many nats. To the right finer weights, to the "
         "left coarser ones."
     )
     return Chart("rate", "Rate-distortion curve", meaning, picture)

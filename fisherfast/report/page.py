@@ -57,15 +57,15 @@ def page(
 
 def layers(info: Information) -> charts.Table:
     """All layers and the total."""
-    headings = ("layer", "parameters", "trace", "nats", "bits/parameter", "share", "effective dimension", "prior scale")
+    headings = ("layer", "nats", "share", "parameters", "bits/parameter", "trace", "effective dimension", "prior scale")
     rows = [
         [
             name or WHOLE,
-            f"{layer.parameters:,}",
-            f"{layer.trace:.3g}",
             f"{layer.nats:,.1f}",
-            f"{layer.bits_per_parameter:.3g}",
             f"{layer.share:.1%}",
+            f"{layer.parameters:,}",
+            f"{layer.bits_per_parameter:.3g}",
+            f"{layer.trace:.3g}",
             f"{layer.effective_dimension:,.1f}",
             "by parameter" if layer.prior_scale is None else f"{layer.prior_scale:.3g}",
         ]
@@ -74,11 +74,11 @@ def layers(info: Information) -> charts.Table:
     found = info.by_layer().values()
     total = [
         "all",
-        f"{info.parameters:,}",
-        f"{info.trace:.3g}",
         f"{info.nats:,.1f}",
-        f"{info.bits / max(info.parameters, 1):.3g}",
         f"{sum(layer.share for layer in found):.1%}",
+        f"{info.parameters:,}",
+        f"{info.bits / max(info.parameters, 1):.3g}",
+        f"{info.trace:.3g}",
         f"{math.fsum(layer.effective_dimension for layer in found):,.1f}",
         "",
     ]

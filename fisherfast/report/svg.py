@@ -13,7 +13,7 @@ from markupsafe import Markup
 from fisherfast.fisher import _chart
 
 # What figures are drawn with; letters stay letters, which the page's own font is used for.
-STYLE: Any = {"svg.fonttype": "none", "svg.hashsalt": "fisherfast", "font.size": 9}
+STYLE: Any = {"svg.fonttype": "none", "svg.hashsalt": "fisherfast", "font.size": 9.5}
 # The page chooses the colours, light or dark.
 _COLORS = {
     "#000000": "currentColor",

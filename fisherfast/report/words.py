@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from fisherfast.fisher import Fisher
 from fisherfast.information import WHOLE, Information
 
@@ -31,6 +33,7 @@ TERMS = {
     ),
 }
 
+_NAMED = 10
 _FORMULAS = {"exact": "exact", "paper": "as printed in the paper"}
 
 
@@ -58,12 +61,18 @@ def _span(info: Information) -> str:
     return f": {scales[0]:.3g} to {scales[-1]:.3g}" if len(scales) > 1 else ""
 
 
+def _named(names: Sequence[str]) -> str:
+    """The first few, and how many more there are."""
+    more = len(names) - _NAMED
+    return ", ".join(names[:_NAMED]) + (f" and {more:,} more" if more > 0 else "")
+
+
 def warnings(F: Fisher, info: Information) -> list[str]:
     """What a reader must know before using the numbers; none if there is nothing."""
     how = F.provenance
     found = []
     if info.excluded:
-        found.append(f"The numbers leave out parameters that the Fisher lacks: {', '.join(info.excluded)}.")
+        found.append(f"The numbers leave out parameters that the Fisher lacks: {_named(info.excluded)}.")
     if how.fisher_type is None:
         found.append("How this Fisher was measured is not known.")
     if how.fisher_type == "empirical":
@@ -75,12 +84,12 @@ def warnings(F: Fisher, info: Information) -> list[str]:
         )
     if info.prior_scale == "fit":
         found.append(
-            "The prior was fitted to the trained weights. The nats do not pay for that choice, so they are no bound on generalization."
+            "The prior was fitted to the trained weights. The nats do not pay for that choice, so they must not be put into a bound on generalization."
         )
     if flat := [name or WHOLE for name, layer in info.by_layer().items() if layer.trace == 0]:
-        found.append(f"The Fisher of these layers is zero, the predictions do not depend on their weights: {', '.join(flat)}.")
+        found.append(f"The Fisher of these layers is zero, the predictions do not depend on their weights: {_named(flat)}.")
     if info.variant == "paper":
         found.append("The formulas are those printed in the paper, constant factors and all; the exact ones differ.")
     if underflow := getattr(F.coverage, "underflow", {}):
-        found.append(f"Gradients in float16 lost digits in {', '.join(underflow)}: measure with a loss scale.")
+        found.append(f"Gradients in float16 lost digits in {_named(list(underflow))}: measure with a loss scale.")
     return found
