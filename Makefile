@@ -21,7 +21,7 @@ lint: $(VENV)/.dev $(VENV)/.built
 	$(VENV)/bin/mypy
 
 page-check: $(VENV)/.dev $(VENV)/.built  ## the report's page in a headless browser; needs chromium and chromedriver
-	@command -v chromium chromedriver || { echo "page-check: needs chromium and chromedriver; on Debian: apt-get install chromium chromium-driver"; exit 1; }
+	@command -v chromium && command -v chromedriver || { echo "page-check: needs chromium and chromedriver; on Debian: apt-get install chromium chromium-driver"; exit 1; }
 	$(PIP) selenium
 	$(RUN) -m pytest tests/test_page.py -q -m browser
 

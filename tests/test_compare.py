@@ -131,4 +131,6 @@ def test_plot_of_many_layers_sums_the_small_differences():
     shapes = {f"l{i}.w": (1,) for i in range(100)}
     difference = ff.compare(information(1.0, shapes=shapes), information(4.0, shapes=shapes)).plot().axes[1]
     widths = [patch.get_width() for patch in difference.patches]
-    assert len(widths) == 41 and widths[-1] == pytest.approx(60 * widths[0])
+    assert len(widths) == 41 and widths[-1] == 0
+    labels = [text.get_text() for text in difference.texts]
+    assert labels[0] == f"{widths[0]:+,.4g}" and labels[-1] == f"{60 * widths[0]:+,.4g} (no bar)"

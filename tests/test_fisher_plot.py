@@ -102,6 +102,10 @@ def test_a_thousand_layers_fit_on_a_picture():
     for figure in (F.plot(), info.plot()):
         labels = [label.get_text() for label in figure.axes[0].get_yticklabels()]
         assert labels == [*(f"l{i}" for i in range(960, 1000)), "960 other layers, summed"]
+    nats = [layer.nats for layer in info.by_layer().values()]
+    lengths = [bar.get_width() for bar in info.plot().axes[0].patches]
+    assert lengths == [*nats[960:], 0]  # a sum has a number, but no bar that the others would vanish beside
+    assert info.plot().axes[0].texts[-1].get_text() == f"{sum(nats[:960]):,.4g} (no bar)"
     others = F.plot().axes[0].lines[0].get_xdata()[-1]
     assert others == pytest.approx(2 * sum(range(960)))
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The page: valid, closed in itself, escaped, with a text for every picture; and in a browser as wide as a phone."""
 
+import functools
 import json
 import re
 import shutil
@@ -13,6 +14,7 @@ from torch import nn
 
 import fisherfast as ff
 from fisherfast import report
+from fisherfast.report import words
 from fisherfast.timing import TimeRatio
 
 HOSTILE = "<script>alert('x')</script>&amp;\"$\\frac$"
@@ -68,6 +70,7 @@ def measured(net, structure="diagonal", **options):
     return F, info
 
 
+@functools.cache
 def page(net=None, structure="diagonal", **options):
     net = net or network()
     F, info = measured(net, structure, **options)
@@ -143,13 +146,12 @@ def test_numbers_and_settings_are_those_of_the_run():
 
 
 def test_every_term_has_one_sentence():
-    terms = report.page.__globals__["words"].TERMS
-    assert all(sentence.endswith(".") and ". " not in sentence for sentence in terms.values())
-    assert {"nat", "beta", "Fisher", "trace", "prior, lambda", "rate-distortion curve", "structure"} <= set(terms)
+    assert all(sentence.endswith(".") and ". " not in sentence for sentence in words.TERMS.values())
+    assert {"nat", "beta", "Fisher", "trace", "prior, lambda", "rate-distortion curve", "structure"} <= set(words.TERMS)
 
 
 def warned(F, info):
-    return " ".join(Page(report.page(F, info)).text_of("li"))
+    return " ".join(words.warnings(F, info))
 
 
 def test_warnings_say_what_is_doubtful():
@@ -167,7 +169,9 @@ def test_warnings_say_what_is_doubtful():
     assert "not known" in warned(*made({}))
     assert "printed in the paper" in warned(*made({"fisher_type": "exact"}, variant="paper"))
     assert "is zero, the predictions do not depend on their weights: first, last." in warned(*made({"fisher_type": "exact"}, 0.0))
-    assert warned(*made({"fisher_type": "exact"})) == "None."
+    assert warned(*made({"fisher_type": "exact"})) == ""
+    assert Page(report.page(*made({"fisher_type": "exact"}))).text_of("li") == ["None."]
+    assert Page(report.page(*measured(net))).text_of("li") == words.warnings(*measured(net))
 
 
 def test_parameters_left_out_are_said():

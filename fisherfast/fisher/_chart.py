@@ -24,6 +24,7 @@ class Row:
 
     label: str
     layers: tuple[str, ...]
+    summed: bool = False
 
 
 def rows(sizes: Mapping[str, float], limit: int = MAX_ROWS) -> list[Row]:
@@ -31,7 +32,7 @@ def rows(sizes: Mapping[str, float], limit: int = MAX_ROWS) -> list[Row]:
     kept = set(sorted(sizes, key=lambda name: sizes[name], reverse=True)[:limit])
     shown = [Row(name or WHOLE, (name,)) for name in sizes if name in kept]
     others = tuple(name for name in sizes if name not in kept)
-    return [*shown, Row(f"{len(others):,} other layers, summed", others)] if others else shown
+    return [*shown, Row(f"{len(others):,} other layers, summed", others, summed=True)] if others else shown
 
 
 def figure(caller: str, width: float, height: float) -> Any:
@@ -65,11 +66,20 @@ def label_rows(axes: Any, labels: Sequence[str]) -> None:
     axes.set_ylim(len(labels) - 0.4, -0.6)
 
 
-def bars(axes: Any, values: Sequence[float], color: str = BLUE) -> None:
-    """A bar and its number in each row."""
-    drawn = axes.barh(range(len(values)), values, color=color, height=0.7)
-    axes.bar_label(drawn, labels=[f"{value:,.4g}" for value in values], padding=3, fontsize=8)
-    axes.margins(x=0.2)
+def bars(axes: Any, shown: Sequence[Row], values: Sequence[float], *, height: float = 0.7, signed: bool = False) -> None:
+    """A bar and its number in each row; of a sum, which would dwarf the others, the number alone. ``signed`` is for differences."""
+    colors = [VERMILLION if signed and value > 0 else BLUE for value in values]
+    lengths = [0.0 if row.summed else value for row, value in zip(shown, values, strict=True)]
+    drawn = axes.barh(range(len(values)), lengths, color=colors, height=height)
+    labels = [number(value, "+" if signed else "") for value in values]
+    labels = [f"{label} (no bar)" if row.summed else label for row, label in zip(shown, labels, strict=True)]
+    axes.bar_label(drawn, labels=labels, padding=3, fontsize=8)
+    axes.margins(x=0.25)
+
+
+def number(value: float, sign: str = "") -> str:
+    """Four digits, or all of a large number's before the point."""
+    return f"{value:{sign},.0f}" if abs(value) >= 1e4 else f"{value:{sign},.4g}"
 
 
 def points(axes: Any, values: Sequence[float]) -> None:

@@ -18,7 +18,7 @@ def by_layer(info: Information, path: str | Path | None = None) -> Any:
     shown = _chart.rows({name: layer.nats for name, layer in layers.items()})
     figure = _chart.figure("Information.plot", 10, 0.32 * len(shown) + 2)
     left, right = figure.subplots(1, 2, sharey=True)
-    _chart.bars(left, [math.fsum(layers[name].nats for name in row.layers) for row in shown])
+    _chart.bars(left, shown, [math.fsum(layers[name].nats for name in row.layers) for row in shown])
     left.set(title=f"Information in the weights: {info.nats:,.0f} nats", xlabel="nats")
     _chart.points(right, [math.fsum(layers[name].trace for name in row.layers) for row in shown])
     right.set(title=f"Trace of the Fisher: {info.trace:.3g}", xlabel=TRACE_AXIS)

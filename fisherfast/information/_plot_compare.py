@@ -22,10 +22,11 @@ def by_layer(comparison: Comparison, path: str | Path | None = None) -> Any:
         (math.fsum(layer.first for layer in row) for row in summed),
         (math.fsum(layer.second for layer in row) for row in summed),
     )
-    _pairs(left, comparison.names, list(first), list(second))
+    _pairs(left, comparison.names, shown, list(first), list(second))
     left.set_title(f"Nats: {comparison.first.nats:,.0f} and {comparison.second.nats:,.0f}", loc="left", fontsize=11)
     left.set_xlabel("nats")
-    _differences(right, [math.fsum(layer.difference for layer in row) for row in summed])
+    _chart.bars(right, shown, [math.fsum(layer.difference for layer in row) for row in summed], signed=True)
+    right.axvline(0, color="0.2", linewidth=0.8)
     right.set(
         title=f"Difference: {comparison.difference:+,.0f} nats", xlabel=f"nats of {comparison.names[1]} - {comparison.names[0]}"
     )
@@ -35,19 +36,15 @@ def by_layer(comparison: Comparison, path: str | Path | None = None) -> Any:
     return _chart.finished(figure, comparison.conditions(), path)
 
 
-def _pairs(axes: Any, names: tuple[str, str], first: list[float], second: list[float]) -> None:
-    at = range(len(first))
-    axes.hlines(at, first, second, color="0.6", linewidth=2)
+def _pairs(axes: Any, names: tuple[str, str], shown: list[_chart.Row], first: list[float], second: list[float]) -> None:
+    """Of a sum, which would dwarf the others, the numbers alone."""
+    drawn = [at for at, row in enumerate(shown) if not row.summed]
+    axes.hlines(drawn, [first[at] for at in drawn], [second[at] for at in drawn], color="0.6", linewidth=2)
     for name, values, color, marker in zip(names, (first, second), (_chart.BLUE, _chart.VERMILLION), "os", strict=True):
-        axes.plot(values, at, marker, color=color, markersize=7, label=name)
-    for text in axes.legend(fontsize=8, frameon=False, loc="lower right", bbox_to_anchor=(1, 1), ncols=2).get_texts():
-        text.set_parse_math(False)
+        axes.plot([values[at] for at in drawn], drawn, marker, color=color, markersize=7, label=name)
+    for at in range(len(drawn), len(shown)):
+        text = f"{_chart.number(first[at])} and {_chart.number(second[at])} (no points)"
+        axes.annotate(text, (0.02, at), xycoords=("axes fraction", "data"), va="center", fontsize=8)
+    for label in axes.legend(fontsize=8, frameon=False, loc="lower right", bbox_to_anchor=(1, 1), ncols=2).get_texts():
+        label.set_parse_math(False)
     axes.grid(axis="both", color=_chart.GRID, linewidth=0.8)
-
-
-def _differences(axes: Any, values: list[float]) -> None:
-    colors = [_chart.VERMILLION if value > 0 else _chart.BLUE for value in values]
-    drawn = axes.barh(range(len(values)), values, color=colors, height=0.7)
-    axes.bar_label(drawn, labels=[f"{value:+,.4g}" for value in values], padding=3, fontsize=8)
-    axes.axvline(0, color="0.2", linewidth=0.8)
-    axes.margins(x=0.25)

@@ -55,18 +55,16 @@ def by_layer(info: Information) -> Chart:
     nats = [math.fsum(layers[name].nats for name in row.layers) for row in shown]
     with _drawn(0.38 * len(shown) + 0.6) as figure:
         axes = figure.subplots()
-        bars = axes.barh(range(len(nats)), nats, color=_chart.BLUE, height=0.4)
-        axes.bar_label(bars, labels=[f"{value:,.1f}" for value in nats], padding=3, fontsize=8)
+        _chart.bars(axes, shown, nats, height=0.4)
         for at, row in enumerate(shown):
             axes.text(0, at - 0.25, _shortened(row.label), va="bottom", fontsize=9, parse_math=False)
         axes.set(yticks=[], ylim=(len(shown) - 0.6, -0.8), xlabel="nats")
-        axes.margins(x=0.2)
         axes.spines[["left", "top", "right"]].set_visible(False)
         largest = sorted(zip(nats, shown, strict=True), key=lambda pair: -pair[0])[:5]
         said = ", ".join(f"{row.label} {value:,.1f}" for value, row in largest)
         picture = svg.inline(figure, "layers", f"Bars of nats by layer. The largest: {said}. The table by layer has all of them.")
     omitted = (
-        f" The {_chart.MAX_ROWS} largest are drawn, the others are summed in the last row." if len(shown) < len(layers) else ""
+        f" The {_chart.MAX_ROWS} largest are drawn, of the others only the sum is given." if len(shown) < len(layers) else ""
     )
     return Chart("layers", "Nats by layer", f"Where in the network the information is.{omitted}", picture)
 

@@ -45,8 +45,8 @@ def settings(F: Fisher, info: Information) -> dict[str, str]:
         "structure": F.structure,
         "fisher type": how.fisher_type or "unknown",
         "likelihood": how.likelihood or "unknown",
-        "draws per sample": "unknown" if how.draws is None else f"{how.draws:,}",
-        "seed": "unknown" if how.seed is None else str(how.seed),
+        "draws per sample": _drawn(F, how.draws),
+        "seed": _drawn(F, how.seed),
         "samples N": f"{F.num_samples:,}",
         "labels": f"{F.num_positions:,}",
         "weights k": f"{info.parameters:,}",
@@ -54,6 +54,13 @@ def settings(F: Fisher, info: Information) -> dict[str, str]:
         "prior scale lambda": f"{info.prior_in_words()}{_span(info)}",
         "formulas": _FORMULAS[info.variant],
     }
+
+
+def _drawn(F: Fisher, value: int | None) -> str:
+    """A setting of drawn labels."""
+    if F.provenance.fisher_type in ("exact", "empirical"):
+        return "none, labels are not drawn"
+    return "unknown" if value is None else f"{value}"
 
 
 def _span(info: Information) -> str:
@@ -76,7 +83,9 @@ def warnings(F: Fisher, info: Information) -> list[str]:
     if how.fisher_type is None:
         found.append("How this Fisher was measured is not known.")
     if how.fisher_type == "empirical":
-        found.append("The empirical Fisher, at the labels of the data, is not the Fisher: near a good fit it can be far from it.")
+        found.append(
+            "The empirical Fisher, at the labels of the data, is not the Fisher and can be far from it, most of all where the network fits them well."
+        )
     if how.fisher_type == "mc" and how.draws == 1:
         found.append(
             "One label was drawn per sample. Where the network is nearly certain the labels that matter are rare and the numbers noisy: "
