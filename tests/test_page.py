@@ -225,6 +225,7 @@ def test_thousands_of_layers():
     assert set(names) <= set(read.text_of("th"))
     drawn = read.text_of("text")
     assert "1,960 other layers, summed" in drawn and sum("…" in text for text in drawn) == 40
+    assert "projection" in read.all("svg")[0]["aria-label"] and "other layers" not in read.all("svg")[0]["aria-label"]
     assert any("The 40 largest are drawn" in text for text in read.text_of("figcaption"))
     assert len(html) < 2e6
 

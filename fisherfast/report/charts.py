@@ -51,8 +51,9 @@ def charts(F: Fisher, info: Information, curve: Curve | None) -> list[Chart]:
 def by_layer(info: Information) -> Chart:
     """A bar per layer, under its name."""
     layers = info.by_layer()
-    shown = _chart.rows({name: layer.nats for name, layer in layers.items()})
-    nats = [math.fsum(layers[name].nats for name in row.layers) for row in shown]
+    nats_of = {name: layer.nats for name, layer in layers.items()}
+    shown = _chart.rows(nats_of)
+    nats = [math.fsum(nats_of[name] for name in row.layers) for row in shown]
     with _drawn(0.38 * len(shown) + 0.6) as figure:
         axes = figure.subplots()
         _chart.bars(axes, shown, nats, height=0.4)
@@ -60,8 +61,7 @@ def by_layer(info: Information) -> Chart:
             axes.text(0, at - 0.25, _shortened(row.label), va="bottom", fontsize=9, parse_math=False)
         axes.set(yticks=[], ylim=(len(shown) - 0.6, -0.8), xlabel="nats")
         axes.spines[["left", "top", "right"]].set_visible(False)
-        largest = sorted(zip(nats, shown, strict=True), key=lambda pair: -pair[0])[:5]
-        said = ", ".join(f"{row.label} {value:,.1f}" for value, row in largest)
+        said = ", ".join(f"{row.label} {nats_of[row.layers[0]]:,.1f}" for row in _chart.rows(nats_of, limit=5) if not row.summed)
         picture = svg.inline(figure, "layers", f"Bars of nats by layer. The largest: {said}. The table by layer has all of them.")
     omitted = (
         f" The {_chart.MAX_ROWS} largest are drawn, of the others only the sum is given." if len(shown) < len(layers) else ""
