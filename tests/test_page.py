@@ -284,7 +284,8 @@ def test_page_fits_a_phone(browser, scheme, first):
     )
     assert (sum(paper) > sum(ink)) == (scheme == "light")
     outside = started.execute_script(
-        "return [...document.querySelectorAll('svg text')].filter(t => { const r = t.getBoundingClientRect();"
-        " return r.left < 0 || r.right > innerWidth; }).map(t => t.textContent)"
+        "return [...document.querySelectorAll('svg text')].filter(t => { const r = t.getBoundingClientRect(),"
+        " card = t.closest('figure').getBoundingClientRect(); return r.left < card.left || r.right > card.right; })"
+        ".map(t => t.textContent)"
     )
     assert outside == []

@@ -39,7 +39,7 @@ class Plotted:
 
 
 def spectrum(axes: Any, counted: Histogram) -> None:
-    """The sorted eigenvalues on logarithmic axes; those that are zero have no place there."""
+    """The sorted eigenvalues on logarithmic axes."""
     if counted.counts:
         axes.set(xscale="log", yscale="log")
     ranks, values = counted.ranked()
@@ -49,9 +49,9 @@ def spectrum(axes: Any, counted: Histogram) -> None:
 
 
 def spectrum_title(counted: Histogram) -> str:
-    """How many eigenvalues are drawn, and how many cannot be."""
-    zeros = f"; {counted.zeros:,} more are zero" if counted.zeros else ""
-    return f"Spectrum: {sum(counted.counts):,} eigenvalues{zeros}"
+    """How many eigenvalues are drawn, and how many are left out."""
+    negligible = f"; {counted.negligible:,} more are (nearly) zero" if counted.negligible else ""
+    return f"Spectrum: {sum(counted.counts):,} eigenvalues{negligible}"
 
 
 def conditions(F: Fisher) -> str:

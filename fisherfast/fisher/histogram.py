@@ -12,6 +12,7 @@ import torch
 from fisherfast.fisher.protocol import Spectrum
 
 BINS_PER_DECADE = 50
+NEGLIGIBLE = 1e-16
 _LOWEST, _HIGHEST = -324, 309  # the decades of float64
 _CHUNK = 1 << 20
 
@@ -20,12 +21,13 @@ _CHUNK = 1 << 20
 class Histogram:
     """Counts of eigenvalues in bins of equal width in ``log10``, largest first, those without any left out.
 
-    ``values`` are the middles of the bins; ``zeros`` counts the eigenvalues that are zero, or below it by rounding.
+    ``values`` are the middles of the bins; ``negligible`` counts the eigenvalues below ``NEGLIGIBLE`` of the largest, which are
+    zero but for rounding where factors are decomposed, or zero itself, and have no bin.
     """
 
     values: tuple[float, ...]
     counts: tuple[int, ...]
-    zeros: int
+    negligible: int
 
     def ranked(self) -> tuple[list[int], list[float]]:
         """The curve of the sorted eigenvalues: ranks from 1 on and values, two points for a bin of several, one for a single."""
@@ -50,17 +52,17 @@ def histogram(spectra: Iterable[Spectrum]) -> Histogram:
     Source:   ours.
     """
     bins = (_HIGHEST - _LOWEST) * BINS_PER_DECADE
-    found, zeros = torch.zeros(bins, dtype=torch.int64), 0
+    found, parameters = torch.zeros(bins, dtype=torch.int64), 0
     for spectrum in spectra:
-        counted = 0
+        parameters += spectrum.num_parameters
         for values in spectrum.chunks(_CHUNK):
             if not bool(values.isfinite().all()):
                 raise ValueError(f"histogram: eigenvalues must be finite, got others in {list(spectrum.parameters)}")
             positive = values[values > 0].double()
             at = (positive.log10() * BINS_PER_DECADE).floor().long() - _LOWEST * BINS_PER_DECADE
             found += torch.bincount(at, minlength=bins).cpu()
-            counted += positive.numel()
-        zeros += spectrum.num_parameters - counted
     filled = found.nonzero().flatten().flip(0)
+    filled = filled[filled >= filled[:1] + round(math.log10(NEGLIGIBLE) * BINS_PER_DECADE)]
     middles = (math.pow(10, (at + 0.5) / BINS_PER_DECADE + _LOWEST) for at in filled.tolist())
-    return Histogram(tuple(middles), tuple(found[filled].tolist()), zeros)
+    counts = found[filled].tolist()
+    return Histogram(tuple(middles), tuple(counts), parameters - sum(counts))

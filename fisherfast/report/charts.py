@@ -13,13 +13,13 @@ from typing import Any
 from markupsafe import Markup
 
 from fisherfast.fisher import Fisher, _chart, _plot
-from fisherfast.fisher.histogram import Histogram, histogram
+from fisherfast.fisher.histogram import NEGLIGIBLE, Histogram, histogram
 from fisherfast.information import Information
 from fisherfast.report import svg
 from fisherfast.report.curve import Curve
 
-_WIDTH = 4.5  # inches: 324 points, what a phone shows without scaling
-_LONGEST = 48  # letters of a layer's name that fit this width
+_WIDTH = 4.2  # inches: 302 points, what a phone shows without scaling
+_LONGEST = 46  # letters of a layer's name that fit this width
 
 
 @dataclass(frozen=True)
@@ -82,13 +82,13 @@ def spectrum(counted: Histogram) -> Chart:
     for value, count in zip(counted.values, counted.counts, strict=True):
         decades[math.floor(math.log10(value))] += count
     rows = [[f"1e{power} to 1e{power + 1}", f"{count:,}"] for power, count in sorted(decades.items(), reverse=True)]
-    rows += [["zero", f"{counted.zeros:,}"]] if counted.zeros else []
+    rows += [["(nearly) zero", f"{counted.negligible:,}"]] if counted.negligible else []
     meaning = (
         "How sharply the predictions change along each direction of the weights, the sharpest first. Where a few are large and most "
         "are small, most directions may be changed freely."
     )
-    if counted.zeros:
-        meaning += f" {counted.zeros:,} eigenvalues are zero and not drawn."
+    if counted.negligible:
+        meaning += f" {counted.negligible:,} eigenvalues, zero or below {NEGLIGIBLE:g} of the largest, are not drawn."
     return Chart("spectrum", "Spectrum of the Fisher", meaning, picture, (Table("Eigenvalues by size", ("size", "count"), rows),))
 
 
@@ -106,7 +106,7 @@ def over_beta(curve: Curve, info: Information) -> Chart:
             axes.set_ylabel(unit)
         at = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points"}
         panels[0].annotate("chosen", (info.beta, 1), xytext=(3, -9), fontsize=8, **at)
-        panels[1].set_xlabel("beta, nats of mean loss per nat of weights (logarithmic)")
+        panels[1].set_xlabel("beta, mean loss per nat of weights (logarithmic)")
         picture = svg.inline(
             figure, "beta", f"Two curves over beta. {_ends(curve)} The chosen beta is {info.beta:.3g}; the table has all points."
         )
