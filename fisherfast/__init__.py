@@ -28,6 +28,7 @@ from fisherfast.fisher.plan import Plan, plan
 from fisherfast.fisher.run import Interrupted
 from fisherfast.information import (
     Bound,
+    Comparison,
     Complexity,
     EffectiveDimension,
     EscapeTime,
@@ -42,6 +43,7 @@ from fisherfast.information import (
     TaskEmbedding,
     VariationalPosterior,
     activation_noise,
+    compare,
     effective_dimension,
     effective_information,
     embedding_distance,
@@ -78,6 +80,7 @@ __all__ = [
     "Bound",
     "Categorical",
     "CausalLM",
+    "Comparison",
     "Complexity",
     "Coverage",
     "Diagonal",
@@ -116,6 +119,7 @@ __all__ = [
     "activation_noise",
     "backend",
     "collect",
+    "compare",
     "effective_dimension",
     "effective_information",
     "embedding_distance",

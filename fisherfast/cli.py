@@ -8,6 +8,7 @@ import importlib.util
 import itertools
 import math
 import os
+import shlex
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -88,7 +89,7 @@ _PRIOR = typer.Option(
 )
 _DRAWS = typer.Option(min=1, help="labels drawn per sample, with mc")
 _SEED = typer.Option(help="of the drawn labels")
-_OUT = typer.Option(file_okay=False, help="folder for the Fisher, the plot and the numbers")
+_OUT = typer.Option(file_okay=False, help="folder for the page, the plot, the numbers and the Fisher")
 _DEVICE = typer.Option(show_default="where the network is", help="cpu, cuda, cuda:1")
 _ROUNDS = typer.Option(min=0, help=f"timed runs against plain forward+backward, over the first {_TIMED_BATCHES} batches; 0: none")
 
@@ -124,12 +125,14 @@ def info(
     with _kept(out):
         F = measure(_batches(make_data, data), progress=True)
         information = ff.information_in_weights(F, network, prior_scale=prior_scale, beta=beta or 1 / F.num_samples)
+        curve = report.rate_distortion(F, network, information)
         ratio = None
         if rounds:
             batches = list(itertools.islice(_batches(make_data, data), _TIMED_BATCHES))
             ratio = timing.against_plain(measure, network, batches, resolved, rounds)
     console.print(report.render(F, information, ratio))
-    for path in report.write_report(out, F, information, ratio):
+    command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    for path in report.write_report(out, F, information, ratio, curve=curve, command=command):
         console.print(f"wrote {path}", soft_wrap=True, highlight=False)
 
 

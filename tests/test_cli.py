@@ -80,6 +80,8 @@ def test_info_measures_the_users_model(module, tmp_path):
     assert numbers["information"]["nats"] == nats
     assert f"{nats:,.1f} nats" in result.output and "one plain forward+backward over the same 33 samples" in result.output
     assert (tmp_path / "here" / "information.png").exists()
+    assert "wrote here/report.html" in result.output
+    assert "Rate-distortion curve" in (tmp_path / "here" / "report.html").read_text(encoding="utf-8")
 
 
 def test_info_options_reach_the_numbers(module, tmp_path):

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fisherfast.accumulator import Accumulator
 from fisherfast.fisher import _arguments, _pooling, serialize
+from fisherfast.fisher._plot import Plotted
 from fisherfast.fisher.counts import Counts, Measured
 from fisherfast.fisher.kronecker import Place
 from fisherfast.fisher.protocol import Damping, FisherWarning, LayerSummary, Spectrum, Vector, layer_of
@@ -68,7 +69,7 @@ class Block(Protocol):
 _Block = TypeVar("_Block", bound=Block)
 
 
-class BlockFisher(Measured, Generic[_Block]):
+class BlockFisher(Plotted, Measured, Generic[_Block]):
     """Blocks and diagonals that together hold every parameter once; parameters of different blocks are independent.
 
     See the structures for what the numbers mean, and ``protocol.Fisher`` for the methods.

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from fisherfast.accumulator import Accumulator
 from fisherfast.fisher import _arguments, _pooling, serialize
+from fisherfast.fisher._plot import Plotted
 from fisherfast.fisher.coverage import Coverage
 from fisherfast.fisher.protocol import Damping, FisherWarning, LayerSummary, Provenance, Spectrum, Vector, layer_of, missing
 from fisherfast.fisher.spread import Spread
@@ -36,7 +37,7 @@ class SummaryRow(NamedTuple):
 
 
 @serialize.storable("diagonal")
-class DiagonalFisher:
+class DiagonalFisher(Plotted):
     """``f_i = (1/N) sum_n E_y[(d/dw_i log p_w(y | x_n))^2]``, the diagonal of the Fisher matrix; all else is taken as zero.
 
     Built here from means computed elsewhere, by ``fisher`` and ``collect`` from sums (``from_accumulators``).

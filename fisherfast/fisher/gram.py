@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fisherfast.capture import Capture
 from fisherfast.fisher import _arguments, _pooling, serialize
+from fisherfast.fisher._plot import Plotted
 from fisherfast.fisher.counts import Counts, Measured
 from fisherfast.fisher.coverage import Coverage
 from fisherfast.fisher.gram_sums import GramCollector, Piece, Pieces
@@ -57,7 +58,7 @@ class Gram:
 
 
 @serialize.storable("gram")
-class GramFisher(Measured):
+class GramFisher(Plotted, Measured):
     """``F = G^T G / W``, the rows of G ``[M, P]`` the sample gradients, times the roots of their weights: all P^2 entries of F.
 
     The dual ``G G^T / W`` ``[M, M]`` has F's eigenvalues but for zeros. It is added up parameter by parameter, and G is never

@@ -2,6 +2,7 @@
 """The estimators: what a Fisher says about the information a network holds. Each needs only the Fisher protocol."""
 
 from fisherfast.information.activation_noise import ActivationNoise, activation_noise
+from fisherfast.information.compare import Comparison, LayerDifference, compare
 from fisherfast.information.complexity import Complexity, measured_complexity, task_complexity
 from fisherfast.information.effective_dimension import EffectiveDimension, effective_dimension
 from fisherfast.information.effective_information import EffectiveInformation, effective_information
@@ -26,6 +27,7 @@ __all__ = [
     "WHOLE",
     "ActivationNoise",
     "Bound",
+    "Comparison",
     "Complexity",
     "EffectiveDimension",
     "EffectiveInformation",
@@ -34,6 +36,7 @@ __all__ = [
     "GaussianPosterior",
     "Information",
     "InputFisher",
+    "LayerDifference",
     "LayerInformation",
     "PathStability",
     "Posterior",
@@ -44,6 +47,7 @@ __all__ = [
     "TaskEmbedding",
     "VariationalPosterior",
     "activation_noise",
+    "compare",
     "effective_dimension",
     "effective_information",
     "embedding_distance",

@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from fisherfast.fisher import Fisher
+from fisherfast.fisher.protocol import WHOLE as WHOLE
 from fisherfast.information import _prior
-
-WHOLE = "(model)"  # what is shown for the layer named "": the parameters that the model itself holds
 
 
 @dataclass(frozen=True)
@@ -131,14 +130,13 @@ class Information:
     def plot(self, path: str | Path | None = None) -> Any:
         """Draw nats and Fisher trace by layer; returns the matplotlib figure, written to ``path`` if given.
 
+        Of more than 40 layers the ones of the most nats are drawn and the others summed in one row.
+
         Errors:   ImportError if matplotlib is not installed (``pip install fisherfast[plot]``).
         """
         from fisherfast.information import _plot
 
-        figure = _plot.by_layer(self)
-        if path is not None:
-            figure.savefig(path, dpi=150)
-        return figure
+        return _plot.by_layer(self, path)
 
     def prior_in_words(self) -> str:
         """The prior scale and its center: ``0.1 around 0``."""
