@@ -256,6 +256,21 @@ def test_inputs_of_zeros_have_a_gradient():
     assert all(bool(std.isfinite().all()) for std in found.std.values())
 
 
+def test_weights_of_zero_have_noise_under_a_given_prior():
+    net = nn.Linear(3, 2)
+    with torch.no_grad():
+        net.bias.zero_()
+    found = ff.variational_posterior(net, regression(net), prior_scale=SCALE, **FAST)
+    assert error({"bias": found.variance()["bias"]}, {"bias": torch.full((2,), BETA / (1 + BETA / SCALE**2))}) < 0.06
+
+
+def test_autocast_does_not_lose_small_variances():
+    net, data = classifier()
+    with torch.autocast("cpu", torch.float16):
+        found = ff.variational_posterior(net, data, beta=1e-3, prior_scale={"0": 1e-3, "2": 1e-3}, epochs=2)
+    assert all(bool(std.isfinite().all()) and std.dtype == torch.float32 for std in found.std.values())
+
+
 def test_fitted_layer_at_its_center_has_no_noise():
     net = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
     with torch.no_grad():

@@ -71,10 +71,10 @@ class LocalNoise:
 
 
 def _variance(module: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The layer of squares: ``x^2`` through ``weight^2`` and ``bias^2``."""
-    squares = x.to(weight.dtype).square()
-    of_bias = None if bias is None else bias.square()
-    if isinstance(module, nn.Linear):
-        return functional.linear(squares, weight.square(), of_bias)
-    assert isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
-    return module._conv_forward(squares, weight.square(), of_bias)
+    """The layer of squares, ``x^2`` through ``weight^2`` and ``bias^2``, in the precision of these: squares have a wide range."""
+    with torch.autocast(x.device.type, enabled=False):
+        squares, of_bias = x.to(weight.dtype).square(), None if bias is None else bias.square()
+        if isinstance(module, nn.Linear):
+            return functional.linear(squares, weight.square(), of_bias)
+        assert isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
+        return module._conv_forward(squares, weight.square(), of_bias)

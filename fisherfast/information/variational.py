@@ -141,7 +141,7 @@ def variational_posterior(
     with _own_generator(seed, q.device):
         local = _local_noise(losses, q, data) if noise == "local" else None
         history, num_samples = _train(losses, q, beta, local, data, epochs, lr, mean_lr)
-    mean = "trained" if train_mean else "the model's"
+    around = "trained means" if train_mean else "the model's weights"
     with torch.no_grad():
         stds = q.stds()
         scales = q.scales(stds)
@@ -155,7 +155,7 @@ def variational_posterior(
             centered=center is not None,
             num_samples=num_samples,
             history=history,
-            settings=f"{losses.likelihood.name}, {noise} noise, {epochs} epochs, lr {lr:g}, seed {seed}, mean {mean}",
+            settings=f"{losses.likelihood.name}, {noise} noise, {epochs} epochs, lr {lr:g}, seed {seed}, around {around}",
         )
 
 
@@ -212,7 +212,8 @@ def _train(
             if not bool(loss.detach().isfinite()):
                 raise NonFiniteError(f"{_CALLER}: losses must be finite, got {loss.item()} in batch {number} of epoch {epoch}")
             objective = loss.double() / beta + q.kl(stds, q.scales(stds))
-            objective.backward()
+            with torch.autocast(q.device.type, enabled=False):  # a backward pass has the precisions of its forward pass already
+                objective.backward()
             optimizer.step()
             values.append(beta * objective.item())
             samples += batch.N
