@@ -47,6 +47,11 @@ class RateDistortion:
         return tuple(point.expected_loss for point in self.points)
 
     @property
+    def rises(self) -> tuple[float, ...]:
+        """How far each ``E_Q loss`` is above the loss at the mean of Q."""
+        return tuple(point.expected_loss - point.loss for point in self.points)
+
+    @property
     def complexities(self) -> tuple[float, ...]:
         """``E_Q loss + beta KL``, a concave function of beta whose slope is the nats."""
         return tuple(point.complexity for point in self.points)

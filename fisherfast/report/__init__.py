@@ -11,14 +11,14 @@ import json
 from pathlib import Path
 
 from fisherfast.fisher import Fisher
-from fisherfast.information import Information
-from fisherfast.report.curve import Curve, rate_distortion
+from fisherfast.information import Information, RateDistortion
+from fisherfast.report.curve import rate_distortion
 from fisherfast.report.numbers import as_dict
 from fisherfast.report.page import page
 from fisherfast.report.text import MEANING, layer_table, render, summary
 from fisherfast.timing import TimeRatio
 
-__all__ = ["MEANING", "Curve", "as_dict", "layer_table", "page", "rate_distortion", "render", "summary", "write_report"]
+__all__ = ["MEANING", "as_dict", "layer_table", "page", "rate_distortion", "render", "summary", "write_report"]
 
 
 def write_report(
@@ -27,7 +27,7 @@ def write_report(
     info: Information,
     ratio: TimeRatio | None = None,
     *,
-    curve: Curve | None = None,
+    curve: RateDistortion | None = None,
     command: str | None = None,
 ) -> list[Path]:
     """Write the Fisher, the picture, the numbers and the page into the folder ``out``; returns the paths.

@@ -14,9 +14,8 @@ from markupsafe import Markup
 
 from fisherfast.fisher import Fisher, _chart, _plot
 from fisherfast.fisher.histogram import NEGLIGIBLE, Histogram, histogram
-from fisherfast.information import Information
+from fisherfast.information import Information, RateDistortion
 from fisherfast.report import svg
-from fisherfast.report.curve import Curve
 
 _WIDTH = 4.2  # inches: 302 points, what a phone shows without scaling
 _LONGEST = 46  # letters of a layer's name that fit this width
@@ -42,7 +41,7 @@ class Chart:
     tables: tuple[Table, ...] = ()
 
 
-def charts(F: Fisher, info: Information, curve: Curve | None) -> list[Chart]:
+def charts(F: Fisher, info: Information, curve: RateDistortion | None) -> list[Chart]:
     """All of them; those of the curve if there is one."""
     found = [by_layer(info), spectrum(histogram(F.spectra()))]
     return found if curve is None else [*found, over_beta(curve, info), trade_off(curve, info)]
@@ -92,7 +91,7 @@ def spectrum(counted: Histogram) -> Chart:
     return Chart("spectrum", "Spectrum of the Fisher", meaning, picture, (Table("Eigenvalues by size", ("size", "count"), rows),))
 
 
-def over_beta(curve: Curve, info: Information) -> Chart:
+def over_beta(curve: RateDistortion, info: Information) -> Chart:
     """Nats above, the rise of the loss below, over the price of a nat."""
     with _drawn(4.4) as figure:
         panels = figure.subplots(2, 1, sharex=True)
@@ -122,7 +121,7 @@ def over_beta(curve: Curve, info: Information) -> Chart:
     return Chart("beta", "Over the price of a nat", meaning, picture, (Table("The points of the curve", headings, rows),))
 
 
-def trade_off(curve: Curve, info: Information) -> Chart:
+def trade_off(curve: RateDistortion, info: Information) -> Chart:
     """The rate-distortion curve: the rise of the loss over the nats."""
     with _drawn(3.2) as figure:
         axes = figure.subplots()
@@ -163,7 +162,7 @@ def _logarithmic(axes: Any, x: Sequence[float], y: Sequence[float]) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _ends(curve: Curve) -> str:
+def _ends(curve: RateDistortion) -> str:
     first, last = ((curve.betas[at], curve.nats[at], curve.rises[at]) for at in (0, -1))
     return (
         f"From {first[1]:,.1f} nats and a rise of {first[2]:.2g} at beta {first[0]:.2g} "

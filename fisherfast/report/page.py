@@ -10,9 +10,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from fisherfast import environment
 from fisherfast.fisher import Fisher
-from fisherfast.information import WHOLE, Information
+from fisherfast.information import WHOLE, Information, RateDistortion
 from fisherfast.report import charts, words
-from fisherfast.report.curve import Curve
 from fisherfast.report.text import summary
 from fisherfast.timing import TimeRatio
 
@@ -27,7 +26,7 @@ def page(
     info: Information,
     ratio: TimeRatio | None = None,
     *,
-    curve: Curve | None = None,
+    curve: RateDistortion | None = None,
     command: str | None = None,
     date: datetime | None = None,
 ) -> str:
