@@ -2,6 +2,7 @@
 """The Fisher of an activation about its input, and the noise it comes from: closed forms, a dense oracle, scalings, refusals."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,8 +11,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 import fisherfast as ff
+from fisherfast.fisher import Spectrum
 from fisherfast.information import _activation
-from fisherfast.information._channel import Whitening
+from fisherfast.information._channel import Whitening, _check_regular
 
 DOUBLE = torch.float64
 STRUCTURES = ["diagonal", "kfac", "ekfac", "gram"]
@@ -388,6 +390,22 @@ def test_infinite_information_is_refused():
         ff.input_fisher(net, torch.randn(1, 2, dtype=DOUBLE), ff.DiagonalFisher({"1.bias": half.diagonal()["0.bias"]}, 7), beta=0.1, layer="0")  # fmt: skip
 
 
+def test_infinite_information_in_the_covariance_is_refused():
+    # z = ((w - 1) x, w) at w = 1, x = 0: the first unit has no noise and no slope, but its noise has one; z_0 / (z_1 - 1) is x.
+    class Pair(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.ones(1, dtype=DOUBLE))
+
+        def forward(self, x):
+            return torch.cat([(self.w - 1) * x, self.w.expand_as(x)], 1)
+
+    net, x, F = Pair(), torch.zeros(1, 1, dtype=DOUBLE), ff.DiagonalFisher({"w": torch.ones(1)}, 7)
+    assert ff.input_fisher(net, x, F, beta=0.1).mean_trace == 0
+    with pytest.raises(ValueError, match="noise of rank 1: the information is infinite"):
+        ff.input_fisher(net, x, F, beta=0.1, terms="both")
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
@@ -438,9 +456,13 @@ def test_singular_fisher_needs_a_prior(structure):
 
 
 def test_kronecker_factor_that_is_zero_but_for_rounding():
-    net, F = linear(torch.randn(9, 3, dtype=DOUBLE) @ torch.randn(3, 5, dtype=DOUBLE))
-    with pytest.raises(ValueError, match="F must be regular without a prior"):
-        ff.activation_noise(net, torch.ones(1, 5, dtype=DOUBLE), F, beta=0.1)
+    one, rounded = torch.ones(1, dtype=DOUBLE), torch.tensor([3.0, 1e-16], dtype=DOUBLE)
+    for factors in ((one, rounded), (rounded, one)):
+        F = SimpleNamespace(spectra=lambda factors=factors: iter([Spectrum("", ("w",), factors)]))
+        with pytest.raises(ValueError, match=r"test: F must be regular without a prior, got zero eigenvalues in \['w'\]"):
+            _check_regular("test", F)
+    # A diagonal has no such rounding.
+    _check_regular("test", SimpleNamespace(spectra=lambda: iter([Spectrum("", ("w",), (rounded,))])))
 
 
 def test_fitted_prior_without_distance():
