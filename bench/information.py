@@ -23,6 +23,7 @@ FILE = "information/latest.json"
 VOCABULARY, WIDTH, MIDDLE, KEYS = 128256, 2048, 8192, 512  # Llama 3.2 1B, its head tied to the embedding
 BLOCKS = (0, 4, 16)
 SAMPLES, BETA, ROUNDS = 1000, 1e-3, 3
+CENTERED = 1e9  # parameters from which on there is no memory for a center
 
 HEAD = """\
 # The information in the weights, at scale
@@ -32,10 +33,11 @@ HEAD = """\
 `prior_scale="fit"` a sample of each layer's entries gives a first guess and Newton's steps read all of them, two or three times.
 
 Shapes of Llama 3.2 1B (an embedding of 128,256 x 2,048 tied to the head, blocks of width 2,048), entries of the Fisher log-normal over
-some ten orders of magnitude, two fifths of the embedding's rows zero: tokens that were never seen. Sums are float64, weights bfloat16; a center
-is bfloat16, too. *read* is the time that `copy_` would take for the bytes of the sums and the weights, at the bandwidth of the same machine
-(read and written bytes both counted). *above* is the peak of resident memory above the inputs. Median of three calls, each model
-in a process of its own. Written by `python bench/information.py` from `bench/results/*/information/latest.json`; edit neither.
+some ten orders of magnitude, two fifths of the embedding's rows zero: tokens that were never seen. Sums are float64, weights and center bfloat16.
+*time* is what a clock on the wall says, *processor* the seconds that our threads had a processor: on a machine that others use at the same time
+only these mean something. *to one read*: processor seconds, over those in which `copy_` moves the bytes of the sums and the weights (read and
+written bytes both counted). *above* is the peak of resident memory above the inputs. Median of three calls, each model in a process of its
+own. Written by `python bench/information.py` from `bench/results/*/information/latest.json`; edit neither.
 """
 
 
@@ -79,69 +81,66 @@ def calls(F: Any, weights: dict[str, Any]) -> dict[str, Callable[[], Any]]:
 
     import fisherfast as ff
 
-    center = {name: torch.roll(w.flatten(), 1).view_as(w) for name, w in weights.items()}
-
     def information(**options: Any) -> Callable[[], Any]:
         return lambda: ff.information_in_weights(F, weights, beta=BETA, **options)
 
-    return {
-        "prior_scale=0.02": information(prior_scale=0.02),
-        'prior_scale="fit"': information(prior_scale="fit"),
-        'prior_scale="fit", center=base': information(prior_scale="fit", center=center),
-    }
+    found = {"prior_scale=0.02": information(prior_scale=0.02), 'prior_scale="fit"': information(prior_scale="fit")}
+    if F.num_parameters < CENTERED:
+        center = {name: torch.roll(w.flatten(), 1).view_as(w) for name, w in weights.items()}
+        found['prior_scale="fit", center=base'] = information(prior_scale="fit", center=center)
+    return found
 
 
-def measured(blocks: int) -> dict[str, Any]:
+def measured(blocks: int, threads: int) -> dict[str, Any]:
     """One size, in this process."""
-    import measure
     import memory
     import torch
 
-    torch.set_num_threads(measure.THREADS)
+    torch.set_num_threads(threads)
+    for call in calls(*inputs({"small.weight": (8, 8)})).values():
+        call()  # so that what is imported and compiled once is there already
     F, weights = inputs(shapes(blocks))
     rows = {}
     for name, call in calls(F, weights).items():
-        call()
         before = memory._resident("VmRSS")
         Path("/proc/self/clear_refs").write_text("5")
-        seconds = []
-        for _ in range(ROUNDS):
-            start = time.perf_counter()
-            info = call()
-            seconds.append(time.perf_counter() - start)
-        rows[name] = {"seconds": statistics.median(seconds), "above": memory._resident("VmHWM") - before, "nats": info.nats}
+        times = [_timed(call) for _ in range(ROUNDS)]
+        seconds, processor = (statistics.median(column) for column in zip(*times, strict=True))
+        rows[name] = {"seconds": seconds, "processor": processor, "above": memory._resident("VmHWM") - before}
     read = (8 + 2) * F.num_parameters
     return {
         "parameters": F.num_parameters,
         "tensors": len(F.names),
         "input_bytes": read,
-        "read_seconds": read / copied_bytes_per_second(),
+        "read_seconds": read / copied_bytes_per_second(),  # of the processor
         "calls": rows,
     }
 
 
+def _timed(call: Callable[[], Any]) -> tuple[float, float]:
+    """Seconds, and processor seconds of all threads."""
+    start, processor = time.perf_counter(), time.process_time()
+    call()
+    return time.perf_counter() - start, time.process_time() - processor
+
+
 def copied_bytes_per_second(count: int = 1 << 26) -> float:
-    """Bytes that ``copy_`` reads and writes a second, best of five."""
+    """Bytes that ``copy_`` reads and writes in a second of processor time, best of five."""
     import torch
 
-    a, b = torch.zeros(count), torch.zeros(count)
-    best = float("inf")
-    for _ in range(5):
-        start = time.perf_counter()
-        a.copy_(b)
-        best = min(best, time.perf_counter() - start)
-    return 2 * 4 * count / best
+    a, b = torch.zeros(count), torch.ones(count)
+    return 2 * 4 * count / min(_timed(lambda: a.copy_(b))[1] for _ in range(5))
 
 
-def measure_all() -> dict[str, Any]:
+def measure_all(threads: int) -> dict[str, Any]:
     """All sizes on this machine."""
     import measure
     import torch
 
-    torch.set_num_threads(measure.THREADS)
+    torch.set_num_threads(threads)
     sizes = []
     for blocks in BLOCKS:
-        command = [sys.executable, __file__, "--blocks", str(blocks)]
+        command = [sys.executable, __file__, "--blocks", str(blocks), "--threads", str(threads)]
         sizes.append(json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1]))
         print(sizes[-1], flush=True)
     return {"machine": measure.machine(), "sizes": sizes}
@@ -154,9 +153,9 @@ def render() -> str:
         run = json.loads(path.read_text())
         machine = run["machine"]
         parts.append(
-            f"## {machine['cpu']}, {machine['isa']}, {machine['threads']} threads\n\ncommit {machine['commit']}, torch "
-            f"{machine['versions']['torch']}\n\n| parameters | tensors | inputs | call | time | to one read | above |\n"
-            "| --: | --: | --: | :-- | --: | --: | --: |"
+            f"## {machine['cpu']}, {machine['isa']}, {machine['threads']} thread(s)\n\ncommit {machine['commit']}, torch "
+            f"{machine['versions']['torch']}\n\n| parameters | tensors | inputs | call | time | processor | to one read | above |\n"
+            "| --: | --: | --: | :-- | --: | --: | --: | --: |"
         )
         parts += [_line(size, name, row) for size in run["sizes"] for name, row in size["calls"].items()]
     return "\n".join(parts) + "\n"
@@ -164,8 +163,8 @@ def render() -> str:
 
 def _line(size: dict[str, Any], name: str, row: dict[str, Any]) -> str:
     return (
-        f"| {size['parameters']:,} | {size['tensors']} | {size['input_bytes'] / 2**30:.1f} GiB | `{name}` | {row['seconds']:.2f} s | "
-        f"{row['seconds'] / size['read_seconds']:.1f} | {row['above'] / 2**20:.1f} MiB |"
+        f"| {size['parameters']:,} | {size['tensors']} | {size['input_bytes'] / 2**30:.1f} GiB | `{name}` | {row['seconds']:.1f} s | "
+        f"{row['processor']:.1f} s | {row['processor'] / size['read_seconds']:.1f} | {row['above'] / 2**20:.1f} MiB |"
     )
 
 
@@ -174,14 +173,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--page", action="store_true", help="only rewrite the page from the stored results")
     parser.add_argument("--blocks", type=int, help="measure one size and print it")
+    parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     if arguments.blocks is not None:
-        print(json.dumps(measured(arguments.blocks)))
+        print(json.dumps(measured(arguments.blocks, arguments.threads)))
         return
     if not arguments.page:
         import performance
 
-        result = measure_all()
+        result = measure_all(arguments.threads)
         path = page.RESULTS / page.slug(result["machine"]) / FILE
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(performance._rounded(result), indent=1) + "\n")

@@ -34,7 +34,7 @@ import fisherfast as ff
 from fisherfast.information import Information
 
 RESULTS = Path(__file__).parent / "results"
-CLASSES, LENGTH, BATCH = 8, 64, 16
+CLASSES, LENGTH, BATCH = 8, 48, 16
 BLUES, VERMILLION = ("#CCE3F0", "#66AAD1", "#0072B2"), "#D55E00"  # Okabe and Ito's
 
 Passages = list[tuple[str, str]]  # text, class
@@ -131,6 +131,7 @@ def measured(model: nn.Module, base: nn.Module, train_data: Batches, test_data: 
     centered = ff.information_in_weights(F, model, center=base, **options)
     around_zero = ff.information_in_weights(F, model, **options)
     (loss, accuracy), (test_loss, test_accuracy) = evaluate(model, train_data), evaluate(model, test_data)
+    print(f"{steps} steps: {centered.nats:,.1f} nats around the base, held out {test_accuracy:.1%}", flush=True)
     return {
         "steps": steps,
         "train": {"loss": loss, "accuracy": accuracy},
@@ -198,7 +199,7 @@ def main() -> None:
     """Fine-tune, measure, print, draw, store."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", type=Path, help="a play in plain text; by default the documentation that ships with Python")
-    parser.add_argument("--steps", type=int, nargs=3, default=[40, 80, 160], help="when to measure, besides the start")
+    parser.add_argument("--steps", type=int, nargs=3, default=[30, 60, 120], help="when to measure, besides the start")
     parser.add_argument("--rate", type=float, default=5e-5)
     parser.add_argument("--out", type=Path, default=RESULTS / "finetune_difference", help="folder and stem of .json and .png")
     arguments = parser.parse_args()
