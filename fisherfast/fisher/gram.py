@@ -79,6 +79,7 @@ class GramFisher(Plotted, Measured):
     def __init__(self, pieces: Pieces, num_rows: int, weight: float, counts: Counts, shapes: Mapping[str, torch.Size]) -> None:
         self.pieces, self.num_rows, self.weight, self._counts = pieces, num_rows, weight, counts
         self.shapes: dict[str, torch.Size] = {name: torch.Size(shape) for name, shape in shapes.items()}
+        self._last: tuple[dict[str, float], Tensor] | None = None  # dampings, and the Cholesky factor for them
 
     # -- G, a few rows of one parameter at a time
 
@@ -200,9 +201,11 @@ class GramFisher(Plotted, Measured):
 
     def _inner_solve(self, columns: Tensor, dampings: Mapping[str, float]) -> Tensor:
         """``(W I + G D^-1 G^T)^-1`` times ``[M, n]``."""
-        inner = self.dual(dampings)
-        inner.diagonal().add_(1.0)
-        return torch.cholesky_solve(columns, torch.linalg.cholesky(inner)) / self.weight
+        if self._last is None or self._last[0] != dampings:  # many solves have one damping
+            inner = self.dual(dampings)
+            inner.diagonal().add_(1.0)
+            self._last = dict(dampings), torch.linalg.cholesky(inner)
+        return torch.cholesky_solve(columns, self._last[1]) / self.weight
 
     def sample(
         self, n: int, *, damping: Damping = 0.0, generator: torch.Generator | None = None, dtype: torch.dtype = torch.float32
