@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import os
 import warnings
@@ -20,7 +19,6 @@ from fisherfast.capture import Capture
 from fisherfast.fisher import _arguments, _pooling, serialize
 from fisherfast.fisher._plot import Plotted
 from fisherfast.fisher.counts import Counts, Measured
-from fisherfast.fisher.coverage import Coverage
 from fisherfast.fisher.gram_sums import GramCollector, Piece, Pieces
 from fisherfast.fisher.protocol import Damping, FisherWarning, LayerSummary, Spectrum, Vector
 
@@ -47,9 +45,7 @@ class Gram:
 
     def result(self, source: GramCollector, counts: Counts) -> GramFisher:
         """See ``collectors.Structure``."""
-        known = counts.coverage
-        how = {name: way if ":" in way else f"{way}: sample gradients" for name, way in known.items()}
-        counts = dataclasses.replace(counts, coverage=Coverage(how, known.sizes, known.seconds, known.underflow))
+        counts = counts.saying("sample gradients", {})
         return GramFisher(source.snapshot(), source.num_rows, source.weight, counts, source.shapes)
 
     def restore(self, source: GramCollector, before: GramFisher) -> None:
