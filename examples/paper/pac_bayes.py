@@ -114,7 +114,7 @@ def main(arguments: Sequence[str] | None = None) -> Report:
                 mine = [p for p in points if p["prior scale"] == scale]
                 numbers = [p["nats"] for p in mine], [min(p[key], 1.2) for p in mine]
                 axes.plot(*numbers, "o-", color=colour, markersize=4, label=label if scale == scales[0] else None)
-        axes.set_xscale("log")
+        axes.set(xscale="log", xlim=(10, 20_000))
         axes.axhline(0.9, color="0.4", linewidth=0.9, linestyle="--")
         axes.annotate("guessing", (1, 0.9), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8)
         axes.set(
