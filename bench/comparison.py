@@ -33,7 +33,18 @@ from `bench/results/*/comparison/latest.json`; edit neither.
 mean eigenvalue `tr F / P`. A structure that keeps the trace and spreads it evenly over more eigenvalues has the larger log-determinant
 (Hadamard's inequality for the diagonal and for EKFAC, whose values are a diagonal of F in some basis; KFAC may fall on either side).
 An exact Fisher of M sample gradients has rank M at most: below the transformer's 70,496 parameters there are 2,048, and where the black curve
-ends the others continue with directions that these samples never moved in. *time* is one `ff.fisher` call from start to result; *log det time* the first `logdet`, eigendecompositions included; *size* what the result holds.
+ends the others continue with directions that these samples never moved in.
+
+*Information in the weights* is `ff.information_in_weights` at beta = 1/N and one prior scale for all layers and structures, the one fitted
+to *gram*. How far the weights are from 0 counts the same in every row, so rows differ by their directions only: `1/2 sum_j g(lambda^2 f_j / beta)`.
+The diagonal's nats are those of the best noise that is independent in every weight, EKFAC's of the best that is independent along its
+eigenvectors, *gram*'s of the best of all; *too many* is what the restriction costs (KFAC's are an approximation of EKFAC's). Noise that must be
+independent has to be small wherever a weight matters at all, though most combinations of such weights change nothing: in these networks
+that is most of what the diagonal reports. So nats compare layers and networks within one structure, not across.
+*effective dimension*: `sum_j s_j / (1 + s_j)`; of the exact Fisher at most its rank. Where a trace differs from the one above, this table was
+measured on the same network trained again.
+
+*time* is one `ff.fisher` call from start to result; *log det time* the first `logdet`, eigendecompositions included; *size* what the result holds.
 """
 
 
@@ -173,6 +184,7 @@ def _row(model, batches, structure: str, options: dict, exact: dict | None, para
         "logdet": [first] + [F.logdet(scale * mean) for scale in SCALES[1:]],
         "information": {
             "nats": info.nats,
+            "trace": F.trace(),
             "effective_dimension": sum(layer.effective_dimension for layer in info.by_layer().values()),
             "prior_scale": next(iter(info.prior_scales.values())),
             "num_samples": F.num_samples,
@@ -235,13 +247,16 @@ def _nats(case: dict) -> str:
     exact = case["structures"]["gram"]["information"]
     lines = [
         f"\nInformation in the weights, beta = 1/{exact['num_samples']}, prior scale {exact['prior_scale']:.3g} around 0:\n\n"
-        "| structure | nats | too many | nats per parameter | effective dimension |\n| :-- | --: | --: | --: | --: |"
+        "| structure | trace | nats | too many | nats per parameter | effective dimension |\n| :-- | --: | --: | --: | --: | --: |"
     ]
     for name, row in case["structures"].items():
         info = row["information"]
         nats, off = info["nats"], info["nats"] - exact["nats"]
         wrong = "" if name == "gram" else f"{off:+,.0f} ({off / exact['nats']:+.0%})"
-        lines.append(f"| {name} | {nats:,.0f} | {wrong} | {nats / case['parameters']:.3f} | {info['effective_dimension']:,.0f} |")
+        lines.append(
+            f"| {name} | {info['trace']:.5g} | {nats:,.0f} | {wrong} | {nats / case['parameters']:.3f} | "
+            f"{info['effective_dimension']:,.0f} |"
+        )
     return "\n".join(lines) + "\n"
 
 

@@ -200,7 +200,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", type=Path, help="a play in plain text; by default the documentation that ships with Python")
     parser.add_argument("--steps", type=int, nargs=3, default=[30, 60, 120], help="when to measure, besides the start")
-    parser.add_argument("--rate", type=float, default=5e-5)
+    parser.add_argument("--rate", type=float, default=2e-4)
     parser.add_argument("--out", type=Path, default=RESULTS / "finetune_difference", help="folder and stem of .json and .png")
     arguments = parser.parse_args()
     torch.manual_seed(0)
