@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import platform
 import time
@@ -110,7 +111,7 @@ def panels(columns: int, rows: int = 1, title: str = "", width: float = 4.6, hei
 
 def rising(values: Sequence[float]) -> bool:
     """Whether each value is larger than the one before."""
-    return all(a < b for a, b in zip(values, values[1:], strict=False))
+    return all(a < b for a, b in itertools.pairwise(values))
 
 
 def arrows(values: Sequence[float]) -> str:
@@ -176,7 +177,7 @@ def spirals(samples: int, noise: float, generator: torch.Generator, turns: float
 def mlp(*widths: int) -> nn.Sequential:
     """Linear layers with tanh between them."""
     layers: list[nn.Module] = []
-    for inputs, outputs in zip(widths, widths[1:], strict=False):
+    for inputs, outputs in itertools.pairwise(widths):
         layers += [nn.Linear(inputs, outputs), nn.Tanh()]
     return nn.Sequential(*layers[:-1])
 
