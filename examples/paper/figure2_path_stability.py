@@ -124,7 +124,7 @@ def draw(
     ellipse = 2 * np.linalg.cholesky(spread) @ np.stack([np.cos(circle), np.sin(circle)])
     plane.plot(*ellipse[::-1], color=COLOURS[0], label="two standard deviations of beta (F + beta/lambda^2)^-1")
     plane.plot(*at.T[::-1], ".", color=COLOURS[1], label="endpoint without one sample (seed 0)")
-    plane.set(xlabel="displacement along its own main direction", ylabel="displacement along the top eigenvector of F")
+    plane.set(xlabel="displacement along its main direction", ylabel="along the top eigenvector of F")
     plane.set_ylim(*(1.7 * np.array([-1, 1]) * np.abs(ellipse[0]).max()))
     plane.legend(frameon=False, fontsize=7.5, loc="upper left")
     pairs.loglog(isotropic / BETA / 2, cost / BETA / 2, ".", color=COLOURS[1], markersize=4)
@@ -138,6 +138,7 @@ def draw(
         where.hist(values, edges, color=colour, alpha=0.7, label=label)
     where.axvline(1, color=COLOURS[6], linewidth=1)
     where.set(xscale="log", xlabel="F along the direction, over tr F / k", ylabel="pairs")
+    where.set_ylim(0, 1.25 * where.get_ylim()[1])
     where.legend(frameon=False, fontsize=8)
     report.save(figure)
 

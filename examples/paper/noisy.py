@@ -7,6 +7,8 @@ output (local reparametrisation), where it is Gaussian too.
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from common import batches
 from torch import Tensor, nn
@@ -35,7 +37,7 @@ class NoisyLinear(nn.Module):
 def noisy_mlp(*widths: int) -> nn.Sequential:
     """Noisy layers with ReLU between them."""
     layers: list[nn.Module] = []
-    for inputs, outputs in zip(widths, widths[1:], strict=False):
+    for inputs, outputs in itertools.pairwise(widths):
         layers += [NoisyLinear(inputs, outputs), nn.ReLU()]
     return nn.Sequential(*layers[:-1])
 
