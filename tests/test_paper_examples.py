@@ -18,6 +18,7 @@ OWN_VERDICTS = {
     "figure3_toy": 5,
     "figure4_batch_size": 6,
     "figure4_classes": 6,
+    "pac_bayes": 4,
     "random_labels": 5,
     "samples": 4,
 }

@@ -67,7 +67,13 @@ def main(arguments: Sequence[str] | None = None) -> Report:
     start = copy.deepcopy(network)
     train(network, data.x, data.y, steps=given.pick(5, 300, 300), batch=64, lr=0.05, seed=0)
     _, accuracy = evaluate(network, data.x_test, data.y_test)
-    settings = {"network": "64-16-10 tanh", "data": "scikit-learn's digits", "samples": len(data.x), "epochs": epochs}
+    settings = {
+        "network": "64-16-10 tanh",
+        "data": "scikit-learn's digits",
+        "samples": len(data.x),
+        "epochs": epochs,
+        "seeds": [0],
+    }
     settings |= {"priors": f"around the initial weights, scales {list(PRIOR_SCALES)}, fixed before the data", "draws": draws}
     report = Report("pac_bayes", given, settings | {"delta": DELTA + SAMPLE_DELTA, "held-out accuracy without noise": accuracy})
 
