@@ -13,6 +13,7 @@ import torch
 FOLDER = Path(__file__).parent.parent / "examples" / "paper"
 OWN_VERDICTS = {
     "critical_period": 3,
+    "effective_information": 18,
     "figure1_logdet": 4,
     "figure2_path_stability": 3,
     "figure3_toy": 5,

@@ -14,13 +14,16 @@ The information in the weights is ``|w|^2 / (2 lambda^2)`` plus a sum over the F
 Fisher alone, so the correlations with that second part by itself are there too.
 """
 
-import argparse
-import json
+from __future__ import annotations
+
 import math
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+from common import COLOURS as OKABE_ITO
+from common import Options, Report, digits, evaluate, options
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 import fisherfast as ff
@@ -28,7 +31,8 @@ import fisherfast as ff
 LENGTHS = (1, 3, 10, 30, 100)  # epochs
 DECAYS = (0.1, 0.3, 1.0, 3.0)
 NOISES = (0.05, 0.1, 0.2, 0.3)  # standard deviation on every weight, in every step
-EPOCHS = 30  # where it is not the length that varies
+EPOCHS = 30  # where it is not the length that varies, and of the network that is read at several prices
+STRUCTURE = "ekfac"
 PRICES = (1e-4, 1e-3, 1e-2, 1e-1)
 PRIOR_SCALE = 0.3
 INPUTS = 100
@@ -47,21 +51,9 @@ SWEEPS = {
     "noise": "noise on the weights, 0.05 to 0.3",
     "beta": "one network, beta 1e-4 to 0.1",
 }
-COLOURS = {"length": "#0072B2", "decay": "#D55E00", "noise": "#009E73", "beta": "#999999"}
+COLOURS = dict(zip(("length", "decay", "noise", "beta"), (*OKABE_ITO[:3], "#999999"), strict=True))
 TRAINED = ("length", "decay", "noise")
 PASS_MEAN = 0.5
-
-
-def digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Training and test images ``[N, 64]`` in [0, 1], and labels."""
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
-
-    images, labels = load_digits(return_X_y=True)
-    x, x_test, y, y_test = map(
-        torch.from_numpy, train_test_split(images / 16, labels, test_size=0.2, random_state=0, stratify=labels)
-    )
-    return x, y, x_test, y_test
 
 
 def trained(x: Tensor, y: Tensor, seed: int, epochs: int = EPOCHS, decay: float = 0.0, noise: float = 0.0) -> nn.Module:
@@ -116,25 +108,25 @@ def measured(network: nn.Module, F: Any, inputs: Tensor, beta: float) -> dict[st
     return found
 
 
-def runs(seed: int, structure: str) -> list[dict[str, Any]]:
+def runs(seed: int, given: Options) -> list[dict[str, Any]]:
     """Every network of a seed, measured."""
-    x, y, x_test, y_test = digits()
-    inputs = x_test[:INPUTS]
-    ways = [("length", epochs, {"epochs": epochs}) for epochs in LENGTHS]
-    ways += [("decay", decay, {"decay": decay}) for decay in DECAYS]
-    ways += [("noise", noise, {"noise": noise}) for noise in NOISES]
+    data = digits()
+    x, x_test = data.x.double(), data.x_test.double()
+    inputs, read = x_test[: given.pick(6, INPUTS, INPUTS)], given.pick(1, EPOCHS, EPOCHS)
+    ways = [("length", epochs, {"epochs": epochs}) for epochs in given.pick((1, 2), LENGTHS, LENGTHS)]
+    ways += [("decay", decay, {"decay": decay, "epochs": read}) for decay in given.pick(DECAYS[:2], DECAYS, DECAYS)]
+    ways += [("noise", noise, {"noise": noise, "epochs": read}) for noise in given.pick(NOISES[:2], NOISES, NOISES)]
     records = []
     for sweep, value, settings in ways:
-        network = trained(x, y, seed, **settings)
-        F = ff.fisher(network, [(x, None)], structure, "exact", progress=False)
-        with torch.no_grad():
-            accuracy = float((network(x_test).argmax(1) == y_test).double().mean())
-        common = {"seed": seed, "accuracy": accuracy}
+        network = trained(x, data.y, seed, **settings)
+        F = ff.fisher(network, [(x, None)], STRUCTURE, "exact", progress=False)
+        common = {"seed": seed, "accuracy": evaluate(network, x_test, data.y_test)[1]}
         records.append({"sweep": sweep, "value": value, **common, **measured(network, F, inputs, 1 / len(x))})
-        nats = records[-1]["weights"]
-        print(f"seed {seed}, {sweep} {value:g}: accuracy {accuracy:.1%}, {nats:,.0f} nats in the weights", flush=True)
-        if settings == {"epochs": EPOCHS}:
-            records += [{"sweep": "beta", "value": beta, **common, **measured(network, F, inputs, beta)} for beta in PRICES]
+        if settings == {"epochs": read}:
+            records += [
+                {"sweep": "beta", "value": beta, **common, **measured(network, F, inputs, beta)}
+                for beta in given.pick(PRICES[:2], PRICES, PRICES)
+            ]
     return records
 
 
@@ -142,40 +134,6 @@ def spearman(a: list[float], b: list[float]) -> float:
     """The correlation of the ranks."""
     ranks = [torch.tensor(values, dtype=torch.float64).argsort().argsort().double() for values in (a, b)]
     return float(torch.corrcoef(torch.stack(ranks))[0, 1])
-
-
-def judged(records: list[dict[str, Any]], axis: str, measure: str) -> dict[str, Any]:
-    """Whether a measure falls with the information in the weights: correlations over the trained networks of each seed."""
-    each = correlations(records, axis, measure, *TRAINED)
-    mean = sum(each) / len(each)
-    by_sweep = {sweep: sum(correlations(records, axis, measure, sweep)) / len(each) for sweep in TRAINED}
-    seen = f"Spearman {mean:+.3f} (" + ", ".join(f"{sweep} {value:+.2f}" for sweep, value in by_sweep.items()) + ")"
-    if measure.endswith("monte-carlo"):
-        trained = [record[measure] for record in records if record["sweep"] in TRAINED]
-        seen += f", {sum(value > 0.99 * math.log(INPUTS) for value in trained)} of {len(trained)} within 1% of the bound"
-    return {
-        "claim": f"{measure} falls with the {AXES[axis]}",
-        "verdict": "PASS" if mean >= PASS_MEAN and min(each) > 0 else "FAIL",
-        "seen": seen,
-        "spearman by seed": each,
-        "spearman by sweep": by_sweep,
-    }
-
-
-def control(records: list[dict[str, Any]], measure: str) -> dict[str, Any]:
-    """Whether a measure of one network falls when it is read at a higher price: the same Jacobians, more noise."""
-    each = correlations(records, "weights", measure, "beta")
-    seen = "Spearman by seed " + ", ".join(f"{value:+.2f}" for value in each)
-    if measure.endswith("monte-carlo"):
-        read = [record for record in records if record["sweep"] == "beta"]
-        values, errors = [r[measure] for r in read], [r[f"{measure} standard error"] for r in read]
-        seen += f", values {min(values):.3f} to {max(values):.3f}, standard errors up to {max(errors):.3f}"
-    return {
-        "claim": f"control: {measure} of one network falls as beta rises",
-        "verdict": "PASS" if min(each) > 0.999 else "FAIL",
-        "seen": seen,
-        "spearman by seed": each,
-    }
 
 
 def correlations(records: list[dict[str, Any]], axis: str, measure: str, *sweeps: str) -> list[float]:
@@ -187,15 +145,38 @@ def correlations(records: list[dict[str, Any]], axis: str, measure: str, *sweeps
     return found
 
 
-def drawn(records: list[dict[str, Any]], criteria: dict[tuple[str, str], dict[str, Any]], path: Path) -> None:
-    """Every measure against the information in the weights, and against its Fisher part."""
-    from matplotlib.figure import Figure
+def judge(report: Report, records: list[dict[str, Any]], axis: str, measure: str) -> None:
+    """Whether a measure falls with the information in the weights: correlations over the trained networks of each seed."""
+    each = correlations(records, axis, measure, *TRAINED)
+    mean = sum(each) / len(each)
+    by_sweep = {sweep: sum(correlations(records, axis, measure, sweep)) / len(each) for sweep in TRAINED}
+    seen = f"Spearman {mean:+.3f} (" + ", ".join(f"{sweep} {value:+.2f}" for sweep, value in by_sweep.items()) + ")"
+    if measure.endswith("monte-carlo"):
+        values = [record[measure] for record in records if record["sweep"] in TRAINED]
+        seen += f", {sum(value > 0.99 * math.log(INPUTS) for value in values)} of {len(values)} within 1% of the bound"
+    report.numbers["spearman by seed"][f"{measure}, {axis}"] = each
+    report.check(f"{measure} falls with the {AXES[axis]}", mean >= PASS_MEAN and min(each) > 0, seen)
 
+
+def judge_control(report: Report, records: list[dict[str, Any]], measure: str) -> None:
+    """Whether a measure of one network falls when it is read at a higher price: the same Jacobians, more noise."""
+    each = correlations(records, "weights", measure, "beta")
+    seen = "Spearman by seed " + ", ".join(f"{value:+.2f}" for value in each)
+    if measure.endswith("monte-carlo"):
+        read = [record for record in records if record["sweep"] == "beta"]
+        values, errors = [r[measure] for r in read], [r[f"{measure} standard error"] for r in read]
+        seen += f", values {min(values):.3f} to {max(values):.3f}, standard errors up to {max(errors):.3f}"
+    report.check(f"control: {measure} of one network falls as beta rises", min(each) > 0.999, seen)
+
+
+def drawn(report: Report, records: list[dict[str, Any]]) -> Figure:
+    """Every measure against the information in the weights, and against its Fisher part."""
     figure = Figure(figsize=(20, 7), layout="constrained")
     panels = figure.subplots(len(AXES), len(NAMES))
-    for axes, ((axis, name), criterion) in zip(panels.flatten(), criteria.items(), strict=True):
+    each = [(axis, name) for axis in AXES for name in NAMES]
+    for axes, (axis, name), criterion in zip(panels.flatten(), each, report.criteria, strict=False):
         for sweep, colour in COLOURS.items():
-            for seed in sorted({record["seed"] for record in records}):
+            for seed in report.settings["seeds"]:
                 mine = [record for record in records if record["sweep"] == sweep and record["seed"] == seed]
                 points = [record[axis] for record in mine], [record[name] for record in mine]
                 axes.plot(*points, "o-", color=colour, markersize=4, linewidth=0.6, label=SWEEPS[sweep] if seed == 0 else None)
@@ -208,49 +189,32 @@ def drawn(records: list[dict[str, Any]], criteria: dict[tuple[str, str], dict[st
             axes.set_yscale("log")
         axes.spines[["top", "right"]].set_visible(False)
     figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
-    figure.savefig(path, dpi=110)
+    return figure
 
 
-def written(records: list[dict[str, Any]], structure: str, out: Path) -> None:
-    """Judge, print, and write numbers and figure."""
-    criteria = {(axis, name): judged(records, axis, name) for axis in AXES for name in NAMES}
-    controls = [control(records, name) for name in NAMES]
-    for criterion in (*criteria.values(), *controls):
-        print(f"{criterion['verdict']}  {criterion['claim']}: {criterion['seen']}")
-    held = [sum(criteria[axis, name]["verdict"] == "PASS" for name in NAMES) for axis in AXES]
-    summary = (
-        f"of {len(NAMES)} measures {held[0]} fall with the information in the weights and {held[1]} with its Fisher part across "
-        f"trained networks; {sum(c['verdict'] == 'PASS' for c in controls)} fall with it in one network as beta rises"
-    )
-    print(summary)
-    out.mkdir(parents=True, exist_ok=True)
+def main(arguments: Sequence[str] | None = None) -> Report:
+    """Train, measure, judge, draw."""
+    given = options(__doc__ or "", arguments)
+    seeds = list(range(given.pick(1, 3, 10)))
+    records = [record for seed in seeds for record in runs(seed, given)]
     settings = {
+        "network": "64-64-16-10 tanh",
+        "data": "scikit-learn's digits",
         "prior scale": PRIOR_SCALE,
         "inputs": INPUTS,
-        "structure": structure,
+        "structure": STRUCTURE,
         "nuisance widths": NUISANCES,
         "passes if": f"mean Spearman over seeds >= {PASS_MEAN}, every seed's > 0, over the networks of length, decay and noise",
+        "seeds": seeds,
     }
-    result = {
-        "name": "effective_information",
-        "settings": settings,
-        "summary": summary,
-        "criteria": [*criteria.values(), *controls],
-        "numbers": records,
-    }
-    (out / "effective_information.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    drawn(records, criteria, out / "effective_information.png")
-
-
-def main() -> None:
-    """Train, measure, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("out/paper"), metavar="DIR", help="where figure and numbers go")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--structure", default="ekfac", choices=["diagonal", "kfac", "ekfac"])
-    arguments = parser.parse_args()
-    records = [record for seed in range(arguments.seeds) for record in runs(seed, arguments.structure)]
-    written(records, arguments.structure, arguments.out)
+    report = Report("effective_information", given, settings, {"networks": records, "spearman by seed": {}})
+    for axis in AXES:
+        for name in NAMES:
+            judge(report, records, axis, name)
+    for name in NAMES:
+        judge_control(report, records, name)
+    report.save(drawn(report, records))
+    return report
 
 
 if __name__ == "__main__":

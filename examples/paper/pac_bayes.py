@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from common import COLOURS, Data, Report, evaluate, mlp, options, panels, train
+from common import COLOURS, Data, Report, digits, evaluate, mlp, options, panels, train
 from torch import nn
 
 import fisherfast as ff
@@ -28,17 +28,6 @@ COLUMNS = {
     "error held out": ("error held out", COLOURS[1]),
     "error": ("error seen", COLOURS[2]),
 }
-
-
-def digits() -> Data:
-    """1,437 digits of 8 x 8 pixels to learn from, 360 to test on."""
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
-
-    images, labels = load_digits(return_X_y=True)
-    x, x_test, y, y_test = train_test_split(images / 16, labels, test_size=0.2, random_state=0, stratify=labels)
-    floats = [torch.from_numpy(part).float() for part in (x, x_test)]
-    return Data("digits", floats[0], torch.from_numpy(y), floats[1], torch.from_numpy(y_test))
 
 
 def bounded(posterior: Any, scale: float, network: nn.Module, data: Data, draws: int) -> dict[str, float]:
