@@ -10,7 +10,7 @@ from fisherfast.fisher import LayerSummary, Spectrum
 from fisherfast.information import _series
 
 _MAX_STEPS = 100
-_CONVERGED = 1e-13  # error of log lambda^2
+_CONVERGED = 1e-11  # error of log lambda^2
 _MIDDLE_SLOPE = 1.5  # of the slopes there are, 1 to 2
 
 
