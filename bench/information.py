@@ -30,7 +30,7 @@ HEAD = """\
 
 `ff.information_in_weights` reads the sums of a diagonal Fisher where they are: no copy of the diagonal, no tensor larger than a chunk of
 2^16 numbers. With a scale that is given it reads every sum twice, for the traces and for the nats, and every weight once. With
-`prior_scale="fit"` a sample of each layer's entries gives a first guess and Newton's steps read all of them, two or three times.
+`prior_scale="fit"` a sample of each layer's entries gives a first guess, and a secant method reads all of them three or four times more.
 
 Shapes of Llama 3.2 1B (an embedding of 128,256 x 2,048 tied to the head, blocks of width 2,048), entries of the Fisher log-normal over
 some ten orders of magnitude, two fifths of the embedding's rows zero: tokens that were never seen. Sums are float64, weights and center bfloat16.
@@ -153,7 +153,7 @@ def render() -> str:
         run = json.loads(path.read_text())
         machine = run["machine"]
         parts.append(
-            f"## {machine['cpu']}, {machine['isa']}, {machine['threads']} thread(s)\n\ncommit {machine['commit']}, torch "
+            f"## {machine['cpu']}, {machine['isa']}, threads: {machine['threads']}\n\ncommit {machine['commit']}, torch "
             f"{machine['versions']['torch']}\n\n| parameters | tensors | inputs | call | time | processor | to one read | above |\n"
             "| --: | --: | --: | :-- | --: | --: | --: | --: |"
         )

@@ -10,10 +10,13 @@ The network is all-MiniLM-L6-v2 (BERT, 6 layers, d = 384, 22.7 M parameters), wh
 It learns to classify passages, every fifth of which is held out. At some numbers of steps its Fisher is measured and
 ``ff.information_in_weights`` says how many nats each layer holds at beta = 1 / N with a scale fitted by layer: once with the
 prior around the base, which is what the fine-tune put there, once around 0. The base itself must hold 0 nats around itself.
+Two things change with the steps: how far the weights have moved, and the Fisher, which shrinks once the network is certain of
+its answers. "by the last F" holds the Fisher fixed at the last one, so that only the way they moved counts.
 """
 
 import argparse
 import copy
+import itertools
 import json
 import os
 import re
@@ -31,6 +34,7 @@ from rich.table import Table
 from torch import nn
 
 import fisherfast as ff
+from fisherfast.fisher import Fisher
 from fisherfast.information import Information
 
 RESULTS = Path(__file__).parent / "results"
@@ -123,16 +127,21 @@ def by_group(info: Information) -> dict[str, dict[str, float]]:
     return rows
 
 
-def measured(model: nn.Module, base: nn.Module, train_data: Batches, test_data: Batches, steps: int) -> dict[str, Any]:
-    """The nats after ``steps`` steps, around the base and around 0, with how well the network does."""
+def nats(F: Fisher, model: nn.Module, center: nn.Module | None = None) -> Information:
+    """At beta = 1 / N, with a scale fitted by layer."""
+    return ff.information_in_weights(F, model, prior_scale="fit", beta=1 / F.num_samples, center=center)
+
+
+def measured(
+    model: nn.Module, base: nn.Module, train_data: Batches, test_data: Batches, steps: int
+) -> tuple[Fisher, dict[str, Any]]:
+    """The Fisher, and the nats after ``steps`` steps around the base and around 0, with how well the network does."""
     start = time.perf_counter()
     F = ff.fisher(model, train_data, likelihood="categorical", progress=False)
-    options = {"prior_scale": "fit", "beta": 1 / F.num_samples}
-    centered = ff.information_in_weights(F, model, center=base, **options)
-    around_zero = ff.information_in_weights(F, model, **options)
+    centered, around_zero = nats(F, model, center=base), nats(F, model)
     (loss, accuracy), (test_loss, test_accuracy) = evaluate(model, train_data), evaluate(model, test_data)
     print(f"{steps} steps: {centered.nats:,.1f} nats around the base, held out {test_accuracy:.1%}", flush=True)
-    return {
+    return F, {
         "steps": steps,
         "train": {"loss": loss, "accuracy": accuracy},
         "test": {"loss": test_loss, "accuracy": test_accuracy},
@@ -147,12 +156,21 @@ def show(result: dict[str, Any]) -> None:
     """Two tables: the run, and the layers at its end."""
     console = Console()
     table = Table(title=f"Fine-tune of all-MiniLM-L6-v2: {result['task']}, N = {result['N']}, {result['test_N']} held out")
-    for column in ("steps", "loss", "accuracy", "held out", "trace of F", "nats around the base", "nats around 0"):
+    for column in (
+        "steps",
+        "loss",
+        "accuracy",
+        "held out",
+        "trace of F",
+        "nats around the base",
+        "by the last F",
+        "nats around 0",
+    ):
         table.add_column(column, justify="right")
     for run in result["runs"]:
         values = f"{run['train']['loss']:.3f}", f"{run['train']['accuracy']:.1%}", f"{run['test']['accuracy']:.1%}"
-        nats = (f"{run[center]['nats']:,.1f}" for center in ("around the base", "around 0"))
-        table.add_row(str(run["steps"]), *values, f"{run['trace']:.4g}", *nats)
+        found = run["around the base"]["nats"], run["around the base, by the last F"], run["around 0"]["nats"]
+        table.add_row(str(run["steps"]), *values, f"{run['trace']:.4g}", *(f"{nats:,.1f}" for nats in found))
     console.print(table)
     rows, zero = (result["runs"][-1][center]["rows"] for center in ("around the base", "around 0"))
     table = Table(title=f"By layer, after {result['runs'][-1]['steps']} steps")
@@ -209,10 +227,14 @@ def main() -> None:
     base = copy.deepcopy(model)
     train_data, test_data = (batches(part, classes, tokenizer, BATCH) for part in (train_passages, test_passages))
     optimizer = torch.optim.AdamW(model.parameters(), lr=arguments.rate, weight_decay=0.0)
-    runs = [measured(model, base, train_data, test_data, 0)]
-    for before, steps in zip([0, *arguments.steps], arguments.steps, strict=False):
+    runs, networks = [], []
+    for before, steps in itertools.pairwise([0, 0, *arguments.steps]):
         train(model, train_data, optimizer, steps - before)
-        runs.append(measured(model, base, train_data, test_data, steps))
+        F, run = measured(model, base, train_data, test_data, steps)
+        runs.append(run)
+        networks.append(copy.deepcopy(model))
+    for run, network in zip(runs, networks, strict=True):
+        run["around the base, by the last F"] = nats(F, network, center=base).nats
     result = {
         "task": f"which of {CLASSES} speakers" if arguments.text else f"which of {CLASSES} chapters",
         "classes": classes,

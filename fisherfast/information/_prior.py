@@ -11,7 +11,7 @@ from fisherfast.information import _checks, _series
 
 _CALLER = "information_in_weights"
 _MAX_STEPS = 100
-_CONVERGED = 1e-13  # error of log lambda^2
+_CONVERGED = 1e-11  # error of log lambda^2
 _MIDDLE_SLOPE = 1.5  # of the slopes there are, 1 to 2
 
 

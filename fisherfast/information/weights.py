@@ -57,7 +57,7 @@ def information_in_weights(
               an unknown variant, names or shapes that differ between F, model and center, tensors that are not floating, a
               Fisher that is negative or not finite. FisherWarning where F lacks parameters; ``.excluded`` lists them.
     Numerics: float64, one layer at a time, in chunks and without copies of F; relative error below 1e-12. A fitted scale
-              is right to 1e-12.
+              is right to 1e-11.
     Source:   Proposition 2.5 and eq. 8 of Achille, Paolini and Soatto (arXiv:1905.12213).
     """
     (info,) = informations(F, model, (beta,), prior_scale=prior_scale, center=center, variant=variant, loss=loss)
