@@ -19,7 +19,7 @@ OWN_VERDICTS = {
     "figure4_batch_size": 6,
     "figure4_classes": 6,
     "random_labels": 5,
-    "samples": 4,
+    "samples": 5,
 }
 
 
