@@ -21,7 +21,7 @@ OWN_VERDICTS = {
     "figure4_classes": 6,
     "pac_bayes": 4,
     "random_labels": 5,
-    "samples": 4,
+    "samples": 5,
 }
 
 

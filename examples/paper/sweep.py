@@ -10,7 +10,7 @@ from common import COLOURS, Report, Tempered, arrows, evaluate, panels, rising, 
 from torch import Tensor, nn
 
 COLUMNS = ("trace", "trace, fixed T", "loss", "test accuracy")
-UNITS = ("tr F (nats per squared unit of weight)", "tr F at a fixed logit temperature (same unit)", "training loss (nats)")
+UNITS = ("tr F (nats per squared unit of weight)", "tr F, fixed temperature (same unit)", "training loss (nats)")
 
 
 def measured(network: nn.Module, some: Tensor, training: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor]) -> list[float]:
