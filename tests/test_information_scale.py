@@ -206,3 +206,15 @@ def test_layers_add_up_at_any_size():
     split = DiagonalFisher.from_accumulators(sums, num_samples=7)
     assert information_in_weights(split, halves, prior_scale=0.1, beta=1e-3).nats == pytest.approx(whole.nats, rel=1e-13)
     assert split.trace() == pytest.approx(F.trace(), rel=1e-13)
+
+
+def test_restricted_noise_costs_more():
+    # The diagonal's Q is the best that is independent in the weights, EKFAC's along its eigenvectors, gram's the best of all.
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Tanh(), torch.nn.Linear(5, 3))
+    data = [(torch.randn(40, 6), None)]
+    rises = {}
+    for structure in ("gram", "ekfac", "diagonal"):
+        F = ff.fisher(model, data, structure, fisher_type="exact", progress=False)
+        rises[structure] = information_in_weights(F, model, prior_scale=0.5, beta=1 / 40).lagrangian_rise
+    assert rises["gram"] < rises["ekfac"] and rises["gram"] < rises["diagonal"]
