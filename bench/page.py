@@ -49,6 +49,11 @@ Time for both Kronecker factors of every layer, over the data's labels; ratio an
 
 Factors, eigendecompositions and corrected eigenvalues of one batch; ratio and memory as above.
 """,
+    "ekfac bases": """\
+### EKFAC's eigenvectors alone
+
+Time for the eigenvectors of all factors, which are there already; what every peer does in this step is plain torch's. Ratio and memory as above.
+""",
     "ekfac correction": """\
 ### EKFAC's corrected eigenvalues alone
 

@@ -153,6 +153,11 @@ class RunningSum:
             a.copy_(total)
             b.copy_(error)
 
+    def clear(self) -> None:
+        """Forget everything."""
+        self.high, self.weight, self._additions = None, 0.0, 0
+        self.__dict__.pop("low", None)
+
     def snapshot(self) -> Accumulator:
         """The sum so far, in float64, on its own memory."""
         self.fold()

@@ -12,6 +12,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
@@ -22,6 +23,7 @@ from fisherfast._warning import FisherWarning as FisherWarning
 
 Vector = TypeVar("Vector", Tensor, dict[str, Tensor])  # flat, in F.names order, or {parameter name: tensor}
 Damping = float | Mapping[str, float]  # one number, or one per layer or parameter name
+WHOLE = "(model)"  # what is shown for the layer named "": the parameters that the model itself holds
 
 
 def layer_of(parameter: str) -> str:
@@ -82,6 +84,15 @@ class Spectrum:
             values = torch.outer(values, factor).flatten()
         return torch.cat([values, values.new_zeros(self.zeros)])
 
+    def chunks(self, size: int) -> Iterator[Tensor]:
+        """The products of the factors' entries, about ``size`` at a time; ``zeros`` are not among them."""
+        first, *others = self.factors
+        rest = first.new_ones(1)
+        for factor in others:
+            rest = torch.outer(rest, factor).flatten()
+        for part in first.split(max(1, size // max(1, rest.numel()))):
+            yield torch.outer(part, rest).flatten()
+
 
 @runtime_checkable
 class Fisher(Protocol):
@@ -103,6 +114,10 @@ class Fisher(Protocol):
     @property
     def names(self) -> tuple[str, ...]:
         """The parameters, in the model's order; a tied tensor once, under its first name."""
+
+    @property
+    def shapes(self) -> dict[str, torch.Size]:
+        """The shape of each parameter."""
 
     @property
     def num_samples(self) -> int:
@@ -152,6 +167,9 @@ class Fisher(Protocol):
 
     def by_layer(self) -> dict[str, LayerSummary]:
         """The layers, in the order of ``names``."""
+
+    def plot(self, path: str | Path | None = None) -> Any:
+        """A matplotlib figure of the trace by layer and the sorted eigenvalues, written to ``path`` if given."""
 
     def __add__(self, other: Any) -> Any:
         """The Fisher of both data sets together."""

@@ -7,43 +7,62 @@ import math
 from collections.abc import Mapping, Sequence
 
 from fisherfast.fisher import LayerSummary, Spectrum
-from fisherfast.information import _series
+from fisherfast.information import _checks, _series
 
+_CALLER = "information_in_weights"
 _MAX_STEPS = 100
 _CONVERGED = 1e-11  # error of log lambda^2
 _MIDDLE_SLOPE = 1.5  # of the slopes there are, 1 to 2
 
 
-def check_positive(name: str, value: float, advice: str) -> float:
+def check_positive(name: str, value: float, advice: str, caller: str = _CALLER) -> float:
     """Raise ValueError unless ``value`` is a finite number above zero."""
-    if not (isinstance(value, (int, float)) and math.isfinite(value) and value > 0):
-        raise ValueError(f"information_in_weights: {name} must be a finite number > 0, got {value!r}; {advice}")
-    return float(value)
+    return _checks.positive(caller, name, value, advice)
 
 
-def check_scale(name: str, value: float) -> float:
+def check_scale(name: str, value: float, caller: str = _CALLER) -> float:
     """Raise ValueError unless ``value`` can be a prior scale; says what to compute instead of an infinite one."""
     if value == math.inf:
         raise ValueError(
-            f"information_in_weights: {name} must be finite, got inf; the information in the weights grows without bound with it "
+            f"{caller}: {name} must be finite, got inf; the information in the weights grows without bound with it "
             "and only differences of 0.5 * F.logdet(damping=...) between models of the same size are meaningful: compare those"
         )
-    return check_positive(name, value, "it is the standard deviation of the weights before training")
+    return check_positive(name, value, "it is the standard deviation of the weights before training", caller)
 
 
-def given(prior_scale: float | Mapping[str, float], layers: Mapping[str, LayerSummary]) -> dict[str, float]:
+def given(
+    prior_scale: float | Mapping[str, float], layers: Mapping[str, LayerSummary], caller: str = _CALLER, of: str = "F"
+) -> dict[str, float]:
     """Lambda by parameter name, from one number or a mapping of layer and parameter names; a parameter's own name wins."""
     layer_of = {name: layer for layer, summary in layers.items() for name in summary.parameters}
     if not isinstance(prior_scale, Mapping):
-        return dict.fromkeys(layer_of, check_scale("prior_scale", prior_scale))
+        return dict.fromkeys(layer_of, check_scale("prior_scale", prior_scale, caller))
     if unknown := sorted(set(prior_scale) - {*layer_of, *layers}):
-        raise ValueError(
-            f"information_in_weights: prior_scale must name layers or parameters of F, got {unknown}; layers: {list(layers)}"
-        )
+        raise ValueError(f"{caller}: prior_scale must name layers or parameters of {of}, got {unknown}; layers: {list(layers)}")
     keys = {name: name if name in prior_scale else layer for name, layer in layer_of.items()}
     if missing := [name for name, key in keys.items() if key not in prior_scale]:
-        raise ValueError(f"information_in_weights: prior_scale must cover every parameter, got none for {missing}")
-    return {name: check_scale(f"prior_scale[{key!r}]", prior_scale[key]) for name, key in keys.items()}
+        raise ValueError(f"{caller}: prior_scale must cover every parameter, got none for {missing}")
+    return {name: check_scale(f"prior_scale[{key!r}]", prior_scale[key], caller) for name, key in keys.items()}
+
+
+def in_words(prior_scale: float | Mapping[str, float] | str, centered: bool) -> str:
+    """A prior scale and its center: ``0.1 around 0``."""
+    if isinstance(prior_scale, str):
+        scale = "fitted by layer"
+    else:
+        scale = "given by layer" if isinstance(prior_scale, Mapping) else f"{prior_scale:g}"
+    return f"{scale} around {'the given center' if centered else '0'}"
+
+
+def of_block(spectrum: Spectrum, scales: Mapping[str, float], caller: str = _CALLER) -> float:
+    """The one lambda of a block's parameters. Errors: ValueError if they have several."""
+    scale, *others = (scales[name] for name in spectrum.parameters)
+    if any(other != scale for other in others):
+        raise ValueError(
+            f"{caller}: prior_scale must be one number for a block of F, got several for {list(spectrum.parameters)}; "
+            "a diagonal Fisher has a block for every parameter"
+        )
+    return scale
 
 
 def fitted(spectra: Sequence[Spectrum], squared_distance: float, temperature: float) -> float:

@@ -8,7 +8,7 @@ Everything an estimator needs of a direction is a function of ``s = lambda^2 f /
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -50,7 +50,8 @@ def cost(s: Tensor) -> Tensor:
 def sum_over(spectrum: Spectrum, scale: float, *terms: Callable[[Tensor], Tensor]) -> list[float]:
     """``sum_j term(scale * f_j)`` over the block's eigenvalues, for each term, in float64; a term of 0 is 0."""
     totals = torch.zeros(len(terms), dtype=torch.float64, device=spectrum.factors[0].device)
-    for s in _chunks(spectrum, scale):
+    for eigenvalues in spectrum.chunks(_CHUNK):
+        s = eigenvalues * scale
         totals += torch.stack([term(s).sum() for term in terms])
     return totals.tolist()
 
@@ -81,14 +82,6 @@ def thinned(spectrum: Spectrum) -> tuple[Spectrum, float]:
 def _products(factors: Sequence[Tensor]) -> Tensor:
     """All products of one entry of each factor."""
     return functools.reduce(lambda a, b: torch.outer(a, b).flatten(), factors)
-
-
-def _chunks(spectrum: Spectrum, scale: float) -> Iterator[Tensor]:
-    """``scale`` times all products of one entry of each factor, a chunk at a time."""
-    first, *others = spectrum.factors
-    rest = _products([first.new_tensor([scale]), *others])
-    for part in first.split(max(1, _CHUNK // max(1, rest.numel()))):
-        yield torch.outer(part, rest).flatten()
 
 
 def squared_distance(a: Tensor, b: Tensor | None) -> float:
