@@ -186,9 +186,10 @@ class DiagonalFisher(Measured, Plotted):
         return torch.cat([self._mean(name).flatten().to(device) for name in self.names]).sort(descending=True).values
 
     def spectra(self) -> Iterator[Spectrum]:
-        """One block for each parameter, its factors the sums themselves and ``1 / weight``: nothing is copied."""
+        """One block with one factor, the sums themselves, for each parameter: nothing is copied."""
         for name in self.names:
-            yield Spectrum(layer_of(name), (name,), self._counted(name).mean_factors())
+            counted = self._counted(name)
+            yield Spectrum(layer_of(name), (name,), (counted.sum.view(-1),), divisor=counted.weight)
 
     def sample(
         self, n: int, *, damping: Damping = 0.0, generator: torch.Generator | None = None, dtype: torch.dtype = torch.float32
