@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fisherfast as ff
 from fisherfast.accumulator import Accumulator
-from fisherfast.fisher import DiagonalFisher, Spectrum
+from fisherfast.fisher import DiagonalFisher, Spectrum, diagonal
 from fisherfast.information import _prior, _series, information_in_weights
 
 SHAPES = {"embed.weight": (500, 64), "a.weight": (64, 64), "a.bias": (64,), "norm.weight": (64,)}
@@ -67,6 +67,17 @@ def test_no_tensor_is_larger_than_a_chunk(backend, options, dtype, centered):
     with Allocations() as allocations:
         information_in_weights(F, weights, beta=1e-3, center=center, **options)
     assert 0 < allocations.largest <= CHUNK
+
+
+def test_totals_of_a_diagonal_copy_nothing(monkeypatch):
+    monkeypatch.setattr(diagonal, "_CHUNK", CHUNK)
+    F, _ = network()
+    with Allocations() as allocations:
+        totals = F.trace(), F.logdet(1e-3)
+        F.by_layer()
+    assert 0 < allocations.largest <= CHUNK
+    f = F.eigenvalues()
+    assert totals == pytest.approx((f.sum().item(), (f + 1e-3).log().sum().item()), rel=1e-13)
 
 
 def test_the_allocations_of_a_copy_are_seen():
