@@ -99,8 +99,9 @@ GB/s count what must be read and written once. The copy moves as many bytes, thr
 
 
 def newest() -> list[Path]:
-    """The latest run of every CPU."""
-    return [max(folder.glob("*.json")) for folder in sorted(RESULTS.glob("cpu-*"))]
+    """The latest run of every CPU that has one."""
+    runs = [sorted(folder.glob("*.json")) for folder in sorted(RESULTS.glob("cpu-*"))]
+    return [found[-1] for found in runs if found]
 
 
 def slug(machine: dict) -> str:

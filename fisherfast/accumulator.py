@@ -58,17 +58,14 @@ class Accumulator:
 
     def mean(self, dtype: torch.dtype | None = None) -> Tensor:
         """``sum / weight``, divided in float64 and then cast to ``dtype`` (float64 if not given)."""
-        return (self.sum / self._divisor()).to(dtype or torch.float64)
+        return (self.sum / self.divisor()).to(dtype or torch.float64)
 
     def mean_sum(self) -> float:
         """The sum of the entries of ``mean()``, without that tensor."""
-        return float(self.sum.sum()) / self._divisor()
+        return float(self.sum.sum()) / self.divisor()
 
-    def mean_factors(self) -> tuple[Tensor, Tensor]:
-        """``sum`` and ``1 / weight``, both 1-D: their products are the entries of ``mean()``; the first is a view, no copy."""
-        return self.sum.view(-1), self.sum.new_tensor([1 / self._divisor()])
-
-    def _divisor(self) -> float:
+    def divisor(self) -> float:
+        """``weight``, which must not be zero."""
         if self.weight == 0:
             raise ValueError("Accumulator: the mean needs a weight > 0, got 0; nothing has been added yet")
         return self.weight

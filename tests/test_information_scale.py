@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fisherfast as ff
 from fisherfast.accumulator import Accumulator
-from fisherfast.fisher import DiagonalFisher, Spectrum
+from fisherfast.fisher import DiagonalFisher, Spectrum, diagonal
 from fisherfast.information import _prior, _series, information_in_weights
 
 SHAPES = {"embed.weight": (500, 64), "a.weight": (64, 64), "a.bias": (64,), "norm.weight": (64,)}
@@ -69,6 +69,17 @@ def test_no_tensor_is_larger_than_a_chunk(backend, options, dtype, centered):
     assert 0 < allocations.largest <= CHUNK
 
 
+def test_totals_of_a_diagonal_copy_nothing(monkeypatch):
+    monkeypatch.setattr(diagonal, "_CHUNK", CHUNK)
+    F, _ = network()
+    with Allocations() as allocations:
+        totals = F.trace(), F.logdet(1e-3)
+        F.by_layer()
+    assert 0 < allocations.largest <= CHUNK
+    f = F.eigenvalues()
+    assert totals == pytest.approx((f.sum().item(), (f + 1e-3).log().sum().item()), rel=1e-13)
+
+
 def test_the_allocations_of_a_copy_are_seen():
     F, _ = network()
     with Allocations() as allocations:
@@ -117,18 +128,22 @@ def test_rejects_weights_that_are_no_real_numbers(wrong):
 
 FACTORS = (
     lambda f: (f,),
-    lambda f: (7 * f, f.new_tensor([1 / 7])),
-    lambda f: (f.new_tensor([1 / 7]), 7 * f),
+    lambda f: (f, f[-1:]),
+    lambda f: (f[-1:], f),
     lambda f: (f[:60], f[-40:]),
     lambda f: (f[:9], f[40:49], f[-10:]),
 )
 
 
-@pytest.mark.parametrize("factors", FACTORS, ids=["one", "sum and 1/N", "1/N and sum", "Kronecker", "three"])
+@pytest.mark.parametrize("divisor", [1.0, 7.0])
+@pytest.mark.parametrize("factors", FACTORS, ids=["one", "and a number", "a number and", "Kronecker", "three"])
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 1e9])
-def test_the_kernel_sums_what_the_terms_say(backend, factors, scale):
+def test_the_kernel_sums_what_the_terms_say(backend, factors, scale, divisor):
     f = torch.logspace(-20, 2, 3001, dtype=torch.float64)
-    spectrum = Spectrum("", ("w",), factors(f), zeros=5)
+    spectrum = Spectrum("", ("w",), factors(f), zeros=5, divisor=divisor)
+    s = scale * spectrum.eigenvalues()
+    plain = _series.cost(s).sum().item(), _series.share(s).sum().item()
+    assert _series.sum_over(spectrum, scale, _series.cost, _series.share) == pytest.approx(plain, rel=1e-13)
     expected = _series.sum_over(spectrum, scale, _series.cost, _series.share)
     assert _series.costs_and_shares(spectrum, scale) == pytest.approx(expected, rel=1e-12)
 
@@ -206,3 +221,15 @@ def test_layers_add_up_at_any_size():
     split = DiagonalFisher.from_accumulators(sums, num_samples=7)
     assert information_in_weights(split, halves, prior_scale=0.1, beta=1e-3).nats == pytest.approx(whole.nats, rel=1e-13)
     assert split.trace() == pytest.approx(F.trace(), rel=1e-13)
+
+
+def test_restricted_noise_costs_more():
+    # The diagonal's Q is the best that is independent in the weights, EKFAC's along its eigenvectors, gram's the best of all.
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Tanh(), torch.nn.Linear(5, 3))
+    data = [(torch.randn(40, 6), None)]
+    rises = {}
+    for structure in ("gram", "ekfac", "diagonal"):
+        F = ff.fisher(model, data, structure, fisher_type="exact", progress=False)
+        rises[structure] = information_in_weights(F, model, prior_scale=0.5, beta=1 / 40).lagrangian_rise
+    assert rises["gram"] < rises["ekfac"] and rises["gram"] < rises["diagonal"]

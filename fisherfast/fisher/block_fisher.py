@@ -225,7 +225,8 @@ class BlockFisher(Plotted, Measured, Generic[_Block]):
         blocks = {block.place.weight: block for block in self.blocks}
         for name in self.names:
             if name in self.diagonals:
-                yield Spectrum(layer_of(name), (name,), self.diagonals[name].mean_factors())
+                sums = self.diagonals[name]
+                yield Spectrum(layer_of(name), (name,), (sums.sum.view(-1),), divisor=sums.divisor())
             elif name in blocks:
                 yield Spectrum(layer_of(name), blocks[name].place.names, *blocks[name].spectrum())
 

@@ -27,6 +27,8 @@ from fisherfast.fisher.coverage import Coverage
 from fisherfast.fisher.protocol import Damping, FisherWarning, LayerSummary, Provenance, Spectrum, Vector, layer_of, missing
 from fisherfast.fisher.spread import Spread
 
+_CHUNK = 1 << 16  # entries at a time: temporaries that stay in cache
+
 
 class SummaryRow(NamedTuple):
     """One line of a table by layer; ``share`` is the layer's part of the whole trace."""
@@ -154,16 +156,18 @@ class DiagonalFisher(Measured, Plotted):
     def logdet(self, damping: Damping = 0.0) -> float:
         """``sum_i log(f_i + damping_i)``; -inf with a FisherWarning that counts the zero entries if there are any."""
         dampings = _arguments.damping_by_name("logdet", damping, self.names)
-        total, zeros = [], 0
-        for name in self.names:
-            damped = self._mean(name) + dampings[name]
-            zeros += int((damped == 0).sum())
-            total.append(float(damped.log().sum()))
-        if zeros:
+        sums = []
+        for name, spectrum in zip(self.names, self.spectra(), strict=True):
+            both = spectrum.factors[0].new_zeros(2)
+            for values in spectrum.chunks(_CHUNK):
+                damped = values.add_(dampings[name])
+                both += torch.stack([damped.log().sum(), (damped == 0).sum()])
+            sums.append(both.tolist())
+        if zeros := int(sum(zeros for _, zeros in sums)):
             message = f"logdet: {zeros} of {self.num_parameters} entries of F + damping I are zero: -inf; pass damping > 0"
             warnings.warn(message, FisherWarning, stacklevel=2)
             return -math.inf
-        return math.fsum(total)
+        return math.fsum(log for log, _ in sums)
 
     def __matmul__(self, v: Vector) -> Vector:
         """``f_i v_i``, in the dtype and on the device of v."""
@@ -186,9 +190,10 @@ class DiagonalFisher(Measured, Plotted):
         return torch.cat([self._mean(name).flatten().to(device) for name in self.names]).sort(descending=True).values
 
     def spectra(self) -> Iterator[Spectrum]:
-        """One block for each parameter, its factors the sums themselves and ``1 / weight``: nothing is copied."""
+        """One block with one factor, the sums themselves, for each parameter: nothing is copied."""
         for name in self.names:
-            yield Spectrum(layer_of(name), (name,), self._counted(name).mean_factors())
+            counted = self._counted(name)
+            yield Spectrum(layer_of(name), (name,), (counted.sum.view(-1),), divisor=counted.weight)
 
     def sample(
         self, n: int, *, damping: Damping = 0.0, generator: torch.Generator | None = None, dtype: torch.dtype = torch.float32

@@ -3,7 +3,7 @@
 
 A structure (diagonal, Kronecker-factored, Gram) is one file beside this one, a class with these methods. Per-layer work on
 the eigenvalues goes through ``spectra()``, which never forms the whole spectrum: a block's eigenvalues are all products of
-one entry of each of its factors: a diagonal's are its sums and one number, a Kronecker block's two eigenvalue vectors.
+one entry of each of its factors, so a diagonal has one factor and a Kronecker block two.
 """
 
 from __future__ import annotations
@@ -59,17 +59,18 @@ class LayerSummary:
 
 @dataclass(frozen=True, eq=False)
 class Spectrum:
-    """The eigenvalues of one block: every product of one entry of each factor, and ``zeros`` further ones that are zero.
+    """The eigenvalues of one block: every product of one entry of each factor, over ``divisor``, and ``zeros`` that are zero.
 
-    Shapes:   factors 1-D float64, ``(sums, 1/N)`` of a diagonal, ``(b, a)`` of a Kronecker block ``B (x) A``; the block has
-              ``prod(len(factor)) + zeros`` eigenvalues, which is ``num_parameters``. Factors may be views of the Fisher's own
-              memory: read them only.
+    Shapes:   factors 1-D float64, ``(f,)`` of a diagonal, ``(b, a)`` of a Kronecker block ``B (x) A``; the block has
+              ``prod(len(factor)) + zeros`` eigenvalues, which is ``num_parameters``.
+    Scale:    a diagonal's f are its sums themselves, not copies, and ``divisor`` the samples in them: read factors only.
     """
 
     layer: str
     parameters: tuple[str, ...]
     factors: tuple[Tensor, ...]
     zeros: int = 0
+    divisor: float = 1.0
 
     @property
     def num_parameters(self) -> int:
@@ -82,16 +83,16 @@ class Spectrum:
         values = first
         for factor in others:
             values = torch.outer(values, factor).flatten()
-        return torch.cat([values, values.new_zeros(self.zeros)])
+        return torch.cat([values / self.divisor, values.new_zeros(self.zeros)])
 
     def chunks(self, size: int) -> Iterator[Tensor]:
-        """The products of the factors' entries, about ``size`` at a time; ``zeros`` are not among them."""
+        """All but ``zeros``, about ``size`` at a time."""
         first, *others = self.factors
         rest = first.new_ones(1)
         for factor in others:
             rest = torch.outer(rest, factor).flatten()
         for part in first.split(max(1, size // max(1, rest.numel()))):
-            yield torch.outer(part, rest).flatten()
+            yield torch.outer(part, rest).flatten().div_(self.divisor)
 
 
 @runtime_checkable

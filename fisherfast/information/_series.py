@@ -8,7 +8,7 @@ Everything an estimator needs of a direction is a function of ``s = lambda^2 f /
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -62,11 +62,11 @@ def costs_and_shares(spectrum: Spectrum, scale: float) -> tuple[float, float]:
     Numerics: relative error below 1e-12; the shares, a difference of two sums, lose another factor ``log s`` at most.
     """
     first, *others = spectrum.factors
-    sums = first.new_zeros(2)
-    if all(factor.numel() == 1 for factor in others):
-        log1p_sum(sums, first, _products([first.new_tensor([scale]), *others]).item())
+    sums, factor = first.new_zeros(2), scale / spectrum.divisor
+    if others:
+        kron_log1p_sum(sums, first, functools.reduce(lambda a, b: torch.outer(a, b).flatten(), others), factor)
     else:
-        kron_log1p_sum(sums, first, _products(others), scale)
+        log1p_sum(sums, first, factor)
     logs, costs = sums.tolist()
     return costs, logs - costs
 
@@ -77,11 +77,6 @@ def thinned(spectrum: Spectrum) -> tuple[Spectrum, float]:
     before, factor, after = spectrum.factors[:longest], spectrum.factors[longest], spectrum.factors[longest + 1 :]
     few = factor[:: max(1, spectrum.num_parameters // _SAMPLE)]
     return replace(spectrum, factors=(*before, few, *after)), factor.numel() / max(1, few.numel())
-
-
-def _products(factors: Sequence[Tensor]) -> Tensor:
-    """All products of one entry of each factor."""
-    return functools.reduce(lambda a, b: torch.outer(a, b).flatten(), factors)
 
 
 def squared_distance(a: Tensor, b: Tensor | None) -> float:
