@@ -71,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> Report:
     mean = np.mean(traces["sharp from the start"], 0)
     peak = int(mean.argmax())
     report.check(
-        "tr F rises in the first epochs (twice) and then falls (by half)",
+        "tr F rises (twice) and then falls (by half)",
         mean[peak] > 2 * mean[0] and mean[-1] < mean[peak] / 2,
         f"{arrows([mean[0], mean[peak], mean[-1]])}, the peak after epoch {peak}",
     )

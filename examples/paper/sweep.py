@@ -42,6 +42,6 @@ def draw(report: Report, title: str, label: str, ticks: Sequence[int], protocols
             one.fill_between(ticks, of.min(1), of.max(1), color=COLOURS[number], alpha=0.15, linewidth=0)
         one.set(xscale="log" if ticks[-1] > 10 else "linear", yscale="log", xlabel=label, ylabel=unit)
         one.set_xticks(ticks, [str(tick) for tick in ticks])
-        one.tick_params(axis="x", which="minor", bottom=False)
+        one.set_xticks([], minor=True)
     axes[0].legend(frameon=False, fontsize=9)
     report.save(figure)
