@@ -35,7 +35,7 @@ class BlockCollector:
     separate = True  # every pass has output gradients of its own
 
     def __init__(self, capture: Capture, transactional: bool, max_exact_dim: int) -> None:
-        self._tracked, self._device, self._max_exact_dim = capture.tracked, capture.device, max_exact_dim
+        self._tracked, self._max_exact_dim = capture.tracked, max_exact_dim
         self._transactional, self._staged, self._samples = transactional, False, Samples(0)
         self._uses: dict[str, list[tuple[int, CallUse]]] = {}
         self._calls: dict[int, list[CallUse]] = {}
