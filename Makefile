@@ -7,7 +7,7 @@ PIP    := $(VENV)/bin/pip install -q --disable-pip-version-check -c constraints.
 RUN    := PYTHONSAFEPATH=1 $(VENV)/bin/python
 NATIVE := $(wildcard csrc/*.* csrc/*/*.*)
 
-.PHONY: demo test lint bench gpu-check clean
+.PHONY: demo test lint page-check bench gpu-check clean
 
 demo: $(VENV)/.demo $(VENV)/.built  ## train a small network on real digits, measure its Fisher, write table, plot and file
 	PYTHONSAFEPATH=1 $(VENV)/bin/fisherfast info --model fisherfast.demo:model --data fisherfast.demo:data --out out/digits
@@ -19,6 +19,11 @@ lint: $(VENV)/.dev $(VENV)/.built
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+
+page-check: $(VENV)/.dev $(VENV)/.built  ## the report's page in a headless browser; needs chromium and chromedriver
+	@command -v chromium && command -v chromedriver || { echo "page-check: needs chromium and chromedriver; on Debian: apt-get install chromium chromium-driver"; exit 1; }
+	$(PIP) selenium
+	$(RUN) -m pytest tests/test_page.py -q -m browser
 
 bench: $(VENV)/.bench $(VENV)/.built  ## measure here, write bench/results/, regenerate docs/performance.md
 	$(RUN) bench/performance.py

@@ -33,7 +33,18 @@ from `bench/results/*/comparison/latest.json`; edit neither.
 mean eigenvalue `tr F / P`. A structure that keeps the trace and spreads it evenly over more eigenvalues has the larger log-determinant
 (Hadamard's inequality for the diagonal and for EKFAC, whose values are a diagonal of F in some basis; KFAC may fall on either side).
 An exact Fisher of M sample gradients has rank M at most: below the transformer's 70,496 parameters there are 2,048, and where the black curve
-ends the others continue with directions that these samples never moved in. *time* is one `ff.fisher` call from start to result; *log det time* the first `logdet`, eigendecompositions included; *size* what the result holds.
+ends the others continue with directions that these samples never moved in.
+
+*Information in the weights* is `ff.information_in_weights` at beta = 1/N and one prior scale for all layers and structures, the one fitted
+to *gram*. How far the weights are from 0 counts the same in every row, so rows differ by their directions only: `1/2 sum_j g(lambda^2 f_j / beta)`.
+The diagonal's nats are those of the best noise that is independent in every weight, EKFAC's of the best that is independent along its
+eigenvectors, *gram*'s of the best of all; *too many* is what the restriction costs (KFAC's are an approximation of EKFAC's). Noise that must be
+independent has to be small wherever a weight matters at all, though most combinations of such weights change nothing: in these networks
+that is most of what the diagonal reports. So nats compare layers and networks within one structure, not across.
+*effective dimension*: `sum_j s_j / (1 + s_j)`; of the exact Fisher at most its rank. Where a trace differs from the one above, this table was
+measured on the same network trained again.
+
+*time* is one `ff.fisher` call from start to result; *log det time* the first `logdet`, eigendecompositions included; *size* what the result holds.
 """
 
 
@@ -143,12 +154,12 @@ def _measured(case: Case) -> dict:
     parameters = sum(p.numel() for p in model.parameters())
     rows = {}
     for structure in reversed(STRUCTURES):  # the exact one first: its trace sets the dampings
-        rows[structure] = _row(model, batches, structure, case.options, rows.get("gram", {}).get("trace"), parameters)
+        rows[structure] = _row(model, batches, structure, case.options, rows.get("gram"), parameters)
         print(case.title, structure, {k: v for k, v in rows[structure].items() if k != "spectrum"}, flush=True)
     return {"title": case.title, "parameters": parameters, "structures": {name: rows[name] for name in STRUCTURES}}
 
 
-def _row(model, batches, structure: str, options: dict, trace: float | None, parameters: int) -> dict:
+def _row(model, batches, structure: str, options: dict, exact: dict | None, parameters: int) -> dict:
     import fisherfast as ff
 
     def run():
@@ -158,17 +169,26 @@ def _row(model, batches, structure: str, options: dict, trace: float | None, par
     start = time.perf_counter()
     F = run()
     seconds = time.perf_counter() - start
-    mean = (F.trace() if trace is None else trace) / parameters
+    mean = (F.trace() if exact is None else exact["trace"]) / parameters
     start = time.perf_counter()
     first = F.logdet(SCALES[0] * mean)
     logdet_seconds = time.perf_counter() - start
     values = F.eigenvalues()
+    scale = "fit" if exact is None else exact["information"]["prior_scale"]
+    info = ff.information_in_weights(F, model, prior_scale=scale, beta=1 / F.num_samples)
     return {
         "seconds": seconds,
         "logdet_seconds": logdet_seconds,
         "bytes": sum(t.numel() * t.element_size() for t in F.state()[0].values()),
         "trace": F.trace(),
         "logdet": [first] + [F.logdet(scale * mean) for scale in SCALES[1:]],
+        "information": {
+            "nats": info.nats,
+            "trace": F.trace(),
+            "effective_dimension": sum(layer.effective_dimension for layer in info.by_layer().values()),
+            "prior_scale": next(iter(info.prior_scales.values())),
+            "num_samples": F.num_samples,
+        },
         "spectrum": _thinned(values[values > 1e-12 * values[0]].tolist()),
     }
 
@@ -198,7 +218,7 @@ def render() -> str:
             f"## {machine['cpu']}, {machine['isa']}, {machine['threads']} threads\n\ncommit {machine['commit']}, torch "
             f"{machine['versions']['torch']}\n\n![The eigenvalues of each structure, by rank, on logarithmic axes]({figure(path).name})\n"
         )
-        parts += [_table(case) for case in run["cases"].values()]
+        parts += [_table(case) + _nats(case) for case in run["cases"].values()]
     return "\n".join(parts)
 
 
@@ -218,6 +238,24 @@ def _table(case: dict) -> str:
             f"| {name} | {row['seconds']:.2f} s | {row['logdet_seconds']:.2f} s | {row['bytes'] / 2**20:.1f} MiB | {row['trace']:.5g} | "
             + " | ".join(logdets)
             + " |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _nats(case: dict) -> str:
+    """The information in the weights by each structure, at one prior scale and one beta."""
+    exact = case["structures"]["gram"]["information"]
+    lines = [
+        f"\nInformation in the weights, beta = 1/{exact['num_samples']}, prior scale {exact['prior_scale']:.3g} around 0:\n\n"
+        "| structure | trace | nats | too many | nats per parameter | effective dimension |\n| :-- | --: | --: | --: | --: | --: |"
+    ]
+    for name, row in case["structures"].items():
+        info = row["information"]
+        nats, off = info["nats"], info["nats"] - exact["nats"]
+        wrong = "" if name == "gram" else f"{off:+,.0f} ({off / exact['nats']:+.0%})"
+        lines.append(
+            f"| {name} | {info['trace']:.5g} | {nats:,.0f} | {wrong} | {nats / case['parameters']:.3f} | "
+            f"{info['effective_dimension']:,.0f} |"
         )
     return "\n".join(lines) + "\n"
 

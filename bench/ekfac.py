@@ -17,6 +17,7 @@ from models import loss_per_sample
 from torch import Tensor, nn
 
 import fisherfast as ff
+from fisherfast.fisher.eigen import eigenbasis
 
 Bases = dict[str, tuple[Tensor, Tensor]]
 
@@ -139,5 +140,71 @@ def curvlinops_correction(model, x, y):
         operator._corrected_eigenvalues.clear()  # it would add to them
         operator.compute_eigenvalue_correction()
         return _eigenvalues(operator)
+
+    return run
+
+
+def _of_bases(factors: kfac.Factors, bases: Bases) -> ways.Result:
+    """What is compared of eigenvectors: each factor's diagonal in them, as ``compared`` does."""
+    pairs = {f"{name} {k}": (F, U) for name in bases for k, F, U in zip("AB", factors[name], bases[name], strict=True)}
+    return compared({name: ((F @ U) * U).sum(0) for name, (F, U) in pairs.items()})
+
+
+@ways.way("fisherfast: its bases, of few rows where they are", package="fisherfast", quantity="ekfac bases")
+def our_bases(model, x, y):
+    found = _basis(model, x, y)
+    blocks = {block.place.weight.removesuffix(".weight"): block for block in found.blocks}
+    chosen = {name: blocks[name] for name in kfac.layers(model)}
+
+    def run():
+        each = {
+            name: (
+                eigenbasis(b.A.mean(), b.few_rows[0], torch.float32)[0],
+                eigenbasis(b.B.mean(), b.few_rows[1], torch.float32)[0],
+            )
+            for name, b in chosen.items()
+        }
+        return lambda: _of_bases(
+            {name: (b.A.mean(torch.float32)[0], b.B.mean(torch.float32)[0]) for name, b in chosen.items()}, each
+        )
+
+    return run
+
+
+@ways.way("plain torch: eigh of both factors", quantity="ekfac bases", reference=True)
+def eigh(model, x, y):
+    factors = kfac.factors(kfac.uses(model, x, y))
+
+    def run():
+        each = bases(factors)
+        return lambda: _of_bases(factors, each)
+
+    return run
+
+
+def _lambdas(found: kfac.Kronfluence) -> ways.Result:
+    lambdas = found.analyzer.load_lambda_matrices("all")
+    return compared({name: values / len(found.x) for name, values in lambdas["lambda_matrix"].items()})
+
+
+@ways.way("kronfluence, fit_all_factors", package="kronfluence", quantity="ekfac")
+def kronfluence(model, x, y):
+    found = kfac.Kronfluence(model, x, y)
+
+    def run():
+        found.analyzer.fit_all_factors(**found.given, **found.batch, factor_args=found.arguments)
+        return _lambdas(found)
+
+    return run
+
+
+@ways.way("kronfluence, fit_lambda_matrices", package="kronfluence", quantity="ekfac correction")
+def kronfluence_correction(model, x, y):
+    found = kfac.Kronfluence(model, x, y)
+    found.analyzer.fit_all_factors(**found.given, **found.batch, factor_args=found.arguments)
+
+    def run():
+        found.analyzer.fit_lambda_matrices(**found.given, **found.batch, factor_args=found.arguments)
+        return _lambdas(found)
 
     return run

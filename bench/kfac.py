@@ -8,7 +8,10 @@ Peers are asked for these layers only; ours measures every parameter in the same
 
 from __future__ import annotations
 
+import copy
 import math
+import tempfile
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -17,6 +20,7 @@ import ways
 from models import loss_per_sample
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.data import TensorDataset
 
 import fisherfast as ff
 
@@ -236,5 +240,63 @@ def curvlinops(model, x, y):
         pairs = {name: (A, state["gradient_covariances"][name]) for name, A in state["input_covariances"].items()}
         # Its B is a mean over the loss terms of a sample too.
         return lambda: compared(model, {name.removeprefix("model."): (A, B * terms) for name, (A, B) in pairs.items()})
+
+    return run
+
+
+@dataclass
+class Kronfluence:
+    """kronfluence on one batch: its factors go through files, which it has no way around, in a folder of their own."""
+
+    model: nn.Module
+    x: Tensor
+    y: Tensor
+
+    def __post_init__(self) -> None:
+        from kronfluence.analyzer import Analyzer, prepare_model
+        from kronfluence.arguments import FactorArguments
+        from kronfluence.task import Task
+
+        names = list(layers(self.model))
+
+        class OfTheData(Task):
+            """Its Fisher's labels are those of the data."""
+
+            def compute_train_loss(self, batch, model, sample=False):
+                return loss_per_sample(model(batch[0]), batch[1]).sum()
+
+            def compute_measurement(self, batch, model):
+                raise NotImplementedError
+
+            def get_influence_tracked_modules(self):
+                return names
+
+        self.folder = tempfile.TemporaryDirectory()
+        task = OfTheData()
+        options = {"output_dir": self.folder.name, "disable_tqdm": True, "disable_model_save": True, "cpu": True}
+        self.analyzer = Analyzer("bench", prepare_model(self.model, task), task, **options)
+        self.given = {"factors_name": "all", "overwrite_output_dir": True}
+        self.batch = {"dataset": TensorDataset(self.x, self.y), "per_device_batch_size": len(self.x)}
+        self.arguments = FactorArguments(strategy="ekfac", use_empirical_fisher=True)
+
+    def covariances(self) -> dict[str, dict[str, Tensor]]:
+        """Its factors."""
+        self.analyzer.fit_covariance_matrices(**self.given, **self.batch, factor_args=self.arguments)
+        return self.analyzer.load_covariance_matrices("all")
+
+
+@way("kronfluence, fit_covariance_matrices", package="kronfluence")
+def kronfluence(model, x, y):
+    before = copy.deepcopy(model)  # it wraps the layers
+    found = Kronfluence(model, x, y)
+
+    def run():
+        sums = found.covariances()
+        rows = sums["num_activation_covariance_processed"]
+        pairs = {
+            name: (A / rows[name], sums["gradient_covariance"][name] / len(x))
+            for name, A in sums["activation_covariance"].items()
+        }
+        return lambda: compared(before, pairs)
 
     return run

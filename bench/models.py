@@ -186,7 +186,7 @@ CASES = {
         mlp,
         _vectors,
         N=256,
-        quantities=("diagonal", "exact", "norms", "kfac", "ekfac", "ekfac correction"),
+        quantities=("diagonal", "exact", "norms", "kfac", "ekfac", "ekfac bases", "ekfac correction"),
         limits={"diagonal": 0.95, "exact": 3.7, "norms": 1.0, "kfac": 1.2, "ekfac correction": 2.5},
     ),
     "all-cnn": Case(
@@ -194,7 +194,7 @@ CASES = {
         _all_cnn,
         _images,
         N=32,
-        quantities=("diagonal", "exact", "norms", "kfac", "ekfac", "ekfac correction"),
+        quantities=("diagonal", "exact", "norms", "kfac", "ekfac", "ekfac bases", "ekfac correction"),
         limits={"diagonal": 1.05, "exact": 6.5, "norms": 1.0, "kfac": 1.5, "ekfac correction": 2.5},
     ),
     "resnet18": Case(

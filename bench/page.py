@@ -49,6 +49,11 @@ Time for both Kronecker factors of every layer, over the data's labels; ratio an
 
 Factors, eigendecompositions and corrected eigenvalues of one batch; ratio and memory as above.
 """,
+    "ekfac bases": """\
+### EKFAC's eigenvectors alone
+
+Time for the eigenvectors of all factors, which are there already; what every peer does in this step is plain torch's. Ratio and memory as above.
+""",
     "ekfac correction": """\
 ### EKFAC's corrected eigenvalues alone
 
@@ -94,8 +99,9 @@ GB/s count what must be read and written once. The copy moves as many bytes, thr
 
 
 def newest() -> list[Path]:
-    """The latest run of every CPU."""
-    return [max(folder.glob("*.json")) for folder in sorted(RESULTS.glob("cpu-*"))]
+    """The latest run of every CPU that has one."""
+    runs = [sorted(folder.glob("*.json")) for folder in sorted(RESULTS.glob("cpu-*"))]
+    return [found[-1] for found in runs if found]
 
 
 def slug(machine: dict) -> str:

@@ -77,14 +77,19 @@ def way(name: str, package: str | None = None, quantity: str = "diagonal", **opt
     return register
 
 
+def _result(run: Run) -> Result:
+    result = run()
+    return result() if callable(result) else result
+
+
 def oracle(quantity: str, model: nn.Module, x: Tensor, y: Tensor) -> tuple[Result, dict[str, float]]:
     """The result by the reference in float64, and for each of its parts the error that plain torch makes in float32.
 
     That error is the reference's worst at any part of this result: a small parameter's own may be nearly zero by luck.
     """
     (prepare,) = (way.prepare for way in of(quantity).values() if way.reference)
-    narrow = prepare(model, x, y)()
-    wide = prepare(copy.deepcopy(model).double(), x.double() if x.is_floating_point() else x, y)()
+    narrow = _result(prepare(model, x, y))
+    wide = _result(prepare(copy.deepcopy(model).double(), x.double() if x.is_floating_point() else x, y))
     return wide, dict.fromkeys(wide, max(measure.error(narrow[k], wide[k]) for k in wide))
 
 
@@ -110,8 +115,7 @@ def attempt(
     model, x, y = problem
     try:
         run = way.prepare(model, x, y)
-        result = run()
-        result = result() if callable(result) else result
+        result = _result(run)
     except Exception as error:  # whatever a peer raises is the finding
         if way.ours:
             raise

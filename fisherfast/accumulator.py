@@ -58,9 +58,17 @@ class Accumulator:
 
     def mean(self, dtype: torch.dtype | None = None) -> Tensor:
         """``sum / weight``, divided in float64 and then cast to ``dtype`` (float64 if not given)."""
+        return (self.sum / self.divisor()).to(dtype or torch.float64)
+
+    def mean_sum(self) -> float:
+        """The sum of the entries of ``mean()``, without that tensor."""
+        return float(self.sum.sum()) / self.divisor()
+
+    def divisor(self) -> float:
+        """``weight``, which must not be zero."""
         if self.weight == 0:
             raise ValueError("Accumulator: the mean needs a weight > 0, got 0; nothing has been added yet")
-        return (self.sum / self.weight).to(dtype or torch.float64)
+        return self.weight
 
     def all_reduce(self, group: dist.ProcessGroup | None = None) -> Accumulator:
         """Pool the accumulators of all ranks of ``group``, in place on every rank; returns self."""
@@ -141,6 +149,11 @@ class RunningSum:
             error = (a - (total - part)) + (b - part)
             a.copy_(total)
             b.copy_(error)
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self.high, self.weight, self._additions = None, 0.0, 0
+        self.__dict__.pop("low", None)
 
     def snapshot(self) -> Accumulator:
         """The sum so far, in float64, on its own memory."""

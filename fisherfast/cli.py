@@ -8,6 +8,7 @@ import importlib.util
 import itertools
 import math
 import os
+import shlex
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -86,9 +87,13 @@ _BETA = typer.Option(callback=_positive, show_default="1 / N", help="what one na
 _PRIOR = typer.Option(
     parser=_prior_scale, metavar="NUMBER|fit", help="standard deviation of the prior; fit: the best one, by layer"
 )
+_CENTER = typer.Option(
+    show_default="around 0",
+    help="module:function that returns the network this one started from: the nats are what was added to it since",
+)
 _DRAWS = typer.Option(min=1, help="labels drawn per sample, with mc")
 _SEED = typer.Option(help="of the drawn labels")
-_OUT = typer.Option(file_okay=False, help="folder for the Fisher, the plot and the numbers")
+_OUT = typer.Option(file_okay=False, help="folder for the page, the plot, the numbers and the Fisher")
 _DEVICE = typer.Option(show_default="where the network is", help="cpu, cuda, cuda:1")
 _ROUNDS = typer.Option(min=0, help=f"timed runs against plain forward+backward, over the first {_TIMED_BATCHES} batches; 0: none")
 
@@ -102,6 +107,7 @@ def info(
     likelihood: Annotated[Likelihood, _LIKELIHOOD] = Likelihood.categorical,
     beta: Annotated[float | None, _BETA] = None,
     prior_scale: Annotated[Any, _PRIOR] = "fit",
+    center: Annotated[str | None, _CENTER] = None,
     draws: Annotated[int, _DRAWS] = 1,
     seed: Annotated[int, _SEED] = 0,
     out: Annotated[Path, _OUT] = Path("out"),
@@ -112,6 +118,7 @@ def info(
     if importlib.util.find_spec("matplotlib") is None:
         raise typer.BadParameter("the report has a plot and matplotlib is not installed; pip install 'fisherfast[plot]'")
     network, make_data = _loaded(model, data, device)
+    base = None if center is None else _same_parameters(_network(center, "--center"), network, center)
     resolved = likelihood.resolve()
 
     def measure(batches: Iterable[Any], progress: bool = False) -> Any:
@@ -123,13 +130,16 @@ def info(
     console = Console()
     with _kept(out):
         F = measure(_batches(make_data, data), progress=True)
-        information = ff.information_in_weights(F, network, prior_scale=prior_scale, beta=beta or 1 / F.num_samples)
+        beta = beta or 1 / F.num_samples
+        information = ff.information_in_weights(F, network, prior_scale=prior_scale, beta=beta, center=base)
+        curve = report.rate_distortion(F, network, information, center=base)
         ratio = None
         if rounds:
             batches = list(itertools.islice(_batches(make_data, data), _TIMED_BATCHES))
             ratio = timing.against_plain(measure, network, batches, resolved, rounds)
     console.print(report.render(F, information, ratio))
-    for path in report.write_report(out, F, information, ratio):
+    command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    for path in report.write_report(out, F, information, ratio, curve=curve, command=command):
         console.print(f"wrote {path}", soft_wrap=True, highlight=False)
 
 
@@ -166,11 +176,30 @@ def _loaded(model: str, data: str, device: str | None) -> tuple[nn.Module, Calla
     """The network in eval mode, where it is wanted, and the function that gives its data."""
     # At the end of the path: a folder of the user's that has the name of an installed package must not replace it.
     sys.path.append(os.getcwd())
-    make_model, make_data = _function(model, "--model"), _function(data, "--data")
-    network = make_model()
+    make_data = _function(data, "--data")
+    network = _network(model, "--model").eval()
+    return network if device is None else network.to(device), make_data
+
+
+def _network(spec: str, option: str) -> nn.Module:
+    """What the function returns that ``module:function`` names."""
+    network = _function(spec, option)()
     if not isinstance(network, nn.Module):
-        raise typer.BadParameter(f"{model} must return a torch.nn.Module, got {_kind(network)}", param_hint="--model")
-    return network.eval() if device is None else network.eval().to(device), make_data
+        raise typer.BadParameter(f"{spec} must return a torch.nn.Module, got {_kind(network)}", param_hint=option)
+    return network
+
+
+def _same_parameters(center: nn.Module, network: nn.Module, spec: str) -> nn.Module:
+    """The center, if it has the network's parameters: said before anything is measured."""
+    theirs = {name: p.shape for name, p in center.named_parameters()}
+    for name, parameter in network.named_parameters():
+        if theirs.get(name) != parameter.shape:
+            got = f"{list(theirs[name])}" if name in theirs else "none"
+            raise typer.BadParameter(
+                f"{spec} must have the network's parameters, got {got} for {name!r} {list(parameter.shape)}",
+                param_hint="--center",
+            )
+    return center
 
 
 def _function(spec: str, option: str) -> Callable[[], Any]:

@@ -8,7 +8,7 @@ likelihoods or of what a collector computes.
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
@@ -69,6 +69,9 @@ class Collector(Protocol):
 
     def add_gradients(self, tracked: Tracked, gradients: Tensor, first: int, scale: float, number: int) -> None:
         """Take whole sample gradients ``[n, *parameter]`` of samples ``first, ..., first + n - 1``, from the fallback."""
+
+    def expect(self, tracked: Tracked, parts: int) -> None:
+        """Before the passes of a batch: in how many parts a parameter's rows will come; 0 if it is not used, and adds nothing."""
 
     def touch(self, tracked: Tracked) -> None:
         """Note that the gradient of this parameter is zero in a pass."""
@@ -220,16 +223,16 @@ class Passes:
             for use in call.uses:
                 if use.tracked.fallback is None:
                     groups[use.key[:2]].append(use)
+        parts = Counter(name for name, _ in groups)
+        for name, tracked in self.capture.tracked.items():
+            if tracked.fallback is None:
+                for collector in self.collectors:
+                    collector.expect(tracked, parts[name])
         batch = _Batch(root, groups, self._unlocated(groups, root.shape[0]), count > 1 and not self._separate)
         for number, one in enumerate(passes):
             self._run_one(batch, one, number, keep or number + 1 < count)
         for group, folded in batch.folded.items():
             self._hand_over(groups[group][0].tracked, folded.form, folded.rows(), 1.0, 0)
-        visited = {name for name, _ in groups}
-        for name, tracked in self.capture.tracked.items():
-            if name not in visited and tracked.fallback is None:
-                for collector in self.collectors:
-                    collector.touch(tracked)
         return calls
 
     def _unlocated(self, groups: dict[Group, list[CallUse]], N: int) -> set[Key]:
@@ -375,6 +378,12 @@ class Passes:
 
 def _rows(use: CallUse, g: Tensor, saved: tuple[Tensor, ...]) -> Rows:
     return use.form.rows(g, tuple(saved[i] for i in use.picks))
+
+
+def in_parts(calls: list[Call]) -> set[str]:
+    """Names of the parameters of which several parts are used, each for itself."""
+    parts = {(use.tracked.name, use.window) for call in calls for use in call.uses}
+    return {name for name, count in Counter(name for name, _ in parts).items() if count > 1}
 
 
 def _conflict(uses: list[CallUse]) -> str | None:

@@ -198,7 +198,7 @@ def test_performance_page_figures_are_stored(page):
     assert all(page.figure(run["machine"]).is_file() for run in runs if run.get("scaling"))
 
 
-@pytest.mark.parametrize("script", ["model_table", "comparison"])
+@pytest.mark.parametrize("script", ["model_table", "comparison", "information"])
 def test_pages_equal_their_results(page, script):
     spec = importlib.util.spec_from_file_location(f"bench_{script}", PATH.parent / f"{script}.py")
     module = importlib.util.module_from_spec(spec)

@@ -38,6 +38,13 @@ def interrupted_data():
 def no_data():
     return []
 
+def start():
+    torch.manual_seed(5)
+    return nn.Sequential(nn.Linear(5, 7), nn.Dropout(0.5), nn.Linear(7, 3))
+
+def other():
+    return nn.Sequential(nn.Linear(5, 8), nn.Dropout(0.5), nn.Linear(8, 3))
+
 def number():
     return 3
 
@@ -80,6 +87,8 @@ def test_info_measures_the_users_model(module, tmp_path):
     assert numbers["information"]["nats"] == nats
     assert f"{nats:,.1f} nats" in result.output and "one plain forward+backward over the same 33 samples" in result.output
     assert (tmp_path / "here" / "information.png").exists()
+    assert "wrote here/report.html" in result.output
+    assert "Rate-distortion curve" in (tmp_path / "here" / "report.html").read_text(encoding="utf-8")
 
 
 def test_info_options_reach_the_numbers(module, tmp_path):
@@ -89,6 +98,22 @@ def test_info_options_reach_the_numbers(module, tmp_path):
     assert (numbers["information"]["prior_scale"], numbers["information"]["beta"]) == (0.25, 0.01)
     assert numbers["fisher"]["fisher_type"] == "empirical"
     assert "scale 0.25 around 0" in result.output
+
+
+def test_info_against_a_base(module, tmp_path):
+    result = info(module, "--center", f"{module}:start", "--prior-scale", "0.1")
+    assert result.exit_code == 0, result.output
+    user = sys.modules[module]
+    F = ff.fisher(user.model().eval(), user.data(), progress=False)
+    expected = ff.information_in_weights(F, user.model(), center=user.start(), prior_scale=0.1, beta=1 / 33)
+    numbers = json.loads((tmp_path / "out" / "report.json").read_text())["information"]
+    assert (numbers["nats"], numbers["centered"]) == (expected.nats, True)
+    assert "scale 0.1 around the given center" in result.output
+
+
+def test_info_refuses_a_base_of_another_shape_before_any_work(module):
+    result = info(module, "--center", f"{module}:other", data="raises")
+    assert result.exit_code == 2 and "must have the network's parameters, got [8, 5] for '0.weight' [7, 5]" in result.output
 
 
 def test_info_of_kronecker_blocks(module, tmp_path):

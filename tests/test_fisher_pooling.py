@@ -10,7 +10,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
+import fisherfast as ff
 from fisherfast.accumulator import Accumulator
 from fisherfast.fisher import DiagonalFisher, Provenance, load
 
@@ -85,7 +87,24 @@ def test_pooling_rejects_other_measurements():
         small + 1
 
 
+def two_layers_of_one_input(samples):
+    """The Kronecker factors of some of six samples; the layers' input factor is shared."""
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q, self.k = nn.Linear(3, 4), nn.Linear(3, 4)
+
+        def forward(self, x):
+            return self.q(x) * self.k(x).tanh()
+
+    torch.manual_seed(0)
+    model, x, y = Model().double(), torch.randn(6, 5, 3).double(), torch.randint(0, 4, (6, 5))
+    return ff.fisher(model, [(x[samples], y[samples])], "kfac", "empirical", progress=False)
+
+
 RANK = """
+    from test_fisher_pooling import two_layers_of_one_input
     import sys, torch, torch.distributed as dist
     from fisherfast.accumulator import Accumulator
     from fisherfast.fisher import DiagonalFisher, Provenance
@@ -110,12 +129,14 @@ RANK = """
         measured(["mc", "empirical"][rank]).all_reduce()
     except ValueError as error:
         open(f"{folder}/error{rank}", "w").write(str(error))
+    mine = [slice(0, 2), slice(2, 6)][rank]
+    two_layers_of_one_input(mine).all_reduce().save(f"{folder}/kfac{rank}")
     dist.destroy_process_group()
 """
 
 
 def test_all_reduce_equals_pooling(tmp_path):
-    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.path.dirname(__file__)}
     command = [sys.executable, "-c", textwrap.dedent(RANK)]
     ranks = [subprocess.Popen([*command, str(rank), str(tmp_path)], env=environment) for rank in range(2)]
     try:
@@ -123,6 +144,7 @@ def test_all_reduce_equals_pooling(tmp_path):
     finally:
         for process in ranks:
             process.kill()
+    whole = two_layers_of_one_input(slice(None))
     expected = load(tmp_path / "alone0") + load(tmp_path / "alone1")
     for rank in range(2):
         F = load(tmp_path / f"pooled{rank}")
@@ -130,4 +152,8 @@ def test_all_reduce_equals_pooling(tmp_path):
         assert fields == expected_fields and F.provenance == Provenance("mc", "categorical", 1, None, "Net")
         assert all(torch.equal(tensors[name], expected_tensors[name]) for name in expected.names)
         kind = ["mc", "empirical"][rank]
+        K = load(tmp_path / f"kfac{rank}")
+        v = torch.linspace(-1, 1, K.num_parameters).double()
+        assert sum(block.place.input_of is not None for block in K.blocks) == 1
+        torch.testing.assert_close(K @ v, whole @ v, rtol=1e-12, atol=1e-12)
         assert (tmp_path / f"error{rank}").read_text() == f"all_reduce: all ranks must have the same fisher_type; here {kind!r}"

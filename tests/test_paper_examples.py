@@ -13,11 +13,13 @@ import torch
 FOLDER = Path(__file__).parent.parent / "examples" / "paper"
 OWN_VERDICTS = {
     "critical_period": 3,
+    "effective_information": 18,
     "figure1_logdet": 4,
     "figure2_path_stability": 3,
     "figure3_toy": 5,
     "figure4_batch_size": 6,
     "figure4_classes": 6,
+    "pac_bayes": 4,
     "random_labels": 5,
     "samples": 5,
 }

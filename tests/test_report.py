@@ -77,7 +77,7 @@ def test_a_parameter_of_the_model_itself_has_a_name():
 def test_files_can_be_read_back(tmp_path):
     F, info = measured()
     paths = report.write_report(tmp_path / "new" / "folder", F, info, RATIO)
-    assert [path.name for path in paths] == ["fisher.safetensors", "information.png", "report.json"]
+    assert [path.name for path in paths] == ["fisher.safetensors", "information.png", "report.json", "report.html"]
     assert all(torch.equal(f, F.diagonal()[name]) for name, f in ff.load(paths[0]).diagonal().items())
     assert paths[1].read_bytes().startswith(b"\x89PNG")
     numbers = json.loads(paths[2].read_text())
@@ -85,6 +85,15 @@ def test_files_can_be_read_back(tmp_path):
     assert numbers["layers"]["2"]["trace"] == info.by_layer()["2"].trace
     assert (numbers["fisher"]["num_samples"], numbers["fisher"]["seed"]) == (1234, 3)
     assert numbers["time"]["ratio"] == RATIO.ratio
+    assert paths[3].read_text(encoding="utf-8").startswith("<!doctype html>") and str(RATIO) in paths[3].read_text(
+        encoding="utf-8"
+    )
+
+
+def test_names_are_not_markup():
+    F = ff.DiagonalFisher({"[red]a.w": torch.ones(3)}, 7)
+    info = ff.information_in_weights(F, {"[red]a.w": torch.ones(3)}, prior_scale=1.0, beta=0.1)
+    assert "[red]a" in shown(report.layer_table(info))
 
 
 def test_limits_of_a_fitted_prior_can_be_written(tmp_path):

@@ -165,3 +165,60 @@ def test_collect_shares_them_too():
     K, v = stats.result(), torch.randn(sum(p.numel() for p in model.parameters())).double()
     assert sum(block.place.input_of is not None for block in K.blocks) == 3
     assert close(K @ v, measure(reference, [(x, y)]) @ v)
+
+
+class Branches(nn.Module):
+    """Two weights of one input, one of which may be left out of a batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.v, self.head = nn.Linear(3, 5), nn.Linear(3, 5), nn.Linear(3, 5), nn.Linear(5, 4)
+        self.apart, self.left_out = False, None
+
+    def forward(self, x):
+        """[N, T, 3] to [N, T, 4]."""
+        ways = [("q", self.q), ("k", self.k), ("v", self.v)]
+        return self.head(sum(w(x.clone() if self.apart else x).tanh() for name, w in ways if name != self.left_out))
+
+
+class Batches:
+    """Three batches, a weight left out of the second."""
+
+    def __init__(self, model, left_out, x, y):
+        self.model, self.left_out, self.x, self.y = model, left_out, x, y
+
+    def __iter__(self):
+        for k, left_out in enumerate((None, self.left_out, None)):
+            self.model.left_out = left_out
+            yield (k + 1) * self.x[2 * k : 2 * k + 2], self.y[2 * k : 2 * k + 2]
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("left_out", ["q", "k"])
+def test_a_weight_that_is_left_out_of_a_batch_has_inputs_of_its_own_from_then_on(structure, left_out):
+    model, (x, y) = Branches().double(), data()
+    results = []
+    for model.apart in (False, True):
+        result = measure(model, Batches(model, left_out, x, y), STRUCTURES[structure])
+        results.append(result[0] if isinstance(result, tuple) else result)
+    shared, apart = results
+    v = torch.randn(shared.num_parameters).double()
+    assert close(shared @ v, apart @ v) and close(shared.solve(v, 0.1), apart.solve(v, 0.1), 1e-9)
+
+
+def test_it_has_them_after_a_checkpoint_too(tmp_path):
+    model, (x, y) = Branches().double(), data()
+
+    class Broken(Batches):
+        def __iter__(self):
+            for k, batch in enumerate(super().__iter__()):
+                if k == 2:
+                    raise OSError
+                yield batch
+
+    with pytest.raises(OSError):
+        measure(model, Broken(model, "k", x, y), checkpoint=tmp_path / "c")
+    resumed = measure(model, Batches(model, "k", x, y), checkpoint=tmp_path / "c")
+    whole = measure(model, Batches(model, "k", x, y))
+    v = torch.randn(whole.num_parameters).double()
+    assert close(resumed @ v, whole @ v)

@@ -159,6 +159,17 @@ def images(path: str | None, train: int, pool: int = 2) -> Data:
     return Data(name, ((x - mean) / deviation)[:train], y.long()[:train], (x_test - mean) / deviation, y_test.long())
 
 
+def digits() -> Data:
+    """1,437 digits of 8 x 8 pixels to learn from, 360 to test on."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    images, labels = load_digits(return_X_y=True)
+    x, x_test, y, y_test = train_test_split(images / 16, labels, test_size=0.2, random_state=0, stratify=labels)
+    floats = [torch.from_numpy(part).float() for part in (x, x_test)]
+    return Data("digits", floats[0], torch.from_numpy(y), floats[1], torch.from_numpy(y_test))
+
+
 def moons(samples: int, noise: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Two interleaved half circles."""
     y = torch.arange(samples) % 2

@@ -20,7 +20,7 @@ from fisherfast.fisher.block_sums import BlockSums, DiagonalSums, GradientSums, 
 from fisherfast.fisher.exact_sums import ExactSums
 from fisherfast.fisher.kronecker import Place
 from fisherfast.fisher.memory import Held
-from fisherfast.passes import Samples
+from fisherfast.passes import Samples, in_parts
 from fisherfast.rules import Convolution, Elementwise, Form, Lookup, MatMul, Rows
 
 
@@ -35,11 +35,12 @@ class BlockCollector:
     separate = True  # every pass has output gradients of its own
 
     def __init__(self, capture: Capture, transactional: bool, max_exact_dim: int) -> None:
-        self._tracked, self._max_exact_dim = capture.tracked, max_exact_dim
+        self._tracked, self._device, self._max_exact_dim = capture.tracked, capture.device, max_exact_dim
         self._transactional, self._staged, self._samples = transactional, False, Samples(0)
         self._uses: dict[str, list[tuple[int, CallUse]]] = {}
         self._calls: dict[int, list[CallUse]] = {}
         self._sums: dict[str, BlockSums | DiagonalSums] = {}
+        self._in_parts: set[str] = set()
         self._weight_of: dict[str, str] = {}  # of a bias
         self._counted: dict[str, int] = {}  # numbers in g of a weight with a bias, in this pass
         self._before: tuple[list[Any], dict[str, Accumulator]] = ([], {})  # of a checkpoint
@@ -60,6 +61,7 @@ class BlockCollector:
             for use in call.uses:
                 uses[use.tracked.name].append((call.index, use))
         self._uses, self._calls = dict(uses), {call.index: call.uses for call in calls}
+        self._in_parts |= in_parts(calls)
 
     def forget(self, name: str) -> None:
         """See ``passes.Collector``: nothing is planned yet."""
@@ -68,7 +70,7 @@ class BlockCollector:
         """What batches of so many backward passes take, once the model is explored."""
         self._plan()
         staged = self._transactional or passes > 1
-        return [sums.holds(staged) for sums in self._sums.values()]
+        return [sums.holds(staged or name in self._in_parts) for name, sums in self._sums.items()]
 
     def flops(self, tracked: Tracked, form: Form, rows: Rows, number: int) -> int:
         """See ``passes.Collector``; a bias that joins its weight takes no more."""
@@ -145,7 +147,7 @@ class BlockCollector:
             return
         sums = self._sums[name]
         sums.check(form)
-        sums.add(form, rows, scale, number, self._samples, self._staged)
+        sums.add(form, rows, scale, number, self._samples, self._waits(name))
         sums.touch(self._samples)
         if isinstance(sums, WeightSums):
             transposed = isinstance(form, MatMul) and form.transposed
@@ -159,8 +161,28 @@ class BlockCollector:
             raise ValueError(
                 f"{tracked.name}: must be used as in the first batch, got a use without a rule; begin with 2 samples or more"
             )
-        sums.add_gradients(gradients, first, scale, self._samples, self._staged)
+        sums.add_gradients(gradients, first, scale, self._samples, self._waits(tracked.name))
         sums.touch(self._samples)
+
+    def _waits(self, name: str) -> bool:
+        """Whether what is added counts only with its whole batch: also of a parameter that comes part by part."""
+        return self._staged or name in self._in_parts
+
+    def expect(self, tracked: Tracked, parts: int) -> None:
+        """See ``passes.Collector``."""
+        if parts > 1:
+            self._in_parts.add(tracked.name)
+        elif parts == 0:
+            self._part(tracked.name)
+            self.touch(tracked)
+
+    def _part(self, name: str) -> None:
+        """A weight is not used in a batch: its inputs are no longer those of weights that are."""
+        if isinstance(sums := self._sums.get(name), WeightSums):
+            leader = sums.place.input_of or name
+            for other in self._sums.values():
+                if isinstance(other, WeightSums) and other.place.input_of == leader:
+                    other.part()
 
     def touch(self, tracked: Tracked) -> None:
         """See ``passes.Collector``."""
@@ -174,7 +196,7 @@ class BlockCollector:
         flags = torch.cat([one.flag for _, one in every]).tolist()
         bad = list(dict.fromkeys(name for (name, _), flag in zip(every, flags, strict=True) if flag))
         for (_, one), flag in zip(every, flags, strict=True):
-            one.settle(whole=complete and not bad, alone=not self._staged and not flag)
+            one.settle(whole=complete and not bad, alone=not flag)
         for sums in self._sums.values():
             sums.end()
         self._counted.clear()
@@ -199,6 +221,10 @@ class BlockCollector:
     def _go_on(self) -> None:
         """Give the sums, now that they are planned, what a checkpoint has of them."""
         blocks, diagonals = {block.place.weight: block for block in self._before[0]}, self._before[1]
+        for name, block in blocks.items():
+            sums = self._sums.get(name)
+            if isinstance(sums, WeightSums) and sums.place.input_of is not None and block.place.input_of is None:
+                sums.part()  # it did before, after the first batch
         planned = {name: None if isinstance(sums, DiagonalSums) else sums.place for name, sums in self._sums.items()}
         if planned != {name: block.place for name, block in blocks.items()} | dict.fromkeys(diagonals):
             raise ValueError(

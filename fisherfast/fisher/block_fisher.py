@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fisherfast.accumulator import Accumulator
 from fisherfast.fisher import _arguments, _pooling, serialize
+from fisherfast.fisher._plot import Plotted
 from fisherfast.fisher.counts import Counts, Measured
 from fisherfast.fisher.kronecker import Place
 from fisherfast.fisher.protocol import Damping, FisherWarning, LayerSummary, Spectrum, Vector, layer_of
@@ -68,7 +69,7 @@ class Block(Protocol):
 _Block = TypeVar("_Block", bound=Block)
 
 
-class BlockFisher(Measured, Generic[_Block]):
+class BlockFisher(Plotted, Measured, Generic[_Block]):
     """Blocks and diagonals that together hold every parameter once; parameters of different blocks are independent.
 
     See the structures for what the numbers mean, and ``protocol.Fisher`` for the methods.
@@ -121,7 +122,7 @@ class BlockFisher(Measured, Generic[_Block]):
     def _traces(self) -> dict[str, float]:
         """Of each block, under its weight, and of each diagonal."""
         traces = {block.place.weight: block.trace() for block in self.blocks}
-        return traces | {name: float(self._mean(name).sum()) for name in self.diagonals}
+        return traces | {name: self.diagonals[name].mean_sum() for name in self.diagonals}
 
     def trace(self) -> float:
         """The sum of the eigenvalues."""
@@ -224,7 +225,8 @@ class BlockFisher(Measured, Generic[_Block]):
         blocks = {block.place.weight: block for block in self.blocks}
         for name in self.names:
             if name in self.diagonals:
-                yield Spectrum(layer_of(name), (name,), (self._mean(name).flatten(),))
+                sums = self.diagonals[name]
+                yield Spectrum(layer_of(name), (name,), (sums.sum.view(-1),), divisor=sums.divisor())
             elif name in blocks:
                 yield Spectrum(layer_of(name), blocks[name].place.names, *blocks[name].spectrum())
 
@@ -261,21 +263,14 @@ class BlockFisher(Measured, Generic[_Block]):
 
         Errors: ValueError on every rank alike, before anything is added, if the ranks measured different things.
         """
-        provenance = self.provenance
         _pooling.check_ranks(self._identity(), group, self._device)
-        draws = {"draws": provenance.draws, "seed": provenance.seed}
-        different = _pooling.differing_fields(draws, group, self._device)
         for block in sorted(self.blocks, key=lambda block: block.place.weight):
             for accumulator in block.accumulators():
                 accumulator.all_reduce(group)
             block.changed()
         for name in sorted(self.diagonals):
             self.diagonals[name].all_reduce(group)
-        counts = torch.tensor([self.num_samples, self.num_positions, self.batches], device=self._device)
-        dist.all_reduce(counts, group=group)
-        samples, positions, batches = counts.tolist()
-        pooled = _pooling.pooled_provenance(provenance, different=different)
-        self._counts = Counts(samples, positions, batches, pooled, self.coverage, self.aliases)
+        self._counts = self._counts.reduced(group, self._device)
         return self
 
     def _identity(self) -> dict[str, Any]:

@@ -27,16 +27,25 @@ class BatchSum:
         self.running = RunningSum(like.detach().new_empty(()).expand(shape))
         self.flag = torch.zeros(1, dtype=torch.int32, device=like.device)
         self._stage: Tensor | None = None
+        self._waits = False  # whether this batch goes to the stage
         self._weight: Tensor | float | None = None  # of what was added in this batch; None: nothing was
         self.few_rows: FewRows | None = None  # behind the sum, where they are wanted
 
     def target(self, staged: bool) -> Tensor:
         """Where a batch goes."""
+        self._waits = staged
         if not staged:
             return self.running.low
         if self._stage is None:
             self._stage = torch.zeros_like(self.running.low)
         return self._stage
+
+    def copy(self) -> BatchSum:
+        """The same sum on memory of its own, between batches; of the rows behind it nothing is known."""
+        copy = BatchSum(self.running.shape, self.flag.new_empty((), dtype=self.running.dtype))
+        if self.running.weight:
+            copy.running.restore(self.running.snapshot())
+        return copy
 
     def visited(self, weight: Tensor | float) -> None:
         """Note the weight of the batch."""
@@ -44,9 +53,9 @@ class BatchSum:
 
     def settle(self, whole: bool, alone: bool) -> None:
         """End the batch; ``whole``: it counts; ``alone``: this sum counts although the batch did not complete."""
-        counts = whole or (alone and self._stage is None)
+        counts = whole or (alone and not self._waits)
         if self._weight is not None and counts:
-            if self._stage is not None:
+            if self._waits and self._stage is not None:
                 self.running.low.add_(self._stage)
             self.running.counted(float(self._weight))
         if self.few_rows is not None:
@@ -54,7 +63,7 @@ class BatchSum:
         if self._stage is not None:
             self._stage.zero_()
         self.flag.zero_()
-        self._weight = None
+        self._weight, self._waits = None, False
 
 
 class BlockSums(Protocol):
@@ -103,6 +112,9 @@ class WeightSums:
         """Raise ValueError if it is used in another form than in the first batch."""
         if form != self.form:
             raise ValueError(f"{self.place.weight}: must be used as in the first batch ({self.form}), got {form}")
+
+    def part(self) -> None:
+        """Have inputs of its own from the next batch on, if it shares those of another weight."""
 
     def end(self) -> None:
         """See ``BlockSums``: nothing is kept of a batch."""

@@ -25,7 +25,7 @@ from fisherfast.fisher.moments import SampleMoments
 from fisherfast.fisher.norms import SampleNorms
 from fisherfast.fisher.protocol import layer_of
 from fisherfast.fisher.spread import Spread
-from fisherfast.passes import Collector, Samples
+from fisherfast.passes import Collector, Samples, in_parts
 from fisherfast.rules import Form, Rows
 
 
@@ -202,8 +202,9 @@ class Engine:
 
     A batch of one backward pass goes into the running sums directly; if the pass stops half-way, each parameter's weight
     says what it has. A batch of several passes (columns of the exact Fisher, draws) means nothing until they are complete:
-    it goes into staging tensors, one more per running sum, that are folded in, or dropped, at the end. ``transactional``
-    stages every batch, for checkpoints. What is per sample counts only when its batch is complete.
+    it goes into staging tensors, one more per running sum, that are folded in, or dropped, at the end. So does, of any batch,
+    a parameter whose rows come part by part. ``transactional`` stages every batch, for checkpoints. What is per sample counts
+    only when its batch is complete.
     """
 
     def __init__(self, capture: Capture, structures: Sequence[Structure], transactional: bool = False) -> None:
@@ -224,6 +225,7 @@ class Engine:
         self._lost = False  # a draw came when its batch was no longer the last one: per-sample values are not known
         self._scratch = torch.zeros(0, device=capture.device)
         self._staged, self._again = False, False
+        self._in_parts: set[str] = set()
         self._samples = Samples(0)
         self._batch_norms: dict[float, tuple[Tensor, ...]] = {}  # of each layer, by the scale of the pass
         self._staged_squares: dict[str, Tensor] = {}
@@ -246,7 +248,7 @@ class Engine:
     def holds(self, passes: int) -> list[Held]:
         """What batches of so many backward passes take; values of samples and scratch are not counted."""
         staged = self._transactional or passes > 1
-        return [self._held(name, staged) for name in self._flag]
+        return [self._held(name, staged or name in self._in_parts) for name in self._flag]
 
     def _held(self, name: str, staged: bool) -> Held:
         sums = [group[name] for group in (self.squares, self.totals) if name in group]
@@ -269,6 +271,7 @@ class Engine:
 
     def explore(self, calls: list[Call]) -> None:
         """See ``passes.Collector``."""
+        self._in_parts |= in_parts(calls)
 
     def begin(self, samples: Samples) -> None:
         """See ``passes.Collector``."""
@@ -318,10 +321,17 @@ class Engine:
             self._target(self.squares, self._staged_squares, name).add_(_weighted_sum(squares, weight), alpha=scale)
         if name in self.totals:
             self._total(name, scale).add_(_weighted_sum(gradients, weight))
-        if self._staged:
+        if self._waits(name):
             self._touched[name] = None
         else:
             self._counted(name, *_weights(weight, n))
+
+    def expect(self, tracked: Tracked, parts: int) -> None:
+        """See ``passes.Collector``."""
+        if parts == 0:
+            self.touch(tracked)
+        elif parts > 1:
+            self._in_parts.add(tracked.name)
 
     def touch(self, tracked: Tracked) -> None:
         """See ``passes.Collector``."""
@@ -331,11 +341,15 @@ class Engine:
     def settle(self, complete: bool) -> list[str]:
         """See ``passes.Collector``. Parameters come in the order of the backward pass."""
         flagged = dict(zip(self._flag, torch.cat(list(self._flag.values())).tolist(), strict=True))
+        for name in self._overflowed():
+            flagged[name] = 1
+            if not self._waits(name):
+                self.squares[name].clear()
         bad = [name for name in self._touched if flagged[name]]
         whole = complete and not bad
         weights = _weights(self._samples.weight, self._samples.N)
         for name in self._touched:
-            if whole or not (self._staged or flagged[name]):
+            if whole or not (self._waits(name) or flagged[name]):
                 if name in self._staged_squares:
                     self.squares[name].low.add_(self._staged_squares[name])
                 if name in self._staged_totals:
@@ -350,8 +364,23 @@ class Engine:
         self._touched.clear()
         return bad
 
+    def _waits(self, name: str) -> bool:
+        return self._staged or name in self._in_parts
+
+    def _overflowed(self) -> list[str]:
+        """Parameters whose gradients are finite and the sum of their squares not: one that the batch is in already is void.
+
+        Found by the norms, where they are kept: below the largest float32 they have room for every square.
+        """
+        if not (self._batch_norms and self.squares):
+            return []
+        norms = torch.stack([torch.stack(of_layers).sum(1) for of_layers in self._batch_norms.values()]).sum(0)
+        large = (~(norms < torch.finfo(torch.float32).max)).tolist()
+        suspects = [name for name in self._touched if large[self._row[name]]]
+        return [name for name in suspects if not self._target(self.squares, self._staged_squares, name).isfinite().all()]
+
     def _target(self, sums: dict[str, RunningSum], stage: dict[str, Tensor], name: str) -> Tensor:
-        if not self._staged:
+        if not self._waits(name):
             return sums[name].low
         if name not in stage:
             stage[name] = torch.zeros_like(sums[name].low)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run knows beside its sums: how many samples, measured how, covered by what. Every structure of blocks carries it."""
+"""What a run knows beside its sums: how many samples, measured how, covered by what. Every Fisher carries it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
+import torch.distributed as dist
 
 from fisherfast.fisher import _pooling
 from fisherfast.fisher.coverage import Coverage
@@ -38,6 +39,22 @@ class Counts:
             self.coverage + other.coverage,
             self.aliases,
         )
+
+    def reduced(self, group: dist.ProcessGroup | None, device: torch.device) -> Counts:
+        """Of the data of all ranks, on every rank alike; the coverage stays the rank's own."""
+        draws = {"draws": self.provenance.draws, "seed": self.provenance.seed}
+        different = _pooling.differing_fields(draws, group, device)
+        numbers = torch.tensor([self.num_samples, self.num_positions, self.batches], device=device)
+        dist.all_reduce(numbers, group=group)
+        provenance = _pooling.pooled_provenance(self.provenance, different=different)
+        samples, positions, batches = numbers.tolist()
+        return Counts(samples, positions, batches, provenance, self.coverage, self.aliases)
+
+    def saying(self, rest: str, blocks: Mapping[str, str]) -> Counts:
+        """With what is kept of each parameter behind how it was covered: ``blocks`` of those that have one, ``rest`` of the others."""
+        known = self.coverage
+        how = {name: way if ":" in way else f"{way}: {rest}" for name, way in known.items()} | dict(blocks)
+        return dataclasses.replace(self, coverage=Coverage(how, known.sizes, known.seconds, known.underflow))
 
     def state(self) -> dict[str, Any]:
         """Plain values."""

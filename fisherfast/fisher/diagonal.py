@@ -21,9 +21,13 @@ from torch import Tensor
 
 from fisherfast.accumulator import Accumulator
 from fisherfast.fisher import _arguments, _pooling, serialize
+from fisherfast.fisher._plot import Plotted
+from fisherfast.fisher.counts import Counts, Measured
 from fisherfast.fisher.coverage import Coverage
 from fisherfast.fisher.protocol import Damping, FisherWarning, LayerSummary, Provenance, Spectrum, Vector, layer_of, missing
 from fisherfast.fisher.spread import Spread
+
+_CHUNK = 1 << 16  # entries at a time: temporaries that stay in cache
 
 
 class SummaryRow(NamedTuple):
@@ -36,7 +40,7 @@ class SummaryRow(NamedTuple):
 
 
 @serialize.storable("diagonal")
-class DiagonalFisher:
+class DiagonalFisher(Measured, Plotted):
     """``f_i = (1/N) sum_n E_y[(d/dw_i log p_w(y | x_n))^2]``, the diagonal of the Fisher matrix; all else is taken as zero.
 
     Built here from means computed elsewhere, by ``fisher`` and ``collect`` from sums (``from_accumulators``).
@@ -91,43 +95,29 @@ class DiagonalFisher:
         if not self._sums:
             raise ValueError("DiagonalFisher: needs at least one parameter, got none")
         _arguments.check_distinct({name: accumulator.sum for name, accumulator in self._sums.items()})
-        self.num_samples: int = operator.index(num_samples)
-        self.num_positions: int = self.num_samples if num_positions is None else operator.index(num_positions)
-        self.batches: int = operator.index(batches)
-        if min(self.num_samples, self.num_positions, self.batches) < 0:
-            raise ValueError(f"DiagonalFisher: counts must be >= 0, got {self.num_samples}, {self.num_positions}, {self.batches}")
-        self.provenance: Provenance = provenance or Provenance()
-        sizes = {name: accumulator.sum.numel() for name, accumulator in self._sums.items()}
-        self.coverage: Coverage = Coverage(coverage, sizes)
+        self.shapes = {name: accumulator.sum.shape for name, accumulator in self._sums.items()}
+        samples, batches = operator.index(num_samples), operator.index(batches)
+        positions = samples if num_positions is None else operator.index(num_positions)
+        if min(samples, positions, batches) < 0:
+            raise ValueError(f"DiagonalFisher: counts must be >= 0, got {samples}, {positions}, {batches}")
+        covered = Coverage(coverage, {name: shape.numel() for name, shape in self.shapes.items()})
+        self._counts = Counts(samples, positions, batches, provenance or Provenance(), covered, dict(aliases or {}))
         self.spread: Spread | None = spread
-        self.aliases: dict[str, str] = dict(aliases or {})
         for alias, name in self.aliases.items():
             if alias in self._sums or name not in self._sums:
                 raise ValueError(f"DiagonalFisher: aliases must map other names to {self.names}, got {alias!r}: {name!r}")
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The parameters, in the model's order; a tied tensor once, under its first name."""
-        return tuple(self._sums)
-
-    @property
-    def shapes(self) -> dict[str, torch.Size]:
-        """The shape of each parameter."""
-        return {name: accumulator.sum.shape for name, accumulator in self._sums.items()}
-
-    @property
-    def num_parameters(self) -> int:
-        """How many numbers the diagonal has."""
-        return sum(shape.numel() for shape in self.shapes.values())
 
     def accumulators(self) -> dict[str, Accumulator]:
         """The sums and weights themselves, not copies: what a resumed run goes on from."""
         return self._sums
 
-    def _mean(self, name: str) -> Tensor:
+    def _counted(self, name: str) -> Accumulator:
         if self._sums[name].weight == 0:
             raise ValueError(f"DiagonalFisher: {name!r} has counted no samples; the run ended before its first backward pass")
-        return self._sums[name].mean()
+        return self._sums[name]
+
+    def _mean(self, name: str) -> Tensor:
+        return self._counted(name).mean()
 
     def _regular(self, method: str, name: str, damping: float) -> Tensor:
         damped = self._mean(name) + damping
@@ -141,7 +131,7 @@ class DiagonalFisher:
 
     def trace(self) -> float:
         """``sum_i f_i``."""
-        return math.fsum(float(self._mean(name).sum()) for name in self.names)
+        return math.fsum(self._counted(name).mean_sum() for name in self.names)
 
     def stderr(self, what: str = "trace") -> Any:
         """The standard error of ``trace()``, or with ``"by_layer"`` of each layer's trace, ``{layer: error}``.
@@ -166,16 +156,18 @@ class DiagonalFisher:
     def logdet(self, damping: Damping = 0.0) -> float:
         """``sum_i log(f_i + damping_i)``; -inf with a FisherWarning that counts the zero entries if there are any."""
         dampings = _arguments.damping_by_name("logdet", damping, self.names)
-        total, zeros = [], 0
-        for name in self.names:
-            damped = self._mean(name) + dampings[name]
-            zeros += int((damped == 0).sum())
-            total.append(float(damped.log().sum()))
-        if zeros:
+        sums = []
+        for name, spectrum in zip(self.names, self.spectra(), strict=True):
+            both = spectrum.factors[0].new_zeros(2)
+            for values in spectrum.chunks(_CHUNK):
+                damped = values.add_(dampings[name])
+                both += torch.stack([damped.log().sum(), (damped == 0).sum()])
+            sums.append(both.tolist())
+        if zeros := int(sum(zeros for _, zeros in sums)):
             message = f"logdet: {zeros} of {self.num_parameters} entries of F + damping I are zero: -inf; pass damping > 0"
             warnings.warn(message, FisherWarning, stacklevel=2)
             return -math.inf
-        return math.fsum(total)
+        return math.fsum(log for log, _ in sums)
 
     def __matmul__(self, v: Vector) -> Vector:
         """``f_i v_i``, in the dtype and on the device of v."""
@@ -198,9 +190,10 @@ class DiagonalFisher:
         return torch.cat([self._mean(name).flatten().to(device) for name in self.names]).sort(descending=True).values
 
     def spectra(self) -> Iterator[Spectrum]:
-        """One block with one factor, the flat float64 diagonal, for each parameter."""
+        """One block with one factor, the sums themselves, for each parameter: nothing is copied."""
         for name in self.names:
-            yield Spectrum(layer_of(name), (name,), (self._mean(name).flatten(),))
+            counted = self._counted(name)
+            yield Spectrum(layer_of(name), (name,), (counted.sum.view(-1),), divisor=counted.weight)
 
     def sample(
         self, n: int, *, damping: Damping = 0.0, generator: torch.Generator | None = None, dtype: torch.dtype = torch.float32
@@ -223,7 +216,7 @@ class DiagonalFisher:
         return {layer: self._summarised(layer, tuple(members)) for layer, members in layers.items()}
 
     def _summarised(self, layer: str, members: tuple[str, ...]) -> LayerSummary:
-        trace = math.fsum(float(self._mean(name).sum()) for name in members)
+        trace = math.fsum(self._counted(name).mean_sum() for name in members)
         return LayerSummary(layer, members, sum(self.shapes[name].numel() for name in members), trace)
 
     def summary(self) -> list[SummaryRow]:
@@ -241,17 +234,9 @@ class DiagonalFisher:
         if not isinstance(other, DiagonalFisher):
             return NotImplemented
         _pooling.check_same(self._identity(), other._identity())
-        different = [field for field, value in self._draws().items() if value != other._draws()[field]]
-        return DiagonalFisher.from_accumulators(
-            {name: accumulator + other._sums[name] for name, accumulator in self._sums.items()},
-            num_samples=self.num_samples + other.num_samples,
-            num_positions=self.num_positions + other.num_positions,
-            provenance=_pooling.pooled_provenance(self.provenance, different=different),
-            coverage=self.coverage + other.coverage,
-            aliases=self.aliases,
-            batches=self.batches + other.batches,
-            spread=self.spread + other.spread if self.spread and other.spread else None,
-        )
+        sums = {name: accumulator + other._sums[name] for name, accumulator in self._sums.items()}
+        spread = self.spread + other.spread if self.spread and other.spread else None
+        return DiagonalFisher.from_accumulators(sums, spread=spread, **vars(self._counts.pooled(other._counts)))
 
     def all_reduce(self, group: dist.ProcessGroup | None = None) -> DiagonalFisher:
         """Pool the data of all ranks of ``group``, in place on every rank; returns self. ``coverage`` stays the rank's own.
@@ -260,21 +245,11 @@ class DiagonalFisher:
         """
         device = self._sums[self.names[0]].sum.device
         _pooling.check_ranks(self._identity(), group, device)
-        different = _pooling.differing_fields(self._draws(), group, device)
-        self.provenance = _pooling.pooled_provenance(self.provenance, different=different)
         for name in sorted(self.names):  # one order of collectives, whatever the order in which a rank met its parameters
             self._sums[name].all_reduce(group)
         self.spread = _pooling.reduced_spread(self.spread, group, device)
-        counts = torch.tensor([self.num_samples, self.num_positions, self.batches], device=device)
-        dist.all_reduce(counts, group=group)
-        self.num_samples, self.num_positions, self.batches = counts.tolist()
+        self._counts = self._counts.reduced(group, device)
         return self
-
-    def _identity(self) -> dict[str, Any]:
-        return _pooling.identity(self.shapes, self.aliases, self.provenance)
-
-    def _draws(self) -> dict[str, Any]:
-        return {"draws": self.provenance.draws, "seed": self.provenance.seed}
 
     def save(self, path: str | os.PathLike[str], *, extra: Mapping[str, str] | None = None) -> None:
         """Write to a safetensors file, whole or not at all; ``fisherfast.load`` reads it back bit by bit."""
@@ -283,14 +258,9 @@ class DiagonalFisher:
     def state(self) -> serialize.State:
         """Sums, and everything else as plain values; see ``serialize.Storable``."""
         fields = {
-            "provenance": dataclasses.asdict(self.provenance),
-            "num_samples": self.num_samples,
-            "num_positions": self.num_positions,
-            "batches": self.batches,
+            **self._counts.state(),
             "weights": {name: accumulator.weight for name, accumulator in self._sums.items()},
-            "aliases": self.aliases,
             "spread": None if self.spread is None else self.spread.state(),
-            **self.coverage.state(),
         }
         return {name: accumulator.sum for name, accumulator in self._sums.items()}, fields
 

@@ -23,6 +23,7 @@ from fisherfast.fisher.block_sums import BatchSum, WeightSums, total_weight
 from fisherfast.fisher.eigen import EigenBlock, eigenbasis
 from fisherfast.fisher.kronecker import KroneckerBlock, Place
 from fisherfast.fisher.memory import Held
+from fisherfast.fisher.side_by_side import side_by_side
 from fisherfast.ops.conv_sq import conv_sq_
 from fisherfast.ops.embedding_sq import embedding_sq_
 from fisherfast.ops.linear_sq import linear_sq_
@@ -64,6 +65,12 @@ class EigenSums(WeightSums):
     def V(self) -> Tensor | None:
         """The eigenvectors of B."""
         return eigenbasis(self.kronecker.B.mean(), self.kronecker.few_rows[1], self._dtype)
+
+    def decompositions(self) -> list[tuple[int, Callable[[], Any]]]:
+        """Those that are still to be made: how long a side each has, and what makes it."""
+        O, D = self._full
+        sides = {"V": O} if self._leader is not None else {"V": O, "U": D}
+        return [(side, functools.partial(getattr, self, name)) for name, side in sides.items() if name not in vars(self)]
 
     def holds(self, staged: bool) -> Held:
         """See ``BlockSums``; the factors were there before."""
@@ -249,8 +256,15 @@ class EigenCollector(BlockCollector):
 
     def foreseen(self, first: BlockCollector, basis: dict[str, KroneckerBlock]) -> EigenCollector:
         """Before a basis is there: one of these sizes, for a model used as ``first`` knows; returns self."""
-        self._uses, self._calls, self._basis = first._uses, first._calls, basis
+        self._uses, self._calls, self._in_parts, self._basis = first._uses, first._calls, first._in_parts, basis
         return self
+
+    def begin(self, samples: Samples) -> None:
+        """See ``passes.Collector``; before the first batch the factors are decomposed."""
+        super().begin(samples)
+        sums = [sums for sums in self._sums.values() if isinstance(sums, EigenSums)]
+        waiting = sorted((pair for one in sums for pair in one.decompositions()), key=lambda pair: -pair[0])
+        side_by_side([decompose for _, decompose in waiting], self._device)
 
     def new_block(self, place: Place, form: Form, tracked: Tracked, made: Mapping[str, Any]) -> EigenSums:
         """See ``BlockCollector``."""

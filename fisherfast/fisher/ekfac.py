@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -12,7 +11,6 @@ from fisherfast.capture import Capture
 from fisherfast.fisher import serialize
 from fisherfast.fisher.block_fisher import BlockFisher
 from fisherfast.fisher.counts import Counts
-from fisherfast.fisher.coverage import Coverage
 from fisherfast.fisher.eigen import EigenBlock
 from fisherfast.fisher.eigen_sums import EigenCollector
 from fisherfast.fisher.exact import ExactBlock
@@ -49,13 +47,9 @@ class EKFAC:
     def result(self, source: EigenCollector, counts: Counts) -> EKFACFisher:
         """See ``collectors.Structure``."""
         blocks, diagonals = source.snapshot()
-        known = counts.coverage
-        how = {name: way if ":" in way else f"{way}: diagonal" for name, way in known.items()}
-        for block in blocks:
-            way = known[block.place.weight].partition(":")[0]
-            how |= dict.fromkeys(block.place.names, f"{way}: {block.describe()}")
-        coverage = Coverage(how, known.sizes, known.seconds, known.underflow)
-        return EKFACFisher(blocks, diagonals, dataclasses.replace(counts, coverage=coverage), source.shapes)
+        ways = counts.coverage.ways
+        how = {name: f"{ways[block.place.weight]}: {block.describe()}" for block in blocks for name in block.place.names}
+        return EKFACFisher(blocks, diagonals, counts.saying("diagonal", how), source.shapes)
 
     def restore(self, source: EigenCollector, before: EKFACFisher) -> None:
         """See ``collectors.Structure``."""

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import os
 import warnings
@@ -18,8 +17,8 @@ from torch import Tensor
 
 from fisherfast.capture import Capture
 from fisherfast.fisher import _arguments, _pooling, serialize
+from fisherfast.fisher._plot import Plotted
 from fisherfast.fisher.counts import Counts, Measured
-from fisherfast.fisher.coverage import Coverage
 from fisherfast.fisher.gram_sums import GramCollector, Piece, Pieces
 from fisherfast.fisher.protocol import Damping, FisherWarning, LayerSummary, Spectrum, Vector
 
@@ -46,9 +45,7 @@ class Gram:
 
     def result(self, source: GramCollector, counts: Counts) -> GramFisher:
         """See ``collectors.Structure``."""
-        known = counts.coverage
-        how = {name: way if ":" in way else f"{way}: sample gradients" for name, way in known.items()}
-        counts = dataclasses.replace(counts, coverage=Coverage(how, known.sizes, known.seconds, known.underflow))
+        counts = counts.saying("sample gradients", {})
         return GramFisher(source.snapshot(), source.num_rows, source.weight, counts, source.shapes)
 
     def restore(self, source: GramCollector, before: GramFisher) -> None:
@@ -57,7 +54,7 @@ class Gram:
 
 
 @serialize.storable("gram")
-class GramFisher(Measured):
+class GramFisher(Plotted, Measured):
     """``F = G^T G / W``, the rows of G ``[M, P]`` the sample gradients, times the roots of their weights: all P^2 entries of F.
 
     The dual ``G G^T / W`` ``[M, M]`` has F's eigenvalues but for zeros. It is added up parameter by parameter, and G is never
@@ -78,6 +75,7 @@ class GramFisher(Measured):
     def __init__(self, pieces: Pieces, num_rows: int, weight: float, counts: Counts, shapes: Mapping[str, torch.Size]) -> None:
         self.pieces, self.num_rows, self.weight, self._counts = pieces, num_rows, weight, counts
         self.shapes: dict[str, torch.Size] = {name: torch.Size(shape) for name, shape in shapes.items()}
+        self._last: tuple[dict[str, float], Tensor] | None = None  # dampings, and the Cholesky factor for them
 
     # -- G, a few rows of one parameter at a time
 
@@ -199,9 +197,11 @@ class GramFisher(Measured):
 
     def _inner_solve(self, columns: Tensor, dampings: Mapping[str, float]) -> Tensor:
         """``(W I + G D^-1 G^T)^-1`` times ``[M, n]``."""
-        inner = self.dual(dampings)
-        inner.diagonal().add_(1.0)
-        return torch.cholesky_solve(columns, torch.linalg.cholesky(inner)) / self.weight
+        if self._last is None or self._last[0] != dampings:  # many solves have one damping
+            inner = self.dual(dampings)
+            inner.diagonal().add_(1.0)
+            self._last = dict(dampings), torch.linalg.cholesky(inner)
+        return torch.cholesky_solve(columns, self._last[1]) / self.weight
 
     def sample(
         self, n: int, *, damping: Damping = 0.0, generator: torch.Generator | None = None, dtype: torch.dtype = torch.float32

@@ -167,6 +167,9 @@ class GramCollector:
         finite = torch.stack([t.isfinite().all() for t in _tensors(rows).values()]).all()
         self._batch.append((name, Piece(self.num_rows + first, form, rows, (weight * scale).sqrt()), finite))
 
+    def expect(self, tracked: Tracked, parts: int) -> None:
+        """See ``passes.Collector``: nothing of a batch counts before all of it does."""
+
     def touch(self, tracked: Tracked) -> None:
         """See ``passes.Collector``: rows that nobody gives are zero."""
 

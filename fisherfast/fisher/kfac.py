@@ -21,7 +21,6 @@ from fisherfast.fisher import serialize
 from fisherfast.fisher.block_collector import BlockCollector
 from fisherfast.fisher.block_fisher import BlockFisher
 from fisherfast.fisher.counts import Counts
-from fisherfast.fisher.coverage import Coverage
 from fisherfast.fisher.eigen_sums import EigenCollector
 from fisherfast.fisher.exact import ExactBlock
 from fisherfast.fisher.kronecker import KroneckerBlock, Place
@@ -64,13 +63,11 @@ class KFAC:
     def result(self, source: KroneckerCollector, counts: Counts) -> KFACFisher:
         """See ``collectors.Structure``."""
         blocks, diagonals = source.snapshot()
-        known = counts.coverage
-        how = {name: way if ":" in way else f"{way}: diagonal" for name, way in known.items()}
+        how: dict[str, str] = {}
         for block in blocks:
-            way = block.place.op if isinstance(block, KroneckerBlock) else known[block.place.weight].partition(":")[0]
+            way = block.place.op if isinstance(block, KroneckerBlock) else counts.coverage.ways[block.place.weight]
             how |= dict.fromkeys(block.place.names, f"{way}: {block.describe()}")
-        coverage = Coverage(how, known.sizes, known.seconds, known.underflow)
-        return KFACFisher(blocks, diagonals, dataclasses.replace(counts, coverage=coverage), source.shapes)
+        return KFACFisher(blocks, diagonals, counts.saying("diagonal", how), source.shapes)
 
     def restore(self, source: KroneckerCollector, before: KFACFisher) -> None:
         """See ``collectors.Structure``."""

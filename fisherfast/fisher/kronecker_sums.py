@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -99,6 +100,14 @@ class KroneckerSums(WeightSums):
         if block.leader is None:
             self.A.running.restore(block.A)
         self.B.running.restore(block.B)
+
+    def part(self) -> None:
+        """See ``WeightSums``."""
+        self._inputs.members -= 1
+        self._inputs = Inputs(self.place.weight)
+        self._inputs.members = 1
+        self.place, self.A = replace(self.place, input_of=None), self.A.copy()
+        self.sums = self._factors = (self.A, self.B)
 
     def end(self) -> None:
         """See ``BlockSums``."""

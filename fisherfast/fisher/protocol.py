@@ -12,6 +12,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
@@ -22,6 +23,7 @@ from fisherfast._warning import FisherWarning as FisherWarning
 
 Vector = TypeVar("Vector", Tensor, dict[str, Tensor])  # flat, in F.names order, or {parameter name: tensor}
 Damping = float | Mapping[str, float]  # one number, or one per layer or parameter name
+WHOLE = "(model)"  # what is shown for the layer named "": the parameters that the model itself holds
 
 
 def layer_of(parameter: str) -> str:
@@ -57,16 +59,18 @@ class LayerSummary:
 
 @dataclass(frozen=True, eq=False)
 class Spectrum:
-    """The eigenvalues of one block: every product of one entry of each factor, and ``zeros`` further ones that are zero.
+    """The eigenvalues of one block: every product of one entry of each factor, over ``divisor``, and ``zeros`` that are zero.
 
     Shapes:   factors 1-D float64, ``(f,)`` of a diagonal, ``(b, a)`` of a Kronecker block ``B (x) A``; the block has
               ``prod(len(factor)) + zeros`` eigenvalues, which is ``num_parameters``.
+    Scale:    a diagonal's f are its sums themselves, not copies, and ``divisor`` the samples in them: read factors only.
     """
 
     layer: str
     parameters: tuple[str, ...]
     factors: tuple[Tensor, ...]
     zeros: int = 0
+    divisor: float = 1.0
 
     @property
     def num_parameters(self) -> int:
@@ -79,7 +83,16 @@ class Spectrum:
         values = first
         for factor in others:
             values = torch.outer(values, factor).flatten()
-        return torch.cat([values, values.new_zeros(self.zeros)])
+        return torch.cat([values / self.divisor, values.new_zeros(self.zeros)])
+
+    def chunks(self, size: int) -> Iterator[Tensor]:
+        """All but ``zeros``, about ``size`` at a time."""
+        first, *others = self.factors
+        rest = first.new_ones(1)
+        for factor in others:
+            rest = torch.outer(rest, factor).flatten()
+        for part in first.split(max(1, size // max(1, rest.numel()))):
+            yield torch.outer(part, rest).flatten().div_(self.divisor)
 
 
 @runtime_checkable
@@ -102,6 +115,10 @@ class Fisher(Protocol):
     @property
     def names(self) -> tuple[str, ...]:
         """The parameters, in the model's order; a tied tensor once, under its first name."""
+
+    @property
+    def shapes(self) -> dict[str, torch.Size]:
+        """The shape of each parameter."""
 
     @property
     def num_samples(self) -> int:
@@ -151,6 +168,9 @@ class Fisher(Protocol):
 
     def by_layer(self) -> dict[str, LayerSummary]:
         """The layers, in the order of ``names``."""
+
+    def plot(self, path: str | Path | None = None) -> Any:
+        """A matplotlib figure of the trace by layer and the sorted eigenvalues, written to ``path`` if given."""
 
     def __add__(self, other: Any) -> Any:
         """The Fisher of both data sets together."""

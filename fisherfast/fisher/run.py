@@ -187,7 +187,7 @@ class Run:
             bad = list(dict.fromkeys(name for collector in self.passes.collectors for name in collector.settle(complete)))
         if bad:
             raise NonFiniteError(
-                f"batch {self.batches}: gradients must be finite, got NaN or infinity, first at {bad[0]!r} "
+                f"batch {self.batches}: gradients must be finite, and so must their squares, got NaN or infinity, first at {bad[0]!r} "
                 f"({len(bad)} parameters in all); they added nothing of this batch"
             )
 

@@ -7,64 +7,104 @@ import math
 from collections.abc import Mapping, Sequence
 
 from fisherfast.fisher import LayerSummary, Spectrum
-from fisherfast.information import _series
+from fisherfast.information import _checks, _series
 
+_CALLER = "information_in_weights"
 _MAX_STEPS = 100
-_CONVERGED = 1e-12  # of log lambda^2
+_CONVERGED = 1e-11  # error of log lambda^2
+_MIDDLE_SLOPE = 1.5  # of the slopes there are, 1 to 2
 
 
-def check_positive(name: str, value: float, advice: str) -> float:
+def check_positive(name: str, value: float, advice: str, caller: str = _CALLER) -> float:
     """Raise ValueError unless ``value`` is a finite number above zero."""
-    if not (isinstance(value, (int, float)) and math.isfinite(value) and value > 0):
-        raise ValueError(f"information_in_weights: {name} must be a finite number > 0, got {value!r}; {advice}")
-    return float(value)
+    return _checks.positive(caller, name, value, advice)
 
 
-def check_scale(name: str, value: float) -> float:
+def check_scale(name: str, value: float, caller: str = _CALLER) -> float:
     """Raise ValueError unless ``value`` can be a prior scale; says what to compute instead of an infinite one."""
     if value == math.inf:
         raise ValueError(
-            f"information_in_weights: {name} must be finite, got inf; the information in the weights grows without bound with it "
+            f"{caller}: {name} must be finite, got inf; the information in the weights grows without bound with it "
             "and only differences of 0.5 * F.logdet(damping=...) between models of the same size are meaningful: compare those"
         )
-    return check_positive(name, value, "it is the standard deviation of the weights before training")
+    return check_positive(name, value, "it is the standard deviation of the weights before training", caller)
 
 
-def given(prior_scale: float | Mapping[str, float], layers: Mapping[str, LayerSummary]) -> dict[str, float]:
+def given(
+    prior_scale: float | Mapping[str, float], layers: Mapping[str, LayerSummary], caller: str = _CALLER, of: str = "F"
+) -> dict[str, float]:
     """Lambda by parameter name, from one number or a mapping of layer and parameter names; a parameter's own name wins."""
     layer_of = {name: layer for layer, summary in layers.items() for name in summary.parameters}
     if not isinstance(prior_scale, Mapping):
-        return dict.fromkeys(layer_of, check_scale("prior_scale", prior_scale))
+        return dict.fromkeys(layer_of, check_scale("prior_scale", prior_scale, caller))
     if unknown := sorted(set(prior_scale) - {*layer_of, *layers}):
-        raise ValueError(
-            f"information_in_weights: prior_scale must name layers or parameters of F, got {unknown}; layers: {list(layers)}"
-        )
+        raise ValueError(f"{caller}: prior_scale must name layers or parameters of {of}, got {unknown}; layers: {list(layers)}")
     keys = {name: name if name in prior_scale else layer for name, layer in layer_of.items()}
     if missing := [name for name, key in keys.items() if key not in prior_scale]:
-        raise ValueError(f"information_in_weights: prior_scale must cover every parameter, got none for {missing}")
-    return {name: check_scale(f"prior_scale[{key!r}]", prior_scale[key]) for name, key in keys.items()}
+        raise ValueError(f"{caller}: prior_scale must cover every parameter, got none for {missing}")
+    return {name: check_scale(f"prior_scale[{key!r}]", prior_scale[key], caller) for name, key in keys.items()}
+
+
+def in_words(prior_scale: float | Mapping[str, float] | str, centered: bool) -> str:
+    """A prior scale and its center: ``0.1 around 0``."""
+    if isinstance(prior_scale, str):
+        scale = "fitted by layer"
+    else:
+        scale = "given by layer" if isinstance(prior_scale, Mapping) else f"{prior_scale:g}"
+    return f"{scale} around {'the given center' if centered else '0'}"
+
+
+def of_block(spectrum: Spectrum, scales: Mapping[str, float], caller: str = _CALLER) -> float:
+    """The one lambda of a block's parameters. Errors: ValueError if they have several."""
+    scale, *others = (scales[name] for name in spectrum.parameters)
+    if any(other != scale for other in others):
+        raise ValueError(
+            f"{caller}: prior_scale must be one number for a block of F, got several for {list(spectrum.parameters)}; "
+            "a diagonal Fisher has a block for every parameter"
+        )
+    return scale
 
 
 def fitted(spectra: Sequence[Spectrum], squared_distance: float, temperature: float) -> float:
     """The lambda of one layer that minimises the Lagrangian: the fixed point of ``lambda^2 = (||w - c||^2 + tr Sigma) / k``.
 
     With Sigma at its own optimum this reads ``lambda^2 sum_j u_j = ||w - c||^2``, u_j the share of direction j. The left
-    side grows with lambda, so the solution is unique; in logarithms its slope lies between 1 and 2, so Newton's steps
-    always contract, where the fixed-point iteration crawls on flat layers. Two limits carry no information: weights at
-    their center (lambda = 0), and a layer whose Fisher is zero (lambda = inf).
+    side grows with lambda, so the solution is unique. Two limits carry no information: weights at their center (lambda =
+    0), and a layer whose Fisher is zero (lambda = inf). A sample of the eigenvalues gives the first guess, so that few
+    steps read all of them.
     """
     if squared_distance == 0:
         return 0.0
-    if not any(_series.sum_over(spectrum, 1.0, _series.share)[0] for spectrum in spectra):
-        return math.inf
-    target = math.log(squared_distance)
-    log_square = target - math.log(sum(spectrum.num_parameters for spectrum in spectra))
+    log_distance = math.log(squared_distance)
+    start = log_distance - math.log(sum(spectrum.num_parameters for spectrum in spectra)), _MIDDLE_SLOPE
+    sampled = _solved([_series.thinned(spectrum) for spectrum in spectra], log_distance, temperature, *start)
+    if not math.isfinite(sampled[0]):
+        sampled = start
+    log_square, _ = _solved([(spectrum, 1.0) for spectrum in spectra], log_distance, temperature, *sampled)
+    return math.exp(log_square / 2)
+
+
+def _solved(
+    spectra: Sequence[tuple[Spectrum, float]], log_distance: float, temperature: float, log_square: float, slope: float
+) -> tuple[float, float]:
+    """``log lambda^2`` and the slope there, by the secant method from a guess of both; inf if every eigenvalue is zero.
+
+    Each spectrum counts as often as said. In ``x = log lambda^2`` the equation is ``h(x) = x + log sum_j u_j - log
+    ||w - c||^2 = 0``. With E the mean over j weighted by u_j, ``h' = 2 - E u`` and ``h'' = 2 E u^2 - E u - (E u)^2``, so that
+    ``1 <= h' <= 2`` and ``|h''| <= 1/4``: steps contract, where the fixed-point iteration crawls on flat layers, and a
+    secant's error is at most ``|h_n h_(n-1)| / 8``, that of any slope in this range ``|h_n|``.
+    """
+    previous = math.inf
     for _ in range(_MAX_STEPS):
         scale = math.exp(log_square) / temperature
-        sums = [_series.sum_over(spectrum, scale, _series.share, lambda s: _series.share(s).square()) for spectrum in spectra]
-        shares, squares = (math.fsum(column) for column in zip(*sums, strict=True))
-        step = (log_square + math.log(shares) - target) / (2 - squares / shares)
-        log_square -= step
-        if abs(step) < _CONVERGED:
-            return math.exp(log_square / 2)
+        shares = math.fsum(times * _series.costs_and_shares(spectrum, scale)[1] for spectrum, times in spectra)
+        if shares == 0:
+            return math.inf, slope
+        value = log_square + math.log(shares) - log_distance
+        if math.isfinite(previous):
+            slope = min(2.0, max(1.0, slope * (previous - value) / previous))  # the last step was previous / slope
+        log_square -= value / slope
+        if abs(value) * min(1.0, abs(previous) / 8) < _CONVERGED:
+            return log_square, slope
+        previous = value
     raise ArithmeticError(f"information_in_weights: prior_scale='fit' did not converge in {_MAX_STEPS} steps; give a number")

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from fisherfast.fisher import Fisher
-
-WHOLE = "(model)"  # what is shown for the layer named "": the parameters that the model itself holds
+from fisherfast.fisher.protocol import WHOLE as WHOLE
+from fisherfast.information import _prior
 
 
 @dataclass(frozen=True)
@@ -80,9 +80,14 @@ class Information:
         return math.fsum(layer.kl for layer in self.layers.values())
 
     @property
+    def loss_rise(self) -> float:
+        """``1/2 tr(F Sigma)``: how much coarse weights add to the mean loss, to second order."""
+        return self.temperature / 2 * math.fsum(layer.effective_dimension for layer in self.layers.values())
+
+    @property
     def lagrangian_rise(self) -> float:
         """``1/2 tr(F Sigma) + beta kl``: what coarse weights cost in all, in units of the mean loss."""
-        return self.temperature / 2 * math.fsum(layer.effective_dimension for layer in self.layers.values()) + self.beta * self.kl
+        return self.loss_rise + self.beta * self.kl
 
     @property
     def parameters(self) -> int:
@@ -125,22 +130,17 @@ class Information:
     def plot(self, path: str | Path | None = None) -> Any:
         """Draw nats and Fisher trace by layer; returns the matplotlib figure, written to ``path`` if given.
 
+        Of more than 40 layers the ones of the most nats are drawn and the others summed in one row.
+
         Errors:   ImportError if matplotlib is not installed (``pip install fisherfast[plot]``).
         """
         from fisherfast.information import _plot
 
-        figure = _plot.by_layer(self)
-        if path is not None:
-            figure.savefig(path, dpi=150)
-        return figure
+        return _plot.by_layer(self, path)
 
     def prior_in_words(self) -> str:
         """The prior scale and its center: ``0.1 around 0``."""
-        if isinstance(self.prior_scale, str):
-            scale = "fitted by layer"
-        else:
-            scale = "given by layer" if isinstance(self.prior_scale, Mapping) else f"{self.prior_scale:g}"
-        return f"{scale} around {'the given center' if self.centered else '0'}"
+        return _prior.in_words(self.prior_scale, self.centered)
 
     def conditions(self) -> str:
         """Everything the nats depend on, in one line."""

@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The channel from an input to an activation of a network with noisy weights, and its Gaussian noise."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from fisherfast.fisher import Fisher
+from fisherfast.information.weights import information_in_weights
+
+PriorScale = float | Mapping[str, float] | str | None
+
+
+@dataclass(frozen=True)
+class Channel:
+    """``z_n = f_{w + n}(x)``, ``n ~ N(0, Sigma)``, ``Sigma = beta (F + damping)^-1``: what every number of an activation depends on.
+
+    ``dampings`` by parameter name: ``beta / lambda^2`` of the prior, or the damping given without one; none where nothing is
+    inverted, as in the printed formula.
+    """
+
+    layer: str | None
+    beta: float
+    prior_scale: PriorScale
+    dampings: Mapping[str, float] = field(repr=False)
+    fisher: Fisher = field(repr=False)
+
+    @classmethod
+    def of(
+        cls,
+        caller: str,
+        model: nn.Module,
+        F: Fisher,
+        layer: str | None,
+        beta: float,
+        prior_scale: PriorScale,
+        damping: float | None,
+        inverted: bool = True,
+    ) -> Channel:
+        """Raise ValueError unless the noise is well defined: a prior, a damping, or a Fisher that is regular by itself."""
+        if not (isinstance(beta, (int, float)) and math.isfinite(beta) and beta > 0):
+            raise ValueError(f"{caller}: beta must be a finite number > 0, got {beta!r}; 1 / (number of training samples)")
+        if not inverted:
+            return cls(layer, float(beta), None, {}, F)
+        if prior_scale is None:
+            value = 0.0 if damping is None else float(damping)
+            if not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"{caller}: damping must be a finite number >= 0, got {damping!r}")
+            if not value:
+                _check_regular(caller, F)
+            return cls(layer, float(beta), None, dict.fromkeys(F.names, value), F)
+        if damping is not None:
+            raise ValueError(
+                f"{caller}: damping must be None with a prior_scale, whose damping is beta / prior_scale^2, got {damping!r}"
+            )
+        scales = information_in_weights(F, model, prior_scale=prior_scale, beta=beta).prior_scales
+        if unusable := [name for name, scale in scales.items() if not 0 < scale < math.inf]:
+            raise ValueError(
+                f"{caller}: a fitted prior_scale must be > 0 and finite, got others for {unusable}; give numbers there"
+            )
+        return cls(layer, float(beta), prior_scale, {name: beta / scale**2 for name, scale in scales.items()}, F)
+
+    def noise(self, rows: Tensor) -> Tensor:
+        """Each row ``[R, P]`` times Sigma."""
+        return self.beta * torch.stack([self.fisher.solve(row, damping=self.dampings) for row in rows])
+
+    def metric(self, rows: Tensor) -> Tensor:
+        """Each row ``[R, P]`` times F."""
+        return torch.stack([self.fisher @ row for row in rows])
+
+    def conditions(self) -> str:
+        """Everything the numbers depend on, in one line."""
+        F = self.fisher
+        return (
+            f"{'output' if self.layer is None else f'layer {self.layer!r}'}, beta = {self.beta:.3g}, {self._prior_in_words()}, "
+            f"k = {sum(part.num_parameters for part in F.by_layer().values()):,} weights, N = {F.num_samples:,} samples, "
+            f"Fisher {F.provenance.fisher_type or 'of unknown type'}, {F.structure}"
+        )
+
+    def _prior_in_words(self) -> str:
+        if not self.dampings:
+            return "no prior"
+        low, high = min(self.dampings.values()), max(self.dampings.values())
+        if self.prior_scale is None:
+            scale = "uninformative"
+        elif isinstance(self.prior_scale, str):
+            scale = "fitted by layer"
+        else:
+            scale = "given by layer" if isinstance(self.prior_scale, Mapping) else f"{self.prior_scale:g}"
+        return f"prior scale {scale} (damping {low:.3g}{'' if low == high else f' to {high:.3g}'})"
+
+
+def _check_regular(caller: str, F: Fisher) -> None:
+    """Raise ValueError for a zero eigenvalue, or one of a Kronecker factor that is zero but for rounding."""
+    for spectrum in F.spectra():
+        rounding = torch.finfo(torch.float64).eps if len(spectrum.factors) > 1 else 0.0
+        flat = any(bool((f <= len(f) * rounding * f.max()).any()) for f in spectrum.factors)
+        if flat or spectrum.zeros:
+            raise ValueError(
+                f"{caller}: F must be regular without a prior, got zero eigenvalues in {list(spectrum.parameters)}; give prior_scale, or damping > 0"
+            )
+
+
+@dataclass(frozen=True, eq=False)
+class Whitening:
+    """W ``[D, D]`` with ``W S W^T`` the identity on the range of S, zero rows for the rest; ``logdet`` of S on its range.
+
+    Numerics: units are first scaled to variance 1, so that units of very different scales cost no digits. Eigenvalues of
+              what remains below ``D eps^2`` (eps of the model's precision, squared as variances are) count as zero.
+    """
+
+    matrix: Tensor
+    rank: int
+    logdet: float
+    _null: Tensor = field(repr=False)
+    _scale: Tensor = field(repr=False)
+    _tolerance: float = field(repr=False)
+
+    @classmethod
+    def of(cls, S: Tensor, dtype: torch.dtype) -> Whitening:
+        """From a covariance in float64, of a model in ``dtype``."""
+        deviations = S.diagonal().clamp_min(0).sqrt()
+        inverse = torch.where(deviations > 0, 1 / deviations, 0.0)
+        values, vectors = torch.linalg.eigh(inverse[:, None] * S * inverse)
+        kept = values > len(S) * max(torch.finfo(dtype).eps ** 2, torch.finfo(torch.float64).eps)
+        roots = torch.where(kept, values, 1.0).rsqrt() * kept
+        logdet = float(values[kept].log().sum() + 2 * deviations[deviations > 0].log().sum())
+        tolerance = max(1e3 * torch.finfo(dtype).eps, 1e-6)
+        return cls(roots[:, None] * vectors.mT * inverse, int(kept.sum()), logdet, vectors[:, ~kept].mT, inverse, tolerance)
+
+    def carries(self, columns: Tensor) -> bool:
+        """Whether columns ``[D, m]`` lie in the range of S, where the noise is, but for rounding."""
+        # A unit without any noise has no scale to be compared on: there only zeros will do.
+        scaled = self._scale[:, None] * columns
+        lost = float((self._null @ scaled).norm())
+        return lost <= self._tolerance * float(scaled.norm()) and not bool(columns[self._scale == 0].any())

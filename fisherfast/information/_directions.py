@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sums over all directions of a Fisher, by layer, of functions of ``s = lambda^2 f / t``; lambda may differ between layers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+
+from torch import Tensor
+
+from fisherfast.fisher import Fisher
+from fisherfast.information import _prior, _series
+
+
+def sums_by_layer(
+    caller: str, F: Fisher, prior_scale: float | Mapping[str, float], temperature: float, term: Callable[[Tensor], Tensor]
+) -> dict[str, float]:
+    """``sum_j term(lambda^2 f_j / t)`` for each layer, in the order of F's parameters; one block's spectrum at a time."""
+    layers = F.by_layer()
+    scales = _prior.given(prior_scale, layers, caller)
+    sums: dict[str, list[float]] = {layer: [] for layer in layers}
+    for spectrum in F.spectra():
+        scale = _prior.of_block(spectrum, scales, caller)
+        sums[spectrum.layer] += _series.sum_over(spectrum, scale**2 / temperature, term)
+    return {layer: math.fsum(parts) for layer, parts in sums.items()}
+
+
+def measured(F: Fisher) -> str:
+    """What was measured, and how: the part of an estimate's conditions that F brings."""
+    weights = sum(layer.num_parameters for layer in F.by_layer().values())
+    lacking = [name for name, how in F.coverage.items() if how.startswith("missing")]
+    without = f", without {', '.join(lacking)}, which it lacks" if lacking else ""
+    return (
+        f"k = {weights:,} weights, N = {F.num_samples:,} samples, Fisher {F.provenance.fisher_type or 'of unknown type'}, "
+        f"{F.structure}{without}"
+    )
+
+
+def scale_in_words(prior_scale: float | Mapping[str, float]) -> str:
+    """``0.1``, or that it was given by layer."""
+    return "given by layer" if isinstance(prior_scale, Mapping) else f"{prior_scale:g}"

@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The losses of a data set's samples at weights that are not the model's own; the model itself is left as it is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from fisherfast.batches import Batch, Output
+from fisherfast.capture import refuse_train_mode, unwrapped
+from fisherfast.likelihood import Likelihood, resolve
+from fisherfast.passes import NonFiniteError
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class SampleLosses:
+    """A model, and what its loss is: ``-log p`` of a likelihood, or a function of output and targets."""
+
+    caller: str
+    model: nn.Module
+    likelihood: Likelihood
+    loss: Loss | None
+    output: Output
+
+    @classmethod
+    def of(cls, caller: str, model: nn.Module, likelihood: str | Likelihood, loss: Loss | None, output: Output) -> SampleLosses:
+        """From what a caller says. Errors: ValueError for an unknown likelihood, one without a loss, or dropout left on."""
+        refuse_train_mode(model)
+        chosen = resolve(likelihood)
+        if loss is None and not hasattr(chosen, "losses"):
+            raise ValueError(f"{caller}: likelihood must have losses(predictions), got {chosen!r}; add it, or pass loss=")
+        return cls(caller, unwrapped(model), chosen, loss, output)
+
+    def batches(self, data: Iterable[Any]) -> Iterator[Batch]:
+        """What the data set yields, on the model's device, with labels. Errors: ValueError."""
+        device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
+        for item in data:
+            batch = Batch.of(item, device)
+            if batch.targets is None:
+                raise ValueError(f"{self.caller}: data must have labels, got a batch without; a loss is of the data's labels")
+            yield batch
+
+    def of_batch(self, batch: Batch, weights: Mapping[str, Tensor]) -> Tensor:
+        """``[N]``: each sample's loss where the parameters named in ``weights`` are replaced; differentiable in them."""
+
+        def replaced(*args: Any, **kwargs: Any) -> Any:
+            return functional_call(self.model, dict(weights), args, kwargs)
+
+        output = batch.feed(replaced, self.output)
+        spread, targets, mask = batch.unpacked(output, getattr(self.likelihood, "ignore_index", -100))
+        if self.loss is None:
+            sample = torch.arange(batch.N, device=output.device)
+            return self.likelihood.losses(self.likelihood.predictions(spread, targets, mask, sample))
+        assert targets is not None
+        each = self.loss(spread, targets)
+        if not isinstance(each, Tensor) or each.shape != (batch.N,):
+            got = tuple(each.shape) if isinstance(each, Tensor) else type(each).__name__
+            raise ValueError(f"{self.caller}: loss must return one number per sample, [N] = ({batch.N},), got {got}")
+        return each
+
+    @torch.no_grad()
+    def mean(self, data: Iterable[Any], weights: Mapping[str, Tensor], where: str) -> float:
+        """The mean over the data's samples, in float64. Errors: ValueError for no samples, NonFiniteError naming ``where``."""
+        own = dict(self.model.named_parameters())
+        placed = {name: value.to(own[name]) for name, value in weights.items()}
+        sums, total = [], 0.0
+        for number, batch in enumerate(self.batches(data)):
+            each = self.of_batch(batch, placed).double()
+            if bad := int((~each.isfinite()).sum()):
+                raise NonFiniteError(
+                    f"{self.caller}: losses must be finite, got {bad} others in batch {number} {where}; less noise (a smaller "
+                    "beta or prior_scale) or a bounded loss (loss=) keeps them so"
+                )
+            weight = torch.ones_like(each) if batch.weight is None else batch.weight.double()
+            sums.append(float((weight * each).sum()))
+            total += float(weight.sum())
+        if not total:
+            raise ValueError(f"{self.caller}: data must hold samples of a weight > 0, got none; was the iterator used up?")
+        return math.fsum(sums) / total
+
+
+def check_names(caller: str, model: nn.Module, mean: Mapping[str, Tensor]) -> None:
+    """Raise ValueError unless the model has every parameter of ``mean``, in its shape."""
+    own = dict(unwrapped(model).named_parameters())
+    if lacking := [name for name in mean if name not in own]:
+        raise ValueError(f"{caller}: model must hold every parameter of posterior, lacks {lacking}")
+    for name, value in mean.items():
+        if own[name].shape != value.shape:
+            raise ValueError(
+                f"{caller}: model's {name!r} must be {tuple(value.shape)} as in posterior, got {tuple(own[name].shape)}"
+            )
+
+
+def check_rereadable(caller: str, data: Any) -> None:
+    """Raise ValueError for an iterator, which one reading uses up."""
+    if isinstance(data, Iterator):
+        raise ValueError(
+            f"{caller}: data must be readable several times, got {type(data).__name__}, which the first reading uses up; pass a "
+            "list of batches or a DataLoader"
+        )

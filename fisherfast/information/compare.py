@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Two networks of one architecture beside each other: which layers of the second hold more information, and how much."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from fisherfast.fisher._arguments import listed
+from fisherfast.fisher.protocol import WHOLE
+from fisherfast.information.result import Information
+
+
+@dataclass(frozen=True)
+class LayerDifference:
+    """The nats that one layer holds in each network."""
+
+    first: float
+    second: float
+
+    @property
+    def difference(self) -> float:
+        """``second - first``, in nats."""
+        return self.second - self.first
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two informations that were measured alike; made by ``compare``.
+
+    ``notes`` says what differs between the measurements without making them incomparable.
+    """
+
+    first: Information
+    second: Information
+    names: tuple[str, str]
+    notes: tuple[str, ...]
+
+    @property
+    def difference(self) -> float:
+        """``second.nats - first.nats``."""
+        return self.second.nats - self.first.nats
+
+    def by_layer(self) -> dict[str, LayerDifference]:
+        """The nats of both by layer, in the order of the Fisher's parameters."""
+        second = self.second.by_layer()
+        return {name: LayerDifference(layer.nats, second[name].nats) for name, layer in self.first.by_layer().items()}
+
+    def table(self) -> Table:
+        """One row per layer, and the total, for ``rich.console.Console.print``."""
+        table = Table(title="Information in the weights, nats", title_justify="left", caption=Text(self.conditions()))
+        table.add_column("layer", overflow="fold")
+        for heading in (*self.names, "difference"):
+            table.add_column(Text(heading), justify="right", no_wrap=True)
+        for name, layer in self.by_layer().items():
+            table.add_row(Text(name or WHOLE), *_cells(layer))
+        table.add_section()
+        table.add_row("all", *_cells(LayerDifference(self.first.nats, self.second.nats)))
+        return table
+
+    def plot(self, path: str | Path | None = None) -> Any:
+        """Draw the nats of both by layer and their differences; returns the matplotlib figure, written to ``path`` if given.
+
+        Of more than 40 layers the ones of the largest difference are drawn and the others summed in one row.
+
+        Errors:   ImportError if matplotlib is not installed (``pip install fisherfast[plot]``).
+        """
+        from fisherfast.information import _plot_compare
+
+        return _plot_compare.by_layer(self, path)
+
+    def conditions(self) -> str:
+        """Everything both depend on, and what differs, in one line."""
+        return "; ".join([f"{self.names[0]}: {self.first.conditions()}", *self.notes])
+
+    def __str__(self) -> str:
+        first, second = self.names
+        return (
+            f"{self.difference:+,.1f} nats from {first} ({self.first.nats:,.1f}) to {second} ({self.second.nats:,.1f}): "
+            f"{self.conditions()}"
+        )
+
+
+def compare(first: Information, second: Information, *, names: Sequence[str] = ("first", "second")) -> Comparison:
+    """``nats_second - nats_first`` by layer, of two networks of one architecture, measured alike.
+
+    ``names``  what the two are called in tables and pictures.
+
+    Shapes:   both have the same parameters in the same shapes.
+    Scale:    nats.
+    Errors:   ValueError, naming all that differs, for other layers or shapes, or another beta, variant, fisher_type, likelihood
+              or structure; and for names that are not two different ones. Another prior scale, center, N, number of draws or
+              list of excluded parameters is noted in ``.notes``.
+    Numerics: as the informations'.
+    Source:   ours.
+    """
+    first_name, second_name = _checked(names)
+    ours, theirs = _must_agree(first), _must_agree(second)
+    problems = [f"{what} {_shown(ours[what])} and {_shown(theirs[what])}" for what in ours if ours[what] != theirs[what]]
+    if problem := _layers_differ(first, second):
+        problems.append(problem)
+    if problems:
+        raise ValueError(
+            f"compare: {first_name} and {second_name} must be of one architecture and measured alike, got {'; '.join(problems)}; "
+            "measure both with the same settings"
+        )
+    return Comparison(first, second, (first_name, second_name), _notes(first, second, (first_name, second_name)))
+
+
+def _checked(names: Sequence[str]) -> tuple[str, str]:
+    if isinstance(names, str) or len(names) != 2 or names[0] == names[1]:
+        raise ValueError(f"compare: names must be two different names, got {names!r}")
+    return str(names[0]), str(names[1])
+
+
+def _must_agree(info: Information) -> dict[str, Any]:
+    """What the nats mean nothing without."""
+    F = info.fisher
+    return {
+        "beta": info.beta,
+        "variant": info.variant,
+        "fisher_type": F.provenance.fisher_type,
+        "likelihood": F.provenance.likelihood,
+        "structure": F.structure,
+    }
+
+
+def _shown(value: Any) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else repr(value)
+
+
+def _layers_differ(first: Information, second: Information) -> str | None:
+    """The first few layers and parameters that one of the two lacks or has in another shape."""
+    for what, ours, theirs in (
+        ("layers", first.layers, second.layers),
+        ("parameters", first.fisher.shapes, second.fisher.shapes),
+    ):
+        lacking = [set(one) - set(other) for one, other in ((ours, theirs), (theirs, ours))]
+        if any(lacking):
+            return f"{what} {listed(lacking[0])} only in the first and {listed(lacking[1])} only in the second"
+    shapes, others = first.fisher.shapes, second.fisher.shapes
+    different = [f"{name} {tuple(shapes[name])} and {tuple(others[name])}" for name in shapes if shapes[name] != others[name]]
+    return f"shapes of {listed(different)}" if different else None
+
+
+def _notes(first: Information, second: Information, names: tuple[str, str]) -> tuple[str, ...]:
+    """What differs, in words, and can."""
+    settings: dict[str, Mapping[str, Any]] = {name: _may_differ(info) for name, info in zip(names, (first, second), strict=True)}
+    ours, theirs = (settings[name] for name in names)
+    return tuple(
+        f"{what}: {ours[what]} in {names[0]}, {theirs[what]} in {names[1]}" for what in ours if ours[what] != theirs[what]
+    )
+
+
+def _may_differ(info: Information) -> dict[str, str]:
+    scales = sorted(set(info.prior_scales.values()))
+    span = f"{scales[0]:.6g}" if len(scales) == 1 else f"{scales[0]:.6g} to {scales[-1]:.6g}" if scales else "none"
+    return {
+        "prior scale": f"{span} ({info.prior_in_words()})",
+        "samples": f"{info.fisher.num_samples:,}",
+        "draws per sample": str(info.fisher.provenance.draws),
+        "excluded parameters": ", ".join(info.excluded) or "none",
+    }
+
+
+def _cells(layer: LayerDifference) -> list[str]:
+    return [f"{layer.first:,.1f}", f"{layer.second:,.1f}", f"{layer.difference:+,.1f}"]

@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The complexity of a task: what is left to pay, in loss and in nats, once the weights are as coarse as they should be."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from fisherfast.batches import Output
+from fisherfast.fisher import Fisher
+from fisherfast.information._losses import check_rereadable
+from fisherfast.information.expected_loss import expected_loss, mean_loss
+from fisherfast.information.posterior import GaussianPosterior, Posterior
+from fisherfast.information.result import Information
+from fisherfast.information.weights import Weights, informations
+from fisherfast.likelihood import Likelihood, resolve
+
+METHODS = ("analytic", "monte-carlo")
+
+
+@dataclass(frozen=True, eq=False)
+class Complexity:
+    """``C = E_Q loss + beta KL(Q || P)``; made by ``task_complexity`` and ``measured_complexity``.
+
+    ``loss`` is the mean loss at the mean of Q, ``expected_loss`` that under its noise, ``stderr`` the standard error of the latter
+    (0 where it is a formula, nan of a single draw); ``how`` says where it is from. ``source`` is what the nats are of.
+    """
+
+    loss: float
+    expected_loss: float
+    stderr: float
+    how: str
+    source: Information | GaussianPosterior
+
+    @property
+    def nats(self) -> float:
+        """``KL(Q || P)``, the true divergence in either variant."""
+        return self.source.kl
+
+    @property
+    def beta(self) -> float:
+        """The price of a nat, in units of the mean loss."""
+        return self.source.beta
+
+    @property
+    def complexity(self) -> float:
+        """``expected_loss + beta * nats``, in units of the mean loss."""
+        return self.expected_loss + self.beta * self.nats
+
+    def conditions(self) -> str:
+        """Everything the numbers depend on, in one line."""
+        return f"{self.source.conditions()}; expected loss {self.how}"
+
+    def __str__(self) -> str:
+        error = f" (+- {self.stderr:.2g})" if self.stderr else ""
+        return (
+            f"complexity {self.complexity:.6g} = expected loss {self.expected_loss:.6g}{error} + beta x {self.nats:,.1f} nats; "
+            f"loss at the mean {self.loss:.6g}: {self.conditions()}"
+        )
+
+
+@torch.no_grad()
+def task_complexity(
+    F: Fisher,
+    model: Weights,
+    *,
+    prior_scale: float | Mapping[str, float] | str,
+    beta: float,
+    center: Weights | None = None,
+    variant: str = "exact",
+    loss: float | None = None,
+    method: str = "analytic",
+    data: Iterable[Any] | None = None,
+    likelihood: str | Likelihood = "categorical",
+    draws: int = 8,
+    seed: int = 0,
+    output: Output = None,
+) -> Complexity:
+    """``C_beta = L(w) + beta |w - c|^2 / (2 lambda^2) + beta / 2 log|I + lambda^2 F / beta|``: the least ``E_Q L + beta KL(Q || P)``.
+
+    ``method="analytic"`` takes ``E_Q L = L(w) + 1/2 tr(F Sigma)``, which is exact where the loss is quadratic with the Hessian
+    F; ``"monte-carlo"`` measures it on ``data`` by noisy forward passes (``expected_loss``). The KL is the same.
+    A trained network's loss is often far from quadratic at the noise that the formula allows: then the two differ, and the
+    measured one counts.
+
+    ``loss``  L(w), the mean loss at the trained weights, in nats; measured on ``data`` where not given.
+
+    The other arguments are those of ``information_in_weights`` and ``expected_loss``.
+
+    Shapes:   as there.
+    Scale:    the mean loss's units, nats per sample. At beta = 1 / N and for a log-likelihood, N C is what it takes to write
+              down labels and weights together.
+    Errors:   theirs, and ValueError for an unknown method, a loss that is not finite, neither loss nor data, and
+              "monte-carlo" without data or a network to run.
+    Numerics: theirs.
+    Source:   Definition 2.1 and Proposition 2.5 of Achille, Paolini and Soatto (arXiv:1905.12213).
+    """
+    how = Measurement("task_complexity", method, data, likelihood, draws, seed, output)
+    loss = how.loss_of(model, loss)
+    (info,) = informations(F, model, (beta,), prior_scale=prior_scale, center=center, variant=variant, loss=loss)
+    return how.complexity(info, loss, model)
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Where the losses of a complexity come from: formulas, or a network run on data."""
+
+    caller: str
+    method: str
+    data: Iterable[Any] | None
+    likelihood: str | Likelihood
+    draws: int
+    seed: int
+    output: Output
+
+    def loss_of(self, model: Weights, given: float | None) -> float:
+        """``L(w)``, given or measured. Errors: ValueError where the arguments do not suffice for the method."""
+        if self.method not in METHODS:
+            raise ValueError(f"{self.caller}: method must be one of {list(METHODS)}, got {self.method!r}")
+        if self.method == "monte-carlo":
+            self._runnable(model, "method='monte-carlo' must have")
+            check_rereadable(self.caller, self.data)
+        if given is None:
+            data, network = self._runnable(model, "loss must be given (the mean loss at the weights), or measured on")
+            return mean_loss(network, data, self.likelihood, output=self.output)
+        if not math.isfinite(given):
+            raise ValueError(f"{self.caller}: loss must be finite, got {given}; it is the mean loss at the weights")
+        return float(given)
+
+    def complexity(self, info: Information, loss: float, model: Weights) -> Complexity:
+        """The complexity at nats that are known."""
+        if self.method == "analytic":
+            return Complexity(loss, loss + info.loss_rise, 0.0, "by formula", info)
+        data, network = self._runnable(model, "method='monte-carlo' must have")
+        estimate = expected_loss(
+            Posterior.of(info, model), network, data, self.likelihood, draws=self.draws, seed=self.seed, output=self.output
+        )
+        return Complexity(loss, estimate.value, estimate.stderr, _measured(self.likelihood, self.draws, self.seed), info)
+
+    def _runnable(self, model: Weights, rule: str) -> tuple[Iterable[Any], nn.Module]:
+        if self.data is None or not isinstance(model, nn.Module):
+            got = f"{'no data' if self.data is None else 'data'} and a {type(model).__name__}"
+            raise ValueError(f"{self.caller}: {rule} data and a network as model, got {got}; pass data= and the network")
+        return self.data, model
+
+
+@torch.no_grad()
+def measured_complexity(
+    posterior: GaussianPosterior,
+    model: nn.Module,
+    data: Iterable[Any],
+    likelihood: str | Likelihood = "categorical",
+    *,
+    draws: int = 8,
+    seed: int = 0,
+    output: Output = None,
+) -> Complexity:
+    """``C = E_Q loss + beta KL(Q || P)`` of any posterior, its loss measured on ``data``; beta is the posterior's.
+
+    The other arguments are those of ``expected_loss``. ``ff.RateDistortion`` takes several of these.
+
+    Shapes:   as for ``expected_loss``.
+    Scale:    the mean loss's units, nats per sample.
+    Errors:   those of ``expected_loss``.
+    Numerics: the KL is a formula; the standard error is that of the loss.
+    Source:   Definition 2.1 of arXiv:1905.12213.
+    """
+    check_rereadable("measured_complexity", data)
+    estimate = expected_loss(posterior, model, data, likelihood, draws=draws, seed=seed, output=output)
+    loss = mean_loss(model, data, likelihood, weights=posterior.mean, output=output)
+    source = posterior.information if isinstance(posterior, Posterior) else posterior
+    return Complexity(loss, estimate.value, estimate.stderr, _measured(likelihood, draws, seed), source)
+
+
+def _measured(likelihood: str | Likelihood, draws: int, seed: int) -> str:
+    return f"measured by {draws} draws (seed {seed}) and their mirror images, {resolve(likelihood).name} likelihood"

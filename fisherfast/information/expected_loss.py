@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The loss under weight noise, measured: the model run on draws of its weights."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fisherfast.batches import Output
+from fisherfast.fisher.lanczos import Estimate
+from fisherfast.information._losses import Loss, SampleLosses, check_names, check_rereadable
+from fisherfast.information.posterior import GaussianPosterior
+from fisherfast.likelihood import Likelihood
+
+
+@torch.no_grad()
+def expected_loss(
+    posterior: GaussianPosterior,
+    model: nn.Module,
+    data: Iterable[Any],
+    likelihood: str | Likelihood = "categorical",
+    *,
+    draws: int = 8,
+    seed: int = 0,
+    loss: Loss | None = None,
+    output: Output = None,
+) -> Estimate:
+    """``E_{w ~ Q} (1/N) sum_n loss(w, n)``: the mean over ``draws`` draws of the noise, and its standard error.
+
+    Each draw is used with both signs, ``w + e`` and ``w - e``: what the loss's gradient adds cancels, which is far more than the
+    rise of the loss where the noise is small and the gradient is not zero.
+
+    ``posterior``  Q: an ``optimal_posterior`` or a ``variational_posterior``. Parameters it does not name keep their values.
+    ``data``       as for ``ff.fisher``, with labels; it is read twice for every draw.
+    ``likelihood`` the loss is ``-log p`` of the data's labels, in nats, every constant included. Class weights and label
+                   smoothing count.
+    ``loss``       another loss: ``loss(output, targets)`` gives one number per sample, ``[N]``; ``ff.zero_one`` is the error.
+    ``output``     which part of the model's result is the output, as for ``ff.fisher``.
+
+    The model runs by ``torch.func.functional_call``: its own weights are never written to.
+
+    Shapes:   as for ``ff.fisher``.
+    Scale:    a mean over samples, by their weights; nats per sample for a likelihood.
+    Errors:   ValueError for data without samples or labels, an iterator and several draws, names or shapes that are not the
+              model's, train mode with dropout or batch statistics; NonFiniteError for a loss that is not finite.
+    Numerics: the forward pass in the model's precision (noise below the rounding of a bfloat16 weight is lost), losses in
+              float32 or wider, means in float64. The standard error is over draws (nan of a single one), not over samples.
+    Source:   the first term of Definition 2.1 of arXiv:1905.12213.
+    """
+    if draws < 1:
+        raise ValueError(f"expected_loss: draws must be >= 1, got {draws}")
+    check_rereadable("expected_loss", data)
+    check_names("expected_loss", model, posterior.mean)
+    losses = SampleLosses.of("expected_loss", model, likelihood, loss, output)
+    each = []
+    for n, weights in enumerate(posterior.draws(draws, seed=seed)):
+        there = losses.mean(data, weights, f"of draw {n}")
+        for name, mean in posterior.mean.items():
+            weights[name].neg_().add_(mean, alpha=2)
+        each.append((there + losses.mean(data, weights, f"of draw {n}, mirrored")) / 2)
+    stderr = statistics.stdev(each) / math.sqrt(draws) if draws > 1 else math.nan
+    return Estimate(math.fsum(each) / draws, stderr)
+
+
+@torch.no_grad()
+def mean_loss(
+    model: nn.Module,
+    data: Iterable[Any],
+    likelihood: str | Likelihood = "categorical",
+    *,
+    weights: Mapping[str, Tensor] | None = None,
+    loss: Loss | None = None,
+    output: Output = None,
+) -> float:
+    """``(1/N) sum_n loss(w, n)`` at the model's own weights, or with those in ``weights`` instead; see ``expected_loss``."""
+    replaced = weights or {}
+    check_names("mean_loss", model, replaced)
+    return SampleLosses.of("mean_loss", model, likelihood, loss, output).mean(data, replaced, "without noise")
+
+
+def zero_one(output: Tensor, targets: Tensor) -> Tensor:
+    """``[N]``: 1 where the largest logit is not the label's, 0 where it is; the share of wrong labels of several.
+
+    Shapes:   output ``[N, C]`` or ``[N, L, C]``, targets ``[N]`` or ``[N, L]`` integers; -100 is not counted.
+    Scale:    between 0 and 1; 0 for a sample without a counted label.
+    Errors:   ValueError for shapes that do not fit.
+    """
+    if output.dim() < 2 or targets.shape != output.shape[:-1]:
+        raise ValueError(
+            f"zero_one: targets must be {tuple(output.shape[:-1])}, the output without its class axis, got {tuple(targets.shape)}"
+        )
+    counted = (targets != -100).flatten(1) if targets.dim() > 1 else (targets != -100).unsqueeze(1)
+    wrong = (output.argmax(-1) != targets).reshape(counted.shape) & counted
+    return wrong.sum(1) / counted.sum(1).clamp_min(1)

@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The distance between tasks: how much more both hold together than the first one alone. It has a direction."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fisherfast.information import _checks
+
+
+@dataclass(frozen=True, eq=False)
+class TaskDistances:
+    """``d(i -> j) = I_ij - I_i`` for all pairs of tasks; made by ``task_distances``.
+
+    ``joint`` [n, n] is what each pair holds together, ``alone`` [n] each task by itself, in one unit (nats, or loss).
+    """
+
+    joint: Tensor
+    alone: Tensor
+
+    @property
+    def matrix(self) -> Tensor:
+        """``[n, n]``: row i, column j is d(i -> j)."""
+        return self.joint - self.alone[:, None]
+
+    @property
+    def explained(self) -> float:
+        """The share of ``d(i -> j) - d(j -> i)`` that ``I_j - I_i`` explains: 1 where ``joint`` is symmetric, as it is of sets of data.
+
+        ``1 - sum (I_ij - I_ji)^2 / sum (d(i -> j) - d(j -> i))^2``. Less than 1 where the second task was learned after the first.
+        """
+        asymmetry = self.matrix - self.matrix.T
+        total = float(asymmetry.square().sum())
+        return 1 - float((self.joint - self.joint.T).square().sum()) / total if total else 1.0
+
+
+def task_distance(joint: float | Any, alone: float | Any) -> float:
+    """``d(i -> j) = I_ij - I_i``: what is to be learned for task j by who knows task i.
+
+    ``joint`` is the information in weights trained on both, ``alone`` on i only: numbers of one unit, or two ``Information``,
+    of which ``.kl`` is taken; they must be at one beta and prior, for only then are they nats of one code.
+
+    Shapes:   numbers.
+    Scale:    that of the arguments.
+    Errors:   ValueError for numbers that are not finite, and Informations of different beta, prior or center.
+    Numerics: a difference of floats.
+    Source:   Achille, Mbeng, Paolini and Soatto 2019 (arXiv:1904.03292).
+    """
+    for name in ("beta", "prior_scale", "centered"):
+        one, other = (getattr(information, name, None) for information in (joint, alone))
+        if one != other:
+            raise ValueError(f"task_distance: both must be of one {name}, got {one!r} and {other!r}")
+    both, first = (
+        _checks.number("task_distance", name, getattr(value, "kl", value), "it is in nats, or in units of the loss")
+        for name, value in (("joint", joint), ("alone", alone))
+    )
+    return both - first
+
+
+def task_distances(joint: Tensor, alone: Tensor) -> TaskDistances:
+    """``d(i -> j) = I_ij - I_i`` for all pairs, with ``d(i -> j) - d(j -> i) = I_j - I_i`` where ``joint`` is symmetric.
+
+    Shapes:   joint [n, n], alone [n].
+    Scale:    one unit for both.
+    Errors:   ValueError for shapes that do not fit and entries that are not finite.
+    Numerics: float64.
+    Source:   Figure 1 of Achille, Mbeng, Paolini and Soatto 2019 (arXiv:1904.03292).
+    """
+    joint, alone = (torch.as_tensor(values, dtype=torch.float64) for values in (joint, alone))
+    if alone.dim() != 1 or not len(alone) or joint.shape != (len(alone), len(alone)):
+        raise ValueError(f"task_distances: must be [n, n] and [n], got joint {tuple(joint.shape)} and alone {tuple(alone.shape)}")
+    if not (joint.isfinite().all() and alone.isfinite().all()):
+        raise ValueError("task_distances: must be finite, got others")
+    return TaskDistances(joint, alone)

@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What several likelihoods do with their tensors: shapes, checks, masks, columns."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from fisherfast.likelihood.protocol import Predictions
+
+
+def batch_mismatch(name: str, output: Tensor, targets: Tensor) -> ValueError:
+    return ValueError(
+        f"{name}: targets do not fit the output, got targets {tuple(targets.shape)} and output {tuple(output.shape)}"
+    )
+
+
+def existing_positions(output: Tensor, mask: Tensor | None) -> Tensor | None:
+    """The attention mask as which positions of ``output`` [N, L, ...] count; None where it is not one."""
+    return (mask != 0) if mask is not None and output.dim() > 2 and mask.shape == output.shape[:2] else None
+
+
+def real_valued(name: str, output: Tensor, targets: Tensor | None, mask: Tensor | None, sample: Tensor) -> Predictions:
+    if targets is not None and targets.shape != output.shape:
+        raise batch_mismatch(name, output, targets)
+    values = output.reshape(output.shape[0], -1)
+    positions = existing_positions(output, mask)
+    counted = torch.ones_like(values, dtype=torch.bool)
+    if positions is not None:
+        counted = positions.repeat_interleave(math.prod(output.shape[2:]), 1)
+    if targets is not None:
+        targets = targets.reshape(values.shape).masked_fill(~counted, 0)
+        if not bool(torch.isfinite(targets).all()):
+            raise ValueError(f"{name}: targets must be finite, got NaN or infinity")
+    return Predictions(values, targets, counted, sample)
+
+
+def check_last(name: str, what: str, tensor: Tensor | None, output: Tensor) -> None:
+    last = output.shape[-1] if output.dim() > 1 else 1
+    if tensor is not None and tensor.dim() and len(tensor) != last:
+        raise ValueError(f"{name}: {what} must be as long as the output's last axis, [{last}], got {tuple(tensor.shape)}")
+
+
+def tiled(tensor: Tensor, values: Tensor) -> Tensor:
+    """``tensor``, one number or [K], beside ``values`` [N, L K]."""
+    return tensor.to(values).expand(1) if tensor.dim() == 0 else tensor.to(values).repeat(values.shape[-1] // len(tensor))
+
+
+def check_weights(name: str, what: str, tensor: Tensor | None, symbols: str) -> None:
+    if tensor is not None and (tensor.dim() > 1 or not bool((torch.isfinite(tensor) & (tensor >= 0)).all())):
+        raise ValueError(f"{name}: {what} must be {symbols}, finite and not negative, got {tensor}")
+
+
+def counted_only(predictions: Predictions, score: Tensor) -> Tensor:
+    return score.masked_fill(~predictions.counted, 0.0).to(predictions.values.dtype)
+
+
+def unit_columns(predictions: Predictions, root: Tensor) -> Iterator[Tensor]:
+    for at, exists in predictions.turns():
+        column = torch.zeros_like(predictions.values)
+        column[at] = (root[at] * exists).to(column.dtype)
+        yield column
+
+
+def digest(tensor: Tensor) -> str:
+    """A tensor inside a name: its numbers where they are few, else how many and a fingerprint."""
+    values = tensor.detach().double().flatten().cpu()
+    if len(values) <= 4:
+        return str(values.tolist())
+    return f"[{len(values)}]#{hashlib.sha256(values.numpy().tobytes()).hexdigest()[:8]}"
+
+
+def wide_dtype(values: Tensor) -> torch.dtype:
+    return torch.float64 if values.dtype == torch.float64 else torch.float32

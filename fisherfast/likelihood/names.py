@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Likelihoods by name, and the names under which results are stored."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+from fisherfast._warning import FisherWarning
+from fisherfast.likelihood.bernoulli import Bernoulli
+from fisherfast.likelihood.categorical import Categorical
+from fisherfast.likelihood.gaussian import Gaussian
+from fisherfast.likelihood.protocol import Likelihood
+
+_BY_NAME: dict[str, Any] = {"categorical": Categorical, "bernoulli": Bernoulli, "gaussian": Gaussian}
+
+
+def resolve(likelihood: str | Likelihood) -> Likelihood:
+    """A likelihood from its name; objects pass through."""
+    if not isinstance(likelihood, str):
+        return likelihood
+    if likelihood not in _BY_NAME:
+        raise ValueError(f"likelihood: must be one of {sorted(_BY_NAME)} or a likelihood object, got {likelihood!r}")
+    return _BY_NAME[likelihood]()
+
+
+def stored_name(likelihood: Likelihood, fisher_type: str) -> str:
+    """What a result is stored under: the likelihood's name, with the settings of its loss where "empirical" looked at them.
+
+    Class weights and label smoothing change a loss, not ``p(y | x)``: "mc" and "exact" leave them out, with a FisherWarning.
+    """
+    settings = getattr(likelihood, "loss_settings", "")
+    if settings and fisher_type != "empirical":
+        warnings.warn(
+            f"{likelihood.name}: {settings} change the loss, not p(y | x); fisher_type={fisher_type!r} does not look at them",
+            FisherWarning,
+            stacklevel=4,  # the caller of ff.fisher
+        )
+    return f"{likelihood.name}({settings})" if settings and fisher_type == "empirical" else likelihood.name

@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a person reads after a run: a table by layer, and files for people and programs.
+
+``fisher.safetensors`` is the Fisher itself, ``information.png`` its picture, ``report.json`` every number of the table and
+``report.html`` the page that shows and explains them.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from fisherfast.fisher import Fisher
+from fisherfast.information import Information, RateDistortion
+from fisherfast.report.curve import rate_distortion
+from fisherfast.report.numbers import as_dict
+from fisherfast.report.page import page
+from fisherfast.report.text import MEANING, layer_table, render, summary
+from fisherfast.timing import TimeRatio
+
+__all__ = ["MEANING", "as_dict", "layer_table", "page", "rate_distortion", "render", "summary", "write_report"]
+
+
+def write_report(
+    out: str | Path,
+    F: Fisher,
+    info: Information,
+    ratio: TimeRatio | None = None,
+    *,
+    curve: RateDistortion | None = None,
+    command: str | None = None,
+) -> list[Path]:
+    """Write the Fisher, the picture, the numbers and the page into the folder ``out``; returns the paths.
+
+    ``curve`` (``rate_distortion(F, model, info)``) and the ``command`` that was run are shown on the page if given.
+
+    Errors:   OSError where the folder cannot be written; ImportError if matplotlib is not installed.
+    """
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / name for name in ("fisher.safetensors", "information.png", "report.json", "report.html")]
+    F.save(paths[0])
+    info.plot(paths[1])
+    paths[2].write_text(json.dumps(as_dict(F, info, ratio), indent=2, allow_nan=False) + "\n")
+    paths[3].write_text(page(F, info, ratio, curve=curve, command=command), encoding="utf-8")
+    return paths

@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The page: one HTML file that needs nothing else, neither the network nor a script."""
+
+from __future__ import annotations
+
+import math
+from datetime import UTC, datetime
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from fisherfast import environment
+from fisherfast.fisher import Fisher
+from fisherfast.information import WHOLE, Information, RateDistortion
+from fisherfast.report import charts, words
+from fisherfast.report.text import summary
+from fisherfast.timing import TimeRatio
+
+_TEMPLATES = Environment(
+    loader=PackageLoader("fisherfast"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+)
+_VERSIONS = ("fisherfast", "torch", "numpy", "python")
+
+
+def page(
+    F: Fisher,
+    info: Information,
+    ratio: TimeRatio | None = None,
+    *,
+    curve: RateDistortion | None = None,
+    command: str | None = None,
+    date: datetime | None = None,
+) -> str:
+    """The report as HTML; ``curve``, ``command`` and ``date`` (now, if not given) are shown on it.
+
+    Errors:   ImportError if matplotlib is not installed.
+    """
+    facts = environment.facts()
+    made = {
+        "date": f"{date or datetime.now(UTC):%Y-%m-%d %H:%M %Z}",
+        "command": command or "called from Python",
+        **{name: facts[name] for name in _VERSIONS},
+    }
+    return _TEMPLATES.get_template("report.html.jinja").render(
+        model=F.provenance.model or "a network",
+        nats=f"{info.nats:,.0f}",
+        bits=f"{info.bits:,.0f}",
+        parameters=f"{info.parameters:,}",
+        lines=summary(F, info, ratio),
+        warnings=words.warnings(F, info) or ["None."],
+        layers=layers(info),
+        charts=charts.charts(F, info, curve),
+        settings=words.settings(F, info) | made,
+        terms=words.TERMS,
+    )
+
+
+def layers(info: Information) -> charts.Table:
+    """All layers and the total."""
+    headings = ("layer", "nats", "share", "parameters", "bits/parameter", "trace", "effective dimension", "prior scale")
+    rows = [
+        [
+            name or WHOLE,
+            f"{layer.nats:,.1f}",
+            f"{layer.share:.1%}",
+            f"{layer.parameters:,}",
+            f"{layer.bits_per_parameter:.3g}",
+            f"{layer.trace:.3g}",
+            f"{layer.effective_dimension:,.1f}",
+            "by parameter" if layer.prior_scale is None else f"{layer.prior_scale:.3g}",
+        ]
+        for name, layer in info.by_layer().items()
+    ]
+    found = info.by_layer().values()
+    total = [
+        "all",
+        f"{info.nats:,.1f}",
+        f"{sum(layer.share for layer in found):.1%}",
+        f"{info.parameters:,}",
+        f"{info.bits / max(info.parameters, 1):.3g}",
+        f"{info.trace:.3g}",
+        f"{math.fsum(layer.effective_dimension for layer in found):,.1f}",
+        "",
+    ]
+    return charts.Table("Information in the weights, by layer", headings, [*rows, total])

@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The run in a few lines and a table by layer, for a terminal."""
+
+from __future__ import annotations
+
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from fisherfast.fisher import Fisher
+from fisherfast.information import WHOLE, Information
+from fisherfast.timing import TimeRatio
+
+MEANING = (
+    "nats: what it takes to write a layer's weights down as coarsely as the loss allows, given the prior; share: of all nats; "
+    "trace: how sharply the network's predictions depend on the layer's weights."
+)
+
+
+def render(F: Fisher, info: Information, ratio: TimeRatio | None = None) -> Group:
+    """The run in a few lines and a table by layer, for ``rich.console.Console.print``."""
+    lines = Table.grid(padding=(0, 2))
+    lines.add_column(justify="right", style="bold")
+    for line in summary(F, info, ratio).items():
+        lines.add_row(*line)
+    return Group(lines, "", layer_table(info), Text(MEANING, style="dim"))
+
+
+def summary(F: Fisher, info: Information, ratio: TimeRatio | None = None) -> dict[str, str]:
+    """The lines above the table: everything its numbers depend on, in words."""
+    labels, likelihood = F.provenance.fisher_type or "unknown", F.provenance.likelihood or "unknown"
+    lines = {
+        "Fisher": f"{F.structure}, {labels} labels, {likelihood} likelihood",
+        "data": f"N = {F.num_samples:,} samples, {F.num_positions:,} labels",
+        "prior": f"scale {info.prior_in_words()}",
+        "price": f"beta = {info.beta:.3g}: the mean loss one nat may cost; {info.variant} formulas",
+        "information": f"{info.nats:,.1f} nats = {info.bits:,.1f} bits in {info.parameters:,} weights",
+    }
+    if info.excluded:
+        lines["excluded"] = ", ".join(info.excluded)
+    if ratio is not None:
+        lines["time"] = str(ratio)
+    return lines
+
+
+def layer_table(info: Information) -> Table:
+    """One row per layer, and the total."""
+    table = Table(title="Information in the weights, by layer", title_justify="left")
+    table.add_column("layer", overflow="fold")
+    for heading in ("parameters", "trace", "nats", "bits/parameter", "share"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for name, layer in info.by_layer().items():
+        table.add_row(
+            Text(name or WHOLE), *_cells(layer.parameters, layer.trace, layer.nats, layer.bits_per_parameter, layer.share)
+        )
+    table.add_section()
+    total = info.bits / info.parameters if info.parameters else 0.0
+    table.add_row(
+        "all", *_cells(info.parameters, info.trace, info.nats, total, sum(layer.share for layer in info.by_layer().values()))
+    )
+    return table
+
+
+def _cells(parameters: int, trace: float, nats: float, bits_per_parameter: float, share: float) -> list[str]:
+    return [f"{parameters:,}", f"{trace:.3g}", f"{nats:,.1f}", f"{bits_per_parameter:.3g}", f"{share:.1%}"]

@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A batch that fails leaves no trace: not in a parameter that comes part by part, not by squares that overflow."""
+
+import pytest
+import torch
+from torch import nn
+
+import fisherfast as ff
+
+ASKED = {
+    "diagonal": "diagonal",
+    "exact block": (ff.KFAC(max_exact_dim=256),),
+    "diagonal of kfac": (ff.KFAC(max_exact_dim=0),),
+    "moments": (ff.GradientMoments(),),
+}
+
+
+class Sick(torch.autograd.Function):
+    """The identity, with a gradient that is NaN where asked."""
+
+    @staticmethod
+    def forward(ctx, x, sick):
+        ctx.sick = sick
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, g):
+        return g * float("nan") if ctx.sick else g, None
+
+
+class Parts(nn.Module):
+    """A parameter used in two parts, each for itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.p, self.head = nn.Parameter(torch.rand(6)), nn.Linear(3, 4)
+        self.sick = (False, False)
+
+    def forward(self, x):
+        """[N, 2, 3] to [N, 4]."""
+        a, b = self.p[:3], self.p[3:]
+        return self.head(Sick.apply(x[:, 0] * a, self.sick[0]) + Sick.apply(x[:, 1] * b, self.sick[1]))
+
+
+def measure(model, batches, asked):
+    result = ff.fisher(model, batches, asked, "empirical", progress=False)
+    return result[0] if isinstance(result, tuple) else result
+
+
+def numbers(result, name):
+    return result.variance()[name] if isinstance(result, ff.SampleMoments) else result.diagonal()[name]
+
+
+@pytest.mark.parametrize("sick", [(True, False), (False, True)], ids=["first", "second"])
+@pytest.mark.parametrize("asked", ASKED)
+def test_a_parameter_in_parts_counts_whole_batches(asked, sick):
+    model, x, y = Parts(), torch.randn(5, 2, 3), torch.arange(5) % 4
+    before = measure(model, [(x, y)], ASKED[asked])
+
+    def batches():
+        yield x, y
+        model.sick = sick
+        yield 3 * torch.randn(5, 2, 3), y
+
+    with pytest.raises(ff.NonFiniteError, match="'p'") as caught:
+        measure(model, batches(), ASKED[asked])
+    found = caught.value.fisher
+    torch.testing.assert_close(numbers(found, "p"), numbers(before, "p"))
+    assert found.num_samples == before.num_samples == 5
+
+
+@pytest.mark.parametrize("asked", ["diagonal", "diagonal of kfac"])
+def test_parts_are_added_as_ever(asked):
+    model, x, y = Parts().double(), torch.randn(6, 2, 3).double(), torch.arange(6) % 4
+    squares = sum(
+        torch.autograd.grad(nn.functional.cross_entropy(model(x[n : n + 1]), y[n : n + 1]), model.p)[0] ** 2 for n in range(6)
+    )
+    found = measure(model, [(x[:2], y[:2]), (x[2:], y[2:])], ASKED[asked])
+    torch.testing.assert_close(found.diagonal(dtype=torch.float64)["p"], squares / 6)
+
+
+def test_squares_that_overflow_are_an_error_that_names_the_layer():
+    model, y = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 4)), torch.arange(5) % 4
+    x = torch.randn(5, 3)
+    before = measure(model, [(x, y)], "diagonal")
+    model[0].weight.data[:, 0] = 0  # what is large in the input is not seen in the output
+    large = x.clone()
+    large[:, 0] = 1e25
+    with pytest.raises(ff.NonFiniteError, match=r"so must their squares, got NaN or infinity, first at '0\.weight'") as caught:
+        measure(model, [(x, y), (large, y)], "diagonal")
+    found = caught.value.fisher
+    assert found.num_samples == 5
+    with pytest.raises(ValueError, match=r"'0\.weight' has counted no samples"):
+        found.trace()
+    assert before.trace() > 0
+
+
+def test_squares_that_overflow_in_a_staged_batch_are_dropped(tmp_path):
+    model, y = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 4)), torch.arange(5) % 4
+    x = torch.randn(5, 3)
+    model[0].weight.data[:, 0] = 0
+    before = measure(model, [(x, y)], "diagonal")
+    large = x.clone()
+    large[:, 0] = 1e25
+    with pytest.raises(ff.NonFiniteError) as caught:
+        ff.fisher(model, [(x, y), (large, y)], fisher_type="empirical", progress=False, checkpoint=tmp_path / "c")
+    assert caught.value.fisher.trace() == pytest.approx(before.trace())
