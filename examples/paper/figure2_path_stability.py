@@ -22,8 +22,8 @@ BETA = 1 / SAMPLES
 WIDTHS = (2, 16, 16, 2)
 
 
-def endpoints(network: nn.Module, x: Tensor, y: Tensor, left_out: Tensor, steps: int, seed: int) -> Tensor:
-    """The weights after SGD, ``[run, k]``: the run with all samples, then one without each of ``left_out``; all step together."""
+def endpoints(network: nn.Module, x: Tensor, y: Tensor, left_out: Tensor, steps: int, seed: int) -> dict[str, Tensor]:
+    """The weights after SGD, ``{name: [run, *shape]}``: the run with all samples, then one without each of ``left_out``; all step together."""
     runs = len(left_out) + 1
     keep = torch.ones(runs, SAMPLES)
     keep[torch.arange(1, runs), left_out] = 0
@@ -38,7 +38,7 @@ def endpoints(network: nn.Module, x: Tensor, y: Tensor, left_out: Tensor, steps:
     for rows in batches(SAMPLES, BATCH, steps, seed):
         for name, one in gradient(weights, rows, keep[:, rows]).items():
             weights[name] -= LR * one
-    return torch.cat([one.flatten(1) for one in weights.values()], 1)
+    return weights
 
 
 def main(arguments: Sequence[str] | None = None) -> Report:
@@ -86,16 +86,18 @@ def run(seed: int, steps: int, pairs: int) -> tuple[np.ndarray, np.ndarray, np.n
     torch.manual_seed(seed)
     network = mlp(*WIDTHS)
     ends = endpoints(network, x, y, torch.arange(pairs), steps, seed)
-    nn.utils.vector_to_parameters(ends[0], network.parameters())
+    whole = {name: one[0] for name, one in ends.items()}
+    network.load_state_dict(whole)
     F = ff.fisher(network.eval(), [(x, None)], "gram", "exact", progress=False)
-    delta = (ends[1:] - ends[0]).double()
-    gradients = torch.stack([gradient_of(network, x[i : i + 1], y[i : i + 1]) for i in range(pairs)]).double()
+    at_rest = {name: torch.zeros_like(one) for name, one in whole.items()}
+    measured = []
+    for i in range(pairs):
+        pair = ff.path_stability(F, {name: one[i + 1] for name, one in ends.items()}, whole, beta=BETA)
+        gradient = ff.path_stability(F, gradient_of(network, x[i : i + 1], y[i : i + 1]), at_rest, beta=BETA)
+        measured.append([pair.quadratic, pair.isotropic, gradient.alignment])
+    delta = torch.cat([(one[1:] - one[0]).flatten(1) for one in ends.values()], 1).double()
     fisher = torch.stack([F @ one for one in torch.eye(delta.shape[1], dtype=torch.float64)])
-    mean = F.trace() / delta.shape[1]
-    squared = delta.square().sum(1)
-    cost, of_gradient = (((one @ fisher) * one).sum(1) for one in (delta, gradients))
-    numbers = torch.stack([cost, squared * mean, of_gradient / gradients.square().sum(1) / mean])
-    return numbers.numpy(), fisher.numpy(), delta.numpy()
+    return np.array(measured).T, fisher.numpy(), delta.numpy()
 
 
 def projected(fisher: np.ndarray, delta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -109,10 +111,11 @@ def projected(fisher: np.ndarray, delta: np.ndarray) -> tuple[np.ndarray, np.nda
     return delta @ plane.T, plane @ covariance @ plane.T
 
 
-def gradient_of(network: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+def gradient_of(network: nn.Module, x: Tensor, y: Tensor) -> dict[str, Tensor]:
     """The gradient of the loss of one sample."""
     loss = nn.functional.cross_entropy(network(x), y)
-    return torch.cat([one.flatten() for one in torch.autograd.grad(loss, list(network.parameters()))])
+    names, parameters = zip(*network.named_parameters(), strict=True)
+    return dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))
 
 
 def draw(

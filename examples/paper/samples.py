@@ -2,8 +2,7 @@
 """Information against the number of samples: it saturates for real labels and grows linearly for random ones (1706.01350).
 
 For every number of samples a network with noisy weights minimises ``E_Q loss + beta KL(Q || P)``. The price of a nat is given in units
-of the summed loss: one low enough that random labels are memorised, and then
-one ten times as high.
+of the summed loss: one low enough that random labels are memorised, and then one ten times as high.
 """
 
 from __future__ import annotations
