@@ -34,6 +34,7 @@ PACKAGES = (
     "asdfghjkl",
     "opacus",
     "curvlinops-for-pytorch",
+    "kronfluence",
 )
 
 
