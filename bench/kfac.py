@@ -266,7 +266,7 @@ class Kronfluence:
                 return loss_per_sample(model(batch[0]), batch[1]).sum()
 
             def compute_measurement(self, batch, model):
-                raise NotImplementedError
+                raise NotImplementedError  # abstract in Task; only influence scores call it
 
             def get_influence_tracked_modules(self):
                 return names

@@ -112,7 +112,10 @@ def test_determinants_of_the_other_directions_count():
     U, k = Well(1.0, 1.0), lambda x: (2 + x) ** 2 if isinstance(x, float) else (2 + x).square()
     errors = []
     for T in (0.25 / 20, 0.25 / 40):
-        effective = lambda x, T=T: U(x) + T / 2 * torch.log(k(x))  # noqa: E731
+
+        def effective(x, T=T):
+            return U(x) + T / 2 * torch.log(k(x))
+
         x = passage_time(effective, T, -1.0, 0.9, points=80001) / escape(U, -1.0, T, extra=lambda x: k(x)).time - 1
         errors.append(x)
     assert abs(2 * errors[1] - errors[0]) < 2e-2

@@ -53,12 +53,19 @@ class KroneckerSums(WeightSums):
         self._inputs.members += 1
         self._vector = max_factor_dim < O
         self.B = BatchSum((place.groups, O) if self._vector else (place.groups, O, O), tracked.parameter)
-        self._factors = (self.A, self.B)
-        self.sums = self._factors if leader is None else (self.B,)
         if keep_rows and place.groups == 1:
             if leader is None:
                 self.A.few_rows = None if counts else FewRows(D)
             self.B.few_rows = None if self._vector else FewRows(O)
+
+    @property
+    def _factors(self) -> tuple[BatchSum, BatchSum]:
+        return self.A, self.B
+
+    @property
+    def sums(self) -> tuple[BatchSum, ...]:
+        """See ``BlockSums``; a shared factor is its leader's."""
+        return self._factors if self.place.input_of is None else (self.B,)
 
     def blank(self, made: Mapping[str, KroneckerBlock]) -> KroneckerBlock:
         """A block of these sizes on no memory."""
@@ -107,7 +114,6 @@ class KroneckerSums(WeightSums):
         self._inputs = Inputs(self.place.weight)
         self._inputs.members = 1
         self.place, self.A = replace(self.place, input_of=None), self.A.copy()
-        self.sums = self._factors = (self.A, self.B)
 
     def end(self) -> None:
         """See ``BlockSums``."""

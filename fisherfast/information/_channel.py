@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fisherfast.fisher import Fisher
+from fisherfast.information import _checks, _prior
 from fisherfast.information.weights import information_in_weights
 
 PriorScale = float | Mapping[str, float] | str | None
@@ -43,17 +44,14 @@ class Channel:
         inverted: bool = True,
     ) -> Channel:
         """Raise ValueError unless the noise is well defined: a prior, a damping, or a Fisher that is regular by itself."""
-        if not (isinstance(beta, (int, float)) and math.isfinite(beta) and beta > 0):
-            raise ValueError(f"{caller}: beta must be a finite number > 0, got {beta!r}; 1 / (number of training samples)")
+        beta = _checks.positive(caller, "beta", beta, "1 / (number of training samples) is the Bayesian choice")
         if not inverted:
-            return cls(layer, float(beta), None, {}, F)
+            return cls(layer, beta, None, {}, F)
         if prior_scale is None:
-            value = 0.0 if damping is None else float(damping)
-            if not (math.isfinite(value) and value >= 0):
-                raise ValueError(f"{caller}: damping must be a finite number >= 0, got {damping!r}")
+            value = 0.0 if damping is None else _checks.not_negative(caller, "damping", damping, "it is beta / prior_scale^2")
             if not value:
                 _check_regular(caller, F)
-            return cls(layer, float(beta), None, dict.fromkeys(F.names, value), F)
+            return cls(layer, beta, None, dict.fromkeys(F.names, value), F)
         if damping is not None:
             raise ValueError(
                 f"{caller}: damping must be None with a prior_scale, whose damping is beta / prior_scale^2, got {damping!r}"
@@ -63,7 +61,7 @@ class Channel:
             raise ValueError(
                 f"{caller}: a fitted prior_scale must be > 0 and finite, got others for {unusable}; give numbers there"
             )
-        return cls(layer, float(beta), prior_scale, {name: beta / scale**2 for name, scale in scales.items()}, F)
+        return cls(layer, beta, prior_scale, {name: beta / scale**2 for name, scale in scales.items()}, F)
 
     def noise(self, rows: Tensor) -> Tensor:
         """Each row ``[R, P]`` times Sigma."""
@@ -86,12 +84,7 @@ class Channel:
         if not self.dampings:
             return "no prior"
         low, high = min(self.dampings.values()), max(self.dampings.values())
-        if self.prior_scale is None:
-            scale = "uninformative"
-        elif isinstance(self.prior_scale, str):
-            scale = "fitted by layer"
-        else:
-            scale = "given by layer" if isinstance(self.prior_scale, Mapping) else f"{self.prior_scale:g}"
+        scale = "uninformative" if self.prior_scale is None else _prior.scale_in_words(self.prior_scale)
         return f"prior scale {scale} (damping {low:.3g}{'' if low == high else f' to {high:.3g}'})"
 
 

@@ -34,8 +34,3 @@ def measured(F: Fisher) -> str:
         f"k = {weights:,} weights, N = {F.num_samples:,} samples, Fisher {F.provenance.fisher_type or 'of unknown type'}, "
         f"{F.structure}{without}"
     )
-
-
-def scale_in_words(prior_scale: float | Mapping[str, float]) -> str:
-    """``0.1``, or that it was given by layer."""
-    return "given by layer" if isinstance(prior_scale, Mapping) else f"{prior_scale:g}"

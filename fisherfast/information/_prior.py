@@ -45,13 +45,16 @@ def given(
     return {name: check_scale(f"prior_scale[{key!r}]", prior_scale[key], caller) for name, key in keys.items()}
 
 
+def scale_in_words(prior_scale: float | Mapping[str, float] | str) -> str:
+    """``0.1``, or how it was found."""
+    if isinstance(prior_scale, str):
+        return "fitted by layer"
+    return "given by layer" if isinstance(prior_scale, Mapping) else f"{prior_scale:g}"
+
+
 def in_words(prior_scale: float | Mapping[str, float] | str, centered: bool) -> str:
     """A prior scale and its center: ``0.1 around 0``."""
-    if isinstance(prior_scale, str):
-        scale = "fitted by layer"
-    else:
-        scale = "given by layer" if isinstance(prior_scale, Mapping) else f"{prior_scale:g}"
-    return f"{scale} around {'the given center' if centered else '0'}"
+    return f"{scale_in_words(prior_scale)} around {'the given center' if centered else '0'}"
 
 
 def of_block(spectrum: Spectrum, scales: Mapping[str, float], caller: str = _CALLER) -> float:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from fisherfast.fisher import Fisher
-from fisherfast.information import _checks, _directions, _series
+from fisherfast.information import _checks, _directions, _prior, _series
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class EffectiveDimension:
 
     def conditions(self) -> str:
         """Everything it depends on, in one line."""
-        scale = _directions.scale_in_words(self.prior_scale)
+        scale = _prior.scale_in_words(self.prior_scale)
         return f"beta = {self.beta:.3g}, prior scale {scale}, {_directions.measured(self.fisher)}"
 
     def __str__(self) -> str:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import torch
 
 from fisherfast.fisher import Fisher
-from fisherfast.information import _checks, _directions
+from fisherfast.information import _checks, _directions, _prior
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class FreeEnergy:
         """Everything it depends on, in one line."""
         regular = f"damping {self.damping:g}"
         if self.prior_scale is not None:
-            regular = f"prior scale {_directions.scale_in_words(self.prior_scale)}"
+            regular = f"prior scale {_prior.scale_in_words(self.prior_scale)}"
         source = "numbers given" if self.fisher is None else _directions.measured(self.fisher)
         return f"loss = {self.loss:.4g}, T = {self.temperature:.3g}, {regular}, {source}"
 

@@ -66,7 +66,7 @@ class TaskEmbedding:
         if bad := [name for name, values in variance.items() if not (values.isfinite() & (values > 0)).all()]:
             raise ValueError(f"from_variance: variances must be finite and > 0, got others in {bad}")
         curvature = {name: beta * (1 / values.double() - 1 / scales[name] ** 2) for name, values in variance.items()}
-        source = f"posterior variances, beta = {beta:.3g}, prior scale {_directions.scale_in_words(prior_scale)}"
+        source = f"posterior variances, beta = {beta:.3g}, prior scale {_prior.scale_in_words(prior_scale)}"
         return cls(_averaged(curvature, model, layers, skip, norms), source)
 
     def vector(self) -> Tensor:

@@ -61,7 +61,8 @@ class Bernoulli:
         if targets is None:
             return predictions
         predictions = replace(predictions, counted=predictions.counted & (predictions.targets != self.ignore_index))
-        y = predictions.targets[predictions.counted]  # type: ignore[index]
+        assert predictions.targets is not None
+        y = predictions.targets[predictions.counted]
         if y.numel() and not bool(((y >= 0) & (y <= 1)).all()):
             raise ValueError(
                 f"{self.name}: targets must lie in [0, 1] or be ignore_index = {self.ignore_index}, "
