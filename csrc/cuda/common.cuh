@@ -25,24 +25,45 @@ class Device {
     stream_ = static_cast<cudaStream_t>(stream);
   }
 
-  int multiprocessors() const {
-    int count = 0;
-    STD_CUDA_CHECK(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, index_));
-    return count;
+  int multiprocessors() const { return attribute(cudaDevAttrMultiProcessorCount); }
+
+  // Can it run the kernels that need sm_90a, and does this build hold them?
+  bool has_wgmma() const {
+#ifdef FISHERFAST_SM90A
+    return attribute(cudaDevAttrComputeCapabilityMajor) == 9;
+#else
+    return false;
+#endif
   }
 
-  // Every launch of the library: raises the shared memory limit where needed and reports what the launch reports.
+  // Every launch of the library: raises the shared memory limit where needed and reports what the launch reports. `cluster` blocks
+  // that follow one another along x form a cluster.
   template <typename Params>
-  void launch(void (*kernel)(Params), dim3 grid, int threads, const Params& params, int shared_bytes = 0) const {
+  void launch(void (*kernel)(Params), dim3 grid, int threads, const Params& params, int shared_bytes = 0, int cluster = 1) const {
     constexpr int kDefaultSharedLimit = 48 * 1024;
     if (shared_bytes > kDefaultSharedLimit) {
       STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
     }
-    kernel<<<grid, threads, shared_bytes, stream_>>>(params);
-    STD_CUDA_CHECK(cudaGetLastError());
+    cudaLaunchConfig_t config{};
+    config.gridDim = grid;
+    config.blockDim = dim3(threads);
+    config.dynamicSmemBytes = shared_bytes;
+    config.stream = stream_;
+    cudaLaunchAttribute attribute{};
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+    config.attrs = &attribute;
+    config.numAttrs = cluster > 1 ? 1 : 0;
+    STD_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, params));
   }
 
  private:
+  int attribute(cudaDeviceAttr which) const {
+    int value = 0;
+    STD_CUDA_CHECK(cudaDeviceGetAttribute(&value, which, index_));
+    return value;
+  }
+
   torch::stable::accelerator::DeviceGuard guard_;
   int32_t index_;
   cudaStream_t stream_;

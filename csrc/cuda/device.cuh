@@ -21,6 +21,40 @@ struct Output {
   }
 };
 
+// out[row * stride + column] += scale * value for a thread's kOwned elements, which each(visit) hands to visit(row, column, value), in
+// the same order every time; those that are not inside(row, column) are left alone. Without `held` nothing was there yet.
+// Loads run ahead of the additions, up to 32 registers of them: one after the other, each would wait for memory by itself.
+template <int kOwned, typename Out, typename Inside, typename Each>
+__device__ void add_owned(Out* out, int64_t stride, double scale, bool held, const Inside& inside, const Each& each) {
+  constexpr int kAhead = 32 * sizeof(float) / sizeof(Out);
+#pragma unroll
+  for (int first = 0; first < kOwned; first += kAhead) {
+    Out before[kAhead] = {};
+    int k = 0;
+    const auto ahead = [&] { return first <= k && k < first + kAhead; };
+    if (held) {
+      each([&](int row, int column, auto) {
+        if (ahead() && inside(row, column)) before[k - first] = out[row * stride + column];
+        ++k;
+      });
+    }
+    k = 0;
+    each([&](int row, int column, auto value) {
+      if (ahead() && inside(row, column)) out[row * stride + column] = static_cast<Out>(before[k - first] + scale * value);
+      ++k;
+    });
+  }
+}
+
+template <int kOwned, typename Inside, typename Each>
+__device__ void add_owned(const Output& out, int64_t stride, double scale, const Inside& inside, const Each& each) {
+  if (out.is_double) {
+    add_owned<kOwned>(static_cast<double*>(out.data), stride, scale, true, inside, each);
+  } else {
+    add_owned<kOwned>(static_cast<float*>(out.data), stride, scale, true, inside, each);
+  }
+}
+
 // The sum over the lanes of a warp, in lane 0; always in the same order.
 template <typename Real>
 __device__ Real warp_sum(Real value) {

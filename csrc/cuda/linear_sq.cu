@@ -1,8 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// linear_sq_ on NVIDIA GPUs: which kernel runs, over how many blocks. The kernels are in linear_sq_mma.cuh (16-bit inputs)
-// and linear_sq_fma.cuh (float32, float64, and T = 1, whose squares are never rounded to 16 bits).
-#include "linear_sq_fma.cuh"
-#include "linear_sq_mma.cuh"
+// linear_sq_ on NVIDIA GPUs: which kernel runs, over how many blocks. The kernels are in linear_sq_wgmma.cuh and linear_sq_mma.cuh
+// (16-bit inputs, on Hopper and elsewhere) and linear_sq_fma.cuh (float32, float64, and T = 1, whose squares are never rounded to
+// 16 bits).
+#include "cuda/common.cuh"
+#include "cuda/linear_sq_fma.cuh"
+#include "cuda/linear_sq_mma.cuh"
+#include "cuda/linear_sq_wgmma.cuh"
+#include "cuda/tensor_map.cuh"
 
 namespace fisherfast {
 namespace {
@@ -31,27 +35,60 @@ LinearSqParams<In> make_params(const Arguments& a) {
   return p;
 }
 
+// A kernel's blocks for one range of samples, and how they are launched.
 template <typename Traits>
-dim3 tiles_of(const Arguments& a) {
-  return dim3(ceil_div(a.I(), Traits::kTileI), ceil_div(a.O(), Traits::kTileO));
-}
+struct Launch {
+  using In = typename Traits::In;
+  dim3 grid;
+
+  explicit Launch(const Arguments& a) : grid(ceil_div(a.I(), Traits::kTileI), ceil_div(a.O(), Traits::kTileO)) {}
+  int64_t blocks() const { return static_cast<int64_t>(grid.x) * grid.y; }
+  int64_t norms() const { return blocks(); }  // partial sums of one sample's norm
+  void operator()(const Device& device, const LinearSqParams<In>& p, unsigned splits) const {
+    const dim3 split_grid(grid.x, grid.y, splits);
+    if constexpr (Traits::kTensorCores) {
+      const LinearSqMmaParams<In> params{p, in_vectors(p.x), in_vectors(p.g)};
+      device.launch(linear_sq_mma_kernel<Traits>, split_grid, Traits::kThreads, params, Traits::kSharedBytes);
+    } else {
+      device.launch(linear_sq_fma_kernel<Traits>, split_grid, Traits::kThreads, p);
+    }
+  }
+};
+
+template <typename In, int kTileI, bool kTotal>
+struct Launch<WgmmaTraits<In, kTileI, kTotal>> {
+  using Traits = WgmmaTraits<In, kTileI, kTotal>;
+  TileGrid tiles;
+  TensorMap x, g;
+
+  explicit Launch(const Arguments& a) : tiles(tiles_of<Traits>(a.O(), a.I())) {
+    const Samples& samples = a.samples;
+    const int64_t N = samples.offsets ? 1 : samples.N, T = samples.offsets ? samples.M : samples.T;
+    x = tensor_map(rows_of<In>(a.x), N, T, Traits::kRows / tiles.cluster());
+    g = tensor_map(rows_of<In>(a.g), N, T, Traits::kRows);
+  }
+  int64_t blocks() const { return tiles.blocks(); }
+  int64_t norms() const { return blocks() * Traits::kWarps; }
+  void operator()(const Device& device, const LinearSqParams<In>& p, unsigned splits) const {
+    device.launch(linear_sq_wgmma_kernel<Traits>, dim3(tiles.blocks(), 1, splits), Traits::kThreads,
+                  LinearSqWgmmaParams<In>{x, g, p, tiles}, Stages<Traits>::bytes(), tiles.cluster());
+  }
+};
 
 // Launches over ranges of samples; where there are several, their partial tiles are added by a second kernel, in order.
 template <typename Traits>
-void launch_splits(const Device& device, const Arguments& a, LinearSqParams<typename Traits::In> p) {
+void launch_splits(const Device& device, const Arguments& a, LinearSqParams<typename Traits::In> p, const Launch<Traits>& launch) {
   using Real = compute_t<typename Traits::In>;
-  dim3 grid = tiles_of<Traits>(a);
   const int64_t N = p.samples.N;
-  p.samples_per_split = static_cast<int>(ceil_div(N, choose_splits(grid.x * grid.y, N, device.multiprocessors())));
-  grid.z = ceil_div(N, p.samples_per_split);
-  if (grid.z == 1) return launch_tiles(device, grid, p, Traits{});
+  p.samples_per_split = static_cast<int>(ceil_div(N, choose_splits(launch.blocks(), N, device.multiprocessors())));
+  const int splits = static_cast<int>(ceil_div(N, p.samples_per_split));
+  if (splits == 1) return launch(device, p, 1);
   const int64_t extent = a.O() * a.I(), stride = Traits::kTotal ? 2 * extent : extent;
   const auto dtype = std::is_same_v<Real, double> ? ScalarType::Double : ScalarType::Float;
-  const Tensor workspace = torch::stable::new_zeros(a.acc, {grid.z * stride}, dtype);
+  const Tensor workspace = torch::stable::new_zeros(a.acc, {splits * stride}, dtype);
   Real* partial = static_cast<Real*>(workspace.mutable_data_ptr());
   p.partial = partial;
-  launch_tiles(device, grid, p, Traits{});
-  const int splits = static_cast<int>(grid.z);
+  launch(device, p, splits);
   add_partials<Real>(device, {partial, stride, extent, splits, p.scale, p.acc, p.flag});
   if (Traits::kTotal) add_partials<Real>(device, {partial + extent, stride, extent, splits, 1.0, p.total, p.flag});
 }
@@ -60,13 +97,12 @@ void launch_splits(const Device& device, const Arguments& a, LinearSqParams<type
 template <typename Traits>
 void launch_samples(const Device& device, const Arguments& a) {
   LinearSqParams<typename Traits::In> p = make_params<typename Traits::In>(a);
-  if (!a.sqnorm) return launch_splits<Traits>(device, a, p);
-  const dim3 grid = tiles_of<Traits>(a);
-  const int64_t tiles = static_cast<int64_t>(grid.x) * grid.y;
-  const Tensor norms = torch::stable::new_zeros(a.acc, {a.samples.N * tiles}, ScalarType::Double);
+  const Launch<Traits> launch(a);
+  if (!a.sqnorm) return launch_splits(device, a, p, launch);
+  const Tensor norms = torch::stable::new_zeros(a.acc, {a.samples.N * launch.norms()}, ScalarType::Double);
   p.norms = static_cast<double*>(norms.mutable_data_ptr());
-  launch_splits<Traits>(device, a, p);
-  add_norms(device, {p.norms, nullptr, tiles, a.samples.N, output(a.sqnorm), p.flag});
+  launch_splits(device, a, p, launch);
+  add_norms(device, {p.norms, nullptr, launch.norms(), a.samples.N, output(a.sqnorm), p.flag});
 }
 
 // T = 1: rows are the samples; the kernel sees groups of rows as samples.
@@ -86,7 +122,7 @@ void launch_pooled(const Device& device, const Arguments& a, bool squared) {
     p.acc = p.total;
     p.scale = 1.0;
   }
-  launch_splits<Traits>(device, a, p);
+  launch_splits(device, a, p, Launch<Traits>(a));
 }
 
 template <typename In>
@@ -114,7 +150,21 @@ __global__ void __launch_bounds__(32) rank_one_norm_kernel(const __grid_constant
 }
 
 template <typename In, bool kTotal>
-using SampleTraits = std::conditional_t<sizeof(In) == 2, MmaTraits<In, kTotal>, FmaTraits<In, false, kTotal>>;
+void run_samples(const Device& device, const Arguments& a) {
+  if constexpr (sizeof(In) == 2) {
+    if (!device.has_wgmma() || !in_vectors(rows_of<In>(a.x)) || !in_vectors(rows_of<In>(a.g)))
+      return launch_samples<MmaTraits<In, kTotal>>(device, a);
+    if constexpr (!kTotal) {
+      using Wide = WgmmaTraits<In, 192, false>;
+      using Narrow = WgmmaTraits<In, 128, false>;
+      const int64_t wide = tiles_of<Wide>(a.O(), a.I()).blocks(), narrow = tiles_of<Narrow>(a.O(), a.I()).blocks();
+      if (choose_width(wide, narrow, device.multiprocessors()) == Wide::kTileI) return launch_samples<Wide>(device, a);
+    }
+    launch_samples<WgmmaTraits<In, 128, kTotal>>(device, a);
+  } else {
+    launch_samples<FmaTraits<In, false, kTotal>>(device, a);
+  }
+}
 
 template <typename In>
 void run(const Device& device, const Arguments& a) {
@@ -127,9 +177,9 @@ void run(const Device& device, const Arguments& a) {
       device.launch(rank_one_norm_kernel<In>, dim3(a.samples.N), 32, params);
     }
   } else if (a.total) {
-    launch_samples<SampleTraits<In, true>>(device, a);
+    run_samples<In, true>(device, a);
   } else {
-    launch_samples<SampleTraits<In, false>>(device, a);
+    run_samples<In, false>(device, a);
   }
 }
 

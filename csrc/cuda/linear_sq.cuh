@@ -10,7 +10,7 @@
 // and g I / kTileI times, mostly from L2: 2 kTileO kTileI / (kTileO + kTileI) FLOPs for each element loaded, 128 at 128x128.
 #pragma once
 
-#include "common.cuh"
+#include "cuda/device.cuh"
 
 namespace fisherfast {
 
@@ -58,20 +58,24 @@ struct Walk {
   }
 };
 
-// Adds one element of a block's tile to the outputs, or to what add_partials will add to them.
-template <bool kTotal, typename In, typename Real>
-__device__ void emit(const LinearSqParams<In>& p, int o, int i, Real square, Real total) {
-  if (o >= p.g.width || i >= p.x.width) return;
-  const int64_t index = static_cast<int64_t>(o) * p.x.width + i;
+// Adds a thread's kOwned elements of squares and, with kTotal, of totals to the outputs, or to what add_partials will add to them, and
+// starts both again. each(visit) calls visit(o, i, square, total).
+template <bool kTotal, int kOwned, typename In, typename Each>
+__device__ void emit(const LinearSqParams<In>& p, const Each& each) {
+  using Real = compute_t<In>;
+  const int64_t O = p.g.width, I = p.x.width;
+  const auto inside = [&](int o, int i) { return o < O && i < I; };
+  const auto squares = [&](const auto& visit) { each([&](int o, int i, Real& square, Real&) { visit(o, i, square); }); };
+  const auto totals = [&](const auto& visit) { each([&](int o, int i, Real&, Real& total) { visit(o, i, total); }); };
   if (p.partial) {
-    const int64_t extent = static_cast<int64_t>(p.g.width) * p.x.width;
-    Real* out = static_cast<Real*>(p.partial) + blockIdx.z * (kTotal ? 2 : 1) * extent + index;
-    out[0] += square;
-    if (kTotal) out[extent] += total;
+    Real* const out = static_cast<Real*>(p.partial) + blockIdx.z * (kTotal ? 2 : 1) * O * I;
+    add_owned<kOwned>(out, I, 1.0, true, inside, squares);
+    if constexpr (kTotal) add_owned<kOwned>(out + O * I, I, 1.0, true, inside, totals);
   } else {
-    p.acc.add(index, p.scale * square);
-    if (kTotal) p.total.add(index, total);
+    add_owned<kOwned>(p.acc, I, p.scale, inside, squares);
+    if constexpr (kTotal) add_owned<kOwned>(p.total, I, 1.0, inside, totals);
   }
+  each([](int, int, Real& square, Real& total) { square = total = 0; });
 }
 
 // Stores the block's share of |c_n|^2. Between two calls the block must pass a barrier.

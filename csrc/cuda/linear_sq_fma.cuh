@@ -4,8 +4,8 @@
 // sum_n w_n (g x)^2 = sum_n (w_n g^2) x^2, which needs one multiply-add where the other form needs three.
 #pragma once
 
-#include "linear_sq.cuh"
-#include "tile_fma.cuh"
+#include "cuda/linear_sq.cuh"
+#include "cuda/tile_fma.cuh"
 
 namespace fisherfast {
 
@@ -82,18 +82,12 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     });
     if (p.norms) emit_norm<Traits::kThreads>(p, n, norm);
     if (++samples % kSamplesPerFlush != 0 && use.valid()) continue;
-    Traits::for_each_owned([&](int o, int i) {
-      const int row = tile_o + Traits::owned(thread_o, o), column = tile_i + Traits::owned(thread_i, i);
-      emit<Traits::kTotal>(p, row, column, squares[o][i], totals[o][i]);
-      squares[o][i] = totals[o][i] = 0;
+    emit<Traits::kTotal, kMicroO * kMicroI>(p, [&](const auto& visit) {
+      Traits::for_each_owned([&](int o, int i) {
+        visit(tile_o + Traits::owned(thread_o, o), tile_i + Traits::owned(thread_i, i), squares[o][i], totals[o][i]);
+      });
     });
   }
-}
-
-template <typename In, bool kPooled, bool kTotal>
-void launch_tiles(const Device& device, dim3 grid, const LinearSqParams<In>& p, FmaTraits<In, kPooled, kTotal>) {
-  using Traits = FmaTraits<In, kPooled, kTotal>;
-  device.launch(linear_sq_fma_kernel<Traits>, grid, Traits::kThreads, p);
 }
 
 }  // namespace fisherfast

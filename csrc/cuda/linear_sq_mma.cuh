@@ -2,8 +2,8 @@
 // linear_sq for 16-bit inputs, by tensor cores: mma.sync with float sums, fed by an asynchronous copy pipeline.
 #pragma once
 
-#include "linear_sq.cuh"
-#include "tile_mma.cuh"
+#include "cuda/linear_sq.cuh"
+#include "cuda/tile_mma.cuh"
 
 namespace fisherfast {
 
@@ -73,18 +73,12 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     });
     if (p.norms) emit_norm<Traits::kThreads>(p, n, norm);
     if (++samples % kSamplesPerFlush != 0 && use.valid()) continue;
-    Traits::for_each_owned([&](int o, int i, int e) {
-      emit<Traits::kTotal>(p, o0 + o * 16 + e / 2 * 8, i0 + i * 8 + e % 2, squares[o][i][e], totals[o][i][e]);
-      squares[o][i][e] = totals[o][i][e] = 0;
+    emit<Traits::kTotal, kMmaO * kMmaI * 4>(p, [&](const auto& visit) {
+      Traits::for_each_owned([&](int o, int i, int e) {
+        visit(o0 + o * 16 + e / 2 * 8, i0 + i * 8 + e % 2, squares[o][i][e], totals[o][i][e]);
+      });
     });
   }
-}
-
-template <typename In, bool kTotal>
-void launch_tiles(const Device& device, dim3 grid, const LinearSqParams<In>& p, MmaTraits<In, kTotal>) {
-  using Traits = MmaTraits<In, kTotal>;
-  const LinearSqMmaParams<In> params{p, in_vectors(p.x), in_vectors(p.g)};
-  device.launch(linear_sq_mma_kernel<Traits>, grid, Traits::kThreads, params, Traits::kSharedBytes);
 }
 
 }  // namespace fisherfast

@@ -41,6 +41,36 @@ struct UpperTile {
   static FISHERFAST_PLAN int64_t first(int64_t column) { return column * (column + 1) / 2; }
 };
 
+// The tiles of a matrix for clusters of blocks, which take tiles below one another: in strips of kStrip columns, row by row in each,
+// so that those that run at the same time share operands in L2. The last row of clusters may reach beyond the matrix.
+struct StripTile {
+  int row, column;
+};
+struct TileGrid {
+  static constexpr int kStrip = 12;
+  int rows, columns;
+
+  FISHERFAST_PLAN int cluster() const { return rows > 1 ? 2 : 1; }
+  FISHERFAST_PLAN int64_t blocks() const { return ceil_div(rows, cluster()) * cluster() * columns; }
+  FISHERFAST_PLAN StripTile of_block(int64_t block) const {
+    const int64_t height = ceil_div(rows, cluster()), index = block / cluster();
+    const int64_t first = index / (height * kStrip) * kStrip, rest = index - first * height;
+    const int64_t width = columns - first < kStrip ? columns - first : kStrip;
+    return {static_cast<int>(rest / width * cluster() + block % cluster()), static_cast<int>(first + rest % width)};
+  }
+};
+
+// The width of a Hopper tile of 128 rows: 192 or 128. A row of either takes so many clocks, by the bytes it needs from L2 (2 (128 +
+// width / 2) at 32 a clock and multiprocessor: an estimate, nothing measured), which is more than shared memory and products need.
+// The wider tile does more with them, and wastes more where the matrix or the device does not divide by it.
+inline int choose_width(int64_t tiles_of_192, int64_t tiles_of_128, int64_t multiprocessors) {
+  const auto clocks = [&](int64_t tiles, int64_t of_a_row) {
+    const double waves = static_cast<double>(tiles) / static_cast<double>(multiprocessors);
+    return of_a_row * (waves <= 1 ? waves : std::ceil(waves));  // samples are split where tiles are few
+  };
+  return clocks(tiles_of_192, 14) <= clocks(tiles_of_128, 12) ? 192 : 128;
+}
+
 // The stage-th piece of at most kRows rows of N groups of T rows, each group cut by itself.
 template <int kRows>
 struct Stage {

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Runs a CUDA kernel, compiled as C++, on the CPU: a block is a ring of fibers, one a thread, which change places at barriers.
-// What a kernel may use: the indices, shared memory, __syncthreads, __shfl_down_sync, and the instructions of cuda/mma.cuh.
+// Runs CUDA kernels, compiled as C++, on the CPU: the blocks of a cluster are a ring of fibers, one a thread, which change places where
+// they wait. What a kernel may use: the indices, shared memory, __syncthreads, __shfl_down_sync, and the instructions of cuda/mma.cuh
+// and cuda/wgmma.cuh. Static shared memory is there for one block at a time only.
 #pragma once
 
 #include <ucontext.h>
@@ -19,7 +20,7 @@
 #define __grid_constant__
 #define __launch_bounds__(...)
 #define __align__(bytes) __attribute__((aligned(bytes)))
-#define __shared__ thread_local  // all fibers of a block run on one thread
+#define __shared__ thread_local  // all fibers run on one thread
 
 struct Index {
   unsigned x = 0, y = 0, z = 0;
@@ -37,25 +38,39 @@ using std::min;
 namespace emulator {
 
 constexpr size_t kStackBytes = 64 * 1024;
-constexpr int kWarp = 32;
+constexpr int kWarp = 32, kNamedBarriers = 16;
+constexpr size_t kSharedBytes = 227 * 1024;
+
+using Action = std::function<void()>;
+
+inline void require(bool condition, const char* message) {
+  if (!condition) throw std::runtime_error(message);
+}
+
+// When asynchronous work happens: as soon as it is asked for, or as late as it may.
+struct Timing {
+  bool eager_copies, eager_products;
+};
 
 struct Barrier {
   int arrived = 0, generation = 0;
 };
 
-struct Copy {
-  void* target;
-  const void* source;
-  int bytes;
-};
+// What a thread has asked for and waits for in groups: committed ones, and the one it is still adding to.
+struct Groups {
+  std::vector<Action> open;
+  std::vector<std::vector<Action>> committed;
 
-struct Fiber {
-  ucontext_t context;
-  std::unique_ptr<char[]> stack{new char[kStackBytes]};
-  bool done = false;
-  int turn = 0;                      // which of the warp's two boards it writes on next
-  std::vector<Copy> issued;          // asynchronous copies not committed yet
-  std::vector<std::vector<Copy>> groups;  // committed and still under way
+  void commit() {
+    committed.push_back(std::move(open));
+    open.clear();
+  }
+  void wait(size_t pending) {
+    while (committed.size() > pending) {
+      for (const Action& action : committed.front()) action();
+      committed.erase(committed.begin());
+    }
+  }
 };
 
 struct Warp {
@@ -64,31 +79,74 @@ struct Warp {
 };
 
 struct Block {
-  std::vector<Fiber> fibers;
+  int rank;
+  Index place;
   std::vector<Warp> warps;
-  Barrier barrier;
-  ucontext_t outside;
-  std::function<void()> kernel;
-  bool eager;         // whether asynchronous copies happen when they are issued, or as late as they may
-  std::string error;  // the first thing a real GPU would not have taken well
+  Barrier barriers[kNamedBarriers];  // the first is that of __syncthreads
+  std::unique_ptr<char[]> storage{new char[kSharedBytes + 1024]};
+
+  char* shared() const { return storage.get() + (1024 - reinterpret_cast<uintptr_t>(storage.get()) % 1024) % 1024; }
 };
 
-inline Block* block = nullptr;
+struct Fiber {
+  Block* block;
+  unsigned thread;
+  ucontext_t context;
+  std::unique_ptr<char[]> stack{new char[kStackBytes]};
+  bool done = false;
+  int turn = 0;  // which of the warp's two boards it writes on next
+  Groups copies, products;
+};
 
-inline Fiber& self() { return block->fibers[threadIdx.x]; }
-inline Warp& warp() { return block->warps[threadIdx.x / kWarp]; }
+struct Cluster {
+  std::vector<Block> blocks;
+  std::vector<Fiber> fibers;
+  Barrier barrier;
+  ucontext_t outside;
+  Action kernel;
+  Timing timing;
+  std::vector<Action> pending;  // copies that nobody has asked to see yet
+  size_t current = 0, idle = 0;  // which fiber runs; how often one has given way since anybody got on
+  std::string error;            // the first thing a real GPU would not have taken well
+};
 
+inline Cluster* cluster = nullptr;
+
+inline Fiber& self() { return cluster->fibers[cluster->current]; }
+inline Block& block() { return *self().block; }
+inline Warp& warp() { return block().warps[threadIdx.x / kWarp]; }
+
+inline void enter_indices() {
+  threadIdx.x = self().thread;
+  blockIdx = block().place;
+}
+
+// Lets the others run. When nobody can get on, the copy asked for last happens; when there is none, nothing ever will.
 inline void yield() {
-  const unsigned from = threadIdx.x, count = static_cast<unsigned>(block->fibers.size());
-  unsigned to = from;
+  const size_t count = cluster->fibers.size(), from = cluster->current;
+  if (++cluster->idle > 2 * count) {
+    require(!cluster->pending.empty(), "all threads wait for each other");
+    const Action copy = std::move(cluster->pending.back());
+    cluster->pending.pop_back();
+    copy();
+    cluster->idle = 0;
+  }
+  size_t to = from;
   do to = (to + 1) % count;
-  while (to != from && block->fibers[to].done);
+  while (to != from && cluster->fibers[to].done);
   if (to == from) {
-    if (block->fibers[from].done) setcontext(&block->outside);
+    if (cluster->fibers[from].done) setcontext(&cluster->outside);
     return;
   }
-  threadIdx.x = to;
-  swapcontext(&block->fibers[from].context, &block->fibers[to].context);
+  cluster->current = to;
+  enter_indices();
+  swapcontext(&cluster->fibers[from].context, &cluster->fibers[to].context);
+}
+
+template <typename Ready>
+void wait_until(const Ready& ready) {
+  while (!ready()) yield();
+  cluster->idle = 0;
 }
 
 inline void wait(Barrier& barrier, int members) {
@@ -97,7 +155,7 @@ inline void wait(Barrier& barrier, int members) {
     barrier.arrived = 0;
     ++barrier.generation;
   }
-  while (barrier.generation == generation) yield();
+  wait_until([&] { return barrier.generation != generation; });
 }
 
 // Shows a value to the warp and returns what all lanes show.
@@ -112,34 +170,60 @@ const T (&exchange(const T& value))[kWarp] {
 
 inline void enter() {
   try {
-    block->kernel();
+    cluster->kernel();
+    self().done = true;
+    cluster->idle = 0;
+    yield();
   } catch (const std::runtime_error& error) {  // cannot leave the fiber
-    block->error = error.what();
-    setcontext(&block->outside);
+    cluster->error = error.what();
+    setcontext(&cluster->outside);
   }
-  self().done = true;
-  yield();
 }
 
-// Runs one block of a grid; shared memory keeps what the block before left there.
-inline void run_block(int threads, bool eager, std::function<void()> kernel) {
-  Block current{std::vector<Fiber>(threads), std::vector<Warp>(threads / kWarp), {}, {}, std::move(kernel), eager, {}};
-  block = &current;
-  for (Fiber& fiber : current.fibers) {
-    getcontext(&fiber.context);
-    fiber.context.uc_stack.ss_sp = fiber.stack.get();
-    fiber.context.uc_stack.ss_size = kStackBytes;
-    fiber.context.uc_link = nullptr;
-    makecontext(&fiber.context, &enter, 0);
+// Runs one cluster of `count` blocks, the first of them at `place`. Dynamic shared memory holds no numbers, static what was left there.
+inline void run_cluster(int threads, int count, Index place, Timing timing, Action kernel) {
+  Cluster current;
+  cluster = &current;
+  current.timing = timing;
+  current.kernel = std::move(kernel);
+  current.blocks = std::vector<Block>(count);
+  current.fibers = std::vector<Fiber>(static_cast<size_t>(count) * threads);
+  for (int rank = 0; rank < count; ++rank) {
+    Block& block = current.blocks[rank];
+    block.rank = rank;
+    block.place = {place.x + rank, place.y, place.z};
+    block.warps = std::vector<Warp>(threads / kWarp);
+    std::memset(block.shared(), 0x7f, kSharedBytes);
+    for (int thread = 0; thread < threads; ++thread) {
+      Fiber& fiber = current.fibers[static_cast<size_t>(rank) * threads + thread];
+      fiber.block = &block;
+      fiber.thread = thread;
+      getcontext(&fiber.context);
+      fiber.context.uc_stack.ss_sp = fiber.stack.get();
+      fiber.context.uc_stack.ss_size = kStackBytes;
+      fiber.context.uc_link = nullptr;
+      makecontext(&fiber.context, &enter, 0);
+    }
   }
-  threadIdx = {};
+  enter_indices();
   swapcontext(&current.outside, &current.fibers[0].context);
-  if (!current.error.empty()) throw std::runtime_error(current.error);
+  require(current.error.empty(), current.error.c_str());
+  require(current.pending.empty(), "a copy was still under way when the last thread left");
+}
+
+// Runs all clusters of a grid, one after the other.
+inline void run_grid(Index grid, int threads, int cluster_size, Timing timing, const Action& kernel) {
+  gridDim = grid;
+  for (unsigned z = 0; z < grid.z; ++z)
+    for (unsigned y = 0; y < grid.y; ++y)
+      for (unsigned x = 0; x < grid.x; x += cluster_size) run_cluster(threads, cluster_size, {x, y, z}, timing, kernel);
 }
 
 }  // namespace emulator
 
-inline void __syncthreads() { emulator::wait(emulator::block->barrier, static_cast<int>(emulator::block->fibers.size())); }
+inline void __syncthreads() {
+  emulator::wait(emulator::block().barriers[0], static_cast<int>(emulator::block().warps.size()) * emulator::kWarp);
+}
 
 template <typename T>
 T __shfl_down_sync(unsigned, T value, int distance) {

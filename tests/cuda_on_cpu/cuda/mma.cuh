@@ -10,35 +10,27 @@
 
 namespace fisherfast {
 
-inline void require(bool condition, const char* message) {
-  if (!condition) throw std::runtime_error(message);
-}
-
-inline void copy_now(const emulator::Copy& copy) {
-  std::memset(copy.target, 0, 16);
-  if (copy.bytes > 0) std::memcpy(copy.target, copy.source, copy.bytes);
-}
+using emulator::require;
 
 inline void cp_async_16(void* shared, const void* global, int bytes) {
   require(reinterpret_cast<uintptr_t>(shared) % 16 == 0 && reinterpret_cast<uintptr_t>(global) % 16 == 0, "cp.async: address");
   require(bytes >= 0 && bytes <= 16, "cp.async: size");
-  emulator::self().issued.push_back({shared, global, bytes});
-  if (emulator::block->eager) copy_now(emulator::self().issued.back());
+  const emulator::Action copy = [=] {
+    std::memset(shared, 0, 16);
+    if (bytes > 0) std::memcpy(shared, global, bytes);
+  };
+  if (emulator::cluster->timing.eager_copies) {
+    copy();
+  } else {
+    emulator::self().copies.open.push_back(copy);
+  }
 }
 
-inline void cp_async_commit() {
-  emulator::self().groups.push_back(std::move(emulator::self().issued));
-  emulator::self().issued.clear();
-}
+inline void cp_async_commit() { emulator::self().copies.commit(); }
 
 template <int kPending>
 void cp_async_wait() {
-  auto& groups = emulator::self().groups;
-  while (groups.size() > kPending) {
-    if (!emulator::block->eager)
-      for (const emulator::Copy& copy : groups.front()) copy_now(copy);
-    groups.erase(groups.begin());
-  }
+  emulator::self().copies.wait(kPending);
 }
 
 // Lane l holds the elements of column l / 4 in rows l % 4 * 2 and l % 4 * 2 + 1 of each matrix.

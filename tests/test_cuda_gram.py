@@ -1,49 +1,35 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CUDA C++ kernels of ``gram_``, compiled as C++ and run on the CPU: index maps, edges and the copy pipeline, not speed.
-
-``cuda_on_cpu/`` emulates a block by fibers, and the tensor core's instructions by what the PTX ISA says of them. What it cannot
-show: the real instructions' rounding, races that fibers never lose, and anything of time.
-"""
+"""The CUDA C++ kernels of ``gram_``, run on the CPU by the emulator of ``emulated.py``; and how work is cut among blocks."""
 
 import ctypes
 import math
-import shutil
-import subprocess
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 import torch
-from torch.utils.cpp_extension import include_paths
+from emulated import EAGER, SHORT, build, every_timing, integers, letter, needs_compiler, padded, pointer, shifted, time_first, transposed
 
-ROOT = Path(__file__).parents[1]
-LETTER = {torch.float32: b"f", torch.float64: b"d", torch.bfloat16: b"b", torch.float16: b"h"}
-SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
 TILES_FILL_IT = 1  # multiprocessors: with this many the rows are not shared out
 UNTOUCHED = 12345.0  # below the diagonal
+HALF = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 
-pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not on the PATH: the emulator cannot be compiled")
+pytestmark = needs_compiler
 every_dtype = pytest.mark.parametrize("dtype", SHORT, ids=SHORT.get)
+on_hopper = pytest.mark.parametrize("width", [128, 192])
 
 
 class Call(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("N", "T", "I", "stride_n", "stride_t", "stride_d", "multiprocessors")),
         ("scale", ctypes.c_double),
-        *((name, ctypes.c_int32) for name in ("bias", "acc_is_double", "eager")),
+        *((name, ctypes.c_int32) for name in ("bias", "acc_is_double", "eager", "width")),
     )
 
 
 @pytest.fixture(scope="session")
 def library(tmp_path_factory):
-    target = tmp_path_factory.mktemp("emulated") / "gram.so"
-    here = ROOT / "tests" / "cuda_on_cpu"
-    includes = [f"-I{path}" for path in (here, ROOT / "csrc", *include_paths("cpu"))]
-    # Shared memory is thread_local and needs no constructor: gcc's check for one calls a weak symbol that is not there.
-    flags = ["-O2", "-std=c++17", "-shared", "-fPIC", "-fno-extern-tls-init", "-Wall", "-Werror", "-Wno-unknown-pragmas"]
-    subprocess.run(["g++", *flags, *includes, here / "gram.cpp", "-o", target], check=True)
-    loaded = ctypes.CDLL(str(target))
-    loaded.gram.restype = ctypes.c_int64
+    loaded = build("gram", tmp_path_factory.mktemp("emulated"))
+    loaded.gram.restype = loaded.blocks.restype = ctypes.c_int64
     return loaded
 
 
@@ -55,7 +41,8 @@ class Gram:
     scale: float = 1.0
     bias: bool = False
     multiprocessors: int = TILES_FILL_IT
-    eager: bool = True
+    eager: int = EAGER
+    width: int = 0  # of a warpgroup's tile; 0: the kernel of other devices
 
     def __call__(self, acc: torch.Tensor, x: torch.Tensor, weight: torch.Tensor | None = None) -> int:
         """Add to ``acc`` as the launch and the fold of csrc/cuda/gram.cu do; the number of shares of the rows."""
@@ -64,19 +51,14 @@ class Gram:
         real = torch.float64 if x.dtype == torch.float64 else torch.float32
         partial = torch.full((4 * self.multiprocessors, D, D), float("nan"), dtype=real)
         double = acc.dtype == torch.float64
-        call = Call(N, T, I, *x.stride(), self.multiprocessors, self.scale, self.bias, double, self.eager)
-        pointers = [ctypes.c_void_p(t.data_ptr() if t is not None else None) for t in (acc, x, weight, partial)]
+        call = Call(N, T, I, *x.stride(), self.multiprocessors, self.scale, self.bias, double, self.eager, self.width)
         error = ctypes.create_string_buffer(256)
-        shares = self.library.gram(ctypes.c_char(LETTER[x.dtype]), ctypes.byref(call), *pointers, error)
+        shares = self.library.gram(letter(x.dtype), ctypes.byref(call), *map(pointer, (acc, x, weight, partial)), error)
         assert shares > 0, error.value.decode()
         if shares > 1:
             upper = torch.ones(D, D, dtype=torch.bool).triu()
             acc[upper] += (self.scale * partial[:shares, upper].double().sum(0)).to(acc.dtype)
         return shares
-
-
-def integers(*shape: int, dtype: torch.dtype) -> torch.Tensor:
-    return torch.randint(-3, 4, shape).to(dtype)
 
 
 def held(D: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -93,7 +75,7 @@ def answer(x: torch.Tensor, scale: float, bias: bool, weight: torch.Tensor | Non
 
 
 def assert_exact(gram: Gram, x: torch.Tensor, weight: torch.Tensor | None = None, acc_dtype=torch.float32) -> int:
-    """Small integers: every order of the sums gives the same, so the result must be right to the last bit."""
+    """Of integers, so to the last bit."""
     acc = held(x.shape[-1] + gram.bias, acc_dtype)
     expected = acc.double() + answer(x, gram.scale, gram.bias, weight)
     shares = gram(acc, x, weight)
@@ -118,7 +100,7 @@ def test_edges_of_tiles(library, dtype, I):
     assert_exact(Gram(library, bias=True), integers(1, 35, I, dtype=dtype))
 
 
-@pytest.mark.parametrize("eager", [True, False], ids=["eager", "late"])
+@every_timing
 @pytest.mark.parametrize("M", [1, 16, 31, 32, 33, 96, 97, 129, 300])
 def test_copies_may_arrive_at_any_time(library, M, eager):
     """As soon as they are asked for, over what others still read, or only when they are waited for."""
@@ -138,22 +120,6 @@ def test_rows_are_shared_out_where_tiles_are_few(library, dtype, weighted):
     weight = torch.randint(0, 3, (1, 1000)).float() if weighted else None
     shares = assert_exact(Gram(library, 2.0, True, multiprocessors=16), integers(1, 1000, 13, dtype=dtype), weight)
     assert 1 < shares <= 8
-
-
-def transposed(x: torch.Tensor) -> torch.Tensor:
-    return x.transpose(1, 2).contiguous().transpose(1, 2)
-
-
-def padded(x: torch.Tensor) -> torch.Tensor:
-    """The same values inside a larger buffer whose other cells are NaN; rows stay whole vectors apart."""
-    buffer = torch.full((x.shape[0], x.shape[1] + 3, x.shape[2] + 8), float("nan"), dtype=x.dtype)
-    return buffer[:, 1:-2, : x.shape[2]].copy_(x)
-
-
-def shifted(x: torch.Tensor) -> torch.Tensor:
-    """Inside NaN too, and no row begins at a vector's address."""
-    buffer = torch.full((*x.shape[:2], x.shape[2] + 5), float("nan"), dtype=x.dtype)
-    return buffer[..., 3:-2].copy_(x)
 
 
 @pytest.mark.parametrize("layout", [transposed, padded, shifted])
@@ -187,6 +153,43 @@ def test_rows_of_weight_zero_add_nothing(library, dtype):
     assert torch.equal(clean, spoiled)
 
 
+# ---- Hopper's warpgroups
+
+
+@on_hopper
+@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
+@pytest.mark.parametrize("dtype", HALF, ids=HALF.get)
+def test_warpgroups_add_to_the_upper_triangle_only(library, dtype, bias, width):
+    assert_exact(Gram(library, -0.5, bias, width=width), integers(1, 37, 72, dtype=dtype), acc_dtype=torch.float64)
+
+
+@on_hopper
+@pytest.mark.parametrize("I", [8, 128, 136, 192, 264, 400])
+def test_edges_of_warpgroup_tiles(library, I, width):
+    """One block, a cluster, a cluster that reaches beyond the matrix, tiles across the diagonal, columns of ones in any of them."""
+    assert_exact(Gram(library, bias=True, width=width), integers(1, 35, I, dtype=torch.bfloat16))
+
+
+@on_hopper
+@every_timing
+@pytest.mark.parametrize("M", [1, 16, 17, 48, 64, 65, 130, 520])
+def test_warpgroup_copies_and_products_may_happen_at_any_time(library, M, eager, width):
+    """Also over more stages than there are, and over more than one chain."""
+    assert_exact(Gram(library, bias=True, eager=eager, width=width), integers(1, M, 136, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize("layout", [padded, time_first])
+def test_layouts_that_the_copy_engine_takes(library, layout):
+    assert_exact(Gram(library, bias=True, width=192), layout(integers(3, 41, 72, dtype=torch.bfloat16)))
+
+
+@on_hopper
+def test_warpgroup_shares_and_second_flush(library, width):
+    shares = assert_exact(Gram(library, 2.0, True, multiprocessors=16, width=width), integers(1, 1000, 16, dtype=torch.float16))
+    assert 1 < shares <= 8
+    assert_exact(Gram(library, bias=True, width=width), integers(1, 16384 + 300, 8, dtype=torch.float16))
+
+
 # ---- how work is cut
 
 
@@ -207,6 +210,32 @@ def test_tile_numbers_survive_the_square_root(library, column):
     assert pair(library.upper_tile, ctypes.c_int64(first - 1)) == (column - 1, column - 1)
     assert pair(library.upper_tile, ctypes.c_int64(first)) == (0, column)
     assert pair(library.upper_tile, ctypes.c_int64(first + column)) == (column, column)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (1, 30), (2, 13), (3, 5), (32, 22), (7, 75)])
+def test_tiles_in_strips_are_all_there_once(library, rows, columns):
+    """With a row of clusters that reaches beyond the matrix where the number of rows is odd and not 1."""
+    blocks = library.blocks(rows, columns)
+    seen = [pair(library.tile_of_block, rows, columns, ctypes.c_int64(block)) for block in range(blocks)]
+    below = rows + rows % 2 if rows > 1 else 1
+    assert sorted(seen) == [(row, column) for row in range(below) for column in range(columns)]
+    if rows > 1:  # the two of a cluster have the right operand in common
+        assert all(a[0] + 1 == b[0] and a[0] % 2 == 0 and a[1] == b[1] for a, b in zip(seen[::2], seen[1::2], strict=True))
+
+
+def test_blocks_that_run_together_share_operands(library):
+    """132 of them load 128 rows or 192 columns for every one of theirs: in strips about a tenth of what they would alone."""
+    running = [pair(library.tile_of_block, 32, 75, ctypes.c_int64(block)) for block in range(132)]
+    loaded = 128 * len({row for row, _ in running}) + 192 * len({column for _, column in running})
+    assert loaded <= 132 * (128 + 192) / 10
+
+
+@pytest.mark.parametrize(("O", "I", "width"), [(4096, 4096, 192), (4096, 14336, 192), (768, 768, 192), (128, 128, 128), (4096, 128, 128)])
+def test_width_of_warpgroup_tiles(library, O, I, width):
+    def tiles(of: int) -> ctypes.c_int64:
+        return ctypes.c_int64(library.blocks(math.ceil(O / 128), math.ceil(I / of)))
+
+    assert library.width(tiles(192), tiles(128), ctypes.c_int64(132)) == width
 
 
 @pytest.mark.parametrize(("N", "T"), [(1, 1), (1, 32), (1, 33), (3, 31), (3, 65), (5, 64)])

@@ -1,0 +1,90 @@
+// SPDX-License-Identifier: Apache-2.0
+// linear_sq for 16-bit inputs on Hopper: one warpgroup copies, two multiply. While one of the two squares what its sample gave, the
+// other has products under way.
+#pragma once
+
+#include "cuda/linear_sq.cuh"
+#include "cuda/tile_wgmma.cuh"
+
+namespace fisherfast {
+
+// Registers of a multiplying thread: 96 for c and 96 for the squares; with total, 64 for each of the three.
+template <typename In, int kTileI, bool kTotal_>
+struct WgmmaTraits : WgmmaTile<In, kTileI> {
+  static constexpr bool kTotal = kTotal_;
+  static constexpr int kWarps = WgmmaTile<In, kTileI>::kMultipliers * 4;  // each stores its share of |c_n|^2
+  static_assert(kTileI <= (kTotal ? 128 : 192), "sums and product stay in registers");
+};
+
+template <typename In>
+struct LinearSqWgmmaParams {
+  TensorMap x, g;
+  LinearSqParams<In> op;
+  TileGrid tiles;
+};
+
+template <typename Traits>
+__global__ void __launch_bounds__(Traits::kThreads, 1)
+    linear_sq_wgmma_kernel(const __grid_constant__ LinearSqWgmmaParams<typename Traits::In> params) {
+#ifdef FISHERFAST_HAS_WGMMA
+  const auto& p = params.op;
+  if (p.flag && *p.flag) return;
+  auto& stages = Stages<Traits>::here();
+  stages.init();
+  const StripTile tile = params.tiles.of_block(blockIdx.x);
+  const int tile_o = tile.row * Traits::kTileO, tile_i = tile.column * Traits::kTileI;
+  Walk<Traits::kRows> walk(p.samples, p.samples_per_split);
+  Ring<Traits::kStages> ring;
+
+  if (threadIdx.x / kWarpgroup == Traits::kMultipliers) {
+    give_registers<Traits::kCopyRegisters>();
+    if (threadIdx.x % kWarpgroup == 0) {
+      for (; walk.valid(); walk.next(p.samples), ring.next()) {
+        const int64_t* const offsets = p.samples.offsets;
+        const int n = offsets ? 0 : walk.n, t = walk.t + (offsets ? static_cast<int>(offsets[walk.n]) : 0);
+        stages.load(ring, params.g, tile_o, params.x, tile_i, t, n);
+      }
+    }
+  } else {
+    take_registers<Traits::kMultiplyRegisters>();
+    float c[Traits::kOwned], squares[Traits::kOwned] = {}, totals[Traits::kOwned] = {};
+    const auto arrived = [&] {
+      stages.full[ring.stage].wait(ring.parity);
+      if (p.samples.offsets && walk.rows() % 16 != 0) stages.clear(ring.stage, walk.rows());  // they are the next sample's
+    };
+    for (int samples = 0; walk.valid(); ring.next()) {
+      const int n = walk.n;
+      const float w = p.weight ? p.weight[n] : 1.0f;
+      arrived();
+      stages.template multiply<true>(c, ring, walk.rows());
+      for (walk.next(p.samples); walk.valid() && walk.n == n; walk.next(p.samples)) {
+        ring.next();
+        arrived();
+        stages.template multiply<false>(c, ring, walk.rows());
+        stages.template release_after<1>(ring.before());
+      }
+      stages.template release_after<0>(ring.stage);
+
+      float norm = 0;
+      Traits::for_each_owned([&](int, int, int e) {
+        const float value = c[e], square = value * value;
+        squares[e] += w * square;
+        if (Traits::kTotal) totals[e] += w * value;
+        norm += square;
+      });
+      if (p.norms) {
+        norm = warp_sum(norm);
+        const int64_t first = (static_cast<int64_t>(n) * gridDim.x + blockIdx.x) * Traits::kWarps;
+        if (threadIdx.x % 32 == 0) p.norms[first + threadIdx.x / 32] = norm;
+      }
+      if (++samples % kSamplesPerFlush != 0 && walk.valid()) continue;
+      emit<Traits::kTotal, Traits::kOwned>(p, [&](const auto& visit) {
+        Traits::for_each_owned([&](int o, int i, int e) { visit(tile_o + o, tile_i + i, squares[e], totals[e]); });
+      });
+    }
+  }
+  cluster_sync();  // a block that has left could not be copied into, nor told of anything
+#endif
+}
+
+}  // namespace fisherfast
