@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CUDA C++ kernels compile for sm_80 and sm_90a, and the machine code is what they promise: no GPU is needed to read it."""
+"""The CUDA C++ kernels compile for sm_80, sm_90a and sm_100, and the machine code is what they promise: no GPU is needed to read it."""
 
 import ast
 import re
@@ -14,7 +14,7 @@ from torch.utils.cpp_extension import COMMON_NVCC_FLAGS, include_paths
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
-ARCHITECTURES = ("80", "90a")
+ARCHITECTURES = ("80", "90a", "100")
 
 pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on the PATH: no CUDA kernel can be compiled")
 
@@ -48,9 +48,9 @@ def setup_flags() -> list[str]:
     """The nvcc flags of setup.py, read without running it."""
     names = {}
     for node in ast.parse((ROOT / "setup.py").read_text()).body:
-        if isinstance(node, ast.Assign) and node.targets[0].id in ("STABLE_ABI", "NVCC"):
+        if isinstance(node, ast.Assign) and node.targets[0].id in ("STABLE_ABI", "NVCC", "SM90A"):
             exec(compile(ast.Module([node], []), "setup.py", "exec"), names)
-    return names["NVCC"]
+    return [*names["NVCC"], names["SM90A"]]
 
 
 def compile_file(source: Path, folder: Path) -> tuple[Path, str]:
@@ -83,19 +83,25 @@ def kernels(compiled):
 
 
 @pytest.fixture(scope="session")
-def machine_code(compiled):
-    """``{(arch, kernel): set of opcodes}`` as the disassembler of Triton's package reads it."""
+def listings(compiled):
+    """``{(arch, kernel): machine code}`` as the disassembler of Triton's package reads it."""
     triton = pytest.importorskip("triton", reason="Triton's package carries the disassembler")
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    code: dict[tuple[str, str], set[str]] = {}
+    code: dict[tuple[str, str], str] = {}
     for target, _ in compiled.values():
         for arch in ARCHITECTURES:
             command = [tool, "-arch", f"sm_{arch}", "-sass", target]
             listing = subprocess.run(command, check=True, capture_output=True, text=True).stdout
             for function in listing.split("Function : ")[1:]:
-                opcodes = set(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ +)?([A-Z][A-Z0-9_.]+)", function, re.MULTILINE))
-                code[arch, readable(function.split(maxsplit=1)[0])] = opcodes
+                code[arch, readable(function.split(maxsplit=1)[0])] = function
     return code
+
+
+@pytest.fixture(scope="session")
+def machine_code(listings):
+    """``{(arch, kernel): set of opcodes}``."""
+    opcode = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ +)?([A-Z][A-Z0-9_.x]+)", re.MULTILINE)
+    return {kernel: set(opcode.findall(listing)) for kernel, listing in listings.items()}
 
 
 def opcodes_of(machine_code, arch, *parts):
@@ -118,8 +124,10 @@ def test_no_spills_and_no_stack(kernels, arch):
     assert {k.name.split()[0] for k in mine} >= {
         "linear_sq_mma_kernel",
         "linear_sq_fma_kernel",
+        "linear_sq_wgmma_kernel",
         "gram_mma_kernel",
         "gram_fma_kernel",
+        "gram_wgmma_kernel",
         "runs_kernel",
         "kron_sums_kernel",
     }
@@ -136,6 +144,24 @@ def test_16_bit_inputs_use_tensor_cores(machine_code, arch, kernel, dtype, produ
         assert product in opcodes
         assert any(code.startswith("LDSM.16.MT88.4") for code in opcodes)
         assert any(code.startswith("LDGSTS") and ".128" in code for code in opcodes)
+
+
+@pytest.mark.parametrize("kernel", ["linear_sq_wgmma_kernel", "gram_wgmma_kernel"])
+@pytest.mark.parametrize(("dtype", "product"), [("BFloat16", "F32.BF16"), ("Half", "F32")])
+def test_hopper_multiplies_by_warpgroup_what_its_copy_engine_brings(machine_code, kernel, dtype, product):
+    """Products of 64 x 128 or 64 x 192, both operands from shared memory; boxes copied to a cluster; registers moved between warpgroups."""
+    for opcodes in opcodes_of(machine_code, "90a", kernel, dtype):
+        assert opcodes & {f"HGMMA.64x128x16.{product}", f"HGMMA.64x192x16.{product}"}
+        assert {"UTMALDG.3D", "UTMALDG.3D.MULTICAST", "USETMAXREG.DEALLOC.CTAPOOL"} <= opcodes
+        assert not any(code.startswith(("HMMA", "LDSM", "LDGSTS")) for code in opcodes)
+
+
+def test_nothing_waits_for_products_but_where_it_is_written(listings):
+    """The compiler puts a wait of its own where it cannot follow the registers: products of two stages would never overlap."""
+    for (arch, name), listing in listings.items():
+        if arch == "90a" and "wgmma_kernel" in name:
+            waits = re.findall(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x([01])", listing)
+            assert sorted(waits) == ["0", "1"], name
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)

@@ -7,7 +7,20 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from emulated import EAGER, SHORT, build, every_timing, integers, letter, needs_compiler, padded, pointer, shifted, time_first, transposed
+from emulated import (
+    EAGER,
+    SHORT,
+    build,
+    every_timing,
+    integers,
+    letter,
+    needs_compiler,
+    padded,
+    pointer,
+    shifted,
+    time_first,
+    transposed,
+)
 
 TILES_FILL_IT = 1  # multiprocessors: with this many the rows are not shared out
 UNTOUCHED = 12345.0  # below the diagonal
@@ -230,7 +243,9 @@ def test_blocks_that_run_together_share_operands(library):
     assert loaded <= 132 * (128 + 192) / 10
 
 
-@pytest.mark.parametrize(("O", "I", "width"), [(4096, 4096, 192), (4096, 14336, 192), (768, 768, 192), (128, 128, 128), (4096, 128, 128)])
+@pytest.mark.parametrize(
+    ("O", "I", "width"), [(4096, 4096, 192), (4096, 14336, 192), (768, 768, 192), (128, 128, 128), (4096, 128, 128)]
+)
 def test_width_of_warpgroup_tiles(library, O, I, width):
     def tiles(of: int) -> ctypes.c_int64:
         return ctypes.c_int64(library.blocks(math.ceil(O / 128), math.ceil(I / of)))

@@ -210,7 +210,9 @@ def test_layouts_that_the_copy_engine_takes(library, width, layout):
     LinearSq(library, width=width)(*map(layout, rows(3, 21, 24, 136, torch.bfloat16)))
 
 
-@pytest.mark.parametrize(("dtype", "width"), [(torch.float32, 0), (torch.bfloat16, 0), (torch.bfloat16, 128), (torch.float16, 192)], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "width"), [(torch.float32, 0), (torch.bfloat16, 0), (torch.bfloat16, 128), (torch.float16, 192)], ids=str
+)
 def test_rounding_is_that_of_plain_torch(library, dtype, width):
     """The gate of every kernel. The emulated products of 16-bit inputs round less than real ones may."""
     mine = plain = 0.0

@@ -55,6 +55,15 @@ __device__ void add_owned(const Output& out, int64_t stride, double scale, const
   }
 }
 
+constexpr int kVector = 8;  // 16-bit elements of 16 bytes
+
+// Whether rows can be copied 16 bytes at a time.
+template <typename In>
+bool in_vectors(const Rows<In>& rows) {
+  return rows.width > 0 && rows.stride_d == 1 && rows.stride_t % kVector == 0 && rows.stride_n % kVector == 0 &&
+         reinterpret_cast<uintptr_t>(rows.data) % 16 == 0;
+}
+
 // The sum over the lanes of a warp, in lane 0; always in the same order.
 template <typename Real>
 __device__ Real warp_sum(Real value) {

@@ -47,7 +47,7 @@ template <typename In>
 void run(const Device& device, const Tensor& acc, GramParams<In> p, int64_t N) {
   if constexpr (sizeof(In) == 2) {
     p.in_vectors = in_vectors(p.x);
-    if (!p.weight && p.in_vectors && device.has_wgmma()) {
+    if (!p.weight && in_boxes(p.x, N, p.T) && device.has_wgmma()) {
       using Wide = WgmmaTile<In, 192>;
       using Narrow = WgmmaTile<In, 128>;
       const int64_t I = p.x.width, wide = upper_tiles<Wide>(tiles_of<Wide>(I, I)), narrow = upper_tiles<Narrow>(tiles_of<Narrow>(I, I));

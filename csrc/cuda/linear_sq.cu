@@ -62,10 +62,9 @@ struct Launch<WgmmaTraits<In, kTileI, kTotal>> {
   TensorMap x, g;
 
   explicit Launch(const Arguments& a) : tiles(tiles_of<Traits>(a.O(), a.I())) {
-    const Samples& samples = a.samples;
-    const int64_t N = samples.offsets ? 1 : samples.N, T = samples.offsets ? samples.M : samples.T;
-    x = tensor_map(rows_of<In>(a.x), N, T, Traits::kRows / tiles.cluster());
-    g = tensor_map(rows_of<In>(a.g), N, T, Traits::kRows);
+    const Samples boxed = boxed_samples(a.samples);
+    x = tensor_map(rows_of<In>(a.x), boxed.N, boxed.T, Traits::kRows / tiles.cluster());
+    g = tensor_map(rows_of<In>(a.g), boxed.N, boxed.T, Traits::kRows);
   }
   int64_t blocks() const { return tiles.blocks(); }
   int64_t norms() const { return blocks() * Traits::kWarps; }
@@ -152,8 +151,9 @@ __global__ void __launch_bounds__(32) rank_one_norm_kernel(const __grid_constant
 template <typename In, bool kTotal>
 void run_samples(const Device& device, const Arguments& a) {
   if constexpr (sizeof(In) == 2) {
-    if (!device.has_wgmma() || !in_vectors(rows_of<In>(a.x)) || !in_vectors(rows_of<In>(a.g)))
-      return launch_samples<MmaTraits<In, kTotal>>(device, a);
+    const Samples boxed = boxed_samples(a.samples);
+    const auto takes = [&](const Tensor& rows) { return in_boxes(rows_of<In>(rows), boxed.N, boxed.T); };
+    if (!device.has_wgmma() || !takes(a.x) || !takes(a.g)) return launch_samples<MmaTraits<In, kTotal>>(device, a);
     if constexpr (!kTotal) {
       using Wide = WgmmaTraits<In, 192, false>;
       using Narrow = WgmmaTraits<In, 128, false>;

@@ -16,6 +16,9 @@ struct WgmmaTraits : WgmmaTile<In, kTileI> {
   static_assert(kTileI <= (kTotal ? 128 : 192), "sums and product stay in registers");
 };
 
+// Packed samples are one to the copy engine.
+inline Samples boxed_samples(const Samples& samples) { return samples.offsets ? Samples{1, samples.M, samples.M, nullptr} : samples; }
+
 template <typename In>
 struct LinearSqWgmmaParams {
   TensorMap x, g;

@@ -35,8 +35,6 @@ struct MmaTile {
   }
 };
 
-constexpr int kVector = 8;  // elements of 16 bytes
-
 // Rows of kTile features lie in shared memory in vectors of 16 bytes, permuted within each row so that the same vector of 8
 // consecutive rows, which one matrix load reads, lies in 8 different groups of banks.
 template <int kTile>
@@ -90,13 +88,6 @@ __device__ void multiply_stage(float (&c)[Tile::kMmaO][Tile::kMmaI][4], const ui
       for (int i = 0; i < Tile::kMmaI; ++i)
         mma_16816<typename Tile::In>(c[o][i], a[o], b[i / 2][i % 2 * 2], b[i / 2][i % 2 * 2 + 1]);
   }
-}
-
-// Whether rows can be copied 16 bytes at a time.
-template <typename In>
-bool in_vectors(const Rows<In>& rows) {
-  return rows.width > 0 && rows.stride_d == 1 && rows.stride_t % kVector == 0 && rows.stride_n % kVector == 0 &&
-         reinterpret_cast<uintptr_t>(rows.data) % 16 == 0;
 }
 
 }  // namespace fisherfast

@@ -43,6 +43,12 @@ TileGrid tiles_of(int64_t O, int64_t I) {
   return {static_cast<int>(ceil_div(O, Tile::kTileO)), static_cast<int>(ceil_div(I, Tile::kTileI))};
 }
 
+// Whether the copy engine can take boxes out of N samples of T rows: 16 bytes at a time, from places that differ.
+template <typename In>
+bool in_boxes(const Rows<In>& rows, int64_t N, int64_t T) {
+  return in_vectors(rows) && (T <= 1 || rows.stride_t > 0) && (N <= 1 || rows.stride_n > 0);
+}
+
 // A position in the ring of stages, and the parity of the phase that its barriers are in.
 template <int kStages>
 struct Ring {

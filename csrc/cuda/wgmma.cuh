@@ -101,12 +101,12 @@ inline __device__ int cluster_size() {
 }
 
 inline __device__ void cluster_sync() {
-  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
 }
 
 // A barrier of `threads` threads; 0 is the one of __syncthreads.
 inline __device__ void named_sync(int barrier, int threads) {
-  asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+  asm volatile("barrier.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
 
 // How many registers a thread of this warpgroup may use from here on: fewer, or more, than at the launch.

@@ -79,7 +79,7 @@ struct Warp {
 };
 
 struct Block {
-  int rank;
+  int rank, threads;  // threads that have not left
   Index place;
   std::vector<Warp> warps;
   Barrier barriers[kNamedBarriers];  // the first is that of __syncthreads
@@ -172,6 +172,7 @@ inline void enter() {
   try {
     cluster->kernel();
     self().done = true;
+    --block().threads;
     cluster->idle = 0;
     yield();
   } catch (const std::runtime_error& error) {  // cannot leave the fiber
@@ -191,6 +192,7 @@ inline void run_cluster(int threads, int count, Index place, Timing timing, Acti
   for (int rank = 0; rank < count; ++rank) {
     Block& block = current.blocks[rank];
     block.rank = rank;
+    block.threads = threads;
     block.place = {place.x + rank, place.y, place.z};
     block.warps = std::vector<Warp>(threads / kWarp);
     std::memset(block.shared(), 0x7f, kSharedBytes);

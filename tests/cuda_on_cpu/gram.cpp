@@ -31,7 +31,7 @@ int64_t run_squares(const Call& call, GramParams<typename Tile::In> p, void* par
 
 template <typename Tile>
 int64_t run_wgmma(const Call& call, GramParams<typename Tile::In> p, void* partial) {
-  require(p.in_vectors, "the launch must not choose this kernel");
+  require(in_boxes(p.x, call.N, call.T), "the launch must not choose this kernel");
   const TileGrid tiles = tiles_of<Tile>(p.x.width, p.x.width);
   const int64_t shares = cut_rows<Tile>(p, upper_tiles<Tile>(tiles), call.N, call.multiprocessors);
   if (shares > 1) p.partial = partial;

@@ -56,11 +56,11 @@ int64_t run_tiles(const Call& call, const Params& params, void (*kernel)(Params)
 template <typename In, int kTileI, bool kTotal>
 int64_t run_wgmma(const Call& call, const LinearSqParams<In>& p) {
   using Traits = WgmmaTraits<In, kTileI, kTotal>;
-  require(in_vectors(p.x) && in_vectors(p.g), "the launch must not choose this kernel");
+  const Samples boxed = boxed_samples(p.samples);
+  require(in_boxes(p.x, boxed.N, boxed.T) && in_boxes(p.g, boxed.N, boxed.T), "the launch must not choose this kernel");
   const TileGrid tiles = tiles_of<Traits>(call.O, call.I);
-  const int64_t N = p.samples.offsets ? 1 : call.N, T = p.samples.offsets ? call.M : call.T;
-  const LinearSqWgmmaParams<In> params{tensor_map(p.x, N, T, Traits::kRows / tiles.cluster()), tensor_map(p.g, N, T, Traits::kRows), p,
-                                       tiles};
+  const LinearSqWgmmaParams<In> params{tensor_map(p.x, boxed.N, boxed.T, Traits::kRows / tiles.cluster()),
+                                       tensor_map(p.g, boxed.N, boxed.T, Traits::kRows), p, tiles};
   require(Stages<Traits>::bytes() <= static_cast<int>(emulator::kSharedBytes), "more shared memory than a block has");
   emulator::run_grid({static_cast<unsigned>(tiles.blocks()), 1, splits_of(call)}, Traits::kThreads, tiles.cluster(),
                      timing_of(call.eager), [&] { linear_sq_wgmma_kernel<Traits>(params); });

@@ -33,6 +33,7 @@ inline int64_t shared_offset(const void* pointer) {
   return offset;
 }
 inline void* in_block(const void* pointer, int rank) { return emulator::cluster->blocks.at(rank).shared() + shared_offset(pointer); }
+inline void require_there(int rank) { require(emulator::cluster->blocks.at(rank).threads > 0, "shared memory of a block that has left"); }
 
 // The copy engine and the tensor cores exchange 16-byte vectors within 1024 bytes, by address.
 inline int64_t swizzled_128(int64_t address) { return address ^ ((address >> 7 & 7) << 4); }
@@ -51,7 +52,10 @@ struct Barrier {
     phase ^= 1;
   }
   void expect(int more) { complete(1, more); }
-  void arrive_at(int rank) { static_cast<Barrier*>(in_block(this, rank))->complete(1, 0); }
+  void arrive_at(int rank) {
+    require_there(rank);
+    static_cast<Barrier*>(in_block(this, rank))->complete(1, 0);
+  }
   void wait(uint32_t parity) {
     emulator::wait_until([&] { return phase != parity; });
   }
@@ -73,11 +77,14 @@ inline void copy_box(char* memory, int64_t offset, const TensorMap& map, Barrier
 inline void load_box(void* shared, const TensorMap& map, Barrier& barrier, int feature, int t, int n, uint16_t blocks) {
   const int64_t offset = shared_offset(shared);
   require(offset % 128 == 0, "cp.async.bulk.tensor: address");
-  for (size_t rank = 0; rank < emulator::cluster->blocks.size(); ++rank) {
+  for (int rank = 0; rank < static_cast<int>(emulator::cluster->blocks.size()); ++rank) {
     if (!(blocks >> rank & 1)) continue;
     char* const memory = emulator::cluster->blocks[rank].shared();
     auto* const there = static_cast<Barrier*>(in_block(&barrier, rank));
-    const emulator::Action copy = [=, &map] { copy_box(memory, offset, map, there, feature, t, n); };
+    const emulator::Action copy = [=, &map] {
+      require_there(rank);
+      copy_box(memory, offset, map, there, feature, t, n);
+    };
     if (emulator::cluster->timing.eager_copies) {
       copy();
     } else {
