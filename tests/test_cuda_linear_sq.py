@@ -2,6 +2,8 @@
 """The CUDA C++ kernels of ``linear_sq_``, run on the CPU by the emulator of ``emulated.py``."""
 
 import ctypes
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pytest
@@ -55,7 +57,7 @@ class LinearSq:
     weighted: bool = False
     offsets: tuple[int, ...] | None = None
     eager: int = EAGER
-    width: int = 0  # of a warpgroup's tile; 0: the kernel of other devices
+    width: int = 0  # of a warpgroup's tile; 0: the kernel of other devices, -1: the pooled one
 
     def __call__(self, x: Tensor, g: Tensor) -> None:
         """Add to outputs that hold something, as the launch and the folds of csrc/cuda/linear_sq.cu do."""
@@ -67,12 +69,12 @@ class LinearSq:
         expected, expected_total = expected + acc.double(), expected_total + total.double()
         norms = self.run(x, g, acc, total, weight, N)
         assert torch.equal(acc.double(), expected), f"differs by {acc - expected}"
-        assert torch.equal(norms, expected_norms)
+        assert torch.equal(norms, expected_norms) or self.width < 0
         assert torch.equal(total.double(), expected_total) or not self.total
 
-    def answer(self, x: Tensor, g: Tensor, bounds, weight: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def answer(self, x: Tensor, g: Tensor, bounds: Sequence[int], weight: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         rows_x, rows_g = (rows.double().flatten(0, -2) for rows in (x, g))
-        slices = [slice(begin, end) for begin, end in zip(bounds, bounds[1:], strict=False)]
+        slices = [slice(begin, end) for begin, end in itertools.pairwise(bounds)]
         gradients = torch.stack([rows_g[rows].T @ rows_x[rows] for rows in slices])
         w = torch.ones(len(slices)) if weight is None else weight
         squares = torch.einsum("n,noi->oi", w.double(), gradients.square())
@@ -152,6 +154,14 @@ def test_copies_may_arrive_at_any_time(library, T, eager):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=SHORT.get)
 def test_layouts(library, dtype, layout):
     LinearSq(library)(*map(layout, rows(3, 21, 24, 16, dtype)))
+
+
+@pytest.mark.parametrize("N", [1, 31, 32, 33, 200])
+@with_total
+@every_dtype
+def test_samples_of_one_row_are_pooled(library, dtype, total, N):
+    """One product of squares, and one of values for total; each row has its own weight. It has no norms."""
+    LinearSq(library, -0.5, total=total, weighted=True, width=-1)(*rows(N, 1, 24, 136, dtype))
 
 
 # ---- Hopper's warpgroups

@@ -35,23 +35,29 @@ LinearSqParams<In> make_params(const Arguments& a) {
   return p;
 }
 
-// A kernel's blocks for one range of samples, and how they are launched.
+template <typename In, bool kTotal>
+void launch_tiles(const Device& device, dim3 grid, const LinearSqParams<In>& p, MmaTraits<In, kTotal>) {
+  using Traits = MmaTraits<In, kTotal>;
+  const LinearSqMmaParams<In> params{p, in_vectors(p.x), in_vectors(p.g)};
+  device.launch(linear_sq_mma_kernel<Traits>, grid, Traits::kThreads, params, Traits::kSharedBytes);
+}
+
+template <typename In, bool kPooled, bool kTotal>
+void launch_tiles(const Device& device, dim3 grid, const LinearSqParams<In>& p, FmaTraits<In, kPooled, kTotal>) {
+  using Traits = FmaTraits<In, kPooled, kTotal>;
+  device.launch(linear_sq_fma_kernel<Traits>, grid, Traits::kThreads, p);
+}
+
+// A kernel's blocks for one range of samples, how many partial sums of a norm they store, and their launch over several ranges.
 template <typename Traits>
 struct Launch {
-  using In = typename Traits::In;
   dim3 grid;
 
   explicit Launch(const Arguments& a) : grid(ceil_div(a.I(), Traits::kTileI), ceil_div(a.O(), Traits::kTileO)) {}
   int64_t blocks() const { return static_cast<int64_t>(grid.x) * grid.y; }
-  int64_t norms() const { return blocks(); }  // partial sums of one sample's norm
-  void operator()(const Device& device, const LinearSqParams<In>& p, unsigned splits) const {
-    const dim3 split_grid(grid.x, grid.y, splits);
-    if constexpr (Traits::kTensorCores) {
-      const LinearSqMmaParams<In> params{p, in_vectors(p.x), in_vectors(p.g)};
-      device.launch(linear_sq_mma_kernel<Traits>, split_grid, Traits::kThreads, params, Traits::kSharedBytes);
-    } else {
-      device.launch(linear_sq_fma_kernel<Traits>, split_grid, Traits::kThreads, p);
-    }
+  int64_t norms() const { return blocks(); }
+  void operator()(const Device& device, const LinearSqParams<typename Traits::In>& p, unsigned splits) const {
+    launch_tiles(device, dim3(grid.x, grid.y, splits), p, Traits{});
   }
 };
 
@@ -104,24 +110,11 @@ void launch_samples(const Device& device, const Arguments& a) {
   add_norms(device, {p.norms, nullptr, launch.norms(), a.samples.N, output(a.sqnorm), p.flag});
 }
 
-// T = 1: rows are the samples; the kernel sees groups of rows as samples.
-template <typename Traits>
+// T = 1: rows are the samples.
+template <typename In>
 void launch_pooled(const Device& device, const Arguments& a, bool squared) {
-  using In = typename Traits::In;
-  constexpr int kGroup = 32;
-  LinearSqParams<In> p = make_params<In>(a);
-  p.samples.T = kGroup;
-  p.samples.N = ceil_div(p.samples.M, kGroup);
-  for (Rows<In>* rows : {&p.x, &p.g}) {
-    rows->stride_t = rows->stride_n;
-    rows->stride_n *= kGroup;
-  }
-  p.squared = squared;
-  if (!squared) {
-    p.acc = p.total;
-    p.scale = 1.0;
-  }
-  launch_splits(device, a, p, Launch<Traits>(a));
+  using Traits = FmaTraits<In, true, false>;
+  launch_splits(device, a, pooled(make_params<In>(a), squared), Launch<Traits>(a));
 }
 
 template <typename In>
@@ -169,9 +162,8 @@ void run_samples(const Device& device, const Arguments& a) {
 template <typename In>
 void run(const Device& device, const Arguments& a) {
   if (!a.samples.offsets && a.samples.T == 1) {
-    using Traits = FmaTraits<In, true, false>;
-    launch_pooled<Traits>(device, a, true);
-    if (a.total) launch_pooled<Traits>(device, a, false);
+    launch_pooled<In>(device, a, true);
+    if (a.total) launch_pooled<In>(device, a, false);
     if (a.sqnorm) {
       const RankOneNormParams<In> params{rows_of<In>(a.x), rows_of<In>(a.g), output(a.sqnorm), data_or_null<int32_t>(a.flag)};
       device.launch(rank_one_norm_kernel<In>, dim3(a.samples.N), 32, params);

@@ -5,6 +5,7 @@
 #pragma once
 
 #include "cuda/linear_sq.cuh"
+#include "cuda/plan.h"
 #include "cuda/tile_fma.cuh"
 
 namespace fisherfast {
@@ -16,6 +17,24 @@ struct FmaTraits : FmaTile<In, kTotal_ ? 4 : 8> {
   static constexpr bool kPooled = kPooled_, kTotal = kTotal_;
   static_assert(!(kPooled && kTotal), "a pooled product has one output");
 };
+
+// What a pooled kernel is told: groups of rows are its samples. Squared they give acc, as they are total.
+template <typename In>
+LinearSqParams<In> pooled(LinearSqParams<In> p, bool squared) {
+  constexpr int kGroup = 32;
+  p.samples.T = kGroup;
+  p.samples.N = ceil_div(p.samples.M, kGroup);
+  for (Rows<In>* rows : {&p.x, &p.g}) {
+    rows->stride_t = rows->stride_n;
+    rows->stride_n *= kGroup;
+  }
+  p.squared = squared;
+  if (!squared) {
+    p.acc = p.total;
+    p.scale = 1.0;
+  }
+  return p;
+}
 
 template <typename Traits>
 __global__ void __launch_bounds__(Traits::kThreads, 1)

@@ -11,7 +11,6 @@ namespace fisherfast {
 template <typename In_, int kMostI>
 struct FmaTile {
   using In = In_;
-  static constexpr bool kTensorCores = false;
   using Real = compute_t<In>;
   static constexpr bool kDouble = std::is_same_v<Real, double>;
   static constexpr int kSide = 16, kThreads = kSide * kSide, kRows = 8;

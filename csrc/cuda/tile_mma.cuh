@@ -11,7 +11,6 @@ namespace fisherfast {
 template <typename In_, int kTileO_>
 struct MmaTile {
   using In = In_;
-  static constexpr bool kTensorCores = true;
   static constexpr int kTileO = kTileO_, kTileI = 128, kRows = 32, kStages = 4;
   static constexpr int kWarpsO = 2, kWarpsI = 4, kThreads = 32 * kWarpsO * kWarpsI;
   static constexpr int kMmaO = kTileO / kWarpsO / 16, kMmaI = kTileI / kWarpsI / 8;  // products of a warp, 16 x 8 each

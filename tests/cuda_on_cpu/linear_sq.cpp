@@ -15,7 +15,7 @@ namespace {
 struct Call {
   int64_t N, T, M, O, I, x_strides[3], g_strides[3];
   double scale;
-  int32_t samples_per_split, acc_is_double, eager, width;  // of a warpgroup's tile, or 0 for the other kernels
+  int32_t samples_per_split, acc_is_double, eager, width;  // of a warpgroup's tile; 0: the kernel of other devices, -1: the pooled one
 };
 struct Arrays {
   void *acc, *total;
@@ -83,6 +83,18 @@ int64_t run_samples(const Call& call, const Arrays& a) {
   }
 }
 
+// T = 1, without norms: by itself in the launch.
+template <typename In>
+int64_t run_pooled(Call call, const Arrays& a) {
+  using Traits = FmaTraits<In, true, false>;
+  LinearSqParams<In> p = params_of<In>(call, a);
+  p.norms = nullptr;
+  const LinearSqParams<In> squares = pooled(p, true), values = pooled(p, false);
+  call.N = squares.samples.N;
+  if (a.total) run_tiles<Traits>(call, values, linear_sq_fma_kernel<Traits>);
+  return run_tiles<Traits>(call, squares, linear_sq_fma_kernel<Traits>);
+}
+
 }  // namespace
 }  // namespace fisherfast
 
@@ -95,6 +107,7 @@ int64_t linear_sq(char dtype, const Call* call, const Arrays* a, char (*error)[2
   return or_error(error, [&] {
     return dispatch_letter(dtype, [&](auto type) {
       using In = typename decltype(type)::type;
+      if (call->width < 0) return run_pooled<In>(*call, *a);
       return a->total ? run_samples<In, true>(*call, *a) : run_samples<In, false>(*call, *a);
     });
   });
