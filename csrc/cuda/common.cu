@@ -1,77 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
-// The small kernels around the ops: input checks that need no host synchronisation, and sums of partial results in a fixed
-// order. All are bound by memory: each reads its input once.
-#undef NDEBUG  // device assertions are part of the ops' contract
-
+// How the small kernels of small.cuh are launched.
 #include <algorithm>
-#include <cassert>
 
-#include "common.cuh"
+#include "cuda/common.cuh"
+#include "cuda/small.cuh"
 
 namespace fisherfast {
+
+using namespace small;
+
 namespace {
 
-constexpr int kThreads = 256;
 constexpr int kMaxBlocks = 2048;
-
-template <typename In>
-struct FlagParams {
-  const In* data;
-  int64_t sizes[2], width;  // rows [sizes[0], sizes[1]] of width elements
-  int64_t strides[3];
-  int32_t* flag;
-};
-
-// One block per row, grid-strided. Blocks that see a bad value all store the same 1.
-template <typename In>
-__global__ void __launch_bounds__(kThreads) raise_flag_kernel(const __grid_constant__ FlagParams<In> p) {
-  bool bad = false;
-  for (int64_t row = blockIdx.x; row < p.sizes[0] * p.sizes[1]; row += gridDim.x) {
-    const In* values = p.data + row / p.sizes[1] * p.strides[0] + row % p.sizes[1] * p.strides[1];
-    for (int64_t d = threadIdx.x; d < p.width; d += kThreads) {
-      bad |= !isfinite(static_cast<compute_t<In>>(values[d * p.strides[2]]));
-    }
-  }
-  if (bad) *p.flag = 1;
-}
-
-__global__ void __launch_bounds__(kThreads) check_offsets_kernel(const __grid_constant__ Samples samples) {
-  const int64_t* offsets = samples.offsets;
-  for (int64_t n = blockIdx.x * kThreads + threadIdx.x; n < samples.N; n += gridDim.x * kThreads) {
-    assert(offsets[n] <= offsets[n + 1] && "offsets must rise");
-    assert((n > 0 || offsets[0] == 0) && "offsets must start at 0");
-    assert((n < samples.N - 1 || offsets[samples.N] == samples.M) && "offsets must end at M");
-  }
-}
-
-template <typename Real>
-__global__ void __launch_bounds__(kThreads) add_partials_kernel(const __grid_constant__ Partials<Real> p) {
-  if (p.flag && *p.flag) return;
-  const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads;
-  for (int64_t e = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; e < p.count; e += step) {
-    if (p.side && e / p.side > e % p.side) continue;
-    double sum = 0;
-    for (int s = 0; s < p.splits; ++s) sum += p.data[s * p.stride + e];
-    p.output.add(e, p.scale * sum);
-  }
-}
-
-__global__ void __launch_bounds__(kThreads) add_norms_kernel(const __grid_constant__ NormPartials p) {
-  if (p.flag && *p.flag) return;
-  const int n = blockIdx.x;
-  const int64_t begin = p.width * (p.offsets ? p.offsets[n] : n);
-  const int64_t end = p.width * (p.offsets ? p.offsets[n + 1] : n + 1);
-  double sum = 0;
-  for (int64_t e = begin + threadIdx.x; e < end; e += kThreads) sum += p.data[e];
-  __shared__ double warps[kThreads / 32];
-  sum = warp_sum(sum);
-  if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = sum;
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    for (int w = 1; w < kThreads / 32; ++w) sum += warps[w];
-    p.sqnorm.add(n, sum);
-  }
-}
 
 dim3 grid_for(int64_t blocks) { return dim3(static_cast<unsigned>(std::min<int64_t>(blocks, kMaxBlocks))); }
 

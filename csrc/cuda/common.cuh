@@ -12,6 +12,7 @@
 #include <limits>
 
 #include "cuda/device.cuh"
+#include "cuda/partials.cuh"
 #include "cuda/plan.h"
 
 namespace fisherfast {
@@ -85,28 +86,9 @@ void check_offsets(const Device& device, const Samples& samples);
 // Sets *flag to 1 where the tensor, of one to three axes, is not finite. Launched before the kernels that read the flag.
 void raise_flag(const Device& device, const OptionalTensor& flag, const OptionalTensor& tensor);
 
-// output[e] += scale * sum_s partial[s * stride + e] for e < count, s rising; nothing while *flag is set.
-template <typename Real>
-struct Partials {
-  const Real* data;
-  int64_t stride, count;
-  int splits;
-  double scale;
-  Output output;
-  const int32_t* flag;
-  int64_t side = 0;  // of a square whose elements below the diagonal are left out, or 0
-};
 template <typename Real>
 void add_partials(const Device& device, const Partials<Real>& params);
 
-// sqnorm[n] += the sum of its partial sums: partial[begin(n) : begin(n + 1)] with begin(n) = width * (offsets ? offsets[n] : n).
-struct NormPartials {
-  const double* data;
-  const int64_t* offsets;
-  int64_t width, N;
-  Output sqnorm;
-  const int32_t* flag;
-};
 void add_norms(const Device& device, const NormPartials& params);
 
 }  // namespace fisherfast

@@ -117,30 +117,6 @@ void launch_pooled(const Device& device, const Arguments& a, bool squared) {
   launch_splits(device, a, pooled(make_params<In>(a), squared), Launch<Traits>(a));
 }
 
-template <typename In>
-struct RankOneNormParams {
-  Rows<In> x, g;
-  Output sqnorm;
-  const int32_t* flag;
-};
-
-// T = 1: |g_n x_n^T|^2 = |g_n|^2 |x_n|^2. One block per sample.
-template <typename In>
-__global__ void __launch_bounds__(32) rank_one_norm_kernel(const __grid_constant__ RankOneNormParams<In> p) {
-  if (p.flag && *p.flag) return;
-  const auto norm = [](const Rows<In>& rows) {
-    compute_t<In> sum = 0;
-    const In* row = rows.data + blockIdx.x * rows.stride_n;
-    for (int64_t d = threadIdx.x; d < rows.width; d += 32) {
-      const auto value = static_cast<compute_t<In>>(row[d * rows.stride_d]);
-      sum += value * value;
-    }
-    return static_cast<double>(warp_sum(sum));
-  };
-  const double x = norm(p.x), g = norm(p.g);
-  if (threadIdx.x == 0) p.sqnorm.add(blockIdx.x, x * g);
-}
-
 template <typename In, bool kTotal>
 void run_samples(const Device& device, const Arguments& a) {
   if constexpr (sizeof(In) == 2) {

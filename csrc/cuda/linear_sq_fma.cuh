@@ -109,4 +109,28 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   }
 }
 
+template <typename In>
+struct RankOneNormParams {
+  Rows<In> x, g;
+  Output sqnorm;
+  const int32_t* flag;
+};
+
+// T = 1: |g_n x_n^T|^2 = |g_n|^2 |x_n|^2. One block per sample.
+template <typename In>
+__global__ void __launch_bounds__(32) rank_one_norm_kernel(const __grid_constant__ RankOneNormParams<In> p) {
+  if (p.flag && *p.flag) return;
+  const auto norm = [](const Rows<In>& rows) {
+    compute_t<In> sum = 0;
+    const In* row = rows.data + blockIdx.x * rows.stride_n;
+    for (int64_t d = threadIdx.x; d < rows.width; d += 32) {
+      const auto value = static_cast<compute_t<In>>(row[d * rows.stride_d]);
+      sum += value * value;
+    }
+    return static_cast<double>(warp_sum(sum));
+  };
+  const double x = norm(p.x), g = norm(p.g);
+  if (threadIdx.x == 0) p.sqnorm.add(blockIdx.x, x * g);
+}
+
 }  // namespace fisherfast

@@ -83,16 +83,19 @@ int64_t run_samples(const Call& call, const Arrays& a) {
   }
 }
 
-// T = 1, without norms: by itself in the launch.
+// T = 1.
 template <typename In>
 int64_t run_pooled(Call call, const Arrays& a) {
   using Traits = FmaTraits<In, true, false>;
   LinearSqParams<In> p = params_of<In>(call, a);
+  const RankOneNormParams<In> norms{p.x, p.g, {a.norms, true}, nullptr};
+  emulator::run_grid({static_cast<unsigned>(call.N), 1, 1}, 32, 1, timing_of(call.eager), [&] { rank_one_norm_kernel<In>(norms); });
   p.norms = nullptr;
   const LinearSqParams<In> squares = pooled(p, true), values = pooled(p, false);
   call.N = squares.samples.N;
   if (a.total) run_tiles<Traits>(call, values, linear_sq_fma_kernel<Traits>);
-  return run_tiles<Traits>(call, squares, linear_sq_fma_kernel<Traits>);
+  run_tiles<Traits>(call, squares, linear_sq_fma_kernel<Traits>);
+  return 1;
 }
 
 }  // namespace
