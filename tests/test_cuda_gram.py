@@ -35,7 +35,7 @@ class Call(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("N", "T", "I", "stride_n", "stride_t", "stride_d", "multiprocessors")),
         ("scale", ctypes.c_double),
-        *((name, ctypes.c_int32) for name in ("bias", "acc_is_double", "eager", "width")),
+        *((name, ctypes.c_int32) for name in ("bias", "acc_is_double", "timing", "width")),
     )
 
 
@@ -54,7 +54,7 @@ class Gram:
     scale: float = 1.0
     bias: bool = False
     multiprocessors: int = TILES_FILL_IT
-    eager: int = EAGER
+    timing: int = EAGER
     width: int = 0  # of a warpgroup's tile; 0: the kernel of other devices
 
     def __call__(self, acc: torch.Tensor, x: torch.Tensor, weight: torch.Tensor | None = None) -> int:
@@ -64,7 +64,7 @@ class Gram:
         real = torch.float64 if x.dtype == torch.float64 else torch.float32
         partial = torch.full((4 * self.multiprocessors, D, D), float("nan"), dtype=real)
         double = acc.dtype == torch.float64
-        call = Call(N, T, I, *x.stride(), self.multiprocessors, self.scale, self.bias, double, self.eager, self.width)
+        call = Call(N, T, I, *x.stride(), self.multiprocessors, self.scale, self.bias, double, self.timing, self.width)
         error = ctypes.create_string_buffer(256)
         shares = self.library.gram(letter(x.dtype), ctypes.byref(call), *map(pointer, (acc, x, weight, partial)), error)
         assert shares > 0, error.value.decode()
@@ -114,10 +114,10 @@ def test_edges_of_tiles(library, dtype, I):
 
 
 @every_timing
-@pytest.mark.parametrize("M", [1, 16, 31, 32, 33, 96, 97, 129, 300])
-def test_copies_may_arrive_at_any_time(library, M, eager):
+@pytest.mark.parametrize("M", [1, 31, 33, 97, 300])
+def test_copies_may_arrive_at_any_time(library, M, timing):
     """As soon as they are asked for, over what others still read, or only when they are waited for."""
-    assert_exact(Gram(library, bias=True, eager=eager), integers(1, M, 136, dtype=torch.bfloat16))
+    assert_exact(Gram(library, bias=True, timing=timing), integers(1, M, 136, dtype=torch.bfloat16))
 
 
 @pytest.mark.parametrize(("dtype", "shares"), [(torch.float32, 1), (torch.float32, 2), (torch.float16, 1)], ids=str)
@@ -185,10 +185,10 @@ def test_edges_of_warpgroup_tiles(library, I, width):
 
 @on_hopper
 @every_timing
-@pytest.mark.parametrize("M", [1, 16, 17, 48, 64, 65, 130, 520])
-def test_warpgroup_copies_and_products_may_happen_at_any_time(library, M, eager, width):
+@pytest.mark.parametrize("M", [1, 17, 64, 130, 520])
+def test_warpgroup_copies_and_products_may_happen_at_any_time(library, M, timing, width):
     """Also over more stages than there are, and over more than one chain."""
-    assert_exact(Gram(library, bias=True, eager=eager, width=width), integers(1, M, 136, dtype=torch.bfloat16))
+    assert_exact(Gram(library, bias=True, timing=timing, width=width), integers(1, M, 136, dtype=torch.bfloat16))
 
 
 @pytest.mark.parametrize("layout", [padded, time_first])

@@ -25,7 +25,7 @@ class Call(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("N", "T", "M", "O", "I")),
         *((name, ctypes.c_int64 * 3) for name in ("x_strides", "g_strides")),
         ("scale", ctypes.c_double),
-        *((name, ctypes.c_int32) for name in ("samples_per_split", "acc_is_double", "eager", "width")),
+        *((name, ctypes.c_int32) for name in ("samples_per_split", "acc_is_double", "timing", "width")),
     )
 
 
@@ -56,7 +56,7 @@ class LinearSq:
     total: bool = False
     weighted: bool = False
     offsets: tuple[int, ...] | None = None
-    eager: int = EAGER
+    timing: int = EAGER
     width: int = 0  # of a warpgroup's tile; 0: the kernel of other devices, -1: the pooled one
 
     def __call__(self, x: Tensor, g: Tensor) -> None:
@@ -91,7 +91,7 @@ class LinearSq:
         T, strides = (0, [(0, *t.stride()) for t in (x, g)]) if self.offsets else (x.shape[1], [t.stride() for t in (x, g)])
         double = acc.dtype == torch.float64
         extents = (N, T, x.shape[0] if self.offsets else N * T, *acc.shape)
-        call = Call(*extents, *((ctypes.c_int64 * 3)(*s) for s in strides), self.scale, per_split, double, self.eager, self.width)
+        call = Call(*extents, *((ctypes.c_int64 * 3)(*s) for s in strides), self.scale, per_split, double, self.timing, self.width)
         arrays = (acc, total if self.total else None, x, g, weight, offsets, norms, partial)
         error = ctypes.create_string_buffer(256)
         shares = self.library.linear_sq(letter(x.dtype), ctypes.byref(call), ctypes.byref(Arrays(*map(pointer, arrays))), error)
@@ -145,9 +145,9 @@ def test_ragged_samples(library, dtype, total):
 
 
 @every_timing
-@pytest.mark.parametrize("T", [1, 31, 32, 33, 97, 130])
-def test_copies_may_arrive_at_any_time(library, T, eager):
-    LinearSq(library, total=True, eager=eager)(*rows(3, T, 136, 72, torch.bfloat16))
+@pytest.mark.parametrize("T", [1, 31, 33, 97, 130])
+def test_copies_may_arrive_at_any_time(library, T, timing):
+    LinearSq(library, total=True, timing=timing)(*rows(3, T, 136, 72, torch.bfloat16))
 
 
 @pytest.mark.parametrize("layout", [transposed, padded, shifted, time_first])
@@ -182,20 +182,20 @@ def test_edges_of_warpgroup_tiles(library, width, O, I):
 
 
 @every_timing
-@pytest.mark.parametrize("T", [1, 15, 16, 17, 32, 48, 63, 64, 65, 130, 450])
+@pytest.mark.parametrize("T", [1, 17, 48, 64, 130, 450])
 @on_hopper
-def test_warpgroup_copies_and_products_may_happen_at_any_time(library, width, T, eager):
+def test_warpgroup_copies_and_products_may_happen_at_any_time(library, width, T, timing):
     """Samples of one stage, with each number of products, and of more stages than there are."""
-    LinearSq(library, weighted=True, eager=eager, width=width)(*rows(3, T, 136, 136, torch.float16))
+    LinearSq(library, weighted=True, timing=timing, width=width)(*rows(3, T, 136, 136, torch.float16))
 
 
 @every_timing
 @pytest.mark.parametrize("total", [False, True], ids=["", "total"])
-def test_warpgroups_clear_the_rows_of_the_next_ragged_sample(library, total, eager):
+def test_warpgroups_clear_the_rows_of_the_next_ragged_sample(library, total, timing):
     """Whatever is there: the sample behind is not to be seen in this one's norm, finite or not."""
     x, g = (t[0] for t in rows(1, 203, 24, 136, torch.bfloat16))
     offsets = (0, 0, 3, 40, 40, 105, 106, 170, 203, 203)
-    LinearSq(library, total=total, weighted=True, offsets=offsets, eager=eager, width=128)(x, g)
+    LinearSq(library, total=total, weighted=True, offsets=offsets, timing=timing, width=128)(x, g)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

@@ -13,6 +13,7 @@
 #include <memory>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #define __device__
@@ -47,29 +48,30 @@ inline void require(bool condition, const char* message) {
   if (!condition) throw std::runtime_error(message);
 }
 
-// When asynchronous work happens: as soon as it is asked for, or as late as it may.
+// When asynchronous work happens: as soon as it is asked for, or as late as it may; and whether the last thread runs first.
 struct Timing {
-  bool eager_copies, eager_products;
+  bool eager_copies, eager_products, backwards;
 };
 
 struct Barrier {
   int arrived = 0, generation = 0;
 };
 
-// What a thread has asked for and waits for in groups: committed ones, and the one it is still adding to.
+// What a thread has asked for in groups: committed ones, and the one it is still adding to.
 struct Groups {
   std::vector<Action> open;
   std::vector<std::vector<Action>> committed;
+  size_t done = 0;
 
   void commit() {
     committed.push_back(std::move(open));
     open.clear();
   }
-  void wait(size_t pending) {
-    while (committed.size() > pending) {
-      for (const Action& action : committed.front()) action();
-      committed.erase(committed.begin());
-    }
+  // How many groups are over when at most `pending` are not.
+  size_t but(size_t pending) const { return committed.size() > pending ? committed.size() - pending : 0; }
+  void complete(size_t groups) {
+    for (; done < groups; ++done)
+      for (const Action& action : std::exchange(committed[done], {})) action();
   }
 };
 
@@ -132,7 +134,7 @@ inline void yield() {
     cluster->idle = 0;
   }
   size_t to = from;
-  do to = (to + 1) % count;
+  do to = (to + (cluster->timing.backwards ? count - 1 : 1)) % count;
   while (to != from && cluster->fibers[to].done);
   if (to == from) {
     if (cluster->fibers[from].done) setcontext(&cluster->outside);
@@ -207,8 +209,9 @@ inline void run_cluster(int threads, int count, Index place, Timing timing, Acti
       makecontext(&fiber.context, &enter, 0);
     }
   }
+  current.current = timing.backwards ? current.fibers.size() - 1 : 0;
   enter_indices();
-  swapcontext(&current.outside, &current.fibers[0].context);
+  swapcontext(&current.outside, &current.fibers[current.current].context);
   require(current.error.empty(), current.error.c_str());
   require(current.pending.empty(), "a copy was still under way when the last thread left");
 }

@@ -15,7 +15,7 @@ namespace {
 struct Call {
   int64_t N, T, I, stride_n, stride_t, stride_d, multiprocessors;
   double scale;
-  int32_t bias, acc_is_double, eager, width;  // of a warpgroup's tile, or 0 for the other kernels
+  int32_t bias, acc_is_double, timing, width;  // of a warpgroup's tile, or 0 for the other kernels
 };
 
 // Runs the grid of the real launch. Shares fill partial [shares, D, D], if there are several; their number is returned.
@@ -24,7 +24,7 @@ int64_t run_squares(const Call& call, GramParams<typename Tile::In> p, void* par
   const int64_t tiles = square_tiles(p.x.width, Tile::kTileO), shares = cut_rows<Tile>(p, tiles, call.N, call.multiprocessors);
   if (shares > 1) p.partial = partial;
   std::fill(std::begin(stages), std::end(stages), 0x7fff);  // not a number
-  emulator::run_grid({static_cast<unsigned>(tiles), static_cast<unsigned>(shares), 1}, Tile::kThreads, 1, timing_of(call.eager),
+  emulator::run_grid({static_cast<unsigned>(tiles), static_cast<unsigned>(shares), 1}, Tile::kThreads, 1, timing_of(call.timing),
                      [&] { kernel(p); });
   return shares;
 }
@@ -39,7 +39,7 @@ int64_t run_wgmma(const Call& call, GramParams<typename Tile::In> p, void* parti
                                                   tensor_map(p.x, call.N, p.T, Tile::kRows / tiles.cluster()), p, tiles};
   require(Stages<Tile>::bytes() <= static_cast<int>(emulator::kSharedBytes), "more shared memory than a block has");
   emulator::run_grid({static_cast<unsigned>(tiles.blocks()), static_cast<unsigned>(shares), 1}, Tile::kThreads, tiles.cluster(),
-                     timing_of(call.eager), [&] { gram_wgmma_kernel<Tile>(params); });
+                     timing_of(call.timing), [&] { gram_wgmma_kernel<Tile>(params); });
   return shares;
 }
 

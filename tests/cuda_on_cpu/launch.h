@@ -8,8 +8,8 @@
 
 namespace fisherfast {
 
-// The asynchronous work of a call: bit 0 says that copies happen at once, bit 1 that products do.
-inline emulator::Timing timing_of(int32_t eager) { return {(eager & 1) != 0, (eager & 2) != 0}; }
+// Bit 0 says that copies happen at once, bit 1 that products do, bit 2 that the last thread runs first.
+inline emulator::Timing timing_of(int32_t timing) { return {(timing & 1) != 0, (timing & 2) != 0, (timing & 4) != 0}; }
 
 // visit(Type<S>{}) for 'f'loat32, 'd' (float64), 'b'float16 and 'h' (float16).
 template <typename Visitor>

@@ -15,7 +15,7 @@ namespace {
 struct Call {
   int64_t N, T, M, O, I, x_strides[3], g_strides[3];
   double scale;
-  int32_t samples_per_split, acc_is_double, eager, width;  // of a warpgroup's tile; 0: the kernel of other devices, -1: the pooled one
+  int32_t samples_per_split, acc_is_double, timing, width;  // of a warpgroup's tile; 0: the kernel of other devices, -1: the pooled one
 };
 struct Arrays {
   void *acc, *total;
@@ -49,7 +49,7 @@ template <typename Traits, typename Params>
 int64_t run_tiles(const Call& call, const Params& params, void (*kernel)(Params)) {
   const auto columns = static_cast<unsigned>(ceil_div(call.I, Traits::kTileI)), rows = static_cast<unsigned>(ceil_div(call.O, Traits::kTileO));
   std::fill(std::begin(stages), std::end(stages), 0x7fff);  // not a number
-  emulator::run_grid({columns, rows, splits_of(call)}, Traits::kThreads, 1, timing_of(call.eager), [&] { kernel(params); });
+  emulator::run_grid({columns, rows, splits_of(call)}, Traits::kThreads, 1, timing_of(call.timing), [&] { kernel(params); });
   return static_cast<int64_t>(rows) * columns;
 }
 
@@ -63,7 +63,7 @@ int64_t run_wgmma(const Call& call, const LinearSqParams<In>& p) {
                                        tensor_map(p.g, boxed.N, boxed.T, Traits::kRows), p, tiles};
   require(Stages<Traits>::bytes() <= static_cast<int>(emulator::kSharedBytes), "more shared memory than a block has");
   emulator::run_grid({static_cast<unsigned>(tiles.blocks()), 1, splits_of(call)}, Traits::kThreads, tiles.cluster(),
-                     timing_of(call.eager), [&] { linear_sq_wgmma_kernel<Traits>(params); });
+                     timing_of(call.timing), [&] { linear_sq_wgmma_kernel<Traits>(params); });
   return tiles.blocks() * Traits::kWarps;
 }
 
@@ -89,7 +89,7 @@ int64_t run_pooled(Call call, const Arrays& a) {
   using Traits = FmaTraits<In, true, false>;
   LinearSqParams<In> p = params_of<In>(call, a);
   const RankOneNormParams<In> norms{p.x, p.g, {a.norms, true}, nullptr};
-  emulator::run_grid({static_cast<unsigned>(call.N), 1, 1}, 32, 1, timing_of(call.eager), [&] { rank_one_norm_kernel<In>(norms); });
+  emulator::run_grid({static_cast<unsigned>(call.N), 1, 1}, 32, 1, timing_of(call.timing), [&] { rank_one_norm_kernel<In>(norms); });
   p.norms = nullptr;
   const LinearSqParams<In> squares = pooled(p, true), values = pooled(p, false);
   call.N = squares.samples.N;

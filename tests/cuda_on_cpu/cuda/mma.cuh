@@ -30,7 +30,8 @@ inline void cp_async_commit() { emulator::self().copies.commit(); }
 
 template <int kPending>
 void cp_async_wait() {
-  emulator::self().copies.wait(kPending);
+  auto& copies = emulator::self().copies;
+  copies.complete(copies.but(kPending));
 }
 
 // Lane l holds the elements of column l / 4 in rows l % 4 * 2 and l % 4 * 2 + 1 of each matrix.

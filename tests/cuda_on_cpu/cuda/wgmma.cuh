@@ -124,16 +124,24 @@ float operand_element(uint64_t descriptor, int feature, int t) {
 
 inline void wgmma_fence() {}
 inline void wgmma_commit() { emulator::self().products.commit(); }
+// A product is the whole warpgroup's: it is over when all have asked for it, and then for all.
 template <int kPending>
 void wgmma_wait() {
-  emulator::self().products.wait(kPending);
+  auto& fibers = emulator::cluster->fibers;
+  const size_t first = emulator::cluster->current / kWarpgroup * kWarpgroup, groups = emulator::self().products.but(kPending);
+  emulator::wait_until([&] {
+    for (size_t fiber = first; fiber < first + kWarpgroup; ++fiber)
+      if (fibers[fiber].products.committed.size() < groups) return false;
+    return true;
+  });
+  for (size_t fiber = first; fiber < first + kWarpgroup; ++fiber) fibers[fiber].products.complete(groups);
 }
 
 // Element e of a thread: row l / 4 of its warp's 16, or 8 below; of every 8 columns l % 4 * 2 and the next.
 template <typename T, int kHalf, bool kStart>
 void wgmma(float (&c)[kHalf], uint64_t a, uint64_t b) {
-  const auto product = [&c, a, b] {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
+  const auto product = [&c, a, b, lane, warp] {
     float left[2][16];
     for (int e = 0; e < 2; ++e)
       for (int t = 0; t < 16; ++t) left[e][t] = operand_element<T>(a, warp * 16 + lane / 4 + 8 * e, t);
