@@ -91,7 +91,9 @@ class LinearSq:
         T, strides = (0, [(0, *t.stride()) for t in (x, g)]) if self.offsets else (x.shape[1], [t.stride() for t in (x, g)])
         double = acc.dtype == torch.float64
         extents = (N, T, x.shape[0] if self.offsets else N * T, *acc.shape)
-        call = Call(*extents, *((ctypes.c_int64 * 3)(*s) for s in strides), self.scale, per_split, double, self.timing, self.width)
+        call = Call(
+            *extents, *((ctypes.c_int64 * 3)(*s) for s in strides), self.scale, per_split, double, self.timing, self.width
+        )
         arrays = (acc, total if self.total else None, x, g, weight, offsets, norms, partial)
         error = ctypes.create_string_buffer(256)
         shares = self.library.linear_sq(letter(x.dtype), ctypes.byref(call), ctypes.byref(Arrays(*map(pointer, arrays))), error)

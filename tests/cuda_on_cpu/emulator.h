@@ -48,9 +48,9 @@ inline void require(bool condition, const char* message) {
   if (!condition) throw std::runtime_error(message);
 }
 
-// When asynchronous work happens: as soon as it is asked for, or as late as it may; and whether the last thread runs first.
+// When asynchronous work happens: as soon as it is asked for, or as late as it may; and whether threads take turns by chance.
 struct Timing {
-  bool eager_copies, eager_products, backwards;
+  bool eager_copies, eager_products, by_chance;
 };
 
 struct Barrier {
@@ -109,6 +109,7 @@ struct Cluster {
   Timing timing;
   std::vector<Action> pending;  // copies that nobody has asked to see yet
   size_t current = 0, idle = 0;  // which fiber runs; how often one has given way since anybody got on
+  uint32_t chance = 1;
   std::string error;            // the first thing a real GPU would not have taken well
 };
 
@@ -126,7 +127,8 @@ inline void enter_indices() {
 // Lets the others run. When nobody can get on, the copy asked for last happens; when there is none, nothing ever will.
 inline void yield() {
   const size_t count = cluster->fibers.size(), from = cluster->current;
-  if (++cluster->idle > 2 * count) {
+  const bool by_chance = cluster->timing.by_chance;
+  if (++cluster->idle > (by_chance ? 32 : 2) * count) {  // by chance some wait long for their turn
     require(!cluster->pending.empty(), "all threads wait for each other");
     const Action copy = std::move(cluster->pending.back());
     cluster->pending.pop_back();
@@ -134,12 +136,12 @@ inline void yield() {
     cluster->idle = 0;
   }
   size_t to = from;
-  do to = (to + (cluster->timing.backwards ? count - 1 : 1)) % count;
-  while (to != from && cluster->fibers[to].done);
-  if (to == from) {
-    if (cluster->fibers[from].done) setcontext(&cluster->outside);
-    return;
-  }
+  if (by_chance) to = ((cluster->chance = cluster->chance * 1664525 + 1013904223) >> 8) % count;
+  const size_t first = to;
+  do to = (to + 1) % count;
+  while (to != first && cluster->fibers[to].done);
+  if (cluster->fibers[to].done) setcontext(&cluster->outside);
+  if (to == from) return;
   cluster->current = to;
   enter_indices();
   swapcontext(&cluster->fibers[from].context, &cluster->fibers[to].context);
@@ -148,6 +150,12 @@ inline void yield() {
 template <typename Ready>
 void wait_until(const Ready& ready) {
   while (!ready()) yield();
+  cluster->idle = 0;
+}
+
+// Lets others go ahead where nothing is waited for.
+inline void pause() {
+  if (cluster->timing.by_chance) yield();
   cluster->idle = 0;
 }
 
@@ -209,9 +217,8 @@ inline void run_cluster(int threads, int count, Index place, Timing timing, Acti
       makecontext(&fiber.context, &enter, 0);
     }
   }
-  current.current = timing.backwards ? current.fibers.size() - 1 : 0;
   enter_indices();
-  swapcontext(&current.outside, &current.fibers[current.current].context);
+  swapcontext(&current.outside, &current.fibers[0].context);
   require(current.error.empty(), current.error.c_str());
   require(current.pending.empty(), "a copy was still under way when the last thread left");
 }

@@ -8,7 +8,7 @@
 
 namespace fisherfast {
 
-// Bit 0 says that copies happen at once, bit 1 that products do, bit 2 that the last thread runs first.
+// Bit 0 says that copies happen at once, bit 1 that products do, bit 2 that threads take turns by chance.
 inline emulator::Timing timing_of(int32_t timing) { return {(timing & 1) != 0, (timing & 2) != 0, (timing & 4) != 0}; }
 
 // visit(Type<S>{}) for 'f'loat32, 'd' (float64), 'b'float16 and 'h' (float16).

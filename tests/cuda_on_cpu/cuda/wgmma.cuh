@@ -123,7 +123,10 @@ float operand_element(uint64_t descriptor, int feature, int t) {
 }
 
 inline void wgmma_fence() {}
-inline void wgmma_commit() { emulator::self().products.commit(); }
+inline void wgmma_commit() {
+  emulator::self().products.commit();
+  emulator::pause();
+}
 // A product is the whole warpgroup's: it is over when all have asked for it, and then for all.
 template <int kPending>
 void wgmma_wait() {
