@@ -45,6 +45,26 @@ class Samples:
     exists: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class Cost:
+    """What rows of one pass take: FLOPs (products of matrices counted to the last one, the rest roughly), and bytes beside the sums.
+
+    ``kept``: of what is there for good, with every batch more. ``scratch``: of what is needed meanwhile.
+    """
+
+    flops: int = 0
+    kept: int = 0
+    scratch: int = 0
+
+    def __add__(self, other: Cost) -> Cost:
+        """Of both, one after the other."""
+        return Cost(self.flops + other.flops, self.kept + other.kept, max(self.scratch, other.scratch))
+
+    def times(self, count: int) -> Cost:
+        """Of so many such rows, one after the other."""
+        return Cost(count * self.flops, count * self.kept, self.scratch if count else 0)
+
+
 class Collector(Protocol):
     """What a Fisher structure does with the rows of a batch. One batch is ``begin``, any adds, ``settle``.
 
@@ -79,8 +99,8 @@ class Collector(Protocol):
     def settle(self, complete: bool) -> list[str]:
         """End the batch: weights for what was added. Returns the parameters that met non-finite rows (not added)."""
 
-    def flops(self, tracked: Tracked, form: Form, rows: Rows, number: int) -> int:
-        """What ``add`` of these rows takes; products of matrices are counted to the last one, the rest roughly."""
+    def cost(self, tracked: Tracked, form: Form, rows: Rows, number: int) -> Cost:
+        """What ``add`` of these rows takes, told by their shapes alone."""
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from fisherfast.fisher.block_sums import BlockSums, DiagonalSums, GradientSums, 
 from fisherfast.fisher.exact_sums import ExactSums
 from fisherfast.fisher.kronecker import Place
 from fisherfast.fisher.memory import Held
-from fisherfast.passes import Samples, in_parts
+from fisherfast.passes import Cost, Samples, in_parts
 from fisherfast.rules import Convolution, Elementwise, Form, Lookup, MatMul, Rows
 
 
@@ -72,10 +72,10 @@ class BlockCollector:
         staged = self._transactional or passes > 1
         return [sums.holds(staged or name in self._in_parts) for name, sums in self._sums.items()]
 
-    def flops(self, tracked: Tracked, form: Form, rows: Rows, number: int) -> int:
+    def cost(self, tracked: Tracked, form: Form, rows: Rows, number: int) -> Cost:
         """See ``passes.Collector``; a bias that joins its weight takes no more."""
         sums = self._sums.get(tracked.name)
-        return 0 if sums is None else sums.flops(form, rows, number)
+        return Cost() if sums is None else Cost(sums.flops(form, rows, number), scratch=sums.scratch(rows))
 
     def begin(self, samples: Samples) -> None:
         """See ``passes.Collector``."""

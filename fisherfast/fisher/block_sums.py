@@ -95,6 +95,9 @@ class BlockSums(Protocol):
     def flops(self, form: Form, rows: Rows, number: int) -> int:
         """What ``add`` takes."""
 
+    def scratch(self, rows: Rows) -> int:
+        """The bytes of what ``add`` makes of the rows, where that is large."""
+
     def block(self, made: Mapping[str, Any]) -> Any:
         """What was added, on memory of its own; ``made`` are the blocks of the parameters before it, by weight."""
 
@@ -119,6 +122,10 @@ class WeightSums:
     def end(self) -> None:
         """See ``BlockSums``: nothing is kept of a batch."""
 
+    def scratch(self, rows: Rows) -> int:
+        """See ``BlockSums``: the ops make nothing of them."""
+        return 0
+
 
 class GradientSums:
     """Those that are made of sample gradients: of any form, or from the fallback."""
@@ -128,6 +135,10 @@ class GradientSums:
 
     def end(self) -> None:
         """See ``BlockSums``: nothing is kept of a batch."""
+
+    def scratch(self, rows: Rows) -> int:
+        """See ``BlockSums``: the ops make nothing of them."""
+        return 0
 
     def add_gradients(self, gradients: Tensor, first: int, scale: float, samples: Samples, staged: bool) -> None:
         """Take the gradients ``[n, *parameter]`` of samples ``first, ..., first + n - 1``."""

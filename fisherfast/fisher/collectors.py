@@ -25,7 +25,7 @@ from fisherfast.fisher.moments import SampleMoments
 from fisherfast.fisher.norms import SampleNorms
 from fisherfast.fisher.protocol import layer_of
 from fisherfast.fisher.spread import Spread
-from fisherfast.passes import Collector, Samples, in_parts
+from fisherfast.passes import Collector, Cost, Samples, in_parts
 from fisherfast.rules import Form, Rows
 
 
@@ -246,7 +246,7 @@ class Engine:
     # -- what it takes
 
     def holds(self, passes: int) -> list[Held]:
-        """What batches of so many backward passes take; values of samples and scratch are not counted."""
+        """What batches of so many backward passes take; values of samples are not counted."""
         staged = self._transactional or passes > 1
         return [self._held(name, staged or name in self._in_parts) for name in self._flag]
 
@@ -258,9 +258,12 @@ class Engine:
         what = f"{' and '.join(kinds)} {list(sums[0].shape)}" if sums else "norms"
         return Held((name,), what, of_sums, (of_sums + of_results,))
 
-    def flops(self, tracked: Tracked, form: Form, rows: Rows, number: int) -> int:
+    def cost(self, tracked: Tracked, form: Form, rows: Rows, number: int) -> Cost:
         """See ``passes.Collector``."""
-        return form.flops(rows, tracked.parameter.shape)
+        parameter = tracked.parameter
+        unwanted = tracked.name not in self.squares and not ghost.applies(form, rows)
+        scratch = unwanted * parameter.numel() * torch.promote_types(parameter.dtype, torch.float32).itemsize
+        return Cost(form.flops(rows, parameter.shape), scratch=scratch)
 
     # -- one batch
 

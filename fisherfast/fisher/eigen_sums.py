@@ -20,7 +20,7 @@ from fisherfast.accumulator import Accumulator
 from fisherfast.capture import Capture, Tracked
 from fisherfast.fisher.block_collector import BlockCollector
 from fisherfast.fisher.block_sums import BatchSum, WeightSums, total_weight
-from fisherfast.fisher.eigen import EigenBlock, eigenbasis
+from fisherfast.fisher.eigen import EigenBlock, eigenbasis, workspace
 from fisherfast.fisher.kronecker import KroneckerBlock, Place
 from fisherfast.fisher.memory import Held
 from fisherfast.ops.conv_sq import conv_sq_
@@ -75,12 +75,19 @@ class EigenSums(WeightSums):
         of_factors = sum(tensor.nbytes for tensor in kept if tensor is not None)
         what = f"{q} x {r} eigenvalues, {self.kronecker.describe()}"
         made = values.held(staged) + of_bases
-        return Held(self.place.names, what, made + of_factors, (made + values.nbytes,))
+        largest = max(own * self._rotates[0] * D, self._rotates[1] * O, 1)
+        scratch = workspace(self.place.groups, largest, self._dtype)
+        return Held(self.place.names, what, made + of_factors, (made + values.nbytes,), scratch=(scratch,))
 
     def flops(self, form: Form, rows: Rows, number: int) -> int:
         """See ``BlockSums``: of the cheaper order; the eigenvectors, once in a run, are not counted."""
         N, T = self._extents(rows)
         return 2 * N * self.place.groups * min(self._products(T))
+
+    def scratch(self, rows: Rows) -> int:
+        """See ``BlockSums``: what the samples of a chunk are turned into, twice: before the last product and after it."""
+        _, floats = self.route(rows)
+        return 2 * min(rows.num_samples, _samples_at_a_time(floats)) * floats * self._dtype.itemsize
 
     def _extents(self, rows: Rows) -> tuple[int, int]:
         """Samples, and positions of each."""
@@ -115,7 +122,7 @@ class EigenSums(WeightSums):
         if isinstance(form, MatMul):
             rows = form.oriented(rows)  # a transposed use, turned round before, is needed as it is used
         add, floats = self.route(rows)
-        for few, weight in _chunks(rows, samples.weight, max(1, _CHUNK_BYTES // (4 * max(1, floats)))):
+        for few, weight in _chunks(rows, samples.weight, _samples_at_a_time(floats)):
             add(acc, few._replace(x=self._exact(few.x), g=self._exact(few.g)), scale, weight)
 
     def _exact(self, rows: Any) -> Any:
@@ -231,6 +238,11 @@ class _OfImages(EigenSums):
             sums = images if rows.offsets is None else torch.segment_reduce(images, "sum", offsets=rows.offsets)
             tiles[..., -1] = sums.view(tiles.shape[:-1])
         self._add_tiles(acc, tiles, scale, weight)
+
+
+def _samples_at_a_time(floats: int) -> int:
+    """Of each of which so many numbers are made."""
+    return max(1, _CHUNK_BYTES // (4 * max(1, floats)))
 
 
 def _chunks(rows: Rows, weight: Tensor | None, step: int) -> Iterator[tuple[Rows, Tensor | None]]:

@@ -17,7 +17,7 @@ from fisherfast.capture import Call, Capture, Tracked
 from fisherfast.fisher.block_sums import total_weight
 from fisherfast.fisher.memory import Held
 from fisherfast.ops._common import wide
-from fisherfast.passes import Samples
+from fisherfast.passes import Cost, Samples
 from fisherfast.rules import Convolution, Elementwise, Form, Lookup, MatMul, Part, Rows, Tied, Window
 
 Pieces = dict[str, tuple["Piece", ...]]  # of each parameter
@@ -96,10 +96,20 @@ def _tuples(fields: Mapping[str, Any]) -> dict[str, Any]:
     return {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
 
 
+def _of_part(form: Form, shape: torch.Size) -> tuple[Form, tuple[int, ...]]:
+    """The form and the shape of what the rows are of: the parameter or a part of it."""
+    return (form.form, form.window.shape) if isinstance(form, Part) else (form, tuple(shape))
+
+
+def _less_whole(rows: Rows, part: tuple[int, ...]) -> bool:
+    """Whether the sample gradients are smaller than the rows that they are products of."""
+    return sum(t.numel() for t in _tensors(rows).values()) > rows.num_samples * math.prod(part)
+
+
 def _smallest(form: Form, rows: Rows, shape: torch.Size) -> tuple[Form, Rows]:
     """The same gradients on memory of their own: as rows, or whole where that takes less."""
-    inner, part = (form.form, form.window.shape) if isinstance(form, Part) else (form, shape)
-    if sum(t.numel() for t in _tensors(rows).values()) > rows.num_samples * math.prod(part):
+    inner, part = _of_part(form, shape)
+    if _less_whole(rows, part):
         whole = inner.gradients(_each(rows, lambda t: wide(t) if t.is_floating_point() else t), part)
         inner, rows = Elementwise(tuple(part)), Rows(None, whole.view(len(whole), 1, -1))
     else:
@@ -132,11 +142,15 @@ class GramCollector:
 
     def holds(self, passes: int) -> list[Held]:
         """See ``passes.Collector``: nothing before there are samples."""
-        return [Held((name,), "rows, more with every sample", 0, (0,)) for name in self._tracked]
+        smaller = "measure fewer samples or draws"
+        return [Held((name,), "rows, more with every sample", 0, (0,), smaller=smaller) for name in self._tracked]
 
-    def flops(self, tracked: Tracked, form: Form, rows: Rows, number: int) -> int:
-        """See ``passes.Collector``: what is multiplied is multiplied when the result is asked."""
-        return 0
+    def cost(self, tracked: Tracked, form: Form, rows: Rows, number: int) -> Cost:
+        """See ``passes.Collector``: the rows and their roots; what is multiplied is multiplied when the result is asked."""
+        (_, part), n = _of_part(form, tracked.parameter.shape), rows.num_samples
+        whole = n * math.prod(part) * torch.promote_types(rows.g.dtype, torch.float32).itemsize
+        kept = whole if _less_whole(rows, part) else sum(t.nbytes for t in _tensors(rows).values())
+        return Cost(kept=kept + 8 * n)
 
     def begin(self, samples: Samples) -> None:
         """See ``passes.Collector``."""

@@ -28,6 +28,7 @@ from fisherfast.fisher.kronecker_sums import KroneckerSums
 from fisherfast.fisher.memory import Held
 from fisherfast.fisher.protocol import Damping
 from fisherfast.fisher.reduced_sums import ReducedSums
+from fisherfast.passes import Cost
 from fisherfast.rules import Form, Rows
 
 
@@ -98,18 +99,20 @@ class KroneckerCollector(BlockCollector):
             if isinstance(sums, KroneckerSums):
                 blocks[name] = sums.blank(blocks)
         second = self._second.foreseen(self, blocks).holds(passes)
-        return [_in_turn(*pair) for pair in zip(first, second, strict=True)]
+        rows = [2 * sums.few_bytes if isinstance(sums, KroneckerSums) else 0 for sums in self._sums.values()]
+        return [_in_turn(*three) for three in zip(first, second, rows, strict=True)]
 
-    def flops(self, tracked: Tracked, form: Form, rows: Rows, number: int) -> int:
+    def cost(self, tracked: Tracked, form: Form, rows: Rows, number: int) -> Cost:
         """See ``BlockCollector``."""
-        more = 0 if self._second is None else self._second.flops(tracked, form, rows, number)
-        return super().flops(tracked, form, rows, number) + more
+        first = super().cost(tracked, form, rows, number)
+        return first if self._second is None else first + self._second.cost(tracked, form, rows, number)
 
 
-def _in_turn(first: Held, second: Held) -> Held:
-    """Two passes over the data: the second holds the result of the first."""
+def _in_turn(first: Held, second: Held, rows: int) -> Held:
+    """Two passes over the data: the second holds the result of the first, and instead of few rows a basis that is larger."""
     (alone,), (more,) = first.peaks, second.peaks
-    return dataclasses.replace(second, peaks=(alone, alone - first.bytes + more), smaller=first.smaller)
+    peaks, scratch = (alone + rows, alone - first.bytes + more), first.scratch + second.scratch
+    return dataclasses.replace(second, peaks=peaks, scratch=scratch, smaller=first.smaller)
 
 
 @serialize.storable("kfac")

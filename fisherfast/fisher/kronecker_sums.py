@@ -67,6 +67,11 @@ class KroneckerSums(WeightSums):
         """See ``BlockSums``; a shared factor is its leader's."""
         return self._factors if self.place.input_of is None else (self.B,)
 
+    @property
+    def few_bytes(self) -> int:
+        """Of the rows that are kept while they are few, at most."""
+        return sum(one.few_rows.most(one.running.dtype) for one in self.sums if one.few_rows is not None)
+
     def blank(self, made: Mapping[str, KroneckerBlock]) -> KroneckerBlock:
         """A block of these sizes on no memory."""
         A, B = (Accumulator.zeros(one.running.shape, "meta") for one in self._factors)
