@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fisherfast.accumulator import Accumulator
-from fisherfast.fisher.kronecker import Place
+from fisherfast.fisher.kronecker import Place, finite
 from fisherfast.ops.log1p_sum import log1p_sum
 
 
@@ -40,7 +40,7 @@ class ExactBlock:
 
     @functools.cached_property
     def _spectral(self) -> tuple[Tensor, Tensor]:
-        values, vectors = torch.linalg.eigh(self.moments.mean())
+        values, vectors = torch.linalg.eigh(finite(self.moments.mean(), self.place.weight, "its exact block"))
         return values.clamp_min(0), vectors
 
     def __matmul__(self, v: Tensor) -> Tensor:

@@ -70,21 +70,30 @@ class KroneckerBlock:
     few_rows: tuple[Tensor | None, Tensor | None] = (None, None)
     leader: KroneckerBlock | None = None
 
+    @property
+    def means(self) -> tuple[Tensor, Tensor]:
+        """A and B. Errors: ValueError, naming the weight, if one is not finite.
+
+        Inputs are not looked at where every gradient is zero: A is zero if that was so in all batches.
+        """
+        A = self.A.sum if self.B.weight and not self.A.weight else self.A.mean()
+        return finite(A, self.place.weight, "its input factor"), finite(self.B.mean(), self.place.weight, "its output factor")
+
     @functools.cached_property
     def _values_of_A(self) -> Tensor:
-        return _eigenvalues(self.A.mean()) if self.leader is None else self.leader._values_of_A
+        return _eigenvalues(self.means[0]) if self.leader is None else self.leader._values_of_A
 
     @functools.cached_property
     def _values_of_B(self) -> Tensor:
-        return _eigenvalues(self.B.mean())
+        return _eigenvalues(self.means[1])
 
     @functools.cached_property
     def _eigen_of_A(self) -> tuple[Tensor, Tensor | None]:
-        return _eigen(self.A.mean()) if self.leader is None else self.leader._eigen_of_A
+        return _eigen(self.means[0]) if self.leader is None else self.leader._eigen_of_A
 
     @functools.cached_property
     def _eigen_of_B(self) -> tuple[Tensor, Tensor | None]:
-        return _eigen(self.B.mean())
+        return _eigen(self.means[1])
 
     def changed(self) -> None:
         """The sums have changed: what was computed from them is void."""
@@ -94,7 +103,8 @@ class KroneckerBlock:
 
     def __matmul__(self, v: Tensor) -> Tensor:
         """``B v A`` of a matrix ``[G, O, D]``."""
-        return _times(_times(v, self.A.mean()).mT, self.B.mean()).mT
+        A, B = self.means
+        return _times(_times(v, A).mT, B).mT
 
     def spectrally(self, v: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
         """``function`` of the block, by its eigenvalues ``[G, O, D]``, times a matrix."""
@@ -107,12 +117,12 @@ class KroneckerBlock:
 
     def diagonal(self) -> Tensor:
         """As a matrix ``[G, O, D]``."""
-        a, b = (_diagonal(factor.mean()) for factor in (self.A, self.B))
+        a, b = map(_diagonal, self.means)
         return b.unsqueeze(2) * a.unsqueeze(1)
 
     def trace(self) -> float:
         """``tr A tr B``, over groups."""
-        a, b = (_diagonal(factor.mean()).sum(1) for factor in (self.A, self.B))
+        a, b = (_diagonal(factor).sum(1) for factor in self.means)
         return float((a * b).sum())
 
     def spectrum(self) -> tuple[tuple[Tensor, ...], int]:
@@ -122,7 +132,8 @@ class KroneckerBlock:
 
     def factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """A and B, means."""
-        return self.A.mean(dtype), self.B.mean(dtype)
+        A, B = self.means
+        return A.to(dtype), B.to(dtype)
 
     def accumulators(self) -> list[Accumulator]:
         """What samples add to; a shared factor is its leader's."""
@@ -159,15 +170,15 @@ class KroneckerBlock:
 
     def factored(self, damping: float) -> KroneckerBlock:
         """``(B + sqrt(damping) / pi I) (x) (A + pi sqrt(damping) I)``, pi^2 the ratio of the factors' mean eigenvalues."""
-        a, b = (_diagonal(factor.mean()).mean(1) for factor in (self.A, self.B))
+        a, b = (_diagonal(factor).mean(1) for factor in self.means)
         pi = torch.where((a > 0) & (b > 0), a / b, 1.0).sqrt()
         shifts = (pi * damping**0.5, damping**0.5 / pi)
-        A, B = (Accumulator(_shifted(f.mean(), shift), 1.0) for f, shift in zip((self.A, self.B), shifts, strict=True))
+        A, B = (Accumulator(_shifted(factor, shift), 1.0) for factor, shift in zip(self.means, shifts, strict=True))
         return KroneckerBlock(dataclasses.replace(self.place, input_of=None), A, B)  # pi is B's too: nothing is shared
 
     def inverse(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """The inverses of A and B. Errors: torch.linalg.LinAlgError if one is singular."""
-        A, B = (_inverse(factor.mean()).to(dtype) for factor in (self.A, self.B))
+        A, B = (_inverse(factor).to(dtype) for factor in self.means)
         return A, B
 
     def describe(self) -> str:
@@ -191,6 +202,16 @@ class KroneckerBlock:
         place = Place(*of_place)
         B = Accumulator(tensors[f"{place.weight}.B"], weight_b)
         return cls.following(place, lambda: Accumulator(tensors[f"{place.weight}.A"], weight_a), B, made)
+
+
+def finite(mean: Tensor, weight: str, what: str) -> Tensor:
+    """A matrix of second moments that can be decomposed. Errors: ValueError, naming the parameter, if it cannot."""
+    if not bool(mean.isfinite().all()):
+        raise ValueError(
+            f"{weight}: {what} must be finite, got NaN or infinity; the squares of what it is of do not fit float32: measure the model "
+            "in float64"
+        )
+    return mean
 
 
 def _times(v: Tensor, factor: Tensor) -> Tensor:
