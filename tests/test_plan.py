@@ -153,7 +153,7 @@ def test_the_peak_of_two_passes(layers, I, O):
     planned = ff.plan(heads, (torch.randn(7, I), torch.randint(O, (7,))), "ekfac")
     factors, values = layers * (I * I + O * O), layers * I * O
     few = 4 * layers * sum((D // 3) * D for D in (I, O))  # rows kept as long as they are few; in the end joined in one tensor
-    eigh = (8 + 4 * 4) * max(I, O) ** 2  # of one factor: its mean; in float32 the matrix, the vectors, and twice that for LAPACK
+    eigh = 4 * 4 * max(I, O) ** 2  # of one factor in float32: the matrix, its eigenvectors, and twice that for LAPACK
     first = 16 * factors + 2 * few  # sums and result
     second = (8 + 4) * factors + 16 * values + eigh  # factors, eigenvectors, sums and result
     assert planned.peak_bytes == max(first, second) and (first > second) == (layers == 9)

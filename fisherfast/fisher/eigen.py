@@ -134,7 +134,7 @@ class EigenBlock:
 
 
 def eigenbasis(factor: Tensor, rows: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """Eigenvectors of a factor ``[G, D, D]``, or of the span of the rows ``[m, D]`` that it is the Gram matrix of: ``[G, D, r]``.
+    """Eigenvectors of a factor ``[G, D, D]`` on any scale, or of the span of the rows ``[m, D]`` whose Gram matrix it is: ``[G, D, r]``.
 
     None for a factor that is diagonal. Computed in ``dtype``, orthonormal to its precision whatever the factor's rank: any
     orthonormal basis gives eigenvalues whose sum is the exact trace. Groups are decomposed many at a time.
@@ -155,11 +155,11 @@ def _at_a_time(D: int, dtype: torch.dtype) -> int:
 def workspace(groups: int, D: int, dtype: torch.dtype) -> int:
     """Bytes that ``eigenbasis`` of a factor ``[groups, D, D]`` takes before it has a result.
 
-    The means in float64 and in ``dtype``; of those decomposed in one call the eigenvectors, and the 2 D^2 numbers that LAPACK's
-    divide and conquer works in.
+    The factor in ``dtype``, and beside it at first the same in float64, then of what is decomposed in one call the eigenvectors and
+    the 2 D^2 numbers that LAPACK's divide and conquer works in.
     """
     together = min(groups, _at_a_time(D, dtype))
-    return (groups * (8 + dtype.itemsize) + 3 * together * dtype.itemsize) * D * D
+    return (groups * dtype.itemsize + max(8 * groups, 3 * dtype.itemsize * together)) * D * D
 
 
 def _of_span(rows: Tensor) -> Tensor:

@@ -58,12 +58,12 @@ class EigenSums(WeightSums):
         """The eigenvectors of A."""
         if self._leader is not None:
             return self._leader.U
-        return eigenbasis(self.kronecker.means[0], self.kronecker.few_rows[0], self._dtype)
+        return eigenbasis(self.kronecker.sums[0], self.kronecker.few_rows[0], self._dtype)
 
     @functools.cached_property
     def V(self) -> Tensor | None:
         """The eigenvectors of B."""
-        return eigenbasis(self.kronecker.means[1], self.kronecker.few_rows[1], self._dtype)
+        return eigenbasis(self.kronecker.sums[1], self.kronecker.few_rows[1], self._dtype)
 
     def holds(self, staged: bool) -> Held:
         """See ``BlockSums``; the factors were there before."""
@@ -228,6 +228,9 @@ class _OfImages(EigenSums):
         conv_sq_(values, x, g, scale, weight=weight, offsets=rows.offsets, flag=self.values.flag, groups=G)
 
     def _tiles(self, acc: Tensor, rows: Rows, scale: float, weight: Tensor | None) -> None:
+        self._add_tiles(acc, self._gradients(rows), scale, weight)
+
+    def _gradients(self, rows: Rows) -> Tensor:
         """The weight's columns and, last, the bias's: its gradient is what a sample's images add up to."""
         gradients = self.form.gradients(rows, self._shape)
         tiles = rows.g.new_zeros(len(gradients), self.place.groups, *self._full)
@@ -237,7 +240,7 @@ class _OfImages(EigenSums):
             images = rows.g.flatten(2).sum(2)
             sums = images if rows.offsets is None else torch.segment_reduce(images, "sum", offsets=rows.offsets)
             tiles[..., -1] = sums.view(tiles.shape[:-1])
-        self._add_tiles(acc, tiles, scale, weight)
+        return tiles
 
 
 def _samples_at_a_time(floats: int) -> int:

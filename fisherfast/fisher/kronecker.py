@@ -71,13 +71,19 @@ class KroneckerBlock:
     leader: KroneckerBlock | None = None
 
     @property
+    def sums(self) -> tuple[Tensor, Tensor]:
+        """A and B times their weights. Errors: ValueError, naming the weight, if one is not finite."""
+        A, B = self.A.sum, self.B.sum
+        return finite(A, self.place.weight, "its input factor"), finite(B, self.place.weight, "its output factor")
+
+    @property
     def means(self) -> tuple[Tensor, Tensor]:
-        """A and B. Errors: ValueError, naming the weight, if one is not finite.
+        """A and B. Errors: as those of ``sums``.
 
         Inputs are not looked at where every gradient is zero: A is zero if that was so in all batches.
         """
-        A = self.A.sum if self.B.weight and not self.A.weight else self.A.mean()
-        return finite(A, self.place.weight, "its input factor"), finite(self.B.mean(), self.place.weight, "its output factor")
+        A, _ = self.sums
+        return A if self.B.weight and not self.A.weight else self.A.mean(), self.B.mean()
 
     @functools.cached_property
     def _values_of_A(self) -> Tensor:
@@ -204,14 +210,14 @@ class KroneckerBlock:
         return cls.following(place, lambda: Accumulator(tensors[f"{place.weight}.A"], weight_a), B, made)
 
 
-def finite(mean: Tensor, weight: str, what: str) -> Tensor:
-    """A matrix of second moments that can be decomposed. Errors: ValueError, naming the parameter, if it cannot."""
-    if not bool(mean.isfinite().all()):
+def finite(moments: Tensor, weight: str, what: str) -> Tensor:
+    """Second moments that can be decomposed. Errors: ValueError, naming the parameter, if they cannot."""
+    if not bool(moments.sum().isfinite()):
         raise ValueError(
             f"{weight}: {what} must be finite, got NaN or infinity; the squares of what it is of do not fit float32: measure the model "
             "in float64"
         )
-    return mean
+    return moments
 
 
 def _times(v: Tensor, factor: Tensor) -> Tensor:
