@@ -30,7 +30,7 @@ from fisherfast.ops.scale_sq import scale_sq_
 from fisherfast.passes import Samples
 from fisherfast.rules import Convolution, Form, Lookup, MatMul, Rows
 
-_CHUNK_BYTES = 2**25
+_CHUNK_BYTES = 2**24
 
 
 _Add = Callable[[Tensor, Rows, float, Tensor | None], None]
