@@ -131,10 +131,7 @@ class PerSampleNorm(FromEngine):
         return SampleNorms(
             None if values is None else values.sum(0) if engine.keeps == "layers" else values[0],
             dict(zip(engine.layers, values, strict=True)) if self.by_layer and values is not None else None,
-            num_positions=counts.num_positions,
-            batches=counts.batches,
-            provenance=counts.provenance,
-            coverage=counts.coverage,
+            counts,
         )
 
     def restore(self, engine: Engine, before: SampleNorms) -> None:
@@ -169,12 +166,7 @@ class GradientMoments(FromEngine):
             {name: running.snapshot() for name, running in engine.totals.items()},
             {name: running.snapshot() for name, running in engine.squares.items()},
             engine.squared_weights,
-            num_samples=counts.num_samples,
-            num_positions=counts.num_positions,
-            batches=counts.batches,
-            provenance=counts.provenance,
-            coverage=counts.coverage,
-            aliases=counts.aliases,
+            counts,
         )
 
     def restore(self, engine: Engine, before: SampleMoments) -> None:
