@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from rich.table import Table
-from torch import Tensor, nn
+from torch import nn
 
 from fisherfast.batches import Batch, Output
 from fisherfast.capture import Capture, Tracked, refuse_train_mode
@@ -249,15 +249,12 @@ def _size(batch: Batch) -> int:
 def _forward(measurement: Measurement, batch: Batch) -> tuple[_Forward, Predictions]:
     from torch.utils.flop_counter import FlopCounterMode  # imports triton, which whoever plans nothing need not
 
-    saved = memory.SavedBytes([*_of_model(measurement.model), *batch.tensors()])
+    model = measurement.model
+    saved = memory.SavedBytes([*model.parameters(), *model.buffers(), *batch.tensors()])
     with FlopCounterMode(display=False) as counter, saved.noted():
         output, predictions = measurement.forward(batch)
     values = predictions.values
     return _Forward(batch, counter.get_total_flops(), saved.with_those_of((output, values)) + values.nbytes), predictions
-
-
-def _of_model(model: nn.Module) -> list[Tensor]:
-    return [*model.parameters(), *model.buffers()]
 
 
 class _Ledger(Passes):
