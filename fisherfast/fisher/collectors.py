@@ -85,16 +85,8 @@ class Diagonal(FromEngine):
 
     def result(self, engine: Engine, counts: Counts) -> DiagonalFisher:
         """See ``Structure``."""
-        return DiagonalFisher.from_accumulators(
-            {name: running.snapshot() for name, running in engine.squares.items()},
-            num_samples=counts.num_samples,
-            num_positions=counts.num_positions,
-            provenance=counts.provenance,
-            coverage=counts.coverage,
-            aliases=counts.aliases,
-            batches=counts.batches,
-            spread=engine.spread() if self.stderr else None,
-        )
+        sums = {name: running.snapshot() for name, running in engine.squares.items()}
+        return DiagonalFisher.from_accumulators(sums, spread=engine.spread() if self.stderr else None, **vars(counts))
 
     def restore(self, engine: Engine, before: DiagonalFisher) -> None:
         """See ``Structure``."""
