@@ -58,12 +58,14 @@ class EigenSums(WeightSums):
         """The eigenvectors of A."""
         if self._leader is not None:
             return self._leader.U
-        return eigenbasis(self.kronecker.sums[0], self.kronecker.few_rows[0], self._dtype)
+        of = self.kronecker
+        return eigenbasis(of.finite(of.A.sum, "input"), of.few_rows[0], self._dtype)
 
     @functools.cached_property
     def V(self) -> Tensor | None:
         """The eigenvectors of B."""
-        return eigenbasis(self.kronecker.sums[1], self.kronecker.few_rows[1], self._dtype)
+        of = self.kronecker
+        return eigenbasis(of.finite(of.B.sum, "output"), of.few_rows[1], self._dtype)
 
     def holds(self, staged: bool) -> Held:
         """See ``BlockSums``; the factors were there before."""

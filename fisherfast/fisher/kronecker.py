@@ -71,35 +71,34 @@ class KroneckerBlock:
     leader: KroneckerBlock | None = None
 
     @property
-    def sums(self) -> tuple[Tensor, Tensor]:
-        """A and B times their weights. Errors: ValueError, naming the weight, if one is not finite."""
-        A, B = self.A.sum, self.B.sum
-        return finite(A, self.place.weight, "its input factor"), finite(B, self.place.weight, "its output factor")
+    def mean_of_A(self) -> Tensor:
+        """A. Inputs are not looked at where every gradient is zero: A is zero if that was so in all batches."""
+        return self.A.sum if self.B.weight and not self.A.weight else self.A.mean()
 
     @property
     def means(self) -> tuple[Tensor, Tensor]:
-        """A and B. Errors: as those of ``sums``.
+        """A and B."""
+        return self.mean_of_A, self.B.mean()
 
-        Inputs are not looked at where every gradient is zero: A is zero if that was so in all batches.
-        """
-        A, _ = self.sums
-        return A if self.B.weight and not self.A.weight else self.A.mean(), self.B.mean()
+    def finite(self, factor: Tensor, side: str) -> Tensor:
+        """The factor of the inputs or outputs (``side``), to be decomposed. Errors: ValueError, naming the weight, if it is not finite."""
+        return finite(factor, self.place.weight, f"its {side} factor")
 
     @functools.cached_property
     def _values_of_A(self) -> Tensor:
-        return _eigenvalues(self.means[0]) if self.leader is None else self.leader._values_of_A
+        return _eigenvalues(self.finite(self.mean_of_A, "input")) if self.leader is None else self.leader._values_of_A
 
     @functools.cached_property
     def _values_of_B(self) -> Tensor:
-        return _eigenvalues(self.means[1])
+        return _eigenvalues(self.finite(self.B.mean(), "output"))
 
     @functools.cached_property
     def _eigen_of_A(self) -> tuple[Tensor, Tensor | None]:
-        return _eigen(self.means[0]) if self.leader is None else self.leader._eigen_of_A
+        return _eigen(self.finite(self.mean_of_A, "input")) if self.leader is None else self.leader._eigen_of_A
 
     @functools.cached_property
     def _eigen_of_B(self) -> tuple[Tensor, Tensor | None]:
-        return _eigen(self.means[1])
+        return _eigen(self.finite(self.B.mean(), "output"))
 
     def changed(self) -> None:
         """The sums have changed: what was computed from them is void."""
@@ -184,8 +183,8 @@ class KroneckerBlock:
 
     def inverse(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """The inverses of A and B. Errors: torch.linalg.LinAlgError if one is singular."""
-        A, B = (_inverse(factor).to(dtype) for factor in self.means)
-        return A, B
+        A, B = self.finite(self.mean_of_A, "input"), self.finite(self.B.mean(), "output")
+        return _inverse(A).to(dtype), _inverse(B).to(dtype)
 
     def describe(self) -> str:
         """For the coverage report."""
