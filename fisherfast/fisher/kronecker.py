@@ -70,23 +70,13 @@ class KroneckerBlock:
     few_rows: tuple[Tensor | None, Tensor | None] = (None, None)
     leader: KroneckerBlock | None = None
 
-    @property
-    def mean_of_A(self) -> Tensor:
-        """A. Inputs are not looked at where every gradient is zero: A is zero if that was so in all batches."""
-        return self.A.sum if self.B.weight and not self.A.weight else self.A.mean()
-
-    @property
-    def means(self) -> tuple[Tensor, Tensor]:
-        """A and B."""
-        return self.mean_of_A, self.B.mean()
-
     def finite(self, factor: Tensor, side: str) -> Tensor:
         """The factor of the inputs or outputs (``side``), to be decomposed. Errors: ValueError, naming the weight, if it is not finite."""
         return finite(factor, self.place.weight, f"its {side} factor")
 
     @functools.cached_property
     def _values_of_A(self) -> Tensor:
-        return _eigenvalues(self.finite(self.mean_of_A, "input")) if self.leader is None else self.leader._values_of_A
+        return _eigenvalues(self.finite(self.mean_of_A(), "input")) if self.leader is None else self.leader._values_of_A
 
     @functools.cached_property
     def _values_of_B(self) -> Tensor:
@@ -94,7 +84,7 @@ class KroneckerBlock:
 
     @functools.cached_property
     def _eigen_of_A(self) -> tuple[Tensor, Tensor | None]:
-        return _eigen(self.finite(self.mean_of_A, "input")) if self.leader is None else self.leader._eigen_of_A
+        return _eigen(self.finite(self.mean_of_A(), "input")) if self.leader is None else self.leader._eigen_of_A
 
     @functools.cached_property
     def _eigen_of_B(self) -> tuple[Tensor, Tensor | None]:
@@ -108,8 +98,7 @@ class KroneckerBlock:
 
     def __matmul__(self, v: Tensor) -> Tensor:
         """``B v A`` of a matrix ``[G, O, D]``."""
-        A, B = self.means
-        return _times(_times(v, A).mT, B).mT
+        return _times(_times(v, self.mean_of_A()).mT, self.B.mean()).mT
 
     def spectrally(self, v: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
         """``function`` of the block, by its eigenvalues ``[G, O, D]``, times a matrix."""
@@ -122,12 +111,12 @@ class KroneckerBlock:
 
     def diagonal(self) -> Tensor:
         """As a matrix ``[G, O, D]``."""
-        a, b = map(_diagonal, self.means)
+        a, b = map(_diagonal, self.factors())
         return b.unsqueeze(2) * a.unsqueeze(1)
 
     def trace(self) -> float:
         """``tr A tr B``, over groups."""
-        a, b = (_diagonal(factor).sum(1) for factor in self.means)
+        a, b = (_diagonal(factor).sum(1) for factor in self.factors())
         return float((a * b).sum())
 
     def spectrum(self) -> tuple[tuple[Tensor, ...], int]:
@@ -135,10 +124,13 @@ class KroneckerBlock:
         a, b = self._values_of_A, self._values_of_B
         return ((b[0], a[0]) if len(a) == 1 else ((b.unsqueeze(2) * a.unsqueeze(1)).flatten(),)), 0
 
-    def factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def mean_of_A(self, dtype: torch.dtype = torch.float64) -> Tensor:
+        """Zero where no input ever came: they are not looked at where every gradient is zero."""
+        return self.A.mean(dtype) if self.A.weight else self.A.sum.to(dtype)
+
+    def factors(self, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
         """A and B, means."""
-        A, B = self.means
-        return A.to(dtype), B.to(dtype)
+        return self.mean_of_A(dtype), self.B.mean(dtype)
 
     def accumulators(self) -> list[Accumulator]:
         """What samples add to; a shared factor is its leader's."""
@@ -175,15 +167,15 @@ class KroneckerBlock:
 
     def factored(self, damping: float) -> KroneckerBlock:
         """``(B + sqrt(damping) / pi I) (x) (A + pi sqrt(damping) I)``, pi^2 the ratio of the factors' mean eigenvalues."""
-        a, b = (_diagonal(factor).mean(1) for factor in self.means)
+        a, b = (_diagonal(factor).mean(1) for factor in self.factors())
         pi = torch.where((a > 0) & (b > 0), a / b, 1.0).sqrt()
         shifts = (pi * damping**0.5, damping**0.5 / pi)
-        A, B = (Accumulator(_shifted(factor, shift), 1.0) for factor, shift in zip(self.means, shifts, strict=True))
+        A, B = (Accumulator(_shifted(f, shift), 1.0) for f, shift in zip(self.factors(), shifts, strict=True))
         return KroneckerBlock(dataclasses.replace(self.place, input_of=None), A, B)  # pi is B's too: nothing is shared
 
     def inverse(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """The inverses of A and B. Errors: torch.linalg.LinAlgError if one is singular."""
-        A, B = self.finite(self.mean_of_A, "input"), self.finite(self.B.mean(), "output")
+        A, B = self.finite(self.mean_of_A(), "input"), self.finite(self.B.mean(), "output")
         return _inverse(A).to(dtype), _inverse(B).to(dtype)
 
     def describe(self) -> str:
