@@ -19,15 +19,16 @@ from fisherfast.fisher.collectors import Structure
 from fisherfast.fisher.labelling import Labelling
 from fisherfast.fisher.measure import Measurement, factors_first, needs_basis, requests
 from fisherfast.fisher.memory import Held, in_words
+from fisherfast.fisher.units import apart
 from fisherfast.layout import PROBED
 from fisherfast.likelihood import Likelihood
 from fisherfast.passes import Collector, Pass, Passes, one_position
-from fisherfast.rules import Form, Rows
+from fisherfast.rules import ALL, Form, Rows
 
 
 @dataclass(frozen=True)
 class Row:
-    """Parameters that have their sums in common: ``way`` is the op, or ``"vmap: why"``, ``"missing: why"``; ``holds`` what is kept.
+    """Parameters, or parts of packed ones, that have their sums in common: ``way`` is the op, or ``"vmap: why"``, ``"missing: why"``; ``holds`` what is kept.
 
     ``bytes`` are those of the sums, ``flops`` those of a batch beside its forward and backward passes.
     """
@@ -43,8 +44,7 @@ class Row:
 class Plan:
     """What ``ff.plan`` finds; ``rows`` in the model's order, ``table()`` for ``rich.console.Console.print``.
 
-    Shapes:   ``rows`` one for each block, or parameter without a block; of several requests each has
-              rows of its own.
+    Shapes:   ``rows`` one for each block, or parameter without a block; of several requests each has rows of its own.
     Scale:    ``total_bytes`` are the sums at the end of a run, what every row holds; ``peak_bytes`` those allocated at once at
               most, the result included. FLOPs are those of one batch: ``flops`` of the ops, ``step_flops`` of one plain
               forward and backward pass, ``run_flops`` of all passes and ops, ``ratio = run_flops / step_flops``.
@@ -202,9 +202,13 @@ class _Ledger(Passes):
 
     def _hand_over(self, tracked: Tracked, form: Form, rows: Rows, scale: float, number: int) -> None:
         more = 0 if self._folds and one_position(rows) else self._more
+        _, window = apart(form)
+        entries = None if window is None else window.entries(tracked.parameter.shape)
+        names = {tracked.name, (entries or ALL).named(tracked.name)}  # what is held may be of the part alone
         for collector, mine in zip(self._asked, self.flops, strict=True):
             first, later = (collector.flops(tracked, form, rows, number) for number in (0, 1))
-            mine[tracked.name] += first + more * later
+            for name in names:
+                mine[name] += first + more * later
 
 
 def _counted(forward: Any) -> tuple[int, Any]:

@@ -116,7 +116,7 @@ def _with_shares(layers: Mapping[str, LayerInformation], order: Iterable[str]) -
 
 @dataclass(frozen=True)
 class _Block:
-    """A block of the Fisher, and how far its weights are from the prior's center."""
+    """A block of the Fisher, and how far its weights are from the prior's center; a packed parameter's are with its first block."""
 
     spectrum: Spectrum
     squared_distance: float
@@ -167,23 +167,27 @@ def _blocks_by_layer(
     F: Fisher, summaries: Mapping[str, LayerSummary], weights: Mapping[str, Tensor], centers: Mapping[str, Tensor] | None
 ) -> Iterator[tuple[str, list[_Block]]]:
     """Each layer with its blocks, as soon as F has given the last of them: one layer's spectrum is in memory at a time."""
-    waiting = {layer: set(summary.parameters) for layer, summary in summaries.items()}
-    blocks: dict[str, list[_Block]] = {layer: [] for layer in summaries}
-    for spectrum in F.spectra():
-        entries = sum(weights[name].numel() for name in spectrum.parameters)
-        if entries != spectrum.num_parameters:
+    for summary in summaries.values():
+        if (entries := sum(weights[name].numel() for name in summary.parameters)) != summary.num_parameters:
             raise ValueError(
                 f"information_in_weights: model must have the shapes F was measured on, got {entries} entries instead of "
-                f"{spectrum.num_parameters} in {list(spectrum.parameters)}"
+                f"{summary.num_parameters} in {list(summary.parameters)}"
             )
-        origins = [None if centers is None else centers[name] for name in spectrum.parameters]
-        distance = math.fsum(map(_series.squared_distance, (weights[name] for name in spectrum.parameters), origins))
+    waiting = {layer: set(summary.parameters) for layer, summary in summaries.items()}
+    numbers = {layer: summary.num_parameters for layer, summary in summaries.items()}
+    blocks: dict[str, list[_Block]] = {layer: [] for layer in summaries}
+    for spectrum in F.spectra():
+        layer = spectrum.layer
+        new = waiting[layer] & set(spectrum.parameters)  # a packed parameter is in several, and has one distance
+        origins = [None if centers is None else centers[name] for name in new]
+        distance = math.fsum(map(_series.squared_distance, (weights[name] for name in new), origins))
         if not math.isfinite(distance):
             raise ValueError(f"information_in_weights: weights must be finite, got others in {list(spectrum.parameters)}")
-        blocks[spectrum.layer].append(_Block(spectrum, distance))
-        waiting[spectrum.layer] -= set(spectrum.parameters)
-        if not waiting[spectrum.layer]:
-            yield spectrum.layer, blocks.pop(spectrum.layer)
+        blocks[layer].append(_Block(spectrum, distance))
+        waiting[layer] -= new
+        numbers[layer] -= spectrum.num_parameters
+        if not (waiting[layer] or numbers[layer]):
+            yield layer, blocks.pop(layer)
 
 
 def _fitted(blocks: Sequence[_Block], temperature: float) -> float:
