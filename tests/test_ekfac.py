@@ -79,7 +79,7 @@ def dense(model, x, y, block):
 ORDERS = {"rotated rows": False, "sample gradients": True}
 NETWORKS = [
     "mlp-inplace-relu", "linear-sequence", "time-first", "conv1d-addmm", "embedding-padding", "experts", "weight-used-twice",
-    "conv-groups-same", "conv-one-and-three-axes", "conv-frames",
+    "conv-groups-same", "conv-one-and-three-axes", "conv-frames", "attention-cross", "attention-same-width", "bilinear",
 ]  # fmt: skip
 
 
