@@ -180,12 +180,24 @@ def test_large_output_factors_are_diagonal(name):
 # -- several calls of one convolution
 
 
+class Poison(torch.autograd.Function):
+    """The identity, with NaN for a gradient."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, g):
+        return g * float("nan")
+
+
 class Several(nn.Module):
     """One convolution of an image, of smaller ones and of one as large; ``frames``: of several images a sample, too."""
 
     def __init__(self, conv, sizes, frames=1):
         super().__init__()
-        self.conv, self.sizes, self.frames = conv, sizes, frames
+        self.conv, self.sizes, self.frames, self.poisoned = conv, sizes, frames, None
         self.head = nn.Linear(conv.out_channels, C)
 
     def forward(self, x):
@@ -193,7 +205,8 @@ class Several(nn.Module):
         images = [F.interpolate(x, size) for size in self.sizes]
         if self.frames > 1:
             images[0] = torch.stack([images[0] * (k + 1) for k in range(self.frames)], 1).flatten(0, 1)
-        outs = [self.conv(image).tanh().flatten(2).mean(2) for image in images]
+        outs = [self.conv(image) for image in images]
+        outs = [(Poison.apply(out) if k == self.poisoned else out).tanh().flatten(2).mean(2) for k, out in enumerate(outs)]
         return self.head(sum(out.unflatten(0, (len(x), -1)).mean(1) for out in outs))
 
 
@@ -230,6 +243,22 @@ def test_positions_of_all_calls_are_pooled(name, sharing):
         found = K.factors(**DOUBLE)["conv"]
         found = found if groups > 1 else tuple(factor.unsqueeze(0) for factor in found)
         assert close(found[0], A) and close(found[1], B)
+
+
+@pytest.mark.parametrize("poisoned", [0, 1])
+@pytest.mark.parametrize("name", ["two-sizes", "one-size", "transposed"])
+def test_a_batch_of_which_one_call_is_not_finite_adds_nothing_to_a_factor(name, poisoned):
+    model, x, y = several(name)
+    B = measure(model, [(x, y)]).factors(**DOUBLE)["conv"][1]
+
+    def batches():
+        yield x, y
+        model.poisoned = poisoned
+        yield x, y
+
+    with pytest.raises(ff.NonFiniteError) as error:
+        measure(model, batches())
+    assert torch.equal(error.value.fisher.factors(**DOUBLE)["conv"][1], B)
 
 
 # -- both

@@ -220,6 +220,39 @@ def test_the_plan_has_a_row_for_each_part():
     assert one.total_bytes == two.total_bytes and one.flops == two.flops
 
 
+class Mixed(nn.Module):
+    """Tables and kernels, two of each: ``packed`` in one tensor."""
+
+    def __init__(self, packed):
+        super().__init__()
+        torch.manual_seed(5)
+        tables, kernels = torch.randn(7 + 5, E), torch.randn(3 + 2, E, 2)
+        self.packed, self.head = packed, nn.Linear(5, C)
+        self.tables, self.kernels = (
+            nn.Parameter(whole) if packed else nn.ParameterList(part.clone() for part in whole.split(sizes))
+            for whole, sizes in ((tables, (7, 5)), (kernels, (3, 2)))
+        )
+
+    def forward(self, ids):
+        """[N, T, C]."""
+        (a, b), (k, m) = (self.tables.split((7, 5)), self.kernels.split((3, 2))) if self.packed else (self.tables, self.kernels)
+        h = (F.embedding(ids, a) + F.embedding(ids % 5, b)).mT
+        return self.head(torch.cat([F.conv1d(h, k, padding=1), F.conv1d(h.tanh(), m, padding=1)], 1)[..., 1:].mT.tanh())
+
+
+@pytest.mark.parametrize("structure", ["kfac", "ekfac"])
+def test_tables_and_kernels_have_parts_too(structure):
+    batch = torch.randint(0, 7, (N, T)), torch.randint(0, C, (N, T))
+    one, two = (measured(Mixed(packed).double(), [batch], structure) for packed in (True, False))
+    assert len(one.blocks) == len(two.blocks) == 5
+    assert "1 part of " in one.coverage["tables"] and "1 part of " in one.coverage["kernels"]
+    a = one.diagonal(**DOUBLE)
+    b = two.diagonal(**DOUBLE)
+    for name in ("tables", "kernels"):
+        assert close(a[name], torch.cat([b[f"{name}.{k}"] for k in range(2)]))
+    assert one.logdet(0.1) == pytest.approx(two.logdet(0.1), rel=1e-10)
+
+
 # -- stacks, whose entries the data choose
 
 

@@ -67,7 +67,7 @@ class Place:
         matrix = matrix.mT if self.transposed else matrix
         if self.bias is None:
             return matrix
-        return torch.cat([matrix, self.bias_part.of(tensors[self.bias]).view(self.groups, -1, 1)], 2)
+        return torch.cat([matrix, self.bias_part.of(tensors[self.bias]).reshape(self.groups, -1, 1)], 2)
 
     def write(self, matrix: Tensor, tensors: Mapping[str, Tensor]) -> None:
         """The inverse of ``matrix``: put it where it belongs in a vector by names."""
@@ -78,7 +78,7 @@ class Place:
 
     @classmethod
     def from_state(cls, fields: list[Any]) -> Self:
-        """The place of these values, in order."""
+        """The place of these values, in order; the parts are the last ones, which older files do not have."""
         return cls(*fields[:7], *map(Entries, fields[7:]))
 
 

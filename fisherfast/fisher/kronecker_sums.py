@@ -136,17 +136,22 @@ class KroneckerSums(WeightSums):
     def _add_images(
         self, form: Convolution, rows: Rows, scale: float, weight: Tensor | None, A: Tensor | None, B: Tensor
     ) -> None:
-        """Patches of the one side at every pixel of the other; a transposed convolution makes patches of its inputs' pixels."""
+        """Patches of one side at every pixel of the other: of the inputs, or of the gradients where it is transposed."""
+        inputs, gradients = self._add_patches, self._add_pixels
+        if form.transposed:
+            inputs, gradients = gradients, inputs
+        assert rows.x is not None
+        if rows.uses:  # what a later use brings must be known before an earlier one is added
+            of_x, of_g = (self.B, self.A) if form.transposed else (self.A, self.B)
+            of_x.flag |= ~torch.isfinite(rows.x).all()
+            of_g.flag |= ~torch.isfinite(rows.g).all()
         positions: Tensor | float = 0.0
         for use in rows.uses or (rows,):
             each = weight if weight is None or use.offsets is None else weight.repeat_interleave(use.offsets.diff())
-            inputs, gradients = (
-                (self._add_pixels, self._add_patches) if form.transposed else (self._add_patches, self._add_pixels)
-            )
             if A is not None:
                 inputs(self.A, A, form, use, 1.0, each)
-                images = len(use.g) if each is None else each.sum(dtype=torch.float64)
-                positions = positions + images * math.prod(use.g.shape[2:])
+                count = len(use.g) if each is None else each.sum(dtype=torch.float64)
+                positions = positions + count * math.prod(use.g.shape[2:])
             gradients(self.B, B, form, use, scale, each)
         if A is not None:
             self.A.visited(positions)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -50,10 +50,15 @@ def of_weights(tracked: Mapping[str, Tracked], calls: Iterable[Call]) -> tuple[l
         for use in call.uses:
             uses[use.tracked.name].setdefault(use.window, []).append((call.index, use))
     units = [unit for name, one in tracked.items() if not one.fallback for unit in _units(one, uses[name])]
-    others = {unit.tracked.name for unit in units if not isinstance(unit.form, (MatMul, Lookup, Convolution))}
-    scales = {unit.tracked.name for unit in units if not isinstance(unit.form, Elementwise) or any(u.picks for u in unit.uses)}
-    weights = [unit for unit in units if unit.tracked.name not in others]
-    return weights, _joined(weights, [unit for unit in units if unit.tracked.name not in scales])
+    weights = _all_of(units, lambda unit: isinstance(unit.form, (MatMul, Lookup, Convolution)))
+    biases = _all_of(units, lambda unit: isinstance(unit.form, Elementwise) and not any(use.picks for use in unit.uses))
+    return weights, _joined(weights, biases)
+
+
+def _all_of(units: Sequence[Unit], kind: Callable[[Unit], bool]) -> list[Unit]:
+    """Those of parameters of which every unit is of this kind."""
+    others = {unit.tracked.name for unit in units if not kind(unit)}
+    return [unit for unit in units if unit.tracked.name not in others]
 
 
 def _units(tracked: Tracked, uses: Mapping[Window | None, Sequence[tuple[int, CallUse]]]) -> list[Unit]:

@@ -128,11 +128,17 @@ def tensors(source: Weights) -> dict[str, Tensor]:
 
 
 def _check_names(F: Fisher, model: Weights, weights: Mapping[str, Tensor]) -> tuple[str, ...]:
-    """The parameters F says it lacks, warned of; raise ValueError unless F and the model name the same others."""
+    """The parameters F says it lacks, warned of; raise ValueError unless F and the model have the same others, as large."""
     excluded = tuple(name for name, how in F.coverage.items() if how.startswith("missing"))
     if lacking := [name for name in F.names if name not in weights]:
         raise ValueError(f"information_in_weights: model must hold every parameter of F, lacks {lacking}")
     _check_floating("model", F, weights)
+    for name, shape in F.shapes.items():
+        if (entries := weights[name].numel()) != shape.numel():
+            raise ValueError(
+                f"information_in_weights: model must have the shapes F was measured on, got {entries} entries instead of "
+                f"{shape.numel()} in {name!r}"
+            )
     covered = {*F.names, *F.aliases, *excluded}
     # A frozen parameter asks for no Fisher; in a mapping there is no such mark, and everything counts.
     wanted = [name for name, tensor in weights.items() if tensor.requires_grad or not isinstance(model, nn.Module)]
@@ -167,12 +173,6 @@ def _blocks_by_layer(
     F: Fisher, summaries: Mapping[str, LayerSummary], weights: Mapping[str, Tensor], centers: Mapping[str, Tensor] | None
 ) -> Iterator[tuple[str, list[_Block]]]:
     """Each layer with its blocks, as soon as F has given the last of them: one layer's spectrum is in memory at a time."""
-    for summary in summaries.values():
-        if (entries := sum(weights[name].numel() for name in summary.parameters)) != summary.num_parameters:
-            raise ValueError(
-                f"information_in_weights: model must have the shapes F was measured on, got {entries} entries instead of "
-                f"{summary.num_parameters} in {list(summary.parameters)}"
-            )
     waiting = {layer: set(summary.parameters) for layer, summary in summaries.items()}
     numbers = {layer: summary.num_parameters for layer, summary in summaries.items()}
     blocks: dict[str, list[_Block]] = {layer: [] for layer in summaries}

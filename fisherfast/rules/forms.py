@@ -481,9 +481,11 @@ class Window:
         if not (shape and self.shape and size and _dense(self)) or self.start % each or size % each:
             return None
         first, count = self.start // each, size // each
-        if self.shape[0] == count:
-            return Entries(() if count == shape[0] else (first, first + count))
-        return Entries((first,)) if count == 1 and self.shape[0] == shape[1] else None
+        if count == 1 and len(self.shape) < len(shape) and self.shape[0] == shape[1]:
+            return Entries((first,))
+        if self.shape[0] != count:
+            return None
+        return ALL if count == shape[0] else Entries((first, first + count))
 
     def end(self) -> int:
         """One past the last element."""
