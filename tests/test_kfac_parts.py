@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from safetensors import safe_open
 from test_kfac import close, hooked_factors, measure
+from test_shared_inputs import Batches
 from torch import nn
 
 import fisherfast as ff
@@ -251,6 +252,65 @@ def test_tables_and_kernels_have_parts_too(structure):
     for name in ("tables", "kernels"):
         assert close(a[name], torch.cat([b[f"{name}.{k}"] for k in range(2)]))
     assert one.logdet(0.1) == pytest.approx(two.logdet(0.1), rel=1e-10)
+
+
+class Branches(nn.Module):
+    """Three parts of one weight that see one tensor, or copies of it; one may be left out."""
+
+    def __init__(self, copies):
+        super().__init__()
+        torch.manual_seed(5)
+        self.w, self.b, self.head, self.copies = (
+            nn.Parameter(torch.randn(6, 3)),
+            nn.Parameter(torch.randn(6)),
+            nn.Linear(2, C),
+            copies,
+        )
+        self.left_out = None
+
+    def forward(self, x):
+        """[N, T, C]."""
+        ways = zip("qkv", self.w.chunk(3), self.b.chunk(3), strict=True)
+        return self.head(sum(F.linear(x + 0 if self.copies else x, w, b).tanh() for n, w, b in ways if n != self.left_out))
+
+
+@pytest.mark.parametrize("structure", ["kfac", "ekfac", "reduce"])
+@pytest.mark.parametrize("left_out", ["q", "k", None])
+def test_parts_that_share_their_inputs_are_those_that_do_not(left_out, structure):
+    x, y = torch.randn(6, 5, 3).double(), torch.randint(0, C, (6, 5))
+    results = []
+    for copies in (False, True):
+        model = Branches(copies).double()
+        results.append(measured(model, Batches(model, left_out, x, y), structure))
+    shared, apart = results
+    leaders = {block.place.name: block.place.input_of for block in shared.blocks}
+    followers = {"w[2:4]", "w[4:6]"} if left_out is None or structure == "ekfac" else set()
+    assert {name for name, leader in leaders.items() if leader == "w[0:2]"} == followers
+    v = torch.randn(shared.num_parameters).double()
+    assert close(shared @ v, apart @ v) and close(shared.solve(v, 0.1), apart.solve(v, 0.1), 1e-9)
+
+
+class OneBias(nn.Module):
+    """Two layers whose biases are in one tensor; ``added``: one of them is added beside its layer."""
+
+    def __init__(self, added):
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(E, 3, bias=False), nn.Linear(E, 2, bias=False), nn.Linear(5, C)
+        self.b, self.added = nn.Parameter(torch.randn(5)), added
+
+    def forward(self, x):
+        """[N, T, C]."""
+        second = F.linear(x, self.second.weight) + self.b[3:] if self.added else F.linear(x, self.second.weight, self.b[3:])
+        return self.head(torch.cat([F.linear(x, self.first.weight, self.b[:3]), second], -1).tanh())
+
+
+@pytest.mark.parametrize("added", [False, True])
+def test_a_bias_joins_the_weights_of_one_layer_with_all_its_parts_or_none(added):
+    model, x, y = OneBias(added).double(), torch.randn(N, T, E).double(), torch.randint(0, C, (N, T))
+    fisher, trace = measure(model, [(x, y)]), measure(model, [(x, y)], structure="diagonal").trace()
+    assert "exact [5, 5]" in fisher.coverage["b"] and fisher.factors()["first"][0].shape == (E, E)
+    assert measure(model, [(x, y)], structure="ekfac").trace() == pytest.approx(trace, rel=1e-12)
+    assert ff.information_in_weights(fisher, model, prior_scale="fit", beta=0.1).parameters == fisher.num_parameters
 
 
 # -- stacks, whose entries the data choose
