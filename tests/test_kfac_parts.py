@@ -284,7 +284,7 @@ def test_parts_that_share_their_inputs_are_those_that_do_not(left_out, structure
         results.append(measured(model, Batches(model, left_out, x, y), structure))
     shared, apart = results
     leaders = {block.place.name: block.place.input_of for block in shared.blocks}
-    followers = {"w[2:4]", "w[4:6]"} if left_out is None or structure == "ekfac" else set()
+    followers = {"w[2:4]", "w[4:6]"} if left_out is None else set()
     assert {name for name, leader in leaders.items() if leader == "w[0:2]"} == followers
     v = torch.randn(shared.num_parameters).double()
     assert close(shared @ v, apart @ v) and close(shared.solve(v, 0.1), apart.solve(v, 0.1), 1e-9)
