@@ -51,17 +51,14 @@ def rows_of_calls(model, layer, x, y):
 
 
 def factors_of(rows, groups, sharing):
-    """A and B, ``[G, ., .]``, of the calls' rows; a bias's column belongs to every group, and there is one group then."""
+    """A and B, ``[G, ., .]``, of the rows of all calls."""
+    n, positions = len(rows[0][0]), sum(x.shape[1] for x, _ in rows)
     if sharing == "reduce":
-        positions = sum(x.shape[1] for x, _ in rows)
-        n = len(rows[0][0])
-        x, g = sum(x.sum(1) for x, _ in rows) / positions, sum(g.sum(1) for _, g in rows)
-        count = n
+        x, g, count = sum(x.sum(1) for x, _ in rows) / positions, sum(g.sum(1) for _, g in rows), n
     else:
-        n = len(rows[0][0])
         x, g = (torch.cat([pair[side].flatten(0, 1) for pair in rows]) for side in (0, 1))
-        count = len(x)
-    x, g = (t.unflatten(1, (groups, -1)).movedim(1, 0) for t in (x, g))
+        count = n * positions
+    x, g = (t.unflatten(1, (groups, -1)).movedim(1, 0) for t in (x, g))  # a bias has a column only where there is one group
     return x.mT @ x / count, g.mT @ g / n
 
 

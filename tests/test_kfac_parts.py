@@ -381,6 +381,22 @@ def test_experts_that_the_first_batch_does_not_ask_have_blocks(joined, structure
     assert structure == "ekfac" or torch.equal((one + whole).diagonal()["w"][2], torch.zeros(C, E))
 
 
+@pytest.mark.parametrize("joined", [True, False])
+def test_a_run_goes_on_from_a_checkpoint(joined, tmp_path):
+    stack, _, x, y = experts(joined)
+
+    def broken():
+        yield x[:2], y[:2]
+        raise OSError
+
+    with pytest.raises(OSError):
+        measure(stack, broken(), checkpoint=tmp_path / "c")
+    batches = [(x[:2], y[:2]), (x[2:], y[2:])]
+    resumed, whole = measure(stack, batches, checkpoint=tmp_path / "c"), measure(stack, batches)
+    v = torch.randn(whole.num_parameters).double()
+    assert close(resumed @ v, whole @ v) and resumed.num_samples == N
+
+
 class Rows(nn.Module):
     """Uses rows of a weight, which ones may change."""
 
