@@ -28,9 +28,10 @@ from fisherfast.rules import ALL, Form, Rows
 
 @dataclass(frozen=True)
 class Row:
-    """Parameters, or parts of packed ones, that have their sums in common: ``way`` is the op, or ``"vmap: why"``, ``"missing: why"``; ``holds`` what is kept.
+    """Parameters, or parts of packed ones, that have their sums in common.
 
-    ``bytes`` are those of the sums, ``flops`` those of a batch beside its forward and backward passes.
+    ``way`` is the op, or ``"vmap: why"``, ``"missing: why"``; ``holds`` what is kept. ``bytes`` are those of the sums, ``flops``
+    those of a batch beside its forward and backward passes.
     """
 
     names: tuple[str, ...]

@@ -44,7 +44,7 @@ def apart(form: Form) -> tuple[Form, Window | None]:
 
 
 def of_weights(tracked: Mapping[str, Tracked], calls: Iterable[Call]) -> tuple[list[Unit], dict[str, Unit]]:
-    """The units that multiply, are looked up or are slid over images, in the model's order, and by their names the biases that join them."""
+    """The units that multiply, are looked up or slid over images, in the model's order; by their names, the biases that join them."""
     uses: defaultdict[str, dict[Window | None, list[tuple[int, CallUse]]]] = defaultdict(dict)
     for call in calls:
         for use in call.uses:
