@@ -26,7 +26,7 @@ from fisherfast.fisher.norms import SampleNorms
 from fisherfast.fisher.protocol import layer_of
 from fisherfast.fisher.spread import Spread
 from fisherfast.passes import Collector, Cost, Samples, in_parts
-from fisherfast.rules import Form, Rows
+from fisherfast.rules import Form, Rows, Window
 
 
 class Structure(Protocol):
@@ -313,14 +313,14 @@ class Engine:
         else:
             self._counted(name, *_weights(weight, n))
 
-    def expect(self, tracked: Tracked, parts: int) -> None:
+    def expect(self, tracked: Tracked, windows: set[Window | None]) -> None:
         """See ``passes.Collector``."""
-        if parts == 0:
-            self.touch(tracked)
-        elif parts > 1:
+        if not windows:
+            self._touched[tracked.name] = None
+        elif len(windows) > 1:
             self._in_parts.add(tracked.name)
 
-    def touch(self, tracked: Tracked) -> None:
+    def touch(self, tracked: Tracked, window: Window | None) -> None:
         """See ``passes.Collector``."""
         self._touched[tracked.name] = None
 

@@ -118,7 +118,7 @@ class EigenBlock:
         """Tensors and plain values."""
         tensors, fields = self.kronecker.state()
         own = {"U": None if self.kronecker.leader else self.U, "V": self.V, "values": self.values.sum}
-        named = {f"{self.place.weight}.{name}": tensor.contiguous() for name, tensor in own.items() if tensor is not None}
+        named = {f"{self.place.name}.{name}": tensor.contiguous() for name, tensor in own.items() if tensor is not None}
         return tensors | named, [*fields, self.values.weight]
 
     @classmethod
@@ -127,10 +127,10 @@ class EigenBlock:
         *of_basis, weight = fields
         before = {name: block for name, block in made.items() if isinstance(block, EigenBlock)}
         kronecker = KroneckerBlock.from_state(tensors, of_basis, {name: block.kronecker for name, block in before.items()})
-        U, V = (tensors.get(f"{kronecker.place.weight}.{name}") for name in "UV")
+        U, V = (tensors.get(f"{kronecker.place.name}.{name}") for name in "UV")
         if kronecker.place.input_of is not None:
             U = before[kronecker.place.input_of].U
-        return cls(kronecker, U, V, Accumulator(tensors[f"{kronecker.place.weight}.values"], weight))
+        return cls(kronecker, U, V, Accumulator(tensors[f"{kronecker.place.name}.values"], weight))
 
 
 def eigenbasis(factor: Tensor, rows: Tensor | None, dtype: torch.dtype) -> Tensor | None:

@@ -60,8 +60,7 @@ class Piece:
         """The piece whose ``state`` this is."""
         first, *form = fields
         lookup = {name.removeprefix("lookup."): t for name, t in tensors.items() if name.startswith("lookup.")}
-        own = {name: tensors.get(name) for name in ("x", "offsets")}
-        rows = Rows(g=tensors["g"], **own, lookup=Rows(lookup.get("x"), lookup["g"], lookup.get("offsets")) if lookup else None)
+        rows = _rows(tensors)._replace(lookup=_rows(lookup) if lookup else None)
         return cls(first, _formed(form), rows, tensors["root"])
 
 
@@ -75,6 +74,10 @@ def _tensors(rows: Rows) -> dict[str, Tensor]:
     mine = {"x": rows.x, "g": rows.g, "offsets": rows.offsets}
     more = {} if rows.lookup is None else {f"lookup.{name}": t for name, t in _tensors(rows.lookup).items()}
     return {name: t for name, t in mine.items() if t is not None} | more
+
+
+def _rows(tensors: Mapping[str, Tensor]) -> Rows:
+    return Rows(tensors.get("x"), tensors["g"], tensors.get("offsets"))
 
 
 def _plain(form: Form) -> list[Any]:
@@ -181,10 +184,10 @@ class GramCollector:
         finite = torch.stack([t.isfinite().all() for t in _tensors(rows).values()]).all()
         self._batch.append((name, Piece(self.num_rows + first, form, rows, (weight * scale).sqrt()), finite))
 
-    def expect(self, tracked: Tracked, parts: int) -> None:
+    def expect(self, tracked: Tracked, windows: set[Window | None]) -> None:
         """See ``passes.Collector``: nothing of a batch counts before all of it does."""
 
-    def touch(self, tracked: Tracked) -> None:
+    def touch(self, tracked: Tracked, window: Window | None) -> None:
         """See ``passes.Collector``: rows that nobody gives are zero."""
 
     def settle(self, complete: bool) -> list[str]:

@@ -19,7 +19,7 @@ from fisherfast.accumulator import Accumulator
 from fisherfast.capture import Capture, Tracked
 from fisherfast.fisher import serialize
 from fisherfast.fisher.block_collector import BlockCollector
-from fisherfast.fisher.block_fisher import BlockFisher
+from fisherfast.fisher.block_fisher import BlockFisher, described
 from fisherfast.fisher.counts import Counts
 from fisherfast.fisher.eigen_sums import EigenCollector
 from fisherfast.fisher.exact import ExactBlock
@@ -64,10 +64,8 @@ class KFAC:
     def result(self, source: KroneckerCollector, counts: Counts) -> KFACFisher:
         """See ``collectors.Structure``."""
         blocks, diagonals = source.snapshot()
-        how: dict[str, str] = {}
-        for block in blocks:
-            way = block.place.op if isinstance(block, KroneckerBlock) else counts.coverage.ways[block.place.weight]
-            how |= dict.fromkeys(block.place.names, f"{way}: {block.describe()}")
+        ways = counts.coverage.ways
+        how = described({b: b.place.op if isinstance(b, KroneckerBlock) else ways[b.place.weight] for b in blocks})
         return KFACFisher(blocks, diagonals, counts.saying("diagonal", how), source.shapes)
 
     def restore(self, source: KroneckerCollector, before: KFACFisher) -> None:
@@ -83,11 +81,11 @@ class KroneckerCollector(BlockCollector):
         self._asked = asked
         self._second = EigenCollector(capture, {}, transactional, asked.max_exact_dim) if asked.keep_rows else None
 
-    def new_block(self, place: Place, form: Form, tracked: Tracked, made: Mapping[str, Any]) -> KroneckerSums:
+    def new_block(self, place: Place, form: Form, weight: Tensor, made: Mapping[str, Any]) -> KroneckerSums:
         """See ``BlockCollector``."""
         kind = ReducedSums if self._asked.sharing == "reduce" else KroneckerSums
         leader = None if place.input_of is None else made[place.input_of]
-        return kind(place, form, tracked, self._asked.max_factor_dim, self._asked.keep_rows, leader)
+        return kind(place, form, weight, self._asked.max_factor_dim, self._asked.keep_rows, leader)
 
     def holds(self, passes: int) -> list[Held]:
         """See ``BlockCollector``; with the rows kept, of EKFAC's pass over the data, which comes next, as well."""

@@ -20,7 +20,7 @@ _MEMINFO = Path("/proc/meminfo")
 
 @dataclass(frozen=True)
 class Held:
-    """What a collector keeps for the parameters ``names``, which have their sums in common.
+    """What a collector keeps for the parameters ``names``, or parts of them, which have their sums in common.
 
     ``holds``: what it is, in words. ``bytes``: of the sums at the end of a run. ``peaks``: of what is allocated, the result
     included, at the end of each pass over the data. ``way``: the op, where it is not that of the squares. ``smaller``: how

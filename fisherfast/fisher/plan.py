@@ -20,17 +20,19 @@ from fisherfast.fisher.collectors import Structure
 from fisherfast.fisher.labelling import Labelling
 from fisherfast.fisher.measure import Measurement, factors_first, needs_basis, requests
 from fisherfast.fisher.memory import Held, in_words
+from fisherfast.fisher.units import apart
 from fisherfast.layout import PROBED
 from fisherfast.likelihood import Likelihood, Predictions
 from fisherfast.passes import Collector, Cost, Pass, Passes, Samples, one_position
-from fisherfast.rules import Elementwise, Form, Rows
+from fisherfast.rules import ALL, Elementwise, Form, Rows
 
 
 @dataclass(frozen=True)
 class Row:
-    """Parameters that have their sums in common: ``way`` is the op, or ``"vmap: why"``, ``"missing: why"``; ``holds`` what is kept.
+    """Parameters, or parts of packed ones, that have their sums in common.
 
-    ``bytes`` are those of the sums, and of rows that are kept; ``flops`` those of a batch beside its forward and backward passes.
+    ``way`` is the op, or ``"vmap: why"``, ``"missing: why"``; ``holds`` what is kept. ``bytes`` are those of the sums, and of rows
+    that are kept; ``flops`` those of a batch beside its forward and backward passes.
     """
 
     names: tuple[str, ...]
@@ -268,10 +270,14 @@ class _Ledger(Passes):
 
     def _hand_over(self, tracked: Tracked, form: Form, rows: Rows, scale: float, number: int) -> None:
         more = 0 if self._folds and one_position(rows) else self._more
+        _, window = apart(form)
+        entries = None if window is None else window.entries(tracked.parameter.shape)
+        names = {tracked.name, (entries or ALL).named(tracked.name)}  # what is held may be of the part alone
         many = _of_samples(rows, self._N)
         for collector, mine in zip(self._asked, self.costs, strict=True):
             first, later = (collector.cost(tracked, form, many, number) for number in (0, 1))
-            mine[tracked.name] += first + later.times(more)
+            for name in names:
+                mine[name] += first + later.times(more)
 
     def note_loop(self, tracked: Tracked) -> None:
         """The same of a parameter whose sample gradients come whole."""
