@@ -116,11 +116,14 @@ class Batch:
         weight = None if self.weight is None else self.weight[start:stop]
         return Batch(inputs, part("labels", self.targets), None, stop - start, weight, mine)
 
+    def tensors(self) -> list[Tensor]:
+        """All that it holds."""
+        inputs = self.inputs.values() if isinstance(self.inputs, dict) else self.inputs
+        return [t for t in (*inputs, self.targets, self.weight, self.offsets) if isinstance(t, Tensor)]
+
     def fingerprint(self) -> int:
         """A number that another batch, or the same samples in another order, has with no more than chance 2**-60."""
-        inputs = self.inputs.values() if isinstance(self.inputs, dict) else self.inputs
-        tensors = [t for t in (*inputs, self.targets, self.weight, self.offsets) if isinstance(t, Tensor)]
-        return hash(tuple((tuple(t.shape), t.dtype, _digest(t)) for t in tensors))
+        return hash(tuple((tuple(t.shape), t.dtype, _digest(t)) for t in self.tensors()))
 
     def unpacked(self, output: Tensor, ignore_index: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Output, targets and mask with the sample axis first: packed samples are spread to ``[N, L, ...]``, L the longest."""

@@ -95,6 +95,9 @@ _DRAWS = typer.Option(min=1, help="labels drawn per sample, with mc")
 _SEED = typer.Option(help="of the drawn labels")
 _OUT = typer.Option(file_okay=False, help="folder for the page, the plot, the numbers and the Fisher")
 _DEVICE = typer.Option(show_default="where the network is", help="cpu, cuda, cuda:1")
+_NUM_SAMPLES = typer.Option(
+    min=1, show_default="those of a batch", help="of all data, for gram, which keeps what it knows of each"
+)
 _ROUNDS = typer.Option(min=0, help=f"timed runs against plain forward+backward, over the first {_TIMED_BATCHES} batches; 0: none")
 
 
@@ -151,6 +154,7 @@ def plan(
     structure: Annotated[Structure, _STRUCTURE] = Structure.diagonal,
     likelihood: Annotated[Likelihood, _LIKELIHOOD] = Likelihood.categorical,
     draws: Annotated[int, _DRAWS] = 1,
+    num_samples: Annotated[int | None, _NUM_SAMPLES] = None,
     device: Annotated[str | None, _DEVICE] = None,
 ) -> None:
     """What measuring a network will take, in memory and work, from a few samples of its first batch; fails if it does not fit."""
@@ -159,7 +163,9 @@ def plan(
     if batch is None:
         raise typer.BadParameter(f"{data} must yield at least one batch, got none", param_hint="--data")
     with _kept():
-        found = ff.plan(network, batch, structure.value, fisher_type.value, likelihood.resolve(), draws=draws)
+        found = ff.plan(
+            network, batch, structure.value, fisher_type.value, likelihood.resolve(), draws=draws, num_samples=num_samples
+        )
     Console().print(found.table())
     if found.problem is not None:
         typer.echo(f"Error: {found.problem}", err=True)

@@ -45,6 +45,26 @@ class Samples:
     exists: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class Cost:
+    """What rows of one pass take: FLOPs (products of matrices counted to the last one, the rest roughly), and bytes beside the sums.
+
+    ``kept``: of what is there for good, with every batch more. ``scratch``: of what is needed meanwhile.
+    """
+
+    flops: int = 0
+    kept: int = 0
+    scratch: int = 0
+
+    def __add__(self, other: Cost) -> Cost:
+        """Of both, one after the other."""
+        return Cost(self.flops + other.flops, self.kept + other.kept, max(self.scratch, other.scratch))
+
+    def times(self, count: int) -> Cost:
+        """Of so many such rows, one after the other."""
+        return Cost(count * self.flops, count * self.kept, self.scratch if count else 0)
+
+
 class Collector(Protocol):
     """What a Fisher structure does with the rows of a batch. One batch is ``begin``, any adds, ``settle``.
 
@@ -70,17 +90,17 @@ class Collector(Protocol):
     def add_gradients(self, tracked: Tracked, gradients: Tensor, first: int, scale: float, number: int) -> None:
         """Take whole sample gradients ``[n, *parameter]`` of samples ``first, ..., first + n - 1``, from the fallback."""
 
-    def expect(self, tracked: Tracked, parts: int) -> None:
-        """Before the passes of a batch: in how many parts a parameter's rows will come; 0 if it is not used, and adds nothing."""
+    def expect(self, tracked: Tracked, windows: set[Window | None]) -> None:
+        """Before the passes of a batch: the parts in which a parameter's rows will come; none if it is not used, and adds nothing."""
 
-    def touch(self, tracked: Tracked) -> None:
-        """Note that the gradient of this parameter is zero in a pass."""
+    def touch(self, tracked: Tracked, window: Window | None) -> None:
+        """Note that the gradient of this part of a parameter is zero in a pass."""
 
     def settle(self, complete: bool) -> list[str]:
         """End the batch: weights for what was added. Returns the parameters that met non-finite rows (not added)."""
 
-    def flops(self, tracked: Tracked, form: Form, rows: Rows, number: int) -> int:
-        """What ``add`` of these rows takes; products of matrices are counted to the last one, the rest roughly."""
+    def cost(self, tracked: Tracked, form: Form, rows: Rows, number: int) -> Cost:
+        """What ``add`` of these rows takes, told by their shapes alone."""
 
 
 @dataclass(frozen=True)
@@ -223,11 +243,13 @@ class Passes:
             for use in call.uses:
                 if use.tracked.fallback is None:
                     groups[use.key[:2]].append(use)
-        parts = Counter(name for name, _ in groups)
+        windows: defaultdict[str, set[Window | None]] = defaultdict(set)
+        for name, window in groups:
+            windows[name].add(window)
         for name, tracked in self.capture.tracked.items():
             if tracked.fallback is None:
                 for collector in self.collectors:
-                    collector.expect(tracked, parts[name])
+                    collector.expect(tracked, windows[name])
         batch = _Batch(root, groups, self._unlocated(groups, root.shape[0]), count > 1 and not self._separate)
         for number, one in enumerate(passes):
             self._run_one(batch, one, number, keep or number + 1 < count)
@@ -326,7 +348,7 @@ class Passes:
         tracked = batch.groups[group][0].tracked
         if not uses:
             for collector in self.collectors:
-                collector.touch(tracked)
+                collector.touch(tracked, group[1])
         elif batch.folds and len(batch.groups[group]) == 1 and one_position(uses[0][1]):
             form, rows = uses[0]
             batch.folded.setdefault(group, _Folded(form, rows.x)).add(rows.g, scale)

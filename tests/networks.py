@@ -420,6 +420,13 @@ COVERED |= {
         ),
         sequences,
     ),
+    "chunks-of-one-scale": (
+        lambda: Wrapped(
+            lambda m, x: m.head(torch.cat([h * s for h, s in zip(m.first(x).chunk(2, -1), m.s.chunk(2), strict=True)], -1).tanh()),
+            first=nn.Linear(I, D), s=parameter(D), head=nn.Linear(D, C),
+        ),
+        sequences,
+    ),
     "columns-of-one-weight": (
         lambda: Wrapped(lambda m, x: m.head(F.linear(x[..., 1:], m.w[:, 1:])), w=parameter(D, I), head=nn.Linear(D, C)),
         sequences,

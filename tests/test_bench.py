@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+import fisherfast as ff
+
 PATH = Path(__file__).parents[1] / "bench" / "page.py"
 
 
@@ -162,6 +164,33 @@ def test_performance_page_says_what_ours_is_meant_to_take(page, run):
     assert "| **ours** | 0.1 | 0.85 | 0.90 |" in text and "| theirs | 1.2.3 | - | 0.80 |" in text
     assert "| other | - | - | - | - | - | - |" in text
     assert "- toy, diagonal: ours is meant to take 0.85 plain steps and takes 0.90." in text.partition("Where we lose")[2]
+
+
+def test_performance_page_says_what_memory_ours_is_allowed(page, run, monkeypatch):
+    monkeypatch.setattr(
+        page.limits, "memory", lambda case, quantity: 26 * 2**20 if (case, quantity) == ("toy", "diagonal") else None
+    )
+    run["models"].append(model("ours, smaller", "fisherfast", 0.95, 26))
+    text = page.section(run, "run.json")
+    assert "| MiB above plain | MiB allowed |" in text and "| other | - | - | - | - | - | - |" in text
+    assert "| 30.0 | 27 | 26, missed |" in text and "| 30.0 | 26 | 26, met |" in text and "| 30.0 | 5 | - |" in text
+    losses = text.partition("Where we lose")[2]
+    assert "- toy, diagonal: ours is allowed 26 MiB above plain and takes 27." in losses and "smaller is allowed" not in losses
+
+
+def test_memory_allowed_is_counted_by_hand(page):
+    weights, allowance = ((784, 1024), (1024, 1024), (1024, 10)), 64 * 2**20
+    assert page.limits.memory("mlp", "diagonal") == allowance + 4 * sum((I + 1) * O for I, O in weights)
+    factors = 4 * sum((I + 1) ** 2 + O**2 for I, O in weights)
+    assert page.limits.memory("mlp", "kfac") == allowance + factors
+    assert page.limits.memory("mlp", "ekfac correction") == allowance + factors + 12 * 1025**2
+    assert page.limits.memory("mlp", "norms") is page.limits.memory("toy", "kfac") is None
+
+
+def test_memory_allowed_is_for_what_a_plan_says(page):
+    model, x, y = page.limits.models.CASES["decoder"].build(clear=False)
+    planned = ff.plan(model, (x[:2], y[:2]), "kfac", "empirical").total_bytes  # 8 bytes a number
+    assert page.limits.memory("decoder", "kfac") == page.limits.ALLOWANCE + planned // 2
 
 
 def test_performance_page_of_a_convolution(page, run):

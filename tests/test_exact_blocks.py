@@ -57,7 +57,7 @@ OTHERS = list(other_networks())
 
 
 def test_there_are_many_kinds_of_them():
-    assert len(OTHERS) > 30 and {"layer-norm", "chunks-of-one-weight", "overlapping-parts"} < set(OTHERS)
+    assert len(OTHERS) > 25 and {"layer-norm", "chunks-of-one-scale", "overlapping-parts"} < set(OTHERS)
 
 
 @pytest.mark.parametrize("structure", ["kfac", "ekfac"])

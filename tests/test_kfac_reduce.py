@@ -12,7 +12,6 @@ from test_kfac import Tagger, close, cnn, dense_blocks, measure, mlp
 from torch import nn
 
 import fisherfast as ff
-from fisherfast.fisher.reduced_sums import patch_sums
 from fisherfast.rules import Convolution, Rows
 
 REDUCE = (ff.KFAC(sharing="reduce"),)
@@ -149,7 +148,7 @@ def test_patch_sums_are_those_of_unfolded_images(data, axes):
     weight = torch.eye(3 * torch.Size(K).numel()).double().view(-1, 3, *K)
     patches = (F.conv1d, F.conv2d, F.conv3d)[axes - 1](x, weight, None, stride, padding, dilation)
     form = Convolution(stride, padding, dilation)
-    assert close(patch_sums(form, Rows(x, patches), K), patches.flatten(2).sum(2))
+    assert close(form.patch_sums(Rows(x, patches), K), patches.flatten(2).sum(2))
     assert torch.equal(form.patches(Rows(x, patches), K), patches.flatten(2).mT)
 
 

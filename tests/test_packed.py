@@ -60,6 +60,17 @@ def test_packed_transformer_equals_its_samples(fisher_type):
     assert not {way for way in found.coverage.ways.values() if way in ("loop", "vmap")}
 
 
+def test_a_plan_of_packed_samples_of_one_length_is_exact():
+    model, batch = Positions(), packed([5] * 11, "sample_offsets")
+    options = {"fisher_type": "empirical", "likelihood": ff.CausalLM()}
+    planned = ff.plan(model, batch, "gram", **options)
+    F = ff.fisher(model, [batch], "gram", progress=False, **options)
+    tensors = [t for pieces in F.pieces.values() for piece in pieces for t in piece.state()[0].values()]
+    assert planned.total_bytes == sum({t.data_ptr(): t.nbytes for t in tensors}.values())
+    few, many = (ff.plan(model, packed([5] * n, "sample_offsets"), **options).activation_bytes for n in (4, 11))
+    assert few * 11 == many * 4
+
+
 @pytest.mark.parametrize("fisher_type", ["empirical", "mc", "exact"])
 def test_own_key_is_not_passed_to_the_model(fisher_type):
     model, batches = Positions().double(), [packed([2, 1, 3], "sample_offsets"), packed([3, 1], "sample_offsets")]

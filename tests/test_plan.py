@@ -11,13 +11,16 @@ import pytest
 import torch
 from rich.console import Console
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from typer.testing import CliRunner
 
 import fisherfast as ff
 from fisherfast import cli
 from fisherfast.accumulator import RunningSum
+from fisherfast.capture import graph
 from fisherfast.fisher import memory
 from fisherfast.fisher.run import Run
+from fisherfast.passes import Passes
 
 STRUCTURES = ["diagonal", "kfac", "ekfac"]
 MANY = 227  # samples: no factor of the networks has seen fewer rows than a third of its columns
@@ -81,9 +84,12 @@ def measured(model, batch, structure, runs, **options):
 def test_bytes_are_those_of_a_run(name, structure, runs):
     build, data, *_ = EVERY[name]
     model, batch = build(), data(MANY)
-    planned = ff.plan(model, batch, structure)
-    assert planned.total_bytes == measured(model, batch, structure, runs)
-    assert sorted(n for row in planned.rows for n in row.names) == sorted(dict(model.named_parameters()).keys() - frozen(model))
+    planned, found = ff.plan(model, batch, structure), measured(model, batch, structure, runs)
+    unequal = (name, structure) == ("experts", "ekfac")  # a few rows alone may have chosen one of them, whose basis takes less
+    assert planned.total_bytes > found if unequal else planned.total_bytes == found
+    names = [n for row in planned.rows for n in row.names]
+    parameters = {name.partition("[")[0] for name in names}  # a packed one has a row for each part
+    assert parameters == dict(model.named_parameters()).keys() - frozen(model) and len(names) == len(set(names))
 
 
 def frozen(model):
@@ -143,12 +149,143 @@ def test_bytes_with_a_basis_that_is_given(runs):
     assert planned.readings == 1 and planned.total_bytes == measured(model, batch, asked, runs)
 
 
-@pytest.mark.parametrize(("I", "O"), [(6, 7), (11, 2)], ids=["second pass", "first pass"])
-def test_the_peak_of_two_passes(I, O):
-    planned = ff.plan(nn.Linear(I, O, bias=False), (torch.randn(7, I), torch.randint(O, (7,))), "ekfac")
-    factors, values = I * I + O * O, I * O
-    first, second = 16 * factors, (8 + 4) * factors + 16 * values  # sums and result; factors, eigenvectors, sums and result
-    assert planned.peak_bytes == max(first, second) and (first > second) == (O == 2)
+@pytest.mark.parametrize(("layers", "I", "O"), [(1, 6, 7), (9, 11, 2)], ids=["second pass", "first pass"])
+def test_the_peak_of_two_passes(layers, I, O):
+    heads = nn.ModuleList(nn.Linear(I, O, bias=False) for _ in range(layers))
+    heads.forward = lambda x: sum(head(x + k) for k, head in enumerate(heads))
+    planned = ff.plan(heads, (torch.randn(7, I), torch.randint(O, (7,))), "ekfac")
+    factors, values = layers * (I * I + O * O), layers * I * O
+    few = 4 * layers * sum((D // 3) * D for D in (I, O))  # rows kept as long as they are few; in the end joined in one tensor
+    eigh = 4 * 4 * max(I, O) ** 2  # of one factor in float32: the matrix, its eigenvectors, and twice that for LAPACK
+    first = 16 * factors + 2 * few  # sums and result
+    second = (8 + 4) * factors + 16 * values + eigh  # factors, eigenvectors, sums and result
+    assert planned.peak_bytes == max(first, second) and (first > second) == (layers == 9)
+
+
+# ---- rows, activations, scratch
+
+
+def kept_rows(fisher):
+    """Bytes of all that a GramFisher is made of."""
+    tensors = {t.data_ptr(): t for pieces in fisher.pieces.values() for piece in pieces for t in piece.state()[0].values()}
+    return sum(t.untyped_storage().nbytes() for t in tensors.values())
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_rows_are_those_of_a_run(name):
+    build, data, *_ = EVERY[name]
+    model, batch = build(), data(4)
+    F = ff.fisher(model, [batch], "gram", progress=False)
+    planned = ff.plan(model, batch, "gram")
+    assert planned.total_bytes == planned.peak_bytes == kept_rows(F)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("mlp-inplace-relu", {"fisher_type": "exact"}),
+        ("conv-groups-same", {"draws": 3}),
+        ("tied-embedding-and-head", {"draws": 3}),
+        ("relative-bias", {"fisher_type": "empirical"}),
+    ],
+)
+def test_rows_of_all_data_and_passes(name, options):
+    build, data, *_ = EVERY[name]
+    model = build()
+    F = ff.fisher(model, [data(11), data(6)], "gram", progress=False, **options)
+    assert ff.plan(model, data(11), "gram", num_samples=17, **options).total_bytes == kept_rows(F)
+
+
+def test_rows_of_sequences_are_counted_by_hand():
+    N, T, I, O = 3, 5, 2, 7
+    planned = ff.plan(nn.Linear(I, O), (torch.randn(N, T, I), torch.randint(O, (N, T))), "gram", num_samples=30)
+    # x and g, or the gradient where it is smaller; and for each row of G a root in float64
+    assert [row.bytes for row in planned.rows] == [30 * (4 * O * I + 8), 30 * (4 * O + 8)]
+
+
+def test_more_rows_than_gram_takes_are_refused():
+    model, batch = nn.Linear(3, 5), (torch.randn(7, 3), torch.randint(5, (7,)))
+    with pytest.raises(ValueError, match=r"at most max_rows = 20, got 24 \(2 a sample\)"):
+        ff.plan(model, batch, (ff.Gram(max_rows=20),), draws=2, num_samples=12)
+    with pytest.raises(ValueError, match="plan: num_samples must be >= 1, got 0"):
+        ff.plan(model, batch, "gram", num_samples=0)
+
+
+def saved_by_the_graph(model, batch):
+    """Bytes that the nodes of a batch's graph hold in a run, each memory once, beside the model and the batch: read off the nodes."""
+    found, given = {}, {t.data_ptr() for t in (*model.parameters(), *model.buffers(), *batch)}
+    begin = Passes.run
+
+    def reading(self, root, *more, **options):
+        tensors = [root]
+        for node in graph(root):
+            fields = [getattr(node, field) for field in dir(node) if field.startswith("_saved_")]
+            tensors += [t for t in (*fields, *getattr(node, "saved_tensors", ())) if isinstance(t, torch.Tensor)]
+            tensors += [t for several in fields if isinstance(several, tuple) for t in several if isinstance(t, torch.Tensor)]
+        found.update(
+            {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t.dim()}
+        )  # numbers are none
+        found["gradient"] = root.nbytes
+        return begin(self, root, *more, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Passes, "run", reading)
+        ff.fisher(model, [batch], progress=False)
+    return sum(size for place, size in found.items() if place not in given)
+
+
+BY_DATA = {"experts", "lstm-packed", "gru-packed"}  # rows that are chosen by what the data hold
+
+
+@pytest.mark.parametrize("name", sorted(EVERY.keys() - BY_DATA))
+def test_activations_are_what_the_graph_of_a_batch_holds(name):
+    build, data, *_ = EVERY[name]
+    model, batch = build(), data(13)
+    assert ff.plan(model, batch).activation_bytes == saved_by_the_graph(model, batch)
+
+
+def test_activations_are_counted_by_hand():
+    N, I, D, C = 40, 3, 11, 4
+    model = nn.Sequential(nn.Linear(I, D), nn.Tanh(), nn.Linear(D, C))
+    planned = ff.plan(model, (torch.randn(N, I), torch.randint(C, (N,))))
+    assert planned.activation_bytes == 4 * N * (
+        D + 2 * C
+    )  # of tanh its result, which the second layer's input is; logits and their gradient
+
+
+def test_checkpointed_layers_keep_their_inputs_only():
+    layers = nn.Sequential(*(nn.Sequential(nn.Linear(11, 11), nn.Tanh(), nn.Linear(11, 11), nn.Tanh()) for _ in range(3)))
+    batch = (torch.randn(20, 11), torch.randint(11, (20,)))
+    every = ff.plan(layers, batch).activation_bytes
+
+    def checkpointed(x):
+        for layer in layers:
+            x = checkpoint(layer, x, use_reentrant=False)
+        return x
+
+    layers.forward = checkpointed
+    assert (every, ff.plan(layers, batch).activation_bytes) == (4 * 20 * 11 * (6 + 1), 4 * 20 * 11 * (2 + 2))
+
+
+def test_scratch_is_what_a_chunk_is_turned_into(monkeypatch):
+    N, T, I, O = 30, 3, 7, 5
+    model, batch = nn.Linear(I, O, bias=False), (torch.randn(N, T, I), torch.randint(O, (N, T)))
+    eigen_sums = importlib.import_module("fisherfast.fisher.eigen_sums")
+    assert ff.plan(model, batch, "kfac").scratch_bytes == ff.plan(model, batch).scratch_bytes == 0
+    for order, of_sample in ((True, O * I), (False, T * (I + O))):
+        monkeypatch.setattr(eigen_sums.EigenSums, "_tiles_cost_less", lambda self, T, order=order: order)
+        monkeypatch.setattr(eigen_sums, "_CHUNK_BYTES", 2**25)
+        assert ff.plan(model, batch, "ekfac").scratch_bytes == 2 * 4 * N * of_sample
+        monkeypatch.setattr(eigen_sums, "_CHUNK_BYTES", 5 * 4 * of_sample)
+        assert ff.plan(model, batch, "ekfac").scratch_bytes == 2 * 4 * 5 * of_sample
+
+
+def test_norms_alone_take_one_tensor_for_squares_that_nobody_wants():
+    model = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2, bias=False))
+    asked = (ff.PerSampleNorm(),)
+    sequences = ff.plan(model, (torch.randn(6, 4, 3), torch.randint(2, (6, 4))), asked)
+    vectors = ff.plan(model, (torch.randn(6, 3), torch.randint(2, (6,))), asked)
+    assert (sequences.scratch_bytes, vectors.scratch_bytes) == (4 * 5 * 3, 4 * 5)  # by the norms of x and g, but for the bias
 
 
 # ---- work
@@ -248,13 +385,21 @@ def test_a_run_fits_exactly_what_the_plan_says(structure, free, allocated):
     build, data = networks.COVERED["class-token-and-table"]
     model, batch = build(), data(MANY)
     planned = ff.plan(model, batch, structure)
+    assert planned.needed_bytes == planned.peak_bytes + planned.activation_bytes + planned.scratch_bytes
+    free(planned.needed_bytes)
+    assert ff.plan(model, batch, structure).fits
+    free(planned.needed_bytes - 1)
+    crowded = ff.plan(model, batch, structure)
+    assert not crowded.fits and crowded.free_bytes == planned.needed_bytes - 1
+    of_batch = planned.activation_bytes + planned.scratch_bytes
+    assert crowded.problem.endswith(f", and {memory.in_words(of_batch)} for a batch beside them; take smaller batches")
     free(planned.peak_bytes - 1)
     refused = ff.plan(model, batch, structure)
-    assert planned.fits and not refused.fits and refused.free_bytes == planned.peak_bytes - 1
     with pytest.raises(MemoryError) as error:
         ff.fisher(model, [batch], structure=structure, progress=False)
-    assert str(error.value) == refused.problem and allocated == [] and not hasattr(error.value, "fisher")
-    free(planned.peak_bytes)
+    assert str(error.value) == refused.problem.replace(f", and {memory.in_words(of_batch)} for a batch beside them", "")
+    assert allocated == [] and not hasattr(error.value, "fisher")
+    free(planned.peak_bytes)  # when a run looks, its first batch is there
     ff.fisher(model, [batch], structure=structure, progress=False)
 
 
@@ -352,7 +497,7 @@ def test_free_memory_of_this_machine_and_of_devices_not_known(tmp_path, monkeypa
     room = memory.free_bytes(torch.device("cpu"))
     assert room is None or room > 2**20
     assert memory.free_bytes(torch.device("meta")) is None
-    assert memory.refusal([memory.Held(("w",), "", 2**80, (2**80,))], None, torch.device("meta")) is None
+    assert memory.refusal([memory.Held(("w",), "", 2**80, (2**80,))], 0, None, torch.device("meta")) is None
 
 
 def test_free_memory_is_within_the_container(tmp_path, monkeypatch):
@@ -411,6 +556,12 @@ def test_command_prints_the_table(tmp_path, monkeypatch):
     assert result.exit_code == 0, result.output
     for part in ("0.weight", "2.bias", "eigenvalues", "2 backward passes a batch, the data read twice", "fits"):
         assert part in result.output
+
+
+def test_command_counts_the_rows_of_all_data(tmp_path, monkeypatch):
+    result = command(tmp_path, monkeypatch, "planned_module_gram", "--structure", "gram", "--num-samples", "1024")
+    assert result.exit_code == 0, result.output
+    assert "36.00 KiB" in result.output  # of 0.bias: 7 numbers and a root for each sample
 
 
 def test_command_fails_where_it_does_not_fit(tmp_path, monkeypatch, free):

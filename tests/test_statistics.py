@@ -405,6 +405,15 @@ def test_files_give_everything_back(tmp_path):
     assert [type(r) for r in ff.load(tmp_path / "all")] == [type(r) for r in results]
 
 
+def test_norms_of_a_file_without_their_number_are_read():
+    model, x, y = problem("mlp-inplace-relu")
+    (norms,) = measure(model, [(x, y)], (ff.PerSampleNorm(by_layer=True),))
+    tensors, fields = norms.state()
+    before = {k: v for k, v in fields.items() if k not in ("num_samples", "aliases")}
+    again = type(norms).from_state(tensors, before)
+    assert again.num_samples == len(x) and again.state()[1] == fields
+
+
 def test_files_of_the_first_format_are_read(tmp_path):
     path = tmp_path / "old"
     model, x, y = problem("mlp-inplace-relu")

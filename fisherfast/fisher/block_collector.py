@@ -7,7 +7,7 @@ A structure of blocks gives the sums of a weight's block (``BlockSums``) and a `
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,21 +15,24 @@ import torch
 from torch import Tensor
 
 from fisherfast.accumulator import Accumulator
-from fisherfast.capture import Call, CallUse, Capture, Tracked
+from fisherfast.capture import Call, Capture, Tracked
+from fisherfast.fisher import units
 from fisherfast.fisher.block_sums import BlockSums, DiagonalSums, GradientSums, WeightSums
 from fisherfast.fisher.exact_sums import ExactSums
 from fisherfast.fisher.kronecker import Place
 from fisherfast.fisher.memory import Held
-from fisherfast.passes import Samples, in_parts
-from fisherfast.rules import Convolution, Elementwise, Form, Lookup, MatMul, Rows
+from fisherfast.fisher.units import Unit
+from fisherfast.passes import Cost, Samples, in_parts
+from fisherfast.rules import Convolution, Form, Lookup, MatMul, Rows, Window
 
 
 class BlockCollector:
     """The sums behind a structure of blocks; see ``passes.Collector`` for its protocol.
 
-    Which parameters have a block is decided when the first batch that counts begins: those that only multiply or are looked
-    up, always in one way, or are slid over images once. A bias that is added in exactly the calls of its weight joins the weight's
-    block. Of the others, those of ``max_exact_dim`` numbers at most have an exact block, the rest a diagonal.
+    Which parameters have a block is decided when the first batch that counts begins: those that only multiply, are looked up or
+    are slid over images, always in one way; a packed one has a block for each part (``units``). A bias that is added in exactly
+    the calls of its weight joins the weight's block. Of the others, those of ``max_exact_dim`` numbers at most have an exact
+    block, the rest a diagonal.
     """
 
     separate = True  # every pass has output gradients of its own
@@ -37,16 +40,17 @@ class BlockCollector:
     def __init__(self, capture: Capture, transactional: bool, max_exact_dim: int) -> None:
         self._tracked, self._max_exact_dim = capture.tracked, max_exact_dim
         self._transactional, self._staged, self._samples = transactional, False, Samples(0)
-        self._uses: dict[str, list[tuple[int, CallUse]]] = {}
-        self._calls: dict[int, list[CallUse]] = {}
+        self._calls: list[Call] = []
         self._sums: dict[str, BlockSums | DiagonalSums] = {}
+        self._parts: dict[str, dict[Window | None, str]] = {}  # of a weight, or a bias that joins one: each by its unit's name
+        self._followers: defaultdict[str, list[str]] = defaultdict(list)  # the weights that share another one's inputs
         self._in_parts: set[str] = set()
         self._weight_of: dict[str, str] = {}  # of a bias
         self._counted: dict[str, int] = {}  # numbers in g of a weight with a bias, in this pass
         self._before: tuple[list[Any], dict[str, Accumulator]] = ([], {})  # of a checkpoint
 
-    def new_block(self, place: Place, form: Form, tracked: Tracked, made: Mapping[str, Any]) -> BlockSums:
-        """The sums of the block of a weight that is used in this form; ``made`` are those of the parameters before it."""
+    def new_block(self, place: Place, form: Form, weight: Tensor, made: Mapping[str, Any]) -> BlockSums:
+        """The sums of the block of a weight that is used in this form; ``made`` are those before it, by name."""
         raise NotImplementedError
 
     @property
@@ -56,11 +60,7 @@ class BlockCollector:
 
     def explore(self, calls: list[Call]) -> None:
         """See ``passes.Collector``."""
-        uses: defaultdict[str, list[tuple[int, CallUse]]] = defaultdict(list)
-        for call in calls:
-            for use in call.uses:
-                uses[use.tracked.name].append((call.index, use))
-        self._uses, self._calls = dict(uses), {call.index: call.uses for call in calls}
+        self._calls = calls
         self._in_parts |= in_parts(calls)
 
     def forget(self, name: str) -> None:
@@ -72,10 +72,11 @@ class BlockCollector:
         staged = self._transactional or passes > 1
         return [sums.holds(staged or name in self._in_parts) for name, sums in self._sums.items()]
 
-    def flops(self, tracked: Tracked, form: Form, rows: Rows, number: int) -> int:
+    def cost(self, tracked: Tracked, form: Form, rows: Rows, number: int) -> Cost:
         """See ``passes.Collector``; a bias that joins its weight takes no more."""
-        sums = self._sums.get(tracked.name)
-        return 0 if sums is None else sums.flops(form, rows, number)
+        name, form = self._unit(tracked, form)
+        sums = self._sums.get(name)
+        return Cost() if sums is None else Cost(sums.flops(form, rows, number), scratch=sums.scratch(rows))
 
     def begin(self, samples: Samples) -> None:
         """See ``passes.Collector``."""
@@ -87,58 +88,42 @@ class BlockCollector:
     def _plan(self) -> None:
         if self._sums:
             return
-        multiply = {name: tracked for name, tracked in self._tracked.items() if self._multiplies(tracked)}
-        self._weight_of = {bias: name for name in multiply for bias in self._bias_of(name)}
-        bias_of = {weight: bias for bias, weight in self._weight_of.items()}
-        input_of = self._same_inputs(multiply, bias_of)
+        weights, bias_of = units.of_weights(self._tracked, self._calls)
+        self._weight_of = {bias.name: weight for weight, bias in bias_of.items()}
+        for unit in (*weights, *bias_of.values()):
+            self._parts.setdefault(unit.tracked.name, {})[unit.window] = unit.name
+        input_of = units.same_inputs(weights, bias_of)
+        for follower, leader in input_of.items():
+            self._followers[leader].append(follower)
+        by_parameter: defaultdict[str, list[Unit]] = defaultdict(list)
+        for unit in weights:
+            by_parameter[unit.tracked.name].append(unit)
         sums: dict[str, BlockSums | DiagonalSums] = {}
         for name, tracked in self._tracked.items():
-            if name in multiply:
-                form = self._uses[name][0][1].form
-                place = replace(_place(name, bias_of.get(name), form), input_of=input_of.get(name))
-                sums[name] = self.new_block(place, form, tracked, sums)
-            elif name not in self._weight_of:
+            for unit in by_parameter[name]:
+                place = _place(unit, bias_of.get(unit.name), input_of.get(unit.name))
+                sums[unit.name] = self.new_block(place, unit.form, unit.entries.of(tracked.parameter), sums)
+            if name not in self._parts:
                 small = tracked.parameter.numel() <= self._max_exact_dim
                 sums[name] = ExactSums(tracked) if small else DiagonalSums(tracked)
         self._sums = sums
 
-    def _multiplies(self, tracked: Tracked) -> bool:
-        forms = {use.form for _, use in self._uses.get(tracked.name, [])}
-        if tracked.fallback or len(forms) != 1:
-            return False
-        (form,) = forms
-        once = len(self._uses[tracked.name]) == 1  # images of several sizes are brought to one by positions that do not exist
-        return isinstance(form, (MatMul, Lookup)) or (isinstance(form, Convolution) and not form.transposed and once)
-
-    def _same_inputs(self, weights: Iterable[str], bias_of: Mapping[str, str]) -> dict[str, str]:
-        """Of a weight that multiplies what another one before it multiplies (queries, keys and values), that other one."""
-        first: dict[Any, str] = {}
-        shared = {}
-        for name in weights:
-            (_, use), *more = self._uses[name]
-            if isinstance(use.form, MatMul) and not more:
-                leader = first.setdefault((use.inputs, use.form.left, use.tracked.expand, name in bias_of), name)
-                if leader != name:
-                    shared[name] = leader
-        return shared
-
-    def _bias_of(self, weight: str) -> list[str]:
-        """The bias that is added wherever the weight is used, and nowhere else."""
-        calls = [index for index, _ in self._uses[weight]]
-        others = [use for use in self._calls[calls[0]] if use.tracked.name != weight]
-        return [
-            use.tracked.name
-            for use in others
-            if isinstance(use.form, Elementwise)
-            and not use.picks
-            and (use.tracked.fallback, use.tracked.expand) == (None, self._tracked[weight].expand)
-            and [index for index, _ in self._uses[use.tracked.name]] == calls
-        ][:1]
+    def _unit(self, tracked: Tracked, form: Form) -> tuple[str, Form]:
+        """To whose sums a use's rows go, and the form that these know: of a parameter without a block any."""
+        parts = self._parts.get(tracked.name)
+        if parts is None:
+            return tracked.name, form
+        inner, window = units.apart(form)
+        if window not in parts:
+            raise ValueError(
+                f"{tracked.name}: must be used as in the first batch, in the parts {list(parts.values())}, got {form}"
+            )
+        return parts[window], inner
 
     @torch.no_grad()
     def add(self, tracked: Tracked, form: Form, rows: Rows, scale: float, number: int) -> None:
         """See ``passes.Collector``."""
-        name = tracked.name
+        name, form = self._unit(tracked, form)
         if name in self._weight_of:
             if self._counted.pop(self._weight_of[name], None) != rows.g.numel():
                 raise ValueError(
@@ -151,12 +136,13 @@ class BlockCollector:
         sums.touch(self._samples)
         if isinstance(sums, WeightSums):
             transposed = isinstance(form, MatMul) and form.transposed
-            self._counted[name] = rows.x.numel() if transposed and rows.x is not None else rows.g.numel()
+            outputs = [use.x if transposed else use.g for use in rows.uses or (rows,)]
+            self._counted[name] = sum(tensor.numel() for tensor in outputs if tensor is not None)
 
     @torch.no_grad()
     def add_gradients(self, tracked: Tracked, gradients: Tensor, first: int, scale: float, number: int) -> None:
         """See ``passes.Collector``."""
-        sums = self._sums[tracked.name]
+        sums = self._sums.get(tracked.name)
         if not isinstance(sums, GradientSums):
             raise ValueError(
                 f"{tracked.name}: must be used as in the first batch, got a use without a rule; begin with 2 samples or more"
@@ -168,26 +154,34 @@ class BlockCollector:
         """Whether what is added counts only with its whole batch: also of a parameter that comes part by part."""
         return self._staged or name in self._in_parts
 
-    def expect(self, tracked: Tracked, parts: int) -> None:
+    def expect(self, tracked: Tracked, windows: set[Window | None]) -> None:
         """See ``passes.Collector``."""
-        if parts > 1:
+        if len(windows) > 1:
             self._in_parts.add(tracked.name)
-        elif parts == 0:
-            self._part(tracked.name)
-            self.touch(tracked)
+        parts = self._parts.get(tracked.name)
+        if parts is None:
+            unused = [] if windows else [tracked.name]
+        else:
+            unused = [name for window, name in parts.items() if window not in windows]
+        for name in unused:
+            self._leave(name)
+            self._touch(name)
 
-    def _part(self, name: str) -> None:
+    def _leave(self, name: str) -> None:
         """A weight is not used in a batch: its inputs are no longer those of weights that are."""
         if isinstance(sums := self._sums.get(name), WeightSums):
-            leader = sums.place.input_of or name
-            for other in self._sums.values():
-                if isinstance(other, WeightSums) and other.place.input_of == leader:
-                    other.part()
+            for follower in self._followers.pop(sums.place.input_of or name, []):
+                one = self._sums[follower]
+                if isinstance(one, WeightSums) and one.place.input_of is not None:
+                    one.leave()
 
-    def touch(self, tracked: Tracked) -> None:
+    def touch(self, tracked: Tracked, window: Window | None) -> None:
         """See ``passes.Collector``."""
-        if tracked.name in self._sums:
-            self._sums[tracked.name].touch(self._samples)
+        self._touch(self._parts.get(tracked.name, {}).get(window, tracked.name))
+
+    def _touch(self, name: str) -> None:
+        if name in self._sums:
+            self._sums[name].touch(self._samples)
 
     @torch.no_grad()
     def settle(self, complete: bool) -> list[str]:
@@ -220,11 +214,11 @@ class BlockCollector:
 
     def _go_on(self) -> None:
         """Give the sums, now that they are planned, what a checkpoint has of them."""
-        blocks, diagonals = {block.place.weight: block for block in self._before[0]}, self._before[1]
+        blocks, diagonals = {block.place.name: block for block in self._before[0]}, self._before[1]
         for name, block in blocks.items():
             sums = self._sums.get(name)
             if isinstance(sums, WeightSums) and sums.place.input_of is not None and block.place.input_of is None:
-                sums.part()  # it did before, after the first batch
+                sums.leave()  # it did before, after the first batch
         planned = {name: None if isinstance(sums, DiagonalSums) else sums.place for name, sums in self._sums.items()}
         if planned != {name: block.place for name, block in blocks.items()} | dict.fromkeys(diagonals):
             raise ValueError(
@@ -238,8 +232,10 @@ class BlockCollector:
         self._before = ([], {})
 
 
-def _place(weight: str, bias: str | None, form: Form) -> Place:
+def _place(unit: Unit, bias: Unit | None, input_of: str | None) -> Place:
+    form = unit.form
     groups = form.groups if isinstance(form, Convolution) else 1
-    transposed = isinstance(form, Lookup) or (isinstance(form, MatMul) and form.transposed)
+    transposed = isinstance(form, Lookup) or (isinstance(form, (MatMul, Convolution)) and form.transposed)
     op = {"conv_sq_": "conv_gram_", "embedding_sq_": "counts"}.get(form.op, "gram_")
-    return Place(weight, bias, groups, transposed, op)
+    place = Place(unit.tracked.name, None, groups, transposed, op, input_of=input_of, weight_part=unit.entries)
+    return place if bias is None else replace(place, bias=bias.tracked.name, bias_part=bias.entries)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Generic, Protocol, Self, TypeVar
 
@@ -20,6 +20,7 @@ from fisherfast.fisher._plot import Plotted
 from fisherfast.fisher.counts import Counts, Measured
 from fisherfast.fisher.kronecker import Place
 from fisherfast.fisher.protocol import Damping, FisherWarning, LayerSummary, Spectrum, Vector, layer_of
+from fisherfast.rules import ALL
 
 
 class Block(Protocol):
@@ -34,6 +35,9 @@ class Block(Protocol):
 
     def spectrally(self, v: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
         """A function of the block, by its eigenvalues, times a matrix."""
+
+    def describe(self) -> str:
+        """What is kept, for the coverage report."""
 
     def diagonal(self) -> Tensor:
         """As a matrix ``[groups, O, D]``."""
@@ -57,7 +61,7 @@ class Block(Protocol):
         """The sums have changed: what was computed from them is void."""
 
     def pooled(self, other: Any, made: Mapping[str, Any]) -> Any:
-        """The block of both data sets; ``made`` are the pooled blocks before it, by weight."""
+        """The block of both data sets; ``made`` are the pooled blocks before it, by name."""
 
     def identity(self) -> list[Any]:
         """What must be equal for pooling to mean anything, as plain values."""
@@ -67,6 +71,18 @@ class Block(Protocol):
 
 
 _Block = TypeVar("_Block", bound=Block)
+
+
+def described(ways: Mapping[Any, str]) -> dict[str, str]:
+    """How each parameter is covered and what is kept of it, for the coverage report; ``ways`` are those of the blocks."""
+    parts: defaultdict[str, Counter[str]] = defaultdict(Counter)
+    how = {}
+    for block, way in ways.items():
+        for name, part in block.place.parts.items():
+            parts[name][block.describe()] += bool(part)
+            kept = (f"{number} part{'s' * (number > 1)} of {what}" if number else what for what, number in parts[name].items())
+            how[name] = f"{way}: {', '.join(kept)}"
+    return how
 
 
 class BlockFisher(Plotted, Measured, Generic[_Block]):
@@ -87,16 +103,27 @@ class BlockFisher(Plotted, Measured, Generic[_Block]):
     ) -> None:
         self.blocks, self.diagonals, self._counts = tuple(blocks), dict(diagonals), counts
         self.shapes: dict[str, torch.Size] = {name: torch.Size(shape) for name, shape in shapes.items()}
-        covered = [name for block in self.blocks for name in block.place.names] + list(self.diagonals)
-        if sorted(covered) != sorted(self.shapes) or not covered:
+        self._check_covered()
+
+    def _check_covered(self) -> None:
+        """Raise ValueError unless every parameter is in one block or diagonal, or its parts in one each."""
+        parts = [part for block in self.blocks for part in block.place.parts.items()]
+        parts += [(name, ALL) for name in self.diagonals]
+        extents = {name: shape[0] if shape else 1 for name, shape in self.shapes.items()}
+        spans = sorted((name, *entries.span(extents.get(name, 0))) for name, entries in parts)
+        ends = dict.fromkeys(self.shapes, 0)
+        for name, first, last in spans:
+            ends[name] = last if ends.get(name) == first else -1
+        if not parts or ends != extents:
+            covered = sorted(entries.named(name) for name, entries in parts)
             raise ValueError(
-                f"{type(self).__name__}: blocks must cover every parameter once, got {sorted(covered)} for {sorted(self.shapes)}"
+                f"{type(self).__name__}: blocks must cover every parameter once, got {covered} for {sorted(self.shapes)}"
             )
 
     def factors(self, *, dtype: torch.dtype = torch.float32) -> dict[str, tuple[Tensor, Tensor]]:
         """``{layer: (A, B)}``, without the axis of groups where there is one group; a vector is a diagonal factor.
 
-        A layer with several blocks gives each under the name of its weight.
+        A layer with several blocks gives each under the name of its weight, or of the part of it: ``"attention.in_proj_weight[0:7]"``.
         """
         return self._by_layer({block.place: factors for block in self.blocks if (factors := block.factors(dtype)) is not None})
 
@@ -105,7 +132,7 @@ class BlockFisher(Plotted, Measured, Generic[_Block]):
         layers = [layer_of(place.weight) for place in products]
         found = {}
         for layer, (place, (A, B)) in zip(layers, products.items(), strict=True):
-            name = layer if layers.count(layer) == 1 else place.weight
+            name = layer if layers.count(layer) == 1 else place.name
             found[name] = (A, B) if place.groups > 1 else (A[0], B[0])
         return found
 
@@ -114,22 +141,29 @@ class BlockFisher(Plotted, Measured, Generic[_Block]):
 
     def diagonal(self, *, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
         """``{name: tensor}`` shaped like the parameters."""
-        parts = {name: self._mean(name).to(dtype) for name in self.diagonals}
+        found = self._vector(dtype, lambda name: self._mean(name).to(dtype))
         for block in self.blocks:
-            parts |= block.place.tensors(block.diagonal().to(dtype), self.shapes)
-        return {name: parts[name] for name in self.names}
+            block.place.write(block.diagonal(), found)
+        return found
 
-    def _traces(self) -> dict[str, float]:
-        """Of each block, under its weight, and of each diagonal."""
-        traces = {block.place.weight: block.trace() for block in self.blocks}
-        return traces | {name: self.diagonals[name].mean_sum() for name in self.diagonals}
+    def _vector(self, dtype: torch.dtype, of_diagonal: Callable[[str], Tensor]) -> dict[str, Tensor]:
+        """A vector by names: these values where there are diagonals, room for those of the blocks."""
+        return {
+            name: of_diagonal(name) if name in self.diagonals else torch.empty(shape, dtype=dtype, device=self._device)
+            for name, shape in self.shapes.items()
+        }
+
+    def _traces(self) -> Iterator[tuple[str, float]]:
+        """Of each block, and of each diagonal, with the weight that it is of."""
+        yield from ((block.place.weight, block.trace()) for block in self.blocks)
+        yield from ((name, self.diagonals[name].mean_sum()) for name in self.diagonals)
 
     def trace(self) -> float:
         """The sum of the eigenvalues."""
-        return math.fsum(self._traces().values())
+        return math.fsum(trace for _, trace in self._traces())
 
     def _damping_of(self, method: str, damping: Damping) -> dict[str, float]:
-        """The damping of each block, under its weight, and of each diagonal."""
+        """The damping of each parameter, one for all of a block."""
         dampings = _arguments.damping_by_name(method, damping, self.names)
         for block in self.blocks:
             if len({dampings[name] for name in block.place.names}) > 1:
@@ -190,10 +224,9 @@ class BlockFisher(Plotted, Measured, Generic[_Block]):
     ) -> Vector:
         """A function of F times a vector, block by block, in float64 on the factors' device."""
         device = self._device
-        results = {name: of_diagonal(name, parts[name].to(device, torch.float64)) for name in self.diagonals}
+        results = self._vector(torch.float64, lambda name: of_diagonal(name, parts[name].to(device, torch.float64)))
         for block in self.blocks:
-            matrix = block.place.matrix({name: parts[name].to(device, torch.float64) for name in block.place.names})
-            results |= block.place.tensors(of_block(block, matrix), self.shapes)
+            block.place.write(of_block(block, block.place.matrix(parts).to(device, torch.float64)), results)
         return _arguments.like(v, {name: results[name].to(parts[name].device, parts[name].dtype) for name in self.names})
 
     @property
@@ -222,13 +255,15 @@ class BlockFisher(Plotted, Measured, Generic[_Block]):
 
     def spectra(self) -> Iterator[Spectrum]:
         """Of each block, and of each diagonal."""
-        blocks = {block.place.weight: block for block in self.blocks}
+        blocks: defaultdict[str, list[_Block]] = defaultdict(list)
+        for block in self.blocks:
+            blocks[block.place.weight].append(block)
         for name in self.names:
             if name in self.diagonals:
                 sums = self.diagonals[name]
                 yield Spectrum(layer_of(name), (name,), (sums.sum.view(-1),), divisor=sums.divisor())
-            elif name in blocks:
-                yield Spectrum(layer_of(name), blocks[name].place.names, *blocks[name].spectrum())
+            for block in blocks[name]:
+                yield Spectrum(layer_of(name), block.place.names, *block.spectrum())
 
     def by_layer(self) -> dict[str, LayerSummary]:
         """Each layer's parameters and trace, in the order of ``names``; a bias counts to the layer of its weight."""
@@ -236,14 +271,11 @@ class BlockFisher(Plotted, Measured, Generic[_Block]):
         with_weight = {name: block.place.weight for block in self.blocks for name in block.place.names}
         for name in self.names:
             members[layer_of(with_weight.get(name, name))].append(name)
-        traces = self._traces()
+        traces: defaultdict[str, list[float]] = defaultdict(list)
+        for name, trace in self._traces():
+            traces[layer_of(name)].append(trace)
         return {
-            layer: LayerSummary(
-                layer,
-                tuple(names),
-                sum(self.shapes[name].numel() for name in names),
-                math.fsum(traces[name] for name in names if name in traces),
-            )
+            layer: LayerSummary(layer, tuple(names), sum(self.shapes[name].numel() for name in names), math.fsum(traces[layer]))
             for layer, names in members.items()
         }
 
@@ -254,7 +286,7 @@ class BlockFisher(Plotted, Measured, Generic[_Block]):
         _pooling.check_same(self._identity(), other._identity())
         blocks: dict[str, Any] = {}
         for mine, its in zip(self.blocks, other.blocks, strict=True):
-            blocks[mine.place.weight] = mine.pooled(its, blocks)
+            blocks[mine.place.name] = mine.pooled(its, blocks)
         diagonals = {name: one + other.diagonals[name] for name, one in self.diagonals.items()}
         return type(self)(tuple(blocks.values()), diagonals, self._counts.pooled(other._counts), self.shapes)
 
@@ -264,7 +296,7 @@ class BlockFisher(Plotted, Measured, Generic[_Block]):
         Errors: ValueError on every rank alike, before anything is added, if the ranks measured different things.
         """
         _pooling.check_ranks(self._identity(), group, self._device)
-        for block in sorted(self.blocks, key=lambda block: block.place.weight):
+        for block in sorted(self.blocks, key=lambda block: block.place.name):
             for accumulator in block.accumulators():
                 accumulator.all_reduce(group)
             block.changed()
@@ -274,7 +306,7 @@ class BlockFisher(Plotted, Measured, Generic[_Block]):
         return self
 
     def _identity(self) -> dict[str, Any]:
-        blocks = {block.place.weight: block.identity() for block in self.blocks}
+        blocks = {block.place.name: block.identity() for block in self.blocks}
         return {**super()._identity(), "blocks": blocks}
 
     def save(self, path: str | os.PathLike[str], *, extra: Mapping[str, str] | None = None) -> None:
@@ -300,7 +332,7 @@ class BlockFisher(Plotted, Measured, Generic[_Block]):
         blocks: dict[str, Any] = {}
         for kind, *plain in fields["blocks"]:
             block = cls.block_types[kind].from_state(tensors, plain, blocks)
-            blocks[block.place.weight] = block
+            blocks[block.place.name] = block
         diagonals = {name: Accumulator(tensors[name], weight) for name, weight in fields["weights"].items()}
         return cls(
             tuple(blocks.values()),

@@ -95,8 +95,11 @@ class BlockSums(Protocol):
     def flops(self, form: Form, rows: Rows, number: int) -> int:
         """What ``add`` takes."""
 
+    def scratch(self, rows: Rows) -> int:
+        """The bytes of what ``add`` makes of the rows, where that is large."""
+
     def block(self, made: Mapping[str, Any]) -> Any:
-        """What was added, on memory of its own; ``made`` are the blocks of the parameters before it, by weight."""
+        """What was added, on memory of its own; ``made`` are the blocks before it, by name."""
 
     def restore(self, block: Any) -> None:
         """Start from such a block."""
@@ -111,13 +114,17 @@ class WeightSums:
     def check(self, form: Form) -> None:
         """Raise ValueError if it is used in another form than in the first batch."""
         if form != self.form:
-            raise ValueError(f"{self.place.weight}: must be used as in the first batch ({self.form}), got {form}")
+            raise ValueError(f"{self.place.name}: must be used as in the first batch ({self.form}), got {form}")
 
-    def part(self) -> None:
+    def leave(self) -> None:
         """Have inputs of its own from the next batch on, if it shares those of another weight."""
 
     def end(self) -> None:
         """See ``BlockSums``: nothing is kept of a batch."""
+
+    def scratch(self, rows: Rows) -> int:
+        """See ``BlockSums``: the ops make nothing of them."""
+        return 0
 
 
 class GradientSums:
@@ -128,6 +135,10 @@ class GradientSums:
 
     def end(self) -> None:
         """See ``BlockSums``: nothing is kept of a batch."""
+
+    def scratch(self, rows: Rows) -> int:
+        """See ``BlockSums``: the ops make nothing of them."""
+        return 0
 
     def add_gradients(self, gradients: Tensor, first: int, scale: float, samples: Samples, staged: bool) -> None:
         """Take the gradients ``[n, *parameter]`` of samples ``first, ..., first + n - 1``."""
@@ -186,8 +197,12 @@ def total_weight(samples: Samples) -> Tensor | float:
 
 def add_squares(acc: Tensor, g: Tensor, scale: float, weight: Tensor | None, flag: Tensor) -> None:
     """``acc[o] += scale * sum_{n,t} w_nt g[n,t,o]^2``, unless something is not finite."""
-    squares = g.to(acc.dtype).square()
-    squares = squares if weight is None else squares * weight.unsqueeze(-1)
-    sums = squares.flatten(0, -2).sum(0)
+    add_rows(acc, g.to(acc.dtype).square(), scale, weight, flag)
+
+
+def add_rows(acc: Tensor, rows: Tensor, scale: float, weight: Tensor | None, flag: Tensor) -> None:
+    """``acc[o] += scale * sum_{n,t} w_nt rows[n,t,o]``, unless something is not finite."""
+    rows = rows if weight is None else rows * weight.unsqueeze(-1)
+    sums = rows.flatten(0, -2).sum(0)
     flag |= ~sums.isfinite().all()
     acc += torch.where(flag == 0, scale * sums, 0.0)

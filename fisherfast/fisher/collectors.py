@@ -25,8 +25,8 @@ from fisherfast.fisher.moments import SampleMoments
 from fisherfast.fisher.norms import SampleNorms
 from fisherfast.fisher.protocol import layer_of
 from fisherfast.fisher.spread import Spread
-from fisherfast.passes import Collector, Samples, in_parts
-from fisherfast.rules import Form, Rows
+from fisherfast.passes import Collector, Cost, Samples, in_parts
+from fisherfast.rules import Form, Rows, Window
 
 
 class Structure(Protocol):
@@ -85,16 +85,8 @@ class Diagonal(FromEngine):
 
     def result(self, engine: Engine, counts: Counts) -> DiagonalFisher:
         """See ``Structure``."""
-        return DiagonalFisher.from_accumulators(
-            {name: running.snapshot() for name, running in engine.squares.items()},
-            num_samples=counts.num_samples,
-            num_positions=counts.num_positions,
-            provenance=counts.provenance,
-            coverage=counts.coverage,
-            aliases=counts.aliases,
-            batches=counts.batches,
-            spread=engine.spread() if self.stderr else None,
-        )
+        sums = {name: running.snapshot() for name, running in engine.squares.items()}
+        return DiagonalFisher.from_accumulators(sums, spread=engine.spread() if self.stderr else None, **vars(counts))
 
     def restore(self, engine: Engine, before: DiagonalFisher) -> None:
         """See ``Structure``."""
@@ -131,10 +123,7 @@ class PerSampleNorm(FromEngine):
         return SampleNorms(
             None if values is None else values.sum(0) if engine.keeps == "layers" else values[0],
             dict(zip(engine.layers, values, strict=True)) if self.by_layer and values is not None else None,
-            num_positions=counts.num_positions,
-            batches=counts.batches,
-            provenance=counts.provenance,
-            coverage=counts.coverage,
+            counts,
         )
 
     def restore(self, engine: Engine, before: SampleNorms) -> None:
@@ -169,12 +158,7 @@ class GradientMoments(FromEngine):
             {name: running.snapshot() for name, running in engine.totals.items()},
             {name: running.snapshot() for name, running in engine.squares.items()},
             engine.squared_weights,
-            num_samples=counts.num_samples,
-            num_positions=counts.num_positions,
-            batches=counts.batches,
-            provenance=counts.provenance,
-            coverage=counts.coverage,
-            aliases=counts.aliases,
+            counts,
         )
 
     def restore(self, engine: Engine, before: SampleMoments) -> None:
@@ -246,7 +230,7 @@ class Engine:
     # -- what it takes
 
     def holds(self, passes: int) -> list[Held]:
-        """What batches of so many backward passes take; values of samples and scratch are not counted."""
+        """What batches of so many backward passes take; values of samples are not counted."""
         staged = self._transactional or passes > 1
         return [self._held(name, staged or name in self._in_parts) for name in self._flag]
 
@@ -258,9 +242,12 @@ class Engine:
         what = f"{' and '.join(kinds)} {list(sums[0].shape)}" if sums else "norms"
         return Held((name,), what, of_sums, (of_sums + of_results,))
 
-    def flops(self, tracked: Tracked, form: Form, rows: Rows, number: int) -> int:
+    def cost(self, tracked: Tracked, form: Form, rows: Rows, number: int) -> Cost:
         """See ``passes.Collector``."""
-        return form.flops(rows, tracked.parameter.shape)
+        parameter = tracked.parameter
+        unwanted = tracked.name not in self.squares and not ghost.applies(form, rows)
+        scratch = unwanted * parameter.numel() * torch.promote_types(parameter.dtype, torch.float32).itemsize
+        return Cost(form.flops(rows, parameter.shape), scratch=scratch)
 
     # -- one batch
 
@@ -326,14 +313,14 @@ class Engine:
         else:
             self._counted(name, *_weights(weight, n))
 
-    def expect(self, tracked: Tracked, parts: int) -> None:
+    def expect(self, tracked: Tracked, windows: set[Window | None]) -> None:
         """See ``passes.Collector``."""
-        if parts == 0:
-            self.touch(tracked)
-        elif parts > 1:
+        if not windows:
+            self._touched[tracked.name] = None
+        elif len(windows) > 1:
             self._in_parts.add(tracked.name)
 
-    def touch(self, tracked: Tracked) -> None:
+    def touch(self, tracked: Tracked, window: Window | None) -> None:
         """See ``passes.Collector``."""
         self._touched[tracked.name] = None
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run knows beside its sums: how many samples, measured how, covered by what. Every Fisher carries it."""
+"""What a run knows beside its sums: how many samples, measured how, covered by what. Every result carries it."""
 
 from __future__ import annotations
 
@@ -75,16 +75,10 @@ class Counts:
         return cls(samples, positions, batches, provenance, coverage, fields["aliases"])
 
 
-class Measured:
-    """The part of ``protocol.Fisher`` that is about how a Fisher was measured, not about its numbers."""
+class Counted:
+    """What every result says of how it was measured."""
 
     _counts: Counts
-    shapes: dict[str, torch.Size]
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The parameters, in the model's order; a tied tensor once, under its first name."""
-        return tuple(self.shapes)
 
     @property
     def num_samples(self) -> int:
@@ -115,6 +109,17 @@ class Measured:
     def aliases(self) -> dict[str, str]:
         """The other names of tied tensors."""
         return self._counts.aliases
+
+
+class Measured(Counted):
+    """The part of ``protocol.Fisher`` that is about which parameters were measured, and how."""
+
+    shapes: dict[str, torch.Size]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The parameters, in the model's order; a tied tensor once, under its first name."""
+        return tuple(self.shapes)
 
     @property
     def num_parameters(self) -> int:

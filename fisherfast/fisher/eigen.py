@@ -19,6 +19,8 @@ from fisherfast.accumulator import Accumulator
 from fisherfast.fisher.kronecker import KroneckerBlock, Place
 from fisherfast.ops.log1p_sum import log1p_sum
 
+_CHUNK_BYTES = 2**24  # of matrices that are decomposed in one call
+
 
 @dataclass(eq=False)
 class EigenBlock:
@@ -116,7 +118,7 @@ class EigenBlock:
         """Tensors and plain values."""
         tensors, fields = self.kronecker.state()
         own = {"U": None if self.kronecker.leader else self.U, "V": self.V, "values": self.values.sum}
-        named = {f"{self.place.weight}.{name}": tensor.contiguous() for name, tensor in own.items() if tensor is not None}
+        named = {f"{self.place.name}.{name}": tensor.contiguous() for name, tensor in own.items() if tensor is not None}
         return tensors | named, [*fields, self.values.weight]
 
     @classmethod
@@ -125,30 +127,45 @@ class EigenBlock:
         *of_basis, weight = fields
         before = {name: block for name, block in made.items() if isinstance(block, EigenBlock)}
         kronecker = KroneckerBlock.from_state(tensors, of_basis, {name: block.kronecker for name, block in before.items()})
-        U, V = (tensors.get(f"{kronecker.place.weight}.{name}") for name in "UV")
+        U, V = (tensors.get(f"{kronecker.place.name}.{name}") for name in "UV")
         if kronecker.place.input_of is not None:
             U = before[kronecker.place.input_of].U
-        return cls(kronecker, U, V, Accumulator(tensors[f"{kronecker.place.weight}.values"], weight))
+        return cls(kronecker, U, V, Accumulator(tensors[f"{kronecker.place.name}.values"], weight))
 
 
 def eigenbasis(factor: Tensor, rows: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """Eigenvectors of a factor ``[G, D, D]``, or of the span of the rows ``[m, D]`` that it is the Gram matrix of: ``[G, D, r]``.
+    """Eigenvectors of a factor ``[G, D, D]`` on any scale, or of the span of the rows ``[m, D]`` whose Gram matrix it is: ``[G, D, r]``.
 
     None for a factor that is diagonal. Computed in ``dtype``, orthonormal to its precision whatever the factor's rank: any
-    orthonormal basis gives eigenvalues whose sum is the exact trace.
+    orthonormal basis gives eigenvalues whose sum is the exact trace. Groups are decomposed many at a time.
     """
     if factor.dim() == 2:
         return None
     if rows is not None:
         return (_of_span(rows) if dtype == torch.float64 else _of_gram(rows)).unsqueeze(0)
     largest = factor.diagonal(dim1=1, dim2=2).amax(1).clamp_min(torch.finfo(torch.float64).tiny)
-    return torch.stack([_eigenvectors(one) for one in (factor / largest.view(-1, 1, 1)).to(dtype)])
+    scaled = (factor / largest.view(-1, 1, 1)).to(dtype)
+    return torch.cat([_eigenvectors(some) for some in scaled.split(_at_a_time(scaled.shape[1], dtype))])
+
+
+def _at_a_time(D: int, dtype: torch.dtype) -> int:
+    return max(1, _CHUNK_BYTES // (dtype.itemsize * D * D))
+
+
+def workspace(groups: int, D: int, dtype: torch.dtype) -> int:
+    """Bytes that ``eigenbasis`` of a factor ``[groups, D, D]`` takes before it has a result.
+
+    The factor in ``dtype``, and beside it at first the same in float64, then of what is decomposed in one call the eigenvectors and
+    the 2 D^2 numbers that LAPACK's divide and conquer works in.
+    """
+    together = min(groups, _at_a_time(D, dtype))
+    return (groups * dtype.itemsize + max(8 * groups, 3 * dtype.itemsize * together)) * D * D
 
 
 def _of_span(rows: Tensor) -> Tensor:
     """Of ``rows^T rows``, to the last bit of float64."""
     Q, R = torch.linalg.qr(rows.double().mT)
-    return Q @ _eigenvectors(R @ R.mT)
+    return Q @ _eigenvectors((R @ R.mT).unsqueeze(0))[0]
 
 
 def _of_gram(rows: Tensor) -> Tensor:
@@ -164,12 +181,15 @@ def _of_gram(rows: Tensor) -> Tensor:
     return 1.5 * U - 0.5 * (U @ (U.mT @ U))
 
 
-def _eigenvectors(matrix: Tensor) -> Tensor:
-    """float32 LAPACK does not converge on some matrices that float64 has no trouble with."""
+def _eigenvectors(matrices: Tensor) -> Tensor:
+    """Of ``[n, D, D]``, in one call; float32 does not converge on some matrices that float64 has no trouble with."""
     try:
-        vectors = torch.linalg.eigh(matrix).eigenvectors
+        vectors = torch.linalg.eigh(matrices).eigenvectors
     except torch.linalg.LinAlgError:
-        vectors = torch.full_like(matrix, math.nan)
-    if matrix.dtype == torch.float64 or bool(vectors.isfinite().all()):
-        return vectors
-    return torch.linalg.eigh(matrix.double()).eigenvectors.to(matrix.dtype)
+        if len(matrices) > 1:  # one of them, and nothing is known of the others
+            return torch.cat([_eigenvectors(one) for one in matrices.split(1)])
+        vectors = torch.full_like(matrices, math.nan)
+    failed = ~vectors.isfinite().flatten(1).all(1)
+    if matrices.dtype != torch.float64 and bool(failed.any()):
+        vectors[failed] = torch.linalg.eigh(matrices[failed].double()).eigenvectors.to(matrices.dtype)
+    return vectors

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from fisherfast.accumulator import Accumulator
-from fisherfast.capture import Capture, Tracked
+from fisherfast.capture import Capture
 from fisherfast.fisher.block_collector import BlockCollector
 from fisherfast.fisher.block_sums import BatchSum, WeightSums, total_weight
-from fisherfast.fisher.eigen import EigenBlock, eigenbasis
+from fisherfast.fisher.eigen import EigenBlock, eigenbasis, workspace
 from fisherfast.fisher.kronecker import KroneckerBlock, Place
 from fisherfast.fisher.memory import Held
 from fisherfast.ops.conv_sq import conv_sq_
@@ -30,7 +30,7 @@ from fisherfast.ops.scale_sq import scale_sq_
 from fisherfast.passes import Samples
 from fisherfast.rules import Convolution, Form, Lookup, MatMul, Rows
 
-_CHUNK_BYTES = 2**25
+_CHUNK_BYTES = 2**24
 
 
 _Add = Callable[[Tensor, Rows, float, Tensor | None], None]
@@ -42,15 +42,15 @@ class EigenSums(WeightSums):
     The eigenvectors are computed when they are first needed; their sizes are known before.
     """
 
-    def __init__(self, form: Form, tracked: Tracked, of: KroneckerBlock, leader: EigenSums | None) -> None:
+    def __init__(self, form: Form, weight: Tensor, of: KroneckerBlock, leader: EigenSums | None) -> None:
         self.place, self.form, self.kronecker, self._leader = of.place, form, of, leader
-        self._shape = tuple(tracked.parameter.shape)
-        self._dtype = torch.promote_types(tracked.parameter.dtype, torch.float32)
+        self._shape = tuple(weight.shape)
+        self._dtype = torch.promote_types(weight.dtype, torch.float32)
         self._rotates = of.A.sum.dim() == 3, of.B.sum.dim() == 3  # what is diagonal has no basis
         O, D = of.B.sum.shape[1], of.A.sum.shape[1]
         of_A, of_B = of.few_rows
         self._full, self._size = (O, D), (O if of_B is None else len(of_B), D if of_A is None else len(of_A))
-        self.values = BatchSum((of.place.groups, *self._stored(*self._size)), tracked.parameter)
+        self.values = BatchSum((of.place.groups, *self._stored(*self._size)), weight)
         self.sums = (self.values,)
 
     @functools.cached_property
@@ -58,12 +58,14 @@ class EigenSums(WeightSums):
         """The eigenvectors of A."""
         if self._leader is not None:
             return self._leader.U
-        return eigenbasis(self.kronecker.A.mean(), self.kronecker.few_rows[0], self._dtype)
+        of = self.kronecker
+        return eigenbasis(of.finite(of.A.sum, "input"), of.few_rows[0], self._dtype)
 
     @functools.cached_property
     def V(self) -> Tensor | None:
         """The eigenvectors of B."""
-        return eigenbasis(self.kronecker.B.mean(), self.kronecker.few_rows[1], self._dtype)
+        of = self.kronecker
+        return eigenbasis(of.finite(of.B.sum, "output"), of.few_rows[1], self._dtype)
 
     def holds(self, staged: bool) -> Held:
         """See ``BlockSums``; the factors were there before."""
@@ -75,12 +77,19 @@ class EigenSums(WeightSums):
         of_factors = sum(tensor.nbytes for tensor in kept if tensor is not None)
         what = f"{q} x {r} eigenvalues, {self.kronecker.describe()}"
         made = values.held(staged) + of_bases
-        return Held(self.place.names, what, made + of_factors, (made + values.nbytes,))
+        largest = max(own * self._rotates[0] * D, self._rotates[1] * O, 1)
+        scratch = workspace(self.place.groups, largest, self._dtype)
+        return Held(self.place.labels, what, made + of_factors, (made + values.nbytes,), self.form.op, scratch=(scratch,))
 
     def flops(self, form: Form, rows: Rows, number: int) -> int:
         """See ``BlockSums``: of the cheaper order; the eigenvectors, once in a run, are not counted."""
         N, T = self._extents(rows)
         return 2 * N * self.place.groups * min(self._products(T))
+
+    def scratch(self, rows: Rows) -> int:
+        """See ``BlockSums``: what the samples of a chunk are turned into, twice: before the last product and after it."""
+        _, floats = self.route(rows)
+        return 2 * min(rows.num_samples, _samples_at_a_time(floats)) * floats * self._dtype.itemsize
 
     def _extents(self, rows: Rows) -> tuple[int, int]:
         """Samples, and positions of each."""
@@ -115,7 +124,7 @@ class EigenSums(WeightSums):
         if isinstance(form, MatMul):
             rows = form.oriented(rows)  # a transposed use, turned round before, is needed as it is used
         add, floats = self.route(rows)
-        for few, weight in _chunks(rows, samples.weight, max(1, _CHUNK_BYTES // (4 * max(1, floats)))):
+        for few, weight in _chunks(rows, samples.weight, _samples_at_a_time(floats)):
             add(acc, few._replace(x=self._exact(few.x), g=self._exact(few.g)), scale, weight)
 
     def _exact(self, rows: Any) -> Any:
@@ -208,29 +217,48 @@ class _OfImages(EigenSums):
         return (self._tiles, G * math.prod(self._full)) if self._tiles_cost_less(T) else (self._rotated, T * G * sum(self._size))
 
     def _rotated(self, acc: Tensor, rows: Rows, scale: float, weight: Tensor | None) -> None:
-        """Rotating patches is a convolution with the columns of U; what is left is one with a kernel of one pixel."""
+        """Once rotated, patches and pixels have the same positions; what is left is a convolution with a kernel of one pixel."""
         assert isinstance(self.form, Convolution)
-        x, geometry = self.form.framed(rows, self._shape[2:])
-        g, G, bias = rows.g, self.place.groups, self.place.bias is not None
-        assert self.U is not None  # an input factor of images is a matrix
-        filters = (self.U[:, :-1] if bias else self.U).mT.reshape(-1, *self._shape[1:])
-        x = torch.ops.aten.convolution(x, filters, self.U[:, -1].flatten() if bias else None, *geometry)
-        if self.V is not None:
-            g = (self.V.mT @ g.unflatten(1, (G, -1)).flatten(3)).view(len(g), -1, *g.shape[2:])
+        of_patches, of_pixels = (self.V, self.U) if self.form.transposed else (self.U, self.V)
+        patches, pixels = self._patches(self.form, rows, of_patches), self._pixels(rows.g, of_pixels)
+        x, g = (pixels, patches) if self.form.transposed else (patches, pixels)
         values = acc.view(-1, acc.shape[2], *[1] * (g.dim() - 2))
-        conv_sq_(values, x, g, scale, weight=weight, offsets=rows.offsets, flag=self.values.flag, groups=G)
+        conv_sq_(values, x, g, scale, weight=weight, offsets=rows.offsets, flag=self.values.flag, groups=self.place.groups)
+
+    def _patches(self, form: Convolution, rows: Rows, basis: Tensor | None) -> Tensor:
+        """Rotating patches is a convolution with the columns of their basis; without one they are unfolded."""
+        kernel, bias = self._shape[2:], self.place.bias is not None
+        if basis is None:
+            return form.patches(rows, kernel).mT.unflatten(2, rows.g.shape[2:])
+        x, geometry = form.framed(rows, kernel)
+        filters = (basis[:, :-1] if bias else basis).mT.reshape(-1, *self._shape[1:])
+        return torch.ops.aten.convolution(x, filters, basis[:, -1].flatten() if bias else None, *geometry)
+
+    def _pixels(self, images: Tensor, basis: Tensor | None) -> Tensor:
+        if basis is None:
+            return images
+        rotated = basis.mT @ images.unflatten(1, (self.place.groups, -1)).flatten(3)
+        return rotated.view(len(images), -1, *images.shape[2:])
 
     def _tiles(self, acc: Tensor, rows: Rows, scale: float, weight: Tensor | None) -> None:
+        self._add_tiles(acc, self._gradients(rows), scale, weight)
+
+    def _gradients(self, rows: Rows) -> Tensor:
         """The weight's columns and, last, the bias's: its gradient is what a sample's images add up to."""
-        gradients = self.form.gradients(rows, self._shape)
+        gradients = self.form.gradients(rows, self._shape).flatten(2).unflatten(1, (self.place.groups, -1))
+        gradients = gradients.mT if self.place.transposed else gradients
         tiles = rows.g.new_zeros(len(gradients), self.place.groups, *self._full)
-        of_weight = tiles[..., : gradients[0].numel() // (self.place.groups * self._full[0])]
-        of_weight.copy_(gradients.view(of_weight.shape))
+        tiles[..., : gradients.shape[3]] = gradients
         if self.place.bias is not None:
             images = rows.g.flatten(2).sum(2)
             sums = images if rows.offsets is None else torch.segment_reduce(images, "sum", offsets=rows.offsets)
             tiles[..., -1] = sums.view(tiles.shape[:-1])
-        self._add_tiles(acc, tiles, scale, weight)
+        return tiles
+
+
+def _samples_at_a_time(floats: int) -> int:
+    """Of each of which so many numbers are made."""
+    return max(1, _CHUNK_BYTES // (4 * max(1, floats)))
 
 
 def _chunks(rows: Rows, weight: Tensor | None, step: int) -> Iterator[tuple[Rows, Tensor | None]]:
@@ -249,15 +277,15 @@ class EigenCollector(BlockCollector):
 
     def foreseen(self, first: BlockCollector, basis: dict[str, KroneckerBlock]) -> EigenCollector:
         """Before a basis is there: one of these sizes, for a model used as ``first`` knows; returns self."""
-        self._uses, self._calls, self._in_parts, self._basis = first._uses, first._calls, first._in_parts, basis
+        self._calls, self._in_parts, self._basis = first._calls, first._in_parts, basis
         return self
 
-    def new_block(self, place: Place, form: Form, tracked: Tracked, made: Mapping[str, Any]) -> EigenSums:
+    def new_block(self, place: Place, form: Form, weight: Tensor, made: Mapping[str, Any]) -> EigenSums:
         """See ``BlockCollector``."""
-        of = self._basis.get(place.weight)
+        of = self._basis.get(place.name)
         if of is None or replace(of.place, sharing=place.sharing, input_of=place.input_of) != place:
             raise ValueError(
-                f"{place.weight}: EKFAC's basis must be of this model, used in this way ({place}), got {of and of.place}"
+                f"{place.name}: EKFAC's basis must be of this model, used in this way ({place}), got {of and of.place}"
             )
         kind = _OfImages if isinstance(form, Convolution) else _OfTable if isinstance(form, Lookup) else _OfMatrix
-        return kind(form, tracked, of, None if of.place.input_of is None else made[of.place.input_of])
+        return kind(form, weight, of, None if of.place.input_of is None else made[of.place.input_of])

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from fisherfast.capture import Capture
 from fisherfast.fisher import serialize
-from fisherfast.fisher.block_fisher import BlockFisher
+from fisherfast.fisher.block_fisher import BlockFisher, described
 from fisherfast.fisher.counts import Counts
 from fisherfast.fisher.eigen import EigenBlock
 from fisherfast.fisher.eigen_sums import EigenCollector
@@ -41,14 +41,14 @@ class EKFAC:
                 "EKFAC: basis must be a KFACFisher where the data pass once, got None; measure ff.KFAC() first, or use "
                 "ff.fisher(model, data, structure='ekfac'), which reads the data twice"
             )
-        basis = {block.place.weight: block for block in self.basis.blocks if isinstance(block, KroneckerBlock)}
+        basis = {block.place.name: block for block in self.basis.blocks if isinstance(block, KroneckerBlock)}
         return EigenCollector(capture, basis, transactional, self.max_exact_dim)
 
     def result(self, source: EigenCollector, counts: Counts) -> EKFACFisher:
         """See ``collectors.Structure``."""
         blocks, diagonals = source.snapshot()
         ways = counts.coverage.ways
-        how = {name: f"{ways[block.place.weight]}: {block.describe()}" for block in blocks for name in block.place.names}
+        how = described({block: ways[block.place.weight] for block in blocks})
         return EKFACFisher(blocks, diagonals, counts.saying("diagonal", how), source.shapes)
 
     def restore(self, source: EigenCollector, before: EKFACFisher) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fisherfast.accumulator import Accumulator
-from fisherfast.fisher.kronecker import Place
+from fisherfast.fisher.kronecker import Place, finite
 from fisherfast.ops.log1p_sum import log1p_sum
 
 
@@ -26,9 +26,9 @@ class Flat(Place):
         """See ``Place``."""
         return tensors[self.weight].reshape(1, 1, -1)
 
-    def tensors(self, matrix: Tensor, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
+    def write(self, matrix: Tensor, tensors: Mapping[str, Tensor]) -> None:
         """See ``Place``."""
-        return {self.weight: matrix.reshape(shapes[self.weight])}
+        tensors[self.weight].copy_(matrix.reshape(tensors[self.weight].shape))
 
 
 @dataclass(eq=False)
@@ -40,7 +40,7 @@ class ExactBlock:
 
     @functools.cached_property
     def _spectral(self) -> tuple[Tensor, Tensor]:
-        values, vectors = torch.linalg.eigh(self.moments.mean())
+        values, vectors = torch.linalg.eigh(finite(self.moments.mean(), self.place.weight, "its exact block"))
         return values.clamp_min(0), vectors
 
     def __matmul__(self, v: Tensor) -> Tensor:
@@ -105,10 +105,11 @@ class ExactBlock:
     def state(self) -> tuple[dict[str, Tensor], list[Any]]:
         """Tensors and plain values."""
         fields = [*dataclasses.astuple(self.place), self.moments.weight]
-        return {f"{self.place.weight}.moments": self.moments.sum}, fields
+        return {f"{self.place.name}.moments": self.moments.sum}, fields
 
     @classmethod
     def from_state(cls, tensors: Mapping[str, Tensor], fields: list[Any], made: Mapping[str, Any]) -> ExactBlock:
         """The block whose ``state`` this is."""
-        *place, weight = fields
-        return cls(Flat(*place), Accumulator(tensors[f"{place[0]}.moments"], weight))
+        *of_place, weight = fields
+        place = Flat.from_state(of_place)
+        return cls(place, Accumulator(tensors[f"{place.name}.moments"], weight))

@@ -18,9 +18,13 @@ class FewRows:
     """
 
     def __init__(self, columns: int) -> None:
-        self._left = columns // _SHARE
+        self._columns, self._left = columns, columns // _SHARE
         self._rows: list[Tensor] | None = []
         self._batch: list[Tensor] = []
+
+    def most(self, dtype: torch.dtype) -> int:
+        """The bytes of the most rows that are few."""
+        return self._columns // _SHARE * self._columns * dtype.itemsize
 
     def room(self, count: int) -> bool:
         """Whether so many rows more would be few; if not, none is kept from now on."""

@@ -17,7 +17,7 @@ from fisherfast.capture import Call, Capture, Tracked
 from fisherfast.fisher.block_sums import total_weight
 from fisherfast.fisher.memory import Held
 from fisherfast.ops._common import wide
-from fisherfast.passes import Samples
+from fisherfast.passes import Cost, Samples
 from fisherfast.rules import Convolution, Elementwise, Form, Lookup, MatMul, Part, Rows, Tied, Window
 
 Pieces = dict[str, tuple["Piece", ...]]  # of each parameter
@@ -60,8 +60,7 @@ class Piece:
         """The piece whose ``state`` this is."""
         first, *form = fields
         lookup = {name.removeprefix("lookup."): t for name, t in tensors.items() if name.startswith("lookup.")}
-        own = {name: tensors.get(name) for name in ("x", "offsets")}
-        rows = Rows(g=tensors["g"], **own, lookup=Rows(lookup.get("x"), lookup["g"], lookup.get("offsets")) if lookup else None)
+        rows = _rows(tensors)._replace(lookup=_rows(lookup) if lookup else None)
         return cls(first, _formed(form), rows, tensors["root"])
 
 
@@ -75,6 +74,10 @@ def _tensors(rows: Rows) -> dict[str, Tensor]:
     mine = {"x": rows.x, "g": rows.g, "offsets": rows.offsets}
     more = {} if rows.lookup is None else {f"lookup.{name}": t for name, t in _tensors(rows.lookup).items()}
     return {name: t for name, t in mine.items() if t is not None} | more
+
+
+def _rows(tensors: Mapping[str, Tensor]) -> Rows:
+    return Rows(tensors.get("x"), tensors["g"], tensors.get("offsets"))
 
 
 def _plain(form: Form) -> list[Any]:
@@ -96,10 +99,20 @@ def _tuples(fields: Mapping[str, Any]) -> dict[str, Any]:
     return {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
 
 
+def _of_part(form: Form, shape: torch.Size) -> tuple[Form, tuple[int, ...]]:
+    """The form and the shape of what the rows are of: the parameter or a part of it."""
+    return (form.form, form.window.shape) if isinstance(form, Part) else (form, tuple(shape))
+
+
+def _less_whole(rows: Rows, part: tuple[int, ...]) -> bool:
+    """Whether the sample gradients are smaller than the rows that they are products of."""
+    return sum(t.numel() for t in _tensors(rows).values()) > rows.num_samples * math.prod(part)
+
+
 def _smallest(form: Form, rows: Rows, shape: torch.Size) -> tuple[Form, Rows]:
     """The same gradients on memory of their own: as rows, or whole where that takes less."""
-    inner, part = (form.form, form.window.shape) if isinstance(form, Part) else (form, shape)
-    if sum(t.numel() for t in _tensors(rows).values()) > rows.num_samples * math.prod(part):
+    inner, part = _of_part(form, shape)
+    if _less_whole(rows, part):
         whole = inner.gradients(_each(rows, lambda t: wide(t) if t.is_floating_point() else t), part)
         inner, rows = Elementwise(tuple(part)), Rows(None, whole.view(len(whole), 1, -1))
     else:
@@ -132,11 +145,15 @@ class GramCollector:
 
     def holds(self, passes: int) -> list[Held]:
         """See ``passes.Collector``: nothing before there are samples."""
-        return [Held((name,), "rows, more with every sample", 0, (0,)) for name in self._tracked]
+        smaller = "measure fewer samples or draws"
+        return [Held((name,), "rows, more with every sample", 0, (0,), smaller=smaller) for name in self._tracked]
 
-    def flops(self, tracked: Tracked, form: Form, rows: Rows, number: int) -> int:
-        """See ``passes.Collector``: what is multiplied is multiplied when the result is asked."""
-        return 0
+    def cost(self, tracked: Tracked, form: Form, rows: Rows, number: int) -> Cost:
+        """See ``passes.Collector``: the rows and their roots; what is multiplied is multiplied when the result is asked."""
+        (_, part), n = _of_part(form, tracked.parameter.shape), rows.num_samples
+        whole = n * math.prod(part) * torch.promote_types(rows.g.dtype, torch.float32).itemsize
+        kept = whole if _less_whole(rows, part) else sum(t.nbytes for t in _tensors(rows).values())
+        return Cost(kept=kept + 8 * n)
 
     def begin(self, samples: Samples) -> None:
         """See ``passes.Collector``."""
@@ -167,10 +184,10 @@ class GramCollector:
         finite = torch.stack([t.isfinite().all() for t in _tensors(rows).values()]).all()
         self._batch.append((name, Piece(self.num_rows + first, form, rows, (weight * scale).sqrt()), finite))
 
-    def expect(self, tracked: Tracked, parts: int) -> None:
+    def expect(self, tracked: Tracked, windows: set[Window | None]) -> None:
         """See ``passes.Collector``: nothing of a batch counts before all of it does."""
 
-    def touch(self, tracked: Tracked) -> None:
+    def touch(self, tracked: Tracked, window: Window | None) -> None:
         """See ``passes.Collector``: rows that nobody gives are zero."""
 
     def settle(self, complete: bool) -> list[str]:

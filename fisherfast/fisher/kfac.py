@@ -19,7 +19,7 @@ from fisherfast.accumulator import Accumulator
 from fisherfast.capture import Capture, Tracked
 from fisherfast.fisher import serialize
 from fisherfast.fisher.block_collector import BlockCollector
-from fisherfast.fisher.block_fisher import BlockFisher
+from fisherfast.fisher.block_fisher import BlockFisher, described
 from fisherfast.fisher.counts import Counts
 from fisherfast.fisher.eigen_sums import EigenCollector
 from fisherfast.fisher.exact import ExactBlock
@@ -28,6 +28,7 @@ from fisherfast.fisher.kronecker_sums import KroneckerSums
 from fisherfast.fisher.memory import Held
 from fisherfast.fisher.protocol import Damping
 from fisherfast.fisher.reduced_sums import ReducedSums
+from fisherfast.passes import Cost
 from fisherfast.rules import Form, Rows
 
 
@@ -63,10 +64,8 @@ class KFAC:
     def result(self, source: KroneckerCollector, counts: Counts) -> KFACFisher:
         """See ``collectors.Structure``."""
         blocks, diagonals = source.snapshot()
-        how: dict[str, str] = {}
-        for block in blocks:
-            way = block.place.op if isinstance(block, KroneckerBlock) else counts.coverage.ways[block.place.weight]
-            how |= dict.fromkeys(block.place.names, f"{way}: {block.describe()}")
+        ways = counts.coverage.ways
+        how = described({b: b.place.op if isinstance(b, KroneckerBlock) else ways[b.place.weight] for b in blocks})
         return KFACFisher(blocks, diagonals, counts.saying("diagonal", how), source.shapes)
 
     def restore(self, source: KroneckerCollector, before: KFACFisher) -> None:
@@ -82,11 +81,11 @@ class KroneckerCollector(BlockCollector):
         self._asked = asked
         self._second = EigenCollector(capture, {}, transactional, asked.max_exact_dim) if asked.keep_rows else None
 
-    def new_block(self, place: Place, form: Form, tracked: Tracked, made: Mapping[str, Any]) -> KroneckerSums:
+    def new_block(self, place: Place, form: Form, weight: Tensor, made: Mapping[str, Any]) -> KroneckerSums:
         """See ``BlockCollector``."""
         kind = ReducedSums if self._asked.sharing == "reduce" else KroneckerSums
         leader = None if place.input_of is None else made[place.input_of]
-        return kind(place, form, tracked, self._asked.max_factor_dim, self._asked.keep_rows, leader)
+        return kind(place, form, weight, self._asked.max_factor_dim, self._asked.keep_rows, leader)
 
     def holds(self, passes: int) -> list[Held]:
         """See ``BlockCollector``; with the rows kept, of EKFAC's pass over the data, which comes next, as well."""
@@ -98,18 +97,20 @@ class KroneckerCollector(BlockCollector):
             if isinstance(sums, KroneckerSums):
                 blocks[name] = sums.blank(blocks)
         second = self._second.foreseen(self, blocks).holds(passes)
-        return [_in_turn(*pair) for pair in zip(first, second, strict=True)]
+        rows = [2 * sums.few_bytes if isinstance(sums, KroneckerSums) else 0 for sums in self._sums.values()]
+        return [_in_turn(*three) for three in zip(first, second, rows, strict=True)]
 
-    def flops(self, tracked: Tracked, form: Form, rows: Rows, number: int) -> int:
+    def cost(self, tracked: Tracked, form: Form, rows: Rows, number: int) -> Cost:
         """See ``BlockCollector``."""
-        more = 0 if self._second is None else self._second.flops(tracked, form, rows, number)
-        return super().flops(tracked, form, rows, number) + more
+        first = super().cost(tracked, form, rows, number)
+        return first if self._second is None else first + self._second.cost(tracked, form, rows, number)
 
 
-def _in_turn(first: Held, second: Held) -> Held:
-    """Two passes over the data: the second holds the result of the first."""
+def _in_turn(first: Held, second: Held, rows: int) -> Held:
+    """Two passes over the data: the second holds the result of the first, and instead of few rows a basis that is larger."""
     (alone,), (more,) = first.peaks, second.peaks
-    return dataclasses.replace(second, peaks=(alone, alone - first.bytes + more), smaller=first.smaller)
+    peaks, scratch = (alone + rows, alone - first.bytes + more), first.scratch + second.scratch
+    return dataclasses.replace(second, peaks=peaks, scratch=scratch, smaller=first.smaller)
 
 
 @serialize.storable("kfac")

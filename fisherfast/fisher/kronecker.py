@@ -12,20 +12,22 @@ import functools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from fisherfast.accumulator import Accumulator
 from fisherfast.ops.kron_log1p_sum import kron_log1p_sum
+from fisherfast.rules import ALL, Entries
 
 
 @dataclass(frozen=True)
 class Place:
     """Which numbers a block is over, and how they are a matrix ``[groups, O, D]``: the bias is its last column.
 
-    ``transposed``: the weight is stored ``[I, O]``, as an embedding table or a Conv1D of Hugging Face.
+    ``transposed``: the weight is stored ``[I, O]``, as an embedding table, a Conv1D of Hugging Face or a transposed convolution.
+    ``weight_part``, ``bias_part``: the entries of a packed parameter that the block is over; all, unless said.
     """
 
     weight: str
@@ -34,26 +36,54 @@ class Place:
     transposed: bool = False
     op: str = "gram_"  # that the input factor is from
     sharing: str = "expand"  # what is a row of a factor: a position, or with "reduce" a sample
-    input_of: str | None = None  # the weight before it that multiplies the same inputs, whose factor A is this one's too
+    input_of: str | None = None  # the block before it, by name, that multiplies the same inputs, whose factor A is this one's too
+    weight_part: Entries = ALL
+    bias_part: Entries = ALL
+
+    @property
+    def name(self) -> str:
+        """The block's: that of its weight, or of the part of it."""
+        return self.weight_part.named(self.weight)
 
     @property
     def names(self) -> tuple[str, ...]:
         """The parameters."""
-        return (self.weight,) if self.bias is None else (self.weight, self.bias)
+        return tuple(self.parts)
+
+    @property
+    def parts(self) -> dict[str, Entries]:
+        """Which entries of which parameters."""
+        return {self.weight: self.weight_part} | ({} if self.bias is None else {self.bias: self.bias_part})
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """What the parameters, or their parts, are called."""
+        return tuple(part.named(parameter) for parameter, part in self.parts.items())
 
     def matrix(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """The matrix of a vector by names."""
-        weight = tensors[self.weight]
-        weight = weight.mT if self.transposed else weight.flatten(1)
-        matrix = weight.reshape(self.groups, -1, weight.shape[1])
-        return matrix if self.bias is None else torch.cat([matrix, tensors[self.bias].view(self.groups, -1, 1)], 2)
+        weight = self.weight_part.of(tensors[self.weight]).flatten(1)
+        matrix = weight.reshape(self.groups, len(weight) // self.groups, -1)
+        matrix = matrix.mT if self.transposed else matrix
+        if self.bias is None:
+            return matrix
+        return torch.cat([matrix, self.bias_part.of(tensors[self.bias]).reshape(self.groups, -1, 1)], 2)
 
-    def tensors(self, matrix: Tensor, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
-        """The inverse of ``matrix``."""
+    def write(self, matrix: Tensor, tensors: Mapping[str, Tensor]) -> None:
+        """The inverse of ``matrix``: put it where it belongs in a vector by names."""
         weight = matrix if self.bias is None else matrix[..., :-1]
-        weight = weight.reshape(-1, weight.shape[-1])
-        parts = {self.weight: (weight.mT if self.transposed else weight).reshape(shapes[self.weight])}
-        return parts if self.bias is None else {**parts, self.bias: matrix[..., -1].reshape(shapes[self.bias])}
+        _put(weight.mT if self.transposed else weight, self.weight_part.of(tensors[self.weight]))
+        if self.bias is not None:
+            _put(matrix[..., -1], self.bias_part.of(tensors[self.bias]))
+
+    @classmethod
+    def from_state(cls, fields: list[Any]) -> Self:
+        """The place of these values, in order; the parts are the last ones, which older files do not have."""
+        return cls(*fields[:7], *map(Entries, fields[7:]))
+
+
+def _put(values: Tensor, where: Tensor) -> None:
+    where.copy_(values.reshape(where.shape))
 
 
 @dataclass(eq=False)
@@ -70,21 +100,25 @@ class KroneckerBlock:
     few_rows: tuple[Tensor | None, Tensor | None] = (None, None)
     leader: KroneckerBlock | None = None
 
+    def finite(self, factor: Tensor, side: str) -> Tensor:
+        """The factor of the inputs or outputs (``side``), to be decomposed. Errors: ValueError, naming the weight, if it is not finite."""
+        return finite(factor, self.place.name, f"its {side} factor")
+
     @functools.cached_property
     def _values_of_A(self) -> Tensor:
-        return _eigenvalues(self.A.mean()) if self.leader is None else self.leader._values_of_A
+        return _eigenvalues(self.finite(self.mean_of_A(), "input")) if self.leader is None else self.leader._values_of_A
 
     @functools.cached_property
     def _values_of_B(self) -> Tensor:
-        return _eigenvalues(self.B.mean())
+        return _eigenvalues(self.finite(self.B.mean(), "output"))
 
     @functools.cached_property
     def _eigen_of_A(self) -> tuple[Tensor, Tensor | None]:
-        return _eigen(self.A.mean()) if self.leader is None else self.leader._eigen_of_A
+        return _eigen(self.finite(self.mean_of_A(), "input")) if self.leader is None else self.leader._eigen_of_A
 
     @functools.cached_property
     def _eigen_of_B(self) -> tuple[Tensor, Tensor | None]:
-        return _eigen(self.B.mean())
+        return _eigen(self.finite(self.B.mean(), "output"))
 
     def changed(self) -> None:
         """The sums have changed: what was computed from them is void."""
@@ -94,7 +128,7 @@ class KroneckerBlock:
 
     def __matmul__(self, v: Tensor) -> Tensor:
         """``B v A`` of a matrix ``[G, O, D]``."""
-        return _times(_times(v, self.A.mean()).mT, self.B.mean()).mT
+        return _times(_times(v, self.mean_of_A()).mT, self.B.mean()).mT
 
     def spectrally(self, v: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
         """``function`` of the block, by its eigenvalues ``[G, O, D]``, times a matrix."""
@@ -107,12 +141,12 @@ class KroneckerBlock:
 
     def diagonal(self) -> Tensor:
         """As a matrix ``[G, O, D]``."""
-        a, b = (_diagonal(factor.mean()) for factor in (self.A, self.B))
+        a, b = map(_diagonal, self.factors())
         return b.unsqueeze(2) * a.unsqueeze(1)
 
     def trace(self) -> float:
         """``tr A tr B``, over groups."""
-        a, b = (_diagonal(factor.mean()).sum(1) for factor in (self.A, self.B))
+        a, b = (_diagonal(factor).sum(1) for factor in self.factors())
         return float((a * b).sum())
 
     def spectrum(self) -> tuple[tuple[Tensor, ...], int]:
@@ -120,9 +154,13 @@ class KroneckerBlock:
         a, b = self._values_of_A, self._values_of_B
         return ((b[0], a[0]) if len(a) == 1 else ((b.unsqueeze(2) * a.unsqueeze(1)).flatten(),)), 0
 
-    def factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def mean_of_A(self, dtype: torch.dtype = torch.float64) -> Tensor:
+        """Zero where no input ever came: of an expert that no sample chose, or where every gradient was zero."""
+        return self.A.mean(dtype) if self.A.weight else self.A.sum.to(dtype)
+
+    def factors(self, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
         """A and B, means."""
-        return self.A.mean(dtype), self.B.mean(dtype)
+        return self.mean_of_A(dtype), self.B.mean(dtype)
 
     def accumulators(self) -> list[Accumulator]:
         """What samples add to; a shared factor is its leader's."""
@@ -142,7 +180,7 @@ class KroneckerBlock:
 
     def identity(self) -> list[Any]:
         """What must be equal for pooling to mean anything."""
-        return [self.place.bias, self.place.sharing, self.place.input_of, list(self.A.sum.shape), list(self.B.sum.shape)]
+        return [*self.place.labels, self.place.sharing, self.place.input_of, list(self.A.sum.shape), list(self.B.sum.shape)]
 
     def logdet(self, damping: float) -> tuple[float, int]:
         """``sum log(a_i b_j + damping)`` and how many of these are ``log 0``, which are left out."""
@@ -159,16 +197,16 @@ class KroneckerBlock:
 
     def factored(self, damping: float) -> KroneckerBlock:
         """``(B + sqrt(damping) / pi I) (x) (A + pi sqrt(damping) I)``, pi^2 the ratio of the factors' mean eigenvalues."""
-        a, b = (_diagonal(factor.mean()).mean(1) for factor in (self.A, self.B))
+        a, b = (_diagonal(factor).mean(1) for factor in self.factors())
         pi = torch.where((a > 0) & (b > 0), a / b, 1.0).sqrt()
         shifts = (pi * damping**0.5, damping**0.5 / pi)
-        A, B = (Accumulator(_shifted(f.mean(), shift), 1.0) for f, shift in zip((self.A, self.B), shifts, strict=True))
+        A, B = (Accumulator(_shifted(f, shift), 1.0) for f, shift in zip(self.factors(), shifts, strict=True))
         return KroneckerBlock(dataclasses.replace(self.place, input_of=None), A, B)  # pi is B's too: nothing is shared
 
     def inverse(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """The inverses of A and B. Errors: torch.linalg.LinAlgError if one is singular."""
-        A, B = (_inverse(factor.mean()).to(dtype) for factor in (self.A, self.B))
-        return A, B
+        A, B = self.finite(self.mean_of_A(), "input"), self.finite(self.B.mean(), "output")
+        return _inverse(A).to(dtype), _inverse(B).to(dtype)
 
     def describe(self) -> str:
         """For the coverage report."""
@@ -182,15 +220,25 @@ class KroneckerBlock:
         place = self.place
         fields = [*dataclasses.astuple(place), self.A.weight, self.B.weight]
         factors = {"B": self.B.sum} if self.leader is not None else {"A": self.A.sum, "B": self.B.sum}
-        return {f"{place.weight}.{name}": factor for name, factor in factors.items()}, fields
+        return {f"{place.name}.{name}": factor for name, factor in factors.items()}, fields
 
     @classmethod
     def from_state(cls, tensors: Mapping[str, Tensor], fields: list[Any], made: Mapping[str, KroneckerBlock]) -> KroneckerBlock:
         """The block whose ``state`` this is."""
         *of_place, weight_a, weight_b = fields
-        place = Place(*of_place)
-        B = Accumulator(tensors[f"{place.weight}.B"], weight_b)
-        return cls.following(place, lambda: Accumulator(tensors[f"{place.weight}.A"], weight_a), B, made)
+        place = Place.from_state(of_place)
+        B = Accumulator(tensors[f"{place.name}.B"], weight_b)
+        return cls.following(place, lambda: Accumulator(tensors[f"{place.name}.A"], weight_a), B, made)
+
+
+def finite(moments: Tensor, weight: str, what: str) -> Tensor:
+    """Second moments that can be decomposed. Errors: ValueError, naming the parameter, if they cannot."""
+    if not bool(moments.sum().isfinite()):
+        raise ValueError(
+            f"{weight}: {what} must be finite, got NaN or infinity; the squares of what it is of do not fit float32: measure the model "
+            "in float64"
+        )
+    return moments
 
 
 def _times(v: Tensor, factor: Tensor) -> Tensor:

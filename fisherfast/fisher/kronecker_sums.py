@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from fisherfast.accumulator import Accumulator
-from fisherfast.capture import Tracked
-from fisherfast.fisher.block_sums import BatchSum, WeightSums, add_squares, mirrored, total_weight
+from fisherfast.fisher.block_sums import BatchSum, WeightSums, add_rows, add_squares, mirrored, total_weight
 from fisherfast.fisher.few_rows import FewRows
 from fisherfast.fisher.kronecker import KroneckerBlock, Place
 from fisherfast.fisher.memory import Held, in_words
@@ -30,29 +29,29 @@ class KroneckerSums(WeightSums):
         self,
         place: Place,
         form: Form,
-        tracked: Tracked,
+        weight: Tensor,
         max_factor_dim: int,
         keep_rows: bool,
         leader: KroneckerSums | None = None,
     ) -> None:
         self.place, self.form = place, form
-        shape, extra = tracked.parameter.shape, place.bias is not None
-        O, D = (shape[1], shape[0]) if place.transposed else (shape[0], math.prod(shape[1:]))
-        O, D = O // place.groups, D + extra
-        self._kernel = shape[2:]
+        rows, columns = weight.shape[0] // place.groups, math.prod(weight.shape[1:])
+        O, D = (columns, rows) if place.transposed else (rows, columns)
+        D += place.bias is not None
+        self._kernel = weight.shape[2:]
         counts = isinstance(form, Lookup)  # of every row of a table: the factor of inputs that are one-hot is diagonal
         if D > max_factor_dim and not counts:
             raise ValueError(
-                f"{place.weight}: its input factor must be at most max_factor_dim = {max_factor_dim}, got {D} x {D} "
+                f"{place.name}: its input factor must be at most max_factor_dim = {max_factor_dim}, got {D} x {D} "
                 f"({in_words(16 * D * D)} with the result); pass max_factor_dim={D} if there is room for it, or freeze the weight "
                 "(requires_grad_(False)) and measure its diagonal in a run of its own"
             )
-        own = BatchSum((place.groups, D) if counts else (place.groups, D, D), tracked.parameter)
+        own = BatchSum((place.groups, D) if counts else (place.groups, D, D), weight)
         self.A: BatchSum = own if leader is None else leader.A
-        self._inputs: Inputs = Inputs(place.weight) if leader is None else leader._inputs
+        self._inputs: Inputs = Inputs(place.name) if leader is None else leader._inputs
         self._inputs.members += 1
         self._vector = max_factor_dim < O
-        self.B = BatchSum((place.groups, O) if self._vector else (place.groups, O, O), tracked.parameter)
+        self.B = BatchSum((place.groups, O) if self._vector else (place.groups, O, O), weight)
         if keep_rows and place.groups == 1:
             if leader is None:
                 self.A.few_rows = None if counts else FewRows(D)
@@ -67,6 +66,11 @@ class KroneckerSums(WeightSums):
         """See ``BlockSums``; a shared factor is its leader's."""
         return self._factors if self.place.input_of is None else (self.B,)
 
+    @property
+    def few_bytes(self) -> int:
+        """Of the rows that are kept while they are few, at most."""
+        return sum(one.few_rows.most(one.running.dtype) for one in self.sums if one.few_rows is not None)
+
     def blank(self, made: Mapping[str, KroneckerBlock]) -> KroneckerBlock:
         """A block of these sizes on no memory."""
         A, B = (Accumulator.zeros(one.running.shape, "meta") for one in self._factors)
@@ -80,7 +84,7 @@ class KroneckerSums(WeightSums):
         smaller = f"pass max_factor_dim={O - 1}, which keeps B as its diagonal" if D < O and not self._vector else None
         A, B = (Accumulator.zeros(one.running.shape, "meta") for one in self._factors)
         what = KroneckerBlock(self.place, A, B).describe()
-        return Held(self.place.names, what, of_sums, (of_sums + of_result,), self.place.op, smaller)
+        return Held(self.place.labels, what, of_sums, (of_sums + of_result,), self.place.op, smaller)
 
     def flops(self, form: Form, rows: Rows, number: int) -> int:
         """See ``BlockSums``; of a symmetric product one half is computed."""
@@ -92,7 +96,9 @@ class KroneckerSums(WeightSums):
         return of_gradients + (of_inputs if number == 0 and self.place.input_of is None else 0)
 
     def _num_rows(self, form: Form, rows: Rows) -> int:
-        return len(rows.g) * math.prod(rows.g.shape[2:]) if isinstance(form, Convolution) else math.prod(rows.g.shape[:-1])
+        if not isinstance(form, Convolution):
+            return math.prod(rows.g.shape[:-1])
+        return sum(len(use.g) * math.prod(use.g.shape[2:]) for use in rows.uses or (rows,))
 
     def block(self, made: Mapping[str, Any]) -> KroneckerBlock:
         """What was added, on memory of its own."""
@@ -108,10 +114,10 @@ class KroneckerSums(WeightSums):
             self.A.running.restore(block.A)
         self.B.running.restore(block.B)
 
-    def part(self) -> None:
+    def leave(self) -> None:
         """See ``WeightSums``."""
         self._inputs.members -= 1
-        self._inputs = Inputs(self.place.weight)
+        self._inputs = Inputs(self.place.name)
         self._inputs.members = 1
         self.place, self.A = replace(self.place, input_of=None), self.A.copy()
 
@@ -125,7 +131,7 @@ class KroneckerSums(WeightSums):
 
     def add(self, form: Form, rows: Rows, scale: float, number: int, samples: Samples, staged: bool) -> None:
         """Take the rows of one pass; the inputs are those of all passes, and count once."""
-        A = self.A.target(staged) if number == 0 and self._inputs.new(self.place.weight, inputs_of(form, rows)) else None
+        A = self.A.target(staged) if number == 0 and self._inputs.new(self.place.name, inputs_of(form, rows)) else None
         B = self.B.target(staged)
         if isinstance(form, Convolution):
             self._add_images(form, rows, scale, samples.weight, A, B)
@@ -135,26 +141,51 @@ class KroneckerSums(WeightSums):
     def _add_images(
         self, form: Convolution, rows: Rows, scale: float, weight: Tensor | None, A: Tensor | None, B: Tensor
     ) -> None:
-        x, g = rows.x, rows.g
-        assert x is not None
-        if weight is not None and rows.offsets is not None:
-            weight = weight.repeat_interleave(rows.offsets.diff())
+        """Patches of one side at every pixel of the other: of the inputs, or of the gradients where it is transposed."""
+        inputs, gradients = self._add_patches, self._add_pixels
+        if form.transposed:
+            inputs, gradients = gradients, inputs
+        assert rows.x is not None
+        if rows.uses:  # what a later use brings must be known before an earlier one is added
+            of_x, of_g = (self.B, self.A) if form.transposed else (self.A, self.B)
+            of_x.flag |= ~torch.isfinite(rows.x).all()
+            of_g.flag |= ~torch.isfinite(rows.g).all()
+        positions: Tensor | float = 0.0
+        for use in rows.uses or (rows,):
+            each = weight if weight is None or use.offsets is None else weight.repeat_interleave(use.offsets.diff())
+            if A is not None:
+                inputs(self.A, A, form, use, 1.0, each)
+                count = len(use.g) if each is None else each.sum(dtype=torch.float64)
+                positions = positions + count * math.prod(use.g.shape[2:])
+            gradients(self.B, B, form, use, scale, each)
         if A is not None:
-            where = {"kernel": self._kernel, "positions": g.shape[2:], "stride": form.stride, "padding": form.padding}
-            more = {"dilation": form.dilation, "groups": form.groups, "bias": self.place.bias is not None}
-            conv_gram_(A, x, weight=weight, flag=self.A.flag, **where, **more)
-            if self.A.few_rows is not None and self.A.few_rows.room(len(g) * math.prod(g.shape[2:])):
-                patches = form.patches(rows, self._kernel)
-                self.A.few_rows.add(patches, _of_pixels(patches, weight), bias=self.place.bias is not None)
-            images = len(g) if weight is None else weight.sum(dtype=torch.float64)
-            self.A.visited(images * math.prod(g.shape[2:]))
-        if self._vector:
-            add_squares(B[0], g.flatten(2).mT, scale, None if weight is None else weight.unsqueeze(1), self.B.flag)
-        else:
-            conv_gram_(B, g, scale, weight=weight, flag=self.B.flag, groups=form.groups)
-            if self.B.few_rows is not None:
-                pixels = g.flatten(2).mT
-                self.B.few_rows.add(pixels, _of_pixels(pixels, weight), scale)
+            self.A.visited(positions)
+
+    def _add_patches(
+        self, one: BatchSum, target: Tensor, form: Convolution, rows: Rows, scale: float, weight: Tensor | None
+    ) -> None:
+        assert rows.x is not None
+        if target.dim() == 2:
+            squares = form.patch_sums(rows._replace(x=rows.x.to(target.dtype).square()), self._kernel)
+            add_rows(target.view(-1), squares, scale, weight, one.flag)
+            return
+        where = {"kernel": self._kernel, "positions": rows.g.shape[2:], "stride": form.stride, "padding": form.padding}
+        more = {"dilation": form.dilation, "groups": form.groups, "bias": self.place.bias is not None}
+        conv_gram_(target, rows.x, scale, weight=weight, flag=one.flag, **where, **more)
+        if one.few_rows is not None and one.few_rows.room(len(rows.g) * math.prod(rows.g.shape[2:])):
+            patches = form.patches(rows, self._kernel)
+            one.few_rows.add(patches, _of_pixels(patches, weight), scale, bias=self.place.bias is not None)
+
+    def _add_pixels(
+        self, one: BatchSum, target: Tensor, form: Convolution, rows: Rows, scale: float, weight: Tensor | None
+    ) -> None:
+        pixels = rows.g.flatten(2).mT
+        if target.dim() == 2:
+            add_squares(target.view(-1), pixels, scale, _of_pixels(pixels, weight), one.flag)
+            return
+        conv_gram_(target, rows.g, scale, weight=weight, flag=one.flag, groups=form.groups)
+        if one.few_rows is not None:
+            one.few_rows.add(pixels, _of_pixels(pixels, weight), scale)
 
     def _add_rows(self, rows: Rows, scale: float, samples: Samples, A: Tensor | None, B: Tensor) -> None:
         x, g = rows.x, rows.g

@@ -4,12 +4,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import weakref
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 _CGROUP = Path("/sys/fs/cgroup")
 _MEMINFO = Path("/proc/meminfo")
@@ -17,11 +20,11 @@ _MEMINFO = Path("/proc/meminfo")
 
 @dataclass(frozen=True)
 class Held:
-    """What a collector keeps for the parameters ``names``, which have their sums in common.
+    """What a collector keeps for the parameters ``names``, or parts of them, which have their sums in common.
 
     ``holds``: what it is, in words. ``bytes``: of the sums at the end of a run. ``peaks``: of what is allocated, the result
     included, at the end of each pass over the data. ``way``: the op, where it is not that of the squares. ``smaller``: how
-    to hold less, where there is a way of its own.
+    to hold less, where there is a way of its own. ``scratch``: of what each pass needs beside that for a moment, one block at a time.
     """
 
     names: tuple[str, ...]
@@ -30,32 +33,39 @@ class Held:
     peaks: tuple[int, ...]
     way: str | None = None
     smaller: str | None = None
+    scratch: tuple[int, ...] = (0,)
 
 
 def peak(held: Sequence[Held]) -> int:
     """The most bytes that are allocated at a time; what needs fewer passes over the data than others is in the last ones."""
     passes = zip_longest(*(reversed(one.peaks) for one in held), fillvalue=0)
-    return max(map(sum, passes), default=0)
+    scratch = zip_longest(*(reversed(one.scratch) for one in held), fillvalue=0)
+    return max((sum(sums) + max(more) for sums, more in zip(passes, scratch, strict=True)), default=0)
 
 
 def check(held: Sequence[Held], device: torch.device) -> None:
     """Raise MemoryError, with the sizes and the ways out, unless there is room."""
-    problem = refusal(held, free_bytes(device), device)
+    problem = refusal(held, 0, free_bytes(device), device)
     if problem is not None:
         raise MemoryError(problem)
 
 
-def refusal(held: Sequence[Held], free: int | None, device: torch.device) -> str | None:
-    """Why there is no room, or None; memory whose size is not known is enough."""
+def refusal(held: Sequence[Held], of_batch: int, free: int | None, device: torch.device) -> str | None:
+    """Why there is no room, or None; ``of_batch``: bytes that a batch will take beside what is held. Room not known is enough."""
     needed = peak(held)
-    if free is None or needed <= free:
+    if free is None or needed + of_batch <= free:
         return None
     largest = max(held, key=lambda one: max(one.peaks))
-    ways = [] if largest.smaller is None else [largest.smaller]
-    ways.append(f"freeze {largest.names[0]!r} here (requires_grad_(False)) and measure its diagonal in a run of its own")
+    if needed <= free:
+        ways = ["take smaller batches"]
+    else:
+        ways = [] if largest.smaller is None else [largest.smaller]
+        ways.append(f"freeze {largest.names[0]!r} here (requires_grad_(False)) and measure its diagonal in a run of its own")
+    beside = f", and {in_words(of_batch)} for a batch beside them" if of_batch else ""
     return (
         f"memory: the sums of a run and its result must fit what is free on {device}, {in_words(free)}, got {in_words(needed)}, of "
-        f"which {in_words(max(largest.peaks))} for {' and '.join(map(repr, largest.names))} ({largest.holds}); {', or '.join(ways)}"
+        f"which {in_words(max(largest.peaks))} for {' and '.join(map(repr, largest.names))} ({largest.holds}){beside}; "
+        f"{', or '.join(ways)}"
     )
 
 
@@ -88,6 +98,38 @@ def _of_container() -> int | None:
     except (OSError, ValueError):
         return None
     return max(0, limit - used + int(fields["file"]))
+
+
+@dataclass(eq=False)
+class _Saved:
+    """A tensor that autograd holds, for as long as it does."""
+
+    tensor: Tensor
+
+
+class SavedBytes:
+    """The memory of what autograd saves of what is computed inside, each once; what is ``given`` is there anyway."""
+
+    def __init__(self, given: Iterable[Tensor]) -> None:
+        self._given = {tensor.untyped_storage().data_ptr() for tensor in given}
+        self._saved: weakref.WeakSet[_Saved] = weakref.WeakSet()
+
+    @contextmanager
+    def noted(self) -> Iterator[None]:
+        """Note what is saved."""
+
+        def pack(tensor: Tensor) -> _Saved:
+            self._saved.add(saved := _Saved(tensor))
+            return saved
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved.tensor):
+            yield
+
+    def with_those_of(self, more: Iterable[Tensor]) -> int:
+        """Bytes that are held now, and of these tensors."""
+        tensors = (*(saved.tensor for saved in self._saved), *more)
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+        return sum(size for place, size in storages.items() if place not in self._given)
 
 
 def in_words(size: float) -> str:

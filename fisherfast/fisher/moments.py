@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import os
 from collections.abc import Mapping
@@ -15,12 +14,11 @@ from torch import Tensor
 
 from fisherfast.accumulator import Accumulator
 from fisherfast.fisher import _pooling, serialize
-from fisherfast.fisher.coverage import Coverage
-from fisherfast.fisher.protocol import Provenance
+from fisherfast.fisher.counts import Counts, Measured
 
 
 @serialize.storable("sample-moments")
-class SampleMoments:
+class SampleMoments(Measured):
     """Moments of the sample gradients ``s_n`` (of the negative log-likelihood): what ``ff.GradientMoments()`` gives.
 
     With ``W = sum w``, ``V = sum w^2`` (no weights: both N), ``m`` the weighted mean::
@@ -50,23 +48,10 @@ class SampleMoments:
         totals: Mapping[str, Accumulator],
         squares: Mapping[str, Accumulator],
         squared_weights: Mapping[str, float],
-        *,
-        num_samples: int,
-        num_positions: int,
-        batches: int = 0,
-        provenance: Provenance | None = None,
-        coverage: Mapping[str, str] | None = None,
-        aliases: Mapping[str, str] | None = None,
+        counts: Counts,
     ) -> None:
         self.totals, self.squares, self.squared_weights = dict(totals), dict(squares), dict(squared_weights)
-        self.num_samples, self.num_positions, self.batches = num_samples, num_positions, batches
-        self.provenance = provenance or Provenance()
-        self.coverage, self.aliases = Coverage(coverage), dict(aliases or {})
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The parameters, in the model's order."""
-        return tuple(self.totals)
+        self.shapes, self._counts = {name: total.sum.shape for name, total in self.totals.items()}, counts
 
     def mean(self, *, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
         """``{name: mean sample gradient}``."""
@@ -110,17 +95,11 @@ class SampleMoments:
         if not isinstance(other, SampleMoments):
             return NotImplemented
         _pooling.check_same(self._identity(), other._identity())
-        different = [field for field, value in self._draws().items() if value != other._draws()[field]]
         return SampleMoments(
             {name: total + other.totals[name] for name, total in self.totals.items()},
             {name: square + other.squares[name] for name, square in self.squares.items()},
             {name: value + other.squared_weights[name] for name, value in self.squared_weights.items()},
-            num_samples=self.num_samples + other.num_samples,
-            num_positions=self.num_positions + other.num_positions,
-            batches=self.batches + other.batches,
-            provenance=_pooling.pooled_provenance(self.provenance, different=different),
-            coverage=self.coverage + other.coverage,
-            aliases=self.aliases,
+            self._counts.pooled(other._counts),
         )
 
     def all_reduce(self, group: dist.ProcessGroup | None = None) -> SampleMoments:
@@ -131,24 +110,14 @@ class SampleMoments:
         names = sorted(self.names)
         device = self.totals[names[0]].sum.device
         _pooling.check_ranks(self._identity(), group, device)
-        different = _pooling.differing_fields(self._draws(), group, device)
-        self.provenance = _pooling.pooled_provenance(self.provenance, different=different)
         for name in names:
             self.totals[name].all_reduce(group)
             self.squares[name].all_reduce(group)
-        counts = [self.num_samples, self.num_positions, self.batches]
-        sums = torch.tensor([*(self.squared_weights[name] for name in names), *counts], dtype=torch.float64, device=device)
+        sums = torch.tensor([self.squared_weights[name] for name in names], dtype=torch.float64, device=device)
         dist.all_reduce(sums, group=group)
-        pooled = sums.tolist()
-        self.squared_weights = dict(zip(names, pooled, strict=False))
-        self.num_samples, self.num_positions, self.batches = map(int, pooled[len(names) :])
+        self.squared_weights = dict(zip(names, sums.tolist(), strict=True))
+        self._counts = self._counts.reduced(group, device)
         return self
-
-    def _identity(self) -> dict[str, Any]:
-        return _pooling.identity({name: t.sum.shape for name, t in self.totals.items()}, self.aliases, self.provenance)
-
-    def _draws(self) -> dict[str, Any]:
-        return {"draws": self.provenance.draws, "seed": self.provenance.seed}
 
     def save(self, path: str | os.PathLike[str], *, extra: Mapping[str, str] | None = None) -> None:
         """Write to a safetensors file, whole or not at all; ``fisherfast.load`` reads it back bit by bit."""
@@ -158,29 +127,18 @@ class SampleMoments:
         """See ``serialize.Storable``."""
         tensors = {f"total.{name}": total.sum for name, total in self.totals.items()}
         tensors |= {f"square.{name}": square.sum for name, square in self.squares.items()}
-        fields = {
-            "provenance": dataclasses.asdict(self.provenance),
-            "num_samples": self.num_samples,
-            "num_positions": self.num_positions,
-            "batches": self.batches,
-            "weights": {name: [self.totals[name].weight, self.squared_weights[name]] for name in self.names},
-            "aliases": self.aliases,
-            **self.coverage.state(),
-        }
-        return tensors, fields
+        weights = {name: [self.totals[name].weight, self.squared_weights[name]] for name in self.names}
+        return tensors, {**self._counts.state(), "weights": weights}
 
     @classmethod
     def from_state(cls, tensors: dict[str, Tensor], fields: dict[str, Any]) -> SampleMoments:
         """The object whose ``state`` this is."""
-        weights, provenance = fields.pop("weights"), Provenance(**fields.pop("provenance"))
-        coverage = Coverage.from_state(fields)
+        weights = fields["weights"]
         return cls(
             {name: Accumulator(tensors[f"total.{name}"], W) for name, (W, _) in weights.items()},
             {name: Accumulator(tensors[f"square.{name}"], W) for name, (W, _) in weights.items()},
             {name: V for name, (_, V) in weights.items()},
-            provenance=provenance,
-            coverage=coverage,
-            **fields,
+            Counts.from_state(fields),
         )
 
     def __repr__(self) -> str:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -12,12 +11,11 @@ import torch
 from torch import Tensor
 
 from fisherfast.fisher import _pooling, serialize
-from fisherfast.fisher.coverage import Coverage
-from fisherfast.fisher.protocol import Provenance
+from fisherfast.fisher.counts import Counted, Counts
 
 
 @serialize.storable("sample-norms")
-class SampleNorms:
+class SampleNorms(Counted):
     """``E_y |s_n|^2`` of every sample n, ``s_n = grad_w log p_w(y | x_n)``: what ``ff.PerSampleNorm()`` gives.
 
     Their mean is the trace of the Fisher. With the labels of the data (``"empirical"``) it is ``|s_n|^2`` itself.
@@ -32,22 +30,10 @@ class SampleNorms:
 
     structure: ClassVar[str]
 
-    def __init__(
-        self,
-        squared_norms: Tensor | None,
-        by_layer: Mapping[str, Tensor] | None = None,
-        *,
-        num_positions: int | None = None,
-        batches: int = 0,
-        provenance: Provenance | None = None,
-        coverage: Mapping[str, str] | None = None,
-    ) -> None:
+    def __init__(self, squared_norms: Tensor | None, by_layer: Mapping[str, Tensor] | None, counts: Counts) -> None:
         self._squared_norms = squared_norms
         self._by_layer = None if by_layer is None else dict(by_layer)
-        self.batches = batches
-        self.num_positions = num_positions if num_positions is not None else self.num_samples
-        self.provenance = provenance or Provenance()
-        self.coverage = Coverage(coverage)
+        self._counts = counts
 
     @property
     def squared_norms(self) -> Tensor:
@@ -58,11 +44,6 @@ class SampleNorms:
                 "which sample a draw belongs to is no longer known"
             )
         return self._squared_norms
-
-    @property
-    def num_samples(self) -> int:
-        """How many samples were measured."""
-        return len(self.squared_norms)
 
     def by_layer(self) -> dict[str, Tensor]:
         """``{layer: [num_samples]}``, in the order of the parameters; they add up to ``squared_norms``."""
@@ -75,16 +56,12 @@ class SampleNorms:
         if not isinstance(other, SampleNorms):
             return NotImplemented
         _pooling.check_same(self._identity(), other._identity())
-        different = [f for f in ("draws", "seed") if getattr(self.provenance, f) != getattr(other.provenance, f)]
         device = self.squared_norms.device
         layers = None if self._by_layer is None else other.by_layer()
         return SampleNorms(
             torch.cat([self.squared_norms, other.squared_norms.to(device)]),
             None if layers is None else {k: torch.cat([v, layers[k].to(device)]) for k, v in self.by_layer().items()},
-            num_positions=self.num_positions + other.num_positions,
-            batches=self.batches + other.batches,
-            provenance=_pooling.pooled_provenance(self.provenance, different=different),
-            coverage=self.coverage + other.coverage,
+            self._counts.pooled(other._counts),
         )
 
     def _identity(self) -> dict[str, Any]:
@@ -100,22 +77,15 @@ class SampleNorms:
         tensors = {"squared_norms": self.squared_norms}
         if self._by_layer:
             tensors["by_layer"] = torch.stack(list(self._by_layer.values()))
-        fields = {
-            "provenance": dataclasses.asdict(self.provenance),
-            "num_positions": self.num_positions,
-            "batches": self.batches,
-            "layers": None if self._by_layer is None else list(self._by_layer),
-            **self.coverage.state(),
-        }
-        return tensors, fields
+        return tensors, {**self._counts.state(), "layers": None if self._by_layer is None else list(self._by_layer)}
 
     @classmethod
     def from_state(cls, tensors: dict[str, Tensor], fields: dict[str, Any]) -> SampleNorms:
         """The object whose ``state`` this is."""
-        layers, provenance = fields.pop("layers"), Provenance(**fields.pop("provenance"))
-        coverage = Coverage.from_state(fields)
+        norms, layers = tensors["squared_norms"], fields["layers"]
         by_layer = None if layers is None else dict(zip(layers, tensors.get("by_layer", ()), strict=True))
-        return cls(tensors["squared_norms"], by_layer, provenance=provenance, coverage=coverage, **fields)
+        once = {"num_samples": len(norms), "aliases": {}}  # were not written
+        return cls(norms, by_layer, Counts.from_state(once | fields))
 
     def __repr__(self) -> str:
         layers = "" if self._by_layer is None else f", {len(self._by_layer)} layers"

@@ -3,9 +3,10 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,17 +20,19 @@ from fisherfast.fisher.collectors import Structure
 from fisherfast.fisher.labelling import Labelling
 from fisherfast.fisher.measure import Measurement, factors_first, needs_basis, requests
 from fisherfast.fisher.memory import Held, in_words
+from fisherfast.fisher.units import apart
 from fisherfast.layout import PROBED
-from fisherfast.likelihood import Likelihood
-from fisherfast.passes import Collector, Pass, Passes, one_position
-from fisherfast.rules import Form, Rows
+from fisherfast.likelihood import Likelihood, Predictions
+from fisherfast.passes import Collector, Cost, Pass, Passes, Samples, one_position
+from fisherfast.rules import ALL, Elementwise, Form, Rows
 
 
 @dataclass(frozen=True)
 class Row:
-    """Parameters that have their sums in common: ``way`` is the op, or ``"vmap: why"``, ``"missing: why"``; ``holds`` what is kept.
+    """Parameters, or parts of packed ones, that have their sums in common.
 
-    ``bytes`` are those of the sums, ``flops`` those of a batch beside its forward and backward passes.
+    ``way`` is the op, or ``"vmap: why"``, ``"missing: why"``; ``holds`` what is kept. ``bytes`` are those of the sums, and of rows
+    that are kept; ``flops`` those of a batch beside its forward and backward passes.
     """
 
     names: tuple[str, ...]
@@ -45,19 +48,26 @@ class Plan:
 
     Shapes:   ``rows`` one for each block, or parameter without a block; of several requests each has
               rows of its own.
-    Scale:    ``total_bytes`` are the sums at the end of a run, what every row holds; ``peak_bytes`` those allocated at once at
-              most, the result included. FLOPs are those of one batch: ``flops`` of the ops, ``step_flops`` of one plain
-              forward and backward pass, ``run_flops`` of all passes and ops, ``ratio = run_flops / step_flops``.
+    Scale:    ``total_bytes`` are what every row holds at the end of a run; ``peak_bytes`` those allocated at once at most, the
+              result and, for EKFAC, the workspace of an eigendecomposition included. A batch takes more while it is there:
+              ``activation_bytes``, what the forward pass leaves for the backward pass, its output and the gradient at
+              it; ``scratch_bytes``, what one layer's rows are turned into. ``needed_bytes`` is the sum of these three. FLOPs are those
+              of one batch: ``flops`` of the ops, ``step_flops`` of one plain forward and backward pass, ``run_flops`` of all
+              passes and ops, ``ratio = run_flops / step_flops``.
     Errors:   none of its own.
-    Numerics: bytes are exact, but for a basis of few rows (EKFAC), which takes less. FLOPs are an estimate: the products of matrices, a
-              backward pass as twice the forward pass, half of that where the weights are frozen. Not counted: activations,
-              scratch memory of one layer at a time, values of single samples, EKFAC's few rows before they are a basis.
+    Numerics: ``total_bytes`` are exact, but for a basis of few rows (EKFAC), which takes less, and where the data choose rows
+              (experts). Activations are extrapolated from two sizes of batch, exactly where samples are of one length. FLOPs are
+              an estimate: the products of matrices, a backward pass as twice the forward pass, half of that where the weights are
+              frozen. Not counted: the model and the batch, gradients on their way back, the fallback's vmap, the kernels' own
+              panels, values of single samples, and what is computed from a result later.
     Source:   ours.
     """
 
     structure: str
     rows: tuple[Row, ...]
     peak_bytes: int
+    activation_bytes: int
+    scratch_bytes: int
     free_bytes: int | None
     passes: int
     readings: int
@@ -66,12 +76,17 @@ class Plan:
 
     @property
     def total_bytes(self) -> int:
-        """Of all sums."""
+        """Of all rows of the table."""
         return sum(row.bytes for row in self.rows)
 
     @property
+    def needed_bytes(self) -> int:
+        """At once, at most."""
+        return self.peak_bytes + self.activation_bytes + self.scratch_bytes
+
+    @property
     def fits(self) -> bool:
-        """Whether ``peak_bytes`` are free, or not known not to be; if not, ``problem`` says how they could be."""
+        """Whether ``needed_bytes`` are free, or not known not to be; if not, ``problem`` says how they could be."""
         return self.problem is None
 
     @property
@@ -112,7 +127,8 @@ class Plan:
         free = "an unknown amount" if self.free_bytes is None else in_words(self.free_bytes)
         passes = f"{self.passes} backward pass{'es' * (self.passes > 1)} a batch" + ", the data read twice" * (self.readings > 1)
         return (
-            f"{in_words(self.peak_bytes)} at most with the result, {free} free: {'fits' if self.fits else 'does not fit'}; "
+            f"{in_words(self.peak_bytes)} at most with the result, {in_words(self.activation_bytes)} of activations and "
+            f"{in_words(self.scratch_bytes)} of scratch for a batch, {free} free: {'fits' if self.fits else 'does not fit'}; "
             f"{passes}; a batch takes {self.ratio:.2f} plain steps"
         )
 
@@ -133,57 +149,77 @@ def plan(
     output: Output = None,
     allow_missing: bool = False,
     checkpoint: bool = False,
+    num_samples: int | None = None,
 ) -> Plan:
     """What ``ff.fisher`` with these arguments will hold, by layer, and the work of a batch as ``run FLOPs / plain step's FLOPs``.
 
-    ``batch`` is one that the data yield; a few of its samples go through the model, as at the beginning of every run, and the
-    work is scaled to all of them. Nothing is measured, no sum is allocated. ``checkpoint``: whether the run will have one, for
-    which every batch is staged.
+    ``batch`` is one that the data yield; a few of its samples go through the model, as at the beginning of every run, and what
+    is seen is scaled to all of them. Nothing is measured, no sum is allocated. ``checkpoint``: whether the run will have one, for
+    which every batch is staged. ``num_samples``: of all data, where what is held grows with them (``"gram"``); those of ``batch``
+    if None.
 
     Shapes:   as ``ff.fisher``.
-    Scale:    bytes of a whole run, FLOPs of one batch.
+    Scale:    bytes of a whole run, FLOPs, activations and scratch of one batch.
     Errors:   those of ``ff.fisher`` for a model, a batch or arguments that cannot be measured: an input factor above
-              ``max_factor_dim``, more than ``max_passes`` (counted on the samples that are looked at). What does not fit the
-              memory is no error here: ``.fits`` is False and ``.problem`` is the message of ``ff.fisher``'s MemoryError.
+              ``max_factor_dim``, more than ``max_passes`` (counted on the samples that are looked at), more rows than
+              ``max_rows``. What does not fit the memory is no error here: ``.fits`` is False and ``.problem`` is the message of
+              ``ff.fisher``'s MemoryError, which comes when the first batch's activations are there.
     Numerics: see ``Plan``.
     Source:   ours.
     """
     structures = requests("plan", structure)
     labelling = Labelling.of("plan", fisher_type, likelihood, draws, 0, max_passes)
+    if num_samples is not None and num_samples < 1:
+        raise ValueError(f"plan: num_samples must be >= 1, got {num_samples}; pass how many samples the data hold")
     refuse_train_mode(model)
     asked = tuple(map(factors_first, structures))
     measurement = Measurement(model, asked, labelling, 0, output, 1.0, allow_missing, checkpoint)
     run, capture = measurement.run, measurement.run.capture
     whole = Batch.of(batch, capture.device)
+    every = whole.N if num_samples is None else num_samples
     few = whole.cut(0, min(whole.N, PROBED))
     measurement.explore(few)
     readings = 2 if any(map(needs_basis, structures)) else 1
 
-    forward, (_, predictions) = _counted(lambda: measurement.forward(few))
+    half = _forward(measurement, few.cut(0, few.N // 2))[0] if whole.N > few.N else None
+    forward, predictions = _forward(measurement, few)  # after the other: the capture is left as this one needs it
     passes = labelling.num_passes(predictions)
-    held = [collector.holds(passes) for collector in run.collectors]
-    every = [one for mine in held for one in mine]
-    ledger = _Ledger(capture, run.collectors, passes)
+    for collector in run.collectors:
+        collector.begin(Samples(every, passes))  # as if all data were one batch: refuses what a run would refuse in the end
+    sums = [collector.holds(passes) for collector in run.collectors]
+    ledger = _Ledger(capture, run.collectors, passes, whole.N)
     ledger.run(predictions.values, [Pass(torch.ones_like(predictions.values))], 1)
+    for name in run.looped:
+        ledger.note_loop(capture.tracked[name])
 
-    scale = whole.N / few.N
-    step = 3 * forward * scale
+    step = 3 * forward.flops * whole.N / few.N
+    held = [[_with_rows(one, costs, every / whole.N) for one in mine] for mine, costs in zip(sums, ledger.costs, strict=True)]
     # The fallback goes forward and backward once more, for all its parameters and collectors together.
     of_loop = readings * passes * step / max(1, len(run.looped) * len(held))
-    works = [{name: scale * flops for name, flops in mine.items()} | dict.fromkeys(run.looped, of_loop) for mine in ledger.flops]
+    works = [{name: cost.flops for name, cost in mine.items()} | dict.fromkeys(run.looped, of_loop) for mine in ledger.costs]
     rows = [_row(one, run.coverage, work) for mine, work in zip(held, works, strict=True) for one in mine]
     rows += [Row((name,), why, "nothing", 0, 0.0) for name, why in run.missing.items()]
-    free = memory.free_bytes(capture.device)
+    together = [one for mine in held for one in mine]
+    activations, free = forward.extrapolated(half, whole), memory.free_bytes(capture.device)
+    scratch = max((cost.scratch for mine in ledger.costs for cost in mine.values()), default=0)
     return Plan(
         structure if isinstance(structure, str) else ", ".join(type(one).__name__ for one in structure),
         tuple(rows),
-        memory.peak(every),
+        memory.peak(together),
+        activations,
+        scratch,
         free,
         passes,
         readings,
         step,
-        memory.refusal(every, free, capture.device),
+        memory.refusal(together, activations + scratch, free, capture.device),
     )
+
+
+def _with_rows(held: Held, costs: Mapping[str, Cost], times: float) -> Held:
+    """With what is kept of so many batches."""
+    kept = round(times * sum(costs[name].kept for name in held.names if name in costs))
+    return replace(held, bytes=held.bytes + kept, peaks=tuple(size + kept for size in held.peaks))
 
 
 def _row(held: Held, coverage: Mapping[str, str], work: Mapping[str, float]) -> Row:
@@ -191,26 +227,70 @@ def _row(held: Held, coverage: Mapping[str, str], work: Mapping[str, float]) -> 
     return Row(held.names, held.way or coverage[held.names[0]], held.holds, held.bytes, flops)
 
 
-class _Ledger(Passes):
-    """A backward pass that adds up what each collector would do with the rows, and lets the rows go."""
+@dataclass(frozen=True)
+class _Forward:
+    """A forward pass of a batch: its FLOPs, and the bytes that it leaves for the backward pass, output and its gradient included."""
 
-    def __init__(self, capture: Capture, asked: Sequence[Collector], passes: int) -> None:
+    batch: Batch
+    flops: int
+    bytes: int
+
+    def extrapolated(self, smaller: _Forward | None, whole: Batch) -> int:
+        """The bytes for the whole batch, along the line through two sizes; None: this is the whole batch."""
+        if smaller is None:
+            return self.bytes
+        here, there = _size(self.batch), _size(smaller.batch)
+        return round(self.bytes + (self.bytes - smaller.bytes) / (here - there) * (_size(whole) - here))
+
+
+def _size(batch: Batch) -> int:
+    """What its memory grows with: samples, or positions of packed samples."""
+    return batch.N if batch.offsets is None else int(batch.offsets[-1])
+
+
+def _forward(measurement: Measurement, batch: Batch) -> tuple[_Forward, Predictions]:
+    from torch.utils.flop_counter import FlopCounterMode  # imports triton, which whoever plans nothing need not
+
+    model = measurement.model
+    saved = memory.SavedBytes([*model.parameters(), *model.buffers(), *batch.tensors()])
+    with FlopCounterMode(display=False) as counter, saved.noted():
+        output, predictions = measurement.forward(batch)
+    values = predictions.values
+    return _Forward(batch, counter.get_total_flops(), saved.with_those_of((output, values)) + values.nbytes), predictions
+
+
+class _Ledger(Passes):
+    """A backward pass that notes what every collector would take for the rows of ``N`` such samples, and lets the rows go."""
+
+    def __init__(self, capture: Capture, asked: Sequence[Collector], passes: int, N: int) -> None:
         super().__init__(capture, ())
-        self._asked, self._more = asked, passes - 1
+        self._asked, self._more, self._N = asked, passes - 1, N
         self._folds = not any(collector.separate for collector in asked)
-        self.flops: list[defaultdict[str, float]] = [defaultdict(float) for _ in asked]
+        self.costs: list[defaultdict[str, Cost]] = [defaultdict(Cost) for _ in asked]
 
     def _hand_over(self, tracked: Tracked, form: Form, rows: Rows, scale: float, number: int) -> None:
         more = 0 if self._folds and one_position(rows) else self._more
-        for collector, mine in zip(self._asked, self.flops, strict=True):
-            first, later = (collector.flops(tracked, form, rows, number) for number in (0, 1))
-            mine[tracked.name] += first + more * later
+        _, window = apart(form)
+        entries = None if window is None else window.entries(tracked.parameter.shape)
+        names = {tracked.name, (entries or ALL).named(tracked.name)}  # what is held may be of the part alone
+        many = _of_samples(rows, self._N)
+        for collector, mine in zip(self._asked, self.costs, strict=True):
+            first, later = (collector.cost(tracked, form, many, number) for number in (0, 1))
+            for name in names:
+                mine[name] += first + later.times(more)
+
+    def note_loop(self, tracked: Tracked) -> None:
+        """The same of a parameter whose sample gradients come whole."""
+        shape = tuple(tracked.parameter.shape)
+        g = tracked.parameter.new_zeros(()).expand(self._N, 1, math.prod(shape))
+        self._hand_over(tracked, Elementwise(shape), Rows(None, g), 1.0, 0)
 
 
-def _counted(forward: Any) -> tuple[int, Any]:
-    """The FLOPs of a forward pass, and what it gives."""
-    from torch.utils.flop_counter import FlopCounterMode  # imports triton, which whoever plans nothing need not
-
-    with FlopCounterMode(display=False) as counter:
-        result = forward()
-    return counter.get_total_flops(), result
+def _of_samples(rows: Rows, N: int) -> Rows:
+    """Rows as N samples like these have them, on no memory."""
+    count, offsets = N, None
+    if rows.offsets is not None:
+        count = round(len(rows.g) * N / rows.num_samples)
+        offsets = torch.linspace(0, count, N + 1).long()
+    lookup = None if rows.lookup is None else _of_samples(rows.lookup, N)
+    return rows.each(lambda t: t.new_zeros(()).expand(count, *t.shape[1:]), offsets)._replace(lookup=lookup)

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from dataclasses import replace
 from typing import NamedTuple
@@ -11,11 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fisherfast.capture import Tracked
 from fisherfast.fisher.block_sums import add_squares
 from fisherfast.fisher.kronecker import Place
 from fisherfast.fisher.kronecker_sums import KroneckerSums, existing, inputs_of
-from fisherfast.ops import _conv as conv
 from fisherfast.ops._common import wide
 from fisherfast.ops.gram import gram_
 from fisherfast.passes import Samples
@@ -37,17 +34,17 @@ class ReducedSums(KroneckerSums):
         self,
         place: Place,
         form: Form,
-        tracked: Tracked,
+        weight: Tensor,
         max_factor_dim: int,
         keep_rows: bool,
         leader: KroneckerSums | None = None,
     ) -> None:
         if isinstance(form, Lookup):
             raise ValueError(
-                f"{place.weight}: KFAC(sharing='reduce') must have inputs whose mean is a row, got an embedding, whose input factor "
+                f"{place.name}: KFAC(sharing='reduce') must have inputs whose mean is a row, got an embedding, whose input factor "
                 "would be a matrix over the vocabulary; use sharing='expand', or freeze it"
             )
-        super().__init__(replace(place, sharing="reduce"), form, tracked, max_factor_dim, keep_rows, leader)
+        super().__init__(replace(place, sharing="reduce"), form, weight, max_factor_dim, keep_rows, leader)
 
     def _num_rows(self, form: Form, rows: Rows) -> int:
         return rows.num_samples
@@ -58,7 +55,7 @@ class ReducedSums(KroneckerSums):
             x, g, positions = _of_images(form, rows, self._kernel)
         else:
             x, g, positions = _of_rows(form, rows, samples.exists)
-        if number == 0 and self._inputs.new(self.place.weight, inputs_of(form, rows)):
+        if number == 0 and self._inputs.new(self.place.name, inputs_of(form, rows)):
             self._add_means(x / positions.clamp_min(1).unsqueeze(1), samples.weight, positions > 0, self.A.target(staged))
         B = self.B.target(staged)
         for k, mine in enumerate(self._by_group(g)):
@@ -97,26 +94,19 @@ def _of_rows(form: Form, rows: Rows, exists: Tensor | None) -> Reduced:
 
 
 def _of_images(form: Convolution, rows: Rows, kernel: tuple[int, ...]) -> Reduced:
-    x, g, pixels = patch_sums(form, rows, kernel), wide(rows.g).flatten(2).sum(2), math.prod(rows.g.shape[2:])
+    each = [_of_images_of_one_size(form, use, kernel) for use in rows.uses or (rows,)]
+    return Reduced(*(sum(parts[1:], parts[0]) for parts in zip(*each, strict=True)))
+
+
+def _of_images_of_one_size(form: Convolution, rows: Rows, kernel: tuple[int, ...]) -> Reduced:
+    assert rows.x is not None
+    patches, pixels = form.patch_sums(rows._replace(x=wide(rows.x)), kernel), wide(rows.g).flatten(2).sum(2)
+    x, g = (pixels, patches) if form.transposed else (patches, pixels)
+    positions = math.prod(rows.g.shape[2:])
     if rows.offsets is None:
-        return Reduced(x, g, torch.full((len(g),), pixels, device=g.device))
-    return Reduced(_segments(x, rows.offsets), _segments(g, rows.offsets), rows.offsets.diff() * pixels)
+        return Reduced(x, g, torch.full((len(g),), positions, device=g.device))
+    return Reduced(_segments(x, rows.offsets), _segments(g, rows.offsets), rows.offsets.diff() * positions)
 
 
 def _segments(rows: Tensor, offsets: Tensor) -> Tensor:
     return torch.segment_reduce(rows, "sum", offsets=offsets)
-
-
-def patch_sums(form: Convolution, rows: Rows, kernel: tuple[int, ...]) -> Tensor:
-    """The sum of an image's patches ``[images, C * prod(kernel)]``: for each offset in the kernel that of the pixels it meets."""
-    positions = rows.g.shape[2:]
-    assert rows.x is not None
-    x = conv.framed(wide(rows.x), positions, kernel, form.stride, form.padding, form.dilation)
-    sums = []
-    for offset in itertools.product(*map(range, kernel)):
-        met = x
-        for axis, (at, P, stride, dilation) in enumerate(zip(offset, positions, form.stride, form.dilation, strict=True), 2):
-            met = met.narrow(axis, at * dilation, (P - 1) * stride + 1 if P else 0)
-            met = met[(slice(None),) * axis + (slice(None, None, stride),)]
-        sums.append(met.flatten(2).sum(2))
-    return torch.stack(sums, 2).flatten(1)

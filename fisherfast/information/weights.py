@@ -116,7 +116,7 @@ def _with_shares(layers: Mapping[str, LayerInformation], order: Iterable[str]) -
 
 @dataclass(frozen=True)
 class _Block:
-    """A block of the Fisher, and how far its weights are from the prior's center."""
+    """A block of the Fisher, and how far its weights are from the prior's center; a packed parameter's are with its first block."""
 
     spectrum: Spectrum
     squared_distance: float
@@ -128,11 +128,17 @@ def tensors(source: Weights) -> dict[str, Tensor]:
 
 
 def _check_names(F: Fisher, model: Weights, weights: Mapping[str, Tensor]) -> tuple[str, ...]:
-    """The parameters F says it lacks, warned of; raise ValueError unless F and the model name the same others."""
+    """The parameters F says it lacks, warned of; raise ValueError unless F and the model have the same others, as large."""
     excluded = tuple(name for name, how in F.coverage.items() if how.startswith("missing"))
     if lacking := [name for name in F.names if name not in weights]:
         raise ValueError(f"information_in_weights: model must hold every parameter of F, lacks {lacking}")
     _check_floating("model", F, weights)
+    for name, shape in F.shapes.items():
+        if (entries := weights[name].numel()) != shape.numel():
+            raise ValueError(
+                f"information_in_weights: model must have the shapes F was measured on, got {entries} entries instead of "
+                f"{shape.numel()} in {name!r}"
+            )
     covered = {*F.names, *F.aliases, *excluded}
     # A frozen parameter asks for no Fisher; in a mapping there is no such mark, and everything counts.
     wanted = [name for name, tensor in weights.items() if tensor.requires_grad or not isinstance(model, nn.Module)]
@@ -168,22 +174,20 @@ def _blocks_by_layer(
 ) -> Iterator[tuple[str, list[_Block]]]:
     """Each layer with its blocks, as soon as F has given the last of them: one layer's spectrum is in memory at a time."""
     waiting = {layer: set(summary.parameters) for layer, summary in summaries.items()}
+    numbers = {layer: summary.num_parameters for layer, summary in summaries.items()}
     blocks: dict[str, list[_Block]] = {layer: [] for layer in summaries}
     for spectrum in F.spectra():
-        entries = sum(weights[name].numel() for name in spectrum.parameters)
-        if entries != spectrum.num_parameters:
-            raise ValueError(
-                f"information_in_weights: model must have the shapes F was measured on, got {entries} entries instead of "
-                f"{spectrum.num_parameters} in {list(spectrum.parameters)}"
-            )
-        origins = [None if centers is None else centers[name] for name in spectrum.parameters]
-        distance = math.fsum(map(_series.squared_distance, (weights[name] for name in spectrum.parameters), origins))
+        layer = spectrum.layer
+        new = waiting[layer] & set(spectrum.parameters)  # a packed parameter is in several, and has one distance
+        origins = [None if centers is None else centers[name] for name in new]
+        distance = math.fsum(map(_series.squared_distance, (weights[name] for name in new), origins))
         if not math.isfinite(distance):
             raise ValueError(f"information_in_weights: weights must be finite, got others in {list(spectrum.parameters)}")
-        blocks[spectrum.layer].append(_Block(spectrum, distance))
-        waiting[spectrum.layer] -= set(spectrum.parameters)
-        if not waiting[spectrum.layer]:
-            yield spectrum.layer, blocks.pop(spectrum.layer)
+        blocks[layer].append(_Block(spectrum, distance))
+        waiting[layer] -= new
+        numbers[layer] -= spectrum.num_parameters
+        if not (waiting[layer] or numbers[layer]):
+            yield layer, blocks.pop(layer)
 
 
 def _fitted(blocks: Sequence[_Block], temperature: float) -> float:

@@ -9,8 +9,10 @@ blind to the layer. A function that is made of such functions is taken apart ins
 from fisherfast.rules import decompositions, functions
 from fisherfast.rules.decompositions import DECOMPOSITIONS
 from fisherfast.rules.forms import (
+    ALL,
     Convolution,
     Elementwise,
+    Entries,
     Form,
     Lookup,
     MatMul,
@@ -25,10 +27,12 @@ from fisherfast.rules.forms import (
 from fisherfast.rules.table import RULES, Use, rule
 
 __all__ = [
+    "ALL",
     "DECOMPOSITIONS",
     "RULES",
     "Convolution",
     "Elementwise",
+    "Entries",
     "Form",
     "Lookup",
     "MatMul",

@@ -12,6 +12,7 @@ The leading axes ``[...]`` hold samples and positions in any layout; ``fisherfas
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -34,13 +35,15 @@ from fisherfast.ops.scale_sq import scale_sq_
 class Rows(NamedTuple):
     """One parameter's rows in one backward pass: x ``[N, T, ...]`` or None, g ``[N, T, ...]``; with offsets ``[M, ...]``.
 
-    ``lookup``: of a tied table, the rows of its use as an embedding.
+    ``lookup``: of a tied table, the rows of its use as an embedding. ``uses``: of images of several sizes, which x and g hold with
+    zeros around, those of each use as they are.
     """
 
     x: Tensor | None
     g: Tensor
     offsets: Tensor | None = None
     lookup: Rows | None = None
+    uses: tuple[Rows, ...] = ()
 
     def each(self, change: Callable[[Tensor], Tensor], offsets: Tensor | None = None) -> Rows:
         """Both tensors changed in the same way."""
@@ -226,14 +229,15 @@ class Convolution(Form):
         return Rows(g, x, rows.offsets) if self.transposed else rows
 
     def joined(self, uses: list[Rows]) -> Rows:
-        """See ``Form``: several images a sample, brought to one size by zeros, which add nothing."""
+        """See ``Form``: several images a sample, brought to one size by zeros, which add nothing to a gradient."""
         xs, gs = [use.x for use in uses if use.x is not None], [use.g for use in uses]
+        several = len({g.shape[2:] for g in gs}) > 1
         xs, gs = _one_size(xs), _one_size(gs)
         packed = [
             Rows(x, g, torch.arange(len(g) + 1, device=g.device) if use.offsets is None else use.offsets)
             for x, g, use in zip(xs, gs, uses, strict=True)
         ]
-        return _merged(packed)
+        return _merged(packed)._replace(uses=tuple(uses) if several else ())
 
     def flops(self, rows: Rows, shape: tuple[int, ...]) -> int:
         """See ``Form``."""
@@ -263,6 +267,20 @@ class Convolution(Form):
             x = x.unfold(axis, (K - 1) * dilation + 1, stride)[..., ::dilation]
         order = (0, *range(2, 2 + axes), 1, *range(2 + axes, 2 + 2 * axes))
         return x.permute(order).reshape(len(x), math.prod(rows.g.shape[2:]), -1)
+
+    def patch_sums(self, rows: Rows, kernel: tuple[int, ...]) -> Tensor:
+        """The sum of an image's patches ``[images, C * prod(kernel)]``: for each offset in the kernel that of the pixels it meets."""
+        assert rows.x is not None
+        positions = rows.g.shape[2:]
+        x = conv.framed(rows.x, positions, kernel, self.stride, self.padding, self.dilation)
+        sums = []
+        for offset in itertools.product(*map(range, kernel)):
+            met = x
+            for axis, (at, P, stride, dilation) in enumerate(zip(offset, positions, self.stride, self.dilation, strict=True), 2):
+                met = met.narrow(axis, at * dilation, (P - 1) * stride + 1 if P else 0)
+                met = met[(slice(None),) * axis + (slice(None, None, stride),)]
+            sums.append(met.flatten(2).sum(2))
+        return torch.stack(sums, 2).flatten(1)
 
     def gradients(self, rows: Rows, shape: tuple[int, ...]) -> Tensor:
         """See ``Form``; torch has them one sample at a time."""
@@ -421,6 +439,25 @@ def _few_samples(head: Rows, table: Rows) -> Iterator[tuple[slice, Rows, Rows]]:
         yield slice(n, n + 1), one, other
 
 
+class Entries(tuple[int, ...]):
+    """Entries of a tensor's first axis: ``(k,)`` is one of them, ``(first, last)`` are those before last, ``()`` all."""
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """Those of a tensor: a view."""
+        return tensor[self[0]] if len(self) == 1 else tensor[slice(*self)] if self else tensor
+
+    def span(self, extent: int) -> tuple[int, int]:
+        """The first, and one past the last, of an axis this long."""
+        return (self[0], self[-1] + (len(self) == 1)) if self else (0, extent)
+
+    def named(self, parameter: str) -> str:
+        """What they are called: ``w[3]``, ``w[0:7]``, ``w``."""
+        return f"{parameter}[{':'.join(map(str, self))}]" if self else parameter
+
+
+ALL = Entries()
+
+
 @dataclass(frozen=True)
 class Window:
     """A part of a parameter, as it lies in the parameter's memory."""
@@ -437,6 +474,18 @@ class Window:
     def of_tensor(self, whole: Tensor) -> Tensor:
         """The same part of a tensor that is laid out like the parameter."""
         return whole.as_strided(self.shape, self.strides, whole.storage_offset() + self.start)
+
+    def entries(self, shape: tuple[int, ...]) -> Entries | None:
+        """Which entries of a parameter of this shape it is, their own axes flattened or not; None if it is no such part."""
+        each, size = math.prod(shape[1:]), math.prod(self.shape)
+        if not (shape and self.shape and size and _dense(self)) or self.start % each or size % each:
+            return None
+        first, count = self.start // each, size // each
+        if count == 1 and len(self.shape) < len(shape) and self.shape[0] == shape[1]:
+            return Entries((first,))
+        if self.shape[0] != count:
+            return None
+        return ALL if count == shape[0] else Entries((first, first + count))
 
     def end(self) -> int:
         """One past the last element."""

@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which weights, and which parts of packed ones, have a block of their own; which biases join them, which share their inputs.
+
+Read off the calls of a first look at the model. A part is entries of a parameter's first axis: the queries, the keys or the
+values of one projection, an expert of a stack.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from fisherfast.capture import Call, CallUse, Tracked
+from fisherfast.fisher.protocol import layer_of
+from fisherfast.rules import ALL, Convolution, Elementwise, Entries, Form, Lookup, MatMul, Part, Window
+
+
+@dataclass(frozen=True, eq=False)
+class Unit:
+    """A parameter, or a part of one, all of whose uses have one form; they are in the calls ``key``.
+
+    A part that no call has used yet has the form of the others; its key is that of other such parts if the others go together.
+    """
+
+    tracked: Tracked
+    entries: Entries
+    window: Window | None
+    form: Form
+    uses: tuple[CallUse, ...]
+    key: tuple[Any, ...]
+
+    @property
+    def name(self) -> str:
+        """What it is called."""
+        return self.entries.named(self.tracked.name)
+
+
+def apart(form: Form) -> tuple[Form, Window | None]:
+    """The form of a use, and the part of the parameter that is used; None for all of it."""
+    return (form.form, form.window) if isinstance(form, Part) else (form, None)
+
+
+def of_weights(tracked: Mapping[str, Tracked], calls: Iterable[Call]) -> tuple[list[Unit], dict[str, Unit]]:
+    """The units that multiply, are looked up or slid over images, in the model's order; by their names, the biases that join them."""
+    uses: defaultdict[str, dict[Window | None, list[tuple[int, CallUse]]]] = defaultdict(dict)
+    for call in calls:
+        for use in call.uses:
+            uses[use.tracked.name].setdefault(use.window, []).append((call.index, use))
+    units = [unit for name, one in tracked.items() if not one.fallback for unit in _units(one, uses[name])]
+    weights = _all_of(units, lambda unit: isinstance(unit.form, (MatMul, Lookup, Convolution)))
+    biases = _all_of(units, lambda unit: isinstance(unit.form, Elementwise) and not any(use.picks for use in unit.uses))
+    return weights, _joined(weights, biases)
+
+
+def _all_of(units: Sequence[Unit], kind: Callable[[Unit], bool]) -> list[Unit]:
+    """Those of parameters of which every unit is of this kind."""
+    others = {unit.tracked.name for unit in units if not kind(unit)}
+    return [unit for unit in units if unit.tracked.name not in others]
+
+
+def _units(tracked: Tracked, uses: Mapping[Window | None, Sequence[tuple[int, CallUse]]]) -> list[Unit]:
+    """The parameter, or the parts in which it is used, in their order; none unless they are parts that make it up."""
+    shape, found = tracked.parameter.shape, []
+    for window, mine in uses.items():
+        entries = ALL if window is None else window.entries(shape)
+        forms = {apart(use.form)[0] for _, use in mine}
+        if entries is None or len(forms) > 1:
+            return []
+        found.append(Unit(tracked, entries, window, forms.pop(), tuple(use for _, use in mine), tuple(call for call, _ in mine)))
+    extent = shape[0] if shape else 1
+    if found and all(len(unit.entries) == 1 for unit in found):
+        found += _unused(found, extent)
+    found.sort(key=lambda unit: unit.entries)
+    spans = [unit.entries.span(extent) for unit in found]
+    return found if [0, *(last for _, last in spans)] == [*(first for first, _ in spans), extent] else []
+
+
+def _unused(stack: Sequence[Unit], extent: int) -> list[Unit]:
+    """The other entries of a stack: a first look may not ask every expert."""
+    first, used = stack[0], {unit.entries for unit in stack}
+    assert first.window is not None
+    size = math.prod(first.window.shape)
+    return [
+        replace(first, entries=Entries((k,)), window=replace(first.window, start=k * size), uses=(), key=(first.key, k))
+        for k in range(extent)
+        if (k,) not in used
+    ]
+
+
+def _joined(weights: Sequence[Unit], biases: Sequence[Unit]) -> dict[str, Unit]:
+    """The bias that is added wherever a weight is used, and nowhere else; one in parts joins weights of one layer, or none."""
+    # The outputs of a transposed convolution are not positions of its inputs: its bias is in no column.
+    beside = [unit for unit in weights if not (isinstance(unit.form, Convolution) and unit.form.transposed)]
+    by_key = {(unit.key, unit.tracked.expand): unit for unit in reversed(biases)}
+    found = {unit: by_key[key] for unit in beside if (key := (unit.key, unit.tracked.expand)) in by_key}
+    layers: defaultdict[str, list[str]] = defaultdict(list)
+    for unit, bias in found.items():
+        layers[bias.tracked.name].append(layer_of(unit.tracked.name))
+    parts = Counter(unit.tracked.name for unit in biases)
+    whole = {name for name, mine in layers.items() if len(mine) == parts[name] and len(set(mine)) == 1}
+    return {unit.name: bias for unit, bias in found.items() if bias.tracked.name in whole}
+
+
+def same_inputs(weights: Iterable[Unit], with_bias: Container[str]) -> dict[str, str]:
+    """Of a weight that multiplies what another one before it multiplies (queries, keys and values), that other one."""
+    first: dict[Any, str] = {}
+    shared = {}
+    for unit in weights:
+        if isinstance(unit.form, MatMul) and len(unit.uses) == 1:
+            (use,) = unit.uses
+            leader = first.setdefault((use.inputs, unit.form.left, unit.tracked.expand, unit.name in with_bias), unit.name)
+            if leader != unit.name:
+                shared[unit.name] = leader
+    return shared
