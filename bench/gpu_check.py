@@ -54,7 +54,7 @@ def build(seconds: int) -> list[Command]:
 
 def test(seconds: int) -> list[Command]:
     """What only a GPU can show, then the tests of every op whose names end in cuda, then the router's; one process a file."""
-    workers = ["-n", str(min(8, os.cpu_count() or 1))] if importlib.util.find_spec("xdist") else []
+    workers = ["-n", str(min(8, os.cpu_count() or 1)), "--dist", "loadgroup"] if importlib.util.find_spec("xdist") else []
     pytest = [sys.executable, "-m", "pytest", "-q", "-m", "", *workers]
     ops = ("ops", "gram", "conv_sq", "conv_gram", "categorical_score", "log1p_sum")
     return [

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 import fisherfast.ops  # noqa: F401  registers the ops
-from fisherfast import _backend
+from fisherfast import _backend, _choice
 
 _PACKAGES = ("fisherfast", "torch", "triton", "numpy", "safetensors")
 
@@ -70,12 +70,14 @@ def _backend_table(device: str, name: str) -> Group:
         table.add_column(heading)
     reasons: dict[str, int] = {}
     for op in _backend.OPS.values():
-        chosen = _backend._forced or op.usable(device)[0]
+        chosen, faster = _backend._forced or op.usable(device)[0], set[str]()
+        if device == "cuda" and _backend._forced is None:
+            faster = _choice.preferred(op.name, _choice.capability(torch.device("cuda", torch.cuda.current_device())))
         row = []
         for backend in _backend.BACKENDS:
             problem = op.unavailable(backend, device)
             if problem is None:
-                row.append("runs" if backend == chosen else "on request")
+                row.append("runs where faster" if backend in faster else "runs" if backend == chosen else "on request")
             else:
                 row.append(f"no ({reasons.setdefault(problem, len(reasons) + 1)})")
         table.add_row(op.name, *row)

@@ -112,6 +112,13 @@ def fraction(cost: Cost, ceilings: dict[str, float], seconds: float) -> float:
     return bound(cost, ceilings).seconds / seconds
 
 
+def meant(op: str, mode: str, shape: dict[str, int], by: str) -> float | None:
+    """The share of its ceiling that a kernel is meant to reach; None where nothing is promised."""
+    if by == "copy":
+        return 0.85
+    return 0.70 if op == "linear_sq_" and mode == "bf16" and shape["T"] >= 512 else None
+
+
 def passes(error: float, plain: float, mode: str = "fp32") -> bool:
     """The numerical gate of the whole project: at most twice the error of plain torch in float32, or in TF32 where that is asked."""
     return error <= max(2 * plain + 1e-7, TF32_ERROR if mode == "tf32" else 0.0)

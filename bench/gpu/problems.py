@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from gpu import cost
@@ -100,12 +100,17 @@ class Problem(NamedTuple):
     mode: str
     shape: dict[str, int]
     acc: Tensor  # what every run starts from
-    ours: Run
+    inputs: tuple[Tensor | None, ...]  # of the op, after the accumulator
     oracle: Callable[[], Tensor]  # float64
     plain: Callable[[], Tensor]  # plain torch in float32, whose error sets the gate
     peers: dict[str, Run]  # how it is done without us: timed, and their error reported where they return the accumulator
     cost: cost.Cost
+    options: dict[str, Any] = {}
     compared: Callable[[Tensor], Tensor] = lambda acc: acc  # the part of the accumulator that is the result
+
+    def ours(self, acc: Tensor) -> None:
+        """Call the op."""
+        getattr(ff.ops, self.op)(acc, *self.inputs, **self.options)
 
 
 def squared(acc: Tensor, gradient: Tensor) -> None:
@@ -140,7 +145,7 @@ def linear(draw: Draw, N: int, T: int, I: int, O: int) -> Problem:
         mode=draw.mode,
         shape={"N": N, "T": T, "I": I, "O": O},
         acc=draw.zeros(O, I),
-        ours=lambda acc: ff.ops.linear_sq_(acc, x, g),
+        inputs=(x, g),
         oracle=lambda: per_sample(draw.zeros(O, I, wide=True), x.double(), g.double()),
         plain=lambda: materialised(x.float(), g.float()),
         peers=peers,
@@ -161,7 +166,7 @@ def scale(draw: Draw, N: int, T: int, D: int, has_x: bool) -> Problem:
         mode=draw.mode,
         shape={"N": N, "T": T, "D": D, "x": int(has_x)},
         acc=draw.zeros(D),
-        ours=lambda acc: ff.ops.scale_sq_(acc, x, g),
+        inputs=(x, g),
         oracle=lambda: summed(torch.float64),
         plain=lambda: summed(torch.float32),
         peers={"product, sum, square": lambda acc: acc.add_((g if x is None else g * x).sum(1).float().square().sum(0))},
@@ -184,7 +189,7 @@ def embedding(draw: Draw, N: int, T: int, V: int, D: int) -> Problem:
         mode=draw.mode,
         shape={"N": N, "T": T, "V": V, "D": D},
         acc=draw.zeros(V, D),
-        ours=lambda acc: ff.ops.embedding_sq_(acc, ids, g),
+        inputs=(ids, g),
         oracle=lambda: loop(draw.zeros(V, D, wide=True)),
         plain=lambda: loop(draw.zeros(V, D)),
         peers={"index_add per sample": loop},
@@ -204,7 +209,7 @@ def gram(draw: Draw, M: int, I: int) -> Problem:
         mode=draw.mode,
         shape={"M": M, "I": I},
         acc=draw.zeros(I, I),
-        ours=lambda acc: ff.ops.gram_(acc, x),
+        inputs=(x,),
         oracle=lambda: product(torch.float64),
         plain=lambda: product(torch.float32),
         peers={"x.T @ x": lambda acc: x.mT @ x, "x.T @ x, float32 output": lambda acc: float_output(acc, x.mT, x)},
@@ -256,13 +261,12 @@ def conv(draw: Draw, N: int, C: int, O: int, H: int, K: int, stride: int, groups
             squared(acc, torch.einsum("gop,gip->goi", rows, columns).reshape(weight))
         return acc
 
-    options = {"stride": (stride, stride), "padding": (border(K), border(K)), "groups": groups}
     return Problem(
         op="conv_sq_",
         mode=draw.mode,
         shape={"N": N, "C": C, "O": O, "H": H, "K": K, "stride": stride, "groups": groups},
         acc=draw.zeros(*weight),
-        ours=lambda acc: ff.ops.conv_sq_(acc, x, g, **options),
+        inputs=(x, g),
         oracle=lambda: unfolded(draw.zeros(*weight, wide=True), x.double(), g.double()),
         plain=lambda: unfolded(draw.zeros(*weight), x.float(), g.float()),
         peers={
@@ -271,6 +275,7 @@ def conv(draw: Draw, N: int, C: int, O: int, H: int, K: int, stride: int, groups
             "dW of the batch alone": lambda acc: gradient(x, g),
         },
         cost=cost.conv(N, C, O, H, P, K, groups, draw.mode),
+        options={"stride": (stride, stride), "padding": (border(K), border(K)), "groups": groups},
     )
 
 
@@ -280,24 +285,25 @@ def conv_gram(draw: Draw, N: int, C: int, H: int, K: int, stride: int) -> Proble
 
     def unfolded(acc: Tensor, x: Tensor) -> Tensor:
         rows = patches(x, K, stride).mT.flatten(0, 1)
-        return float_output(acc, rows.mT, rows)
+        float_output(acc[0], rows.mT, rows)
+        return acc
 
     def image_by_image(acc: Tensor, wide: torch.dtype) -> Tensor:  # all patches at once would not fit
         for x_n in x.split(1):
             unfolded(acc, x_n.to(wide))
         return acc.triu_()
 
-    options = {"kernel": (K, K), "stride": (stride, stride), "padding": (border(K), border(K))}
     return Problem(
         op="conv_gram_",
         mode=draw.mode,
         shape={"N": N, "C": C, "H": H, "K": K, "stride": stride},
-        acc=draw.zeros(D, D),
-        ours=lambda acc: ff.ops.conv_gram_(acc.unsqueeze(0), x, **options),
-        oracle=lambda: image_by_image(draw.zeros(D, D, wide=True), torch.float64),
-        plain=lambda: image_by_image(draw.zeros(D, D), torch.float32),
+        acc=draw.zeros(1, D, D),
+        inputs=(x,),
+        oracle=lambda: image_by_image(draw.zeros(1, D, D, wide=True), torch.float64),
+        plain=lambda: image_by_image(draw.zeros(1, D, D), torch.float32),
         peers={"unfold and x.T @ x": lambda acc: unfolded(acc, x)},
         cost=cost.conv_gram(N, C, H, positions(H, K, stride), K, draw.mode),
+        options={"kernel": (K, K), "stride": (stride, stride), "padding": (border(K), border(K))},
         compared=torch.triu,
     )
 
@@ -319,11 +325,12 @@ def score(draw: Draw, R: int, C: int) -> Problem:
         mode=draw.mode,
         shape={"R": R, "C": C},
         acc=torch.full_like(logits, math.nan),
-        ours=lambda out: ff.ops.categorical_score_(out, logits, labels=labels),
+        inputs=(logits,),
         oracle=lambda: softmax(torch.float64),
         plain=lambda: softmax(torch.float32).to(logits.dtype),
         peers={"softmax, scatter_add": plain_step},
         cost=cost.score(R, C, draw.mode),
+        options={"labels": labels},
     )
 
 
@@ -339,7 +346,7 @@ def log1p(draw: Draw, *size: int) -> Problem:
         mode=draw.mode,
         shape={"size": math.prod(size)},
         acc=draw.zeros(2, wide=True),
-        ours=lambda acc: ff.ops.log1p_sum(acc, f),
+        inputs=(f,),
         oracle=lambda: terms(f.double()),
         plain=lambda: terms(f),
         peers={"log1p, sum in float64": lambda acc: acc.add_(terms(f.double()))},
@@ -360,7 +367,7 @@ def kron(draw: Draw, I: int, O: int) -> Problem:
         mode=draw.mode,
         shape={"I": I, "O": O},
         acc=draw.zeros(2, wide=True),
-        ours=lambda acc: ff.ops.kron_log1p_sum(acc, a, b),
+        inputs=(a, b),
         oracle=lambda: terms(a.double(), b.double()),
         plain=lambda: terms(a, b),
         peers={"outer, log1p, sum in float64": lambda acc: acc.add_(terms(a.double(), b.double()))},

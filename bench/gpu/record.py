@@ -8,15 +8,22 @@ import itertools
 import json
 import os
 import subprocess
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-import triton
 from gpu import cost
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "bench" / "results"
+
+
+def newest(results: Path = RESULTS) -> list[Path]:
+    """The latest results of every GPU that has some."""
+    folders = (folder for folder in sorted(results.glob("*")) if folder.is_dir() and not folder.name.startswith("cpu-"))
+    runs = [sorted(folder.glob("*.json"), key=lambda path: path.stem) for folder in folders]
+    return [found[-1] for found in runs if found]
 
 
 def _first_line(*command: str) -> str | None:
@@ -34,12 +41,13 @@ def facts(device: str) -> dict[str, Any]:
         properties = torch.cuda.get_device_properties(torch.cuda.current_device())
         found = {
             "device": torch.cuda.get_device_name(),
+            "capability": f"{properties.major}.{properties.minor}",
             "multiprocessors": properties.multi_processor_count,
             "memory_bytes": properties.total_memory,
             "driver": _first_line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
         }
     return found | {
-        "versions": {"torch": torch.__version__, "triton": triton.__version__, "cuda": torch.version.cuda},
+        "versions": {"torch": torch.__version__, "triton": version("triton"), "cuda": torch.version.cuda},
         "commit": os.environ.get("COMMIT") or _first_line("git", "rev-parse", "HEAD"),
         "sha256": {folder: cost.sources_sha256(ROOT / folder) for folder in ("csrc", "kernels")},
     }

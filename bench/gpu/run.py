@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from gpu import clock, cost, problems, record
 
 import fisherfast as ff
-from fisherfast import _backend
+from fisherfast import _backend, _choice
 
 BACKENDS = {"cuda": ("triton", "cuda"), "cpu": ("cpu", "reference")}
 
@@ -91,7 +91,8 @@ def measure(device: str, op: str, case: str, mode: str, ceilings: dict[str, floa
         usable = [b for b in BACKENDS[device] if _backend.OPS[op].unavailable(b, device) is None]
         routes = [gated(device, problem, oracle, plain, backend, ceilings) for backend in usable]
         routes += [peer(device, problem, oracle, name) for name in problem.peers]
-    head = {"op": op, "case": case, "mode": mode, "shape": problem.shape}
+    extents = _choice.extents((problem.acc, *problem.inputs))
+    head = {"op": op, "case": case, "mode": mode, "shape": problem.shape, "extents": extents}
     bound = cost.bound(problem.cost, ceilings)._asdict()
     return {**head, **problem.cost._asdict(), "bound": bound, "plain_error": plain, "routes": routes}
 
