@@ -7,6 +7,7 @@ A mode is what a case is computed in: ``bf16``, ``fp16``; ``tf32``, float32 inpu
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -60,6 +61,11 @@ def scale(N: int, T: int, D: int, mode: str, has_x: bool) -> Cost:
 def embedding(N: int, T: int, D: int, mode: str, touched: int) -> Cost:
     """One addition for each element of g; ids and g once, the ``touched`` rows of acc read and written."""
     return Cost(N * T * D, N * T * (ID_BYTES + ELEMENT[mode] * D) + 2 * ACCUMULATOR_BYTES * touched * D, "fp32")
+
+
+def distinct(draws: int, V: int) -> int:
+    """How many different ones are expected among ``draws`` of ``floor(V^u)``, u uniform: Zipf's law, 1 .. V."""
+    return round(sum(1 - (1 - math.log1p(1 / v) / math.log(V)) ** draws for v in range(1, V)))
 
 
 def gram(M: int, I: int, mode: str) -> Cost:

@@ -193,7 +193,7 @@ def embedding(draw: Draw, N: int, T: int, V: int, D: int) -> Problem:
         oracle=lambda: loop(draw.zeros(V, D, wide=True)),
         plain=lambda: loop(draw.zeros(V, D)),
         peers={"index_add per sample": loop},
-        cost=cost.embedding(N, T, D, draw.mode, len(ids.unique())),
+        cost=cost.embedding(N, T, D, draw.mode, cost.distinct(N * T, V)),
     )
 
 
