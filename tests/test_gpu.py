@@ -5,20 +5,15 @@ Where there is none, what needs none runs on the CPU's kernels with extents of a
 """
 
 import math
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
+from gpu import calls, clock, cost, model_cases, problems, run
 
 import fisherfast as ff
 from fisherfast import _backend
-
-sys.path.append(str(Path(__file__).parents[1] / "bench"))
-
-from gpu import calls, clock, cost, model_cases, problems, run
 
 GPU = torch.cuda.is_available()
 DEVICE, BACKENDS = ("cuda", ("triton", "cuda")) if GPU else ("cpu", ("cpu",))
