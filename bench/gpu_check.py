@@ -183,7 +183,7 @@ def main() -> int:
     folder = RESULTS / cost.slug(torch.cuda.get_device_name())
     folder.mkdir(parents=True, exist_ok=True)
     log_path, passed, progress = folder / "gpu-check.log", {}, Progress(folder / "gpu-check-passed.txt")
-    with log_path.open("w") as log:
+    with log_path.open("a") as log:
         for name in stages:
             passed[name] = stage(name, given.seconds, progress, log)
             if name == "build" and not passed[name]:

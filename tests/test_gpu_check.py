@@ -239,7 +239,9 @@ def test_without_a_gpu_it_says_so_and_succeeds():
     assert result.stdout == "gpu-check: there is no NVIDIA GPU that torch can use here, so there is nothing to check.\n"
 
 
-def test_an_unknown_stage_is_refused():
-    result = subprocess.run([sys.executable, "-P", str(BENCH / "gpu_check.py"), "tests"], capture_output=True, text=True)
-    assert result.returncode == 2
-    assert "stages: must be among ['build', 'test', 'sanitize', 'bench', 'models'], got ['tests']" in result.stderr
+def test_an_unknown_stage_is_refused(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["gpu_check.py", "tests"])
+    with pytest.raises(SystemExit) as refused:
+        check.main()
+    assert refused.value.code == 2
+    assert "stages: must be among ['build', 'test', 'sanitize', 'bench', 'models'], got ['tests']" in capsys.readouterr().err

@@ -24,7 +24,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import ways
-from gpu import capacity, clock, model_cases, networks, run
+from gpu import capacity, clock, model_cases, networks, record, run
 from gpu.model_ways import WAYS, Way
 from models import loss_per_sample
 
@@ -159,6 +159,14 @@ def largest(device: str, memory: int, tiny: bool) -> dict[str, Any]:
     }
 
 
+def largest_once(device: str, document: record.Document, tiny: bool, deadline: float) -> None:
+    """Add ``largest`` to the file, unless it is there or the time is over."""
+    if "largest" not in document.content and time.monotonic() < deadline:
+        document.save(largest=largest(device, document.content["machine"].get("memory_bytes", 0), tiny))
+        print(f"largest: {document.content['largest']}", flush=True)
+        released(device)
+
+
 def line(found: dict[str, Any]) -> str:
     """One way for the log."""
     head, memory = f"{found['case']} {found['mode']} {found['quantity']}: {found['way']}", ""
@@ -191,9 +199,8 @@ def main() -> int:
                     print(line(found), flush=True)
         del bench
         released(device)
-    if "largest" not in document.content and time.monotonic() < deadline:
-        document.save(largest=largest(device, document.content["machine"].get("memory_bytes", 0), tiny))
-        print(f"largest: {document.content['largest']}")
+        largest_once(device, document, tiny, deadline)  # after the first case, then never again
+    largest_once(device, document, tiny, deadline)
     remaining = sum(len(of_case) for *_, of_case in missing()) + ("largest" not in document.content)
     print(f"wrote {document.path}" + (f"; {remaining} ways left, run again to go on" if remaining else ""))
     failed = [r for r in document.content["models"] if r["ours"] and "why" in r]
