@@ -68,11 +68,18 @@ def test_a_wrong_result_a_failing_kernel_and_a_full_memory_have_no_time(monkeypa
 
     right, *_, small = outcome(peer=full)
     assert right["passes"] and "seconds" in right
-    assert small == {"route": "peer", "error": None, "why": "out of memory"}
+    assert small == {"route": "peer", "error": None, "why": "out of memory: CUDA out of memory"}
     wrong = outcome(ours=lambda problem, acc: acc.add_(1))[0]
     assert wrong["error"] > 0 and not wrong["passes"] and "seconds" not in wrong
     broken = outcome(ours=breaks)[0]
     assert not broken["passes"] and broken["why"] == "raises RuntimeError: no such instruction" and "seconds" not in broken
+
+
+def test_nothing_is_blamed_on_what_follows_a_lost_device(monkeypatch):
+    answers = iter([True, False])
+    monkeypatch.setattr(run, "alive", lambda device: next(answers))
+    found = run.measure("cpu", "scale_sq_", "llama8b-norm", "fp32", CEILINGS, tiny=True)
+    assert [r["route"] for r in found["routes"]] == ["cpu"]
 
 
 def test_the_order_begins_with_what_tells_most():
@@ -335,14 +342,18 @@ LARGEST = {
 
 
 def test_the_page_of_a_gpu(tmp_path):
-    ops = [measured(), measured(case="yard", routes=[route("triton", 2e-4, fraction=0.75), route("other", 1e-4, error=None)])]
+    full = {"route": "full", "error": None, "why": "out of memory: of which"}
+    ops = [
+        measured(),
+        measured(case="yard", routes=[route("triton", 2e-4, fraction=0.75), route("other", 1e-4, error=None), full]),
+    ]
     models = [model("fisherfast", True, 1.2, 3), model("loop", False, 1.5, 2)]
     models.append(model("einsum", False, 0, 0, why="out of memory"))
     text = page.render([document(tmp_path, ops, models=models, largest=LARGEST)])
     assert text.startswith(page.HEAD) and "\n## NVIDIA Abacus\n" in text and "data in `2020-01-02.json`" in text
     assert "copy 4.00 TB/s" in text and "bf16 800.0" in text
-    assert "| a | 2 8 32 64 | bf16 | 0.100 (bf16) | 0.200 (50%) | 0.100 (50%) | 0.50 | 3.00 | - |" in text
-    assert "| yard | 2 8 32 64 | bf16 | 0.100 (bf16) | 0.200 (75%) | - | 0.50 | - | 0.50 |" in text
+    assert "| a | 2 8 32 64 | bf16 | 0.100 (bf16) | 0.200 (50%) | 0.100 (50%) | 0.50 | 3.00 | - | - |" in text
+    assert "| yard | 2 8 32 64 | bf16 | 0.100 (bf16) | 0.200 (75%) | - | 0.50 | - | 0.50 | out of memory |" in text
     assert "**toy, diagonal, bf16**: A toy; 7 M parameters; plain takes 100 ms and 1.00 GiB." in text
     assert "| **fisherfast** | 1.20 | [1.10, 1.30] | 120 | 3.00 |" in text and "| einsum | - | - | - | - |" in text
     assert "- einsum: out of memory." in text

@@ -103,10 +103,8 @@ class Bench:
         try:
             self.problem[0].zero_grad()
             return found | self._measured(quantity, way)
-        except (torch.OutOfMemoryError, MemoryError) as full:
-            return found | {"why": f"out of memory: {str(full).splitlines()[0]}"[:300]}
         except Exception as raised:  # the other ways are still to be measured
-            return found | {"why": f"raises {type(raised).__name__}: {str(raised).splitlines()[0]}"[:300]}
+            return found | {"why": run.reason(raised)}
 
     def _measured(self, quantity: str, way: Way) -> dict[str, Any]:
         prepared = way.prepare(*self.problem)
@@ -151,7 +149,7 @@ def largest(device: str, memory: int, tiny: bool) -> dict[str, Any]:
             seconds = [timed(lambda: stats.backward(loss_per_sample(model(x), y)), device) for _ in range(3)][-1]
         trace = float(stats.result().trace())
     except (torch.OutOfMemoryError, MemoryError) as full:
-        return found | {"why": f"out of memory: {str(full).splitlines()[0]}"[:300]}
+        return found | {"why": run.reason(full)}
     return found | {
         "seconds": seconds,
         "trace": trace,
@@ -194,10 +192,13 @@ def main() -> int:
         with clock.tf32(False):
             bench = Bench(case, mode, device, tiny)
             for quantity, way in of_case:
-                if time.monotonic() < deadline:
+                if time.monotonic() < deadline and run.alive(device):
                     document.append("models", found := bench.measure(quantity, way))
                     print(line(found), flush=True)
         del bench
+        if not run.alive(device):
+            print("the device is lost to this process; run again to go on")
+            return 1
         released(device)
         largest_once(device, document, tiny, deadline)  # after the first case, then never again
     largest_once(device, document, tiny, deadline)

@@ -86,7 +86,7 @@ def _times(record: dict[str, Any], peer: str) -> str:
     route = next((r for r in record["routes"] if r["route"] == peer), None)
     if route is None or (best is None and "seconds" in route):
         return NONE
-    return f"{_median(route) / _median(best):.2f}" if "seconds" in route else route["why"]
+    return f"{_median(route) / _median(best):.2f}" if "seconds" in route else route["why"].partition(":")[0]
 
 
 def _op(records: list[dict[str, Any]]) -> str:
@@ -165,7 +165,9 @@ def _losses(run: dict[str, Any]) -> str:
         lines += [f"- {where}: {r['route']} {r.get('why') or 'misses the numerical gate'}." for r in wrong]
         if best is None:
             continue
-        others = (r for r in record["routes"] if r["route"] not in BACKENDS and r["error"] is not None)  # the same result
+        others = (
+            r for r in record["routes"] if r["route"] not in BACKENDS and r["error"] is not None and "seconds" in r
+        )  # the same result
         lines += [
             f"- {where}: {_median(r) / _median(best):.2f} of the speed of {r['route']}."
             for r in others

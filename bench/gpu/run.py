@@ -11,6 +11,7 @@ import argparse
 import os
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -57,29 +58,50 @@ def gated(
     device: str, problem: problems.Problem, oracle: torch.Tensor, plain: float, backend: str, ceilings: dict
 ) -> dict[str, Any]:
     """One backend's record; without a time if its result is wrong or there is none."""
+    found: dict[str, Any] = {"route": backend, "error": None, "passes": False}
     try:
         acc = problem.acc.clone()
         with ff.backend(backend):
             problem.ours(acc)
             off = error(problem.compared(acc), oracle)
-            found = {"route": backend, "error": off, "passes": cost.passes(off, plain, problem.mode)}
+            found |= {"error": off, "passes": cost.passes(off, plain, problem.mode)}
             if found["passes"]:
                 quartiles = clock.seconds(lambda: problem.ours(acc), device)
                 found |= {"seconds": quartiles, "fraction": cost.fraction(problem.cost, ceilings, quartiles[1])}
-    except Exception as raised:  # the other cases are still to be measured, in a fresh process if this one's device is lost
-        return {"route": backend, "error": None, "passes": False, "why": f"raises {type(raised).__name__}: {raised}"[:300]}
+    except Exception as raised:  # the other cases are still to be measured
+        found |= {"passes": False, "why": reason(raised)}
     return found
 
 
 def peer(device: str, problem: problems.Problem, oracle: torch.Tensor, name: str) -> dict[str, Any]:
-    """A peer's record: its error where it computes the same, its time, or that it ran out of memory."""
+    """A peer's record: its error where it computes the same, and its time; or why there is none."""
+    found: dict[str, Any] = {"route": name, "error": None}
     try:
         acc = problem.acc.clone()
         result = problem.peers[name](acc)
-        found = error(problem.compared(result), oracle) if result is acc else None
-        return {"route": name, "error": found, "seconds": clock.seconds(lambda: problem.peers[name](acc), device)}
-    except torch.OutOfMemoryError:
-        return {"route": name, "error": None, "why": "out of memory"}
+        if result is acc:
+            found["error"] = error(problem.compared(result), oracle)
+        return found | {"seconds": clock.seconds(lambda: problem.peers[name](acc), device)}
+    except Exception as raised:  # is what there is to say of it
+        return found | {"why": reason(raised)}
+
+
+def alive(device: str) -> bool:
+    """Whether the device still answers: after a bad access nothing of this process runs any more."""
+    try:
+        if device == "cuda":
+            torch.cuda.synchronize()
+    except Exception:
+        return False
+    return True
+
+
+def reason(raised: Exception) -> str:
+    """Why there is no number, in one line."""
+    text = (str(raised).splitlines() or [""])[0][:200]
+    if isinstance(raised, (torch.OutOfMemoryError, MemoryError)):
+        return f"out of memory: {text}"
+    return f"raises {type(raised).__name__}: {text}"
 
 
 def measure(device: str, op: str, case: str, mode: str, ceilings: dict[str, float], tiny: bool = False) -> dict[str, Any]:
@@ -89,8 +111,11 @@ def measure(device: str, op: str, case: str, mode: str, ceilings: dict[str, floa
         oracle = problem.oracle()
         plain = error(problem.compared(problem.plain()), oracle)
         usable = [b for b in BACKENDS[device] if _backend.OPS[op].unavailable(b, device) is None]
-        routes = [gated(device, problem, oracle, plain, backend, ceilings) for backend in usable]
-        routes += [peer(device, problem, oracle, name) for name in problem.peers]
+        measures = [partial(gated, device, problem, oracle, plain, backend, ceilings) for backend in usable]
+        measures += [partial(peer, device, problem, oracle, name) for name in problem.peers]
+        routes = []
+        while measures and alive(device):  # a kernel that broke the device would take the blame for all that follow
+            routes.append(measures.pop(0)())
     extents = _choice.extents((problem.acc, *problem.inputs))
     head = {"op": op, "case": case, "mode": mode, "shape": problem.shape, "extents": extents}
     bound = cost.bound(problem.cost, ceilings)._asdict()
@@ -119,11 +144,11 @@ def main() -> int:
     device, document = started(given.rehearse)
     done = {(r["op"], r["case"], r["mode"]) for r in document.content["ops"]}
     left = [key for key in problems.order() if key not in done]
-    while left and time.monotonic() < deadline:
+    while left and time.monotonic() < deadline and alive(device):
         found = measure(device, *left.pop(0), document.content["ceilings"], tiny=given.rehearse is not None)
         document.append("ops", found)
         print(lines(found), flush=True)
-        if device == "cuda":
+        if device == "cuda" and alive(device):
             torch.cuda.empty_cache()
     print(f"wrote {document.path}" + (f"; {len(left)} cases left, run again to go on" if left else ""))
     failed = [
