@@ -10,7 +10,9 @@ code take the same path. A backend is found by name alone:
 * ``cuda``       ``fisherfast_cpp::<op>`` registered for CUDA by ``csrc/cuda/``;
 * ``triton``     ``fisherfast.kernels.<module>.<op>``.
 
-On a GPU the one that was faster at the nearest measured call comes first (``_choice``); without a measurement, Triton. This file knows nothing of what an op computes.
+On a GPU the one that was faster at the nearest measured call comes first (``_choice``); without a measurement, Triton.
+
+This file knows nothing of what an op computes.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which GPU backend runs a call where several can: the one that was faster at the nearest call that was measured.
 
-The measurements are in ``choice.json``, which ``bench/gpu/choose.py`` writes from the results of ``make gpu-check``; it is empty until
-a GPU has been measured, and then no backend is preferred to another. A table is of one compute capability, which has one machine code:
+The measurements are in ``choice.json``, which ``bench/gpu/choose.py`` writes from the results of ``make gpu-check``. It is empty: no GPU
+has been measured, and the router's own order stands. A table is of one compute capability, which has one machine code:
 
     {"9.0": {"device": ..., "source": ..., "ops": {op: [{"mode": ..., "extents": [[O, I], ...], "backend": ..., "seconds": {...}}]}}}
 
@@ -49,14 +49,18 @@ def mode(args: tuple[Any, ...]) -> str:
     return "tf32" if allowed else _SHORT[dtype]
 
 
+def _measured(op: str, capability: str) -> list[dict[str, Any]]:
+    return table().get(capability, {"ops": {}})["ops"].get(op, [])
+
+
 def preferred(op: str, capability: str) -> set[str]:
     """The backends that were the fastest at some measured call of an op."""
-    return {measured["backend"] for measured in table().get(capability, {"ops": {}})["ops"].get(op, ())}
+    return {one["backend"] for one in _measured(op, capability)}
 
 
 def fastest(op: str, capability: str, args: tuple[Any, ...]) -> str | None:
     """The backend that was fastest at the nearest measured call of this op, mode and number of axes; None if there is none."""
-    if not preferred(op, capability):
+    if not _measured(op, capability):
         return None
     return _nearest(op, capability, mode(args), extents(args))
 
@@ -64,10 +68,9 @@ def fastest(op: str, capability: str, args: tuple[Any, ...]) -> str | None:
 @functools.lru_cache(maxsize=4096)
 def _nearest(op: str, capability: str, mode: str, called: Extents) -> str | None:
     """Nearest by the sum of the logarithms of how many times each extent is larger or smaller."""
-    alike = [
-        m for m in table()[capability]["ops"][op] if m["mode"] == mode and list(map(len, m["extents"])) == list(map(len, called))
-    ]
-    nearest = min(alike, key=lambda m: _distance(m["extents"], called), default=None)
+    axes = [len(shape) for shape in called]
+    alike = [one for one in _measured(op, capability) if one["mode"] == mode and [len(e) for e in one["extents"]] == axes]
+    nearest = min(alike, key=lambda one: _distance(one["extents"], called), default=None)
     return None if nearest is None else nearest["backend"]
 
 
