@@ -86,8 +86,8 @@ def models(seconds: int) -> list[Command]:
 
 
 def _resuming(script: str, seconds: int) -> Command:
-    """A bench that goes on by itself; it begins nothing in the last minute."""
-    return Command([sys.executable, str(ROOT / "bench" / "gpu" / script), "--seconds", str(max(30, seconds - 60))], {})
+    """A bench that goes on by itself; it begins nothing in the last seconds, in which it says what is left."""
+    return Command([sys.executable, str(ROOT / "bench" / "gpu" / script), "--seconds", str(max(10, seconds - 30))], {})
 
 
 STAGES = {"build": build, "test": test, "sanitize": sanitize, "bench": bench, "models": models}

@@ -147,6 +147,10 @@ def test_ours_agrees_with_plain_torch_on_every_model(case):
         assert models.line(found).startswith(f"{case} fp32 {quantity}: fisherfast")
 
 
+torch_func_is_slow = pytest.mark.filterwarnings("ignore:There is a performance drop")
+
+
+@torch_func_is_slow
 @pytest.mark.parametrize("quantity", model_ways.WAYS)
 def test_every_way_runs_in_bfloat16(quantity):
     bench = models.Bench("resnet50", "bf16", "cpu", tiny=True)
@@ -156,6 +160,7 @@ def test_every_way_runs_in_bfloat16(quantity):
         assert json.loads(json.dumps(found)) == found
 
 
+@torch_func_is_slow
 def test_the_ways_to_the_diagonal_agree():
     problem = model_cases.CASES["gpt2"].build("cpu", "fp32", tiny=True)
     loop, *others = (models.result(way.prepare(*problem)) for way in model_ways.WAYS["diagonal"] if not way.ours)

@@ -149,8 +149,8 @@ def _but_acc(outputs: Outputs) -> Outputs:
 
 
 CALLS: dict[str, tuple[Callable[..., Call], list[tuple]]] = {
-    "linear_sq_": (linear, [(3, 5, 7, 11), (2, 37, 136, 72), (9, 1, 17, 5), (4, 0, 40, 24)]),
-    "gram_": (gram, [(3, 5, 7, False), (2, 37, 136, True), (9, 1, 200, False)]),
+    "linear_sq_": (linear, [(3, 5, 7, 11), (2, 37, 136, 72), (2, 70, 400, 264), (9, 1, 17, 5), (4, 0, 40, 24)]),
+    "gram_": (gram, [(3, 5, 7, False), (2, 37, 136, True), (9, 1, 200, False), (2, 70, 400, False)]),
     "conv_sq_": (
         conv,
         [
