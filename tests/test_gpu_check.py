@@ -125,13 +125,14 @@ def test_names():
     assert [cost.architecture(c) for c in ((8, 0), (8, 9), (9, 0), (10, 0))] == ["8.0", "8.9", "9.0a", "10.0a"]
 
 
-def test_source_digest_sees_names_and_contents_but_not_caches(tmp_path):
+def test_source_digest_sees_names_and_contents_but_not_what_was_compiled(tmp_path):
     (tmp_path / "a.cu").write_text("kernel")
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub" / "b.cu").write_text("other")
     first = cost.sources_sha256(tmp_path)
     (tmp_path / "__pycache__").mkdir()
     (tmp_path / "__pycache__" / "a.pyc").write_text("cache")
+    (tmp_path / "_C.abi3.so").write_text("built on this machine")
     assert cost.sources_sha256(tmp_path) == first
     (tmp_path / "a.cu").write_text("kernel 2")
     assert cost.sources_sha256(tmp_path) != first

@@ -141,8 +141,9 @@ def architecture(capability: tuple[int, int]) -> str:
 
 
 def sources_sha256(folder: Path) -> str:
-    """One digest of the names and contents of a folder's files, whatever the order they are listed in."""
+    """One digest of the names and contents of a folder's files, whatever the order they are listed in; not of what was compiled."""
     digest = hashlib.sha256()
-    for path in sorted(p for p in folder.rglob("*") if p.is_file() and "__pycache__" not in p.parts):
+    compiled = {".so", ".pyc"}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.suffix not in compiled):
         digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()
