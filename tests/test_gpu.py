@@ -23,9 +23,7 @@ DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 needs_gpu = [pytest.mark.gpu, pytest.mark.skipif(not GPU, reason="needs an NVIDIA GPU")]
 every_target = pytest.mark.parametrize(("op", "backend"), TARGETS, ids=[f"{op.rstrip('_')}-{b}" for op, b in TARGETS])
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=DTYPES.get)
-
-
-one_at_a_time = pytest.mark.xdist_group("large")
+one_at_a_time = pytest.mark.xdist_group("large")  # their memory would not fit side by side
 
 
 def on_gpu(test):
@@ -69,7 +67,7 @@ def test_matches_float64(op, backend, mode, shape):
     """The largest error over several draws: of one draw, plain torch's may be zero by luck."""
     mine, plain = 0.0, 0.0
     with clock.tf32(mode == "tf32"), ff.backend(backend):
-        for _ in range(1 if GPU else 4):
+        for _ in range(4):
             problem = problems.CASES[op].build(problems.Draw(DEVICE, mode), *shape)
             oracle, acc = problem.oracle(), problem.acc.clone()
             problem.ours(acc)
