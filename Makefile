@@ -28,8 +28,8 @@ page-check: $(VENV)/.dev $(VENV)/.built  ## the report's page in a headless brow
 bench: $(VENV)/.bench $(VENV)/.built  ## measure here, write bench/results/, regenerate docs/performance.md
 	$(RUN) bench/performance.py
 
-gpu-check:  ## on a machine with an NVIDIA GPU: build, test, sanitize, benchmark; needs no network
-	PYTHONSAFEPATH=1 $(PYTHON) bench/gpu_check.py
+gpu-check:  ## on a machine with an NVIDIA GPU, without a network: all of it, or make gpu-check STAGES="bench --seconds 200"
+	PYTHONSAFEPATH=1 $(PYTHON) bench/gpu_check.py $(STAGES)
 
 clean:
 	rm -rf $(VENV) build out *.egg-info fisherfast/_C*.so

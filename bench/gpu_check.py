@@ -1,16 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Everything that needs an NVIDIA GPU, on a machine without a network: build, test, sanitize, bench.
+"""Everything that needs an NVIDIA GPU, on a machine without a network: build, test, sanitize, bench, models.
 
-Each stage runs in processes of its own, ends within eight minutes, and can be run again alone: ``gpu_check.py bench``.
-Without a GPU it says so and succeeds. What was printed and the results also go to the folder ``$OUT``, if that is set.
+Each stage runs in processes of its own, ends within eight minutes (``--seconds`` for less), and goes on where it stopped when it is
+run again, alone if one likes: ``gpu_check.py bench``. Without a GPU it says so and succeeds. What was printed and the results also
+go to the folder ``$OUT``, if that is set; on a fresh machine, put them back into ``bench/results/`` and it goes on, too.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -30,44 +33,80 @@ RESULTS = ROOT / "bench" / "results"
 
 
 class Command(NamedTuple):
-    """One process of a stage."""
+    """One process of a stage; ``lasting``: once it has passed, it need not run again while the sources are the same."""
 
     argv: list[str]
     environment: dict[str, str]
+    lasting: bool = False
+
+    @property
+    def name(self) -> str:
+        """What the record of passed commands calls it, on any machine."""
+        return " ".join(part.removeprefix(f"{ROOT}/") for part in self.argv if part != sys.executable)
 
 
-def build() -> list[Command]:
+def build(seconds: int) -> list[Command]:
     """Compile for this GPU and install the checkout, from what is on the machine alone."""
     pip = [sys.executable, "-m", "pip", "install", "-v", "--no-build-isolation", "--no-deps", "--no-index", "-e", str(ROOT)]
     architecture = cost.architecture(torch.cuda.get_device_capability())
     return [Command(pip, {"FISHERFAST_NATIVE": "cuda", "TORCH_CUDA_ARCH_LIST": architecture, "MAX_JOBS": str(os.cpu_count())})]
 
 
-def test() -> list[Command]:
-    """The op tests on this GPU (their names end in cuda) and the router's."""
-    workers = ["-n", str(min(8, os.cpu_count() or 1))] if importlib.util.find_spec("xdist") else []
+def test(seconds: int) -> list[Command]:
+    """What only a GPU can show, then the tests of every op whose names end in cuda, then the router's; one process a file."""
+    workers = ["-n", str(min(8, os.cpu_count() or 1)), "--dist", "loadgroup"] if importlib.util.find_spec("xdist") else []
     pytest = [sys.executable, "-m", "pytest", "-q", "-m", "", *workers]
+    ops = ("ops", "gram", "conv_sq", "conv_gram", "categorical_score", "log1p_sum")
     return [
-        Command([*pytest, "tests/test_ops.py", "tests/test_gram.py", "-k", "cuda"], {}),
-        Command([*pytest, "tests/test_backend.py"], {}),
+        Command([*pytest, "tests/test_gpu.py"], {}, lasting=True),
+        *(Command([*pytest, f"tests/test_{name}.py", "-k", "cuda"], {}, lasting=True) for name in ops),
+        Command([*pytest, "tests/test_backend.py"], {}, lasting=True),
     ]
 
 
-def sanitize() -> list[Command]:
+def sanitize(seconds: int) -> list[Command]:
     """Out-of-bounds and misaligned accesses, then races in shared memory. The allocator's cache would hide the first."""
     script = [sys.executable, str(ROOT / "bench" / "gpu" / "sanitize.py")]
     watched = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    tools = ("memcheck", "racecheck")
-    return [Command(["compute-sanitizer", "--tool", tool, "--error-exitcode", "1", *script], watched) for tool in tools]
+    return [
+        Command(["compute-sanitizer", "--tool", tool, "--error-exitcode", "1", *script, group], watched, lasting=True)
+        for tool in ("memcheck", "racecheck")
+        for group in ("products", "others")
+    ]
 
 
-def bench() -> list[Command]:
-    """Each op against the ceilings measured in the same run; stops in time, and goes on when run again."""
-    seconds = str(STAGE_SECONDS - 60)
-    return [Command([sys.executable, str(ROOT / "bench" / "gpu" / "run.py"), "--seconds", seconds], {})]
+def bench(seconds: int) -> list[Command]:
+    """Each op against the ceilings measured in the same run; stops in time."""
+    return [_resuming("run.py", seconds)]
 
 
-STAGES = {"build": build, "test": test, "sanitize": sanitize, "bench": bench}
+def models(seconds: int) -> list[Command]:
+    """Whole models beside a plain step and the peers' ways; stops in time."""
+    return [_resuming("models.py", seconds)]
+
+
+def _resuming(script: str, seconds: int) -> Command:
+    """A bench that goes on by itself; it begins nothing in the last seconds, in which it says what is left."""
+    return Command([sys.executable, str(ROOT / "bench" / "gpu" / script), "--seconds", str(max(10, seconds - 30))], {})
+
+
+STAGES = {"build": build, "test": test, "sanitize": sanitize, "bench": bench, "models": models}
+
+
+class Progress:
+    """The commands that have passed with the sources as they are; a file, so that a later run on another machine knows."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        folders = ("csrc", "kernels", "fisherfast", "tests", "bench/gpu")
+        self.sources = f"torch {torch.__version__} " + " ".join(cost.sources_sha256(ROOT / folder)[:16] for folder in folders)
+        found = json.loads(path.read_text()) if path.exists() else {}
+        self.passed: list[str] = found["passed"] if found.get("sources") == self.sources else []
+
+    def add(self, name: str) -> None:
+        """Note that a command passed."""
+        self.passed.append(name)
+        self.path.write_text(json.dumps({"sources": self.sources, "passed": self.passed}, indent=1) + "\n")
 
 
 def run(command: Command, seconds: float, log: TextIO) -> bool:
@@ -75,12 +114,19 @@ def run(command: Command, seconds: float, log: TextIO) -> bool:
     environment = {**os.environ, "PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1", **command.environment}
     try:
         process = subprocess.Popen(
-            command.argv, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+            command.argv,
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            process_group=0,  # its own workers end with it
         )
     except FileNotFoundError as missing:
         say(f"gpu-check: {missing.filename} is not on this machine", log)
         return False
-    timer = threading.Timer(seconds, process.kill)
+    timer = threading.Timer(seconds, os.killpg, (process.pid, signal.SIGKILL))
     timer.start()
     for line in process.stdout:
         say(line.rstrip("\n"), log)
@@ -95,19 +141,30 @@ def say(line: str, log: TextIO) -> None:
     log.flush()
 
 
-def stage(name: str, log: TextIO) -> bool:
-    """Run a stage's processes one after the other within its time."""
+def stage(name: str, seconds: int, progress: Progress, log: TextIO) -> bool:
+    """Run a stage's processes one after the other within its time, but those that have passed before; collect after each."""
     say(f"gpu-check: {name}", log)
-    start = time.monotonic()
-    good = [run(command, STAGE_SECONDS - (time.monotonic() - start), log) for command in STAGES[name]()]
-    say(f"gpu-check: {name} {'passed' if all(good) else 'FAILED'} in {time.monotonic() - start:.0f} s", log)
-    return all(good)
+    start, good = time.monotonic(), True
+    for command in STAGES[name](seconds):
+        if command.lasting and command.name in progress.passed:
+            say(f"gpu-check: passed before: {command.name}", log)
+            continue
+        remaining = seconds - (time.monotonic() - start)
+        passed = remaining > 0 and run(command, remaining, log)
+        if passed and command.lasting:
+            progress.add(command.name)
+        if not passed:
+            say(f"gpu-check: {'failed' if remaining > 0 else 'no time left'}: {command.name}", log)
+        good &= passed
+        if "OUT" in os.environ:
+            export(Path(os.environ["OUT"]), Path(log.name))
+    say(f"gpu-check: {name} {'passed' if good else 'FAILED'} in {time.monotonic() - start:.0f} s", log)
+    return good
 
 
 def export(folder: Path, log: Path) -> None:
-    """Copy log and results to where the machine's user collects them."""
-    shutil.copy(log, folder / log.name)
-    for path in log.parent.glob("*.json"):
+    """Copy log, results and what has passed to where the machine's user collects them."""
+    for path in (log, *log.parent.glob("*.json"), *log.parent.glob("*.txt")):
         shutil.copy(path, folder / path.name)
 
 
@@ -115,7 +172,9 @@ def main() -> int:
     """Run the stages asked for; the exit status is 1 if one failed."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("stages", nargs="*", metavar="stage", help=f"any of {', '.join(STAGES)}; all by default")
-    stages = parser.parse_args().stages or list(STAGES)
+    parser.add_argument("--seconds", type=int, default=STAGE_SECONDS, help=f"of a stage at most; {STAGE_SECONDS} by default")
+    given = parser.parse_args()
+    stages = given.stages or list(STAGES)
     if unknown := [name for name in stages if name not in STAGES]:
         parser.error(f"stages: must be among {list(STAGES)}, got {unknown}")
     if torch.version.cuda is None or not torch.cuda.is_available():
@@ -123,10 +182,10 @@ def main() -> int:
         return 0
     folder = RESULTS / cost.slug(torch.cuda.get_device_name())
     folder.mkdir(parents=True, exist_ok=True)
-    log_path, passed = folder / "gpu-check.log", {}
-    with log_path.open("w") as log:
+    log_path, passed, progress = folder / "gpu-check.log", {}, Progress(folder / "gpu-check-passed.txt")
+    with log_path.open("a") as log:
         for name in stages:
-            passed[name] = stage(name, log)
+            passed[name] = stage(name, given.seconds, progress, log)
             if name == "build" and not passed[name]:
                 break  # nothing else can run
         say("gpu-check: " + ", ".join(f"{name} {'passed' if ok else 'FAILED'}" for name, ok in passed.items()), log)

@@ -15,11 +15,11 @@ VOCABULARY, WIDTH, HEADS, POSITIONS, DEPTH = 4096, 512, 8, 128, 4
 
 
 class Block(nn.Module):
-    """One pre-norm transformer block with causal attention."""
+    """One pre-norm transformer block."""
 
-    def __init__(self, width: int = WIDTH, heads: int = HEADS) -> None:
+    def __init__(self, width: int = WIDTH, heads: int = HEADS, causal: bool = True) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.causal = heads, causal
         self.norm1 = nn.LayerNorm(width)
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
@@ -30,7 +30,7 @@ class Block(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         """[N, T, D] to [N, T, D]."""
         q, k, v = self.qkv(self.norm1(hidden)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        heads = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        heads = functional.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
         hidden = hidden + self.out(heads.transpose(1, 2).flatten(2))
         return hidden + self.down(functional.gelu(self.up(self.norm2(hidden))))
 

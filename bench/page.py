@@ -9,6 +9,8 @@ from pathlib import Path
 
 import limits
 import scaling
+from gpu import page as gpu_page
+from gpu import record as gpu_record
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
@@ -117,9 +119,10 @@ def figure(machine: dict) -> Path:
 
 
 def render(paths: Iterable[Path] | None = None) -> str:
-    """The whole page, from the latest run of every CPU or from the runs given."""
-    runs = [section(json.loads(path.read_text()), path.name) for path in (newest() if paths is None else paths)]
-    return "\n".join([HEAD, *runs])
+    """The whole page, from the latest run of every CPU and of every GPU, or from the runs given."""
+    given = [*newest(), *gpu_record.newest()] if paths is None else paths
+    runs = [(json.loads(path.read_text()), path.name) for path in given]
+    return "\n".join([HEAD, *((section if "cpu" in run["machine"] else gpu_page.section)(run, name) for run, name in runs)])
 
 
 def section(run: dict, source: str) -> str:

@@ -10,6 +10,8 @@ code take the same path. A backend is found by name alone:
 * ``cuda``       ``fisherfast_cpp::<op>`` registered for CUDA by ``csrc/cuda/``;
 * ``triton``     ``fisherfast.kernels.<module>.<op>``.
 
+On a GPU the one that was faster at the nearest measured call comes first (``_choice``); without a measurement, Triton.
+
 This file knows nothing of what an op computes.
 """
 
@@ -25,6 +27,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+
+from fisherfast import _choice
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 _PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("triton", "cuda", "reference")}
@@ -164,12 +168,17 @@ class Op:
                     f"Usable on {device}: {self.usable(device)}"
                 )
             return self._implementation(_forced)(*args, **kwargs)
-        for name in _PREFERENCE.get(device, ("reference",)):
+        for name in self._order(device, args):
             problem = self._why_not(name, device, args, kwargs)
             if problem is None:
                 return self._implementation(name)(*args, **kwargs)
             self._warn_once(name, problem)
         raise AssertionError("unreachable: the reference runs everywhere")
+
+    def _order(self, device: str, args: tuple[Any, ...]) -> tuple[str, ...]:
+        order = _PREFERENCE.get(device, ("reference",))
+        faster = _choice.fastest(self.name, _choice.capability(args[0].device), args) if device == "cuda" else None
+        return order if faster is None else tuple(dict.fromkeys((faster, *order)))
 
     def _warn_once(self, name: str, problem: str) -> None:
         if problem not in self._warned:

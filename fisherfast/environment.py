@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 import fisherfast.ops  # noqa: F401  registers the ops
-from fisherfast import _backend
+from fisherfast import _backend, _choice
 
 _PACKAGES = ("fisherfast", "torch", "triton", "numpy", "safetensors")
 
@@ -64,18 +64,24 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
+def _preferred(op: str, device: str) -> set[str]:
+    if device != "cuda" or _backend._forced is not None:
+        return set()
+    return _choice.preferred(op, _choice.capability(torch.device("cuda", torch.cuda.current_device())))
+
+
 def _backend_table(device: str, name: str) -> Group:
     table = Table(title=f"\nOps on {device} ({name})", title_justify="left")
     for heading in ("op", *_backend.BACKENDS):
         table.add_column(heading)
     reasons: dict[str, int] = {}
     for op in _backend.OPS.values():
-        chosen = _backend._forced or op.usable(device)[0]
+        run = _preferred(op.name, device) or {_backend._forced or op.usable(device)[0]}
         row = []
         for backend in _backend.BACKENDS:
             problem = op.unavailable(backend, device)
             if problem is None:
-                row.append("runs" if backend == chosen else "on request")
+                row.append("on request" if backend not in run else "runs" if len(run) == 1 else "runs where faster")
             else:
                 row.append(f"no ({reasons.setdefault(problem, len(reasons) + 1)})")
         table.add_row(op.name, *row)

@@ -210,6 +210,7 @@ def test_triton_launcher_takes_the_arguments_of_the_op(op):
 FLOORS = {
     "kernels": 0,
     "_backend": 1,
+    "_choice": 1,
     "_random": 1,
     "_warning": 1,
     "ops": 2,

@@ -40,7 +40,8 @@ class Target(NamedTuple):
         return self.backend == "triton" and self.device == "cpu"
 
     def __str__(self) -> str:
-        return self.backend if self.route == "cheapest" else f"{self.backend}-{self.route}"
+        name = self.backend if self.route == "cheapest" else f"{self.backend}-{self.route}"
+        return name if self.device == "cpu" else f"{name}@{self.device}"
 
 
 def targets() -> list[Target]:

@@ -3,71 +3,92 @@
 
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import gpu_check as check
 import pytest
 import torch
+from gpu import cost, sanitize
+
+from fisherfast import _backend
 
 BENCH = Path(__file__).parents[1] / "bench"
 CEILINGS = {"copy": 4e12, "bf16": 8e14, "tf32": 4e14, "fp32": 5e13}
 
 
-@pytest.fixture
-def cost(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCH))
-    from gpu import cost
-
-    return cost
-
-
-@pytest.fixture
-def check(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCH))
-    import gpu_check
-
-    return gpu_check
-
-
-def test_linear_counts_products_and_every_byte_once(cost):
+def test_linear_counts_products_and_every_byte_once():
     N, T, I, O = 2, 3, 5, 7
-    found = cost.linear(N, T, I, O, element=2)
+    found = cost.linear(N, T, I, O, "bf16")
     assert found.flops == sum(2 for _ in range(N * T * I * O))
     assert found.bytes == 2 * (N * T * I) + 2 * (N * T * O) + 4 * (O * I) * 2
 
 
-@pytest.mark.parametrize(("T", "element", "rate"), [(3, 2, "bf16"), (1, 2, "fp32"), (3, 4, "fp32"), (1, 4, "fp32")])
-def test_linear_runs_on_tensor_cores_only_for_16_bit_products(cost, T, element, rate):
-    assert cost.linear(2, T, 5, 7, element).rate == rate
+@pytest.mark.parametrize(
+    ("T", "mode", "unit"),
+    [(3, "bf16", "bf16"), (3, "fp16", "bf16"), (1, "bf16", "fp32 product"), (3, "fp32", "fp32 product"), (1, "tf32", "tf32")],
+)
+def test_linear_multiplies_16_bit_values_but_not_their_squares_in_16_bits(T, mode, unit):
+    assert cost.linear(2, T, 5, 7, mode).unit == unit
 
 
-def test_scale_reads_x_only_where_there_is_one(cost):
-    with_x, without = cost.scale(2, 3, 5, 4, True), cost.scale(2, 3, 5, 4, False)
+def test_a_product_of_float32_takes_the_fastest_of_its_ways():
+    assert cost.rate("fp32 product", CEILINGS) == 8e14 / 6
+    assert cost.rate("fp32 product", CEILINGS | {"bf16": 1.0}) == 4e14 / 3
+    assert cost.rate("fp32 product", CEILINGS | {"bf16": 1.0, "tf32": 1.0}) == 5e13
+    assert cost.rate("fp32", CEILINGS) == 5e13
+
+
+def test_scale_reads_x_only_where_there_is_one():
+    with_x, without = cost.scale(2, 3, 5, "fp32", True), cost.scale(2, 3, 5, "fp32", False)
     assert (with_x.flops, without.flops) == (60, 30)
     assert (with_x.bytes, without.bytes) == (240 + 40, 120 + 40)
 
 
-def test_embedding_touches_only_the_rows_that_occur(cost):
-    found = cost.embedding(2, 3, 5, element=2, touched=4)
+def test_embedding_touches_only_the_rows_that_occur():
+    found = cost.embedding(2, 3, 5, "bf16", touched=4)
     assert found.flops == 30
     assert found.bytes == 6 * 8 + 30 * 2 + 2 * 4 * 4 * 5
 
 
-@pytest.mark.parametrize(("element", "rate"), [(2, "bf16"), (4, "fp32")])
-def test_gram_counts_the_upper_triangle(cost, element, rate):
-    found = cost.gram(3, 5, element)
+def test_expected_number_of_different_tokens():
+    V, draws = 1000, 700
+    ids = (V ** torch.rand(200, draws, dtype=torch.float64)).long()
+    counted = [len(row.unique()) for row in ids]
+    assert abs(cost.distinct(draws, V) - sum(counted) / len(counted)) < 4 * torch.tensor(counted).double().std() / 200**0.5 + 1
+
+
+@pytest.mark.parametrize(("mode", "element", "unit"), [("bf16", 2, "bf16"), ("fp32", 4, "fp32 product"), ("tf32", 4, "tf32")])
+def test_gram_counts_the_upper_triangle(mode, element, unit):
+    found = cost.gram(3, 5, mode)
     upper = [(i, j) for i in range(5) for j in range(i, 5)]
-    assert found == cost.Cost(2 * 3 * len(upper), element * 15 + 2 * 4 * len(upper), rate)
+    assert found == cost.Cost(2 * 3 * len(upper), element * 15 + 2 * 4 * len(upper), unit)
 
 
-def test_bound_is_the_slower_of_arithmetic_and_memory(cost):
-    arithmetic = cost.Cost(flops=8 * 10**14, bytes=10**12, rate="bf16")
+def test_convolutions_count_every_product_that_an_unfolded_one_takes():
+    N, C, O, H, K, groups = 2, 4, 6, 5, 3, 2
+    weight = torch.nn.Conv2d(C, O, K, groups=groups, padding=1).weight
+    found = cost.conv(N, C, O, H, H, K, groups, "bf16")
+    assert found.flops == 2 * N * H * H * weight.numel()
+    assert found.bytes == 2 * N * H * H * (C + O) + 2 * 4 * weight.numel()
+    assert cost.conv_gram(N, C, H, H, K, "bf16").flops == cost.gram(N * H * H, C * K * K, "bf16").flops
+
+
+def test_score_and_logarithms_read_everything_once():
+    assert cost.score(3, 5, "bf16").bytes == 2 * 15 * 2 + 3 * 8
+    assert cost.log1p(7).bytes == 28 and cost.kron_log1p(3, 5).bytes == 32
+    assert cost.kron_log1p(3, 5).flops == cost.log1p(15).flops
+
+
+def test_bound_is_the_slower_of_arithmetic_and_memory():
+    arithmetic = cost.Cost(flops=8 * 10**14, bytes=10**12, unit="bf16")
     assert cost.bound(arithmetic, CEILINGS) == cost.Bound(1.0, "bf16")
-    memory = cost.Cost(flops=8 * 10**14, bytes=8 * 10**12, rate="bf16")
+    memory = cost.Cost(flops=8 * 10**14, bytes=8 * 10**12, unit="bf16")
     assert cost.bound(memory, CEILINGS) == cost.Bound(2.0, "copy")
 
 
-def test_fraction_is_one_at_the_bound_and_halves_with_twice_the_time(cost):
-    work = cost.linear(8, 1024, 4096, 4096, 2)
+def test_fraction_is_one_at_the_bound_and_halves_with_twice_the_time():
+    work = cost.linear(8, 1024, 4096, 4096, "bf16")
     least = cost.bound(work, CEILINGS).seconds
     assert cost.fraction(work, CEILINGS, least) == 1.0
     assert cost.fraction(work, CEILINGS, 2 * least) == 0.5
@@ -76,27 +97,42 @@ def test_fraction_is_one_at_the_bound_and_halves_with_twice_the_time(cost):
 @pytest.mark.parametrize(
     ("error", "plain", "good"), [(2e-7, 1e-7, True), (3e-7, 1e-7, True), (3.1e-7, 1e-7, False), (1e-7, 0.0, True)]
 )
-def test_gate(cost, error, plain, good):
+def test_gate(error, plain, good):
     assert cost.passes(error, plain) is good
 
 
-def test_a_result_that_is_not_a_number_does_not_pass(cost):
-    assert not cost.passes(float("nan"), 1.0)
+def test_a_result_that_is_not_a_number_does_not_pass():
+    assert not cost.passes(float("nan"), 1.0) and not cost.passes(float("nan"), 1.0, "tf32")
 
 
-def test_names(cost):
+def test_gate_of_tf32_is_at_least_what_its_operands_lose():
+    four_factors_cut = 1 - (1 - 2.0**-10) ** 4
+    assert cost.passes(four_factors_cut, 0.0, "tf32") and not cost.passes(four_factors_cut, 0.0)
+    assert not cost.passes(2 * four_factors_cut, 0.0, "tf32")
+
+
+def test_what_a_kernel_is_meant_to_reach():
+    shape = {"T": 512}
+    assert cost.meant("linear_sq_", "bf16", shape, "bf16") == 0.70
+    assert cost.meant("linear_sq_", "bf16", {"T": 511}, "bf16") is None
+    assert cost.meant("linear_sq_", "fp32", shape, "fp32 product") is None
+    assert cost.meant("scale_sq_", "bf16", {}, "copy") == 0.85
+
+
+def test_names():
     assert cost.slug("NVIDIA H200") == "nvidia-h200"
     assert cost.slug("NVIDIA A100-SXM4-80GB ") == "nvidia-a100-sxm4-80gb"
     assert [cost.architecture(c) for c in ((8, 0), (8, 9), (9, 0), (10, 0))] == ["8.0", "8.9", "9.0a", "10.0a"]
 
 
-def test_source_digest_sees_names_and_contents_but_not_caches(cost, tmp_path):
+def test_source_digest_sees_names_and_contents_but_not_what_was_compiled(tmp_path):
     (tmp_path / "a.cu").write_text("kernel")
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub" / "b.cu").write_text("other")
     first = cost.sources_sha256(tmp_path)
     (tmp_path / "__pycache__").mkdir()
     (tmp_path / "__pycache__" / "a.pyc").write_text("cache")
+    (tmp_path / "_C.abi3.so").write_text("built on this machine")
     assert cost.sources_sha256(tmp_path) == first
     (tmp_path / "a.cu").write_text("kernel 2")
     assert cost.sources_sha256(tmp_path) != first
@@ -105,7 +141,7 @@ def test_source_digest_sees_names_and_contents_but_not_caches(cost, tmp_path):
     assert cost.sources_sha256(tmp_path) != first
 
 
-def test_a_process_that_fails_or_outlasts_its_time_fails_the_stage(check, tmp_path):
+def test_a_process_that_fails_or_outlasts_its_time_fails_the_stage(tmp_path):
     def outcome(code, seconds=60.0):
         with (tmp_path / "log").open("w") as log:
             return check.run(check.Command([sys.executable, "-c", code], {"GIVEN": "yes"}), seconds, log)
@@ -116,16 +152,85 @@ def test_a_process_that_fails_or_outlasts_its_time_fails_the_stage(check, tmp_pa
     assert not outcome("import time; time.sleep(60)", seconds=0.5)
 
 
-def test_a_missing_program_fails_the_stage_and_is_named(check, tmp_path):
+def test_a_missing_program_fails_the_stage_and_is_named(tmp_path):
     with (tmp_path / "log").open("w") as log:
         assert not check.run(check.Command(["no-such-sanitizer"], {}), 60, log)
     assert "no-such-sanitizer is not on this machine" in (tmp_path / "log").read_text()
 
 
-@pytest.mark.parametrize("name", ["test", "sanitize", "bench"])
-def test_stages_name_files_that_exist(check, name):
-    named = [part for command in check.STAGES[name]() for part in command.argv if part.endswith(".py")]
+def test_a_process_that_outlasts_its_time_ends_with_its_children(tmp_path):
+    code = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])"
+    start = time.monotonic()
+    with (tmp_path / "log").open("w") as log:
+        assert not check.run(check.Command([sys.executable, "-c", code], {}), 0.5, log)
+    assert time.monotonic() - start < 30  # the child, were it alive, would hold the output open
+
+
+@pytest.mark.parametrize("name", ["test", "sanitize", "bench", "models"])
+def test_stages_name_files_that_exist(name):
+    commands = check.STAGES[name](100)
+    named = [part for command in commands for part in command.argv if part.endswith(".py")]
     assert named and all((check.ROOT / part).exists() for part in named)
+    assert len({command.name for command in commands}) == len(commands)
+    assert not any(str(check.ROOT) in command.name or sys.executable in command.name for command in commands)
+
+
+def test_every_test_of_an_op_on_a_gpu_runs():
+    """A file that asks for a CUDA device is in the stage."""
+    asked = {path for path in (check.ROOT / "tests").glob("test_*.py") if "DEVICES" in path.read_text()}
+    named = {check.ROOT / part for command in check.STAGES["test"](100) for part in command.argv}
+    assert {check.ROOT / "tests" / "test_gpu.py", *asked} - {Path(__file__)} <= named
+
+
+def test_the_sanitizer_watches_every_op():
+    watched = [op for group in sanitize.GROUPS.values() for op in group]
+    assert sorted(watched) == sorted(_backend.OPS)
+    groups = {command.argv[-1] for command in check.STAGES["sanitize"](100)}
+    assert groups == set(sanitize.GROUPS)
+
+
+def test_a_stage_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    """What has passed is not run again while the sources are the same; what failed is."""
+    ran = tmp_path / "ran"
+
+    def command(name, status, lasting=True):
+        code = f"open({str(ran)!r}, 'a').write({name!r}); raise SystemExit({status})"
+        return check.Command([sys.executable, "-c", code], {}, lasting=lasting)
+
+    commands = [command("a", 0), command("b", 1), command("c", 0, lasting=False)]
+    monkeypatch.setitem(check.STAGES, "test", lambda seconds: commands)
+
+    def run():
+        ran.write_text("")
+        with (tmp_path / "log").open("w") as log:
+            good = check.stage("test", 60, check.Progress(tmp_path / "passed"), log)
+        return good, ran.read_text()
+
+    assert run() == (False, "abc")
+    assert run() == (False, "bc")
+    commands[1] = command("b", 0)
+    assert run() == (True, "bc")
+    assert run() == (True, "c")
+    monkeypatch.setattr(check.cost, "sources_sha256", lambda folder: "other")
+    assert run() == (True, "abc")
+
+
+def test_a_stage_without_time_left_fails_and_says_so(tmp_path, monkeypatch):
+    monkeypatch.setitem(check.STAGES, "test", lambda seconds: [check.Command([sys.executable, "-c", ""], {})])
+    with (tmp_path / "log").open("w") as log:
+        assert not check.stage("test", 0, check.Progress(tmp_path / "passed"), log)
+    assert "no time left" in (tmp_path / "log").read_text()
+
+
+def test_results_are_collected_after_every_step(tmp_path, monkeypatch):
+    out, folder = tmp_path / "out", tmp_path / "results"
+    out.mkdir(), folder.mkdir()
+    (folder / "2020-01-02.json").write_text("{}")
+    monkeypatch.setenv("OUT", str(out))
+    monkeypatch.setitem(check.STAGES, "test", lambda seconds: [check.Command([sys.executable, "-c", ""], {}, lasting=True)])
+    with (folder / "gpu-check.log").open("w") as log:
+        assert check.stage("test", 60, check.Progress(folder / "gpu-check-passed.txt"), log)
+    assert sorted(path.name for path in out.iterdir()) == ["2020-01-02.json", "gpu-check-passed.txt", "gpu-check.log"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU, so gpu_check would run the whole check")
@@ -135,7 +240,9 @@ def test_without_a_gpu_it_says_so_and_succeeds():
     assert result.stdout == "gpu-check: there is no NVIDIA GPU that torch can use here, so there is nothing to check.\n"
 
 
-def test_an_unknown_stage_is_refused():
-    result = subprocess.run([sys.executable, "-P", str(BENCH / "gpu_check.py"), "tests"], capture_output=True, text=True)
-    assert result.returncode == 2
-    assert "stages: must be among ['build', 'test', 'sanitize', 'bench'], got ['tests']" in result.stderr
+def test_an_unknown_stage_is_refused(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["gpu_check.py", "tests"])
+    with pytest.raises(SystemExit) as refused:
+        check.main()
+    assert refused.value.code == 2
+    assert "stages: must be among ['build', 'test', 'sanitize', 'bench', 'models'], got ['tests']" in capsys.readouterr().err

@@ -1,17 +1,34 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Time on the device, by events, with a cold L2; and the ceilings of this device as torch reaches them."""
+"""Time on the device, by events, with a cold L2; and the ceilings of this device as torch reaches them.
+
+On a CPU, where the bench is only rehearsed, the host's clock and small sizes.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from statistics import median, quantiles
+from typing import NamedTuple
 
 import torch
+import triton
+import triton.language as tl
 
-COPY_BYTES = 4 * 2**30
-GEMM = 8192
 ROUNDS = 30
-SECONDS = 1.0  # about this long for one target
+SECONDS = 0.5  # about this long for one target
+
+
+class Sizes(NamedTuple):
+    """Of what the ceilings are measured on."""
+
+    copy_bytes: int
+    gemm: int
+    steps: int
+
+
+SIZES = {"cuda": Sizes(4 * 2**30, 8192, 4096), "cpu": Sizes(2**20, 64, 2)}
 
 
 def _events(run: Callable[[], object], rounds: int, flush: torch.Tensor) -> list[float]:
@@ -25,34 +42,73 @@ def _events(run: Callable[[], object], rounds: int, flush: torch.Tensor) -> list
     return [start.elapsed_time(end) / 1e3 for start, end in pairs]
 
 
-def seconds(run: Callable[[], object]) -> list[float]:
+def _host(run: Callable[[], object], rounds: int) -> list[float]:
+    times = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    return times
+
+
+def seconds(run: Callable[[], object], device: str) -> list[float]:
     """The quartiles of the time of ``run``, which is called three times before anything is kept."""
+    if device == "cpu":
+        return quantiles(_host(run, 3), n=4)
     l2 = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
     flush = torch.empty(4 * l2, dtype=torch.int8, device="cuda")
     probe = median(_events(run, 3, flush))
-    times = _events(run, max(5, min(ROUNDS, int(SECONDS / probe))), flush)
-    return quantiles(times, n=4)
+    return quantiles(_events(run, max(5, min(ROUNDS, int(SECONDS / probe))), flush), n=4)
 
 
-def _gemm(dtype: torch.dtype) -> float:
-    a, b = (torch.randn(GEMM, GEMM, device="cuda").to(dtype) for _ in range(2))
-    return 2 * GEMM**3 / seconds(lambda: a @ b)[1]
-
-
-def _copy() -> float:
-    source = torch.randn(COPY_BYTES // 4, device="cuda")
-    target = torch.empty_like(source)
-    return 2 * COPY_BYTES / seconds(lambda: target.copy_(source))[1]
-
-
-def ceilings() -> dict[str, float]:
-    """Copy bandwidth in B/s, read and written bytes both counted; square GEMM rates in FLOP/s, on random data."""
-    found = {"copy": _copy()}
-    before = torch.backends.cuda.matmul.allow_tf32
+@contextmanager
+def tf32(allowed: bool) -> Iterator[None]:
+    """Whether float32 products may drop bits, ours and torch's, convolutions included."""
+    switches = torch.backends.cuda.matmul, torch.backends.cudnn.conv
+    before = [switch.fp32_precision for switch in switches]
+    for switch in switches:
+        switch.fp32_precision = "tf32" if allowed else "ieee"
     try:
-        for name, dtype, tf32 in (("bf16", torch.bfloat16, False), ("tf32", torch.float32, True), ("fp32", torch.float32, False)):
-            torch.backends.cuda.matmul.allow_tf32 = tf32
-            found[name] = _gemm(dtype)
+        yield
     finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
-    return found
+        for switch, precision in zip(switches, before, strict=True):
+            switch.fp32_precision = precision
+
+
+@triton.jit
+def _multiply_add_kernel(out, factor, steps, BLOCK: tl.constexpr):
+    """Chains of multiply-adds of float64 in registers: eight a thread with four warps."""
+    x = tl.arange(0, BLOCK).to(tl.float64)
+    m = tl.load(factor)
+    for _ in range(steps):
+        x = x * m + m
+    tl.store(out + tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), x)
+
+
+def _multiply_add(device: str, steps: int, programs: int = 2048, block: int = 1024) -> float:
+    programs = programs if device == "cuda" else 1
+    out = torch.empty(programs * block, dtype=torch.float64, device=device)
+    factor = torch.full((1,), 0.999, dtype=torch.float64, device=device)
+    run = lambda: _multiply_add_kernel[(programs,)](out, factor, steps, block, num_warps=4)  # noqa: E731
+    return 2 * programs * block * steps / seconds(run, device)[1]
+
+
+def _gemm(device: str, dtype: torch.dtype, size: int) -> float:
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    return 2 * size**3 / seconds(lambda: a @ b, device)[1]
+
+
+def _copy(device: str, size: int) -> float:
+    source = torch.randn(size // 4, device=device)
+    target = torch.empty_like(source)
+    return 2 * size / seconds(lambda: target.copy_(source), device)[1]
+
+
+def ceilings(device: str) -> dict[str, float]:
+    """Copy bandwidth in B/s, read and written bytes both counted; square GEMM rates in FLOP/s, on random data; float64 by chains."""
+    sizes = SIZES[device]
+    found = {"copy": _copy(device, sizes.copy_bytes)}
+    for mode, dtype in (("bf16", torch.bfloat16), ("tf32", torch.float32), ("fp32", torch.float32)):
+        with tf32(mode == "tf32"):
+            found[mode] = _gemm(device, dtype, sizes.gemm)
+    return found | {"fp64": _multiply_add(device, sizes.steps)}

@@ -1,64 +1,52 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measure the ceilings and every op in every GPU backend; write one JSON file, case by case, so that a stop loses nothing.
+"""Measure the ceilings and every op in every backend; write one JSON file, case by case, so that a stop loses nothing.
 
-Run it again on the same day with the same sources and it goes on where it stopped.
+Run it again on the same day with the same sources and it goes on where it stopped. ``--rehearse FOLDER`` runs all of it on the CPU
+with extents of a few and writes there: it proves the bench, and its times mean nothing.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
-import subprocess
+import os
 import sys
 import time
+from functools import partial
 from pathlib import Path
+from typing import Any
+
+if "--rehearse" in sys.argv:
+    os.environ["TRITON_INTERPRET"] = "1"  # before the first kernel is defined
 
 import torch
-import triton
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from gpu import clock, cost, problems
+from gpu import clock, cost, problems, record
 
 import fisherfast as ff
-from fisherfast import _backend
+from fisherfast import _backend, _choice
 
-ROOT = Path(__file__).parents[2]
-BACKENDS = ("triton", "cuda")
-
-
-def _first_line(*command: str) -> str | None:
-    """What a tool says, or None where it is not there or has nothing to say (no git in a copied tree)."""
-    try:
-        return subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout.splitlines()[0].strip()
-    except (FileNotFoundError, subprocess.CalledProcessError, IndexError):
-        return None
+BACKENDS = {"cuda": ("triton", "cuda"), "cpu": ("cpu", "reference")}
 
 
-def facts() -> dict[str, object]:
-    """What a number depends on."""
-    return {
-        "device": torch.cuda.get_device_name(),
-        "multiprocessors": torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count,
-        "driver": _first_line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
-        "versions": {"torch": torch.__version__, "triton": triton.__version__, "cuda": torch.version.cuda},
-        "commit": _first_line("git", "rev-parse", "HEAD"),
-        "sha256": {folder: cost.sources_sha256(ROOT / folder) for folder in ("csrc", "kernels")},
-    }
+def arguments(description: str | None) -> argparse.Namespace:
+    """What the command lines of ``run.py`` and ``models.py`` have in common."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--seconds", type=float, default=420, help="begin no further case after this time")
+    parser.add_argument("--rehearse", type=Path, metavar="FOLDER", help="tiny cases on the CPU, results under FOLDER")
+    return parser.parse_args()
 
 
-def path_today(device: str) -> Path:
-    """``bench/results/<device>/<date>.json``."""
-    return ROOT / "bench" / "results" / cost.slug(device) / f"{datetime.date.today().isoformat()}.json"
-
-
-def resumed(path: Path, machine: dict[str, object]) -> dict | None:
-    """What an earlier run of today left, if it measured these sources on this machine."""
-    if not path.exists():
-        return None
-    earlier = json.loads(path.read_text())
-    return earlier if earlier["machine"] == machine else None
+def started(rehearse: Path | None) -> tuple[str, record.Document]:
+    """The device, and the file with the ceilings in it, measured unless they are there."""
+    torch.manual_seed(0)
+    device = "cuda" if rehearse is None else "cpu"
+    document = record.Document(record.facts(device), *([] if rehearse is None else [rehearse]))
+    if document.content["ceilings"] is None:
+        document.save(ceilings=clock.ceilings(device))
+    print("ceilings: " + ", ".join(f"{name} {value:.4g}" for name, value in document.content["ceilings"].items()), flush=True)
+    return device, document
 
 
 def error(value: torch.Tensor, oracle: torch.Tensor) -> float:
@@ -66,88 +54,112 @@ def error(value: torch.Tensor, oracle: torch.Tensor) -> float:
     return float((value.double() - oracle).abs().max() / oracle.abs().max())
 
 
-def gated(problem: problems.Problem, oracle: torch.Tensor, plain: float, backend: str, ceilings: dict[str, float]) -> dict:
-    """One backend's record; without a time if its result is wrong."""
-    acc = torch.zeros(problem.acc, device="cuda")
-    with ff.backend(backend):
-        problem.ours(acc)
-        wrong = error(acc, oracle)
-        record = {"route": backend, "error": wrong, "passes": cost.passes(wrong, plain)}
-        if record["passes"]:
-            quartiles = clock.seconds(lambda: problem.ours(acc))
-            record |= {"seconds": quartiles, "fraction": cost.fraction(problem.cost, ceilings, quartiles[1])}
-    return record
+def gated(
+    device: str, problem: problems.Problem, oracle: torch.Tensor, plain: float, backend: str, ceilings: dict
+) -> dict[str, Any]:
+    """One backend's record; without a time if its result is wrong or there is none."""
+    found: dict[str, Any] = {"route": backend, "error": None, "passes": False}
+    try:
+        acc = problem.acc.clone()
+        with ff.backend(backend):
+            problem.ours(acc)
+            off = error(problem.compared(acc), oracle)
+            found |= {"error": off, "passes": cost.passes(off, plain, problem.mode)}
+            if found["passes"]:
+                quartiles = clock.seconds(lambda: problem.ours(acc), device)
+                found |= {"seconds": quartiles, "fraction": cost.fraction(problem.cost, ceilings, quartiles[1])}
+    except Exception as raised:  # the other cases are still to be measured
+        found |= {"passes": False, "why": reason(raised)}
+    return found
 
 
-def measure(case: str, dtype: str, problem: problems.Problem, ceilings: dict[str, float]) -> dict:
-    """Everything about one case in one dtype."""
-    oracle = problem.oracle()
-    plain = error(problem.plain(), oracle)
-    routes = [
-        gated(problem, oracle, plain, b, ceilings) for b in BACKENDS if _backend.OPS[problem.op].unavailable(b, "cuda") is None
-    ]
-    for name, run in problem.peers.items():
-        acc = torch.zeros(problem.acc, device="cuda")
-        result = run(acc)
-        found = error(result, oracle) if result is acc else None  # the yardstick computes something else
-        routes.append({"route": name, "error": found, "seconds": clock.seconds(lambda run=run, acc=acc: run(acc))})
-    least = cost.bound(problem.cost, ceilings)
-    head = {"op": problem.op, "case": case, "dtype": dtype, "shape": problem.shape}
-    return {**head, "bound": least._asdict(), **problem.cost._asdict(), "plain_error": plain, "routes": routes}
+def peer(device: str, problem: problems.Problem, oracle: torch.Tensor, name: str) -> dict[str, Any]:
+    """A peer's record: its error where it computes the same, and its time; or why there is none."""
+    found: dict[str, Any] = {"route": name, "error": None}
+    try:
+        acc = problem.acc.clone()
+        result = problem.peers[name](acc)
+        if result is acc:
+            found["error"] = error(problem.compared(result), oracle)
+        return found | {"seconds": clock.seconds(lambda: problem.peers[name](acc), device)}
+    except Exception as raised:  # is what there is to say of it
+        return found | {"why": reason(raised)}
 
 
-def lines(record: dict) -> str:
+def alive(device: str) -> bool:
+    """Whether the device still answers: after a bad access nothing of this process runs any more."""
+    try:
+        if device == "cuda":
+            torch.cuda.synchronize()
+    except Exception:
+        return False
+    return True
+
+
+def reason(raised: Exception) -> str:
+    """Why there is no number, in one line."""
+    text = (str(raised).splitlines() or [""])[0][:200]
+    if isinstance(raised, (torch.OutOfMemoryError, MemoryError)):
+        return f"out of memory: {text}"
+    return f"raises {type(raised).__name__}: {text}"
+
+
+def measure(device: str, op: str, case: str, mode: str, ceilings: dict[str, float], tiny: bool = False) -> dict[str, Any]:
+    """Everything about one case in one mode."""
+    problem = problems.build(device, op, case, mode, tiny)
+    with clock.tf32(mode == "tf32"):
+        oracle = problem.oracle()
+        plain = error(problem.compared(problem.plain()), oracle)
+        usable = [b for b in BACKENDS[device] if _backend.OPS[op].unavailable(b, device) is None]
+        measures = [partial(gated, device, problem, oracle, plain, backend, ceilings) for backend in usable]
+        measures += [partial(peer, device, problem, oracle, name) for name in problem.peers]
+        routes = []
+        while measures and alive(device):  # a kernel that broke the device would take the blame for all that follow
+            routes.append(measures.pop(0)())
+    extents = _choice.extents((problem.acc, *problem.inputs))
+    head = {"op": op, "case": case, "mode": mode, "shape": problem.shape, "extents": extents}
+    bound = cost.bound(problem.cost, ceilings)._asdict()
+    return {**head, **problem.cost._asdict(), "bound": bound, "plain_error": plain, "routes": routes}
+
+
+def lines(found: dict[str, Any]) -> str:
     """One case for the log."""
-    least = record["bound"]
-    head = f"{record['op']} {record['case']} {record['dtype']}: bound {least['seconds'] * 1e3:.3f} ms by {least['by']}"
-    rows = []
-    for r in record["routes"]:
+    least = found["bound"]
+    rows = [f"{found['op']} {found['case']} {found['mode']}: bound {least['seconds'] * 1e3:.3f} ms by {least['by']}"]
+    for r in found["routes"]:
         if "seconds" not in r:
-            rows.append(f"  {r['route']:22s} WRONG: error {r['error']:.2e}, plain torch {record['plain_error']:.2e}")
+            why = r.get("why") or f"WRONG: error {r['error']:.2e}, plain torch {found['plain_error']:.2e}"
+            rows.append(f"  {r['route']:28s} {why}")
             continue
         share = f", {r['fraction']:.0%} of the bound" if "fraction" in r else ""
-        found = "" if r["error"] is None else f", error {r['error']:.1e}"
-        rows.append(f"  {r['route']:22s} {r['seconds'][1] * 1e3:9.3f} ms{share}{found}")
-    return "\n".join([head, *rows])
+        off = "" if r["error"] is None else f", error {r['error']:.1e}"
+        rows.append(f"  {r['route']:28s} {r['seconds'][1] * 1e3:9.3f} ms{share}{off}")
+    return "\n".join(rows)
 
 
 def main() -> int:
     """Measure what is left, until ``--seconds`` are over."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seconds", type=float, default=420)
-    deadline = time.monotonic() + parser.parse_args().seconds
-    torch.manual_seed(0)
-    machine = facts()
-    path = path_today(str(machine["device"]))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    document = resumed(path, machine) or {"machine": machine, "ceilings": clock.ceilings(), "results": []}
-    print(json.dumps({"machine": machine, "ceilings": document["ceilings"]}, indent=1))
-    done = {(r["op"], r["case"], r["dtype"]) for r in document["results"]}
-    left = [
-        (op, case, dtype)
-        for op, (_, cases) in problems.CASES.items()
-        for case in cases
-        for dtype in problems.DTYPES
-        if (op, case, dtype) not in done
-    ]
-    while left and time.monotonic() < deadline:
-        op, case, dtype = left.pop(0)
-        build, cases = problems.CASES[op]
-        record = measure(case, dtype, build(problems.DTYPES[dtype], *cases[case]), document["ceilings"])
-        torch.cuda.empty_cache()
-        document["results"].append(record)
-        path.write_text(json.dumps(document, indent=1) + "\n")
-        print(lines(record), flush=True)
-    print(f"wrote {path}" + (f"; {len(left)} cases left, run again to go on" if left else ""))
-    wrong = [
-        f"{record['op']} {record['case']} {record['dtype']} {route['route']}"
-        for record in document["results"]
-        for route in record["routes"]
+    given = arguments(__doc__)
+    deadline = time.monotonic() + given.seconds
+    device, document = started(given.rehearse)
+    done = {(r["op"], r["case"], r["mode"]) for r in document.content["ops"]}
+    left = [key for key in problems.order() if key not in done]
+    while left and time.monotonic() < deadline and alive(device):
+        found = measure(device, *left.pop(0), document.content["ceilings"], tiny=given.rehearse is not None)
+        document.append("ops", found)
+        print(lines(found), flush=True)
+        if device == "cuda" and alive(device):
+            torch.cuda.empty_cache()
+    print(f"wrote {document.path}" + (f"; {len(left)} cases left, run again to go on" if left else ""))
+    failed = [
+        f"{r['op']} {r['case']} {r['mode']} {route['route']}"
+        for r in document.content["ops"]
+        for route in r["routes"]
         if not route.get("passes", True)
     ]
-    if wrong:
-        print("wrong results, not timed: " + "; ".join(wrong))
-    return 1 if wrong or left else 0
+    if failed:
+        print("wrong results, not timed: " + "; ".join(failed))
+    return 1 if failed or left else 0
 
 
 if __name__ == "__main__":

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -115,8 +117,18 @@ def _weight_gradient(x: Tensor, g: Tensor, shape, stride, dilation, groups) -> T
     axes = len(shape) - 2
     if len(x) == 0 or math.prod(shape) == 0:
         return g.new_zeros(shape)
-    mask = [False, True, False]
+    mask, flat = [False, True, False], [0] * axes
     weight = g.new_zeros(()).expand(shape)
-    return torch.ops.aten.convolution_backward(g, x, weight, None, stride, [0] * axes, dilation, False, [0] * axes, groups, mask)[
-        1
-    ]
+    with _without_cudnn():
+        return torch.ops.aten.convolution_backward(g, x, weight, None, stride, flat, dilation, False, flat, groups, mask)[1]
+
+
+@contextmanager
+def _without_cudnn() -> Iterator[None]:
+    """On a GPU cuDNN would multiply in TF32 unless told not to, and may add in any order."""
+    before = torch.backends.cudnn.enabled
+    torch.backends.cudnn.enabled = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.enabled = before
