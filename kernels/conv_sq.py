@@ -17,8 +17,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import architecture, check_offsets, device_problem, fold_, long, power_of_two, raise_flag_, sample_rows, wide
-from .linear_sq import PROGRAMS, _add, _dot, fold_size, linear_sq_, precision, tiles_held
+from ._common import (
+    add_to,
+    architecture,
+    check_offsets,
+    device_problem,
+    fold_,
+    long,
+    power_of_two,
+    raise_flag_,
+    sample_rows,
+    wide,
+)
+from .linear_sq import PROGRAMS, _dot, fold_size, linear_sq_, precision, tiles_held
 
 
 def why_not(acc: Tensor, x: Tensor, g: Tensor, scale: float = 1.0, *, stride=(), padding=(), dilation=(), **_: Any) -> str | None:
@@ -257,9 +268,9 @@ def _conv_sq_kernel(
         if sums_out is not None:
             sums += c * w
     index = ((long(tl.program_id(1)) * G + group) * O + o[:, None]) * I + i[None, :]
-    _add(squares_out, squares, index, inside_o & inside_i)
+    add_to(squares_out, index, squares, 1.0, inside_o & inside_i)
     if sums_out is not None:
-        _add(sums_out, sums, index, inside_o & inside_i)
+        add_to(sums_out, index, sums, 1.0, inside_o & inside_i)
 
 
 @triton.jit(do_not_specialize=["begin", "share"])
@@ -328,9 +339,9 @@ def _conv_sq_direct_kernel(
         if sums_out is not None:
             sums += gradient * w
     index = (long(tl.program_id(1)) * G * O + o) * I + k * C + c
-    _add(squares_out, squares, index, inside_e)
+    add_to(squares_out, index, squares, 1.0, inside_e)
     if sums_out is not None:
-        _add(sums_out, sums, index, inside_e)
+        add_to(sums_out, index, sums, 1.0, inside_e)
 
 
 @triton.jit

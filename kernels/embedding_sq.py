@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import check_offsets, device_problem, long, power_of_two, raise_flag_, rows_and_strides, sample_rows, wide
+from ._common import add_to, check_offsets, device_problem, long, power_of_two, raise_flag_, rows_and_strides, sample_rows, wide
 
 
 def why_not(acc: Tensor, ids: Tensor, g: Tensor, scale: float = 1.0, **_: Any) -> str | None:
@@ -97,15 +97,9 @@ def _embedding_sq_kernel(
         if norms is not None:
             tl.store(norms + long(tl.program_id(1)) * M + row, tl.where(last, tl.sum(c * c, 0), 0.0))
         c = tl.where(last, 0.0, c)
-    _add(acc + v * D + d, squares * scale, inside)
+    add_to(acc, v * D + d, squares, scale, inside)
     if total is not None:
-        _add(total + v * D + d, sums, inside)
-
-
-@triton.jit
-def _add(out, values, inside):
-    """``out += values`` in the precision of ``out``."""
-    tl.store(out, tl.load(out, mask=inside, other=0.0) + values.to(out.dtype.element_ty), mask=inside)
+        add_to(total, v * D + d, sums, 1.0, inside)
 
 
 @triton.jit
