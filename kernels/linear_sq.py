@@ -87,17 +87,18 @@ def config(work: Work, arch: int) -> tuple[dict[str, int], int]:
 
     Of equals the largest tile and the fewest shares.
     """
-    largest = 128 if work.dtype.itemsize == 2 else 64
-    # Without warpgroup instructions the operands pass through registers too.
-    narrow = work.tiles > 2 or arch // 10 not in (9, 10)
-    most = [power_of_two(work.O, 16, largest), power_of_two(work.I, 16, largest // 2 if narrow else largest)]
+    width, warpgroups = work.dtype.itemsize, arch // 10 in (9, 10)
+    high, wide = {2: (128, 128), 4: (128 if warpgroups else 64, 64), 8: (64, 64)}[width]
+    if work.tiles > 2 or not warpgroups:  # without warpgroup instructions the operands pass through registers too
+        wide //= 2
+    most = [power_of_two(work.O, 16, high), power_of_two(work.I, 16, wide)]
     sides = [[size for size in (128, 64, 32, 16) if min(32, top) <= size <= top] for top in most]
     shares = [s for s in range(1, min(work.N, 32) + 1) if workspace_bytes(work, s) <= WORKSPACE]
     BLOCK_O, BLOCK_I, share = min(itertools.product(*sides, shares), key=lambda choice: seconds(work, *choice))
     blocks = {
         "BLOCK_O": BLOCK_O,
         "BLOCK_I": BLOCK_I,
-        "BLOCK_T": power_of_two(work.T, 16, 64 if work.dtype.itemsize == 2 else 32),
+        "BLOCK_T": power_of_two(work.T, 16, 64 if width == 2 else 32),
         "num_warps": 8 if BLOCK_O * BLOCK_I >= 64 * 64 else 4,
         "num_stages": 3,
     }
