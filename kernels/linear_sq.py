@@ -153,7 +153,7 @@ def _tile(shape, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr):
 
 
 @triton.jit
-def _steps(offsets, begin, end, T, BLOCK_T: tl.constexpr):
+def steps_of(offsets, begin, end, T, BLOCK_T: tl.constexpr):
     """How many steps of BLOCK_T rows samples ``begin`` to ``end`` take; one without rows takes one, too."""
     if offsets is None:
         return (end - begin) * tl.cdiv(T, BLOCK_T)
@@ -217,7 +217,7 @@ def _linear_sq_kernel(
     sums = zero
     n = begin
     start = 0
-    for _ in range(_steps(offsets, begin, end, T, BLOCK_T)):
+    for _ in range(steps_of(offsets, begin, end, T, BLOCK_T)):
         first, rows = sample_rows(offsets, long(n), T)
         t = start + tl.arange(0, BLOCK_T)
         row = first + t
