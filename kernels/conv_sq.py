@@ -62,9 +62,10 @@ def config(
     divisor = C & -C
     if K > 1 and divisor >= 64:
         BLOCK_I = min(BLOCK_I, divisor)
-    # Registers: without warpgroup instructions the operands pass through them too; 64-bit numbers take two.
+    # Registers: without Hopper's instructions operands, or sums on their way from tensor memory, pass through them too; 64-bit
+    # numbers take two.
     warpgroups = arch // 10 in (9, 10)
-    if tiles > 2 or not warpgroups:
+    if tiles > 2 or arch // 10 != 9:
         BLOCK_I = min(BLOCK_I, largest // 2)
     if tiles > 2 and not (warpgroups and dtype.itemsize < 8):
         BLOCK_O = min(BLOCK_O, 64 if dtype.itemsize < 8 else 32)
