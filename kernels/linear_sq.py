@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._autotune import Choice, best
 from ._common import (
     add_to,
     architecture,
@@ -82,8 +83,8 @@ def workspace_bytes(work: Work, shares: int) -> int:
 
 
 @functools.lru_cache(maxsize=4096)
-def config(work: Work, arch: int) -> tuple[dict[str, int], int]:
-    """The tile sizes that take the least time by ``seconds``, and the samples of a share; a pure function.
+def candidates(work: Work, arch: int) -> list[tuple[dict[str, int], int]]:
+    """Tile sizes and the samples of a share, the least time by ``seconds`` first; a pure function.
 
     Of equals the largest tile and the fewest shares.
     """
@@ -94,15 +95,25 @@ def config(work: Work, arch: int) -> tuple[dict[str, int], int]:
     most = [power_of_two(work.O, 16, high), power_of_two(work.I, 16, wide)]
     sides = [[size for size in (128, 64, 32, 16) if min(32, top) <= size <= top] for top in most]
     shares = [s for s in range(1, min(work.N, 32) + 1) if workspace_bytes(work, s) <= WORKSPACE]
-    BLOCK_O, BLOCK_I, share = min(itertools.product(*sides, shares), key=lambda choice: seconds(work, *choice))
-    blocks = {
-        "BLOCK_O": BLOCK_O,
-        "BLOCK_I": BLOCK_I,
-        "BLOCK_T": power_of_two(work.T, 16, 64 if width == 2 else 32),
-        "num_warps": 8 if BLOCK_O * BLOCK_I >= 64 * 64 else 4,
-        "num_stages": 3,
-    }
-    return blocks, triton.cdiv(work.N, share)
+    ranked = sorted(itertools.product(*sides, shares), key=lambda choice: seconds(work, *choice))
+    fewest = {(BLOCK_O, BLOCK_I): share for BLOCK_O, BLOCK_I, share in reversed(ranked)}  # the best shares of each tile
+    tiles = sorted(((*tile, share) for tile, share in fewest.items()), key=ranked.index)
+
+    def blocks(BLOCK_O: int, BLOCK_I: int) -> dict[str, int]:
+        return {
+            "BLOCK_O": BLOCK_O,
+            "BLOCK_I": BLOCK_I,
+            "BLOCK_T": power_of_two(work.T, 16, 64 if width == 2 else 32),
+            "num_warps": 8 if BLOCK_O * BLOCK_I >= 64 * 64 else 4,
+            "num_stages": 3,
+        }
+
+    return [(blocks(BLOCK_O, BLOCK_I), triton.cdiv(work.N, share)) for BLOCK_O, BLOCK_I, share in tiles[:4]]
+
+
+def config(work: Work, arch: int) -> tuple[dict[str, int], int]:
+    """The first of ``candidates``."""
+    return candidates(work, arch)[0]
 
 
 def tiles_held(acc: Tensor, total: Tensor | None) -> int:
@@ -360,32 +371,44 @@ def linear_sq_(
             return
         sizes = ((N, T, I, O), rows_and_strides(x, offsets), rows_and_strides(g, offsets))
         flat = T == 1 and offsets is None
-        computed = torch.promote_types(x.dtype, torch.float32)
-        multiplied = computed if flat else x.dtype
+        multiplied = torch.promote_types(x.dtype, torch.float32) if flat else x.dtype
         unit = power_of_two(N, 16, 32) if flat else 1  # the samples of a step, which stay together
         work = Work(O, I, triton.cdiv(N, unit), unit if flat else T, multiplied, tiles_held(acc, total))
-        blocks, share = config(work, architecture(acc.device))
-        shares, tiles = triton.cdiv(work.N, share), triton.cdiv(O, blocks["BLOCK_O"]) * triton.cdiv(I, blocks["BLOCK_I"])
+        outputs, inputs = (acc, total, sqnorm, flag), (x, g, weight, offsets, scale, sizes, work, unit)
 
-        def summed(out: Tensor | None) -> Tensor | None:
-            return out if out is None or shares == 1 else torch.empty(shares, O * I, device=acc.device, dtype=computed)
+        def trial(choice: Choice) -> None:
+            scratch = (None if out is None else torch.zeros_like(out) for out in outputs)
+            _launch(*scratch, *inputs, choice)
 
-        squares, sums = summed(acc), summed(total)
-        plan = {"WORKSPACE": shares > 1, "PRECISION": precision(multiplied), **blocks}
-        chain, factor = fold_size(share), scale if shares == 1 else 1.0
-        if flat:
-            arguments = (squares, sums, x, g, weight, flag, *sizes, share * unit, chain, factor)
-            _linear_sq_flat_kernel[(tiles, shares)](*arguments, **plan)
-        else:
-            norms = None if sqnorm is None else torch.empty(tiles, N, device=acc.device, dtype=computed)
-            arguments = (squares, sums, norms, x, g, weight, offsets, flag, *sizes, share, chain, factor)
-            _linear_sq_kernel[(tiles, shares)](*arguments, **plan)
-        if shares > 1:
-            fold_(acc.view(-1), squares, scale, flag)
-            if total is not None:
-                fold_(total.view(-1), sums, 1.0, flag)
-        if sqnorm is not None:
-            if flat:
-                _flat_norms_kernel[(triton.cdiv(N, 16),)](sqnorm, x, g, flag, *sizes, BLOCK_N=16, BLOCK_C=128)
-            else:
-                fold_(sqnorm, norms, 1.0, flag)
+        choices = candidates(work, architecture(acc.device))
+        _launch(*outputs, *inputs, best("linear_sq_", (*work, precision(multiplied)), choices, trial, acc.device))
+
+
+def _launch(acc, total, sqnorm, flag, x, g, weight, offsets, scale, sizes, work, unit, choice) -> None:
+    (N, T, I, O), (blocks, share) = sizes[0], choice
+    flat = T == 1 and offsets is None
+    computed = torch.promote_types(x.dtype, torch.float32)
+    shares, tiles = triton.cdiv(work.N, share), triton.cdiv(O, blocks["BLOCK_O"]) * triton.cdiv(I, blocks["BLOCK_I"])
+
+    def summed(out: Tensor | None) -> Tensor | None:
+        return out if out is None or shares == 1 else torch.empty(shares, O * I, device=acc.device, dtype=computed)
+
+    squares, sums = summed(acc), summed(total)
+    plan = {"WORKSPACE": shares > 1, "PRECISION": precision(work.dtype), **blocks}
+    chain, factor = fold_size(share), scale if shares == 1 else 1.0
+    norms = None
+    if flat:
+        arguments = (squares, sums, x, g, weight, flag, *sizes, share * unit, chain, factor)
+        _linear_sq_flat_kernel[(tiles, shares)](*arguments, **plan)
+    else:
+        norms = None if sqnorm is None else torch.empty(tiles, N, device=acc.device, dtype=computed)
+        arguments = (squares, sums, norms, x, g, weight, offsets, flag, *sizes, share, chain, factor)
+        _linear_sq_kernel[(tiles, shares)](*arguments, **plan)
+    if shares > 1:
+        fold_(acc.view(-1), squares, scale, flag)
+        if total is not None:
+            fold_(total.view(-1), sums, 1.0, flag)
+    if norms is not None:
+        fold_(sqnorm, norms, 1.0, flag)
+    elif sqnorm is not None:
+        _flat_norms_kernel[(triton.cdiv(N, 16),)](sqnorm, x, g, flag, *sizes, BLOCK_N=16, BLOCK_C=128)

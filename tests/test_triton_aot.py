@@ -94,21 +94,40 @@ def test_every_kernel_is_compiled(compiled):
 
 @pytest.mark.parametrize("arch", TARGETS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("tiles", [2, 3, 4])
+@pytest.mark.parametrize("N", [1, 7, 4096])
 @pytest.mark.parametrize("T", [1, 5, 512])
 @pytest.mark.parametrize(("O", "I"), [(1, 1), (7, 11), (128, 4096), (1000, 1000), (50257, 768)])
-def test_linear_config(O, I, T, dtype, arch):
-    """Powers of two that tl.dot accepts, no larger than needed, and a full chip where the matrix allows one."""
-    blocks = linear_sq.config(O, I, T, dtype, 2, arch)
-    sizes = {name: blocks[f"BLOCK_{name}"] for name in "OIT"}
-    assert all(size >= 16 and size & (size - 1) == 0 for size in sizes.values())
-    assert all(sizes[name] < 2 * max(extent, 16) for name, extent in (("O", O), ("I", I), ("T", T)))
-    programs = triton.cdiv(O, sizes["O"]) * triton.cdiv(I, sizes["I"])
-    assert programs >= linear_sq.PROGRAMS or max(sizes["O"], sizes["I"]) <= 32
+def test_linear_candidates(O, I, T, N, tiles, dtype, arch):
+    """Powers of two that tl.dot accepts, no larger than needed; no empty share, a bounded workspace, the best one first."""
+    work = linear_sq.Work(O, I, N, T, dtype, tiles)
+    times = []
+    for blocks, share in linear_sq.candidates(work, arch):
+        sizes = {name: blocks[f"BLOCK_{name}"] for name in "OIT"}
+        assert all(size >= 16 and size & (size - 1) == 0 for size in sizes.values())
+        assert all(sizes[name] < 2 * max(extent, 16) for name, extent in (("O", O), ("I", I), ("T", T)))
+        shares = triton.cdiv(N, share)
+        assert 1 <= share <= N and linear_sq.workspace_bytes(work, shares) <= linear_sq.WORKSPACE
+        times.append(linear_sq.seconds(work, sizes["O"], sizes["I"], shares))
+    assert times[0] == min(times) and linear_sq.config(work, arch) == linear_sq.candidates(work, arch)[0]
 
 
-def test_linear_config_uses_the_largest_tile_on_large_matrices():
-    blocks = linear_sq.config(4096, 4096, 512, torch.bfloat16, 2, 90)
+@pytest.mark.parametrize(("O", "I"), [(4096, 4096), (14336, 4096), (4096, 14336)])
+@pytest.mark.parametrize("T", [512, 2048])
+def test_large_matrices_take_the_largest_tile_and_no_workspace(O, I, T):
+    work = linear_sq.Work(O, I, 8, T, torch.bfloat16, 2)
+    blocks, share = linear_sq.config(work, 90)
     assert (blocks["BLOCK_O"], blocks["BLOCK_I"], blocks["BLOCK_T"], blocks["num_warps"]) == (128, 128, 64, 8)
+    assert share == 8 and linear_sq.workspace_bytes(work, 1) == 0
+
+
+def test_few_tiles_share_the_samples():
+    """36 tiles of 128 x 128 would leave most multiprocessors idle."""
+    work = linear_sq.Work(768, 768, 32, 128, torch.bfloat16, 2)
+    blocks, share = linear_sq.config(work, 90)
+    shares = triton.cdiv(32, share)
+    assert shares > 1 and 36 * shares <= linear_sq.MULTIPROCESSORS
+    assert linear_sq.seconds(work, blocks["BLOCK_O"], blocks["BLOCK_I"], shares) < 0.6 * linear_sq.seconds(work, 128, 128, 1)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 16, 17, 100, 1000, 10**5])
@@ -213,10 +232,12 @@ def test_conv_gram_config(groups, C, K, M, bias, dtype, arch):
 
 
 @pytest.mark.parametrize("D", [1, 7, 128, 4096])
-def test_embedding_config(D):
-    blocks = embedding_sq.config(D)
-    assert 16 <= blocks["BLOCK_D"] <= 512 and blocks["BLOCK_D"] < 2 * max(D, 16)
-    assert blocks["num_warps"] * 128 >= blocks["BLOCK_D"]
+@pytest.mark.parametrize("M", [1, 16384, 10**6])
+def test_embedding_config(M, D):
+    blocks = embedding_sq.config(M, D)
+    assert 16 <= blocks["BLOCK_D"] <= 1024 and blocks["BLOCK_D"] < 2 * max(D, 16)
+    assert blocks["num_warps"] * 256 >= blocks["BLOCK_D"]
+    assert blocks["PIECE"] >= 64 and M / blocks["PIECE"] <= 512
 
 
 @pytest.mark.parametrize(("found", "usable"), [(75, False), (80, True), (90, True), (100, True), ("gfx942", False)])
