@@ -354,7 +354,9 @@ def test_shares_of_samples_and_chains_of_sums(emulated, share, chain, T, ragged)
     blocks = {"BLOCK_O": 16, "BLOCK_I": 16, "BLOCK_T": 16, "num_warps": 4, "num_stages": 3}
     emulated("linear_sq_", "fold_size", lambda steps: chain)
     target = emulated("linear_sq_", "candidates", lambda work, arch: [(blocks, min(share, work.N))])
-    case = problem(target, Shape(11 if ragged or T > 1 else 100, T, 17, 35), integers=True, ragged=ragged, weighted=True, scale=2.0)
+    case = problem(
+        target, Shape(11 if ragged or T > 1 else 100, T, 17, 35), integers=True, ragged=ragged, weighted=True, scale=2.0
+    )
     outputs = case.outputs(integers=True)
     before = copies(outputs)
     case.run("triton", outputs, flag=torch.zeros(1, dtype=torch.int32))
