@@ -111,11 +111,6 @@ def candidates(work: Work, arch: int) -> list[tuple[dict[str, int], int]]:
     return [(blocks(BLOCK_O, BLOCK_I), triton.cdiv(work.N, share)) for BLOCK_O, BLOCK_I, share in tiles[:4]]
 
 
-def config(work: Work, arch: int) -> tuple[dict[str, int], int]:
-    """The first of ``candidates``."""
-    return candidates(work, arch)[0]
-
-
 def tiles_held(acc: Tensor, total: Tensor | None) -> int:
     """Tiles in registers: the sample's (or the squared operands), the squares, and what the other outputs add."""
     return 2 + (total is not None) + (acc.dtype == torch.float64)
