@@ -80,10 +80,11 @@ def config(
             BLOCK_I //= 2
     one_offset = K == 1 or C % BLOCK_I == 0
     cells, crowded = BLOCK_O * BLOCK_I, tiles > 2 or not one_offset or not warpgroups
+    short = not one_offset or (tiles > 2 and cells > 64 * 64 and arch // 10 != 9)  # addresses take registers, too
     blocks = {
         "BLOCK_O": BLOCK_O,
         "BLOCK_I": BLOCK_I,
-        "BLOCK_T": power_of_two(T, 16, max(16, 128 // dtype.itemsize // (1 if one_offset else 2))),
+        "BLOCK_T": power_of_two(T, 16, max(16, 128 // dtype.itemsize // (2 if short else 1))),
         "ONE_OFFSET": one_offset,
         # Columns of several kernel offsets look outside of x one by one: more for a thread to hold.
         "num_warps": 8 if cells * dtype.itemsize >= 2**14 or (cells >= 2**11 and crowded) else 4,

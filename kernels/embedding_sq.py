@@ -27,13 +27,17 @@ def why_not(acc: Tensor, ids: Tensor, g: Tensor, scale: float = 1.0, **_: Any) -
 PROGRAMS = 1024
 
 
-def config(M: int, D: int) -> dict[str, int]:
+def config(M: int, D: int, dtype: torch.dtype) -> dict[str, int]:
     """Columns a program and rows a piece, for M rows of D columns; a pure function.
 
     At most 512 pieces would be full, so that the workspace stays below 2^12 D numbers.
     """
-    BLOCK_D = power_of_two(D, 16, 1024)
-    return {"BLOCK_D": BLOCK_D, "PIECE": power_of_two(triton.cdiv(M, 512), 64, 2**30), "num_warps": max(1, BLOCK_D // 256)}
+    BLOCK_D = power_of_two(D, 16, 512 if dtype == torch.float64 else 1024)
+    return {
+        "BLOCK_D": BLOCK_D,
+        "PIECE": power_of_two(triton.cdiv(M, 512), 64, 2**30),
+        "num_warps": max(1, BLOCK_D * max(dtype.itemsize, 4) // 1024),
+    }
 
 
 def visiting_order(ids: Tensor, offsets: Tensor | None, padding: int, V: int) -> tuple[Tensor, ...]:
@@ -252,7 +256,7 @@ def embedding_sq_(
         if 0 in (N, M, D):
             return
         order = visiting_order(ids, offsets, padding_idx, V)
-        blocks = config(M, D)
+        blocks = config(M, D, g.dtype)
         piece, columns = blocks["PIECE"], triton.cdiv(D, blocks["BLOCK_D"])
         pieces = pieces_of(order[3], piece)
         computed = torch.promote_types(g.dtype, torch.float32)

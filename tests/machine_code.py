@@ -12,7 +12,8 @@ from pathlib import Path
 # As they are called in machine code: Blackwell's, Hopper's, Ampere's for float64, Ampere's.
 MATRIX = ("UTCHMMA", "HGMMA", "DMMA", "HMMA")
 ASYNCHRONOUS = ("UTMALDG", "UBLKCP", "LDGSTS")  # the copy engine: tiles, lines; a thread's copies
-ATOMIC = ("ATOM", "ATOMG", "ATOMS", "RED", "REDG")
+ATOMIC = ("ATOM", "ATOMG", "RED", "REDG")  # on memory; those on shared memory are also how tensor memory is dealt out
+SHARED_ATOMIC = ("ATOMS",)
 LOCAL = ("LDL", "STL")
 
 _INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Za-z0-9_.]+)", re.MULTILINE)

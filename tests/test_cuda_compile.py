@@ -90,4 +90,4 @@ def test_float32_and_float64_are_not_rounded(listings, arch, kernel, product):
 def test_no_atomics_and_no_local_memory(listings, arch):
     """The order of sums is fixed, and register arrays stay in registers."""
     for opcodes in opcodes_of(listings, arch):
-        assert machine_code.of(opcodes, machine_code.ATOMIC + machine_code.LOCAL) == {}
+        assert machine_code.of(opcodes, machine_code.ATOMIC + machine_code.SHARED_ATOMIC + machine_code.LOCAL) == {}

@@ -368,7 +368,7 @@ def test_shares_of_samples_and_chains_of_sums(emulated, share, chain, T, ragged)
 @pytest.mark.parametrize("rows", [1, 3])
 def test_long_runs_of_an_id_are_cut_anywhere(emulated, piece, rows, ragged):
     """Within a sample, between two, and a sample over several pieces."""
-    target = emulated("embedding_sq_", "config", lambda M, D: {"BLOCK_D": 16, "PIECE": piece, "num_warps": 1})
+    target = emulated("embedding_sq_", "config", lambda M, D, dtype: {"BLOCK_D": 16, "PIECE": piece, "num_warps": 1})
     case = problem(target, Shape(4, 7, 19, rows), integers=True, ragged=ragged, weighted=True, scale=2.0)
     outputs = case.outputs(integers=True)
     before = copies(outputs)

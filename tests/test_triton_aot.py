@@ -232,8 +232,9 @@ def test_conv_gram_config(groups, C, K, M, bias, dtype, arch):
 
 @pytest.mark.parametrize("D", [1, 7, 128, 4096])
 @pytest.mark.parametrize("M", [1, 16384, 10**6])
-def test_embedding_config(M, D):
-    blocks = embedding_sq.config(M, D)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_embedding_config(M, D, dtype):
+    blocks = embedding_sq.config(M, D, dtype)
     assert 16 <= blocks["BLOCK_D"] <= 1024 and blocks["BLOCK_D"] < 2 * max(D, 16)
     assert blocks["num_warps"] * 256 >= blocks["BLOCK_D"]
     assert blocks["PIECE"] >= 64 and M / blocks["PIECE"] <= 512
