@@ -70,6 +70,13 @@ def wide(values):
 
 
 @triton.jit
+def add_to(out, index, values, scale, inside, known=True):
+    """``out[index] += scale * values`` in the precision of ``out``, whose content counts as 0 where ``known`` is false."""
+    before = tl.load(out + index, mask=inside & known, other=0.0)
+    tl.store(out + index, before + values.to(before.dtype) * tl.full((), scale, before.dtype), mask=inside)
+
+
+@triton.jit
 def sample_rows(offsets, n, T):
     """First packed row of sample(s) ``n`` (0 where samples have an axis of their own), and how many there are."""
     if offsets is None:
@@ -126,5 +133,6 @@ def _fold_kernel(out, partial, flag, R, C, scale: tl.float64, BLOCK_R: tl.conste
 def fold_(out: Tensor, partial: Tensor, scale: float, flag: Tensor | None) -> None:
     """``out[c] += scale * sum_r partial[r, c]`` in a fixed order, on the device; nothing while the flag is set."""
     R, C = partial.shape
-    BLOCK_R, BLOCK_C = power_of_two(R, 1, 32), power_of_two(C, 16, 64)
+    BLOCK_R = power_of_two(R, 1, 256)
+    BLOCK_C = power_of_two(C, 16, 4096 // max(BLOCK_R, 4))
     _fold_kernel[(triton.cdiv(C, BLOCK_C),)](out, partial, flag, R, C, scale, BLOCK_R, BLOCK_C)

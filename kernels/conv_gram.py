@@ -15,9 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import architecture, device_problem, long, power_of_two, raise_flag_, wide
+from ._common import add_to, architecture, device_problem, long, power_of_two, raise_flag_, wide
 from .conv_sq import Geometry, _as_rows, _channels_last, _digits, _kernel_offset, _look, block
-from .linear_sq import PROGRAMS, _add, _dot, fold_size, precision
+from .linear_sq import PROGRAMS, _dot, fold_size, precision
 
 
 def geometry_of(x: Tensor, kernel=(), positions=(), stride=(), padding=(), dilation=()) -> Geometry:
@@ -194,7 +194,7 @@ def _conv_gram_kernel(
         n, p0, p1, p2 = _advance(n, p0, p1, p2, BLOCK_T, geometry[0])
     tile = (long(tl.program_id(1)) * G + group) * (tiles * (tiles + 1) // 2) + _tile_index(row, column, tiles)
     cells = tl.arange(0, BLOCK)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
-    _add(partial, c, tile * (BLOCK * BLOCK) + cells, cells >= 0)
+    add_to(partial, tile * (BLOCK * BLOCK) + cells, c, 1.0, cells >= 0)
 
 
 @triton.jit

@@ -17,8 +17,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import architecture, check_offsets, device_problem, fold_, long, power_of_two, raise_flag_, sample_rows, wide
-from .linear_sq import PROGRAMS, _add, _dot, fold_size, linear_sq_, precision, tiles_held
+from ._common import (
+    add_to,
+    architecture,
+    check_offsets,
+    device_problem,
+    fold_,
+    long,
+    power_of_two,
+    raise_flag_,
+    sample_rows,
+    wide,
+)
+from .linear_sq import PROGRAMS, _dot, fold_size, linear_sq_, precision, steps_of, tiles_held
 
 
 def why_not(acc: Tensor, x: Tensor, g: Tensor, scale: float = 1.0, *, stride=(), padding=(), dilation=(), **_: Any) -> str | None:
@@ -51,9 +62,10 @@ def config(
     divisor = C & -C
     if K > 1 and divisor >= 64:
         BLOCK_I = min(BLOCK_I, divisor)
-    # Registers: without warpgroup instructions the operands pass through them too; 64-bit numbers take two.
+    # Registers: without Hopper's instructions operands, or sums on their way from tensor memory, pass through them too; 64-bit
+    # numbers take two.
     warpgroups = arch // 10 in (9, 10)
-    if tiles > 2 or not warpgroups:
+    if tiles > 2 or arch // 10 != 9:
         BLOCK_I = min(BLOCK_I, largest // 2)
     if tiles > 2 and not (warpgroups and dtype.itemsize < 8):
         BLOCK_O = min(BLOCK_O, 64 if dtype.itemsize < 8 else 32)
@@ -68,10 +80,11 @@ def config(
             BLOCK_I //= 2
     one_offset = K == 1 or C % BLOCK_I == 0
     cells, crowded = BLOCK_O * BLOCK_I, tiles > 2 or not one_offset or not warpgroups
+    short = not one_offset or (tiles > 2 and cells > 64 * 64 and arch // 10 != 9)  # addresses take registers, too
     blocks = {
         "BLOCK_O": BLOCK_O,
         "BLOCK_I": BLOCK_I,
-        "BLOCK_T": power_of_two(T, 16, max(16, 128 // dtype.itemsize // (1 if one_offset or warpgroups else 2))),
+        "BLOCK_T": power_of_two(T, 16, max(16, 128 // dtype.itemsize // (2 if short else 1))),
         "ONE_OFFSET": one_offset,
         # Columns of several kernel offsets look outside of x one by one: more for a thread to hold.
         "num_warps": 8 if cells * dtype.itemsize >= 2**14 or (cells >= 2**11 and crowded) else 4,
@@ -157,26 +170,7 @@ def _images(offsets, n):
         return sample_rows(offsets, long(n), 1)
 
 
-@triton.jit
-def _image_gradient(
-    x, g, at0, at1, at2, p0, p1, p2, inside_o, inside_i, c, T, geometry, x_strides, g_stride_t,
-    BLOCK_T: tl.constexpr, AXES: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """``c`` plus one image's gradient.
-
-    ``x`` [1, BLOCK_I] and ``g`` [BLOCK_O, 1] point at what position 0 reads; ``p`` [BLOCK_T, 1] are the first positions.
-    """
-    for start in range(0, T, BLOCK_T):
-        t = start + tl.arange(0, BLOCK_T)
-        gs = tl.load(g + long(t)[None, :] * g_stride_t, mask=inside_o & (t < T)[None, :], other=0.0)  # [BLOCK_O, BLOCK_T]
-        offset, inside = _look(p0, p1, p2, at0, at1, at2, geometry, x_strides, AXES)
-        xs = tl.load(x + offset, mask=inside & inside_i & (t < T)[:, None], other=0.0)  # [BLOCK_T, BLOCK_I]
-        c = _dot(gs, xs, c, PRECISION)
-        p0, p1, p2 = _advance(p0, p1, p2, BLOCK_T, geometry[0], AXES)
-    return c
-
-
-@triton.jit(do_not_specialize=["begin", "share"])
+@triton.jit(do_not_specialize=["share", "chain"])
 def _conv_sq_kernel(
     squares_out,
     sums_out,
@@ -190,8 +184,8 @@ def _conv_sq_kernel(
     geometry,
     x_strides,
     g_strides,
-    begin,
     share,
+    chain,
     BLOCK_O: tl.constexpr,
     BLOCK_I: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -199,15 +193,15 @@ def _conv_sq_kernel(
     ONE_OFFSET: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """``squares_out[s] += sum_n w_n c_n^2``, ``sums_out[s] += sum_n w_n c_n``, ``norms[tile, n] = sum c_n^2``.
+    """``squares_out[s] = sum_n w_n c_n^2``, ``sums_out[s] = sum_n w_n c_n``, ``norms[tile, n] = sum c_n^2``.
 
-    ``c_n`` [G O, K C] is sample n's gradient; O, C and I = K C are those of one group. Share s sums ``share`` samples from
-    ``begin + s share`` on; a long sum takes several launches, see ``fold_size``.
+    ``c_n`` [G O, K C] is sample n's gradient; O, C and I = K C are those of one group. Share s sums samples ``s share`` to
+    ``(s + 1) share``, ``chain`` of them in registers at a time. One loop over the steps of all images, as in ``linear_sq``.
 
     Tile:  [BLOCK_O, BLOCK_I] of one group's [O, I] and one share of the samples a program; c_n, the sum of squares and (if
            asked) the sum stay in registers. With ONE_OFFSET all its columns have the same kernel offset.
     FLOPs: 2 N T G O I. Bytes: x read K O / BLOCK_O times and g I / BLOCK_I times, mostly from L2; workspaces of 4 S G O I
-           read and written once a launch.
+           written once, read and written again every ``chain`` samples.
     """
     if flag is not None:
         if tl.load(flag) != 0:
@@ -229,40 +223,57 @@ def _conv_sq_kernel(
     at0, at1, at2 = _kernel_offset(k.to(tl.int32), geometry)
     x += (group * C + channel) * x_strides[1] + long(at0) * x_strides[2] + long(at1) * x_strides[3] + long(at2) * x_strides[4]
     g += (group * O + o[:, None]) * g_strides[1]
-    p0, p1, p2 = _digits(tl.arange(0, BLOCK_T)[:, None], geometry[0])
+    first_p0, first_p1, first_p2 = _digits(tl.arange(0, BLOCK_T)[:, None], geometry[0])
     zero = tl.zeros([BLOCK_O, BLOCK_I], tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32)
+    c = zero
     squares = zero
     sums = zero
-    begin += tl.program_id(1) * share
-    for n in range(begin, tl.minimum(begin + share, N)):
+    begin = tl.program_id(1) * share
+    end = tl.minimum(begin + share, N)
+    n = begin
+    image = 0  # of the sample
+    start = 0
+    p0, p1, p2 = first_p0, first_p1, first_p2
+    for _ in range(steps_of(offsets, begin, end, 1, 1) * tl.cdiv(T, BLOCK_T)):
         first, images = _images(offsets, n)
-        c = zero
-        if offsets is None:
-            c = _image_gradient(
-                x + first * x_strides[0], g + first * g_strides[0], at0, at1, at2, p0, p1, p2, inside_o, inside_i, c,
-                T, geometry, x_strides, g_strides[2], BLOCK_T, AXES, PRECISION,
-            )  # fmt: skip
-        else:
-            for m in range(first, first + images):
-                c = _image_gradient(
-                    x + m * x_strides[0], g + m * g_strides[0], at0, at1, at2, p0, p1, p2, inside_o, inside_i, c,
-                    T, geometry, x_strides, g_strides[2], BLOCK_T, AXES, PRECISION,
-                )  # fmt: skip
-        if norms is not None:
-            tl.store(norms + long(tile) * N + n, tl.sum(c * c))
-        w = 1.0
-        if weight is not None:
-            w = tl.load(weight + n)
-        squares += c * c * w
-        if sums_out is not None:
-            sums += c * w
-    index = ((long(tl.program_id(1)) * G + group) * O + o[:, None]) * I + i[None, :]
-    _add(squares_out, squares, index, inside_o & inside_i)
-    if sums_out is not None:
-        _add(sums_out, sums, index, inside_o & inside_i)
+        m = first + image
+        t = start + tl.arange(0, BLOCK_T)
+        present = (t < T) & (image < images)  # a sample may have no image
+        offset, inside = _look(p0, p1, p2, at0, at1, at2, geometry, x_strides, AXES)
+        g_t = g + m * g_strides[0] + long(t)[None, :] * g_strides[2]
+        gs = tl.load(g_t, mask=inside_o & present[None, :], other=0.0)  # [BLOCK_O, BLOCK_T]
+        xs = tl.load(x + m * x_strides[0] + offset, mask=inside & inside_i & present[:, None], other=0.0)  # [BLOCK_T, BLOCK_I]
+        c = _dot(gs, xs, c, PRECISION)
+        start += BLOCK_T
+        whole = start >= T
+        ends = whole & (image + 1 >= images)
+        if ends:
+            if norms is not None:
+                tl.store(norms + long(tile) * N + n, tl.sum(c * c))
+            w = 1.0
+            if weight is not None:
+                w = tl.load(weight + n)
+            squares += c * c * w
+            if sums_out is not None:
+                sums += c * w
+            c = zero
+            done = n + 1 - begin
+            if (done % chain == 0) | (n + 1 == end):
+                index = ((long(tl.program_id(1)) * G + group) * O + o[:, None]) * I + i[None, :]
+                add_to(squares_out, index, squares, 1.0, inside_o & inside_i, done > chain)
+                squares = zero
+                if sums_out is not None:
+                    add_to(sums_out, index, sums, 1.0, inside_o & inside_i, done > chain)
+                    sums = zero
+        # Beside the branch, not in it: where the next loads begin must not wait for the product.
+        p0, p1, p2 = _advance(p0, p1, p2, BLOCK_T, geometry[0], AXES)
+        p0, p1, p2 = tl.where(whole, first_p0, p0), tl.where(whole, first_p1, p1), tl.where(whole, first_p2, p2)
+        start = tl.where(whole, 0, start)
+        image = tl.where(ends, 0, image + whole.to(tl.int32))
+        n += ends.to(tl.int32)
 
 
-@triton.jit(do_not_specialize=["begin", "share"])
+@triton.jit(do_not_specialize=["share", "chain"])
 def _conv_sq_direct_kernel(
     squares_out,
     sums_out,
@@ -276,8 +287,8 @@ def _conv_sq_direct_kernel(
     geometry,
     x_strides,
     g_strides,
-    begin,
     share,
+    chain,
     BLOCK_E: tl.constexpr,
     BLOCK_T: tl.constexpr,
     AXES: tl.constexpr,
@@ -304,8 +315,10 @@ def _conv_sq_direct_kernel(
     first_p0, first_p1, first_p2 = _digits(tl.arange(0, BLOCK_T)[None, :], geometry[0])
     squares = tl.zeros([BLOCK_E], tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32)
     sums = squares
-    begin += tl.program_id(1) * share
-    for n in range(begin, tl.minimum(begin + share, N)):
+    index = (long(tl.program_id(1)) * G * O + o) * I + k * C + c
+    begin = tl.program_id(1) * share
+    end = tl.minimum(begin + share, N)
+    for n in range(begin, end):
         first, images = _images(offsets, n)
         products = tl.zeros([BLOCK_E, BLOCK_T], squares.dtype)
         for m in range(first, first + images):
@@ -327,10 +340,13 @@ def _conv_sq_direct_kernel(
         squares += gradient * gradient * w
         if sums_out is not None:
             sums += gradient * w
-    index = (long(tl.program_id(1)) * G * O + o) * I + k * C + c
-    _add(squares_out, squares, index, inside_e)
-    if sums_out is not None:
-        _add(sums_out, sums, index, inside_e)
+        done = n + 1 - begin
+        if (done % chain == 0) | (n + 1 == end):
+            add_to(squares_out, index, squares, 1.0, inside_e, done > chain)
+            squares *= 0.0
+            if sums_out is not None:
+                add_to(sums_out, index, sums, 1.0, inside_e, done > chain)
+                sums *= 0.0
 
 
 @triton.jit
@@ -443,19 +459,18 @@ def _launch(acc, x, g, scale, weight, offsets, total, sqnorm, flag, geometry, G,
     x_strides = (*x.stride()[:2], *(0,) * (3 - axes), *x.stride()[2:])
 
     computed = torch.promote_types(x.dtype, torch.float32)
-    share = min(fold_size(N), triton.cdiv(N, shares))
+    share = triton.cdiv(N, shares)
+    shares = triton.cdiv(N, share)
 
     def workspace(out: Tensor | None) -> Tensor | None:
         dtype = computed if out is None else torch.promote_types(out.dtype, computed)
-        return None if out is None else torch.zeros(shares, G * O, K, C, dtype=dtype, device=acc.device)
+        return None if out is None else torch.empty(shares, G * O, K, C, dtype=dtype, device=acc.device)
 
     squares, sums = workspace(acc), workspace(total)
     norms = None if sqnorm is None else torch.empty(tiles, N, device=acc.device, dtype=computed)
     sizes = ((N, T, G, O, C, C * K), geometry, x_strides, g.stride())
-    for begin in range(0, N, share * shares):
-        kernel[(tiles, shares)](
-            squares, sums, norms, x, g, weight, offsets, flag, *sizes, begin, share, AXES=axes, **options, **blocks
-        )
+    arguments = (squares, sums, norms, x, g, weight, offsets, flag, *sizes, share, fold_size(share))
+    kernel[(tiles, shares)](*arguments, AXES=axes, **options, **blocks)
     _fold_columns_(acc, squares, scale, flag)
     if total is not None:
         _fold_columns_(total, sums, 1.0, flag)

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import architecture, device_problem, long, power_of_two, raise_flag_, wide
+from ._common import add_to, architecture, device_problem, long, power_of_two, raise_flag_, wide
 from .linear_sq import PROGRAMS, _dot, fold_size, precision
 
 
@@ -70,12 +70,6 @@ def _products(
     return products, sums, tl.sum(count)
 
 
-@triton.jit
-def _add(out, index, values, scale, inside):
-    before = tl.load(out + index, mask=inside, other=0.0)
-    tl.store(out + index, before + values.to(before.dtype) * tl.full((), scale, before.dtype), mask=inside)
-
-
 @triton.jit(do_not_specialize=["begin", "share"])
 def _gram_kernel(
     acc,
@@ -117,7 +111,7 @@ def _gram_kernel(
     out = acc + long(tl.program_id(1)) * D * D
     if BIAS and a == b and part == 0:
         products, sums, count = _products(x, weight, T, I, strides, i, j, first, end, True, BLOCK_M, PRECISION)
-        _add(out, i * D + I, sums, scale, i < I)
+        add_to(out, i * D + I, sums, scale, i < I)
         if a == 0:
             last = out + long(D) * D - 1
             tl.store(last, tl.load(last) + count.to(out.dtype.element_ty) * scale)
@@ -125,7 +119,7 @@ def _gram_kernel(
         products, sums, count = _products(x, weight, T, I, strides, i, j, first, end, False, BLOCK_M, PRECISION)
     # Within a tile 32 bits are enough for an index; 64 for each element would not fit in the registers.
     inside = (down[:, None] <= across[None, :] + (column - row).to(tl.int32)) & (across < (I - column).to(tl.int32))[None, :]
-    _add(out + row * D + column, down[:, None] * D + across[None, :], products, scale, inside)
+    add_to(out + row * D + column, down[:, None] * D + across[None, :], products, scale, inside)
 
 
 @triton.jit
@@ -142,7 +136,7 @@ def _fold_upper_kernel(acc, partial, flag, S, D, scale: tl.float64, BLOCK_S: tl.
         s = long(start) + tl.arange(0, BLOCK_S)
         there = (s < S)[:, None] & inside[None, :]
         values += tl.load(partial + (s[:, None] * D + i) * D + j[None, :], mask=there, other=0.0)
-    _add(acc, i * D + j, tl.sum(values, 0), scale, inside)
+    add_to(acc, i * D + j, tl.sum(values, 0), scale, inside)
 
 
 def gram_(

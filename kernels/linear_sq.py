@@ -3,18 +3,23 @@
 
 The squares kernel is the weight-gradient GEMM: a program owns a tile of ``[O, I]``, walks the samples, runs the GEMM
 over t on the matrix units, and squares the tile in registers after each sample. Without positions (T = 1) the sum over
-n itself is a GEMM, of squares. The contract is in ``fisherfast.ops.linear_sq``.
+n itself is a GEMM, of squares. Where the tiles do not fill the chip, the samples are split into shares, each with a
+workspace of its own, folded in a fixed order. The contract is in ``fisherfast.ops.linear_sq``.
 """
 
+import functools
+import itertools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._autotune import Choice, best
 from ._common import (
+    add_to,
     architecture,
     check_offsets,
     device_problem,
@@ -28,7 +33,7 @@ from ._common import (
     wide,
 )
 
-# Tiles are made smaller until at least this many programs share the work: about one per multiprocessor.
+# For kernels that split their sums: about one program per multiprocessor.
 PROGRAMS = 128
 
 
@@ -37,24 +42,73 @@ def why_not(acc: Tensor, x: Tensor, g: Tensor, scale: float = 1.0, **_: Any) -> 
     return device_problem(acc.device)
 
 
-def config(O: int, I: int, T: int, dtype: torch.dtype, tiles: int, arch: int) -> dict[str, int]:
-    """Tile sizes for ``[O, I]`` and a GEMM over T, with ``tiles`` tiles held in registers; a pure function."""
-    largest = {torch.float64: 64, torch.float32: 64}.get(dtype, 128)
-    BLOCK_O, BLOCK_I = power_of_two(O, 16, largest), power_of_two(I, 16, largest)
-    if tiles > 2 or arch // 10 not in (9, 10):  # without warpgroup instructions the operands pass through registers too
-        BLOCK_I = min(BLOCK_I, largest // 2)
-    while max(BLOCK_O, BLOCK_I) > 32 and triton.cdiv(O, BLOCK_O) * triton.cdiv(I, BLOCK_I) < PROGRAMS:
-        if BLOCK_O >= BLOCK_I:
-            BLOCK_O //= 2
-        else:
-            BLOCK_I //= 2
-    return {
-        "BLOCK_O": BLOCK_O,
-        "BLOCK_I": BLOCK_I,
-        "BLOCK_T": power_of_two(T, 16, 64 if dtype.itemsize == 2 else 32),
-        "num_warps": 8 if BLOCK_O * BLOCK_I >= 64 * 64 else 4,
-        "num_stages": 3,
-    }
+class Work(NamedTuple):
+    """A sum over N samples, each a product over T rows, for a matrix [O, I]; ``tiles`` of which are held in registers."""
+
+    O: int
+    I: int
+    N: int
+    T: int
+    dtype: torch.dtype
+    tiles: int
+
+
+# What the choice of tiles reckons with: an H200, seen here or from its data sheet, and the L2 a guess; to rank tiles, not to predict.
+MULTIPROCESSORS = 132
+MATRIX_RATE = {2: 788e12, 4: 788e12 / 6, 8: 67e12}  # FLOP/s by bytes of a number; float32 takes six products of bfloat16
+L2_RATE = 7e12  # B/s from the L2 to all multiprocessors
+MEMORY_RATE = 4.3e12  # B/s
+LAUNCH = 3e-6  # s
+WORKSPACE = 2**26  # bytes
+
+
+def seconds(work: Work, BLOCK_O: int, BLOCK_I: int, shares: int) -> float:
+    """How long tiles of this size and shares of the samples might take; a pure function.
+
+    A multiprocessor runs its programs one after the other, each as fast as its products or its loads from the L2 let it.
+    """
+    width = work.dtype.itemsize
+    programs = triton.cdiv(work.O, BLOCK_O) * triton.cdiv(work.I, BLOCK_I) * shares
+    products = 2 * BLOCK_O * BLOCK_I / MATRIX_RATE[width]
+    loads = (BLOCK_O + BLOCK_I) * width / L2_RATE
+    rows = triton.cdiv(work.N, shares) * triton.cdiv(work.T, 16) * 16 * max(products, loads) * MULTIPROCESSORS
+    return triton.cdiv(programs, MULTIPROCESSORS) * rows + (shares > 1) * (
+        LAUNCH + 2 * workspace_bytes(work, shares) / MEMORY_RATE
+    )
+
+
+def workspace_bytes(work: Work, shares: int) -> int:
+    """Bytes of the squares' workspace; 0 with one share."""
+    return shares * work.O * work.I * max(work.dtype.itemsize, 4) if shares > 1 else 0
+
+
+@functools.lru_cache(maxsize=4096)
+def candidates(work: Work, arch: int) -> list[tuple[dict[str, int], int]]:
+    """Tile sizes and the samples of a share, the least time by ``seconds`` first; a pure function.
+
+    Of equals the largest tile and the fewest shares.
+    """
+    width, warpgroups = work.dtype.itemsize, arch // 10 in (9, 10)
+    high, wide = {2: (128, 128), 4: (128 if warpgroups else 64, 64), 8: (64, 64)}[width]
+    if work.tiles > 2 or not warpgroups:  # without warpgroup instructions the operands pass through registers too
+        wide //= 2
+    most = [power_of_two(work.O, 16, high), power_of_two(work.I, 16, wide)]
+    sides = [[size for size in (128, 64, 32, 16) if min(32, top) <= size <= top] for top in most]
+    shares = [s for s in range(1, min(work.N, 32) + 1) if workspace_bytes(work, s) <= WORKSPACE]
+    ranked = sorted(itertools.product(*sides, shares), key=lambda choice: seconds(work, *choice))
+    fewest = {(BLOCK_O, BLOCK_I): share for BLOCK_O, BLOCK_I, share in reversed(ranked)}  # the best shares of each tile
+    tiles = sorted(((*tile, share) for tile, share in fewest.items()), key=ranked.index)
+
+    def blocks(BLOCK_O: int, BLOCK_I: int) -> dict[str, int]:
+        return {
+            "BLOCK_O": BLOCK_O,
+            "BLOCK_I": BLOCK_I,
+            "BLOCK_T": power_of_two(work.T, 16, 64 if width == 2 else 32),
+            "num_warps": 8 if BLOCK_O * BLOCK_I >= 64 * 64 else 4,
+            "num_stages": 3,
+        }
+
+    return [(blocks(BLOCK_O, BLOCK_I), triton.cdiv(work.N, share)) for BLOCK_O, BLOCK_I, share in tiles[:4]]
 
 
 def tiles_held(acc: Tensor, total: Tensor | None) -> int:
@@ -63,7 +117,7 @@ def tiles_held(acc: Tensor, total: Tensor | None) -> int:
 
 
 def fold_size(steps: int) -> int:
-    """How many steps one launch adds up in float32 registers before adding them to memory; a pure function.
+    """How many steps are added up in float32 registers before they are added to memory; a pure function.
 
     A chain of L additions rounds like a random walk, ~ sqrt(L). In K chains of steps / K, then K additions in memory, the
     variance ~ steps / K^2 + K is least at K = (2 steps)^(1/3).
@@ -90,32 +144,35 @@ def _dot(a, b, c, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _add(out, tile, index, inside):
-    """``out[index] += tile`` in the precision of ``out``."""
-    tl.store(out + index, tl.load(out + index, mask=inside, other=0.0) + tile.to(out.dtype.element_ty), mask=inside)
-
-
-@triton.jit
 def _tile(shape, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr):
-    """The rows and columns of ``[O, I]`` that this program owns."""
-    tiles_o = tl.cdiv(shape[3], BLOCK_O)
-    o = long(tl.program_id(0) % tiles_o) * BLOCK_O + tl.arange(0, BLOCK_O)
-    i = long(tl.program_id(0) // tiles_o) * BLOCK_I + tl.arange(0, BLOCK_I)
-    return o, i
+    """The rows and columns of ``[O, I]`` that this program owns, and where its share's ``[O, I]`` begins.
+
+    Tiles are numbered in bands of 8 rows, column by column: programs that run together read few rows and columns. In one
+    column after the other, 132 programs would read a g of 14336 columns whole and x's 128 at a time, five times the bytes.
+    """
+    tiles_o, tiles_i = tl.cdiv(shape[3], BLOCK_O), tl.cdiv(shape[2], BLOCK_I)
+    band, place = tl.program_id(0) // (8 * tiles_i), tl.program_id(0) % (8 * tiles_i)
+    height = tl.minimum(tiles_o - 8 * band, 8)
+    o = long(8 * band + place % height) * BLOCK_O + tl.arange(0, BLOCK_O)
+    i = long(place // height) * BLOCK_I + tl.arange(0, BLOCK_I)
+    return o, i, long(tl.program_id(1)) * shape[3] * shape[2]
 
 
 @triton.jit
-def _sample_gradient(x, g, T, x_stride_t, g_stride_t, inside_o, inside_i, c, BLOCK_T: tl.constexpr, PRECISION: tl.constexpr):
-    """``c + g^T x`` over the T rows of one sample; ``x`` [1, BLOCK_I] and ``g`` [BLOCK_O, 1] point at its first row."""
-    for start in range(0, T, BLOCK_T):
-        t = long(start) + tl.arange(0, BLOCK_T)
-        gs = tl.load(g + t[None, :] * g_stride_t, mask=inside_o & (t < T)[None, :], other=0.0)  # [BLOCK_O, BLOCK_T]
-        xs = tl.load(x + t[:, None] * x_stride_t, mask=inside_i & (t < T)[:, None], other=0.0)  # [BLOCK_T, BLOCK_I]
-        c = _dot(gs, xs, c, PRECISION)
-    return c
+def steps_of(offsets, begin, end, T, BLOCK_T: tl.constexpr):
+    """How many steps of BLOCK_T rows samples ``begin`` to ``end`` take; one without rows takes one, too."""
+    if offsets is None:
+        return (end - begin) * tl.cdiv(T, BLOCK_T)
+    else:
+        steps = tl.zeros([128], tl.int32)
+        for start in range(begin, end, 128):
+            n = start + tl.arange(0, 128)
+            _, rows = sample_rows(offsets, tl.minimum(n, end - 1), T)
+            steps += tl.where(n < end, tl.maximum(tl.cdiv(rows, BLOCK_T), 1), 0).to(tl.int32)
+        return tl.sum(steps, 0)
 
 
-@triton.jit(do_not_specialize=["begin", "end"])
+@triton.jit(do_not_specialize=["share", "chain"])
 def _linear_sq_kernel(
     acc,
     total,
@@ -128,51 +185,80 @@ def _linear_sq_kernel(
     shape,
     x_strides,
     g_strides,
-    begin,
-    end,
+    share,
+    chain,
     scale: tl.float64,
+    WORKSPACE: tl.constexpr,
     BLOCK_O: tl.constexpr,
     BLOCK_I: tl.constexpr,
     BLOCK_T: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """``acc += scale * sum_n w_n c_n^2``, ``total += sum_n w_n c_n``, ``norms[tile, n] = sum c_n^2``; ``c_n = g_n^T x_n``.
+    """``acc[s] += scale * sum_n w_n c_n^2``, ``total[s] += sum_n w_n c_n``, ``norms[tile, n] = sum c_n^2``; ``c_n = g_n^T x_n``.
 
-    The sums are over samples ``begin`` to ``end``; a long sum takes several launches, see ``fold_size``.
+    Share s sums samples ``s share`` to ``(s + 1) share``, ``chain`` of them in registers at a time. A workspace need not be
+    zero before.
 
-    Tile:  [BLOCK_O, BLOCK_I] of [O, I] a program; c_n, the sum of squares and (if asked) the sum stay in registers.
+    One loop over the steps of all samples: the loads of the next sample are under way while this one is squared. (Nested
+    loops would wait for memory at the start of every sample.)
+
+    Tile:  [BLOCK_O, BLOCK_I] of [O, I] a program; c_n, the sum of squares and (if asked) the sum stay in registers:
+           128 x 128 in 8 warps is 2 x 64 of a thread's 255; 128 x 256 would be 2 x 128.
     FLOPs: 2 N T I O. Bytes: x read O / BLOCK_O times and g I / BLOCK_I times, mostly from L2; acc and total read and
-           written once a launch.
+           written once every ``chain`` samples.
     """
     if flag is not None:
         if tl.load(flag) != 0:
             return
     N, T, I, O = shape
-    o, i = _tile(shape, BLOCK_O, BLOCK_I)
+    o, i, out = _tile(shape, BLOCK_O, BLOCK_I)
     inside_o, inside_i = (o < O)[:, None], (i < I)[None, :]
+    g += o[:, None] * g_strides[2]
+    x += i[None, :] * x_strides[2]
+    begin = tl.program_id(1) * share
+    end = tl.minimum(begin + share, N)
     zero = tl.zeros([BLOCK_O, BLOCK_I], tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32)
+    c = zero
     squares = zero
     sums = zero
-    for n in range(begin, end):
+    n = begin
+    start = 0
+    for _ in range(steps_of(offsets, begin, end, T, BLOCK_T)):
         first, rows = sample_rows(offsets, long(n), T)
-        x_n = x + long(n) * x_strides[0] + first * x_strides[1] + i[None, :] * x_strides[2]
-        g_n = g + long(n) * g_strides[0] + first * g_strides[1] + o[:, None] * g_strides[2]
-        c = _sample_gradient(x_n, g_n, rows, x_strides[1], g_strides[1], inside_o, inside_i, zero, BLOCK_T, PRECISION)
-        if norms is not None:
-            tl.store(norms + long(tl.program_id(0)) * N + n, tl.sum(c * c))
-        w = 1.0
-        if weight is not None:
-            w = tl.load(weight + n)
-        squares += c * c * w
-        if total is not None:
-            sums += c * w
-    index = o[:, None] * I + i[None, :]
-    _add(acc, squares * scale, index, inside_o & inside_i)
-    if total is not None:
-        _add(total, sums, index, inside_o & inside_i)
+        t = start + tl.arange(0, BLOCK_T)
+        row = first + t
+        g_t = g + long(n) * g_strides[0] + row[None, :] * g_strides[1]
+        x_t = x + long(n) * x_strides[0] + row[:, None] * x_strides[1]
+        gs = tl.load(g_t, mask=inside_o & (t < rows)[None, :], other=0.0)  # [BLOCK_O, BLOCK_T]
+        xs = tl.load(x_t, mask=inside_i & (t < rows)[:, None], other=0.0)  # [BLOCK_T, BLOCK_I]
+        c = _dot(gs, xs, c, PRECISION)
+        start += BLOCK_T
+        ends = start >= rows
+        if ends:
+            if norms is not None:
+                tl.store(norms + long(tl.program_id(0)) * N + n, tl.sum(c * c))
+            w = 1.0
+            if weight is not None:
+                w = tl.load(weight + n)
+            squares += c * c * w
+            if total is not None:
+                sums += c * w
+            c = zero
+            done = n + 1 - begin
+            if (done % chain == 0) | (n + 1 == end):
+                known = done > chain if WORKSPACE else True
+                index = out + o[:, None] * I + i[None, :]
+                add_to(acc, index, squares, scale, inside_o & inside_i, known)
+                squares = zero
+                if total is not None:
+                    add_to(total, index, sums, 1.0, inside_o & inside_i, known)
+                    sums = zero
+        # Beside the branch, not in it: where the next loads begin must not wait for the product.
+        n += ends.to(tl.int32)
+        start = tl.where(ends, 0, start)
 
 
-@triton.jit(do_not_specialize=["begin", "end"])
+@triton.jit(do_not_specialize=["share", "chain"])
 def _linear_sq_flat_kernel(
     acc,
     total,
@@ -183,15 +269,18 @@ def _linear_sq_flat_kernel(
     shape,
     x_strides,
     g_strides,
-    begin,
-    end,
+    share,
+    chain,
     scale: tl.float64,
+    WORKSPACE: tl.constexpr,
     BLOCK_O: tl.constexpr,
     BLOCK_I: tl.constexpr,
     BLOCK_T: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """T = 1: ``acc += scale * (w g^2)^T x^2`` and ``total += (w g)^T x``, GEMMs over n; squares are formed in float32.
+    """T = 1: ``acc[s] += scale * (w g^2)^T x^2`` and ``total[s] += (w g)^T x``, GEMMs over n; squares are formed in float32.
+
+    As ``_linear_sq_kernel``; ``chain`` counts steps of BLOCK_T samples.
 
     Tile:  [BLOCK_O, BLOCK_I] of [O, I] a program, BLOCK_T samples a step.
     FLOPs: 2 N I O, and as many again for total. Bytes: as ``_linear_sq_kernel``.
@@ -199,30 +288,35 @@ def _linear_sq_flat_kernel(
     if flag is not None:
         if tl.load(flag) != 0:
             return
-    _, _, I, O = shape
-    o, i = _tile(shape, BLOCK_O, BLOCK_I)
+    N, _, I, O = shape
+    o, i, out = _tile(shape, BLOCK_O, BLOCK_I)
     inside_o, inside_i = (o < O)[:, None], (i < I)[None, :]
+    begin = tl.program_id(1) * share
+    end = tl.minimum(begin + share, N)
     zero = tl.zeros([BLOCK_O, BLOCK_I], tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32)
     squares = zero
     sums = zero
-    for start in range(begin, end, BLOCK_T):
-        n = long(start) + tl.arange(0, BLOCK_T)
-        gs = wide(
-            tl.load(g + n[None, :] * g_strides[0] + o[:, None] * g_strides[2], mask=inside_o & (n < end)[None, :], other=0.0)
-        )
-        xs = wide(
-            tl.load(x + n[:, None] * x_strides[0] + i[None, :] * x_strides[2], mask=inside_i & (n < end)[:, None], other=0.0)
-        )
+    for step in range(tl.cdiv(end - begin, BLOCK_T)):
+        n = begin + step * BLOCK_T + tl.arange(0, BLOCK_T)
+        g_n = g + long(n)[None, :] * g_strides[0] + o[:, None] * g_strides[2]
+        x_n = x + long(n)[:, None] * x_strides[0] + i[None, :] * x_strides[2]
+        gs = wide(tl.load(g_n, mask=inside_o & (n < end)[None, :], other=0.0))
+        xs = wide(tl.load(x_n, mask=inside_i & (n < end)[:, None], other=0.0))
         weighted = gs
         if weight is not None:
             weighted = gs * tl.load(weight + n, mask=n < end, other=0.0)[None, :]
         squares = _dot(gs * weighted, xs * xs, squares, PRECISION)
         if total is not None:
             sums = _dot(weighted, xs, sums, PRECISION)
-    index = o[:, None] * I + i[None, :]
-    _add(acc, squares * scale, index, inside_o & inside_i)
-    if total is not None:
-        _add(total, sums, index, inside_o & inside_i)
+        done = step + 1
+        if (done % chain == 0) | (begin + done * BLOCK_T >= end):
+            known = done > chain if WORKSPACE else True
+            index = out + o[:, None] * I + i[None, :]
+            add_to(acc, index, squares, scale, inside_o & inside_i, known)
+            squares = zero
+            if total is not None:
+                add_to(total, index, sums, 1.0, inside_o & inside_i, known)
+                sums = zero
 
 
 @triton.jit
@@ -271,39 +365,45 @@ def linear_sq_(
         if 0 in (N, T, I, O):
             return
         sizes = ((N, T, I, O), rows_and_strides(x, offsets), rows_and_strides(g, offsets))
-        if T == 1 and offsets is None:
-            _launch_flat(acc, x, g, scale, weight, total, sqnorm, flag, sizes)
-        else:
-            _launch(acc, x, g, scale, weight, offsets, total, sqnorm, flag, sizes)
+        flat = T == 1 and offsets is None
+        multiplied = torch.promote_types(x.dtype, torch.float32) if flat else x.dtype
+        unit = power_of_two(N, 16, 32) if flat else 1  # the samples of a step, which stay together
+        work = Work(O, I, triton.cdiv(N, unit), unit if flat else T, multiplied, tiles_held(acc, total))
+        outputs, inputs = (acc, total, sqnorm, flag), (x, g, weight, offsets, scale, sizes, work, unit)
+
+        def trial(choice: Choice) -> None:
+            scratch = (None if out is None else torch.zeros_like(out) for out in outputs)
+            _launch(*scratch, *inputs, choice)
+
+        choices = candidates(work, architecture(acc.device))
+        _launch(*outputs, *inputs, best("linear_sq_", (*work, precision(multiplied)), choices, trial, acc.device))
 
 
-def _launch(acc, x, g, scale, weight, offsets, total, sqnorm, flag, sizes) -> None:
-    N, T, I, O = sizes[0]
-    blocks = config(O, I, T, x.dtype, tiles_held(acc, total), architecture(acc.device))
-    tiles = triton.cdiv(O, blocks["BLOCK_O"]) * triton.cdiv(I, blocks["BLOCK_I"])
+def _launch(acc, total, sqnorm, flag, x, g, weight, offsets, scale, sizes, work, unit, choice) -> None:
+    (N, T, I, O), (blocks, share) = sizes[0], choice
+    flat = T == 1 and offsets is None
+    computed = torch.promote_types(x.dtype, torch.float32)
+    shares, tiles = triton.cdiv(work.N, share), triton.cdiv(O, blocks["BLOCK_O"]) * triton.cdiv(I, blocks["BLOCK_I"])
+
+    def summed(out: Tensor | None) -> Tensor | None:
+        return out if out is None or shares == 1 else torch.empty(shares, O * I, device=acc.device, dtype=computed)
+
+    squares, sums = summed(acc), summed(total)
+    plan = {"WORKSPACE": shares > 1, "PRECISION": precision(work.dtype), **blocks}
+    chain, factor = fold_size(share), scale if shares == 1 else 1.0
     norms = None
-    if sqnorm is not None:
-        norms = torch.empty(tiles, N, device=acc.device, dtype=torch.promote_types(x.dtype, torch.float32))
-    fold = fold_size(N)
-    for begin in range(0, N, fold):
-        end = min(begin + fold, N)
-        _linear_sq_kernel[(tiles,)](
-            acc, total, norms, x, g, weight, offsets, flag, *sizes, begin, end, scale, PRECISION=precision(x.dtype), **blocks
-        )
+    if flat:
+        arguments = (squares, sums, x, g, weight, flag, *sizes, share * unit, chain, factor)
+        _linear_sq_flat_kernel[(tiles, shares)](*arguments, **plan)
+    else:
+        norms = None if sqnorm is None else torch.empty(tiles, N, device=acc.device, dtype=computed)
+        arguments = (squares, sums, norms, x, g, weight, offsets, flag, *sizes, share, chain, factor)
+        _linear_sq_kernel[(tiles, shares)](*arguments, **plan)
+    if shares > 1:
+        fold_(acc.view(-1), squares, scale, flag)
+        if total is not None:
+            fold_(total.view(-1), sums, 1.0, flag)
     if norms is not None:
         fold_(sqnorm, norms, 1.0, flag)
-
-
-def _launch_flat(acc, x, g, scale, weight, total, sqnorm, flag, sizes) -> None:
-    N, _, I, O = sizes[0]
-    computed = torch.promote_types(x.dtype, torch.float32)
-    blocks = config(O, I, N, computed, tiles_held(acc, total), architecture(acc.device))
-    tiles = triton.cdiv(O, blocks["BLOCK_O"]) * triton.cdiv(I, blocks["BLOCK_I"])
-    fold = fold_size(triton.cdiv(N, blocks["BLOCK_T"])) * blocks["BLOCK_T"]
-    for begin in range(0, N, fold):
-        end = min(begin + fold, N)
-        _linear_sq_flat_kernel[(tiles,)](
-            acc, total, x, g, weight, flag, *sizes, begin, end, scale, PRECISION=precision(computed), **blocks
-        )
-    if sqnorm is not None:
+    elif sqnorm is not None:
         _flat_norms_kernel[(triton.cdiv(N, 16),)](sqnorm, x, g, flag, *sizes, BLOCK_N=16, BLOCK_C=128)

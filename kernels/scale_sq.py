@@ -37,21 +37,25 @@ def config(N: int, T: int, D: int, dtype: torch.dtype) -> tuple[dict[str, int], 
 
 @triton.jit
 def _sample_gradients(x, g, offsets, n, N, T, d, D, x_strides, g_strides, BLOCK_T: tl.constexpr):
-    """``sum_t g x`` [BLOCK_N, BLOCK_D] of samples ``n`` and columns ``d``, both 64-bit."""
+    """``sum_t g x`` [BLOCK_N, BLOCK_D] of samples ``n`` and columns ``d``, both 64-bit; and 0, NaN where an input is not finite."""
     first, rows = sample_rows(offsets, tl.minimum(n, N - 1), T)
     rows = tl.where(n < N, rows, 0)
     products = tl.zeros([n.shape[0], BLOCK_T, d.shape[0]], tl.float64 if g.dtype.element_ty == tl.float64 else tl.float32)
+    check = products
     for start in range(0, tl.max(rows, 0), BLOCK_T):
         t = long(start) + tl.arange(0, BLOCK_T)
         inside = (t[None, :] < rows[:, None])[:, :, None] & (d < D)[None, None, :]
         row = first[:, None] + t[None, :]
         g_at = (n[:, None] * g_strides[0] + row * g_strides[1])[:, :, None] + (d * g_strides[2])[None, None, :]
         values = wide(tl.load(g + g_at, mask=inside, other=0.0))
+        check += values * 0.0
         if x is not None:
             x_at = (n[:, None] * x_strides[0] + row * x_strides[1])[:, :, None] + (d * x_strides[2])[None, None, :]
-            values *= wide(tl.load(x + x_at, mask=inside, other=0.0))
+            factors = wide(tl.load(x + x_at, mask=inside, other=0.0))
+            check += factors * 0.0
+            values *= factors
         products += values
-    return tl.sum(products, 1)
+    return tl.sum(products, 1), tl.sum(check, 1)
 
 
 @triton.jit
@@ -75,7 +79,7 @@ def _scale_sq_kernel(
     """``squares_out[s, d] = sum_n w_n c^2``, ``sums_out[s, d] = sum_n w_n c``, ``norms_out[block of d, n] = sum_d c^2``.
 
     Tile:  columns of block 0 of the grid, samples ``s * share ... (s + 1) * share`` of block 1; c = sum_t g x.
-    FLOPs: 2 N T D. Bytes: g and x once; workspaces 4 S D and 4 N D / BLOCK_D.
+    FLOPs: 2 N T D. Bytes: g and x once, which also finds values that are not finite; workspaces 4 S D and 4 N D / BLOCK_D.
     """
     if flag is not None:
         if tl.load(flag) != 0:
@@ -87,12 +91,17 @@ def _scale_sq_kernel(
     sums = squares
     for step in range(begin, tl.minimum(begin + share, N), BLOCK_N):
         n = long(step) + tl.arange(0, BLOCK_N)
-        c = _sample_gradients(x, g, offsets, n, N, T, d, D, x_strides, g_strides, BLOCK_T)
+        c, check = _sample_gradients(x, g, offsets, n, N, T, d, D, x_strides, g_strides, BLOCK_T)
         if norms_out is not None:
             tl.store(norms_out + long(tl.program_id(0)) * N + n, tl.sum(c * c, 1), mask=n < N)
         weighted = c
         if weight is not None:
-            weighted = c * tl.load(weight + n, mask=n < N, other=0.0)[:, None]
+            w = tl.load(weight + n, mask=n < N, other=0.0)[:, None]
+            check += w * 0.0
+            weighted = c * w
+        if flag is not None:
+            # Every program that stores writes the same 1. The sums stay in the workspace: the fold reads the flag.
+            tl.store(flag, 1, mask=tl.sum(tl.sum(check, 1), 0) != 0.0)
         squares += weighted * c
         if sums_out is not None:
             sums += weighted
@@ -119,8 +128,8 @@ def scale_sq_(
     N, T = g.shape[:2] if offsets is None else (len(offsets) - 1, triton.cdiv(len(g), max(len(offsets) - 1, 1)))
     with torch.cuda.device_of(acc):
         check_offsets(offsets, len(g))
-        raise_flag_(flag, x, g, weight)
         if 0 in (N, T, D):
+            raise_flag_(flag, weight)
             return
         blocks, shares = config(N, T, D, g.dtype)
         share = triton.cdiv(N, shares * blocks["BLOCK_N"]) * blocks["BLOCK_N"]

@@ -6,20 +6,20 @@ compilation, so block sizes, dtypes and specialisations are those of real calls.
 of its own, since Triton's interpreter must be off and the stand-in driver stays.
 """
 
+import inspect
 import itertools
 import json
 import math
 import re
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
-import triton
 from fisherfast.kernels import (
     categorical_score,
     conv_gram,
@@ -35,9 +35,10 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-# As they are called in machine code: Blackwell's, Hopper's, Ampere's for float64, Ampere's.
-MATRIX_INSTRUCTIONS = ("UTCHMMA", "HGMMA", "DMMA", "HMMA")
+sys.path.insert(0, str(Path(__file__).parent))  # run with PYTHONSAFEPATH, so that no folder here shadows a package
+import machine_code
+
+OPS = (categorical_score, conv_gram, conv_sq, embedding_sq, gram, kron_log1p_sum, linear_sq, log1p_sum, scale_sq)
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 
 
@@ -198,6 +199,7 @@ def calls() -> dict[str, Callable[[], None]]:
     for name, dtype in {"bf16": BF16, "fp16": FP16, "fp32": FP32, "fp64": FP64}.items():
         cases[f"linear_sq {name} T=512"] = partial(linear, dtype, 8, 512, 4096, 4096)
         cases[f"linear_sq {name} T=1 every output"] = partial(linear, dtype, 256, 1, 4096, 4096, every=True)
+    for name, dtype in {"bf16": BF16, "fp32": FP32, "fp64": FP64}.items():
         cases[f"scale_sq {name} T=512"] = partial(scale, dtype, 8, 512, 4096)
         cases[f"embedding_sq {name}"] = partial(embedding, dtype, 8, 512, 1000, 4096)
         for C, drawn in itertools.product((10, 128256), (False, True)):
@@ -208,6 +210,7 @@ def calls() -> dict[str, Callable[[], None]]:
     cases["linear_sq fp32 T=512 tf32 allowed"] = partial(tf32_linear, 8, 512, 4096, 4096)
     cases["linear_sq bf16 ragged every output"] = partial(ragged_linear, BF16, 8, 500, 1024, 4096)
     cases["linear_sq bf16 T=1"] = partial(linear, BF16, 256, 1, 1024, 1024)
+    cases["linear_sq bf16 T=128 shares"] = partial(linear, BF16, 32, 128, 768, 768)
     cases["linear_sq bf16 small every output"] = partial(linear, BF16, 3, 5, 7, 11, every=True)
     k3 = (3, 3)
     layer, depthwise, stem = ((64, 256, 256, (32, 32), k3), (64, 64, 128, (32, 32), k3), (64, 3, 64, (224, 224), (7, 7)))
@@ -244,7 +247,7 @@ def calls() -> dict[str, Callable[[], None]]:
         cases[f"log1p_sum {name} 10M"] = partial(log1p, dtype, 10**7)
         cases[f"kron_log1p_sum {name} 4096x4096"] = partial(kron_log1p, dtype, 4096, 4096)
     inputs = (64, 256, (32, 32), k3)
-    for name, dtype in {"bf16": BF16, "fp16": FP16, "fp32": FP32, "fp64": FP64}.items():
+    for name, dtype in {"bf16": BF16, "fp32": FP32, "fp64": FP64}.items():
         cases[f"conv_gram {name} 3x3"] = partial(conv_factor, dtype, *inputs)
         cases[f"conv_gram {name} 3x3 every option"] = partial(conv_factor, dtype, *inputs, every=True)
         cases[f"conv_gram {name} 1x1"] = partial(conv_factor, dtype, 64, 256, (56, 56), (1, 1))
@@ -262,28 +265,21 @@ def calls() -> dict[str, Callable[[], None]]:
     return cases
 
 
-def tool(name: str, *arguments: str) -> str:
-    return subprocess.run([TOOLS / name, *arguments], check=True, capture_output=True, text=True).stdout
-
-
 def describe(kernel) -> dict:
-    """Registers, local memory and matrix instructions, read from the machine code itself."""
+    """Registers, local and shared memory and what the machine code holds."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        usage = tool("cuobjdump", "--dump-resource-usage", file.name)
-        code = tool("nvdisasm", "--print-code", file.name)
+        usage = machine_code.tool("cuobjdump", "--dump-resource-usage", file.name)
+        code = machine_code.opcodes(machine_code.tool("nvdisasm", "--print-code", file.name))
     numbers = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
-    opcodes = re.findall(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_]+)", code, re.MULTILINE)
     return {
         "kernel": kernel.metadata.name,
         "registers": numbers["REG"],
         "local_bytes": numbers["STACK"] + numbers["LOCAL"],
-        "local_accesses": sum(opcode in ("LDL", "STL") for opcode in opcodes),
         "shared_bytes": kernel.metadata.shared,
-        "warps": kernel.metadata.num_warps,
-        "matrix": [name for name in MATRIX_INSTRUCTIONS if name in opcodes],
-        "opcodes": len(opcodes),
+        "threads": 32 * kernel.metadata.num_warps,
+        **machine_code.summary(code),
     }
 
 
@@ -295,13 +291,35 @@ def main(capability: int) -> list[dict]:
         compiled.append(launch(self, *args, **{**kwargs, "warmup": True}))
 
     JITFunction.run = compile_only
-    rows = {}
+    asked = [recorded(module) for module in OPS]
+    rows, described = {}, {}
     for label, call in calls().items():
         compiled.clear()
+        for arguments in asked:
+            arguments.clear()
         call()
+        (arguments,) = filter(None, asked)
         for kernel in compiled:
-            rows[label, kernel.hash] = {"call": label, "target": f"sm_{capability}", **describe(kernel)}
+            if kernel.hash not in described:
+                described[kernel.hash] = describe(kernel)
+            row = {"call": label, "target": f"sm_{capability}", "arguments": dict(arguments), **described[kernel.hash]}
+            rows[label, kernel.hash] = row
     return list(rows.values())
+
+
+def recorded(module: ModuleType) -> dict[str, Any]:
+    """Wrap a file's op; the result holds ``{argument: (shape, dtype)}`` of the tensors it was last called with."""
+    name = next(name for name in vars(module) if name.rstrip("_") == module.__name__.rpartition(".")[2])
+    launch, seen = getattr(module, name), {}
+    signature = inspect.signature(launch)
+
+    def call(*args: Any, **kwargs: Any) -> None:
+        tensors = {k: v for k, v in signature.bind(*args, **kwargs).arguments.items() if isinstance(v, torch.Tensor)}
+        seen.update({k: (list(v.shape), str(v.dtype).removeprefix("torch.")) for k, v in tensors.items()})
+        launch(*args, **kwargs)
+
+    setattr(module, name, call)
+    return seen
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ sums the answer must be equal to the last bit; that is how options, layouts and 
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
 from dataclasses import dataclass, replace
@@ -326,6 +327,53 @@ def test_padding_row_is_left_out(target, row, ragged):
     before = copies(outputs)
     case.run(target.backend, outputs)
     assert_equal(replace(case, g=case.g.nan_to_num()), before, outputs)
+
+
+# ---- how Triton divides the work
+
+
+@pytest.fixture
+def emulated(monkeypatch):
+    """The Triton kernels under its interpreter, and a way to give an op another configuration."""
+    if not any(target.emulated for target in TARGETS):
+        pytest.skip("Triton's interpreter is off: there is a GPU, or no Triton")
+
+    def configure(op: str, name: str, value) -> Target:
+        module = importlib.import_module(f"fisherfast.kernels.{op.rstrip('_')}")
+        monkeypatch.setattr(module, name, value)
+        return Target(op, "triton", "cpu")
+
+    return configure
+
+
+@pytest.mark.parametrize("T", [1, 5], ids=["T1", "T5"])
+@pytest.mark.parametrize("ragged", [False, True], ids=["uniform", "ragged"])
+@pytest.mark.parametrize(("share", "chain"), [(3, 2), (4, 1)])
+def test_shares_of_samples_and_chains_of_sums(emulated, share, chain, T, ragged):
+    """In shares, each with a workspace that holds NaN before, and in registers a few samples at a time."""
+    blocks = {"BLOCK_O": 16, "BLOCK_I": 16, "BLOCK_T": 16, "num_warps": 4, "num_stages": 3}
+    emulated("linear_sq_", "fold_size", lambda steps: chain)
+    target = emulated("linear_sq_", "candidates", lambda work, arch: [(blocks, min(share, work.N))])
+    case = problem(
+        target, Shape(11 if ragged or T > 1 else 100, T, 17, 35), integers=True, ragged=ragged, weighted=True, scale=2.0
+    )
+    outputs = case.outputs(integers=True)
+    before = copies(outputs)
+    case.run("triton", outputs, flag=torch.zeros(1, dtype=torch.int32))
+    assert_equal(case, before, outputs)
+
+
+@pytest.mark.parametrize("piece", [1, 2, 4])
+@pytest.mark.parametrize("ragged", [False, True], ids=["uniform", "ragged"])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_long_runs_of_an_id_are_cut_anywhere(emulated, piece, rows, ragged):
+    """Within a sample, between two, and a sample over several pieces."""
+    target = emulated("embedding_sq_", "config", lambda M, D, dtype: {"BLOCK_D": 16, "PIECE": piece, "num_warps": 1})
+    case = problem(target, Shape(4, 7, 19, rows), integers=True, ragged=ragged, weighted=True, scale=2.0)
+    outputs = case.outputs(integers=True)
+    before = copies(outputs)
+    case.run("triton", outputs, flag=torch.zeros(1, dtype=torch.int32))
+    assert_equal(case, before, outputs)
 
 
 # ---- layouts

@@ -4,12 +4,14 @@
 ``pytest -s tests/test_triton_aot.py`` prints the table.
 """
 
+import itertools
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import machine_code
 import pytest
 import torch
 
@@ -40,10 +42,9 @@ MATRIX = {
 @pytest.fixture(scope="module", params=TARGETS, ids=lambda target: f"sm_{target}")
 def compiled(request) -> tuple[int, list[dict]]:
     """Every kernel the launchers start in representative calls, compiled for one target."""
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    missing = [name for name in ("ptxas", "cuobjdump", "nvdisasm") if not (tools / name).exists()]
+    missing = [name for name in ("ptxas", "cuobjdump", "nvdisasm") if not (machine_code.tools() / name).exists()]
     if missing:
-        pytest.skip(f"this triton does not bundle {', '.join(missing)} (looked in {tools})")
+        pytest.skip(f"this triton does not bundle {', '.join(missing)} (looked in {machine_code.tools()})")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, HERE / "compile_ahead.py", str(request.param)]
     run = subprocess.run(command, env={**environment, "PYTHONSAFEPATH": "1"}, capture_output=True, text=True)
@@ -52,7 +53,7 @@ def compiled(request) -> tuple[int, list[dict]]:
     for row in rows:
         print(
             f"\n{row['target']:7}{row['call']:36}{row['kernel']:24}{row['registers']:4} registers "
-            f"{row['local_bytes']:4} B local {row['shared_bytes']:7} B shared {row['warps']:2} warps  {' '.join(row['matrix'])}",
+            f"{row['local_bytes']:4} B local {row['shared_bytes']:7} B shared {row['threads']:4} threads  {' '.join(row['matrix'])}",
             end="",
         )
     return request.param, rows
@@ -62,6 +63,7 @@ def compiled(request) -> tuple[int, list[dict]]:
 def test_nothing_spills(compiled):
     _, rows = compiled
     assert [row for row in rows if row["local_bytes"] or row["local_accesses"]] == []
+    assert [row for row in rows if row["atomics"]] == []  # the order of sums is fixed
 
 
 @pytest.mark.slow
@@ -70,8 +72,9 @@ def test_matrix_units_are_used(compiled):
     # "small" and "groups" fill no more than Ampere's instructions.
     kernels = ("_linear_sq_kernel", "_linear_sq_flat_kernel", "_conv_sq_kernel", "_gram_kernel", "_conv_gram_kernel")
     gemms = [r for r in rows if r["kernel"] in kernels and r["call"].split()[2] not in ("small", "groups", "depthwise")]
-    assert len(gemms) >= 12 + 20 + 17 + 20
-    wrong = [(r["call"], r["matrix"]) for r in gemms if r["matrix"] != MATRIX[target][r["call"].split()[1]]]
+    assert len(gemms) >= 13 + 20 + 17 + 17
+    used = [(r["call"], sorted({machine_code.base(name) for name in r["matrix"]})) for r in gemms]
+    wrong = [(call, found) for call, found in used if found != MATRIX[target][call.split()[1]]]
     assert wrong == []
 
 
@@ -92,21 +95,38 @@ def test_every_kernel_is_compiled(compiled):
 
 @pytest.mark.parametrize("arch", TARGETS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("T", [1, 5, 512])
 @pytest.mark.parametrize(("O", "I"), [(1, 1), (7, 11), (128, 4096), (1000, 1000), (50257, 768)])
-def test_linear_config(O, I, T, dtype, arch):
-    """Powers of two that tl.dot accepts, no larger than needed, and a full chip where the matrix allows one."""
-    blocks = linear_sq.config(O, I, T, dtype, 2, arch)
-    sizes = {name: blocks[f"BLOCK_{name}"] for name in "OIT"}
-    assert all(size >= 16 and size & (size - 1) == 0 for size in sizes.values())
-    assert all(sizes[name] < 2 * max(extent, 16) for name, extent in (("O", O), ("I", I), ("T", T)))
-    programs = triton.cdiv(O, sizes["O"]) * triton.cdiv(I, sizes["I"])
-    assert programs >= linear_sq.PROGRAMS or max(sizes["O"], sizes["I"]) <= 32
+def test_linear_candidates(O, I, dtype, arch):
+    """Powers of two that tl.dot accepts, no larger than needed; no empty share, a bounded workspace, the best one first."""
+    for T, N, tiles in itertools.product((1, 5, 512), (1, 7, 4096), (2, 3, 4)):
+        work = linear_sq.Work(O, I, N, T, dtype, tiles)
+        times = []
+        for blocks, share in linear_sq.candidates(work, arch):
+            sizes = {name: blocks[f"BLOCK_{name}"] for name in "OIT"}
+            assert all(size >= 16 and size & (size - 1) == 0 for size in sizes.values())
+            assert all(sizes[name] < 2 * max(extent, 16) for name, extent in (("O", O), ("I", I), ("T", T)))
+            shares = triton.cdiv(N, share)
+            assert 1 <= share <= N and linear_sq.workspace_bytes(work, shares) <= linear_sq.WORKSPACE
+            times.append(linear_sq.seconds(work, sizes["O"], sizes["I"], shares))
+        assert times[0] == min(times)
 
 
-def test_linear_config_uses_the_largest_tile_on_large_matrices():
-    blocks = linear_sq.config(4096, 4096, 512, torch.bfloat16, 2, 90)
+@pytest.mark.parametrize(("O", "I"), [(4096, 4096), (14336, 4096), (4096, 14336)])
+@pytest.mark.parametrize("T", [512, 2048])
+def test_large_matrices_take_the_largest_tile_and_no_workspace(O, I, T):
+    work = linear_sq.Work(O, I, 8, T, torch.bfloat16, 2)
+    blocks, share = linear_sq.candidates(work, 90)[0]
     assert (blocks["BLOCK_O"], blocks["BLOCK_I"], blocks["BLOCK_T"], blocks["num_warps"]) == (128, 128, 64, 8)
+    assert share == 8 and linear_sq.workspace_bytes(work, 1) == 0
+
+
+def test_few_tiles_share_the_samples():
+    """36 tiles of 128 x 128 would leave most multiprocessors idle."""
+    work = linear_sq.Work(768, 768, 32, 128, torch.bfloat16, 2)
+    blocks, share = linear_sq.candidates(work, 90)[0]
+    shares = triton.cdiv(32, share)
+    assert shares > 1 and 36 * shares <= linear_sq.MULTIPROCESSORS
+    assert linear_sq.seconds(work, blocks["BLOCK_O"], blocks["BLOCK_I"], shares) < 0.6 * linear_sq.seconds(work, 128, 128, 1)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 16, 17, 100, 1000, 10**5])
@@ -211,10 +231,13 @@ def test_conv_gram_config(groups, C, K, M, bias, dtype, arch):
 
 
 @pytest.mark.parametrize("D", [1, 7, 128, 4096])
-def test_embedding_config(D):
-    blocks = embedding_sq.config(D)
-    assert 16 <= blocks["BLOCK_D"] <= 512 and blocks["BLOCK_D"] < 2 * max(D, 16)
-    assert blocks["num_warps"] * 128 >= blocks["BLOCK_D"]
+@pytest.mark.parametrize("M", [1, 16384, 10**6])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_embedding_config(M, D, dtype):
+    blocks = embedding_sq.config(M, D, dtype)
+    assert 16 <= blocks["BLOCK_D"] <= 1024 and blocks["BLOCK_D"] < 2 * max(D, 16)
+    assert blocks["num_warps"] * 256 >= blocks["BLOCK_D"]
+    assert blocks["PIECE"] >= 64 and M / blocks["PIECE"] <= 512
 
 
 @pytest.mark.parametrize(("found", "usable"), [(75, False), (80, True), (90, True), (100, True), ("gfx942", False)])
