@@ -19,8 +19,6 @@ from gpu import capacity, cost, model_cases, problems, record
 PAGE = record.ROOT / "docs" / "gpu.md"
 BEGIN, END = "<!-- written by bench/gpu/predict.py: begin -->\n", "<!-- end -->\n"
 
-# Copy and bf16 as seen on one H200; tf32 half of bf16, fp32 and its half, fp64, by the data sheet. B/s and FLOP/s.
-LEADS = {"copy": 4.3e12, "bf16": 7.88e14, "tf32": 3.94e14, "fp32": 6.7e13, "fp64": 3.35e13}
 MEMORY_BYTES = 143771 * 2**20  # as nvidia-smi showed them there
 LAUNCHES = 10e-6  # seconds that the few launches of one call take at least
 # A 128 x 128 tile of one sample takes 8 clocks of the tensor cores a row, then some 450 to drain, square, add and begin again.
@@ -64,7 +62,7 @@ def predictions() -> list[Prediction]:
         for case in cases:
             for mode in modes:
                 problem = problems.build("meta", op, case, mode)
-                bound = cost.bound(problem.cost, LEADS)
+                bound = cost.bound(problem.cost, cost.LEADS)
                 expected = share(op, mode, problem.shape, bound.by)
                 found.append(Prediction(op, case, problem.shape, mode, bound, expected, max(LAUNCHES, bound.seconds / expected)))
     return found

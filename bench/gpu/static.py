@@ -20,6 +20,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from gpu import cost
+
 ROOT = Path(__file__).parents[2]
 TESTS = ROOT / "tests"
 RESULTS = ROOT / "bench" / "results" / "static" / "kernels.json"
@@ -28,9 +32,8 @@ CAPABILITIES = (90, 80, 100)  # the slowest to compile first
 NONE = "-"
 BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8, "int32": 4, "int64": 8, "bool": 1}
 
-# Leads for an H200: copy and bf16 as seen once on one of this workplace, the rest by its data sheet. B/s and FLOP/s; float32
-# products are six of bfloat16.
-LEADS = {"copy": 4.3e12, "bf16": 788e12, "fp32 as bf16x6": 788e12 / 6, "tf32": 394e12, "fp32": 67e12, "fp64": 67e12}
+# And of products: float32 ones are six of bfloat16; those of float64 have tensor cores too, twice as fast by the data sheet.
+LEADS = cost.LEADS | {"fp32 as bf16x6": cost.LEADS["bf16"] / 6, "fp64 product": 2 * cost.LEADS["fp64"]}
 
 
 class Multiprocessor(NamedTuple):
@@ -87,12 +90,12 @@ def work(call: str, arguments: dict[str, tuple[list[int], str]]) -> Work:
     width = {name: BYTES[kind] for name, (_, kind) in arguments.items()}
     shape = {name: shape for name, (shape, _) in arguments.items()}
     moved = {name: size[name] * width[name] * (2 if name in ("acc", "total", "sqnorm") else 1) for name in size}
-    products = "fp64" if dtype == "fp64" else "bf16" if dtype in ("bf16", "fp16") else "fp32 as bf16x6"
+    products = "fp64 product" if dtype == "fp64" else "bf16" if dtype in ("bf16", "fp16") else "fp32 as bf16x6"
     if "tf32" in call:
         products = "tf32"
     if op == "linear_sq":
         flops = 2 * size["x"] * shape["g"][-1]
-        products = "fp32 as bf16x6" if "T=1" in call.split() and products != "fp64" else products  # of squares
+        products = "fp32 as bf16x6" if "T=1" in call.split() and products != "fp64 product" else products  # of squares
     elif op == "conv_sq":
         flops = 2 * size["acc"] * size["g"] // shape["g"][1]
     elif op in ("gram", "conv_gram"):
@@ -153,6 +156,7 @@ def cuda_rows() -> list[dict]:
                 **machine_code.summary(machine_code.opcodes(code[k.arch, k.name])),
             }
             for k in compile_cuda.kernels(compiled)
+            if "wgmma" not in k.name or k.arch == "90a"  # elsewhere they are left empty
         ]
 
 
@@ -160,9 +164,6 @@ def measure() -> dict:
     """Compile everything, two compilers at a time."""
     import torch
     import triton
-
-    sys.path.insert(0, str(Path(__file__).parents[1]))
-    from gpu import cost
 
     with ThreadPoolExecutor(2) as pool:
         cuda = pool.submit(cuda_rows)
