@@ -7,7 +7,7 @@ Shared by ``test_cuda_compile.py`` and the static report (``bench/gpu/static.py`
 import ast
 import re
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -53,23 +53,23 @@ def setup_flags() -> list[str]:
     return [*names["NVCC"], names["SM90A"]]
 
 
-def compile_file(source: Path, folder: Path) -> tuple[Path, str]:
+def compile_file(source: Path, folder: Path, architectures: Sequence[str]) -> tuple[Path, str]:
     """The object file and what the compiler said."""
     from torch.utils.cpp_extension import COMMON_NVCC_FLAGS, include_paths
 
     target = folder / f"{source.stem}.o"
     includes = [f"-I{path}" for path in (str(ROOT / "csrc"), *include_paths("cpu"))]
-    architectures = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHITECTURES]
-    flags = [*setup_flags(), *COMMON_NVCC_FLAGS, "--compiler-options", "-fPIC", "-Xptxas", "-v", *architectures]
+    targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in architectures]
+    flags = [*setup_flags(), *COMMON_NVCC_FLAGS, "--compiler-options", "-fPIC", "-Xptxas", "-v", *targets]
     run = subprocess.run(["nvcc", "-c", str(source), "-o", str(target), *flags, *includes], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     return target, run.stderr
 
 
-def compile_all(folder: Path) -> dict[str, tuple[Path, str]]:
+def compile_all(folder: Path, architectures: Sequence[str] = ARCHITECTURES) -> dict[str, tuple[Path, str]]:
     """``{file name: (object file, what the compiler said)}``, two files at a time."""
     with ThreadPoolExecutor(2) as pool:
-        results = pool.map(lambda source: compile_file(source, folder), SOURCES)
+        results = pool.map(lambda source: compile_file(source, folder, architectures), SOURCES)
     return dict(zip((source.name for source in SOURCES), results, strict=True))
 
 
@@ -83,11 +83,11 @@ def kernels(compiled: dict[str, tuple[Path, str]]) -> list[Kernel]:
     return found
 
 
-def listings_of(objects: Iterable[Path]) -> dict[tuple[str, str], str]:
+def listings_of(objects: Iterable[Path], architectures: Sequence[str] = ARCHITECTURES) -> dict[tuple[str, str], str]:
     """``{(arch, kernel): machine code}``."""
     code = {}
     for target in objects:
-        for arch in ARCHITECTURES:
+        for arch in architectures:
             listing = machine_code.tool("cuobjdump", "-arch", f"sm_{arch}", "-sass", target)
             for function in listing.split("Function : ")[1:]:
                 code[arch, readable(function.split(maxsplit=1)[0])] = function

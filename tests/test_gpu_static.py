@@ -97,3 +97,18 @@ def test_instructions_are_read_with_their_modifiers():
         "atomics": 0,
         "instructions": 5,
     }
+
+
+@pytest.mark.parametrize("folder", ["kernels", "csrc"])
+def test_report_is_of_these_sources(static, folder):
+    """Run ``python bench/gpu/static.py`` (four minutes) after a change of either; what it says of every target is tested."""
+    from gpu import cost
+
+    assert json.loads(static.RESULTS.read_text())["sha256"][folder] == cost.sources_sha256(static.ROOT / folder)
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90a", "sm_100"])
+def test_cuda_kernels_of_every_target_neither_spill_nor_use_atomics(static, target):
+    rows = [row for row in json.loads(static.RESULTS.read_text())["cuda"] if row["target"] == target]
+    assert len(rows) >= 39
+    assert [row for row in rows if row["local_bytes"] or row["local_accesses"] or row["atomics"]] == []

@@ -2,7 +2,7 @@
 """``python bench/gpu/static.py``: what the machine code of every GPU kernel holds, for every target, without a GPU.
 
 Compiles the Triton kernels that representative calls start (``tests/compile_ahead.py``) and the CUDA C++ files
-(``tests/compile_cuda.py``), writes bench/results/static/kernels.json and from it docs/gpu-kernels.md. ``--page`` only rewrites
+(``tests/compile_cuda.py``), writes kernels.json beside this file and from it docs/gpu-kernels.md. ``--page`` only rewrites
 the page from the stored file.
 """
 
@@ -26,7 +26,7 @@ from gpu import cost
 
 ROOT = Path(__file__).parents[2]
 TESTS = ROOT / "tests"
-RESULTS = ROOT / "bench" / "results" / "static" / "kernels.json"
+RESULTS = Path(__file__).with_name("kernels.json")
 PAGE = ROOT / "docs" / "gpu-kernels.md"
 CAPABILITIES = (90, 80, 100)  # the slowest to compile first
 NONE = "-"
@@ -305,7 +305,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--page", action="store_true", help="only write docs/gpu-kernels.md from the stored results")
     if not parser.parse_args().page:
-        RESULTS.parent.mkdir(parents=True, exist_ok=True)
         RESULTS.write_text(json.dumps(measure(), indent=1) + "\n")
     PAGE.write_text(render(json.loads(RESULTS.read_text())))
 
