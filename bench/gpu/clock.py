@@ -89,7 +89,10 @@ def _multiply_add(device: str, steps: int, programs: int = 2048, block: int = 10
     programs = programs if device == "cuda" else 1
     out = torch.empty(programs * block, dtype=torch.float64, device=device)
     factor = torch.full((1,), 0.999, dtype=torch.float64, device=device)
-    run = lambda: _multiply_add_kernel[(programs,)](out, factor, steps, block, num_warps=4)  # noqa: E731
+
+    def run() -> None:
+        _multiply_add_kernel[(programs,)](out, factor, steps, block, num_warps=4)
+
     return 2 * programs * block * steps / seconds(run, device)[1]
 
 

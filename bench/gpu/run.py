@@ -91,7 +91,7 @@ def alive(device: str) -> bool:
     try:
         if device == "cuda":
             torch.cuda.synchronize()
-    except Exception:
+    except RuntimeError:  # what every CUDA error is
         return False
     return True
 
