@@ -25,7 +25,7 @@ from fisherfast import _backend
 
 OP = "conv_gram_"
 SENTINEL = 12345.0
-ISAS = ("portable", "avx2", "avx512")
+ISAS = ("portable", "avx2", "avx512", "amx")
 
 
 class Target(NamedTuple):

@@ -13,7 +13,7 @@ import torch
 
 import fisherfast as ff
 
-ISAS = ("portable", "avx2", "avx512")
+ISAS = ("portable", "avx2", "avx512", "amx")
 SHAPES = [(7, 5, 3, 11), (3, 1, 13, 17), (5, 131, 53, 101), (67, 1, 97, 61), (2, 300, 49, 8)]
 
 

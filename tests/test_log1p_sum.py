@@ -14,7 +14,7 @@ import fisherfast as ff
 from fisherfast import _backend
 
 DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
-ISAS = ("portable", "avx2", "avx512")
+ISAS = ("portable", "avx2", "avx512", "amx")
 DTYPES = {torch.float32: "fp32", torch.float64: "fp64"}
 GATE = 1e-12  # relative, of either sum
 NAN, INF = float("nan"), float("inf")

@@ -68,7 +68,7 @@ bool cpu_blas(std::optional<bool> force) {
 
 }  // namespace
 
-bool uses_blas() { return current().load(std::memory_order_relaxed) && isa() == Isa::avx512; }
+bool uses_blas() { return current().load(std::memory_order_relaxed) && isa() >= Isa::avx512; }
 
 }  // namespace fisherfast
 

@@ -11,6 +11,7 @@
 #include "cpu/conv_direct.h"
 
 #define FISHERFAST_KERNEL "cpu/conv_sq_kernel.h"
+#define FISHERFAST_WITH_AMX
 #include "cpu/each_isa.h"
 
 namespace fisherfast {
@@ -82,8 +83,6 @@ void for_images(int64_t first, int64_t last, int64_t units, int64_t elements, co
 template <class S>
 void run(const ConvCall& call) {
   using R = compute_t<S>;
-  const auto kernel = FISHERFAST_PICK(conv_kernel<R>)();
-  const auto bring_x = FISHERFAST_PICK(bring_vector<S>), bring_g = FISHERFAST_PICK(bring_panel<S>);
   const Tensor &x = call.x, &g = call.g;
   const ConvGeometry& geometry = call.geometry;
   const ImageSamples& samples = call.samples;
@@ -102,8 +101,11 @@ void run(const ConvCall& call) {
   problem.P = P;
   problem.channels = C / groups;
   problem.outputs = O / groups;
+  problem.parts = bfloat16_parts<S>;
+  problem.columns = problem.channels * product(geometry.kernel);
+  const bool pays = matrix_registers_pay({samples.N, 0, M * P, nullptr}, problem.outputs, problem.columns);
+  const auto kernel = FISHERFAST_PICK_TILES(R, pays, conv_kernel<S>);
   const Columns columns(geometry.offset_pixels(), problem.channels, C, kernel.lanes);
-  problem.columns = static_cast<int64_t>(columns.from.size());
   problem.longest = samples.longest() * P;
 
   const int64_t panels = ceil_div(problem.outputs, kernel.block_rows), x_units = ceil_div(C, kernel.lanes);
@@ -134,12 +136,12 @@ void run(const ConvCall& call) {
     for_images(begin, end, x_units + groups * panels, problem.frame + g_size, [&](int64_t image, int64_t unit) {
       if (unit < x_units) {
         const int64_t channel = unit * kernel.lanes, count = std::min(kernel.lanes, C - channel);
-        return bring_x(x_images, image, channel, count, frames + (image - begin) * problem.frame + channel, C);
+        return kernel.bring_x(x_images, image, channel, count, frames + (image - begin) * problem.frame + channel, C);
       }
       unit -= x_units;
       const int64_t channel = unit % panels * kernel.block_rows, count = std::min(kernel.block_rows, problem.outputs - channel);
       R* out = rows + (unit * problem.rows + (image - begin) * P) * kernel.block_rows;
-      bring_g(g_images, image, unit / panels * problem.outputs + channel, count, out, kernel.block_rows);
+      kernel.bring_g(g_images, image, unit / panels * problem.outputs + channel, count, out, kernel.block_rows);
     });
     problem.samples = {last - first, P, (end - begin) * P, nullptr};
     if (samples.offsets) {

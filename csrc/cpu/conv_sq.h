@@ -29,9 +29,17 @@ struct ConvProblem : Tiles {
   const int64_t* positions;    // [P]: where in a frame the patch of a position starts
   int64_t P, channels, columns;  // positions; per group, input channels and columns
   int64_t outputs;             // channels of g per group
+  int parts;                   // of the inputs, in bfloat16
   const Move* moves;           // by panel
   const int64_t* first_move;   // [panels + 1]
   const Place* places;         // [columns]: by tile, then by place
+};
+
+// The code for the instruction set in use: of a tile, and of how channels of an image are brought, for x and for a panel of g.
+template <class S>
+struct ConvKernel : TileKernel<ConvProblem<compute_t<S>>> {
+  using Bring = void (*)(const Images<S>&, int64_t n, int64_t first, int64_t count, compute_t<S>* out, int64_t pixel_stride);
+  Bring bring_x, bring_g;
 };
 
 }  // namespace fisherfast

@@ -13,6 +13,8 @@ struct GradientPanels {
   R* packed = nullptr;
 
   int64_t size() const { return channels; }
+  int parts() const { return problem.parts; }
+  Matrix<R> source(const Block&, int64_t) const { return {}; }
   int64_t panels() const { return (channels + kBlockRows - 1) / kBlockRows; }
   int64_t packed_size() const { return 0; }
 
@@ -35,6 +37,8 @@ struct Patches {
   R* packed = nullptr;
 
   int64_t size() const { return end - begin; }
+  int parts() const { return problem.parts; }
+  Matrix<R> source(const Block&, int64_t) const { return {}; }
   int64_t panels() const { return (size() + kColumns - 1) / kColumns; }
   int64_t packed_size() const { return panel_size<R>(kColumns); }
 
@@ -137,11 +141,6 @@ void conv_tile(const ConvProblem<R>& problem, int64_t index) {
   Tile<R, GradientPanels<R>, Patches<R>, OrderedPlace>{problem, g, x, place}.run(index);
 }
 
-template <class R>
-TileKernel<ConvProblem<R>> conv_kernel() {
-  return {kBlockRows, Lanes<R>::columns, Lanes<R>::count, &conv_tile<R>};
-}
-
 // Channels [first, first + count) of image n, of which there are at most a vector.
 template <class S>
 void bring_vector(const Images<S>& images, int64_t n, int64_t first, int64_t count, compute_t<S>* out, int64_t pixel_stride) {
@@ -160,4 +159,10 @@ void bring_panel(const Images<S>& images, int64_t n, int64_t first, int64_t coun
     const int channels = static_cast<int>(std::max<int64_t>(0, std::min<int64_t>(width, count - start)));
     ChannelBlock<S, kWidth>{images, in, out + start, kBlockRows, channels, width}.bring();
   }
+}
+
+template <class S>
+ConvKernel<S> conv_kernel() {
+  using R = compute_t<S>;
+  return {{kBlockRows, Lanes<R>::columns, Lanes<R>::count, kChain, &conv_tile<R>}, &bring_vector<S>, &bring_panel<S>};
 }

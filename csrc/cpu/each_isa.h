@@ -4,6 +4,8 @@
 // that set, and the linker might keep that copy for everyone. (Target regions reach lambdas; target attributes do not.)
 //
 // kVectorBytes  one vector register;  kBlockRows x kBlockVectors  accumulators that fit the register file.
+//
+// Where FISHERFAST_WITH_AMX is defined, the header is also compiled with FISHERFAST_AMX: for processors with matrix registers.
 #include "cpu/isa.h"
 
 #if defined(__x86_64__)
@@ -13,6 +15,15 @@ namespace fisherfast::avx512 {
 constexpr int kVectorBytes = 64, kBlockRows = 8, kBlockVectors = 3;
 #include FISHERFAST_KERNEL
 }  // namespace fisherfast::avx512
+
+#if defined(FISHERFAST_WITH_AMX)
+#define FISHERFAST_AMX
+namespace fisherfast::amx {
+constexpr int kVectorBytes = 64, kBlockRows = 32, kBlockVectors = 2;
+#include FISHERFAST_KERNEL
+}  // namespace fisherfast::amx
+#undef FISHERFAST_AMX
+#endif
 #pragma GCC pop_options
 
 #pragma GCC push_options

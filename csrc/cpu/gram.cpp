@@ -6,16 +6,17 @@
 // depends on tiles or threads, so neither does the result.
 #include "cpu/gram.h"
 
+#include <numeric>
 #include <vector>
 
 #define FISHERFAST_KERNEL "cpu/gram_kernel.h"
+#define FISHERFAST_WITH_AMX
 #include "cpu/each_isa.h"
 
 namespace fisherfast {
 namespace {
 
-constexpr int64_t kBlock = 48;  // a tile is a multiple of every instruction set's register blocks
-constexpr int64_t kLargestWidth = 528;
+constexpr int64_t kLeastBlock = 16, kLargestWidth = 528;
 constexpr int64_t kFlush = 16;
 constexpr int64_t kNarrow = 256;                        // with more columns there are tiles enough
 constexpr int64_t kRowsOfShare = 2048, kMostShares = 32;
@@ -26,9 +27,9 @@ int64_t shares_of(int64_t M, int64_t D) {
 }
 
 // The multiply-adds until the last thread is done, if each takes the next tile when it is free.
-int64_t time_of(int64_t D, int64_t width, int64_t threads) {
-  constexpr int64_t kOperandCost = 15;      // bringing an operand's element to the core, in multiply-adds
-  constexpr int64_t kWaste = kBlock / 2 + 4;  // register blocks reach over the diagonal
+int64_t time_of(int64_t D, int64_t width, int64_t block, int64_t threads) {
+  constexpr int64_t kOperandCost = 15;   // bringing an operand's element to the core, in multiply-adds
+  const int64_t waste = block / 2 + 4;  // register blocks reach over the diagonal
   const int64_t side = ceil_div(D, width);
   std::vector<int64_t> busy(threads, 0);
   for (int64_t index = 0; index < side * (side + 1) / 2; ++index) {
@@ -36,17 +37,17 @@ int64_t time_of(int64_t D, int64_t width, int64_t threads) {
     const int64_t rows = std::min(width, D - tile.row * width), columns = std::min(width, D - tile.column * width);
     const bool on_diagonal = tile.row == tile.column;
     *std::min_element(busy.begin(), busy.end()) +=
-        on_diagonal ? rows * (rows / 2 + kWaste + kOperandCost) : rows * columns + kOperandCost * (rows + columns);
+        on_diagonal ? rows * (rows / 2 + waste + kOperandCost) : rows * columns + kOperandCost * (rows + columns);
   }
   return *std::max_element(busy.begin(), busy.end());
 }
 
-// The width of the tiles: the fastest of the few ways to cut the accumulator.
-int64_t width_of(int64_t D, int64_t threads, int64_t largest) {
-  const int64_t blocks = ceil_div(D, kBlock), least_side = ceil_div(D, largest);
+// The width of the tiles, a multiple of the block: the fastest of the few ways to cut the accumulator.
+int64_t width_of(int64_t D, int64_t block, int64_t threads, int64_t largest) {
+  const int64_t blocks = ceil_div(D, block), least_side = ceil_div(D, largest);
   int64_t best = 0, least = INT64_MAX;
   for (int64_t side = least_side; side <= std::min(blocks, least_side + std::min<int64_t>(threads, 16)); ++side) {
-    const int64_t width = ceil_div(blocks, side) * kBlock, time = time_of(D, width, threads);
+    const int64_t width = ceil_div(blocks, side) * block, time = time_of(D, width, block, threads);
     if (time < least) {
       least = time;
       best = width;
@@ -71,15 +72,16 @@ void fold(A* acc, const R* partials, int64_t shares, int64_t D, double scale) {
 template <class S>
 void run(GramProblem<S> problem) {
   using R = compute_t<S>;
-  const auto kernel = FISHERFAST_PICK(gram_kernel<S>)();
   const int64_t M = problem.layout.M, D = problem.D, shares = shares_of(M, D), threads = threads_for(M * D * D / 2);
   std::vector<int64_t> pieces;
   for (int64_t row = 0; row < M; row += kDepth) pieces.push_back(row);
   pieces.push_back(M);
   problem.samples = {static_cast<int64_t>(pieces.size()) - 1, 0, M, pieces.data()};
   problem.flush_every = kFlush;
+  const auto kernel = FISHERFAST_PICK_TILES(R, matrix_registers_pay(problem.samples, D, D), gram_kernel<S>);
   const int64_t largest = kLargestWidth * static_cast<int64_t>(sizeof(float)) / static_cast<int64_t>(sizeof(R));
-  const int64_t width = width_of(D, std::max<int64_t>(1, threads / shares), largest);
+  const int64_t block = std::lcm(kLeastBlock, std::lcm(kernel.block_rows, kernel.block_columns));
+  const int64_t width = width_of(D, block, std::max<int64_t>(1, threads / shares), largest);
   problem.side = ceil_div(D, width);
   problem.tiling = {width, width, problem.side * (problem.side + 1) / 2, 1, shares};
   if (shares == 1) return run_tiles(problem, kernel, threads, {}, 0);

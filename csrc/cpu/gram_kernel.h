@@ -25,28 +25,43 @@ struct Columns : Operand<S, kPanel<compute_t<S>, kRead>> {
 
   int64_t size() const { return all; }
   int64_t panels() const { return (all + kRead - 1) / kRead; }
-  int64_t packed_size() const { return lender ? 0 : (all + kWidth - 1) / kWidth * panel_size<R>(kWidth); }
+  int64_t packed_panels() const { return ceil_div(all, kWidth); }
+  int64_t packed_size() const { return lender ? 0 : (kPacksAhead ? packed_panels() : 1) * panel_size<R>(kWidth); }
 
-  Matrix<R> panel(const Block&, int64_t index) const {
-    const int64_t column = index * kRead;
-    return {(lender ? *lender : this->packed) + column / kWidth * panel_size<R>(kWidth) + column % kWidth, kWidth};
+  Matrix<R> panel(const Block& block, int64_t index) const {
+    const int64_t column = index * kRead, panel = column / kWidth;
+    if (!kPacksAhead) pack(block, panel, panel + 1);
+    if (lender) return {*lender + panel * panel_size<R>(kWidth) + column % kWidth, kWidth};
+    return {this->place(panel) + column % kWidth, kWidth};
+  }
+
+  // The same where it lies, see Operand.
+  Matrix<S> source(const Block& block, int64_t index) const {
+    const Segment& piece = block.segments[0];
+    const int64_t first = pieces.begin(piece.n) + piece.t, T = this->samples.T;
+    const bool one = first / T == (first + piece.rows - 1) / T;  // sample of x
+    Block rows{piece.rows, 1, false, false, {{first / T, first % T, 0, piece.rows}}};
+    return one || this->rows.even(this->samples) ? Base::source(rows, index) : Matrix<S>{};
   }
 
   void bring(const Block& block) const {
-    if (lender) return;
+    if (kPacksAhead && !lender) pack(block, 0, packed_panels());
+  }
+
+  void pack(const Block& block, int64_t first, int64_t last) const {
     const Segment& rows = block.segments[0];
-    const int64_t first = pieces.begin(rows.n), T = this->samples.T;
+    const int64_t begin = pieces.begin(rows.n), T = this->samples.T, ones = (all - 1) / kWidth;
     for (int64_t done = 0; done < rows.rows;) {
-      const int64_t n = (first + done) / T, t = (first + done) % T, count = std::min(rows.rows - done, T - t);
-      this->pack({n, t, done, count});
+      const int64_t n = (begin + done) / T, t = (begin + done) % T, count = std::min(rows.rows - done, T - t);
+      Base::pack_segment({n, t, done, count}, first, std::min(last, Base::panels()));
       done += count;
     }
-    if (all > Base::size()) add_ones(first, rows.rows);
+    if (all > Base::size() && first <= ones && ones < last) add_ones(begin, rows.rows);
   }
 
   void add_ones(int64_t first, int64_t rows) const {
-    const int64_t column = all - 1, panel = column / kWidth, place = column % kWidth;
-    R* out = this->packed + panel * panel_size<R>(kWidth);
+    const int64_t column = all - 1, place = column % kWidth;
+    R* out = this->place(column / kWidth);
     for (int64_t t = 0; t < rows; ++t, out += kWidth) {
       if (place == 0) std::memset(out, 0, kWidth * sizeof(R));  // a panel in which x has no column
       out[place] = this->row_weight ? this->row_weight[first + t] : R(1);
@@ -70,12 +85,12 @@ void gram_tile(const GramProblem<S>& problem, int64_t index) {
   const Left left(problem, work.samples, i, std::min(i + tiling.rows, D), problem.row_weight);
   const Right right(problem, work.samples, j, std::min(j + tiling.columns, D), nullptr);
   Tile<R, Left, Right, MatrixPlace> product{work, left, right, {i * D + j, D, i - j}};
-  if (i == j && !problem.row_weight && Left::kWidth == Right::kWidth) product.g.lender = &product.x.packed;
+  if (kPacksAhead && i == j && !problem.row_weight && Left::kWidth == Right::kWidth) product.g.lender = &product.x.packed;
   product.run(index);
 }
 
 template <class S>
 TileKernel<GramProblem<S>> gram_kernel() {
   using R = compute_t<S>;
-  return {kBlockRows, Lanes<R>::columns, Lanes<R>::count, &gram_tile<S>};
+  return {kBlockRows, Lanes<R>::columns, Lanes<R>::count, kChain, &gram_tile<S>};
 }

@@ -2,14 +2,31 @@
 #include "cpu/isa.h"
 
 #include <atomic>
+#include <iterator>
 #include <string>
+
+#if defined(__x86_64__) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #include "common.h"
 
 namespace fisherfast {
 namespace {
 
-constexpr const char* kNames[] = {"portable", "avx2", "avx512"};
+constexpr const char* kNames[] = {"portable", "avx2", "avx512", "amx"};
+
+// Linux keeps matrix registers from a process until it has asked for them.
+#if defined(__x86_64__) && defined(__linux__)
+bool may_use_amx() {
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;
+  return __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
+         syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+#else
+bool may_use_amx() { return false; }
+#endif
 
 // The sets tested are those each_isa.h compiles for.
 Isa best() {
@@ -18,14 +35,20 @@ Isa best() {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-  return avx2 && avx512 ? Isa::avx512 : avx2 ? Isa::avx2 : Isa::portable;
+  if (avx2 && avx512) return may_use_amx() ? Isa::amx : Isa::avx512;
+  return avx2 ? Isa::avx2 : Isa::portable;
 #else
   return Isa::portable;
 #endif
 }
 
+Isa most() {
+  static const Isa found = best();
+  return found;
+}
+
 std::atomic<Isa>& current() {
-  static std::atomic<Isa> chosen{best()};
+  static std::atomic<Isa> chosen{most()};
   return chosen;
 }
 
@@ -33,9 +56,9 @@ std::atomic<Isa>& current() {
 std::string cpu_isa(std::optional<std::string> force) {
   if (force) {
     int wanted = 0;
-    while (wanted < 3 && *force != kNames[wanted]) ++wanted;
-    if (wanted > static_cast<int>(best()))
-      value_error("cpu_isa: force must be an instruction set of this processor, at most ", kNames[static_cast<int>(best())],
+    while (wanted < static_cast<int>(std::size(kNames)) && *force != kNames[wanted]) ++wanted;
+    if (wanted > static_cast<int>(most()))
+      value_error("cpu_isa: force must be an instruction set of this processor, at most ", kNames[static_cast<int>(most())],
                   ", got ", *force);
     current() = static_cast<Isa>(wanted);
   }

@@ -4,7 +4,7 @@
 
 namespace fisherfast {
 
-enum class Isa { portable, avx2, avx512 };
+enum class Isa { portable, avx2, avx512, amx };  // amx: avx512, and matrix registers for bfloat16
 
 Isa isa();
 
@@ -13,7 +13,19 @@ Isa isa();
 // The version of a kernel function (a name inside the namespaces of each_isa.h) for the chosen instruction set.
 #if defined(__x86_64__)
 #define FISHERFAST_PICK(...)                                                    \
-  (isa() == Isa::avx512 ? &avx512::__VA_ARGS__ : isa() == Isa::avx2 ? &avx2::__VA_ARGS__ : &portable::__VA_ARGS__)
+  (isa() >= Isa::avx512 ? &avx512::__VA_ARGS__ : isa() == Isa::avx2 ? &avx2::__VA_ARGS__ : &portable::__VA_ARGS__)
 #else
 #define FISHERFAST_PICK(...) (&portable::__VA_ARGS__)
+#endif
+
+// The tiles of a kernel for operands in R, a function that returns their code and sizes; by matrix registers where they pay.
+#if defined(__x86_64__)
+#define FISHERFAST_PICK_TILES(R, pays, ...)           \
+  [](bool by_matrix_registers) {                      \
+    if constexpr (std::is_same_v<R, float>)           \
+      if (by_matrix_registers) return amx::__VA_ARGS__(); \
+    return FISHERFAST_PICK(__VA_ARGS__)();            \
+  }(pays)
+#else
+#define FISHERFAST_PICK_TILES(R, pays, ...) portable::__VA_ARGS__()
 #endif

@@ -12,6 +12,7 @@
 #include "cpu/blas.h"
 
 #define FISHERFAST_KERNEL "cpu/linear_sq_kernel.h"
+#define FISHERFAST_WITH_AMX
 #include "cpu/each_isa.h"
 
 namespace fisherfast {
@@ -20,8 +21,19 @@ namespace {
 constexpr int64_t kNormSamples = 1024;  // samples per pass where sqnorm is asked for: bounds its partial sums
 
 template <class S>
+bool pays(const LinearProblem<S>& problem, const Samples& samples) {
+  return matrix_registers_pay(samples, problem.g.width, problem.x.width);
+}
+
+// All samples of T = 1 as the rows of one.
+template <class S>
+Samples as_rows(const LinearProblem<S>& problem) {
+  return {1, problem.samples.N, problem.samples.N, nullptr};
+}
+
+template <class S>
 void run(LinearProblem<S> problem, const Sink& sqnorm, int64_t first_sample) {
-  const auto kernel = FISHERFAST_PICK(linear_kernel<S>)();
+  const auto kernel = FISHERFAST_PICK_TILES(compute_t<S>, pays(problem, problem.samples), linear_kernel<S>);
   const int64_t threads = threads_for(problem.samples.M * problem.g.width * problem.x.width);
   problem.tiling = plan(problem, problem.g.width, problem.x.width, kernel.block_rows, kernel.block_columns, sizeof(compute_t<S>),
                         threads, false);
@@ -79,15 +91,16 @@ void blas_product(const LinearProblem<float>& problem, const Output& out) {
   }
 }
 
-// The same by our own tiles: for them, sums over N / kRun samples of kRun rows.
+// The same by our own tiles: for them, sums over samples of a chain's rows.
 template <class S>
 void tiled_product(LinearProblem<S> problem, const Output& out) {
   const int64_t N = problem.samples.N;
+  const int64_t chain = FISHERFAST_PICK_TILES(compute_t<S>, pays(problem, as_rows(problem)), linear_kernel<S>).chain;
   std::vector<int64_t> offsets;
-  for (int64_t row = 0; row < N; row += kRun) offsets.push_back(row);
+  for (int64_t row = 0; row < N; row += chain) offsets.push_back(row);
   offsets.push_back(N);
   problem.samples = {static_cast<int64_t>(offsets.size()) - 1, 0, N, offsets.data()};
-  problem.flush_every = 2;  // a block holds only four such samples: chains of 32, 8, and what is left
+  problem.flush_every = 2;  // a block holds only a few such samples
   problem.g.stride_t = problem.g.stride_n;
   problem.x.stride_t = problem.x.stride_n;
   problem.row_weight = std::exchange(problem.weight, nullptr);
@@ -101,7 +114,7 @@ void product(LinearProblem<S> problem, const Output& out, bool squared) {
   if (!out.sink) return;
   problem.squared = squared;
   if constexpr (std::is_same_v<S, float>)
-    if (!out.sink.is_double && uses_blas()) return blas_product(problem, out);
+    if (!out.sink.is_double && uses_blas() && !pays(problem, as_rows(problem))) return blas_product(problem, out);
   tiled_product(problem, out);
 }
 

@@ -22,7 +22,7 @@ void linear_tile(const LinearProblem<S>& problem, int64_t index) {
 template <class S>
 TileKernel<LinearProblem<S>> linear_kernel() {
   using R = compute_t<S>;
-  return {kBlockRows, Lanes<R>::columns, Lanes<R>::count, &linear_tile<S>};
+  return {kBlockRows, Lanes<R>::columns, Lanes<R>::count, kChain, &linear_tile<S>};
 }
 
 // The sum of the squares of row n, where a sample has no more rows.

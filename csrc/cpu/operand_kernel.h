@@ -13,38 +13,56 @@ struct Operand {
   R* packed = nullptr;
 
   int64_t size() const { return end - begin; }
+  int parts() const { return squared || row_weight ? 3 : bfloat16_parts<S>; }
   int64_t panels() const { return (size() + kWidth - 1) / kWidth; }
 
   const S* row(const Segment& segment) const {
     return rows.sample(samples, segment.n) + segment.t * rows.stride_t + begin * rows.stride_d;
   }
 
-  int64_t packed_size() const { return panels() * panel_size<R>(kWidth); }
+  // Room for all panels, or for the one at hand where the code that multiplies them keeps copies of its own.
+  int64_t packed_size() const { return (kPacksAhead ? panels() : 1) * panel_size<R>(kWidth); }
+  R* place(int64_t panel) const { return packed + (kPacksAhead ? panel * panel_size<R>(kWidth) : 0); }
 
   void bring(const Block& block) const {
-    for (int s = 0; s < block.count; ++s) pack(block.segments[s]);
+    if (kPacksAhead) pack(block, 0, panels());
   }
 
-  Matrix<R> panel(const Block&, int64_t index) const { return {packed + index * panel_size<R>(kWidth), kWidth}; }
+  Matrix<R> panel(const Block& block, int64_t index) const {
+    if (!kPacksAhead) pack(block, index, index + 1);
+    return {place(index), kWidth};
+  }
 
-  void pack(const Segment& segment) const {
+  // A panel as it lies in the input, if its rows follow each other there and are widened fast; else null.
+  Matrix<S> source(const Block& block, int64_t index) const {
+    const bool follows = block.count == 1 || rows.even(samples);
+    if (std::is_same_v<S, Half> || squared || row_weight || rows.stride_d != 1 || (index + 1) * kWidth > size() || !follows) return {};
+    return {row(block.segments[0]) + index * kWidth, rows.stride_t};
+  }
+
+  void pack(const Block& block, int64_t first, int64_t last) const {
+    for (int s = 0; s < block.count; ++s) pack_segment(block.segments[s], first, last);
+  }
+
+  // Panels [first, last) of a segment.
+  void pack_segment(const Segment& segment, int64_t first, int64_t last) const {
     const S* in = row(segment);
-    R* out = packed + segment.row * kWidth;
-    for (int64_t t = 0; t < segment.rows; ++t, in += rows.stride_t, out += kWidth) {
+    const int64_t start = segment.row * kWidth;
+    for (int64_t t = 0; t < segment.rows; ++t, in += rows.stride_t) {
       const R w = row_weight ? row_weight[samples.begin(segment.n) + segment.t + t] : R(1);
       if (rows.stride_d == 1) {
-        pack_row(in, std::integral_constant<int64_t, 1>(), w, out);
+        pack_row(in, std::integral_constant<int64_t, 1>(), w, start + t * kWidth, first, last);
       } else {
-        pack_row(in, rows.stride_d, w, out);
+        pack_row(in, rows.stride_d, w, start + t * kWidth, first, last);
       }
     }
   }
 
   template <class Stride>
-  void pack_row(const S* in, Stride stride, R w, R* out) const {
-    for (int64_t panel = 0; panel < panels(); ++panel) {
+  void pack_row(const S* in, Stride stride, R w, int64_t offset, int64_t first, int64_t last) const {
+    for (int64_t panel = first; panel < last; ++panel) {
       const S* from = in + panel * kWidth * stride;
-      R* to = out + panel * panel_size<R>(kWidth);
+      R* to = place(panel) + offset;
       const int64_t count = std::min(kWidth, size() - panel * kWidth);
       // Loops of a constant length become vector code.
       if (count == kWidth && squared) {

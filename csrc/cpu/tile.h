@@ -23,6 +23,10 @@ constexpr int64_t kRun = 32;     // most samples in one go
 constexpr int64_t kMaxTileRows = 256, kMaxTileColumns = 528;  // about half of a 1 MiB L2 in fp32
 constexpr int64_t kTallTileRows = 512, kTallTileColumns = 264;  // where columns cost more than rows
 
+// How many bfloat16 numbers add up to one of an input.
+template <class S>
+constexpr int bfloat16_parts = std::is_same_v<S, BFloat16> ? 1 : std::is_same_v<S, Half> ? 2 : 3;
+
 // An accumulator and the factor of what is added to it.
 struct Output {
   Sink sink;
@@ -52,10 +56,15 @@ struct Tiles {
 template <class Problem>
 struct TileKernel {
   int64_t block_rows, block_columns, lanes;
+  int64_t chain;  // most products added up in one chain where all samples go into one sum
   void (*tile)(const Problem&, int64_t index);
 };
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Whether matrix registers pay for sample gradients of rows x columns: they take 32 rows of a sample in one step, and operands
+// are split and rearranged first.
+bool matrix_registers_pay(const Samples& samples, int64_t rows, int64_t columns);
 
 // The threads that so many multiply-adds are worth.
 int64_t threads_for(int64_t products);

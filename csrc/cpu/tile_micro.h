@@ -1,47 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// Compiled once per instruction set by each_isa.h, as a part of tile_kernel.h: the register block, and the rows it walks.
-
-#include "cpu/lanes.h"
+// Compiled once per instruction set by each_isa.h, as a part of tile_kernel.h: a cell block by multiply-adds of vectors.
 
 constexpr int kCells = kBlockRows * kBlockVectors;
+constexpr int64_t kStep = 1, kChain = 32;
+constexpr bool kPacksAhead = true;
 
-// Rows of an operand, in place or packed.
-template <class R>
-struct Matrix {
-  const R* data;
-  int64_t stride;
-};
-
-// Rows t, ..., t + rows - 1 of sample n; the first of them is the given row of the block.
-struct Segment {
-  int64_t n, t, row, rows;
-};
-
-// Rows multiplied in one go: whole samples, or a part of one that is longer than kDepth.
-struct Block {
-  int64_t rows;
-  int count;
-  bool resumes, unfinished;
-  Segment segments[kRun];
-};
-
-// Where the results of a micro-tile go; null where they are not wanted.
-template <class R>
-struct Target {
-  typename Lanes<R>::Vector *squares, *sums, *carry;  // carry: products of an unfinished sample
-  double* norms;                                      // [N]
-};
-
-template <class R>
-double sum_of_lanes(typename Lanes<R>::Vector vector) {
-  R sums[Lanes<R>::count];
-  std::memcpy(sums, &vector, sizeof sums);
-#pragma GCC unroll 8
-  for (int half = Lanes<R>::count / 2; half > 0; half /= 2)
-#pragma GCC unroll 8
-    for (int lane = 0; lane < half; ++lane) sums[lane] += sums[lane + half];
-  return sums[0];
-}
+#include "cpu/tile_rows.h"
 
 // The first kVectors vectors of a cell block's rows. Every loop over c is unrolled, or GCC keeps c in memory.
 template <class R, int kVectors>
@@ -103,30 +67,37 @@ MicroKernel<R> micro_kernel_of(int64_t columns) {
   return micro_kernel<R, 1>;
 }
 
-// Cuts the rows into blocks, in order.
-struct Cursor {
-  const Samples& samples;
-  int64_t n = 0, t = 0;
+// Multiplies panels as they were packed.
+template <class R, class G, class X>
+struct Multiplier {
+  using Vector = typename Lanes<R>::Vector;
+  const G& g;
+  const X& x;
+  Matrix<R> right{};
+  MicroKernel<R> micro_kernel = nullptr;
 
-  bool done() {
-    while (n < samples.N && samples.rows(n) == 0) ++n;
-    return n == samples.N;
+  static int64_t size(int64_t) { return 0; }  // of its own copies of so many panels of the left operand and one of the right one
+
+  Multiplier(const G& g, const X& x, R*) : g(g), x(x) {}
+
+  void bring_left(const Block&) const {}
+
+  void bring_right(const Block& block, int64_t index) {
+    right = x.panel(block, index);
+    micro_kernel = micro_kernel_of<R>(x.size() - index * Lanes<R>::columns);
   }
 
-  void next(Block& block) {
-    if (samples.rows(n) > kDepth) return next_part(block);
-    block = {0, 0, false, false, {}};
-    for (; n < samples.N && block.count < kRun && samples.rows(n) <= kDepth - block.rows; ++n) {
-      block.segments[block.count++] = {n, 0, block.rows, samples.rows(n)};
-      block.rows += samples.rows(n);
-    }
+  // A cell block: the given panel of the left operand by the right one at hand. Where a block holds many samples, they are first
+  // added up among themselves.
+  void multiply(const Block& block, int64_t index, const float* weight, const Target<R>& to) const {
+    constexpr int kDirect = 1;
+    const Matrix<R> left = g.panel(block, index);
+    if (block.count <= kDirect) return micro_kernel(left, right, block, weight, to);
+    Vector squares[kCells]{}, sums[kCells]{};
+    micro_kernel(left, right, block, weight, {to.squares ? squares : nullptr, to.sums ? sums : nullptr, to.carry, to.norms});
+    for (int k = 0; k < kCells && to.squares; ++k) to.squares[k] += squares[k];
+    for (int k = 0; k < kCells && to.sums; ++k) to.sums[k] += sums[k];
   }
 
-  // Parts of nearly one size, so that none is too short to be efficient.
-  void next_part(Block& block) {
-    const int64_t left = samples.rows(n) - t, parts = (left + kDepth - 1) / kDepth, part = (left + parts - 1) / parts;
-    block = {part, 1, t > 0, parts > 1, {{n, t, 0, part}}};
-    t += part;
-    if (parts == 1) ++n, t = 0;
-  }
+  void finish() const {}  // what multiply has left to do before cells may be read
 };

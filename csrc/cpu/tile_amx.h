@@ -1,0 +1,220 @@
+// SPDX-License-Identifier: Apache-2.0
+// Compiled by each_isa.h as a part of tile_kernel.h, in the place of tile_micro.h: a cell block by AMX, whose tile registers hold
+// 16 x 16 sums in fp32 and take 32 rows of bfloat16 operands in one instruction.
+//
+// bf16x6, the arithmetic of the Triton kernels: a float is the sum of three bfloat16 numbers of 8 bits each, exactly. Of the nine
+// products of such parts the six largest are taken; what is left out is some 2^-25 of the product, less than its rounding in fp32.
+// Inputs in bfloat16 have one part, in float16 two.
+
+constexpr int kCells = kBlockRows * kBlockVectors;
+constexpr int64_t kStep = 32, kChain = 128;
+constexpr bool kPacksAhead = false;  // panels are split before they are multiplied
+
+#include "cpu/tile_rows.h"
+
+// A panel is 2 x 16 columns; a step of its rows is a tile of either half in each part: [step, part, half, 16, 32].
+constexpr int kParts = 3;
+constexpr int64_t kTileSize = 16 * 32, kStepSize = kParts * 2 * kTileSize, kSplitSize = kDepth / kStep * kStepSize;
+
+typedef uint32_t Words __attribute__((vector_size(kVectorBytes)));
+typedef Lanes<float>::Vector Floats;
+
+// Bits 16 to 31 of the even row, with those of the odd row above them.
+inline Words paired(Words even, Words odd) { return (even >> 16) | (odd & 0xffff0000u); }
+
+// To 8 bits, the nearest ones: what is left over has either sign, so that what the products leave out cancels in sums.
+inline Words rounded(Floats value) { return ((Words)value + 0x8000u) & 0xffff0000u; }
+
+// A pair of rows of 16 columns, in parts: a row of a tile.
+template <int kCount>
+void split_pair(Floats even, Floats odd, Floats* tile) {
+  constexpr int64_t kPart = 2 * kTileSize / 32;  // vectors from part to part
+#pragma GCC unroll 3
+  for (int part = 0; part < kCount; ++part) {
+    const Words high_even = rounded(even), high_odd = rounded(odd);
+    tile[part * kPart] = (Floats)paired(high_even, high_odd);
+    even -= (Floats)high_even;
+    odd -= (Floats)high_odd;
+  }
+}
+
+// A step, of which there are so many rows and halves. The rows of a tile are pairs of rows, or columns if kTurned.
+template <int kCount, bool kTurned, class S>
+void split_step(const S* in, int64_t stride, int64_t rows, int halves, uint16_t* out) {
+  const auto columns = [=](int64_t t, int half) { return t < rows ? load_wide(in + t * stride + half * 16) : Floats{}; };
+  auto* tiles = reinterpret_cast<Floats*>(out);
+  for (int64_t pair = 0; pair < 16; ++pair)
+    for (int half = 0; half < halves; ++half)
+      split_pair<kCount>(columns(2 * pair, half), columns(2 * pair + 1, half), tiles + half * 16 + pair);
+  for (int tile = 0; kTurned && tile < 2 * kCount; ++tile) transpose<float>(tiles + tile * 16);
+}
+
+// Panels side by side, row by row: memory likes rows to be read on.
+template <int kCount, bool kTurned, class S>
+[[gnu::noinline]] void split_panels(const Matrix<S>& in, const Block& block, int64_t panels, int halves, uint16_t* out) {
+  for (int s = 0; s < block.count; ++s) {
+    const Segment& segment = block.segments[s];
+    for (int64_t t = 0; t < segment.rows; t += kStep, out += kStepSize)
+      for (int64_t p = 0; p < panels; ++p)
+        split_step<kCount, kTurned>(in.data + (segment.row + t) * in.stride + p * kBlockRows, in.stride, segment.rows - t, halves,
+                                    out + p * kSplitSize);
+  }
+}
+
+// Tile registers 0 to 3 hold the cells, two rows of two; 4 and 5 the left operand's halves, 6 and 7 the right one's.
+inline void load_left(const uint16_t* at, int halves) {
+  asm volatile("tileloadd (%0,%1,1), %%tmm4" ::"r"(at), "r"(int64_t{64}) : "memory");
+  if (halves > 1) asm volatile("tileloadd (%0,%1,1), %%tmm5" ::"r"(at + kTileSize), "r"(int64_t{64}) : "memory");
+}
+
+inline void load_right(const uint16_t* at, int halves) {
+  asm volatile("tileloadd (%0,%1,1), %%tmm6" ::"r"(at), "r"(int64_t{64}) : "memory");
+  if (halves > 1) asm volatile("tileloadd (%0,%1,1), %%tmm7" ::"r"(at + kTileSize), "r"(int64_t{64}) : "memory");
+}
+
+inline void multiply_halves(int left_halves, int right_halves) {
+  asm volatile("tdpbf16ps %%tmm6, %%tmm4, %%tmm0" ::: "memory");
+  if (right_halves > 1) asm volatile("tdpbf16ps %%tmm7, %%tmm4, %%tmm1" ::: "memory");
+  if (left_halves == 1) return;
+  asm volatile("tdpbf16ps %%tmm6, %%tmm5, %%tmm2" ::: "memory");
+  if (right_halves > 1) asm volatile("tdpbf16ps %%tmm7, %%tmm5, %%tmm3" ::: "memory");
+}
+
+inline void store_cells(Floats* cells) {
+  constexpr int64_t kStride = kBlockVectors * kVectorBytes;
+  asm volatile("tilestored %%tmm0, (%0,%1,1)" ::"r"(cells), "r"(kStride) : "memory");
+  asm volatile("tilestored %%tmm1, (%0,%1,1)" ::"r"(cells + 1), "r"(kStride) : "memory");
+  asm volatile("tilestored %%tmm2, (%0,%1,1)" ::"r"(cells + 16 * kBlockVectors), "r"(kStride) : "memory");
+  asm volatile("tilestored %%tmm3, (%0,%1,1)" ::"r"(cells + 16 * kBlockVectors + 1), "r"(kStride) : "memory");
+}
+
+// A sample's products in a cell block, on their way to the cells: some vectors at a time, while the next ones are being multiplied.
+struct Results {
+  Floats c[kCells];
+  int done = kCells;
+  bool resumes, unfinished;
+  float weight;
+  double* norm;  // or null
+  Target<float> to;
+  Floats squares[4];
+
+  void add(int count) {
+    const int end = std::min(done + count, kCells);
+    for (; done < end; ++done) {
+      Floats value = c[done];
+      if (resumes) value += to.carry[done];
+      if (unfinished) {
+        to.carry[done] = value;
+        continue;
+      }
+      if (to.norms) squares[done % 4] += value * value;
+      if (to.sums) to.sums[done] += weight * value;
+      if (to.squares) to.squares[done] += weight * value * value;
+    }
+  }
+
+  void finish() {
+    if (done == kCells) return;
+    add(kCells);
+    if (to.norms && !unfinished) *norm += sum_of_lanes<float>((squares[0] + squares[1]) + (squares[2] + squares[3]));
+  }
+};
+
+// The registers' shapes: eight of 16 rows of 64 bytes. They are this thread's from here until they are released.
+struct alignas(64) TileShapes {
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+
+// Multiplies copies of panels, in parts: of the left operand all, of the right one that at hand.
+template <class R, class G, class X>
+struct Multiplier {
+  static_assert(std::is_same_v<R, float>);
+  const G& g;
+  const X& x;
+  uint16_t* memory;
+  int right_halves = 0;
+  Results results;
+
+  static int64_t size(int64_t left_panels) { return (left_panels + 1) * kSplitSize / 2; }
+
+  Multiplier(const G& g, const X& x, float* memory) : g(g), x(x), memory(reinterpret_cast<uint16_t*>(memory)) {
+    const TileShapes shapes;
+    asm volatile("ldtilecfg %0" ::"m"(shapes));
+  }
+  ~Multiplier() { asm volatile("tilerelease"); }
+  Multiplier(const Multiplier&) = delete;
+  Multiplier& operator=(const Multiplier&) = delete;
+
+  uint16_t* left_data(int64_t index) const { return memory + (index + 1) * kSplitSize; }
+
+  template <class Operand>
+  static int halves(const Operand& operand, int64_t index) {
+    return operand.size() - index * kBlockRows > 16 ? 2 : 1;
+  }
+
+  void bring_left(const Block& block) const {
+    const auto source = g.source(block, 0);
+    const int64_t in_place = source.data ? g.size() / kBlockRows : 0;
+    if (in_place) split<true>(source, g.parts(), block, in_place, 2, left_data(0));
+    for (int64_t p = in_place; p < g.panels(); ++p) split<true>(g.panel(block, p), g.parts(), block, 1, halves(g, p), left_data(p));
+  }
+
+  void bring_right(const Block& block, int64_t index) {
+    right_halves = halves(x, index);
+    if (const auto source = x.source(block, index); source.data) {
+      split<false>(source, x.parts(), block, 1, right_halves, memory);
+    } else {
+      split<false>(x.panel(block, index), x.parts(), block, 1, right_halves, memory);
+    }
+  }
+
+  template <bool kTurned, class S>
+  static void split(const Matrix<S>& in, int parts, const Block& block, int64_t panels, int halves, uint16_t* out) {
+    const auto by_parts = parts == 1   ? split_panels<1, kTurned, S>
+                          : parts == 2 ? split_panels<2, kTurned, S>
+                                       : split_panels<3, kTurned, S>;
+    by_parts(in, block, panels, halves, out);
+  }
+
+  // A cell block: the given panel of the left operand by the right one at hand.
+  [[gnu::noinline]] void multiply(const Block& block, int64_t index, const float* weight, const Target<float>& to) {
+    const uint16_t *left = left_data(index), *right = memory;
+    for (int s = 0; s < block.count; ++s) {
+      const Segment& segment = block.segments[s];
+      const int64_t steps = whole_steps(segment.rows) / kStep;
+      multiply_steps(left, right, halves(g, index), steps);
+      results.finish();
+      store_cells(results.c);
+      results.done = 0;
+      results.resumes = block.resumes;
+      results.unfinished = block.unfinished;
+      results.weight = weight ? weight[segment.n] : 1.0f;
+      results.norm = to.norms ? to.norms + segment.n : nullptr;
+      results.to = to;
+      for (Floats& square : results.squares) square = Floats{};
+      left += steps * kStepSize;
+      right += steps * kStepSize;
+    }
+  }
+
+  void multiply_steps(const uint16_t* left, const uint16_t* right, int left_halves, int64_t steps) {
+    const int left_parts = g.parts(), right_parts = x.parts();
+    int products = 0;
+    for (int i = 0; i < left_parts; ++i) products += std::min(right_parts, kParts - i);
+    const int share = static_cast<int>(ceil_div(kCells, steps * products));
+    asm volatile("tilezero %%tmm0\n\ttilezero %%tmm1\n\ttilezero %%tmm2\n\ttilezero %%tmm3" ::: "memory");
+    for (int64_t step = 0; step < steps; ++step, left += kStepSize, right += kStepSize)
+      for (int i = 0; i < left_parts; ++i) {
+        load_left(left + i * 2 * kTileSize, left_halves);
+        for (int j = 0; j < right_parts && i + j < kParts; ++j) {
+          load_right(right + j * 2 * kTileSize, right_halves);
+          multiply_halves(left_halves, right_halves);
+          results.add(share);
+        }
+      }
+  }
+
+  void finish() { results.finish(); }
+};
