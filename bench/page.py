@@ -76,7 +76,8 @@ GEMMS = {
 
 GFLOP/s count the products only (2NTIO). A column with x says how many times faster ours is than that route; below 1 we lose.
 The error against float64 is relative to plain torch's (einsum, materialised); the gate is 2.
-Routes that reach the same result are plain torch; the dW GEMM, which an ordinary backward pass computes, is a yardstick.
+Routes that reach the same result are plain torch; the dW GEMM, which an ordinary backward pass computes, is a yardstick, in
+16 bits with a result of 16 bits. The peak is that of float32 without matrix registers: 16-bit inputs may exceed it where there are any.
 """,
     "conv_sq_": """\
 ### `conv_sq_`

@@ -14,7 +14,7 @@ import fisherfast as ff
 
 OURS = ("cpu", "reference")
 
-_LINEAR = {  # N, T, I, O
+_LINEAR = {  # N, T, I, O; float32 unless they say more
     "mlp-in": (256, 1, 784, 1024),
     "mlp-hidden": (256, 1, 1024, 1024),
     "decoder-qkv": (8, 128, 512, 1536),
@@ -23,6 +23,10 @@ _LINEAR = {  # N, T, I, O
     "decoder-square": (8, 128, 512, 512),
     "decoder-head": (8, 128, 512, 4096),
     "bert-out": (32, 64, 768, 768),
+    "decoder-qkv, bf16": (8, 128, 512, 1536, torch.bfloat16),
+    "decoder-down, bf16": (8, 128, 2048, 512, torch.bfloat16),
+    "llama-in, bf16": (4, 512, 2048, 2048, torch.bfloat16),
+    "llama-in, fp16": (4, 512, 2048, 2048, torch.float16),
 }
 _SCALE = {  # N, T, D, with x
     "decoder-norm": (8, 128, 512, True),
@@ -44,6 +48,9 @@ _GRAM = {  # M, D
     "decoder-down": (1024, 2048),
     "bert-out": (2048, 768),
     "llama-in": (4096, 2048),
+    "decoder-down, bf16": (1024, 2048, torch.bfloat16),
+    "llama-in, bf16": (4096, 2048, torch.bfloat16),
+    "llama-in, fp16": (4096, 2048, torch.float16),
 }
 _CONV_GRAM = {  # N, C, H, K, stride: square maps and kernels, padding K // 2
     "allcnn-32": (32, 96, 32, 3, 1),
@@ -95,11 +102,16 @@ def _ours(call: Callable[..., object]) -> dict[str, Callable[[Tensor], object]]:
     return {name: partial(run, name) for name in OURS}
 
 
-def _linear(N: int, T: int, I: int, O: int) -> Problem:
-    x, g = torch.randn(N, T, I), torch.randn(N, T, O)
+def _product(acc: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    # In the operands' own precision, which is that of the result too.
+    return torch.mm(left, right, out=acc) if acc.dtype == left.dtype else torch.mm(left, right)
+
+
+def _linear(N: int, T: int, I: int, O: int, dtype: torch.dtype = torch.float32) -> Problem:
+    x, g = torch.randn(N, T, I).to(dtype), torch.randn(N, T, O).to(dtype)
 
     def per_sample(acc: Tensor, x: Tensor = x, g: Tensor = g) -> Tensor:
-        for x_n, g_n in zip(x, g, strict=True):
+        for x_n, g_n in zip(x.to(acc.dtype), g.to(acc.dtype), strict=True):
             gradient = g_n.mT @ x_n
             acc.addcmul_(gradient, gradient)
         return acc
@@ -107,7 +119,7 @@ def _linear(N: int, T: int, I: int, O: int) -> Problem:
     routes = {
         **_ours(lambda acc: ff.ops.linear_sq_(acc, x, g)),
         "mm per sample": per_sample,
-        "einsum, materialised": lambda acc: acc.add_(torch.einsum("nto,nti->noi", g, x).square_().sum(0)),
+        "einsum, materialised": lambda acc: acc.add_(torch.einsum("nto,nti->noi", g.float(), x.float()).square_().sum(0)),
     }
     if T == 1:
         routes["addmm of squares"] = lambda acc: acc.addmm_(g[:, 0].square().mT, x[:, 0].square())
@@ -115,11 +127,11 @@ def _linear(N: int, T: int, I: int, O: int) -> Problem:
         shape={"N": N, "T": T, "I": I, "O": O},
         routes=routes,
         plain="einsum, materialised",
-        yardstick=("dW GEMM alone", lambda acc: torch.mm(g.flatten(0, 1).mT, x.flatten(0, 1), out=acc)),
+        yardstick=("dW GEMM alone", lambda acc: _product(acc, g.flatten(0, 1).mT, x.flatten(0, 1))),
         acc=(O, I),
-        oracle=lambda: per_sample(torch.zeros(O, I, dtype=torch.float64), x.double(), g.double()),
+        oracle=lambda: per_sample(torch.zeros(O, I, dtype=torch.float64)),
         flops=2 * N * T * I * O,
-        bytes=4 * (N * T * (I + O) + 2 * O * I),
+        bytes=dtype.itemsize * N * T * (I + O) + 8 * O * I,
     )
 
 
@@ -215,17 +227,17 @@ def _conv(N: int, C: int, O: int, H: int, K: int, stride: int, groups: int) -> P
     )
 
 
-def _gram(M: int, D: int) -> Problem:
-    x = torch.randn(M, D)
+def _gram(M: int, D: int, dtype: torch.dtype = torch.float32) -> Problem:
+    x = torch.randn(M, D).to(dtype)
     return Problem(
         shape={"M": M, "D": D},
-        routes={**_ours(lambda acc: ff.ops.gram_(acc, x)), "addmm of all of it": lambda acc: acc.addmm_(x.mT, x)},
+        routes={**_ours(lambda acc: ff.ops.gram_(acc, x)), "addmm of all of it": lambda acc: acc.addmm_(x.float().mT, x.float())},
         plain="addmm of all of it",
-        yardstick=("mm alone", lambda acc: torch.mm(x.mT, x, out=acc)),
+        yardstick=("mm alone", lambda acc: _product(acc, x.mT, x)),
         acc=(D, D),
         oracle=lambda: (x.double().mT @ x.double()).triu(),
         flops=M * D * (D + 1),
-        bytes=4 * (M * D + D * (D + 1)),
+        bytes=dtype.itemsize * M * D + 4 * D * (D + 1),
         compared=torch.triu,
     )
 

@@ -39,6 +39,11 @@ class Target(NamedTuple):
     def emulated(self) -> bool:
         return self.backend == "triton" and self.device == "cpu"
 
+    @property
+    def problems(self) -> int:
+        """Of which the worst is compared; Triton's interpreter takes seconds for one."""
+        return 1 if self.emulated else 3
+
     def __str__(self) -> str:
         name = self.backend if self.route == "cheapest" else f"{self.backend}-{self.route}"
         return name if self.device == "cpu" else f"{name}@{self.device}"
@@ -165,13 +170,13 @@ SHAPES = [
 @pytest.mark.parametrize("dtype", SHORT, ids=SHORT.get)
 @every_target
 def test_matches_float64(target, dtype, shape):
-    assert_gate(target, [case(target, shape, dtype, weighted=shape.N > 2, bias=shape.N > 2, scale=0.3) for _ in range(3)])
+    assert_gate(target, [case(target, shape, dtype, weighted=shape.N > 2, bias=shape.N > 2, scale=0.3) for _ in range(target.problems)])
 
 
 @pytest.mark.parametrize("dtype", SHORT, ids=SHORT.get)
 @every_target
 def test_matches_float64_with_float64_outputs(target, dtype):
-    assert_gate(target, [case(target, SAME, dtype, weighted=True, scale=0.3) for _ in range(3)], torch.float64)
+    assert_gate(target, [case(target, SAME, dtype, weighted=True, scale=0.3) for _ in range(target.problems)], torch.float64)
 
 
 @every_target
@@ -236,10 +241,18 @@ def test_bands_are_exact(target, bands, stride):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=SHORT.get)
 @pytest.mark.parametrize("shape", [BASIC, SHAPES[3], SHAPES[8], Geometry(1, 35, 0, (3, 18), (2, 3))], ids=str)
 @every_target
-def test_noncontiguous(target, layout, dtype, shape):
+def test_noncontiguous(target, layout, shape):
+    problem = case(target, shape, integers=True)
+    assert_exact(target, replace(problem, x=layout(problem.x)))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=SHORT.get)
+@pytest.mark.parametrize("shape", [BASIC, SHAPES[3]], ids=str)
+@every_target
+def test_noncontiguous_in_16_bits(target, layout, dtype, shape):
     problem = case(target, shape, dtype, integers=True)
     assert_exact(target, replace(problem, x=layout(problem.x)))
 

@@ -142,7 +142,7 @@ def test_the_blas_is_used_on_intel_processors_with_avx512():
     isa, vendor = torch.ops.fisherfast_cpp.cpu_isa(None), platform.processor()
     if platform.system() == "Linux":
         vendor = Path("/proc/cpuinfo").read_text()
-    assert torch.ops.fisherfast_cpp.cpu_blas(None) == ("GenuineIntel" in vendor and isa == "avx512")
+    assert torch.ops.fisherfast_cpp.cpu_blas(None) == ("GenuineIntel" in vendor and isa in ("avx512", "amx"))
 
 
 @pytest.fixture(params=[False, True], ids=["tiles", "blas"])

@@ -103,7 +103,8 @@ void run(const ConvCall& call) {
   problem.outputs = O / groups;
   problem.parts = bfloat16_parts<S>;
   problem.columns = problem.channels * product(geometry.kernel);
-  const bool pays = matrix_registers_pay({samples.N, 0, M * P, nullptr}, problem.outputs, problem.columns);
+  // In three parts, unfolded patches cost more to split than their products save.
+  const bool pays = problem.parts < 3 && matrix_registers_pay({samples.N, 0, M * P, nullptr}, problem.outputs, problem.columns);
   const auto kernel = FISHERFAST_PICK_TILES(R, pays, conv_kernel<S>);
   const Columns columns(geometry.offset_pixels(), problem.channels, C, kernel.lanes);
   problem.longest = samples.longest() * P;

@@ -16,7 +16,7 @@ constexpr int kVectorBytes = 64, kBlockRows = 8, kBlockVectors = 3;
 #include FISHERFAST_KERNEL
 }  // namespace fisherfast::avx512
 
-#if defined(FISHERFAST_WITH_AMX)
+#if defined(FISHERFAST_WITH_AMX) && defined(FISHERFAST_HAS_AMX)
 #define FISHERFAST_AMX
 namespace fisherfast::amx {
 constexpr int kVectorBytes = 64, kBlockRows = 32, kBlockVectors = 2;

@@ -17,8 +17,10 @@ namespace {
 
 constexpr const char* kNames[] = {"portable", "avx2", "avx512", "amx"};
 
+#if defined(FISHERFAST_EMULATED_AMX)
+bool may_use_amx() { return true; }
+#elif defined(FISHERFAST_HAS_AMX) && defined(__linux__)
 // Linux keeps matrix registers from a process until it has asked for them.
-#if defined(__x86_64__) && defined(__linux__)
 bool may_use_amx() {
   constexpr int kRequestPermission = 0x1023, kTileData = 18;
   return __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&

@@ -21,19 +21,12 @@ namespace {
 constexpr int64_t kNormSamples = 1024;  // samples per pass where sqnorm is asked for: bounds its partial sums
 
 template <class S>
-bool pays(const LinearProblem<S>& problem, const Samples& samples) {
-  return matrix_registers_pay(samples, problem.g.width, problem.x.width);
-}
-
-// All samples of T = 1 as the rows of one.
-template <class S>
-Samples as_rows(const LinearProblem<S>& problem) {
-  return {1, problem.samples.N, problem.samples.N, nullptr};
+TileKernel<LinearProblem<S>> kernel_of(const LinearProblem<S>& problem, const Samples& samples) {
+  return FISHERFAST_PICK_TILES(compute_t<S>, matrix_registers_pay(samples, problem.g.width, problem.x.width), linear_kernel<S>);
 }
 
 template <class S>
-void run(LinearProblem<S> problem, const Sink& sqnorm, int64_t first_sample) {
-  const auto kernel = FISHERFAST_PICK_TILES(compute_t<S>, pays(problem, problem.samples), linear_kernel<S>);
+void run(LinearProblem<S> problem, const TileKernel<LinearProblem<S>>& kernel, const Sink& sqnorm, int64_t first_sample) {
   const int64_t threads = threads_for(problem.samples.M * problem.g.width * problem.x.width);
   problem.tiling = plan(problem, problem.g.width, problem.x.width, kernel.block_rows, kernel.block_columns, sizeof(compute_t<S>),
                         threads, false);
@@ -44,7 +37,8 @@ template <class S>
 void per_sample(LinearProblem<S> problem, const Sink& sqnorm) {
   const Samples all = problem.samples;
   for (int64_t n = 0; n < all.N; ++n) problem.longest = std::max(problem.longest, all.rows(n));
-  if (!sqnorm) return run(problem, sqnorm, 0);
+  const auto kernel = kernel_of(problem, all);
+  if (!sqnorm) return run(problem, kernel, sqnorm, 0);
   for (int64_t first = 0; first < all.N; first += kNormSamples) {
     LinearProblem<S> part = problem;
     part.samples.N = std::min(kNormSamples, all.N - first);
@@ -55,7 +49,7 @@ void per_sample(LinearProblem<S> problem, const Sink& sqnorm) {
       part.x.data += first * part.x.stride_n;
     }
     if (part.weight) part.weight += first;
-    run(part, sqnorm, first);
+    run(part, kernel, sqnorm, first);
   }
 }
 
@@ -95,9 +89,9 @@ void blas_product(const LinearProblem<float>& problem, const Output& out) {
 template <class S>
 void tiled_product(LinearProblem<S> problem, const Output& out) {
   const int64_t N = problem.samples.N;
-  const int64_t chain = FISHERFAST_PICK_TILES(compute_t<S>, pays(problem, as_rows(problem)), linear_kernel<S>).chain;
+  const auto kernel = kernel_of(problem, {1, N, N, nullptr});
   std::vector<int64_t> offsets;
-  for (int64_t row = 0; row < N; row += chain) offsets.push_back(row);
+  for (int64_t row = 0; row < N; row += kernel.chain) offsets.push_back(row);
   offsets.push_back(N);
   problem.samples = {static_cast<int64_t>(offsets.size()) - 1, 0, N, offsets.data()};
   problem.flush_every = 2;  // a block holds only a few such samples
@@ -106,7 +100,7 @@ void tiled_product(LinearProblem<S> problem, const Output& out) {
   problem.row_weight = std::exchange(problem.weight, nullptr);
   problem.squares = {};
   problem.sums = out;
-  run(problem, {}, 0);
+  run(problem, kernel, {}, 0);
 }
 
 template <class S>
@@ -114,7 +108,7 @@ void product(LinearProblem<S> problem, const Output& out, bool squared) {
   if (!out.sink) return;
   problem.squared = squared;
   if constexpr (std::is_same_v<S, float>)
-    if (!out.sink.is_double && uses_blas() && !pays(problem, as_rows(problem))) return blas_product(problem, out);
+    if (!out.sink.is_double && uses_blas()) return blas_product(problem, out);
   tiled_product(problem, out);
 }
 

@@ -22,7 +22,7 @@ typedef Lanes<float>::Vector Floats;
 // Bits 16 to 31 of the even row, with those of the odd row above them.
 inline Words paired(Words even, Words odd) { return (even >> 16) | (odd & 0xffff0000u); }
 
-// To 8 bits, the nearest ones: what is left over has either sign, so that what the products leave out cancels in sums.
+// To 8 bits, the nearest ones: what is left over has either sign, so that what products leave out cancels in sums.
 inline Words rounded(Floats value) { return ((Words)value + 0x8000u) & 0xffff0000u; }
 
 // A pair of rows of 16 columns, in parts: a row of a tile.
@@ -61,32 +61,11 @@ template <int kCount, bool kTurned, class S>
   }
 }
 
-// Tile registers 0 to 3 hold the cells, two rows of two; 4 and 5 the left operand's halves, 6 and 7 the right one's.
-inline void load_left(const uint16_t* at, int halves) {
-  asm volatile("tileloadd (%0,%1,1), %%tmm4" ::"r"(at), "r"(int64_t{64}) : "memory");
-  if (halves > 1) asm volatile("tileloadd (%0,%1,1), %%tmm5" ::"r"(at + kTileSize), "r"(int64_t{64}) : "memory");
-}
-
-inline void load_right(const uint16_t* at, int halves) {
-  asm volatile("tileloadd (%0,%1,1), %%tmm6" ::"r"(at), "r"(int64_t{64}) : "memory");
-  if (halves > 1) asm volatile("tileloadd (%0,%1,1), %%tmm7" ::"r"(at + kTileSize), "r"(int64_t{64}) : "memory");
-}
-
-inline void multiply_halves(int left_halves, int right_halves) {
-  asm volatile("tdpbf16ps %%tmm6, %%tmm4, %%tmm0" ::: "memory");
-  if (right_halves > 1) asm volatile("tdpbf16ps %%tmm7, %%tmm4, %%tmm1" ::: "memory");
-  if (left_halves == 1) return;
-  asm volatile("tdpbf16ps %%tmm6, %%tmm5, %%tmm2" ::: "memory");
-  if (right_halves > 1) asm volatile("tdpbf16ps %%tmm7, %%tmm5, %%tmm3" ::: "memory");
-}
-
-inline void store_cells(Floats* cells) {
-  constexpr int64_t kStride = kBlockVectors * kVectorBytes;
-  asm volatile("tilestored %%tmm0, (%0,%1,1)" ::"r"(cells), "r"(kStride) : "memory");
-  asm volatile("tilestored %%tmm1, (%0,%1,1)" ::"r"(cells + 1), "r"(kStride) : "memory");
-  asm volatile("tilestored %%tmm2, (%0,%1,1)" ::"r"(cells + 16 * kBlockVectors), "r"(kStride) : "memory");
-  asm volatile("tilestored %%tmm3, (%0,%1,1)" ::"r"(cells + 16 * kBlockVectors + 1), "r"(kStride) : "memory");
-}
+#if defined(FISHERFAST_EMULATED_AMX)
+#include "emulated_tile_registers.h"
+#else
+#include "cpu/tile_registers.h"
+#endif
 
 // A sample's products in a cell block, on their way to the cells: some vectors at a time, while the next ones are being multiplied.
 struct Results {
@@ -99,6 +78,7 @@ struct Results {
   Floats squares[4];
 
   void add(int count) {
+    if (done == kCells) return;
     const int end = std::min(done + count, kCells);
     for (; done < end; ++done) {
       Floats value = c[done];
@@ -111,20 +91,10 @@ struct Results {
       if (to.sums) to.sums[done] += weight * value;
       if (to.squares) to.squares[done] += weight * value * value;
     }
+    if (done == kCells && to.norms && !unfinished) *norm += sum_of_lanes<float>((squares[0] + squares[1]) + (squares[2] + squares[3]));
   }
 
-  void finish() {
-    if (done == kCells) return;
-    add(kCells);
-    if (to.norms && !unfinished) *norm += sum_of_lanes<float>((squares[0] + squares[1]) + (squares[2] + squares[3]));
-  }
-};
-
-// The registers' shapes: eight of 16 rows of 64 bytes. They are this thread's from here until they are released.
-struct alignas(64) TileShapes {
-  uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+  void finish() { add(kCells); }
 };
 
 // Multiplies copies of panels, in parts: of the left operand all, of the right one that at hand.
@@ -140,10 +110,9 @@ struct Multiplier {
   static int64_t size(int64_t left_panels) { return (left_panels + 1) * kSplitSize / 2; }
 
   Multiplier(const G& g, const X& x, float* memory) : g(g), x(x), memory(reinterpret_cast<uint16_t*>(memory)) {
-    const TileShapes shapes;
-    asm volatile("ldtilecfg %0" ::"m"(shapes));
+    take_registers();
   }
-  ~Multiplier() { asm volatile("tilerelease"); }
+  ~Multiplier() { release_registers(); }
   Multiplier(const Multiplier&) = delete;
   Multiplier& operator=(const Multiplier&) = delete;
 
@@ -184,6 +153,7 @@ struct Multiplier {
     for (int s = 0; s < block.count; ++s) {
       const Segment& segment = block.segments[s];
       const int64_t steps = whole_steps(segment.rows) / kStep;
+      if (steps == 0) continue;
       multiply_steps(left, right, halves(g, index), steps);
       results.finish();
       store_cells(results.c);
@@ -204,7 +174,7 @@ struct Multiplier {
     int products = 0;
     for (int i = 0; i < left_parts; ++i) products += std::min(right_parts, kParts - i);
     const int share = static_cast<int>(ceil_div(kCells, steps * products));
-    asm volatile("tilezero %%tmm0\n\ttilezero %%tmm1\n\ttilezero %%tmm2\n\ttilezero %%tmm3" ::: "memory");
+    clear_cells();
     for (int64_t step = 0; step < steps; ++step, left += kStepSize, right += kStepSize)
       for (int i = 0; i < left_parts; ++i) {
         load_left(left + i * 2 * kTileSize, left_halves);
