@@ -154,6 +154,7 @@ def _machine(run: dict, source: str) -> str:
         f"{run['date']}, commit {machine['commit']}{changed} (sha256 of {hashes}); data in `{source}`.\n"
         f"Python {machine['python']}, {versions}.\n"
         f"Float32 multiply-add peak, measured in the same run: {peak:.0f} GFLOP/s.\n"
+        + (f"{run['note']}\n" if "note" in run else "")
     )
 
 

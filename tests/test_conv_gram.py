@@ -170,7 +170,9 @@ SHAPES = [
 @pytest.mark.parametrize("dtype", SHORT, ids=SHORT.get)
 @every_target
 def test_matches_float64(target, dtype, shape):
-    assert_gate(target, [case(target, shape, dtype, weighted=shape.N > 2, bias=shape.N > 2, scale=0.3) for _ in range(target.problems)])
+    assert_gate(
+        target, [case(target, shape, dtype, weighted=shape.N > 2, bias=shape.N > 2, scale=0.3) for _ in range(target.problems)]
+    )
 
 
 @pytest.mark.parametrize("dtype", SHORT, ids=SHORT.get)
