@@ -242,8 +242,11 @@ def test_bands_are_exact(target, bands, stride):
     assert_exact(target, case(target, Geometry(N, C, 0, S, K, steps, each, each), integers=True, weighted=True, bias=True))
 
 
+LAID_OUT = [BASIC, SHAPES[3], SHAPES[8], Geometry(1, 35, 0, (3, 18), (2, 3))]
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("shape", [BASIC, SHAPES[3], SHAPES[8], Geometry(1, 35, 0, (3, 18), (2, 3))], ids=str)
+@pytest.mark.parametrize("shape", LAID_OUT, ids=str)
 @every_target
 def test_noncontiguous(target, layout, shape):
     problem = case(target, shape, integers=True)
@@ -252,8 +255,9 @@ def test_noncontiguous(target, layout, shape):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=SHORT.get)
-@pytest.mark.parametrize("shape", [BASIC, SHAPES[3]], ids=str)
-@every_target
+@pytest.mark.parametrize(
+    ("target", "shape"), [(t, s) for t in TARGETS for s in (LAID_OUT[:2] if t.emulated else LAID_OUT)], ids=str
+)
 def test_noncontiguous_in_16_bits(target, layout, dtype, shape):
     problem = case(target, shape, dtype, integers=True)
     assert_exact(target, replace(problem, x=layout(problem.x)))
