@@ -2,7 +2,7 @@
 // acc[o,i] += scale * sum_n w_n (sum_t g[n,t,o] x[n,t,i])^2, the sample gradients never leaving the L2 cache.
 //
 // Where T = 1 the squares are taken of g and x first, and one matrix product over the samples is left: by our tiles, or by
-// the BLAS where that is faster (cpu/blas.h).
+// the BLAS (cpu/blas.h) where that is faster.
 #include "cpu/linear_sq.h"
 
 #include <type_traits>
@@ -85,11 +85,20 @@ void blas_product(const LinearProblem<float>& problem, const Output& out) {
   }
 }
 
+Samples as_one_sample(const Samples& positions) { return {1, positions.N, positions.N, nullptr}; }
+
+// Matrix registers are faster still; but with few samples most of the work is adding to the result, which it does better.
+bool blas_pays(const LinearProblem<float>& problem) {
+  constexpr int64_t kFewSamples = 128;
+  const bool registers_pay = matrix_registers_pay(as_one_sample(problem.samples), problem.g.width, problem.x.width);
+  return uses_blas() && !(registers_pay && problem.samples.N >= kFewSamples);
+}
+
 // The same by our own tiles: for them, sums over samples of a chain's rows.
 template <class S>
 void tiled_product(LinearProblem<S> problem, const Output& out) {
   const int64_t N = problem.samples.N;
-  const auto kernel = kernel_of(problem, {1, N, N, nullptr});
+  const auto kernel = kernel_of(problem, as_one_sample(problem.samples));
   std::vector<int64_t> offsets;
   for (int64_t row = 0; row < N; row += kernel.chain) offsets.push_back(row);
   offsets.push_back(N);
@@ -108,7 +117,7 @@ void product(LinearProblem<S> problem, const Output& out, bool squared) {
   if (!out.sink) return;
   problem.squared = squared;
   if constexpr (std::is_same_v<S, float>)
-    if (!out.sink.is_double && uses_blas()) return blas_product(problem, out);
+    if (!out.sink.is_double && blas_pays(problem)) return blas_product(problem, out);
   tiled_product(problem, out);
 }
 
