@@ -16,7 +16,7 @@ import sys
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -199,13 +199,20 @@ class Capture(TorchFunctionMode):
                 "collect: a backward pass reached captured layers without stats.backward(); call stats.backward(loss) with "
                 "the vector of per-sample losses instead of loss.backward()"
             )
-        # What the listener computes is not the model's: no mode looks at it, no graph is made of it, no autocast rounds it.
+        with self.aside():
+            self.listener(call, g, saved)
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Where arithmetic is not the model's: no mode looks at it, no graph is made of it, no autocast rounds it."""
+        kind = self.device.type
+        rounds = torch.is_autocast_enabled(kind)
         with (
             torch._C.DisableTorchFunction(),
             torch._C._AutoDispatchBelowAutograd(),
-            torch.autocast(self.device.type, enabled=False),
+            torch.autocast(kind, enabled=False) if rounds else nullcontext(),
         ):
-            self.listener(call, g, saved)
+            yield
 
     # -- the forward pass
 

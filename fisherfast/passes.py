@@ -20,10 +20,11 @@ from torch import Tensor
 from fisherfast.capture import Call, CallUse, Capture, Key, Listener, Tracked, graph
 from fisherfast.layout import PROBED, Finding, Gathered, Kind, Layout, Sightings, Tags
 from fisherfast.rules import Form, Rows, Window, combines, joined
-from fisherfast.rules.decompositions import opened
 
 Group = tuple[str, Window | None]  # a parameter, or a part of it
-_grad = opened(torch.autograd.grad)  # as a function that modes see, it would switch them off for all that happens inside
+# torch.autograd.grad without its looks at the arguments, each of which the capture would be shown. And as a function that modes
+# see, it would switch them off for all that happens inside.
+_run_backward = torch.autograd.graph._engine_run_backward
 
 
 class NonFiniteError(ArithmeticError):
@@ -68,7 +69,7 @@ class Cost:
 class Collector(Protocol):
     """What a Fisher structure does with the rows of a batch. One batch is ``begin``, any adds, ``settle``.
 
-    Backward passes of a batch are told apart by their ``number``, from 0.
+    Backward passes of a batch are told apart by their ``number``, from 0. Adds and ``settle`` are called aside (``Capture.aside``).
     """
 
     @property
@@ -130,13 +131,15 @@ class _Folded:
         """Add one pass."""
         g = g.to(torch.promote_types(g.dtype, torch.float32))
         if self._squares is None:
-            self._squares = torch.zeros_like(g)
-        self._squares.addcmul_(g, g, value=scale)
+            self._squares = g.square().mul_(scale)
+        else:
+            self._squares.addcmul_(g, g, value=scale)
 
     def rows(self) -> Rows:
         """Rows whose squares are those sums."""
         assert self._squares is not None
-        g = self._squares.sqrt_()
+        # Not sqrt(), which on a CPU takes forty times as long where there are zeros: after a ReLU they are half of all.
+        g = self._squares.clamp_min(torch.finfo(self._squares.dtype).tiny).rsqrt_().mul_(self._squares)
         x = self._x
         return self.form.oriented(Rows(x if x is None or not x.is_floating_point() else x.to(g.dtype), g))
 
@@ -219,6 +222,9 @@ class Passes:
             self._backward(root, scaled, listen, keep=True)
         return sightings
 
+    def _tag_all(self, batch: _Batch, cotangent: Tensor, keys: set[Key]) -> dict[Key, Sightings]:
+        return self._tag(batch.root, cotangent, Tags(batch.N, batch.N, self.capture.narrow), keys)
+
     def route_mixed_forms(self, root: Tensor) -> None:
         """Send parameters that are used in forms which do not combine to the fallback."""
         uses: defaultdict[str, list[CallUse]] = defaultdict(list)
@@ -253,8 +259,9 @@ class Passes:
         batch = _Batch(root, groups, self._unlocated(groups, root.shape[0]), count > 1 and not self._separate)
         for number, one in enumerate(passes):
             self._run_one(batch, one, number, keep or number + 1 < count)
-        for group, folded in batch.folded.items():
-            self._hand_over(groups[group][0].tracked, folded.form, folded.rows(), 1.0, 0)
+        with self.capture.aside():
+            for group, folded in batch.folded.items():
+                self._hand_over(groups[group][0].tracked, folded.form, folded.rows(), 1.0, 0)
         return calls
 
     def _unlocated(self, groups: dict[Group, list[CallUse]], N: int) -> set[Key]:
@@ -269,9 +276,8 @@ class Passes:
         visited: defaultdict[Group, int] = defaultdict(int)
         waiting: defaultdict[Group, list[tuple[Form, Rows]]] = defaultdict(list)
         held: defaultdict[Group, list[tuple[CallUse, Rows]]] = defaultdict(list)  # of uses that nothing is known of yet
-        tags = Tags(batch.N, batch.N, self.capture.narrow)
         scattered = batch.unlocated & self.scattered
-        sightings = self._tag(batch.root, one.cotangent, tags, scattered) if scattered else {}
+        sightings = self._tag_all(batch, one.cotangent, scattered) if scattered else {}
 
         def listen(call: Call, g: Tensor | None, saved: tuple[Tensor, ...]) -> None:
             for use in call.uses:
@@ -293,8 +299,7 @@ class Passes:
 
         self._backward(batch.root, one.cotangent, listen, keep or bool(batch.unlocated))
         if held:
-            keys = {use.key for uses in held.values() for use, _ in uses}
-            sightings = self._tag(batch.root, one.cotangent, tags, keys)
+            sightings = self._tag_all(batch, one.cotangent, {use.key for uses in held.values() for use, _ in uses})
         for group, uses in held.items():
             rows = [(use.form, self._gathered(use, r, batch.N, sightings[use.key])) for use, r in uses]
             self._joined(batch, group, waiting[group] + rows, one.scale, number)
@@ -374,8 +379,9 @@ class Passes:
 
     def hand_over_gradients(self, tracked: Tracked, gradients: Tensor, first: int, scale: float, number: int) -> None:
         """Whole sample gradients from a fallback, to the collectors."""
-        for collector in self.collectors:
-            collector.add_gradients(tracked, gradients, first, scale, number)
+        with self.capture.aside():
+            for collector in self.collectors:
+                collector.add_gradients(tracked, gradients, first, scale, number)
 
     def gradients(self, root: Tensor, tracked: list[Tracked], cotangent: Tensor) -> list[Tensor]:
         """Gradients of parameters that autograd differentiates in this graph, by autograd itself. Keeps the graph."""
@@ -393,7 +399,7 @@ class Passes:
         try:
             # Gradient checkpointing runs parts of the forward pass again, and they must be caught again.
             with torch._C._EnableTorchFunction(), self.capture:
-                return _grad(root, inputs, cotangent, retain_graph=keep, allow_unused=True)
+                return _run_backward((root,), (cotangent,), keep, False, tuple(inputs), True, accumulate_grad=False)
         finally:
             self.capture.listener = None
 

@@ -120,7 +120,6 @@ class BlockCollector:
             )
         return parts[window], inner
 
-    @torch.no_grad()
     def add(self, tracked: Tracked, form: Form, rows: Rows, scale: float, number: int) -> None:
         """See ``passes.Collector``."""
         name, form = self._unit(tracked, form)
@@ -139,7 +138,6 @@ class BlockCollector:
             outputs = [use.x if transposed else use.g for use in rows.uses or (rows,)]
             self._counted[name] = sum(tensor.numel() for tensor in outputs if tensor is not None)
 
-    @torch.no_grad()
     def add_gradients(self, tracked: Tracked, gradients: Tensor, first: int, scale: float, number: int) -> None:
         """See ``passes.Collector``."""
         sums = self._sums.get(tracked.name)
@@ -183,7 +181,6 @@ class BlockCollector:
         if name in self._sums:
             self._sums[name].touch(self._samples)
 
-    @torch.no_grad()
     def settle(self, complete: bool) -> list[str]:
         """See ``passes.Collector``."""
         every = [(name, one) for name, sums in self._sums.items() for one in sums.sums]  # each once, also if it is shared

@@ -7,10 +7,9 @@ each op once, for the union of them, and every request builds its result from wh
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -167,20 +166,6 @@ class GradientMoments(FromEngine):
         engine.restore_totals(before.totals, before.squared_weights)
 
 
-_Method = TypeVar("_Method", bound=Callable[..., Any])
-
-
-def _aside(method: _Method) -> _Method:
-    """Arithmetic of our own: it leaves no graph, and the capture that is active around it does not listen."""
-
-    @functools.wraps(method)
-    def call(*args: Any, **options: Any) -> Any:
-        with torch.no_grad(), torch._C.DisableTorchFunction():
-            return method(*args, **options)
-
-    return call  # type: ignore[return-value]
-
-
 class Engine:
     """The sums behind all requests of a run; see ``passes.Collector`` for its protocol.
 
@@ -200,10 +185,8 @@ class Engine:
         keeps = [s.keeps for s in structures]
         self.keeps = "layers" if "layers" in keeps else "whole" if "whole" in keeps else None
         self._transactional, self._device = transactional, capture.device
-        self._flags = torch.zeros(len(parameters), dtype=torch.int32, device=capture.device)
-        self._flag = dict(zip(parameters, self._flags.split(1), strict=True))
         self._measures_spread = any(s.spread for s in structures)
-        self._arrange_layers(parameters)
+        self._arrange(list(parameters))
         self._values: list[Tensor] = []  # [layers or 1, N] of each batch, where they are kept
         self._last: tuple[Tensor, int, Tensor | None] | None = None  # the last batch's sum over draws, draws, weight
         self._lost = False  # a draw came when its batch was no longer the last one: per-sample values are not known
@@ -211,21 +194,24 @@ class Engine:
         self._staged, self._again = False, False
         self._in_parts: set[str] = set()
         self._samples = Samples(0)
-        self._batch_norms: dict[float, tuple[Tensor, ...]] = {}  # of each layer, by the scale of the pass
+        self._batch_norms: dict[float, tuple[Tensor, tuple[Tensor, ...]]] = {}  # by the scale of the pass: [layers, N], its rows
         self._staged_squares: dict[str, Tensor] = {}
         self._staged_totals: dict[str, Tensor] = {}
         self._touched: dict[str, None] = {}
 
-    def _arrange_layers(self, names: Sequence[str] | dict[str, Any]) -> None:
+    def _arrange(self, names: list[str]) -> None:
+        """Give each parameter its flag, and its layer's place in the sums over samples."""
+        self._flags = torch.zeros(len(names), dtype=torch.int32, device=self._device)
+        self._flag = dict(zip(names, self._flags.split(1), strict=True))
         self.layers = tuple(dict.fromkeys(layer_of(name) for name in names))
         self._row = {name: self.layers.index(layer_of(name)) for name in names}
         self._spread = Spread.zeros(self.layers, self._device) if self._measures_spread else None
 
     def forget(self, name: str) -> None:
         """Drop a parameter that the run does not cover."""
-        for sums in (self.squares, self.totals, self.squared_weights, self._flag):
+        for sums in (self.squares, self.totals, self.squared_weights):
             sums.pop(name, None)
-        self._arrange_layers(self._flag)
+        self._arrange([other for other in self._flag if other != name])
 
     # -- what it takes
 
@@ -271,7 +257,6 @@ class Engine:
         self._again = True
         self._lost = self._lost or not follows
 
-    @_aside
     def add(self, tracked: Tracked, form: Form, rows: Rows, scale: float, number: int) -> None:
         """See ``passes.Collector``."""
         if self._samples.padded and form.op == "linear_sq_" and rows.g.shape[-2] > 1:
@@ -289,7 +274,6 @@ class Engine:
         else:
             form.accumulate(self._scratch_like(tracked.parameter), rows, scale, sqnorm=sqnorm, flag=flag)
 
-    @_aside
     def add_gradients(self, tracked: Tracked, gradients: Tensor, first: int, scale: float, number: int) -> None:
         """See ``passes.Collector``. Outside a staged batch every call is a transaction of its own."""
         name, n = tracked.name, len(gradients)
@@ -324,10 +308,9 @@ class Engine:
         """See ``passes.Collector``."""
         self._touched[tracked.name] = None
 
-    @_aside
     def settle(self, complete: bool) -> list[str]:
         """See ``passes.Collector``. Parameters come in the order of the backward pass."""
-        flagged = dict(zip(self._flag, torch.cat(list(self._flag.values())).tolist(), strict=True))
+        flagged = dict(zip(self._flag, self._flags.tolist(), strict=True))
         for name in self._overflowed():
             flagged[name] = 1
             if not self._waits(name):
@@ -361,7 +344,7 @@ class Engine:
         """
         if not (self._batch_norms and self.squares):
             return []
-        norms = torch.stack([torch.stack(of_layers).sum(1) for of_layers in self._batch_norms.values()]).sum(0)
+        norms = torch.stack([of_layers.sum(1) for of_layers, _ in self._batch_norms.values()]).sum(0)
         large = (~(norms < torch.finfo(torch.float32).max)).tolist()
         suspects = [name for name in self._touched if large[self._row[name]]]
         return [name for name in suspects if not self._target(self.squares, self._staged_squares, name).isfinite().all()]
@@ -386,8 +369,8 @@ class Engine:
             return None
         if scale not in self._batch_norms:
             norms = torch.zeros(len(self.layers), self._samples.N, dtype=torch.float64, device=self._device)
-            self._batch_norms[scale] = norms.unbind(0)
-        return self._batch_norms[scale][self._row[name]]
+            self._batch_norms[scale] = (norms, norms.unbind(0))
+        return self._batch_norms[scale][1][self._row[name]]
 
     def _scratch_like(self, parameter: Tensor) -> Tensor:
         """Where an op may write squares that nobody wants; never read."""
@@ -405,8 +388,8 @@ class Engine:
 
     def _count_samples(self) -> None:
         values = torch.zeros(len(self.layers), self._samples.N, dtype=torch.float64, device=self._device)
-        for scale, norms in self._batch_norms.items():
-            values.add_(torch.stack(norms), alpha=scale)
+        for scale, (norms, _) in self._batch_norms.items():
+            values.add_(norms, alpha=scale)
         if not self._again:
             self._commit()
             self._last = (values, 1, self._samples.weight)

@@ -184,7 +184,8 @@ class Run:
             yield
             complete = True
         finally:
-            bad = list(dict.fromkeys(name for collector in self.passes.collectors for name in collector.settle(complete)))
+            with self.capture.aside():
+                bad = list(dict.fromkeys(name for collector in self.passes.collectors for name in collector.settle(complete)))
         if bad:
             raise NonFiniteError(
                 f"batch {self.batches}: gradients must be finite, and so must their squares, got NaN or infinity, first at {bad[0]!r} "

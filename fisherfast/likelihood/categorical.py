@@ -161,12 +161,12 @@ class Categorical:
         for at, exists in predictions.turns():
             p = values[at].softmax(-1, dtype=torch.float64)
             r = p.flip(-1).cumsum(-1).flip(-1)
+            roots = (p[:, :-1] * r[:, 1:] / r[:, :-1]).nan_to_num_(0.0).sqrt_().mul_(exists.unsqueeze(1))
+            shares = roots / r[:, 1:].clamp_min(torch.finfo(p.dtype).tiny)
             for k in range(C - 1):
-                tail = r[:, k + 1, None]
                 column = torch.zeros_like(p)
-                column[:, k + 1 :] = -p[:, k + 1 :] / tail.clamp_min(torch.finfo(p.dtype).tiny)
-                column[:, k] = 1.0
-                column *= (p[:, k, None] * tail / r[:, k, None]).nan_to_num(0.0).sqrt() * exists.unsqueeze(1)
+                torch.mul(p[:, k + 1 :], -shares[:, k, None], out=column[:, k + 1 :])
+                column[:, k] = roots[:, k]
                 cotangent = torch.zeros_like(values)
                 cotangent[at] = column.to(values.dtype)
                 yield cotangent
