@@ -104,6 +104,7 @@ class Call:
 
     index: int
     capture: Capture
+    shape: torch.Size  # of the output
     uses: list[CallUse] = field(default_factory=list)
     counted: bool = False  # whether its samples are in num_samples already: a second backward pass is another draw
 
@@ -121,8 +122,8 @@ class _Tap(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor | None) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors  # once: a checkpointed tensor can be unpacked only once
-        ctx.call.capture.heard(ctx.call, g, saved)  # also of no gradient at all: a visit counts
+        saved, call = ctx.saved_tensors, ctx.call  # once: a checkpointed tensor can be unpacked only once
+        call.capture.heard(call, None if g is None else g.reshape(call.shape), saved)  # also of no gradient at all: a visit counts
         return (g, None, None, *(None for _ in saved))
 
 
@@ -238,9 +239,10 @@ class Capture(TorchFunctionMode):
         if uses is None:
             return self._uncovered(func, args, kwargs, found)
         stand_ins = {id(r.tensor): r.stand_in(r.tracked.differentiated) for r in found}
-        out = func(*_replaced(args, stand_ins), **_replaced(kwargs, stand_ins))
+        args, kwargs = _replaced(args, stand_ins), _replaced(kwargs, stand_ins)
+        out = func(*args, **kwargs)
         gathered = bool(self._gathered) and any(map(self._is_gathered, tree_leaves((args, kwargs))))
-        tapped = self._tapped(out, uses, gathered)
+        tapped = self._tapped(out, uses, gathered, (args, kwargs))
         if gathered:
             self._gathered[id(tapped)] = weakref.ref(tapped)
         return tapped
@@ -311,17 +313,15 @@ class Capture(TorchFunctionMode):
             and all(stride or size == 1 for size, stride in zip(out.shape, out.stride(), strict=True))
         )
 
-    def _tapped(self, out: Tensor, uses: list[Use], gathered: bool) -> Tensor:
+    def _tapped(self, out: Tensor, uses: list[Use], gathered: bool, given: Any) -> Tensor:
         references = [self._references[id(use.parameter)] for use in uses]
         caught = [(use, r) for use, r in zip(uses, references, strict=True) if r.tracked.caught]
         if not caught:
             return out
         if self.num_samples is not None and any(r.tracked.expanding for _, r in caught):
             out = out.expand(self.num_samples, *(out.shape[1:] if out.shape[0] == 1 else out.shape))
-        if out._is_view() or (out.is_leaf and out.requires_grad):
-            out = out.clone()  # a tap writes its output's version; what a view shares memory with stays untouched
         saved: list[Tensor] = []
-        call = Call(next(self._counter), self)
+        call = Call(next(self._counter), self, out.shape)
         for use, reference in caught:
             picks = []
             for tensor in use.inputs:
@@ -332,7 +332,8 @@ class Capture(TorchFunctionMode):
             inputs = tuple(self._seen.setdefault(tensor, len(self._seen)) for tensor in use.inputs)
             call.uses.append(CallUse(reference.tracked, form, tuple(picks), inputs, gathered=gathered))
         self._learn_num_samples(call, out)
-        return _Tap.apply(out, self.anchor, call, *saved)
+        tapped = _Tap.apply(_own(out, given), self.anchor, call, *saved)
+        return tapped if tapped.shape == out.shape else tapped.view(out.shape)
 
     def _learn_num_samples(self, call: Call, out: Tensor) -> None:
         # Around a user's own forward nobody says how many samples the batch has; an earlier layer of known layout does.
@@ -416,6 +417,19 @@ _SUMS = {torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__}
 def _keeps_derivative(func: Any, args: Any, out: Any) -> bool:
     """Whether a function of one parameter changes its dtype, its place in memory, or its values by a constant, only."""
     return isinstance(out, Tensor) and (func in _COPIES or (func in _SUMS and all(isinstance(a, (int, float)) for a in args[1:])))
+
+
+def _own(out: Tensor, given: Any) -> Tensor:
+    """What a tap may write in a function's output's place: itself, or all that it is a view of, or a copy.
+
+    A tap writes its output's version; what a function was given, and a view of it shares memory with, stays untouched.
+    """
+    base = out._base
+    if base is None:
+        return out.clone() if out.is_leaf and out.requires_grad else out
+    whole = base.numel() == out.numel() and base.is_contiguous() and out.is_contiguous()  # as of a linear map of sequences
+    mine = all(base is not leaf and base is not leaf._base for leaf in tree_leaves(given) if isinstance(leaf, Tensor))
+    return base if whole and mine else out.clone()
 
 
 def _eager() -> AbstractContextManager[None]:

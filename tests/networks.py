@@ -116,6 +116,7 @@ def _mlp():
 COVERED = {
     "mlp-inplace-relu": (_mlp, vectors),
     "linear-sequence": (lambda: nn.Sequential(nn.Linear(I, D), nn.GELU(), nn.Linear(D, C, bias=False)), sequences),
+    "sequence-inplace-relu": (lambda: nn.Sequential(nn.Linear(I, D), nn.ReLU(inplace=True), nn.Linear(D, C)), sequences),
     "time-first": (lambda: Wrapped(_time_first, first=nn.Linear(I, D), inner=nn.Linear(D, D), head=nn.Linear(D, C)), sequences),
     "flattened": (lambda: Wrapped(_flattened, first=nn.Linear(I, D), inner=nn.Linear(D, D), head=nn.Linear(D, C)), sequences),
     "flattened-time-first": (lambda: Wrapped(_flattened_time_first, inner=nn.Linear(I, D), head=nn.Linear(D, C)), sequences),

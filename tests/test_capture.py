@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fisherfast as ff
 from fisherfast import fallback
@@ -93,6 +94,35 @@ def test_only_what_asks_for_a_gradient_is_measured(keep):
     result = empirical(model, [(x.double(), y)])
     assert result.names == tuple(expected) and all(n.endswith(keep) for n in result.names)
     assert oracle.error(result.diagonal(dtype=torch.float64), expected) < EXACT
+
+
+class Copies(TorchDispatchMode):
+    """The shapes of the tensors that are copied."""
+
+    def __init__(self):
+        super().__init__()
+        self.shapes = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten.clone.default:
+            self.shapes.append(tuple(args[0].shape))
+        return function(*args, **kwargs or {})
+
+
+def test_outputs_of_linear_maps_of_sequences_are_not_copied():
+    model, (x, y) = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 4)), (torch.randn(2, 7, 3), torch.randint(4, (2, 7)))
+    with ff.collect(model, ff.Diagonal(), fisher_type="empirical") as stats:
+        for _ in range(2):  # the first batch explores
+            with Copies() as copies:
+                stats.backward(per_sample_loss(model, x, y))
+            assert not {(2, 7, 5), (2, 7, 4)} & set(copies.shapes)
+
+
+def test_a_view_of_an_input_is_copied_before_it_is_written():
+    model = networks.Wrapped(lambda m, x: m.head(x + m.table.expand(7, 3)), table=networks.parameter(1, 3), head=nn.Linear(3, 4))
+    before, version = model.table.clone(), model.table._version
+    empirical(model, [(torch.randn(2, 7, 3), torch.randint(4, (2, 7)))])
+    assert torch.equal(model.table, before) and model.table._version == version
 
 
 def test_two_names_of_one_tensor_are_one_parameter():
