@@ -9,41 +9,95 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+_CHUNK = 2**18  # numbers at a time: bounds temporaries, which stay in the caches
+
 
 class Accumulator:
-    """A float64 ``sum`` of any shape and its ``weight``, the number of samples in it; ``mean() = sum / weight``.
+    """A ``sum`` of any shape and its ``weight``, the number of samples in it; ``mean() = sum / weight``.
+
+    The sum is one float64 tensor, or still in the float32 parts in which a run has added it up (``of_parts``): half the memory,
+    the same numbers.
 
     Shapes:   sum any shape, kept contiguous; weight a number.
     Scale:    sum is a sum, never a mean, so pooling adds both.
     Errors:   TypeError if sum is not a floating tensor; ValueError for a weight that is negative or not finite, for sums
               of different shapes, and for the mean of nothing.
     Numerics: float64, so that millions of float32 partial sums lose nothing; exact for integers below 2**53.
-    Source:   the (value, weight) accumulator common to K-FAC implementations; here one float64 pair, without decay.
+    Source:   the (value, weight) accumulator common to K-FAC implementations; here exact, without decay.
     """
 
     def __init__(self, sum: Tensor, weight: float) -> None:
         if not (isinstance(sum, Tensor) and sum.is_floating_point()):
             raise TypeError(f"Accumulator: sum must be a floating tensor, got {getattr(sum, 'dtype', type(sum).__name__)}")
         # A float64 sum is kept, not copied: it is as large as the parameter, twice over.
-        self.sum = sum.detach().to(torch.float64).contiguous()
+        self.parts: tuple[Tensor, ...] = (sum.detach().to(torch.float64).contiguous(),)
         self.weight = _checked_weight(weight)
+
+    @classmethod
+    def of_parts(cls, parts: tuple[Tensor, ...], weight: float) -> Accumulator:
+        """The sum of a float32 tensor and, if there are two, what rounding left out of it. Kept, not copied, and never written."""
+        accumulator = cls.__new__(cls)
+        accumulator.parts, accumulator.weight = parts, weight
+        return accumulator
 
     @classmethod
     def zeros(cls, shape: tuple[int, ...] | torch.Size, device: torch.device | str | None = None) -> Accumulator:
         """An empty accumulator."""
         return cls(torch.zeros(shape, dtype=torch.float64, device=device), 0.0)
 
+    @property
+    def shape(self) -> torch.Size:
+        """Of the sum."""
+        return self.parts[0].shape
+
+    @property
+    def device(self) -> torch.device:
+        """Of the sum."""
+        return self.parts[0].device
+
+    @property
+    def nbytes(self) -> int:
+        """Of what is held."""
+        return sum(part.nbytes for part in self.parts)
+
+    @property
+    def sum(self) -> Tensor:
+        """In float64: the tensor itself if it is that, else a new one."""
+        total = self.parts[0].double()
+        for part in self.parts[1:]:
+            total += part
+        return total
+
+    def nearest(self, dtype: torch.dtype) -> Tensor:
+        """The sum rounded to ``dtype``, to be read only: where that is how it is held, nothing is copied."""
+        return self.parts[0] if dtype == self.parts[0].dtype else self.sum.to(dtype)  # the first part is the rounded sum of both
+
+    def stored(self) -> Tensor:
+        """The sum in the narrowest dtype that has all its digits, to be read only."""
+        return self.parts[0] if len(self.parts) == 1 else self.sum
+
+    def _widened(self) -> Tensor:
+        """The float64 tensor that the sum is in from now on."""
+        self.parts = (self.sum,)
+        return self.parts[0]
+
+    def _chunks(self) -> Iterator[Tensor]:
+        """The sum in float64, flat, some of it at a time, to be read only."""
+        for pieces in zip(*(part.view(-1).split(_CHUNK) for part in self.parts), strict=True):
+            yield Accumulator.of_parts(pieces, 0.0).sum
+
     def fold(self, partial: Tensor, weight: float) -> Accumulator:
         """Add, in place, a partial sum of ``weight`` samples in any floating dtype; returns self."""
-        if partial.shape != self.sum.shape:
-            raise ValueError(f"Accumulator: sums must have one shape, got {tuple(self.sum.shape)} and {tuple(partial.shape)}")
+        if partial.shape != self.shape:
+            raise ValueError(f"Accumulator: sums must have one shape, got {tuple(self.shape)} and {tuple(partial.shape)}")
         weight = _checked_weight(weight)
-        self.sum += partial.detach().to(self.sum.device)
+        self._widened().add_(partial.detach().to(self.device))
         self.weight += weight
         return self
 
@@ -58,11 +112,15 @@ class Accumulator:
 
     def mean(self, dtype: torch.dtype | None = None) -> Tensor:
         """``sum / weight``, divided in float64 and then cast to ``dtype`` (float64 if not given)."""
-        return (self.sum / self.divisor()).to(dtype or torch.float64)
+        divisor = self.divisor()
+        mean = torch.empty(self.shape, dtype=dtype or torch.float64, device=self.device)
+        for out, some in zip(mean.view(-1).split(_CHUNK), self._chunks(), strict=True):
+            out.copy_(some / divisor)
+        return mean
 
     def mean_sum(self) -> float:
         """The sum of the entries of ``mean()``, without that tensor."""
-        return float(self.sum.sum()) / self.divisor()
+        return math.fsum(float(some.sum()) for some in self._chunks()) / self.divisor()
 
     def divisor(self) -> float:
         """``weight``, which must not be zero."""
@@ -72,14 +130,14 @@ class Accumulator:
 
     def all_reduce(self, group: dist.ProcessGroup | None = None) -> Accumulator:
         """Pool the accumulators of all ranks of ``group``, in place on every rank; returns self."""
-        weight = torch.tensor(self.weight, dtype=torch.float64, device=self.sum.device)
-        dist.all_reduce(self.sum, group=group)
+        weight = torch.tensor(self.weight, dtype=torch.float64, device=self.device)
+        dist.all_reduce(self._widened(), group=group)
         dist.all_reduce(weight, group=group)
         self.weight = float(weight)
         return self
 
     def __repr__(self) -> str:
-        return f"Accumulator(shape={tuple(self.sum.shape)}, weight={self.weight:g}, device={str(self.sum.device)!r})"
+        return f"Accumulator(shape={tuple(self.shape)}, weight={self.weight:g}, device={str(self.device)!r})"
 
 
 def _checked_weight(weight: float) -> float:
@@ -96,6 +154,8 @@ class RunningSum:
     float64 models are one float64 tensor and need no folds. Nothing is allocated before the first addition: what a run will
     hold (``nbytes``) is known before it holds it.
 
+    A snapshot is given the tensors themselves, and no longer written: what is added later goes to new ones.
+
     Shapes:   any; contiguous.
     Scale:    a sum; ``weight`` is the number of samples in it.
     Errors:   none of its own.
@@ -104,23 +164,32 @@ class RunningSum:
     """
 
     FOLD_EVERY = 64
-    _CHUNK = 2**20  # numbers per step of a fold: bounds its temporaries
 
     def __init__(self, like: Tensor) -> None:
         self.shape, self.device = like.shape, like.device
         self.dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget everything."""
         self.high: Tensor | None = None
         self.weight = 0.0
         self._additions = 0
+        self._given = False  # whether a snapshot has ``high``
+        self._given_low: Tensor | None = None  # what it has of ``low``
+        self.__dict__.pop("low", None)
 
     @functools.cached_property
     def low(self) -> Tensor:
         """What is added to."""
-        return torch.zeros(self.shape, dtype=self.dtype, device=self.device)
+        if self._given_low is None:
+            return torch.zeros(self.shape, dtype=self.dtype, device=self.device)
+        low, self._given_low = self._given_low.clone(), None
+        return low
 
     @property
     def nbytes(self) -> int:
-        """Of both tensors, or of the snapshot: two float32 are as long as one float64."""
+        """Of both tensors."""
         return 8 * math.prod(self.shape)
 
     def held(self, staged: bool) -> int:
@@ -142,32 +211,33 @@ class RunningSum:
         if self.high is None:
             self.high = self.low
             del self.low  # zeros, once something is added again
-            return
-        for a, b in zip(self.high.view(-1).split(self._CHUNK), self.low.view(-1).split(self._CHUNK), strict=True):
-            total = a + b
-            part = total - a
-            error = (a - (total - part)) + (b - part)
-            a.copy_(total)
-            b.copy_(error)
-
-    def clear(self) -> None:
-        """Forget everything."""
-        self.high, self.weight, self._additions = None, 0.0, 0
-        self.__dict__.pop("low", None)
+        elif "low" in self.__dict__:
+            high = torch.empty_like(self.high) if self._given else self.high
+            for a, b, out in zip(*(t.view(-1).split(_CHUNK) for t in (self.high, self.low, high)), strict=True):
+                total = a + b
+                part = total - a
+                error = (a - (total - part)) + (b - part)
+                out.copy_(total)
+                b.copy_(error)
+            self.high, self._given = high, False
 
     def snapshot(self) -> Accumulator:
-        """The sum so far, in float64, on its own memory."""
+        """The sum so far. Of float32 sums nothing is copied, unless the run goes on."""
         self.fold()
         if self.high is None:
             return Accumulator(self.low.clone(), self.weight)  # float64
-        total = self.high.double()
-        return Accumulator(total.add_(self.low) if "low" in self.__dict__ else total, self.weight)
+        self._given, self._given_low = True, self.__dict__.pop("low", self._given_low)
+        return Accumulator.of_parts((self.high,) if self._given_low is None else (self.high, self._given_low), self.weight)
 
     def restore(self, before: Accumulator) -> None:
         """Start from a snapshot."""
+        self.clear()
         self.weight = before.weight
         if self.dtype == torch.float64:
-            self.low.copy_(before.sum)
+            self.low = before.sum.clone()
+        elif before.parts[0].dtype == torch.float32:
+            self.high, *rest = before.parts
+            self._given, self._given_low = True, rest[0] if rest else None
         else:
             self.high = before.sum.float()
-            self.low.copy_(before.sum - self.high.double())
+            self.low = (before.sum - self.high.double()).float()

@@ -123,7 +123,8 @@ class _Tap(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor | None) -> tuple[Tensor | None, ...]:
         saved, call = ctx.saved_tensors, ctx.call  # once: a checkpointed tensor can be unpacked only once
-        call.capture.heard(call, None if g is None else g.reshape(call.shape), saved)  # also of no gradient at all: a visit counts
+        shaped = None if g is None else g.reshape(call.shape)  # the tap may be on what the output is a view of
+        call.capture.heard(call, shaped, saved)  # also of no gradient at all: a visit counts
         return (g, None, None, *(None for _ in saved))
 
 

@@ -134,11 +134,78 @@ def test_running_sum_continues_from_a_snapshot_bit_by_bit(dtype, additions):
     assert torch.equal(first.snapshot().sum, second.snapshot().sum) and first.weight == second.weight
 
 
-def test_a_short_run_takes_one_tensor_and_a_snapshot_is_a_copy():
+def test_a_short_run_takes_one_tensor_and_a_snapshot_is_that_tensor():
     running = RunningSum(torch.empty(5))
-    running.low.add_(1)
+    low = running.low.add_(1)
     running.counted(1)
     assert running.high is None
     before = running.snapshot()
+    assert before.parts == (low,) and before.nbytes == 20
     running.low.add_(1)
-    assert (before.sum == 1).all()
+    running.counted(1)
+    assert (before.sum == 1).all() and (running.snapshot().sum == 2).all()
+
+
+@given(
+    st.lists(st.sampled_from(["add", "fold", "snapshot", "restore"]), max_size=40),
+    st.sampled_from([torch.float32, torch.float64]),
+)
+def test_snapshots_are_what_the_sum_was_whatever_follows(steps, dtype):
+    """Terms of which some 40 bits are needed, so that both parts are used; every sum of them is exact."""
+    running, exact, taken = RunningSum(torch.empty(3, dtype=dtype)), torch.zeros(3, dtype=torch.float64), []
+    for number, step in enumerate(steps):
+        if step == "add":
+            term = torch.tensor([1.0, 2.0**30, 3.0 * 2**15]) * (number + 1)
+            running.low.add_(term.to(dtype))
+            running.counted(1)
+            exact = exact + term.double()
+            running.fold()  # low alone would round
+        elif step == "fold":
+            running.fold()
+        else:
+            taken.append((running.snapshot(), exact, running.weight))
+            if step == "restore":
+                running = RunningSum(torch.empty(3, dtype=dtype))
+                running.restore(taken[-1][0])
+    taken.append((running.snapshot(), exact, running.weight))
+    for snapshot, then, weight in taken:
+        assert torch.equal(snapshot.sum, then) and snapshot.weight == weight
+        assert torch.equal(snapshot.nearest(torch.float32), then.float())
+
+
+def in_parts():
+    """An accumulator in two parts, and the same in float64."""
+    high, low = torch.tensor([[1.0, 2.0**30, -3.0]]), torch.tensor([[2.0**-30, 1.0, 0.0]])
+    return Accumulator.of_parts((high, low), 4), Accumulator(high.double() + low.double(), 4)
+
+
+def test_parts_are_read_as_one_sum():
+    parts, whole = in_parts()
+    assert_same(parts, whole)
+    assert (parts.shape, parts.device, parts.nbytes) == (whole.shape, whole.device, whole.nbytes)
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        assert torch.equal(parts.mean(dtype), whole.mean(dtype))
+        assert torch.equal(parts.nearest(dtype), whole.sum.to(dtype))
+    assert parts.mean_sum() == whole.mean_sum()
+    assert torch.equal(parts.stored(), whole.sum)
+    one = Accumulator.of_parts(parts.parts[:1], 4)
+    assert one.stored() is parts.parts[0] and torch.equal(one.sum, parts.parts[0].double())
+
+
+def test_pooling_parts_leaves_them_as_they_are():
+    parts, whole = in_parts()
+    before = [part.clone() for part in parts.parts]
+    kept = parts.parts
+    assert_same(parts + parts, whole + whole)
+    assert_same(parts.add(whole), whole + whole)
+    assert all(torch.equal(a, b) for a, b in zip(before, kept, strict=True))
+
+
+def test_means_are_read_chunk_by_chunk(monkeypatch):
+    monkeypatch.setattr("fisherfast.accumulator._CHUNK", 7)
+    entries = torch.rand(5, 11)
+    parts = Accumulator.of_parts((entries,), 3)
+    assert torch.equal(parts.mean(), entries.double() / 3)
+    assert parts.mean_sum() == pytest.approx(float(entries.double().sum()) / 3, rel=1e-15)
+    empty = Accumulator.of_parts((torch.empty(0, 3),), 3)
+    assert empty.mean().shape == (0, 3) and empty.mean_sum() == 0.0

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 import fisherfast as ff
 from fisherfast import cli
-from fisherfast.accumulator import RunningSum
+from fisherfast.accumulator import Accumulator, RunningSum
 from fisherfast.capture import graph
 from fisherfast.fisher import memory
 from fisherfast.fisher.run import Run
@@ -43,9 +43,12 @@ def runs(monkeypatch):
 
 def tensors(thing, found):
     """Floating tensors that sums, blocks and stages are made of, by identity."""
-    if isinstance(thing, RunningSum):
-        thing.fold()  # as long runs do
-        thing.low  # noqa: B018  and go on
+    if isinstance(thing, RunningSum):  # as long ones are
+        if thing.high is None:
+            thing.fold()
+        thing.low  # noqa: B018
+    if isinstance(thing, Accumulator) and thing.parts[0].dtype == torch.float32:
+        thing.parts = (thing.parts[0], thing.parts[-1] if len(thing.parts) > 1 else torch.zeros_like(thing.parts[0]))
     if isinstance(thing, torch.Tensor):
         if thing.is_floating_point():
             found[id(thing)] = thing
@@ -123,9 +126,10 @@ def test_bytes_of_several_requests(runs):
     planned = ff.plan(model, batch, requests)
     assert planned.total_bytes == measured(model, batch, requests, runs)
     assert planned.structure == "Diagonal, GradientMoments, KFAC"
-    # the results: squares twice, totals once, factors once; 8 bytes a number, as the sums
-    engine = 8 * sum(p.numel() for p in model.parameters())
-    assert planned.peak_bytes == 2 * planned.total_bytes + engine
+    assert planned.peak_bytes == planned.total_bytes  # the results are made of the sums
+    # In a file there are squares twice, totals once, factors once; 8 bytes a number, as the sums.
+    engine, written = 8 * sum(p.numel() for p in model.parameters()), ff.plan(model, batch, requests, checkpoint=True)
+    assert written.peak_bytes == written.total_bytes + planned.total_bytes + engine
 
 
 def test_an_output_factor_above_max_factor_dim_is_a_diagonal(runs):
@@ -145,11 +149,12 @@ def test_bytes_with_a_basis_that_is_given(runs):
     model, batch = nn.Linear(60, 4), (torch.randn(7, 60), torch.randint(4, (7,)))
     (basis,) = ff.fisher(model, [batch], (ff.KFAC(keep_rows=True),), progress=False)
     asked = (ff.EKFAC(basis=basis),)
+    found = measured(model, batch, asked, runs)  # makes of the basis what a long run leaves
     planned = ff.plan(model, batch, asked)
-    assert planned.readings == 1 and planned.total_bytes == measured(model, batch, asked, runs)
+    assert planned.readings == 1 and planned.total_bytes == found
 
 
-@pytest.mark.parametrize(("layers", "I", "O"), [(1, 6, 7), (9, 11, 2)], ids=["second pass", "first pass"])
+@pytest.mark.parametrize(("layers", "I", "O"), [(1, 6, 7), (9, 11, 2)])
 def test_the_peak_of_two_passes(layers, I, O):
     heads = nn.ModuleList(nn.Linear(I, O, bias=False) for _ in range(layers))
     heads.forward = lambda x: sum(head(x + k) for k, head in enumerate(heads))
@@ -157,9 +162,9 @@ def test_the_peak_of_two_passes(layers, I, O):
     factors, values = layers * (I * I + O * O), layers * I * O
     few = 4 * layers * sum((D // 3) * D for D in (I, O))  # rows kept as long as they are few; in the end joined in one tensor
     eigh = 4 * 4 * max(I, O) ** 2  # of one factor in float32: the matrix, its eigenvectors, and twice that for LAPACK
-    first = 16 * factors + 2 * few  # sums and result
-    second = (8 + 4) * factors + 16 * values + eigh  # factors, eigenvectors, sums and result
-    assert planned.peak_bytes == max(first, second) and (first > second) == (layers == 9)
+    first = 8 * factors + 2 * few
+    second = (8 + 4) * factors + 8 * values + eigh  # factors, eigenvectors, sums
+    assert planned.peak_bytes == second > first
 
 
 # ---- rows, activations, scratch
@@ -407,7 +412,7 @@ def test_collect_refuses_at_the_first_loss(free, allocated):
     model, loss = nn.Linear(3, 5), nn.CrossEntropyLoss(reduction="none")
     free(100)
     with pytest.raises(
-        MemoryError, match=r"must fit what is free on cpu, 100 B, got 656 B.*of which 656 B for 'weight' and 'bias'"
+        MemoryError, match=r"must fit what is free on cpu, 100 B, got 328 B.*of which 328 B for 'weight' and 'bias'"
     ):
         with ff.collect(model, ff.KFAC()) as stats:
             stats.backward(loss(model(torch.randn(7, 3)), torch.randint(5, (7,))))
@@ -431,7 +436,7 @@ def test_a_large_vocabulary_is_refused_with_the_ways_out(free):
     planned = ff.plan(model, batch, (ff.KFAC(max_factor_dim=2**20),))
     assert not planned.fits and planned.total_bytes == 8 * (131072**2 + 4)
     for part in (
-        "free on cpu, 64.00 GiB, got 256.00 GiB, of which 256.00 GiB for 'head.weight' (B [131072, 131072] (x) A [2, 2])",
+        "free on cpu, 64.00 GiB, got 128.00 GiB, of which 128.00 GiB for 'head.weight' (B [131072, 131072] (x) A [2, 2])",
         "pass max_factor_dim=131071, which keeps B as its diagonal, or freeze 'head.weight' here (requires_grad_(False))",
     ):
         assert part in planned.problem
@@ -443,7 +448,7 @@ def test_a_large_vocabulary_is_refused_with_the_ways_out(free):
 def test_an_input_factor_that_is_too_large_is_refused_in_both():
     model, batch = nn.Linear(20000, 2, bias=False), (torch.randn(2, 20000), torch.randint(2, (2,)))
     for ask in (lambda: ff.plan(model, batch, "kfac"), lambda: ff.fisher(model, [batch], "kfac", progress=False)):
-        with pytest.raises(ValueError, match=r"at most max_factor_dim = 16384, got 20000 x 20000 \(5.96 GiB with the result\)"):
+        with pytest.raises(ValueError, match=r"at most max_factor_dim = 16384, got 20000 x 20000 \(2.98 GiB\)"):
             ask()
 
 
@@ -532,9 +537,9 @@ def test_the_table_and_the_repr_say_it_all():
     model, batch = nn.Linear(3, 5), (torch.randn(7, 3), torch.randint(5, (7,)))
     planned = ff.plan(model, batch, "kfac")
     text = shown(planned)
-    for part in ("weight", "bias", "gram_", "B [5, 5] (x) A [4, 4]", "328 B", "656 B at most with the result", "fits"):
+    for part in ("weight", "bias", "gram_", "B [5, 5] (x) A [4, 4]", "328 B at most with the result", "fits"):
         assert part in text
-    assert repr(planned).startswith("Plan(kfac, 1 row, 328 B of sums; 656 B at most") and "a batch takes 1.1" in repr(planned)
+    assert repr(planned).startswith("Plan(kfac, 1 row, 328 B of sums; 328 B at most") and "a batch takes 1.1" in repr(planned)
 
 
 def command(tmp_path, monkeypatch, name, *options, command="plan"):

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """How large a model may be whose diagonal fits on one device: arithmetic only, tested without a GPU.
 
-A run holds, of every parameter, its weight (frozen: no gradient of it is stored), its sum, two float32 tensors once a run is longer
-than 64 batches, and at the end the result in float64 while the sums are still there.
+A run holds, of every parameter, its weight (frozen: no gradient of it is stored) and its sum, two float32 tensors once a run is longer
+than 64 batches, which the result is made of.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-SUM_BYTES, RESULT_BYTES = 8, 8
+SUM_BYTES = 8
 # Activations of a short batch, logits in float32 above all, and what the driver takes.
 RESERVE_BYTES = 4 * 10**9
 
@@ -42,7 +42,7 @@ LLAMA_8B = Decoder(4096, 32, 8, 14336, 128256)
 
 def bytes_per_parameter(weight: int = 2) -> int:
     """Of a diagonal's run at its peak; ``weight`` bytes of the weight itself."""
-    return weight + SUM_BYTES + RESULT_BYTES
+    return weight + SUM_BYTES
 
 
 def parameters(memory: int, weight: int = 2) -> int:

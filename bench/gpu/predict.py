@@ -113,7 +113,7 @@ def _models() -> str:
         f"- KFAC in bf16 of Llama 3.2 1B's shape, the head's B a diagonal: {kfac_ratio(model_cases.LLAMA_1B, 16, product):.2f} plain steps; "
         f"{kfac_ratio(model_cases.LLAMA_1B, 16, 1.0):.2f} were the products as fast as torch's.\n"
         f"- The largest diagonal: {capacity.bytes_per_parameter()} bytes a parameter at the peak of a long run (2 of the weight in bf16, "
-        f"{capacity.SUM_BYTES} of the sums, {capacity.RESULT_BYTES} of the result in float64; frozen weights have no gradient), "
+        f"{capacity.SUM_BYTES} of the sums, which the result is made of; frozen weights have no gradient), "
         f"{capacity.RESERVE_BYTES / 1e9:.0f} GB kept free: of {MEMORY_BYTES / 1e9:.1f} GB {most / 1e9:.2f} B parameters, so {depth} layers of "
         f"Llama 3 8B's widths, {size / 1e9:.2f} B.\n"
     )

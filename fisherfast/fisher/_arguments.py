@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
+from fisherfast.accumulator import Accumulator
 from fisherfast.fisher.protocol import Damping, Vector, layer_of
 
 _SHOWN = 5
@@ -86,9 +87,10 @@ def check_mean(name: str, mean: Tensor) -> None:
         raise ValueError(f"DiagonalFisher: {name!r} must be >= 0, got {negative} negative entries; a mean of squares has none")
 
 
-def check_distinct(sums: Mapping[str, Tensor]) -> None:
+def check_distinct(sums: Mapping[str, Accumulator]) -> None:
     """Raise ValueError if two names hold one tensor: pooling in place would count it twice."""
     first: dict[int, str] = {}
-    for name, tensor in sums.items():
+    for name, accumulator in sums.items():
+        tensor = accumulator.parts[0]
         if tensor.numel() and (other := first.setdefault(tensor.data_ptr(), name)) != name:
             raise ValueError(f"Fisher: {other!r} and {name!r} hold one tensor; pass it once, with the other name in aliases")

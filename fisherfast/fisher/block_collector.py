@@ -70,7 +70,8 @@ class BlockCollector:
         """What batches of so many backward passes take, once the model is explored."""
         self._plan()
         staged = self._transactional or passes > 1
-        return [sums.holds(staged or name in self._in_parts) for name, sums in self._sums.items()]
+        held = [sums.holds(staged or name in self._in_parts) for name, sums in self._sums.items()]
+        return [one.written() for one in held] if self._transactional else held
 
     def cost(self, tracked: Tracked, form: Form, rows: Rows, number: int) -> Cost:
         """See ``passes.Collector``; a bias that joins its weight takes no more."""

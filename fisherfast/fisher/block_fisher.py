@@ -232,7 +232,7 @@ class BlockFisher(Plotted, Measured, Generic[_Block]):
     @property
     def _device(self) -> torch.device:
         accumulators = [one for block in self.blocks for one in block.accumulators()] + list(self.diagonals.values())
-        return accumulators[0].sum.device
+        return accumulators[0].device
 
     def sample(
         self, n: int, *, damping: Damping = 0.0, generator: torch.Generator | None = None, dtype: torch.dtype = torch.float32
@@ -324,7 +324,7 @@ class BlockFisher(Plotted, Measured, Generic[_Block]):
             "weights": {name: accumulator.weight for name, accumulator in self.diagonals.items()},
             "shapes": {name: list(shape) for name, shape in self.shapes.items()},
         }
-        return tensors | {name: accumulator.sum for name, accumulator in self.diagonals.items()}, fields
+        return tensors | {name: accumulator.stored() for name, accumulator in self.diagonals.items()}, fields
 
     @classmethod
     def from_state(cls, tensors: dict[str, Tensor], fields: dict[str, Any]) -> Self:

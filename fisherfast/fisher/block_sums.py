@@ -155,10 +155,8 @@ class DiagonalSums(GradientSums):
 
     def holds(self, staged: bool) -> Held:
         """See ``BlockSums``."""
-        running = self.squares.running
-        return Held(
-            (self._name,), f"diagonal {list(self._shape)}", running.held(staged), (running.held(staged) + running.nbytes,)
-        )
+        held, result = self.squares.running.held(staged), self.squares.running.nbytes
+        return Held((self._name,), f"diagonal {list(self._shape)}", held, (held,), result=result)
 
     def flops(self, form: Form, rows: Rows, number: int) -> int:
         """See ``BlockSums``."""
@@ -180,13 +178,16 @@ class DiagonalSums(GradientSums):
 
 
 def mirrored(accumulator: Accumulator) -> Accumulator:
-    """The ops add to the upper triangle of matrices ``[..., D, D]`` only; the lower one is copied from it, a band at a time."""
-    matrix = accumulator.sum
-    for start in range(0, matrix.shape[-1], _BAND):
-        band, below = slice(start, start + _BAND), slice(start + _BAND, None)
-        block = matrix[..., band, band]
-        block.copy_(block.triu() + block.triu(1).mT)
-        matrix[..., below, band] = matrix[..., band, below].mT
+    """The ops add to the upper triangle of matrices ``[..., D, D]`` only; the lower one is copied from it, a band at a time.
+
+    In place: a run that goes on with these sums reads no lower triangle.
+    """
+    for matrix in accumulator.parts:
+        for start in range(0, matrix.shape[-1], _BAND):
+            band, below = slice(start, start + _BAND), slice(start + _BAND, None)
+            block = matrix[..., band, band]
+            block.copy_(block.triu() + block.triu(1).mT)
+            matrix[..., below, band] = matrix[..., band, below].mT
     return accumulator
 
 

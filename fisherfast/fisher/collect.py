@@ -42,6 +42,7 @@ class collect:
     are not touched. ``loss_scale`` multiplies the gradients on their way through a float16 model and is taken out of their
     squares; the loss itself is not scaled. A forward pass without a backward pass counts for nothing; several backward passes through one
     forward pass (``retain_graph=True``) are draws: they are averaged, and their samples counted once.
+    ``result()`` may be asked for at any time and is made of the run's own memory; a run that goes on takes as much again.
     """
 
     def __init__(

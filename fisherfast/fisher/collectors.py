@@ -218,15 +218,16 @@ class Engine:
     def holds(self, passes: int) -> list[Held]:
         """What batches of so many backward passes take; values of samples are not counted."""
         staged = self._transactional or passes > 1
-        return [self._held(name, staged or name in self._in_parts) for name in self._flag]
+        held = [self._held(name, staged or name in self._in_parts) for name in self._flag]
+        return [one.written() for one in held] if self._transactional else held
 
     def _held(self, name: str, staged: bool) -> Held:
         sums = [group[name] for group in (self.squares, self.totals) if name in group]
         of_sums = sum(one.held(staged) for one in sums)
-        of_results = sum(copied[name].nbytes for copied in self._copies)
         kinds = [kind for kind, group in (("diagonal", self.squares), ("mean", self.totals)) if name in group]
         what = f"{' and '.join(kinds)} {list(sums[0].shape)}" if sums else "norms"
-        return Held((name,), what, of_sums, (of_sums + of_results,))
+        of_results = sum(copied[name].nbytes for copied in self._copies)
+        return Held((name,), what, of_sums, (of_sums,), result=of_results)
 
     def cost(self, tracked: Tracked, form: Form, rows: Rows, number: int) -> Cost:
         """See ``passes.Collector``."""

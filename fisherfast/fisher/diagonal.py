@@ -49,7 +49,7 @@ class DiagonalFisher(Measured, Plotted):
     Scale:    a mean over ``num_samples`` samples, never a sum, never a squared batch gradient.
     Errors:   ValueError or TypeError, naming the entry, for values that are negative, not finite or not floating, for
               counts that are not positive and for aliases of nothing.
-    Numerics: sums and weights are kept in float64; tensors shaped like parameters come out in float32 unless asked.
+    Numerics: sums have the digits of float64 and weights are that; tensors shaped like parameters come out in float32 unless asked.
     Source:   Amari 1998; as per-sample second moments, Dangel et al. 2020 (arXiv:1912.10985).
     """
 
@@ -94,8 +94,8 @@ class DiagonalFisher(Measured, Plotted):
         self._sums: dict[str, Accumulator] = dict(sums)
         if not self._sums:
             raise ValueError("DiagonalFisher: needs at least one parameter, got none")
-        _arguments.check_distinct({name: accumulator.sum for name, accumulator in self._sums.items()})
-        self.shapes = {name: accumulator.sum.shape for name, accumulator in self._sums.items()}
+        _arguments.check_distinct(self._sums)
+        self.shapes = {name: accumulator.shape for name, accumulator in self._sums.items()}
         samples, batches = operator.index(num_samples), operator.index(batches)
         positions = samples if num_positions is None else operator.index(num_positions)
         if min(samples, positions, batches) < 0:
@@ -127,7 +127,7 @@ class DiagonalFisher(Measured, Plotted):
 
     def diagonal(self, *, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
         """``{name: f}``, shaped like the parameters."""
-        return {name: self._mean(name).to(dtype) for name in self.names}
+        return {name: self._counted(name).mean(dtype) for name in self.names}
 
     def trace(self) -> float:
         """``sum_i f_i``."""
@@ -186,11 +186,11 @@ class DiagonalFisher(Measured, Plotted):
 
     def eigenvalues(self) -> Tensor:
         """All f_i in one float64 tensor, largest first, on the device of the first parameter."""
-        device = self._sums[self.names[0]].sum.device
+        device = self._sums[self.names[0]].device
         return torch.cat([self._mean(name).flatten().to(device) for name in self.names]).sort(descending=True).values
 
     def spectra(self) -> Iterator[Spectrum]:
-        """One block with one factor, the sums themselves, for each parameter: nothing is copied."""
+        """One block with one factor, the sums, for each parameter; in float64, one parameter at a time."""
         for name in self.names:
             counted = self._counted(name)
             yield Spectrum(layer_of(name), (name,), (counted.sum.view(-1),), divisor=counted.weight)
@@ -243,7 +243,7 @@ class DiagonalFisher(Measured, Plotted):
 
         Errors: ValueError on every rank alike, before anything is added, if the ranks measured different things.
         """
-        device = self._sums[self.names[0]].sum.device
+        device = self._sums[self.names[0]].device
         _pooling.check_ranks(self._identity(), group, device)
         for name in sorted(self.names):  # one order of collectives, whatever the order in which a rank met its parameters
             self._sums[name].all_reduce(group)
@@ -262,7 +262,7 @@ class DiagonalFisher(Measured, Plotted):
             "weights": {name: accumulator.weight for name, accumulator in self._sums.items()},
             "spread": None if self.spread is None else self.spread.state(),
         }
-        return {name: accumulator.sum for name, accumulator in self._sums.items()}, fields
+        return {name: accumulator.stored() for name, accumulator in self._sums.items()}, fields
 
     @classmethod
     def from_state(cls, tensors: dict[str, Tensor], fields: dict[str, Any]) -> DiagonalFisher:

@@ -38,8 +38,8 @@ class EigenBlock:
 
     @property
     def _size(self) -> int:
-        A, B = self.kronecker.A.sum, self.kronecker.B.sum
-        return A.shape[0] * A.shape[1] * B.shape[1]
+        A, B = self.kronecker.A.shape, self.kronecker.B.shape
+        return A[0] * A[1] * B[1]
 
     def _into(self, v: Tensor) -> Tensor:
         """A matrix ``[G, O, D]`` in the basis, ``[G, q, r]``."""
@@ -111,13 +111,13 @@ class EigenBlock:
 
     def describe(self) -> str:
         """For the coverage report."""
-        q, r = self.values.sum.shape[1:]
+        q, r = self.values.shape[1:]
         return f"{q} x {r} eigenvalues in the basis of {self.kronecker.describe()}"
 
     def state(self) -> tuple[dict[str, Tensor], list[Any]]:
         """Tensors and plain values."""
         tensors, fields = self.kronecker.state()
-        own = {"U": None if self.kronecker.leader else self.U, "V": self.V, "values": self.values.sum}
+        own = {"U": None if self.kronecker.leader else self.U, "V": self.V, "values": self.values.stored()}
         named = {f"{self.place.name}.{name}": tensor.contiguous() for name, tensor in own.items() if tensor is not None}
         return tensors | named, [*fields, self.values.weight]
 
@@ -143,7 +143,7 @@ def eigenbasis(factor: Tensor, rows: Tensor | None, dtype: torch.dtype) -> Tenso
         return None
     if rows is not None:
         return (_of_span(rows) if dtype == torch.float64 else _of_gram(rows)).unsqueeze(0)
-    largest = factor.diagonal(dim1=1, dim2=2).amax(1).clamp_min(torch.finfo(torch.float64).tiny)
+    largest = factor.diagonal(dim1=1, dim2=2).amax(1).clamp_min(torch.finfo(factor.dtype).tiny)
     scaled = (factor / largest.view(-1, 1, 1)).to(dtype)
     return torch.cat([_eigenvectors(some) for some in scaled.split(_at_a_time(scaled.shape[1], dtype))])
 
@@ -155,11 +155,11 @@ def _at_a_time(D: int, dtype: torch.dtype) -> int:
 def workspace(groups: int, D: int, dtype: torch.dtype) -> int:
     """Bytes that ``eigenbasis`` of a factor ``[groups, D, D]`` takes before it has a result.
 
-    The factor in ``dtype``, and beside it at first the same in float64, then of what is decomposed in one call the eigenvectors and
-    the 2 D^2 numbers that LAPACK's divide and conquer works in.
+    The factor scaled, and beside it at first a copy in ``dtype`` of one that is held in another, then of what is decomposed in one
+    call the eigenvectors and the 2 D^2 numbers that LAPACK's divide and conquer works in.
     """
     together = min(groups, _at_a_time(D, dtype))
-    return (groups * dtype.itemsize + max(8 * groups, 3 * dtype.itemsize * together)) * D * D
+    return (groups + max(groups, 3 * together)) * dtype.itemsize * D * D
 
 
 def _of_span(rows: Tensor) -> Tensor:

@@ -46,8 +46,8 @@ class EigenSums(WeightSums):
         self.place, self.form, self.kronecker, self._leader = of.place, form, of, leader
         self._shape = tuple(weight.shape)
         self._dtype = torch.promote_types(weight.dtype, torch.float32)
-        self._rotates = of.A.sum.dim() == 3, of.B.sum.dim() == 3  # what is diagonal has no basis
-        O, D = of.B.sum.shape[1], of.A.sum.shape[1]
+        self._rotates = len(of.A.shape) == 3, len(of.B.shape) == 3  # what is diagonal has no basis
+        O, D = of.B.shape[1], of.A.shape[1]
         of_A, of_B = of.few_rows
         self._full, self._size = (O, D), (O if of_B is None else len(of_B), D if of_A is None else len(of_A))
         self.values = BatchSum((of.place.groups, *self._stored(*self._size)), weight)
@@ -59,13 +59,13 @@ class EigenSums(WeightSums):
         if self._leader is not None:
             return self._leader.U
         of = self.kronecker
-        return eigenbasis(of.finite(of.A.sum, "input"), of.few_rows[0], self._dtype)
+        return eigenbasis(of.finite(of.A.nearest(self._dtype), "input"), of.few_rows[0], self._dtype)
 
     @functools.cached_property
     def V(self) -> Tensor | None:
         """The eigenvectors of B."""
         of = self.kronecker
-        return eigenbasis(of.finite(of.B.sum, "output"), of.few_rows[1], self._dtype)
+        return eigenbasis(of.finite(of.B.nearest(self._dtype), "output"), of.few_rows[1], self._dtype)
 
     def holds(self, staged: bool) -> Held:
         """See ``BlockSums``; the factors were there before."""
@@ -73,13 +73,13 @@ class EigenSums(WeightSums):
         own = self._leader is None
         of_bases = self.place.groups * (own * self._rotates[0] * D * r + self._rotates[1] * O * q) * self._dtype.itemsize
         of, (rows_a, rows_b) = self.kronecker, self.kronecker.few_rows
-        kept = (of.A.sum, rows_a, of.B.sum, rows_b) if own else (of.B.sum, rows_b)
-        of_factors = sum(tensor.nbytes for tensor in kept if tensor is not None)
+        kept = (of.A, rows_a, of.B, rows_b) if own else (of.B, rows_b)
+        of_factors = sum(one.nbytes for one in kept if one is not None)
         what = f"{q} x {r} eigenvalues, {self.kronecker.describe()}"
         made = values.held(staged) + of_bases
         largest = max(own * self._rotates[0] * D, self._rotates[1] * O, 1)
         scratch = workspace(self.place.groups, largest, self._dtype)
-        return Held(self.place.labels, what, made + of_factors, (made + values.nbytes,), self.form.op, scratch=(scratch,))
+        return Held(self.place.labels, what, made + of_factors, (made,), self.form.op, scratch=(scratch,), result=values.nbytes)
 
     def flops(self, form: Form, rows: Rows, number: int) -> int:
         """See ``BlockSums``: of the cheaper order; the eigenvectors, once in a run, are not counted."""

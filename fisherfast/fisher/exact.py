@@ -91,21 +91,21 @@ class ExactBlock:
 
     def identity(self) -> list[Any]:
         """What must be equal for pooling to mean anything."""
-        return ["exact", *self.moments.sum.shape]
+        return ["exact", *self.moments.shape]
 
     def factored(self, damping: float) -> ExactBlock:
         """The block plus ``damping I``: there is one factor."""
-        unit = torch.eye(len(self.moments.sum), dtype=torch.float64, device=self.moments.sum.device)
+        unit = torch.eye(self.moments.shape[0], dtype=torch.float64, device=self.moments.device)
         return ExactBlock(self.place, Accumulator(self.moments.mean() + damping * unit, 1.0))
 
     def describe(self) -> str:
         """For the coverage report."""
-        return f"exact {list(self.moments.sum.shape)}"
+        return f"exact {list(self.moments.shape)}"
 
     def state(self) -> tuple[dict[str, Tensor], list[Any]]:
         """Tensors and plain values."""
         fields = [*dataclasses.astuple(self.place), self.moments.weight]
-        return {f"{self.place.name}.moments": self.moments.sum}, fields
+        return {f"{self.place.name}.moments": self.moments.stored()}, fields
 
     @classmethod
     def from_state(cls, tensors: Mapping[str, Tensor], fields: list[Any], made: Mapping[str, Any]) -> ExactBlock:

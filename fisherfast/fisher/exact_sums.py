@@ -31,8 +31,8 @@ class ExactSums(GradientSums):
     def holds(self, staged: bool) -> Held:
         """See ``BlockSums``."""
         running = self.moments.running
-        what = f"exact {list(running.shape)}"
-        return Held(self.place.names, what, running.held(staged), (running.held(staged) + running.nbytes,), "gram_")
+        held = running.held(staged)
+        return Held(self.place.names, f"exact {list(running.shape)}", held, (held,), "gram_", result=running.nbytes)
 
     def flops(self, form: Form, rows: Rows, number: int) -> int:
         """See ``BlockSums``; of a symmetric product one half is computed."""

@@ -109,7 +109,7 @@ class KroneckerCollector(BlockCollector):
 def _in_turn(first: Held, second: Held, rows: int) -> Held:
     """Two passes over the data: the second holds the result of the first, and instead of few rows a basis that is larger."""
     (alone,), (more,) = first.peaks, second.peaks
-    peaks, scratch = (alone + rows, alone - first.bytes + more), first.scratch + second.scratch
+    peaks, scratch = (alone + rows, first.result + more), first.scratch + second.scratch
     return dataclasses.replace(second, peaks=peaks, scratch=scratch, smaller=first.smaller)
 
 

@@ -156,7 +156,7 @@ class KroneckerBlock:
 
     def mean_of_A(self, dtype: torch.dtype = torch.float64) -> Tensor:
         """Zero where no input ever came: of an expert that no sample chose, or where every gradient was zero."""
-        return self.A.mean(dtype) if self.A.weight else self.A.sum.to(dtype)
+        return self.A.mean(dtype) if self.A.weight else self.A.nearest(dtype)
 
     def factors(self, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
         """A and B, means."""
@@ -180,7 +180,7 @@ class KroneckerBlock:
 
     def identity(self) -> list[Any]:
         """What must be equal for pooling to mean anything."""
-        return [*self.place.labels, self.place.sharing, self.place.input_of, list(self.A.sum.shape), list(self.B.sum.shape)]
+        return [*self.place.labels, self.place.sharing, self.place.input_of, list(self.A.shape), list(self.B.shape)]
 
     def logdet(self, damping: float) -> tuple[float, int]:
         """``sum log(a_i b_j + damping)`` and how many of these are ``log 0``, which are left out."""
@@ -210,7 +210,7 @@ class KroneckerBlock:
 
     def describe(self) -> str:
         """For the coverage report."""
-        a, b = ("diagonal " * (factor.sum.dim() == 2) + str(list(factor.sum.shape[1:])) for factor in (self.A, self.B))
+        a, b = ("diagonal " * (len(factor.shape) == 2) + str(list(factor.shape[1:])) for factor in (self.A, self.B))
         groups = f" in {self.place.groups} groups" * (self.place.groups > 1)
         shared = "" if self.place.input_of is None else f" of {self.place.input_of}"
         return f"B {b} (x) A {a}" + shared + groups + ", reduced" * (self.place.sharing == "reduce")
@@ -219,8 +219,8 @@ class KroneckerBlock:
         """Tensors and plain values."""
         place = self.place
         fields = [*dataclasses.astuple(place), self.A.weight, self.B.weight]
-        factors = {"B": self.B.sum} if self.leader is not None else {"A": self.A.sum, "B": self.B.sum}
-        return {f"{place.name}.{name}": factor for name, factor in factors.items()}, fields
+        factors = {"B": self.B} if self.leader is not None else {"A": self.A, "B": self.B}
+        return {f"{place.name}.{name}": factor.stored() for name, factor in factors.items()}, fields
 
     @classmethod
     def from_state(cls, tensors: Mapping[str, Tensor], fields: list[Any], made: Mapping[str, KroneckerBlock]) -> KroneckerBlock:
@@ -233,7 +233,7 @@ class KroneckerBlock:
 
 def finite(moments: Tensor, weight: str, what: str) -> Tensor:
     """Second moments that can be decomposed. Errors: ValueError, naming the parameter, if they cannot."""
-    if not bool(moments.sum().isfinite()):
+    if not bool(torch.stack(torch.aminmax(moments)).isfinite().all()):
         raise ValueError(
             f"{weight}: {what} must be finite, got NaN or infinity; the squares of what it is of do not fit float32: measure the model "
             "in float64"

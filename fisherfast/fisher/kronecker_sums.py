@@ -43,7 +43,7 @@ class KroneckerSums(WeightSums):
         if D > max_factor_dim and not counts:
             raise ValueError(
                 f"{place.name}: its input factor must be at most max_factor_dim = {max_factor_dim}, got {D} x {D} "
-                f"({in_words(16 * D * D)} with the result); pass max_factor_dim={D} if there is room for it, or freeze the weight "
+                f"({in_words(8 * D * D)}); pass max_factor_dim={D} if there is room for it, or freeze the weight "
                 "(requires_grad_(False)) and measure its diagonal in a run of its own"
             )
         own = BatchSum((place.groups, D) if counts else (place.groups, D, D), weight)
@@ -84,7 +84,7 @@ class KroneckerSums(WeightSums):
         smaller = f"pass max_factor_dim={O - 1}, which keeps B as its diagonal" if D < O and not self._vector else None
         A, B = (Accumulator.zeros(one.running.shape, "meta") for one in self._factors)
         what = KroneckerBlock(self.place, A, B).describe()
-        return Held(self.place.labels, what, of_sums, (of_sums + of_result,), self.place.op, smaller)
+        return Held(self.place.labels, what, of_sums, (of_sums,), self.place.op, smaller, result=of_result)
 
     def flops(self, form: Form, rows: Rows, number: int) -> int:
         """See ``BlockSums``; of a symmetric product one half is computed."""
@@ -258,7 +258,7 @@ def inputs_of(form: Form, rows: Rows) -> Tensor:
 
 def _factor(one: BatchSum) -> Accumulator:
     factor = one.running.snapshot()
-    return factor if factor.sum.dim() == 2 else mirrored(factor)
+    return factor if len(factor.shape) == 2 else mirrored(factor)
 
 
 def _few(one: BatchSum) -> Tensor | None:

@@ -7,7 +7,7 @@ import os
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
 
@@ -22,9 +22,10 @@ _MEMINFO = Path("/proc/meminfo")
 class Held:
     """What a collector keeps for the parameters ``names``, or parts of them, which have their sums in common.
 
-    ``holds``: what it is, in words. ``bytes``: of the sums at the end of a run. ``peaks``: of what is allocated, the result
-    included, at the end of each pass over the data. ``way``: the op, where it is not that of the squares. ``smaller``: how
+    ``holds``: what it is, in words. ``bytes``: of the sums at the end of a run; the result is made of the same memory. ``peaks``: of
+    what is allocated at the end of each pass over the data. ``way``: the op, where it is not that of the squares. ``smaller``: how
     to hold less, where there is a way of its own. ``scratch``: of what each pass needs beside that for a moment, one block at a time.
+    ``result``: of the sums that are part of the result.
     """
 
     names: tuple[str, ...]
@@ -34,6 +35,11 @@ class Held:
     way: str | None = None
     smaller: str | None = None
     scratch: tuple[int, ...] = (0,)
+    result: int = 0
+
+    def written(self) -> Held:
+        """The same with a file of the result, for which long sums are made float64, on memory of their own."""
+        return replace(self, peaks=tuple(size + self.result for size in self.peaks))
 
 
 def peak(held: Sequence[Held]) -> int:

@@ -51,7 +51,7 @@ class SampleMoments(Measured):
         counts: Counts,
     ) -> None:
         self.totals, self.squares, self.squared_weights = dict(totals), dict(squares), dict(squared_weights)
-        self.shapes, self._counts = {name: total.sum.shape for name, total in self.totals.items()}, counts
+        self.shapes, self._counts = {name: total.shape for name, total in self.totals.items()}, counts
 
     def mean(self, *, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
         """``{name: mean sample gradient}``."""
@@ -108,7 +108,7 @@ class SampleMoments(Measured):
         Errors: ValueError on every rank alike, before anything is added, if the ranks measured different things.
         """
         names = sorted(self.names)
-        device = self.totals[names[0]].sum.device
+        device = self.totals[names[0]].device
         _pooling.check_ranks(self._identity(), group, device)
         for name in names:
             self.totals[name].all_reduce(group)
@@ -125,8 +125,8 @@ class SampleMoments(Measured):
 
     def state(self) -> serialize.State:
         """See ``serialize.Storable``."""
-        tensors = {f"total.{name}": total.sum for name, total in self.totals.items()}
-        tensors |= {f"square.{name}": square.sum for name, square in self.squares.items()}
+        tensors = {f"total.{name}": total.stored() for name, total in self.totals.items()}
+        tensors |= {f"square.{name}": square.stored() for name, square in self.squares.items()}
         weights = {name: [self.totals[name].weight, self.squared_weights[name]] for name in self.names}
         return tensors, {**self._counts.state(), "weights": weights}
 

@@ -64,7 +64,7 @@ class Spectrum:
     Shapes:   factors 1-D float64, ``(f,)`` of a diagonal, ``(b, a)`` of a Kronecker block ``B (x) A``; the block has
               ``prod(len(factor)) + zeros`` eigenvalues, which is ``num_parameters``. ``parameters`` are those that it is over: a
               packed one is in the spectra of all its parts.
-    Scale:    a diagonal's f are its sums themselves, not copies, and ``divisor`` the samples in them: read factors only.
+    Scale:    a diagonal's f are its sums, and ``divisor`` the samples in them: read factors only.
     """
 
     layer: str
