@@ -261,7 +261,7 @@ class BlockFisher(Plotted, Measured, Generic[_Block]):
         for name in self.names:
             if name in self.diagonals:
                 sums = self.diagonals[name]
-                yield Spectrum(layer_of(name), (name,), (sums.sum.view(-1),), divisor=sums.divisor())
+                yield Spectrum(layer_of(name), (name,), (sums.stored().view(-1),), divisor=sums.divisor())
             for block in blocks[name]:
                 yield Spectrum(layer_of(name), block.place.names, *block.spectrum())
 

@@ -158,7 +158,7 @@ class DiagonalFisher(Measured, Plotted):
         dampings = _arguments.damping_by_name("logdet", damping, self.names)
         sums = []
         for name, spectrum in zip(self.names, self.spectra(), strict=True):
-            both = spectrum.factors[0].new_zeros(2)
+            both = torch.zeros(2, dtype=torch.float64, device=spectrum.factors[0].device)
             for values in spectrum.chunks(_CHUNK):
                 damped = values.add_(dampings[name])
                 both += torch.stack([damped.log().sum(), (damped == 0).sum()])
@@ -190,10 +190,10 @@ class DiagonalFisher(Measured, Plotted):
         return torch.cat([self._mean(name).flatten().to(device) for name in self.names]).sort(descending=True).values
 
     def spectra(self) -> Iterator[Spectrum]:
-        """One block with one factor, the sums, for each parameter; in float64, one parameter at a time."""
+        """One block with one factor, the sums, for each parameter."""
         for name in self.names:
             counted = self._counted(name)
-            yield Spectrum(layer_of(name), (name,), (counted.sum.view(-1),), divisor=counted.weight)
+            yield Spectrum(layer_of(name), (name,), (counted.stored().view(-1),), divisor=counted.weight)
 
     def sample(
         self, n: int, *, damping: Damping = 0.0, generator: torch.Generator | None = None, dtype: torch.dtype = torch.float32

@@ -64,7 +64,8 @@ class Spectrum:
     Shapes:   factors 1-D float64, ``(f,)`` of a diagonal, ``(b, a)`` of a Kronecker block ``B (x) A``; the block has
               ``prod(len(factor)) + zeros`` eigenvalues, which is ``num_parameters``. ``parameters`` are those that it is over: a
               packed one is in the spectra of all its parts.
-    Scale:    a diagonal's f are its sums, and ``divisor`` the samples in them: read factors only.
+    Scale:    a diagonal's f are its sums, and ``divisor`` the samples in them: read factors only. Of a short run they are in float32,
+              which has all their digits; what is made of them is float64.
     """
 
     layer: str
@@ -81,7 +82,7 @@ class Spectrum:
     def eigenvalues(self) -> Tensor:
         """All of them, in one flat tensor."""
         first, *others = self.factors
-        values = first
+        values = first.double()
         for factor in others:
             values = torch.outer(values, factor).flatten()
         return torch.cat([values / self.divisor, values.new_zeros(self.zeros)])
@@ -89,11 +90,11 @@ class Spectrum:
     def chunks(self, size: int) -> Iterator[Tensor]:
         """All but ``zeros``, about ``size`` at a time."""
         first, *others = self.factors
-        rest = first.new_ones(1)
+        rest = first.new_ones(1, dtype=torch.float64)
         for factor in others:
             rest = torch.outer(rest, factor).flatten()
         for part in first.split(max(1, size // max(1, rest.numel()))):
-            yield torch.outer(part, rest).flatten().div_(self.divisor)
+            yield torch.outer(part.double(), rest).flatten().div_(self.divisor)
 
 
 @runtime_checkable
