@@ -7,6 +7,7 @@ On a processor with AMX the library itself is tested, on others the same sources
 import re
 import shutil
 import subprocess
+from itertools import pairwise
 
 import fisherfast._C
 import pytest
@@ -148,23 +149,52 @@ def test_gram_of_samples_that_do_not_follow_each_other(ops):
     assert_gate(acc.triu(), (rows.T @ rows).triu(), (rows.double().T @ rows.double()).triu())
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(
-    ("N", "C", "O", "S", "groups"), [(3, 35, 131, (7, 9), 1), (2, 48, 280, (8, 8), 2), (40, 24, 110, (5, 5), 1)]
-)
-def test_conv_sq_matches_float64(ops, dtype, N, C, O, S, groups):
-    x, g = torch.randn(N, C, *S).to(dtype), torch.randn(N, O, *S).to(dtype)
-    patches = torch.nn.functional.unfold(x.double(), 3, padding=1).unflatten(1, (groups, C // groups, 9))
-    rows = g.double().flatten(2).unflatten(1, (groups, O // groups))
-    shape = (N, O, C // groups, 3, 3)
-    plain, exact = (
-        torch.einsum("ngop,ngckp->ngock", rows.to(d), patches.to(d)).reshape(shape) for d in (torch.float32, torch.float64)
-    )
-    acc, total, sqnorm = torch.zeros(shape[1:]), torch.zeros(shape[1:]), torch.zeros(N)
-    ops.conv_sq_(acc, x, g, 1.0, total=total, sqnorm=sqnorm, padding=[1, 1], groups=groups)
+def assert_conv(ops, x, g, groups, padding, stride, offsets=None):
+    """acc, total and sqnorm of ``conv_sq_`` with a kernel of 3 x 3 against float64."""
+    bounds = range(len(x) + 1) if offsets is None else offsets.tolist()
+    (N, C), O, options = x.shape[:2], g.shape[1], {"padding": padding, "stride": stride}
+    patches = torch.nn.functional.unfold(x.double(), 3, **options).view(N, groups, C // groups, 9, -1)
+    rows = g.double().reshape(N, groups, O // groups, -1)
+
+    def gradients(dtype):
+        of_samples = [(rows[a:b].to(dtype), patches[a:b].to(dtype)) for a, b in pairwise(bounds)]
+        return torch.stack([torch.einsum("ngop,ngckp->gock", *one).reshape(O, C // groups, 3, 3) for one in of_samples])
+
+    plain, exact = gradients(torch.float32), gradients(torch.float64)
+    acc, total, sqnorm = torch.zeros(exact.shape[1:]), torch.zeros(exact.shape[1:]), torch.zeros(len(exact))
+    ops.conv_sq_(acc, x, g, 1.0, offsets=offsets, total=total, sqnorm=sqnorm, groups=groups, **options)
     assert_gate(acc, plain.square().sum(0), exact.square().sum(0))
     assert_gate(total, plain.sum(0), exact.sum(0))
     assert_gate(sqnorm, plain.square().sum((1, 2, 3, 4)), exact.square().sum((1, 2, 3, 4)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("N", "C", "O", "S", "groups", "stride"),
+    [
+        (3, 35, 131, (7, 9), 1, 1),
+        (2, 48, 280, (8, 8), 2, 1),  # channels that are not whole vectors
+        (40, 24, 110, (5, 5), 1, 1),
+        (3, 48, 131, (7, 10), 1, 1),  # images of pairs: a last panel of one vector
+        (2, 64, 270, (8, 8), 2, 1),
+        (37, 32, 110, (4, 8), 1, 1),  # several samples in a block
+        (2, 32, 133, (16, 16), 1, 2),  # pairs of pixels that are not neighbours
+        (2, 16, 250, (30, 20), 1, 1),  # a sample in parts
+    ],
+)
+def test_conv_sq_matches_float64(ops, dtype, N, C, O, S, groups, stride):
+    x = torch.randn(N, C, *S).to(dtype)
+    g = torch.randn(N, O, *((size - 1) // stride + 1 for size in S)).to(dtype)
+    assert_conv(ops, x, g, groups, [1, 1], [stride, stride])
+    channels_last = torch.channels_last
+    assert_conv(ops, x.to(memory_format=channels_last), g.to(memory_format=channels_last), groups, [1, 1], [stride, stride])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_conv_sq_of_several_images_a_sample(ops, dtype):
+    offsets = torch.tensor([0, 3, 3, 4, 9])
+    x, g = torch.randn(9, 32, 6, 8).to(dtype), torch.randn(9, 120, 4, 6).to(dtype)
+    assert_conv(ops, x, g, 1, [0, 0], [1, 1], offsets)
 
 
 def test_sums_depend_neither_on_threads_nor_on_the_run(ops):

@@ -31,12 +31,12 @@ struct Columns {
   std::vector<int64_t> places;  // in a row of the accumulator
 
   // Blocks of at least a vector of channels, or of all where there are fewer: a block of one kernel offset is one run.
-  Columns(const std::vector<int64_t>& offsets, int64_t channels, int64_t pixel_stride, int64_t lanes) {
+  Columns(const std::vector<int64_t>& offsets, int64_t channels, int64_t pixel_stride, int64_t vector_stride, int64_t lanes) {
     const int64_t blocks = std::max<int64_t>(1, channels / lanes), K = static_cast<int64_t>(offsets.size());
     for (int64_t block = 0; block < blocks; ++block)
       for (int64_t k = 0; k < K; ++k)
         for (int64_t c = block * channels / blocks; c < (block + 1) * channels / blocks; ++c) {
-          from.push_back(offsets[k] * pixel_stride + c);
+          from.push_back(offsets[k] * pixel_stride + c / lanes * vector_stride + c % lanes);
           places.push_back(c * K + k);
         }
   }
@@ -90,23 +90,29 @@ void run(const ConvCall& call) {
   const std::vector<Pixel> x_pixels = pixels_of(x, geometry.input, geometry.padding, geometry.frame);
   const std::vector<Pixel> g_pixels = pixels_of(g, geometry.positions, {}, geometry.positions);
   const std::vector<int64_t> x_holes = holes_of(x_pixels, geometry.frame), none;
-  std::vector<int64_t> positions = geometry.position_pixels();
-  for (int64_t& position : positions) position *= C;
-
   ConvProblem<R> problem{};
   problem.squares = {call.acc, call.scale};
   problem.sums = {call.total, 1.0};
-  problem.frame = product(geometry.frame) * C;
-  problem.positions = positions.data();
   problem.P = P;
   problem.channels = C / groups;
   problem.outputs = O / groups;
   problem.parts = bfloat16_parts<S>;
   problem.columns = problem.channels * product(geometry.kernel);
-  // In three parts, unfolded patches cost more to split than their products save.
+  // In three parts they gain a sixth at best, where many channels share what is unfolded, and lose as much where others use them too.
   const bool pays = problem.parts < 3 && matrix_registers_pay({samples.N, 0, M * P, nullptr}, problem.outputs, problem.columns);
   const auto kernel = FISHERFAST_PICK_TILES(R, pays, conv_kernel<S>);
-  const Columns columns(geometry.offset_pixels(), problem.channels, C, kernel.lanes);
+  const int64_t pixels = product(geometry.frame);
+  std::vector<int64_t> positions = geometry.position_pixels();
+  // Images are split before they are unfolded, where they are whole pairs of positions and vectors of channels.
+  const bool pairs = pays && geometry.positions[2] % 2 == 0 && problem.channels % kernel.lanes == 0;
+  problem.pair = pairs ? positions[1] - positions[0] : 0;
+  problem.part = pixels * C;
+  problem.frame = (problem.pair ? problem.parts : 1) * problem.part;
+  problem.group = problem.pair ? pixels * problem.channels : problem.channels;
+  const int64_t pixel_stride = problem.pair ? kernel.lanes : C, vector_stride = problem.pair ? pixels * kernel.lanes : kernel.lanes;
+  for (int64_t& position : positions) position *= pixel_stride;
+  problem.positions = positions.data();
+  const Columns columns(geometry.offset_pixels(), problem.channels, pixel_stride, vector_stride, kernel.lanes);
   problem.longest = samples.longest() * P;
 
   const int64_t panels = ceil_div(problem.outputs, kernel.block_rows), x_units = ceil_div(C, kernel.lanes);
@@ -137,12 +143,13 @@ void run(const ConvCall& call) {
     for_images(begin, end, x_units + groups * panels, problem.frame + g_size, [&](int64_t image, int64_t unit) {
       if (unit < x_units) {
         const int64_t channel = unit * kernel.lanes, count = std::min(kernel.lanes, C - channel);
-        return kernel.bring_x(x_images, image, channel, count, frames + (image - begin) * problem.frame + channel, C);
+        R* out = frames + (image - begin) * problem.frame + unit * vector_stride;
+        return kernel.bring_x(problem, x_images, image, channel, count, out, pixel_stride);
       }
       unit -= x_units;
       const int64_t channel = unit % panels * kernel.block_rows, count = std::min(kernel.block_rows, problem.outputs - channel);
       R* out = rows + (unit * problem.rows + (image - begin) * P) * kernel.block_rows;
-      kernel.bring_g(g_images, image, unit / panels * problem.outputs + channel, count, out, kernel.block_rows);
+      kernel.bring_g(problem, g_images, image, unit / panels * problem.outputs + channel, count, out, kernel.block_rows);
     });
     problem.samples = {last - first, P, (end - begin) * P, nullptr};
     if (samples.offsets) {

@@ -24,8 +24,10 @@ template <class R>
 struct ConvProblem : Tiles {
   const R* g;                  // of the images at hand, [panel of channels, row, channel]: the panels of every group
   int64_t rows;                // in g, from one panel to the next
-  const R* x;                  // their frames, [image, pixel, C]
-  int64_t frame;               // elements of a frame
+  const R* x;                  // their frames, [image, pixel, C]; of pairs [image, part, vector of channels, pixel, channel]
+  int64_t frame, group;        // elements of a frame; from the first channel of a group to that of the next one
+  int64_t part;                // elements of one of its parts
+  int64_t pair = 0;            // if frames hold pairs, those of a pixel and the one so many pixels further, else 0
   const int64_t* positions;    // [P]: where in a frame the patch of a position starts
   int64_t P, channels, columns;  // positions; per group, input channels and columns
   int64_t outputs;             // channels of g per group
@@ -38,7 +40,8 @@ struct ConvProblem : Tiles {
 // The code for the instruction set in use: of a tile, and of how channels of an image are brought, for x and for a panel of g.
 template <class S>
 struct ConvKernel : TileKernel<ConvProblem<compute_t<S>>> {
-  using Bring = void (*)(const Images<S>&, int64_t n, int64_t first, int64_t count, compute_t<S>* out, int64_t pixel_stride);
+  using Bring = void (*)(const ConvProblem<compute_t<S>>&, const Images<S>&, int64_t n, int64_t first, int64_t count,
+                         compute_t<S>* out, int64_t pixel_stride);
   Bring bring_x, bring_g;
 };
 

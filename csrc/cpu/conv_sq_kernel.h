@@ -76,6 +76,45 @@ struct Patches {
   }
 };
 
+#if defined(FISHERFAST_AMX)
+// A panel from frames of pairs: nothing is left to do but to copy them to their places in the tiles.
+template <int kCount, int kHalves>
+[[gnu::noinline]] void copy_pairs(const Patches<float>& x, const Block& block, const Move* moves, uint16_t* out) {
+  const ConvProblem<float>& problem = x.problem;
+  const int64_t part = problem.part / Lanes<float>::count;
+  for (int s = 0; s < block.count; ++s) {
+    const Segment& segment = block.segments[s];
+    const int64_t row = problem.samples.begin(segment.n) + segment.t;
+    int64_t p = row % problem.P;
+    const float* image = x.x + row / problem.P * problem.frame;
+    for (int64_t t = 0; t < segment.rows; t += kStep, out += kStepSize) {
+      auto* tiles = reinterpret_cast<Floats*>(out);
+      for (int64_t pair = 0; pair < 16; ++pair, ++tiles) {
+        const bool exists = t + 2 * pair < segment.rows;
+        const float* in = image + problem.positions[p];
+        for (int half = 0; half < kHalves; ++half) {
+          const auto* words = reinterpret_cast<const Floats*>(in + moves[half].from);
+          for (int i = 0; i < kCount; ++i) tiles[(2 * i + half) * 16] = exists ? words[i * part] : Floats{};
+        }
+        if (exists && (p += 2) == problem.P) image += problem.frame, p = 0;
+      }
+    }
+  }
+}
+
+// Its tiles, if frames hold pairs.
+inline bool bring_parts(const Patches<float>& x, const Block& block, int64_t panel, int halves, uint16_t* out) {
+  if (!x.problem.pair) return false;
+  const Move* moves = x.problem.moves + x.problem.first_move[x.begin / x.kColumns + panel];
+  if (x.parts() == 1) {
+    (halves == 2 ? copy_pairs<1, 2> : copy_pairs<1, 1>)(x, block, moves, out);
+  } else {
+    (halves == 2 ? copy_pairs<2, 2> : copy_pairs<2, 1>)(x, block, moves, out);
+  }
+  return true;
+}
+#endif
+
 // A tile of an accumulator whose columns are in an order of its own: rows of cells are put in its order one by one.
 struct OrderedPlace {
   int64_t first, stride;  // of the accumulator's rows
@@ -136,14 +175,15 @@ void conv_tile(const ConvProblem<R>& problem, int64_t index) {
   const GradientPanels<R> g{problem, problem.g + panel * problem.rows * kBlockRows,
                             std::min(tiling.rows, problem.outputs - channel)};
   const int64_t end = std::min(column + tiling.columns, problem.columns);
-  const Patches<R> x{problem, problem.x + group * problem.channels, column, end};
+  const Patches<R> x{problem, problem.x + group * problem.group, column, end};
   const OrderedPlace place{o * problem.columns, problem.columns, problem.places + column, problem.places + end};
   Tile<R, GradientPanels<R>, Patches<R>, OrderedPlace>{problem, g, x, place}.run(index);
 }
 
 // Channels [first, first + count) of image n, of which there are at most a vector.
 template <class S>
-void bring_vector(const Images<S>& images, int64_t n, int64_t first, int64_t count, compute_t<S>* out, int64_t pixel_stride) {
+void bring_vector(const ConvProblem<compute_t<S>>&, const Images<S>& images, int64_t n, int64_t first, int64_t count,
+                  compute_t<S>* out, int64_t pixel_stride) {
   const S* in = images.data + n * images.stride_n + first * images.stride_c;
   const int channels = static_cast<int>(count);
   ChannelBlock<S, Lanes<compute_t<S>>::count>{images, in, out, pixel_stride, channels, channels}.bring();
@@ -151,7 +191,8 @@ void bring_vector(const Images<S>& images, int64_t n, int64_t first, int64_t cou
 
 // The same for as many channels as a panel of g has, or fewer: the others are zero.
 template <class S>
-void bring_panel(const Images<S>& images, int64_t n, int64_t first, int64_t count, compute_t<S>* out, int64_t) {
+void bring_panel(const ConvProblem<compute_t<S>>&, const Images<S>& images, int64_t n, int64_t first, int64_t count,
+                 compute_t<S>* out, int64_t) {
   constexpr int kWidth = kBlockRows < Lanes<compute_t<S>>::count ? kBlockRows : Lanes<compute_t<S>>::count;
   for (int start = 0; start < kBlockRows; start += kWidth) {
     const S* in = images.data + n * images.stride_n + (first + start) * images.stride_c;
@@ -161,8 +202,30 @@ void bring_panel(const Images<S>& images, int64_t n, int64_t first, int64_t coun
   }
 }
 
+#if defined(FISHERFAST_AMX)
+// A vector of channels as words of the pair of a pixel and the one that the next position looks at, which a row of a tile consists
+// of: what nine offsets of a kernel look at is split once.
+template <class S>
+void bring_pairs(const ConvProblem<float>& problem, const Images<S>& images, int64_t n, int64_t first, int64_t count, float* out,
+                 int64_t pixel_stride) {
+  if (!problem.pair) return bring_vector<S>(problem, images, n, first, count, out, pixel_stride);
+  constexpr int64_t kLanes = Lanes<float>::count;
+  const int64_t pixels = problem.part / images.channels, part = problem.part / kLanes;
+  auto* alone = static_cast<Floats*>(scratch((pixels + problem.pair) * sizeof(Floats)));
+  bring_vector<S>(problem, images, n, first, count, reinterpret_cast<float*>(alone), kLanes);
+  std::memset(static_cast<void*>(alone + pixels), 0, problem.pair * sizeof(Floats));
+  auto* words = reinterpret_cast<Floats*>(out);
+  for (int64_t p = 0; p < pixels; ++p) split_pair<bfloat16_parts<S>>(alone[p], alone[p + problem.pair], words + p, part);
+}
+#endif
+
 template <class S>
 ConvKernel<S> conv_kernel() {
   using R = compute_t<S>;
-  return {{kBlockRows, Lanes<R>::columns, Lanes<R>::count, kChain, &conv_tile<R>}, &bring_vector<S>, &bring_panel<S>};
+#if defined(FISHERFAST_AMX)
+  constexpr auto bring_x = bring_pairs<S>;
+#else
+  constexpr auto bring_x = bring_vector<S>;
+#endif
+  return {{kBlockRows, Lanes<R>::columns, Lanes<R>::count, kChain, &conv_tile<R>}, bring_x, &bring_panel<S>};
 }

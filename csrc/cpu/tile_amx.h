@@ -25,14 +25,13 @@ inline Words paired(Words even, Words odd) { return (even >> 16) | (odd & 0xffff
 // To 8 bits, the nearest ones: what is left over has either sign, so that what products leave out cancels in sums.
 inline Words rounded(Floats value) { return ((Words)value + 0x8000u) & 0xffff0000u; }
 
-// A pair of rows of 16 columns, in parts: a row of a tile.
+// A pair of rows of 16 columns, in parts so many vectors apart: a row of a tile.
 template <int kCount>
-void split_pair(Floats even, Floats odd, Floats* tile) {
-  constexpr int64_t kPart = 2 * kTileSize / 32;  // vectors from part to part
+void split_pair(Floats even, Floats odd, Floats* out, int64_t stride) {
 #pragma GCC unroll 3
   for (int part = 0; part < kCount; ++part) {
     const Words high_even = rounded(even), high_odd = rounded(odd);
-    tile[part * kPart] = (Floats)paired(high_even, high_odd);
+    out[part * stride] = (Floats)paired(high_even, high_odd);
     even -= (Floats)high_even;
     odd -= (Floats)high_odd;
   }
@@ -45,7 +44,7 @@ void split_step(const S* in, int64_t stride, int64_t rows, int halves, uint16_t*
   auto* tiles = reinterpret_cast<Floats*>(out);
   for (int64_t pair = 0; pair < 16; ++pair)
     for (int half = 0; half < halves; ++half)
-      split_pair<kCount>(columns(2 * pair, half), columns(2 * pair + 1, half), tiles + half * 16 + pair);
+      split_pair<kCount>(columns(2 * pair, half), columns(2 * pair + 1, half), tiles + half * 16 + pair, 2 * kTileSize / 32);
   for (int tile = 0; kTurned && tile < 2 * kCount; ++tile) transpose<float>(tiles + tile * 16);
 }
 
@@ -66,6 +65,12 @@ template <int kCount, bool kTurned, class S>
 #else
 #include "cpu/tile_registers.h"
 #endif
+
+// Brings the tiles of a panel whose operand has them; false if it has none.
+template <class X>
+bool bring_parts(const X&, const Block&, int64_t, int, uint16_t*) {
+  return false;
+}
 
 // A sample's products in a cell block, on their way to the cells: some vectors at a time, while the next ones are being multiplied.
 struct Results {
@@ -132,6 +137,7 @@ struct Multiplier {
 
   void bring_right(const Block& block, int64_t index) {
     right_halves = halves(x, index);
+    if (bring_parts(x, block, index, right_halves, memory)) return;
     if (const auto source = x.source(block, index); source.data) {
       split<false>(source, x.parts(), block, 1, right_halves, memory);
     } else {
