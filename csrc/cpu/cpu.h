@@ -73,6 +73,8 @@ class SharedScratch {
   bool kept_;
 };
 
+bool raised(const OptionalTensor& flag);
+
 // Sets the flag where g, x or weight is not finite; true if nothing may be added.
 bool stopped(const OptionalTensor& flag, const Tensor& g, const OptionalTensor& x, const OptionalTensor& weight);
 

@@ -44,11 +44,12 @@ bool finite(const Tensor& tensor) {
 
 }  // namespace
 
+bool raised(const OptionalTensor& flag) { return flag && *flag->const_data_ptr<int32_t>() != 0; }
+
 bool stopped(const OptionalTensor& flag, const Tensor& g, const OptionalTensor& x, const OptionalTensor& weight) {
   if (!flag) return false;
-  auto* value = flag->mutable_data_ptr<int32_t>();
-  if (*value == 0 && !(finite(g) && (!x || finite(*x)) && (!weight || finite(*weight)))) *value = 1;
-  return *value != 0;
+  if (!raised(flag) && !(finite(g) && (!x || finite(*x)) && (!weight || finite(*weight)))) *flag->mutable_data_ptr<int32_t>() = 1;
+  return raised(flag);
 }
 
 }  // namespace fisherfast

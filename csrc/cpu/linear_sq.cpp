@@ -5,6 +5,8 @@
 // the BLAS (cpu/blas.h) where that is faster.
 #include "cpu/linear_sq.h"
 
+#include <algorithm>
+#include <cmath>
 #include <type_traits>
 #include <utility>
 #include <vector>
@@ -121,16 +123,25 @@ void product(LinearProblem<S> problem, const Output& out, bool squared) {
   tiled_product(problem, out);
 }
 
-// T = 1: a sample gradient is the outer product g_n x_n^T, and its square that of the squares. What is left is a product of
-// matrices.
+// |g_n|^2 |x_n|^2 of all samples.
 template <class S>
-void outer_products(const LinearProblem<S>& problem, const Sink& sqnorm) {
-  if (sqnorm) {
-    const auto square = FISHERFAST_PICK(row_square<S>);
-    torch::stable::parallel_for(0, problem.samples.N, 16, [&](int64_t begin, int64_t end) {
-      for (int64_t n = begin; n < end; ++n) add_to(sqnorm, n, square(problem.g, n) * square(problem.x, n));
-    });
-  }
+std::vector<double> outer_norms(const LinearProblem<S>& problem) {
+  std::vector<double> norms(problem.samples.N);
+  const auto square = FISHERFAST_PICK(row_square<S>);
+  torch::stable::parallel_for(0, problem.samples.N, 16, [&](int64_t begin, int64_t end) {
+    for (int64_t n = begin; n < end; ++n) norms[n] = square(problem.g, n) * square(problem.x, n);
+  });
+  return norms;
+}
+
+// T = 1: a sample gradient is the outer product g_n x_n^T, and its square that of the squares. What is left is a product of
+// matrices. Norms that are finite are of finite inputs, which then need not be read for the flag.
+template <class S, class Stopped>
+void outer_products(const LinearProblem<S>& problem, const Sink& sqnorm, const Stopped& stopped) {
+  const std::vector<double> norms = sqnorm ? outer_norms(problem) : std::vector<double>();
+  const bool finite = sqnorm && !problem.weight && std::all_of(norms.begin(), norms.end(), [](double norm) { return std::isfinite(norm); });
+  if (!finite && stopped()) return;
+  for (std::size_t n = 0; n < norms.size(); ++n) add_to(sqnorm, n, norms[n]);
   product(problem, problem.squares, true);
   product(problem, problem.sums, false);
 }
@@ -138,15 +149,18 @@ void outer_products(const LinearProblem<S>& problem, const Sink& sqnorm) {
 void linear_sq(Tensor acc, Tensor x, Tensor g, double scale, OptionalTensor weight, OptionalTensor offsets, OptionalTensor total,
                OptionalTensor sqnorm, OptionalTensor flag) {
   const Samples samples = samples_of(g, offsets);
-  if (stopped(flag, g, x, weight)) return;
+  if (raised(flag)) return;
+  const auto not_finite = [&] { return stopped(flag, g, x, weight); };
+  const bool any = samples.M > 0 && acc.numel() > 0, by_norms = any && samples.T == 1;
+  if (!by_norms && not_finite()) return;
   check_offsets(samples);
-  if (samples.M == 0 || acc.numel() == 0) return;
+  if (!any) return;
   dispatch_input("linear_sq_", g.scalar_type(), [&](auto type) {
     using S = typename decltype(type)::type;
     LinearProblem<S> problem{{samples, data_or_null<const float>(weight), {sink_of(acc), scale}, {sink_of(total), 1.0}},
                              rows_of<S>(g), rows_of<S>(x)};
-    if (samples.T == 1) {
-      outer_products(problem, sink_of(sqnorm));
+    if (by_norms) {
+      outer_products(problem, sink_of(sqnorm), not_finite);
     } else {
       per_sample(problem, sink_of(sqnorm));
     }

@@ -62,7 +62,7 @@ Parts parts_of(const ScaleProblem<S>& problem, bool wants_sums) {
 void scale_sq(Tensor acc, OptionalTensor x, Tensor g, double scale, OptionalTensor weight, OptionalTensor offsets, OptionalTensor total,
               OptionalTensor sqnorm, OptionalTensor flag) {
   const Samples samples = samples_of(g, offsets);
-  if (flag && *flag->const_data_ptr<int32_t>() != 0) return;
+  if (raised(flag)) return;
   check_offsets(samples);
   if (samples.M == 0 || acc.numel() == 0) return static_cast<void>(stopped(flag, g, x, weight));
   dispatch_input("scale_sq_", g.scalar_type(), [&](auto type) {
