@@ -154,7 +154,8 @@ class RunningSum:
     float64 models are one float64 tensor and need no folds. Nothing is allocated before the first addition: what a run will
     hold (``nbytes``) is known before it holds it.
 
-    A snapshot is given the tensors themselves, and no longer written: what is added later goes to new ones.
+    A snapshot is given the tensors themselves, which are written no more: what is added later goes to new ones. A second one of
+    the same sum gets copies: results share no memory.
 
     Shapes:   any; contiguous.
     Scale:    a sum; ``weight`` is the number of samples in it.
@@ -212,22 +213,24 @@ class RunningSum:
             self.high = self.low
             del self.low  # zeros, once something is added again
         elif "low" in self.__dict__:
-            high = torch.empty_like(self.high) if self._given else self.high
-            for a, b, out in zip(*(t.view(-1).split(_CHUNK) for t in (self.high, self.low, high)), strict=True):
+            if self._given:
+                self.high, self._given = self.high.clone(), False
+            for a, b in zip(self.high.view(-1).split(_CHUNK), self.low.view(-1).split(_CHUNK), strict=True):
                 total = a + b
                 part = total - a
                 error = (a - (total - part)) + (b - part)
-                out.copy_(total)
+                a.copy_(total)
                 b.copy_(error)
-            self.high, self._given = high, False
 
     def snapshot(self) -> Accumulator:
-        """The sum so far. Of float32 sums nothing is copied, unless the run goes on."""
+        """The sum so far. Of float32 sums nothing is copied, unless the run goes on or is asked again."""
         self.fold()
         if self.high is None:
             return Accumulator(self.low.clone(), self.weight)  # float64
-        self._given, self._given_low = True, self.__dict__.pop("low", self._given_low)
-        return Accumulator.of_parts((self.high,) if self._given_low is None else (self.high, self._given_low), self.weight)
+        again, self._given = self._given, True
+        self._given_low = self.__dict__.pop("low", self._given_low)
+        parts = (self.high,) if self._given_low is None else (self.high, self._given_low)
+        return Accumulator.of_parts(tuple(part.clone() for part in parts) if again else parts, self.weight)
 
     def restore(self, before: Accumulator) -> None:
         """Start from a snapshot."""

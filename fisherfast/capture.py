@@ -105,6 +105,7 @@ class Call:
     index: int
     capture: Capture
     shape: torch.Size  # of the output
+    viewed: bool = False  # whether the tap is on what the output is a view of
     uses: list[CallUse] = field(default_factory=list)
     counted: bool = False  # whether its samples are in num_samples already: a second backward pass is another draw
 
@@ -334,7 +335,8 @@ class Capture(TorchFunctionMode):
             call.uses.append(CallUse(reference.tracked, form, tuple(picks), inputs, gathered=gathered))
         self._learn_num_samples(call, out)
         tapped = _Tap.apply(_own(out, given), self.anchor, call, *saved)
-        return tapped if tapped.shape == out.shape else tapped.view(out.shape)
+        call.viewed = tapped.shape != out.shape
+        return tapped.view(out.shape) if call.viewed else tapped
 
     def _learn_num_samples(self, call: Call, out: Tensor) -> None:
         # Around a user's own forward nobody says how many samples the batch has; an earlier layer of known layout does.
@@ -367,9 +369,12 @@ class Capture(TorchFunctionMode):
 
     def only_broadcast(self, root: Tensor, name: str) -> bool:
         """Whether all that ``root`` makes of a parameter's uses is sums and products, which may have one more leading axis."""
-        taps = {node for call, node in self.calls(root) if any(use.tracked.name == name for use in call.uses)}
+        mine = [(call, node) for call, node in self.calls(root) if any(use.tracked.name == name for use in call.uses)]
+        taps, viewed, nodes = {node for _, node in mine}, {node for call, node in mine if call.viewed}, list(graph(root))
+        views = {node for node in nodes if node.next_functions and node.next_functions[0][0] in viewed}
+        taps = (taps - viewed) | views
         consumers = set()
-        for node in graph(root):
+        for node in nodes:
             if not taps.isdisjoint(parent for parent, _ in node.next_functions):
                 consumers.add(type(node).__name__)
         return consumers <= {"AddBackward0", "SubBackward0", "MulBackward0"}

@@ -300,9 +300,10 @@ class Passes:
         self._backward(batch.root, one.cotangent, listen, keep or bool(batch.unlocated))
         if held:
             sightings = self._tag_all(batch, one.cotangent, {use.key for uses in held.values() for use, _ in uses})
-        for group, uses in held.items():
-            rows = [(use.form, self._gathered(use, r, batch.N, sightings[use.key])) for use, r in uses]
-            self._joined(batch, group, waiting[group] + rows, one.scale, number)
+        with self.capture.aside():
+            for group, uses in held.items():
+                rows = [(use.form, self._gathered(use, r, batch.N, sightings[use.key])) for use, r in uses]
+                self._joined(batch, group, waiting[group] + rows, one.scale, number)
         for group, expected in batch.groups.items():
             if visited[group] != len(expected):
                 raise RuntimeError(

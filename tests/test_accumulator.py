@@ -141,6 +141,8 @@ def test_a_short_run_takes_one_tensor_and_a_snapshot_is_that_tensor():
     assert running.high is None
     before = running.snapshot()
     assert before.parts == (low,) and before.nbytes == 20
+    again = running.snapshot()
+    assert torch.equal(again.sum, before.sum) and again.parts[0].data_ptr() != low.data_ptr()  # results share no memory
     running.low.add_(1)
     running.counted(1)
     assert (before.sum == 1).all() and (running.snapshot().sum == 2).all()

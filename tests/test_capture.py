@@ -118,6 +118,21 @@ def test_outputs_of_linear_maps_of_sequences_are_not_copied():
             assert not {(2, 7, 5), (2, 7, 4)} & set(copies.shapes)
 
 
+def test_a_linear_map_without_samples_is_expanded_from_the_second_batch_on():
+    table = torch.randn(1, 7, 2).double()
+    model = networks.Wrapped(
+        lambda m, x: m.head(torch.tanh(m.first(x) + m.inner(table))),
+        first=nn.Linear(3, 5), inner=nn.Linear(2, 5), head=nn.Linear(5, 4),
+    ).double()  # fmt: skip
+    batches = [(torch.randn(n, 7, 3).double(), torch.randint(4, (n, 7))) for n in (2, 3, 2)]
+    with ff.collect(model, ff.Diagonal(), fisher_type="empirical") as stats:
+        for x, y in batches:
+            stats.backward(per_sample_loss(model, x, y))
+    result = stats.result()
+    assert oracle.error(result.diagonal(dtype=torch.float64), oracle.diagonal(model, batches, oracle.cross_entropy)) < EXACT
+    assert result.coverage["inner.weight"] == "linear_sq_", result.coverage
+
+
 def test_a_view_of_an_input_is_copied_before_it_is_written():
     model = networks.Wrapped(lambda m, x: m.head(x + m.table.expand(7, 3)), table=networks.parameter(1, 3), head=nn.Linear(3, 4))
     before, version = model.table.clone(), model.table._version

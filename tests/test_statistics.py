@@ -109,6 +109,20 @@ def test_asked_alone_norms_need_nothing_shaped_like_a_parameter(name):
     assert close(stats.result().squared_norms, expected)
 
 
+def test_norms_of_a_layer_that_the_probe_found_nothing_of():
+    # The gates of the first samples are closed: nothing says where the expert's samples are until a later batch opens one.
+    model = networks.Wrapped(
+        lambda m, x: m.head(torch.tanh(x) + x[:, :1].clamp_min(0) * m.expert(torch.tanh(m.first(x)))),
+        first=nn.Linear(5, 7), expert=nn.Linear(7, 5), head=nn.Linear(5, 4),
+    ).double()  # fmt: skip
+    x, y = torch.randn(12, 5).double(), torch.randint(4, (12,))
+    x[:6, 0], x[6:, 0] = -1.0, torch.rand(6)
+    data = list(zip(x.split(6), y.split(6), strict=True))
+    expected = sum(layer_norms(sample_gradients(model, x, y)).values())
+    assert close(measure(model, data, (ff.PerSampleNorm(),), fisher_type="empirical")[0].squared_norms, expected)
+    assert close(measure(model, data, EVERYTHING, fisher_type="empirical")[2].squared_norms, expected)
+
+
 @pytest.mark.parametrize("draws", [1, 3])
 @pytest.mark.parametrize("name", [*NAMES[:4], "scale-of-a-weight", "conv-groups-same"])
 def test_drawn_labels_agree_among_all_answers_and_splits(name, draws):
@@ -433,8 +447,9 @@ def test_files_of_the_first_format_are_read(tmp_path):
     assert old.coverage.share_of_parameters() == new.coverage.share_of_parameters()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("structure", ["diagonal", WITH_MOMENTS], ids=["diagonal", "everything"])
-def test_checkpoint_resumes_to_the_same_numbers(structure, tmp_path):
+def test_checkpoint_resumes_to_the_same_numbers(structure, dtype, tmp_path):
     class Faulty(nn.Module):
         on = True
 
@@ -443,20 +458,24 @@ def test_checkpoint_resumes_to_the_same_numbers(structure, tmp_path):
                 raise RuntimeError("power cut")
             return x
 
-    model = nn.Sequential(nn.Linear(3, 11), Faulty(), nn.Linear(11, 4)).double()
+    model = nn.Sequential(nn.Linear(3, 11), Faulty(), nn.Linear(11, 4)).to(dtype)
+    model.register_parameter("idle", nn.Parameter(torch.ones(3)))
     x, y = networks.vectors(17)
-    batches = [(a.double(), b) for a, b in zip(x.split([6, 4, 5, 2]), y.split([6, 4, 5, 2]), strict=True)]
-    options = {"draws": 2, "checkpoint": tmp_path / "run"}
+    batches = [(a.to(dtype), b) for a, b in zip(x.split([6, 4, 5, 2]), y.split([6, 4, 5, 2]), strict=True)]
+    options = {"draws": 2, "allow_missing": True, "checkpoint": tmp_path / "run"}
     with pytest.raises(RuntimeError, match="power cut"):
         measure(model, batches, structure, **options)
     model[1].on = False
     with pytest.raises(ValueError, match="must be of the same measurement"):
         measure(model, batches, (ff.Diagonal(stderr=False),), **options)
-    resumed, whole = measure(model, batches, structure, **options), measure(model, batches, structure, draws=2)
+    resumed = measure(model, batches, structure, **options)
+    whole = measure(model, batches, structure, draws=2, allow_missing=True)
     if structure == "diagonal":
         resumed, whole = (resumed,), (whole,)
     assert resumed[0].num_samples == 17
-    assert resumed[0].stderr("by_layer") == pytest.approx(whole[0].stderr("by_layer"), rel=1e-9)
+    assert resumed[0].stderr("by_layer") == pytest.approx(
+        whole[0].stderr("by_layer"), rel=1e-9 if dtype == torch.float64 else 1e-5
+    )
     if structure != "diagonal":
         assert all(torch.equal(a.squared_norms, b.squared_norms) for a, b in zip(resumed[1:3], whole[1:3], strict=True))
         assert oracle.error(resumed[3].variance(), whole[3].variance()) < 1e-6

@@ -186,6 +186,7 @@ class Engine:
         self.keeps = "layers" if "layers" in keeps else "whole" if "whole" in keeps else None
         self._transactional, self._device = transactional, capture.device
         self._measures_spread = any(s.spread for s in structures)
+        self._spread: Spread | None = None
         self._arrange(list(parameters))
         self._values: list[Tensor] = []  # [layers or 1, N] of each batch, where they are kept
         self._last: tuple[Tensor, int, Tensor | None] | None = None  # the last batch's sum over draws, draws, weight
@@ -205,7 +206,8 @@ class Engine:
         self._flag = dict(zip(names, self._flags.split(1), strict=True))
         self.layers = tuple(dict.fromkeys(layer_of(name) for name in names))
         self._row = {name: self.layers.index(layer_of(name)) for name in names}
-        self._spread = Spread.zeros(self.layers, self._device) if self._measures_spread else None
+        if self._measures_spread and (self._spread is None or not self._spread.sums.any()):  # not that of a checkpoint
+            self._spread = Spread.zeros(self.layers, self._device)
 
     def forget(self, name: str) -> None:
         """Drop a parameter that the run does not cover."""
@@ -227,7 +229,8 @@ class Engine:
         kinds = [kind for kind, group in (("diagonal", self.squares), ("mean", self.totals)) if name in group]
         what = f"{' and '.join(kinds)} {list(sums[0].shape)}" if sums else "norms"
         of_results = sum(copied[name].nbytes for copied in self._copies)
-        return Held((name,), what, of_sums, (of_sums,), result=of_results)
+        copies = of_results - sum(one.nbytes for one in sums)  # of what several results are made of
+        return Held((name,), what, of_sums, (of_sums + copies,), result=of_results)
 
     def cost(self, tracked: Tracked, form: Form, rows: Rows, number: int) -> Cost:
         """See ``passes.Collector``."""

@@ -183,6 +183,11 @@ class _OfTable(EigenSums):
     def _stored(self, q: int, r: int) -> tuple[int, int]:
         return r, q
 
+    def holds(self, staged: bool) -> Held:
+        """See ``BlockSums``; the result is turned round, on memory of its own."""
+        held = super().holds(staged)
+        return replace(held, peaks=tuple(size + self.values.running.nbytes for size in held.peaks))
+
     def _products(self, T: int) -> tuple[int, int]:
         (O, _), (q, _), (_, V) = self._full, self._size, self._rotates
         return (T * (V * O * q + q),) * 2  # the only order there is
@@ -204,7 +209,7 @@ class _OfTable(EigenSums):
 
 
 def _transposed(values: Accumulator) -> Accumulator:
-    return Accumulator(values.sum.mT, values.weight)
+    return Accumulator.of_parts(tuple(part.mT.contiguous() for part in values.parts), values.weight)
 
 
 class _OfImages(EigenSums):

@@ -156,7 +156,7 @@ class KroneckerBlock:
 
     def mean_of_A(self, dtype: torch.dtype = torch.float64) -> Tensor:
         """Zero where no input ever came: of an expert that no sample chose, or where every gradient was zero."""
-        return self.A.mean(dtype) if self.A.weight else self.A.nearest(dtype)
+        return self.A.mean(dtype) if self.A.weight else self.A.nearest(dtype).clone()
 
     def factors(self, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
         """A and B, means."""
