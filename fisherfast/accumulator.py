@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-_CHUNK = 2**18  # numbers at a time: bounds temporaries, which stay in the caches
+_CHUNK = 2**20  # numbers at a time: bounds temporaries
 
 
 class Accumulator:

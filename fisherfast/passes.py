@@ -138,7 +138,7 @@ class _Folded:
     def rows(self) -> Rows:
         """Rows whose squares are those sums."""
         assert self._squares is not None
-        # Not sqrt(), which on a CPU takes forty times as long where there are zeros: after a ReLU they are half of all.
+        # Not sqrt(), which on a CPU is many times slower where there are zeros: after a ReLU they are half of all.
         g = self._squares.clamp_min(torch.finfo(self._squares.dtype).tiny).rsqrt_().mul_(self._squares)
         x = self._x
         return self.form.oriented(Rows(x if x is None or not x.is_floating_point() else x.to(g.dtype), g))

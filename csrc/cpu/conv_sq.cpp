@@ -98,7 +98,7 @@ void run(const ConvCall& call) {
   problem.outputs = O / groups;
   problem.parts = bfloat16_parts<S>;
   problem.columns = problem.channels * product(geometry.kernel);
-  // In three parts they gain a sixth at best, where many channels share what is unfolded, and lose as much where others use them too.
+  // In three parts they gain little while they run at their full rate, and lose where they do not.
   const bool pays = problem.parts < 3 && matrix_registers_pay({samples.N, 0, M * P, nullptr}, problem.outputs, problem.columns);
   const auto kernel = FISHERFAST_PICK_TILES(R, pays, conv_kernel<S>);
   const int64_t pixels = product(geometry.frame);

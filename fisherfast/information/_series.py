@@ -24,8 +24,8 @@ _SMALL = 1e-2
 _LAST_TERM = 9
 # Temporaries of this size (512 KiB) stay in cache; measured 4-6x faster than 2^18 and more on two cores.
 _CHUNK = 1 << 16
-# What a kernel reads in one call: with a float64 copy of it in the caches.
-_READ = 1 << 18
+# What a kernel reads in one call, as a float64 copy where it is float32: bounds that copy.
+_READ = 1 << 20
 # Eigenvalues of a block that a first guess needs: sums over so many are within a percent or so.
 _SAMPLE = 1 << 18
 
