@@ -284,8 +284,9 @@ def test_scratch_is_what_a_chunk_is_turned_into(monkeypatch):
     model, batch = nn.Linear(I, O, bias=False), (torch.randn(N, T, I), torch.randint(O, (N, T)))
     eigen_sums = importlib.import_module("fisherfast.fisher.eigen_sums")
     assert ff.plan(model, batch, "kfac").scratch_bytes == ff.plan(model, batch).scratch_bytes == 0
-    for order, of_sample in ((True, O * I), (False, T * (I + O))):
-        monkeypatch.setattr(eigen_sums.EigenSums, "_tiles_cost_less", lambda self, T, order=order: order)
+    Order = eigen_sums.Order
+    for order, of_sample in ((Order.GRADIENTS, O * I), (Order.HALF, O * I), (Order.ROWS, T * (I + O))):
+        monkeypatch.setattr(eigen_sums, "_cheapest", lambda products, order=order: order)
         monkeypatch.setattr(eigen_sums, "_CHUNK_BYTES", 2**25)
         assert ff.plan(model, batch, "ekfac").scratch_bytes == 2 * 4 * N * of_sample
         monkeypatch.setattr(eigen_sums, "_CHUNK_BYTES", 5 * 4 * of_sample)
@@ -319,8 +320,9 @@ def test_flops_of_a_deep_network_are_counted_by_hand():
     assert [row.flops for row in kfac.rows] == [first, N * T * ((O + 1) ** 2 + 2 * C**2)]
     ekfac = ff.plan(model, batch, "ekfac", draws=2)
     tiles = T * O * (I + 1) + O * (I + 1) ** 2 + O**2 * (I + 1)
+    half = T * (O**2 + O * (I + 1)) + O * (I + 1) ** 2
     rotated = T * ((I + 1) ** 2 + O**2 + O * (I + 1))
-    assert ekfac.rows[0].flops == first + 2 * 2 * N * min(tiles, rotated)
+    assert ekfac.rows[0].flops == first + 2 * 2 * N * min(tiles, half, rotated)
     assert ekfac.run_flops == 2 * 3 * forward + ekfac.flops
 
 

@@ -189,7 +189,7 @@ def _eigenvectors(matrices: Tensor) -> Tensor:
         if len(matrices) > 1:  # one of them, and nothing is known of the others
             return torch.cat([_eigenvectors(one) for one in matrices.split(1)])
         vectors = torch.full_like(matrices, math.nan)
-    failed = ~vectors.isfinite().flatten(1).all(1)
+    failed = ~vectors.flatten(1).sum(1).isfinite()
     if matrices.dtype != torch.float64 and bool(failed.any()):
         vectors[failed] = torch.linalg.eigh(matrices[failed].double()).eigenvectors.to(matrices.dtype)
     return vectors

@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a backward pass adds to the eigenvalues of an eigen block: squares of the sample gradients in the basis, ``V^T G_n U``.
 
-Two orders, whichever takes fewer FLOPs: rotate the rows and square what they make (``g V``, ``x U``: long layers with few
-positions), or make each sample's gradient and rotate that (images). Both go through the samples in chunks.
+A basis turns the rows of its side, or the sample gradients that the rows make: whichever order takes fewer FLOPs (``Order``). All
+go through the samples in chunks.
 """
 
 from __future__ import annotations
 
+import enum
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -33,7 +34,12 @@ from fisherfast.rules import Convolution, Form, Lookup, MatMul, Rows
 _CHUNK_BYTES = 2**24
 
 
-_Add = Callable[[Tensor, Rows, float, Tensor | None], None]
+class Order(enum.Enum):
+    """What the two bases turn. Rows come before gradients as long as there are fewer positions than features on the other side."""
+
+    ROWS = "both rows"  # linear layers of short sequences; what they make is squared
+    HALF = "the rows of g, then the sample gradients"  # most images
+    GRADIENTS = "the sample gradients"  # large images with few channels
 
 
 class EigenSums(WeightSums):
@@ -50,6 +56,8 @@ class EigenSums(WeightSums):
         O, D = of.B.shape[1], of.A.shape[1]
         of_A, of_B = of.few_rows
         self._full, self._size = (O, D), (O if of_B is None else len(of_B), D if of_A is None else len(of_A))
+        sides = tuple(zip(self._full, self._size, self._rotates[::-1], strict=True))  # of V and g, of U and x
+        self._sides = sides[::-1] if self._swapped else sides
         self.values = BatchSum((of.place.groups, *self._stored(*self._size)), weight)
         self.sums = (self.values,)
 
@@ -82,13 +90,13 @@ class EigenSums(WeightSums):
         return Held(self.place.labels, what, made + of_factors, (made,), self.form.op, scratch=(scratch,), result=values.nbytes)
 
     def flops(self, form: Form, rows: Rows, number: int) -> int:
-        """See ``BlockSums``: of the cheaper order; the eigenvectors, once in a run, are not counted."""
+        """See ``BlockSums``: of the cheapest order; the eigenvectors, once in a run, are not counted."""
         N, T = self._extents(rows)
-        return 2 * N * self.place.groups * min(self._products(T))
+        return 2 * N * self.place.groups * self._products(T)[self.order(rows)]
 
     def scratch(self, rows: Rows) -> int:
         """See ``BlockSums``: what the samples of a chunk are turned into, twice: before the last product and after it."""
-        _, floats = self.route(rows)
+        floats = self._made(rows)
         return 2 * min(rows.num_samples, _samples_at_a_time(floats)) * floats * self._dtype.itemsize
 
     def _extents(self, rows: Rows) -> tuple[int, int]:
@@ -101,10 +109,6 @@ class EigenSums(WeightSums):
     def _stored(self, q: int, r: int) -> tuple[int, int]:
         """The shape in which the values are added up."""
         return q, r
-
-    def route(self, rows: Rows) -> tuple[_Add, int]:
-        """The cheaper order, and how many numbers it makes of a sample."""
-        raise NotImplementedError
 
     def touch(self, samples: Samples) -> None:
         """See ``BlockSums``."""
@@ -123,58 +127,93 @@ class EigenSums(WeightSums):
         acc = self.values.target(staged)
         if isinstance(form, MatMul):
             rows = form.oriented(rows)  # a transposed use, turned round before, is needed as it is used
-        add, floats = self.route(rows)
-        for few, weight in _chunks(rows, samples.weight, _samples_at_a_time(floats)):
-            add(acc, few._replace(x=self._exact(few.x), g=self._exact(few.g)), scale, weight)
+        order = self.order(rows)
+        for few, weight in _chunks(rows, samples.weight, _samples_at_a_time(self._made(rows))):
+            exact = few._replace(x=self._exact(few.x), g=self._exact(few.g))
+            if order is Order.ROWS:
+                self._add_rows(acc, exact, scale, weight)
+            else:
+                self._add_gradients(acc, exact, order, scale, weight)
 
     def _exact(self, rows: Any) -> Any:
         """In the precision of the sums; ids as they are."""
         return rows.to(self.values.running.low.dtype) if rows.is_floating_point() else rows
 
-    def _products(self, T: int) -> tuple[int, int]:
-        """What the two orders multiply of a sample with T positions: tiles, rows; the squares of rotated rows are a product too."""
+    def order(self, rows: Rows) -> Order:
+        """The cheapest for these rows."""
+        return _cheapest(self._products(self._extents(rows)[1]))
+
+    def _products(self, T: int) -> dict[Order, int]:
+        """What each order multiplies of a sample with T positions; the squares of rotated rows are a product too."""
         (O, D), (q, r), (U, V) = self._full, self._size, self._rotates
-        return T * O * D + U * O * D * r + V * O * q * r, T * (U * D * r + V * O * q + q * r)
+        (P, p, of_g), (C, c, of_x) = self._sides
+        return {
+            Order.ROWS: T * (V * O * q + U * D * r + q * r),
+            Order.HALF: T * (of_g * P * p + p * C) + of_x * p * C * c,
+            Order.GRADIENTS: T * O * D + U * O * D * r + V * O * q * r,
+        }
 
-    def _tiles_cost_less(self, T: int) -> bool:
-        tiles, rotated = self._products(T)
-        return tiles < rotated
+    def _made(self, rows: Rows) -> int:
+        """How many numbers are made of a sample at a time, by the order that these rows go."""
+        (P, p, _), (C, c, _) = self._sides
+        T = self._extents(rows)[1]
+        return self.place.groups * {Order.ROWS: T * (p + c), Order.HALF: p * C, Order.GRADIENTS: P * C}[self.order(rows)]
 
-    def _add_tiles(self, acc: Tensor, tiles: Tensor, scale: float, weight: Tensor | None) -> None:
-        """Sample gradients ``[n, G, O, D]``: what is left once U is applied is ``linear_sq_`` with V's rows for every sample."""
+    @property
+    def _swapped(self) -> bool:
+        """Whether rows of x meet V and rows of g meet U."""
+        return False
+
+    def _add_rows(self, acc: Tensor, rows: Rows, scale: float, weight: Tensor | None) -> None:
+        """Squares of what the turned rows make."""
+        raise NotImplementedError
+
+    def _turned(self, g: Tensor) -> Tensor:
+        """Rows of g in the basis of their side."""
+        raise NotImplementedError
+
+    def _gradients(self, rows: Rows) -> Tensor:
+        """Sample gradients ``[n, G, O, D]``, the weight's columns and, last, the bias's."""
+        raise NotImplementedError
+
+    def _add_gradients(self, acc: Tensor, rows: Rows, order: Order, scale: float, weight: Tensor | None) -> None:
+        """V, where it is still to come, turns in ``linear_sq_``: as rows of every sample."""
         options = {"weight": weight, "flag": self.values.flag}
-        assert self.U is not None  # without it no tile costs less than its rows
-        n, G, O, D = tiles.shape
-        rotated = (tiles.view(-1, D) @ self.U[0]).view(n, 1, O, -1) if G == 1 else tiles @ self.U
+        U, V = self.U, self.V
+        if order is Order.HALF:
+            rows, U, V = rows._replace(g=self._turned(rows.g)), None if self._swapped else U, V if self._swapped else None
+        gradients = self._gradients(rows)
+        n, G, O, D = gradients.shape
+        if U is not None:
+            gradients = (gradients.view(-1, D) @ U[0]).view(n, 1, O, -1) if G == 1 else gradients @ U
         for k, values in enumerate(acc):
-            if self.V is None:
-                scale_sq_(values.view(-1), None, rotated[:, k].reshape(n, 1, -1), scale, **options)
+            if V is None:
+                scale_sq_(values.view(-1), None, gradients[:, k].reshape(n, 1, -1), scale, **options)
             else:
-                linear_sq_(values, rotated[:, k], self.V[k].expand(n, -1, -1), scale, **options)
+                linear_sq_(values, gradients[:, k], V[k].expand(n, -1, -1), scale, **options)
 
 
 class _OfMatrix(EigenSums):
-    def route(self, rows: Rows) -> tuple[_Add, int]:
-        _, T = self._extents(rows)
-        if rows.offsets is None and T > 1 and self._tiles_cost_less(T):
-            return self._tiles, math.prod(self._full)
-        return self._rotated, T * sum(self._size)
+    def order(self, rows: Rows) -> Order:
+        return Order.ROWS if rows.offsets is not None else super().order(rows)  # sequences of many lengths stay as they are
 
-    def _rotated(self, acc: Tensor, rows: Rows, scale: float, weight: Tensor | None) -> None:
-        x, g = rows.x, rows.g
+    def _add_rows(self, acc: Tensor, rows: Rows, scale: float, weight: Tensor | None) -> None:
+        x = rows.x
         assert x is not None
         if self.U is not None:
             x = x @ self.U[0, :-1] + self.U[0, -1] if self.place.bias is not None else x @ self.U[0]
-        g = g if self.V is None else g @ self.V[0]
-        linear_sq_(acc[0], x, g, scale, weight=weight, offsets=rows.offsets, flag=self.values.flag)
+        linear_sq_(acc[0], x, self._turned(rows.g), scale, weight=weight, offsets=rows.offsets, flag=self.values.flag)
 
-    def _tiles(self, acc: Tensor, rows: Rows, scale: float, weight: Tensor | None) -> None:
+    def _turned(self, g: Tensor) -> Tensor:
+        return g if self.V is None else g @ self.V[0]
+
+    def _gradients(self, rows: Rows) -> Tensor:
         assert rows.x is not None
-        tiles = rows.g.new_empty(len(rows.g), 1, *self._full)
-        tiles[:, 0, :, : rows.x.shape[2]] = rows.g.mT @ rows.x
+        gradients = rows.g.new_empty(len(rows.g), 1, rows.g.shape[2], self._sides[1][0])
+        gradients[:, 0, :, : rows.x.shape[2]] = rows.g.mT @ rows.x
         if self.place.bias is not None:
-            tiles[:, 0, :, -1] = rows.g.sum(1)
-        self._add_tiles(acc, tiles, scale, weight)
+            gradients[:, 0, :, -1] = rows.g.sum(1)
+        return gradients
 
 
 class _OfTable(EigenSums):
@@ -188,9 +227,12 @@ class _OfTable(EigenSums):
         held = super().holds(staged)
         return replace(held, peaks=tuple(size + self.values.running.nbytes for size in held.peaks))
 
-    def _products(self, T: int) -> tuple[int, int]:
-        (O, _), (q, _), (_, V) = self._full, self._size, self._rotates
-        return (T * (V * O * q + q),) * 2  # the only order there is
+    def _products(self, T: int) -> dict[Order, int]:
+        (O, q, V), _ = self._sides
+        return {Order.ROWS: T * (V * O * q + q)}  # the only order there is
+
+    def _made(self, rows: Rows) -> int:
+        return rows.g[0].numel() * (1 if rows.offsets is None else self._extents(rows)[1])
 
     def block(self, made: Mapping[str, Any]) -> EigenBlock:
         return EigenBlock(self.kronecker, self.U, self.V, _transposed(self.values.running.snapshot()))
@@ -198,10 +240,7 @@ class _OfTable(EigenSums):
     def restore(self, block: EigenBlock) -> None:
         self.values.running.restore(_transposed(block.values))
 
-    def route(self, rows: Rows) -> tuple[_Add, int]:
-        return self._rotated, math.prod(rows.g.shape[1:]) if rows.offsets is None else rows.g[0].numel()
-
-    def _rotated(self, acc: Tensor, rows: Rows, scale: float, weight: Tensor | None) -> None:
+    def _add_rows(self, acc: Tensor, rows: Rows, scale: float, weight: Tensor | None) -> None:
         assert isinstance(self.form, Lookup) and rows.x is not None
         g = rows.g if self.V is None else rows.g @ self.V[0]
         options = {"weight": weight, "offsets": rows.offsets, "flag": self.values.flag}
@@ -213,25 +252,28 @@ def _transposed(values: Accumulator) -> Accumulator:
 
 
 class _OfImages(EigenSums):
+    """Rows of x are the images that a kernel slides over, in patches; those of g are pixels, the inputs of a transposed convolution."""
+
+    form: Convolution
+
     def _extents(self, rows: Rows) -> tuple[int, int]:
         N, images = (len(rows.g), 1) if rows.offsets is None else super()._extents(rows)
         return N, images * math.prod(rows.g.shape[2:])
 
-    def route(self, rows: Rows) -> tuple[_Add, int]:
-        (_, T), G = self._extents(rows), self.place.groups
-        return (self._tiles, G * math.prod(self._full)) if self._tiles_cost_less(T) else (self._rotated, T * G * sum(self._size))
+    @property
+    def _swapped(self) -> bool:
+        return self.form.transposed
 
-    def _rotated(self, acc: Tensor, rows: Rows, scale: float, weight: Tensor | None) -> None:
+    def _add_rows(self, acc: Tensor, rows: Rows, scale: float, weight: Tensor | None) -> None:
         """Once rotated, patches and pixels have the same positions; what is left is a convolution with a kernel of one pixel."""
-        assert isinstance(self.form, Convolution)
-        of_patches, of_pixels = (self.V, self.U) if self.form.transposed else (self.U, self.V)
-        patches, pixels = self._patches(self.form, rows, of_patches), self._pixels(rows.g, of_pixels)
-        x, g = (pixels, patches) if self.form.transposed else (patches, pixels)
+        patches, pixels = self._patches(rows), self._turned(rows.g)
+        x, g = (pixels, patches) if self._swapped else (patches, pixels)
         values = acc.view(-1, acc.shape[2], *[1] * (g.dim() - 2))
         conv_sq_(values, x, g, scale, weight=weight, offsets=rows.offsets, flag=self.values.flag, groups=self.place.groups)
 
-    def _patches(self, form: Convolution, rows: Rows, basis: Tensor | None) -> Tensor:
+    def _patches(self, rows: Rows) -> Tensor:
         """Rotating patches is a convolution with the columns of their basis; without one they are unfolded."""
+        form, basis = self.form, self.V if self._swapped else self.U
         kernel, bias = self._shape[2:], self.place.bias is not None
         if basis is None:
             return form.patches(rows, kernel).mT.unflatten(2, rows.g.shape[2:])
@@ -239,26 +281,30 @@ class _OfImages(EigenSums):
         filters = (basis[:, :-1] if bias else basis).mT.reshape(-1, *self._shape[1:])
         return torch.ops.aten.convolution(x, filters, basis[:, -1].flatten() if bias else None, *geometry)
 
-    def _pixels(self, images: Tensor, basis: Tensor | None) -> Tensor:
+    def _turned(self, g: Tensor) -> Tensor:
+        basis = self.U if self._swapped else self.V
         if basis is None:
-            return images
-        rotated = basis.mT @ images.unflatten(1, (self.place.groups, -1)).flatten(3)
-        return rotated.view(len(images), -1, *images.shape[2:])
-
-    def _tiles(self, acc: Tensor, rows: Rows, scale: float, weight: Tensor | None) -> None:
-        self._add_tiles(acc, self._gradients(rows), scale, weight)
+            return g
+        rotated = basis.mT @ g.unflatten(1, (self.place.groups, -1)).flatten(3)
+        return rotated.view(len(g), -1, *g.shape[2:])
 
     def _gradients(self, rows: Rows) -> Tensor:
-        """The weight's columns and, last, the bias's: its gradient is what a sample's images add up to."""
-        gradients = self.form.gradients(rows, self._shape).flatten(2).unflatten(1, (self.place.groups, -1))
-        gradients = gradients.mT if self.place.transposed else gradients
-        tiles = rows.g.new_zeros(len(gradients), self.place.groups, *self._full)
-        tiles[..., : gradients.shape[3]] = gradients
+        """The bias's is what a sample's images add up to."""
+        shape, G = (rows.g.shape[1], *self._shape[1:]), self.place.groups
+        sizes = shape[0] // G, self._sides[1][0]
+        gradients = rows.g.new_empty(rows.num_samples, G, *(sizes[::-1] if self._swapped else sizes))
+        of_weight = (gradients.mT if self._swapped else gradients)[..., : math.prod(shape[1:])]
+        for sample, gradient in zip(of_weight, self.form.each_gradient(rows, shape), strict=True):
+            sample.copy_(gradient.view(sample.shape))
         if self.place.bias is not None:
             images = rows.g.flatten(2).sum(2)
             sums = images if rows.offsets is None else torch.segment_reduce(images, "sum", offsets=rows.offsets)
-            tiles[..., -1] = sums.view(tiles.shape[:-1])
-        return tiles
+            gradients[..., -1] = sums.view(gradients.shape[:-1])
+        return gradients
+
+
+def _cheapest(products: dict[Order, int]) -> Order:
+    return min(products, key=products.__getitem__)
 
 
 def _samples_at_a_time(floats: int) -> int:

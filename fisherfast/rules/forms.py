@@ -283,15 +283,22 @@ class Convolution(Form):
         return torch.stack(sums, 2).flatten(1)
 
     def gradients(self, rows: Rows, shape: tuple[int, ...]) -> Tensor:
-        """See ``Form``; torch has them one sample at a time."""
-        x, geometry = self.framed(rows, shape[2:])
-        weight, found = x.new_empty(shape), x.new_zeros(rows.num_samples, *shape)
-        bounds = range(len(x) + 1) if rows.offsets is None else rows.offsets.tolist()
-        for n, (a, b) in enumerate(pairwise(bounds)):
-            if b > a:
-                backward = torch.ops.aten.convolution_backward
-                found[n] = backward(rows.g[a:b], x[a:b], weight, None, *geometry, (False, True, False))[1]
+        """See ``Form``."""
+        found = rows.g.new_empty(rows.num_samples, *shape)
+        for sample, gradient in zip(found, self.each_gradient(rows, shape), strict=True):
+            sample.copy_(gradient)
         return found
+
+    def each_gradient(self, rows: Rows, shape: tuple[int, ...]) -> Iterator[Tensor]:
+        """The sample gradients, one by one: torch has no others."""
+        x, geometry = self.framed(rows, shape[2:])
+        weight = x.new_empty(shape)
+        bounds = range(len(x) + 1) if rows.offsets is None else rows.offsets.tolist()
+        for a, b in pairwise(bounds):
+            if a == b:
+                yield torch.zeros_like(weight)  # no image
+            else:
+                yield torch.ops.aten.convolution_backward(rows.g[a:b], x[a:b], weight, None, *geometry, (False, True, False))[1]
 
 
 def _one_size(images: list[Tensor]) -> list[Tensor]:
