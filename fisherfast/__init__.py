@@ -17,7 +17,6 @@ from fisherfast.fisher import (
     load,
 )
 from fisherfast.fisher.collect import collect
-from fisherfast.fisher.collectors import Diagonal, GradientMoments, PerSampleNorm
 from fisherfast.fisher.ekfac import EKFAC
 from fisherfast.fisher.gram import Gram
 from fisherfast.fisher.kfac import KFAC
@@ -25,6 +24,7 @@ from fisherfast.fisher.lanczos import Estimate, SpectralDensity, spectral_densit
 from fisherfast.fisher.measure import fisher
 from fisherfast.fisher.operator import FisherOperator
 from fisherfast.fisher.plan import Plan, plan
+from fisherfast.fisher.requests import Diagonal, GradientMoments, PerSampleNorm
 from fisherfast.fisher.run import Interrupted
 from fisherfast.information import (
     Bound,

@@ -45,6 +45,14 @@ class Samples:
     padded: bool = False
     exists: Tensor | None = None
 
+    def total_weight(self) -> Tensor | float:
+        """Of all samples; where there are weights on their device, so that nothing waits for it."""
+        return float(self.N) if self.weight is None else self.weight.sum(dtype=torch.float64)
+
+    def weight_of(self, first: int, n: int) -> Tensor | None:
+        """Of samples ``first, ..., first + n - 1``."""
+        return None if self.weight is None else self.weight[first : first + n]
+
 
 @dataclass(frozen=True)
 class Cost:

@@ -4,8 +4,6 @@
 from __future__ import annotations
 
 import math
-import os
-import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Generic, Protocol, Self, TypeVar
@@ -15,11 +13,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fisherfast.accumulator import Accumulator
-from fisherfast.fisher import _arguments, _pooling, serialize
+from fisherfast.fisher import _arguments, _logdet, _pooling, serialize
 from fisherfast.fisher._plot import Plotted
 from fisherfast.fisher.counts import Counts, Measured
 from fisherfast.fisher.kronecker import Place
-from fisherfast.fisher.protocol import Damping, FisherWarning, LayerSummary, Spectrum, Vector, layer_of
+from fisherfast.fisher.protocol import Damping, LayerSummary, Spectrum, Vector, layer_of
 from fisherfast.rules import ALL
 
 
@@ -183,9 +181,7 @@ class BlockFisher(Plotted, Measured, Generic[_Block]):
             zeros += int((damped == 0).sum())
             total.append(float(damped.log().sum()))
         if zeros:
-            message = f"logdet: {zeros} of {self.num_parameters} eigenvalues of F + damping I are zero: -inf; pass damping > 0"
-            warnings.warn(message, FisherWarning, stacklevel=2)
-            return -math.inf
+            return _logdet.singular(zeros, self.num_parameters)
         return math.fsum(total)
 
     def __matmul__(self, v: Vector) -> Vector:
@@ -308,10 +304,6 @@ class BlockFisher(Plotted, Measured, Generic[_Block]):
     def _identity(self) -> dict[str, Any]:
         blocks = {block.place.name: block.identity() for block in self.blocks}
         return {**super()._identity(), "blocks": blocks}
-
-    def save(self, path: str | os.PathLike[str], *, extra: Mapping[str, str] | None = None) -> None:
-        """Write to a safetensors file, whole or not at all; ``fisherfast.load`` reads it back bit by bit."""
-        serialize.save(self, path, extra)
 
     def state(self) -> serialize.State:
         """Sums, and everything else as plain values; see ``serialize.Storable``."""

@@ -14,6 +14,7 @@ from fisherfast.capture import Tracked
 from fisherfast.fisher.few_rows import FewRows
 from fisherfast.fisher.kronecker import Place
 from fisherfast.fisher.memory import Held
+from fisherfast.ops.gram import gram_
 from fisherfast.passes import Samples
 from fisherfast.rules import Form, Rows
 
@@ -39,6 +40,17 @@ class BatchSum:
         if self._stage is None:
             self._stage = torch.zeros_like(self.running.low)
         return self._stage
+
+    def add_outer(
+        self, target: Tensor, rows: Tensor, scale: float = 1.0, *, weight: Tensor | None = None, bias: bool = False
+    ) -> None:
+        """``target += scale * sum_m w_m rows[m] rows[m]^T``, and the rows where they are kept; squares, where only the diagonal is."""
+        if target.dim() == 1:
+            add_squares(target, rows, scale, weight, self.flag)
+            return
+        gram_(target, rows, scale, weight=weight, bias=bias, flag=self.flag)
+        if self.few_rows is not None:
+            self.few_rows.add(rows, weight, scale, bias)
 
     def copy(self) -> BatchSum:
         """The same sum on memory of its own, between batches; of the rows behind it nothing is known."""
@@ -169,12 +181,12 @@ class DiagonalSums(GradientSums):
     def add_gradients(self, gradients: Tensor, first: int, scale: float, samples: Samples, staged: bool) -> None:
         """Take whole sample gradients."""
         flat = gradients.flatten(1)
-        weight = None if samples.weight is None else samples.weight[first : first + len(flat)]
+        weight = samples.weight_of(first, len(flat))
         add_squares(self.squares.target(staged).view(-1), flat, scale, weight, self.squares.flag)
 
     def touch(self, samples: Samples) -> None:
         """Count the batch."""
-        self.squares.visited(total_weight(samples))
+        self.squares.visited(samples.total_weight())
 
 
 def mirrored(accumulator: Accumulator) -> Accumulator:
@@ -189,11 +201,6 @@ def mirrored(accumulator: Accumulator) -> Accumulator:
             block.copy_(block.triu() + block.triu(1).mT)
             matrix[..., below, band] = matrix[..., band, below].mT
     return accumulator
-
-
-def total_weight(samples: Samples) -> Tensor | float:
-    """Of the batch's samples; where there are weights on their device, so that nothing waits for it."""
-    return float(samples.N) if samples.weight is None else samples.weight.sum(dtype=torch.float64)
 
 
 def add_squares(acc: Tensor, g: Tensor, scale: float, weight: Tensor | None, flag: Tensor) -> None:

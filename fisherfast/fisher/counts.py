@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
@@ -11,7 +12,7 @@ from typing import Any, Self
 import torch
 import torch.distributed as dist
 
-from fisherfast.fisher import _pooling
+from fisherfast.fisher import _pooling, serialize
 from fisherfast.fisher.coverage import Coverage
 from fisherfast.fisher.protocol import Provenance
 
@@ -76,7 +77,7 @@ class Counts:
 
 
 class Counted:
-    """What every result says of how it was measured."""
+    """What every result says of how it was measured, and how it is kept."""
 
     _counts: Counts
 
@@ -109,6 +110,10 @@ class Counted:
     def aliases(self) -> dict[str, str]:
         """The other names of tied tensors."""
         return self._counts.aliases
+
+    def save(self: serialize.Storable, path: str | os.PathLike[str], *, extra: Mapping[str, str] | None = None) -> None:
+        """Write to a safetensors file, whole or not at all; ``fisherfast.load`` reads it back bit by bit."""
+        serialize.save(self, path, extra)
 
 
 class Measured(Counted):

@@ -10,8 +10,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import operator
-import os
-import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, NamedTuple
 
@@ -20,11 +18,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fisherfast.accumulator import Accumulator
-from fisherfast.fisher import _arguments, _pooling, serialize
+from fisherfast.fisher import _arguments, _logdet, _pooling, serialize
 from fisherfast.fisher._plot import Plotted
 from fisherfast.fisher.counts import Counts, Measured
 from fisherfast.fisher.coverage import Coverage
-from fisherfast.fisher.protocol import Damping, FisherWarning, LayerSummary, Provenance, Spectrum, Vector, layer_of, missing
+from fisherfast.fisher.protocol import Damping, LayerSummary, Provenance, Spectrum, Vector, layer_of, missing
 from fisherfast.fisher.spread import Spread
 
 _CHUNK = 1 << 16  # entries at a time: temporaries that stay in cache
@@ -164,9 +162,7 @@ class DiagonalFisher(Measured, Plotted):
                 both += torch.stack([damped.log().sum(), (damped == 0).sum()])
             sums.append(both.tolist())
         if zeros := int(sum(zeros for _, zeros in sums)):
-            message = f"logdet: {zeros} of {self.num_parameters} entries of F + damping I are zero: -inf; pass damping > 0"
-            warnings.warn(message, FisherWarning, stacklevel=2)
-            return -math.inf
+            return _logdet.singular(zeros, self.num_parameters, "entries")
         return math.fsum(log for log, _ in sums)
 
     def __matmul__(self, v: Vector) -> Vector:
@@ -250,10 +246,6 @@ class DiagonalFisher(Measured, Plotted):
         self.spread = _pooling.reduced_spread(self.spread, group, device)
         self._counts = self._counts.reduced(group, device)
         return self
-
-    def save(self, path: str | os.PathLike[str], *, extra: Mapping[str, str] | None = None) -> None:
-        """Write to a safetensors file, whole or not at all; ``fisherfast.load`` reads it back bit by bit."""
-        serialize.save(self, path, extra)
 
     def state(self) -> serialize.State:
         """Sums, and everything else as plain values; see ``serialize.Storable``."""

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from fisherfast.accumulator import Accumulator
+from fisherfast.fisher import _logdet
 from fisherfast.fisher.kronecker import KroneckerBlock, Place
-from fisherfast.ops.log1p_sum import log1p_sum
 
 _CHUNK_BYTES = 2**24  # of matrices that are decomposed in one call
 
@@ -75,12 +75,7 @@ class EigenBlock:
     def logdet(self, damping: float) -> tuple[float, int]:
         """``sum log(eigenvalue + damping)`` and how many of these are ``log 0``, which are left out."""
         values = self.values.mean()
-        if damping:
-            sums = torch.zeros(2, dtype=torch.float64, device=values.device)
-            log1p_sum(sums, values, 1 / damping)
-            return float(sums[0]) + self._size * math.log(damping), 0
-        positive = values[values > 0]
-        return float(positive.log().sum()), self._size - positive.numel()
+        return _logdet.of_values(values, self._size - values.numel(), damping)
 
     def spectrum(self) -> tuple[tuple[Tensor, ...], int]:
         """The values, and how many further eigenvalues are zero."""

@@ -20,7 +20,7 @@ from torch import Tensor
 from fisherfast.accumulator import Accumulator
 from fisherfast.capture import Capture
 from fisherfast.fisher.block_collector import BlockCollector
-from fisherfast.fisher.block_sums import BatchSum, WeightSums, total_weight
+from fisherfast.fisher.block_sums import BatchSum, WeightSums
 from fisherfast.fisher.eigen import EigenBlock, eigenbasis, workspace
 from fisherfast.fisher.kronecker import KroneckerBlock, Place
 from fisherfast.fisher.memory import Held
@@ -112,7 +112,7 @@ class EigenSums(WeightSums):
 
     def touch(self, samples: Samples) -> None:
         """See ``BlockSums``."""
-        self.values.visited(total_weight(samples))
+        self.values.visited(samples.total_weight())
 
     def block(self, made: Mapping[str, Any]) -> EigenBlock:
         """See ``BlockSums``."""

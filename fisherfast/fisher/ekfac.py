@@ -16,10 +16,11 @@ from fisherfast.fisher.eigen_sums import EigenCollector
 from fisherfast.fisher.exact import ExactBlock
 from fisherfast.fisher.kfac import KFACFisher
 from fisherfast.fisher.kronecker import KroneckerBlock
+from fisherfast.fisher.structure import Structure
 
 
 @dataclass(frozen=True)
-class EKFAC:
+class EKFAC(Structure):
     """Ask for corrected eigenvalues: ``ff.fisher(model, data, structure="ekfac")``, ``ff.collect(model, ff.EKFAC(basis=kfac))``.
 
     ``basis``: the ``KFACFisher`` whose eigenvectors are taken. ``ff.fisher`` measures it in a first pass over the data if it is
@@ -29,13 +30,9 @@ class EKFAC:
     basis: KFACFisher | None = None
     max_factor_dim: int = 16384
     max_exact_dim: int = 256
-    squares, totals, spread, keeps = False, False, False, None
-
-    def check(self, fisher_type: str | None) -> None:
-        """See ``collectors.Structure``: any labels will do."""
 
     def collector(self, capture: Capture, transactional: bool) -> EigenCollector:
-        """See ``collectors.Structure``."""
+        """See ``Structure``."""
         if self.basis is None:
             raise ValueError(
                 "EKFAC: basis must be a KFACFisher where the data pass once, got None; measure ff.KFAC() first, or use "
@@ -45,14 +42,14 @@ class EKFAC:
         return EigenCollector(capture, basis, transactional, self.max_exact_dim)
 
     def result(self, source: EigenCollector, counts: Counts) -> EKFACFisher:
-        """See ``collectors.Structure``."""
+        """See ``Structure``."""
         blocks, diagonals = source.snapshot()
         ways = counts.coverage.ways
         how = described({block: ways[block.place.weight] for block in blocks})
         return EKFACFisher(blocks, diagonals, counts.saying("diagonal", how), source.shapes)
 
     def restore(self, source: EigenCollector, before: EKFACFisher) -> None:
-        """See ``collectors.Structure``."""
+        """See ``Structure``."""
         source.restore(before.blocks, before.diagonals)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,8 +13,8 @@ import torch
 from torch import Tensor
 
 from fisherfast.accumulator import Accumulator
+from fisherfast.fisher import _logdet
 from fisherfast.fisher.kronecker import Place, finite
-from fisherfast.ops.log1p_sum import log1p_sum
 
 
 @dataclass(frozen=True)
@@ -62,13 +61,7 @@ class ExactBlock:
 
     def logdet(self, damping: float) -> tuple[float, int]:
         """``sum log(eigenvalue + damping)`` and how many of these are ``log 0``, which are left out."""
-        values = self._spectral[0]
-        if damping:
-            sums = torch.zeros(2, dtype=torch.float64, device=values.device)
-            log1p_sum(sums, values, 1 / damping)
-            return float(sums[0]) + len(values) * math.log(damping), 0
-        positive = values[values > 0]
-        return float(positive.log().sum()), len(values) - len(positive)
+        return _logdet.of_values(self._spectral[0], 0, damping)
 
     def spectrum(self) -> tuple[tuple[Tensor, ...], int]:
         """The eigenvalues."""

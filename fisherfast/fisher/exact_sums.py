@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from fisherfast.capture import Tracked
-from fisherfast.fisher.block_sums import BatchSum, GradientSums, mirrored, total_weight
+from fisherfast.fisher.block_sums import BatchSum, GradientSums, mirrored
 from fisherfast.fisher.exact import ExactBlock, Flat
 from fisherfast.fisher.memory import Held
 from fisherfast.ops._common import wide
@@ -56,13 +56,13 @@ class ExactSums(GradientSums):
 
     def add_gradients(self, gradients: Tensor, first: int, scale: float, samples: Samples, staged: bool) -> None:
         """Take whole sample gradients."""
-        weight = None if samples.weight is None else samples.weight[first : first + len(gradients)]
+        weight = samples.weight_of(first, len(gradients))
         rows = wide(gradients).reshape(len(gradients), -1)
         gram_(self.moments.target(staged), rows, scale, weight=weight, flag=self.moments.flag)
 
     def touch(self, samples: Samples) -> None:
         """Count the batch."""
-        self.moments.visited(total_weight(samples))
+        self.moments.visited(samples.total_weight())
 
     def block(self, made: Mapping[str, Any]) -> ExactBlock:
         """What was added, on memory of its own."""

@@ -4,8 +4,6 @@
 from __future__ import annotations
 
 import math
-import os
-import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,17 +14,18 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fisherfast.capture import Capture
-from fisherfast.fisher import _arguments, _pooling, serialize
+from fisherfast.fisher import _arguments, _logdet, _pooling, serialize
 from fisherfast.fisher._plot import Plotted
 from fisherfast.fisher.counts import Counts, Measured
 from fisherfast.fisher.gram_sums import GramCollector, Piece, Pieces
-from fisherfast.fisher.protocol import Damping, FisherWarning, LayerSummary, Spectrum, Vector
+from fisherfast.fisher.protocol import Damping, LayerSummary, Spectrum, Vector
+from fisherfast.fisher.structure import Structure
 
 _CHUNK_BYTES = 2**27
 
 
 @dataclass(frozen=True)
-class Gram:
+class Gram(Structure):
     """Ask for the exact Fisher: ``ff.fisher(model, data, structure="gram")``, ``ff.collect(model, ff.Gram())``.
 
     ``max_rows``: at most so many sample gradients, one per sample and backward pass; what is computed of them takes
@@ -34,22 +33,18 @@ class Gram:
     """
 
     max_rows: int = 8192
-    squares, totals, spread, keeps = False, False, False, None
-
-    def check(self, fisher_type: str | None) -> None:
-        """See ``collectors.Structure``: any labels will do."""
 
     def collector(self, capture: Capture, transactional: bool) -> GramCollector:
-        """See ``collectors.Structure``."""
+        """See ``Structure``."""
         return GramCollector(capture, self.max_rows)
 
     def result(self, source: GramCollector, counts: Counts) -> GramFisher:
-        """See ``collectors.Structure``."""
+        """See ``Structure``."""
         counts = counts.saying("sample gradients", {})
         return GramFisher(source.snapshot(), source.num_rows, source.weight, counts, source.shapes)
 
     def restore(self, source: GramCollector, before: GramFisher) -> None:
-        """See ``collectors.Structure``."""
+        """See ``Structure``."""
         source.restore(before.pieces, before.num_rows, before.weight)
 
 
@@ -171,9 +166,7 @@ class GramFisher(Plotted, Measured):
         (delta,) = distinct
         damped = self.eigenvalues() + delta
         if zeros := int((damped == 0).sum()):
-            message = f"logdet: {zeros} of {self.num_parameters} eigenvalues of F + damping I are zero: -inf; pass damping > 0"
-            warnings.warn(message, FisherWarning, stacklevel=2)
-            return -math.inf
+            return _logdet.singular(zeros, self.num_parameters)
         return float(damped.log().sum())
 
     @staticmethod
@@ -248,10 +241,6 @@ class GramFisher(Plotted, Measured):
     def all_reduce(self, group: dist.ProcessGroup | None = None) -> GramFisher:
         """Refused: the rows of all ranks would have to be on every rank."""
         raise ValueError("gram: all_reduce must have sums, got rows that differ on every rank; save each and add them with +")
-
-    def save(self, path: str | os.PathLike[str], *, extra: Mapping[str, str] | None = None) -> None:
-        """Write to a safetensors file, whole or not at all; ``fisherfast.load`` reads it back bit by bit."""
-        serialize.save(self, path, extra)
 
     def state(self) -> serialize.State:
         """See ``serialize.Storable``."""

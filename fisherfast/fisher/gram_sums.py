@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from fisherfast.capture import Call, Capture, Tracked
-from fisherfast.fisher.block_sums import total_weight
 from fisherfast.fisher.memory import Held
 from fisherfast.ops._common import wide
 from fisherfast.passes import Cost, Samples
@@ -198,7 +197,7 @@ class GramCollector:
             for name, piece, _ in self._batch:
                 self._pieces[name].append(piece)
             self.num_rows += self._samples.N * self._samples.passes
-            self.weight += float(total_weight(self._samples))
+            self.weight += float(self._samples.total_weight())
         self._batch.clear()
         return bad
 

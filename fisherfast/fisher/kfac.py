@@ -28,48 +28,45 @@ from fisherfast.fisher.kronecker_sums import KroneckerSums
 from fisherfast.fisher.memory import Held
 from fisherfast.fisher.protocol import Damping
 from fisherfast.fisher.reduced_sums import ReducedSums
+from fisherfast.fisher.structure import Structure
 from fisherfast.passes import Cost
 from fisherfast.rules import Form, Rows
 
 
 @dataclass(frozen=True)
-class KFAC:
+class KFAC(Structure):
     """Ask for Kronecker factors: ``ff.collect(model, ff.KFAC())``, ``ff.fisher(model, data, structure="kfac")``.
 
     ``max_exact_dim``: a parameter that is no multiplied weight (a norm's scale, a class token) has all second moments of its
-    gradient kept, ``[D, D]``, if it has at most so many numbers D; the diagonal if it has more. ``max_factor_dim``: the largest factor that is kept as a matrix. An output factor above it (a vocabulary) is kept as its
-    diagonal; an input factor above it is refused. ``sharing``: what is a row of a factor where a weight sees several positions of
-    a sample: every position ("expand"), or with "reduce" the sample, by the mean of its inputs and the sum of its output
-    gradients. ``keep_rows``: the rows behind a factor are kept while they are few, for
-    eigenvectors that are wanted of it at once (EKFAC); they are not saved.
+    gradient kept, ``[D, D]``, if it has at most so many numbers D; the diagonal if it has more. ``max_factor_dim``: the largest
+    factor that is kept as a matrix. An output factor above it (a vocabulary) is kept as its diagonal; an input factor above it is
+    refused. ``sharing``: what is a row of a factor where a weight sees several positions of a sample: every position ("expand"),
+    or with "reduce" the sample, by the mean of its inputs and the sum of its output gradients. ``keep_rows``: the rows behind a
+    factor are kept while they are few, for eigenvectors that are wanted of it at once (EKFAC); they are not saved.
     """
 
     max_factor_dim: int = 16384
     max_exact_dim: int = 256
     sharing: str = "expand"
     keep_rows: bool = False
-    squares, totals, spread, keeps = False, False, False, None
 
     def __post_init__(self) -> None:
         if self.sharing not in ("expand", "reduce"):
             raise ValueError(f"KFAC: sharing must be 'expand' or 'reduce', got {self.sharing!r}")
 
-    def check(self, fisher_type: str | None) -> None:
-        """See ``collectors.Structure``: any labels will do."""
-
     def collector(self, capture: Capture, transactional: bool) -> KroneckerCollector:
-        """See ``collectors.Structure``."""
+        """See ``Structure``."""
         return KroneckerCollector(capture, transactional, self)
 
     def result(self, source: KroneckerCollector, counts: Counts) -> KFACFisher:
-        """See ``collectors.Structure``."""
+        """See ``Structure``."""
         blocks, diagonals = source.snapshot()
         ways = counts.coverage.ways
         how = described({b: b.place.op if isinstance(b, KroneckerBlock) else ways[b.place.weight] for b in blocks})
         return KFACFisher(blocks, diagonals, counts.saying("diagonal", how), source.shapes)
 
     def restore(self, source: KroneckerCollector, before: KFACFisher) -> None:
-        """See ``collectors.Structure``."""
+        """See ``Structure``."""
         source.restore(before.blocks, before.diagonals)
 
 

@@ -12,12 +12,11 @@ import torch
 from torch import Tensor
 
 from fisherfast.accumulator import Accumulator
-from fisherfast.fisher.block_sums import BatchSum, WeightSums, add_rows, add_squares, mirrored, total_weight
+from fisherfast.fisher.block_sums import BatchSum, WeightSums, add_rows, add_squares, mirrored
 from fisherfast.fisher.few_rows import FewRows
 from fisherfast.fisher.kronecker import KroneckerBlock, Place
 from fisherfast.fisher.memory import Held, in_words
 from fisherfast.ops.conv_gram import conv_gram_
-from fisherfast.ops.gram import gram_
 from fisherfast.passes import Samples
 from fisherfast.rules import Convolution, Form, Lookup, MatMul, Rows
 
@@ -127,7 +126,7 @@ class KroneckerSums(WeightSums):
 
     def touch(self, samples: Samples) -> None:
         """Count the batch's samples."""
-        self.B.visited(total_weight(samples))
+        self.B.visited(samples.total_weight())
 
     def add(self, form: Form, rows: Rows, scale: float, number: int, samples: Samples, staged: bool) -> None:
         """Take the rows of one pass; the inputs are those of all passes, and count once."""
@@ -197,12 +196,7 @@ class KroneckerSums(WeightSums):
             self._add_inputs(x, _of_positions(g, weight, samples.exists), A)
         if isinstance(self.form, Lookup):
             weight = self._counted(x, weight)
-        if self._vector:
-            add_squares(B[0], g, scale, weight, self.B.flag)
-        else:
-            gram_(B[0], g, scale, weight=weight, flag=self.B.flag)
-            if self.B.few_rows is not None:
-                self.B.few_rows.add(g, weight, scale)
+        self.B.add_outer(B[0], g, scale, weight=weight)
 
     def _add_inputs(self, x: Tensor, weight: Tensor | None, A: Tensor) -> None:
         self.A.visited(math.prod(x.shape[:-1]) if weight is None else weight.sum(dtype=torch.float64))
@@ -210,10 +204,7 @@ class KroneckerSums(WeightSums):
             counts = self._counted(x, weight).flatten().double()
             A[0] += torch.bincount(x.flatten(), counts, minlength=A.shape[1]).to(A.dtype)
         else:
-            bias = self.place.bias is not None
-            gram_(A[0], x, weight=weight, bias=bias, flag=self.A.flag)
-            if self.A.few_rows is not None:
-                self.A.few_rows.add(x, weight, bias=bias)
+            self.A.add_outer(A[0], x, weight=weight, bias=self.place.bias is not None)
 
     def _counted(self, ids: Tensor, weight: Tensor | None) -> Tensor:
         """The weights of the rows of a table that are looked up; the padding row has no gradient."""

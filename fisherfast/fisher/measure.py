@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sized
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -19,12 +19,13 @@ from fisherfast.batches import Batch, Output, ReadTwice
 from fisherfast.capture import Tracked, refuse_train_mode
 from fisherfast.fallback import SampleGradients
 from fisherfast.fisher import serialize
-from fisherfast.fisher.collectors import Diagonal, Structure
 from fisherfast.fisher.ekfac import EKFAC
 from fisherfast.fisher.gram import Gram
 from fisherfast.fisher.kfac import KFAC, KFACFisher
 from fisherfast.fisher.labelling import Labelling
+from fisherfast.fisher.requests import Diagonal
 from fisherfast.fisher.run import Run, model_name
+from fisherfast.fisher.structure import Structure
 from fisherfast.layout import PROBED
 from fisherfast.likelihood import Likelihood, Predictions
 from fisherfast.passes import Pass, Samples, check_loss_scale, conclude
@@ -53,13 +54,14 @@ def fisher(
     """``F = (1/N) sum_n E_y[s_n s_n^T]``, ``s_n = grad_w log p_w(y | x_n)``, for every parameter that asks for a gradient.
 
     ``data`` yields ``(inputs, targets)``, ``(inputs, None)`` or dict batches (Hugging Face); weights of samples are a third
-    entry, or the dict's ``"sample_weight"``. A tuple of inputs is ``model(*x)``, a dict ``model(**x)``; the output is a tensor, has ``.logits``, or is what ``output`` picks (a name or a
-    function). ``fisher_type``: "mc" draws ``draws`` labels per sample from the model; "exact" takes the expectation, one
-    backward pass per column of a square root of the output Hessian; "empirical" uses the labels of the data, which is
-    *not* the Fisher. ``likelihood``: "categorical", "bernoulli", "gaussian", ``ff.CausalLM()`` or an object.
-    ``structure``: "diagonal" gives a ``DiagonalFisher``, "kfac" a ``KFACFisher``, "ekfac" an ``EKFACFisher`` (the data
-    are read twice and must be the same both times), "gram" a ``GramFisher``, exact, for small models; a tuple of requests, ``(ff.Diagonal(), ff.PerSampleNorm(),
-    ff.GradientMoments())``, gives their results in that order, from the same passes.
+    entry, or the dict's ``"sample_weight"``. A tuple of inputs is ``model(*x)``, a dict ``model(**x)``; the output is a tensor,
+    has ``.logits``, or is what ``output`` picks (a name or a function). ``fisher_type``: "mc" draws ``draws`` labels per sample
+    from the model; "exact" takes the expectation, one backward pass per column of a square root of the output Hessian;
+    "empirical" uses the labels of the data, which is *not* the Fisher. ``likelihood``: "categorical", "bernoulli", "gaussian",
+    ``ff.CausalLM()`` or an object. ``structure``: "diagonal" gives a ``DiagonalFisher``, "kfac" a ``KFACFisher``, "ekfac" an
+    ``EKFACFisher`` (the data are read twice and must be the same both times), "gram" a ``GramFisher``, exact, for small models;
+    a tuple of requests, ``(ff.Diagonal(), ff.PerSampleNorm(), ff.GradientMoments())``, gives their results in that order, from
+    the same passes.
     ``loss_scale`` multiplies the gradients on their way through a float16 model and is taken out of their squares.
     ``sample_offset`` is the number of the first sample: give each rank its own, so that no two share random numbers.
     ``checkpoint``: a file written every minute, on any error and at the end; if it exists, the run resumes after its
@@ -114,22 +116,18 @@ def requests(caller: str, structure: str | tuple[Structure, ...]) -> tuple[Struc
     return structure if isinstance(structure, tuple) else (_STRUCTURES[structure](),)
 
 
-def needs_basis(asked: Structure) -> bool:
+def needs_basis(asked: Structure) -> TypeGuard[EKFAC]:
     """Whether a pass over the data has to find its basis first."""
     return isinstance(asked, EKFAC) and asked.basis is None
 
 
 def factors_first(asked: Structure) -> Structure:
     """The request of that first pass; any other request is its own."""
-    return (
-        KFAC(asked.max_factor_dim, asked.max_exact_dim, keep_rows=True)
-        if isinstance(asked, EKFAC) and asked.basis is None
-        else asked
-    )
+    return KFAC(asked.max_factor_dim, asked.max_exact_dim, keep_rows=True) if needs_basis(asked) else asked
 
 
 def _based(asked: Structure, basis: KFACFisher) -> Structure:
-    return replace(asked, basis=basis) if isinstance(asked, EKFAC) and asked.basis is None else asked
+    return replace(asked, basis=basis) if needs_basis(asked) else asked
 
 
 class Measurement:

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -118,10 +117,6 @@ class SampleMoments(Measured):
         self.squared_weights = dict(zip(names, sums.tolist(), strict=True))
         self._counts = self._counts.reduced(group, device)
         return self
-
-    def save(self, path: str | os.PathLike[str], *, extra: Mapping[str, str] | None = None) -> None:
-        """Write to a safetensors file, whole or not at all; ``fisherfast.load`` reads it back bit by bit."""
-        serialize.save(self, path, extra)
 
     def state(self) -> serialize.State:
         """See ``serialize.Storable``."""

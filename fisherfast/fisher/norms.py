@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -67,10 +66,6 @@ class SampleNorms(Counted):
     def _identity(self) -> dict[str, Any]:
         layers = {} if self._by_layer is None else {"layers": list(self._by_layer)}
         return {**layers, **{f: getattr(self.provenance, f) for f in ("fisher_type", "likelihood", "model")}}
-
-    def save(self, path: str | os.PathLike[str], *, extra: Mapping[str, str] | None = None) -> None:
-        """Write to a safetensors file, whole or not at all; ``fisherfast.load`` reads it back bit by bit."""
-        serialize.save(self, path, extra)
 
     def state(self) -> serialize.State:
         """See ``serialize.Storable``."""

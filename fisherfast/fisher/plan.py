@@ -16,10 +16,10 @@ from torch import nn
 from fisherfast.batches import Batch, Output
 from fisherfast.capture import Capture, Tracked, refuse_train_mode
 from fisherfast.fisher import memory
-from fisherfast.fisher.collectors import Structure
 from fisherfast.fisher.labelling import Labelling
 from fisherfast.fisher.measure import Measurement, factors_first, needs_basis, requests
 from fisherfast.fisher.memory import Held, in_words
+from fisherfast.fisher.structure import Structure
 from fisherfast.fisher.units import apart
 from fisherfast.layout import PROBED
 from fisherfast.likelihood import Likelihood, Predictions

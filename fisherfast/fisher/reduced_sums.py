@@ -10,11 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fisherfast.fisher.block_sums import add_squares
 from fisherfast.fisher.kronecker import Place
 from fisherfast.fisher.kronecker_sums import KroneckerSums, existing, inputs_of
 from fisherfast.ops._common import wide
-from fisherfast.ops.gram import gram_
 from fisherfast.passes import Samples
 from fisherfast.rules import Convolution, Form, Lookup, MatMul, Rows
 
@@ -59,22 +57,14 @@ class ReducedSums(KroneckerSums):
             self._add_means(x / positions.clamp_min(1).unsqueeze(1), samples.weight, positions > 0, self.A.target(staged))
         B = self.B.target(staged)
         for k, mine in enumerate(self._by_group(g)):
-            if self._vector:
-                add_squares(B[k], mine, scale, samples.weight, self.B.flag)
-            else:
-                gram_(B[k], mine, scale, weight=samples.weight, flag=self.B.flag)
-                if self.B.few_rows is not None:
-                    self.B.few_rows.add(mine, samples.weight, scale)
+            self.B.add_outer(B[k], mine, scale, weight=samples.weight)
 
     def _add_means(self, x: Tensor, weight: Tensor | None, counts: Tensor, A: Tensor) -> None:
         """A sample without positions has no mean."""
         weight = counts.to(torch.float32) if weight is None else weight * counts
-        bias = self.place.bias is not None
         self.A.visited(weight.sum(dtype=torch.float64))
         for k, mine in enumerate(self._by_group(x)):
-            gram_(A[k], mine, weight=weight, bias=bias, flag=self.A.flag)
-            if self.A.few_rows is not None:
-                self.A.few_rows.add(mine, weight, bias=bias)
+            self.A.add_outer(A[k], mine, weight=weight, bias=self.place.bias is not None)
 
     def _by_group(self, rows: Tensor) -> tuple[Tensor, ...]:
         return rows.unflatten(1, (self.place.groups, -1)).unbind(1)

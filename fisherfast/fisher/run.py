@@ -14,11 +14,12 @@ from torch import Tensor, nn
 
 from fisherfast._warning import FisherWarning
 from fisherfast.capture import Call, Capture, unwrapped
-from fisherfast.fisher.collectors import Engine, Structure
 from fisherfast.fisher.counts import Counts
 from fisherfast.fisher.coverage import OPS, Coverage, Stopwatch
+from fisherfast.fisher.engine import Engine
 from fisherfast.fisher.memory import Held, check
 from fisherfast.fisher.protocol import Provenance
+from fisherfast.fisher.structure import Structure
 from fisherfast.passes import NonFiniteError, Passes, Samples
 
 _MANY = 0.01  # of the gradients of one parameter

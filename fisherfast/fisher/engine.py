@@ -1,15 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What may be asked of a run, and the engine that adds it up: one op call per parameter and pass, whatever is asked.
-
-A request (``Diagonal``, ``PerSampleNorm``, ``GradientMoments``) says which outputs of the ops it needs; the engine calls
-each op once, for the union of them, and every request builds its result from what was added.
-"""
+"""The engine that adds up what requests need: one op call per parameter and pass, for the union of what is asked."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -17,153 +11,12 @@ from torch import Tensor
 from fisherfast.accumulator import Accumulator, RunningSum
 from fisherfast.capture import Call, Capture, Tracked
 from fisherfast.fisher import ghost
-from fisherfast.fisher.counts import Counts
-from fisherfast.fisher.diagonal import DiagonalFisher
 from fisherfast.fisher.memory import Held
-from fisherfast.fisher.moments import SampleMoments
-from fisherfast.fisher.norms import SampleNorms
 from fisherfast.fisher.protocol import layer_of
 from fisherfast.fisher.spread import Spread
-from fisherfast.passes import Collector, Cost, Samples, in_parts
+from fisherfast.fisher.structure import Structure
+from fisherfast.passes import Cost, Samples, in_parts
 from fisherfast.rules import Form, Rows, Window
-
-
-class Structure(Protocol):
-    """A request: which sums of the engine it needs, or its own collector, and the result it makes of them."""
-
-    @property
-    def squares(self) -> bool:
-        """Whether it needs ``sum_n w_n s_n^2`` of each parameter."""
-
-    @property
-    def totals(self) -> bool:
-        """Whether it needs ``sum_n w_n s_n`` of each parameter."""
-
-    @property
-    def spread(self) -> bool:
-        """Whether it needs the sums behind the standard error of the trace."""
-
-    @property
-    def keeps(self) -> str | None:
-        """Which per-sample norms it needs: ``"whole"``, ``"layers"`` or None."""
-
-    def check(self, fisher_type: str | None) -> None:
-        """Raise ValueError if it has no meaning for this kind of labels."""
-
-    def collector(self, capture: Capture, transactional: bool) -> Collector | None:
-        """A collector of its own, which ``result`` and ``restore`` are then given; None: the engine's sums are enough."""
-
-    def result(self, source: Any, counts: Counts) -> Any:
-        """What has been added so far, on memory of its own."""
-
-    def restore(self, source: Any, before: Any) -> None:
-        """Give the source back what ``result`` took from it."""
-
-
-class FromEngine:
-    """What requests have in common that the engine's sums are enough for."""
-
-    def check(self, fisher_type: str | None) -> None:
-        """See ``Structure``."""
-
-    def collector(self, capture: Capture, transactional: bool) -> None:
-        """See ``Structure``."""
-
-
-@dataclass(frozen=True)
-class Diagonal(FromEngine):
-    """Ask for the diagonal: ``ff.collect(model, ff.Diagonal())``. ``stderr=False`` leaves out what ``F.stderr`` needs."""
-
-    stderr: bool = True
-    squares, totals, keeps = True, False, None
-
-    @property
-    def spread(self) -> bool:
-        """See ``Structure``."""
-        return self.stderr
-
-    def result(self, engine: Engine, counts: Counts) -> DiagonalFisher:
-        """See ``Structure``."""
-        sums = {name: running.snapshot() for name, running in engine.squares.items()}
-        return DiagonalFisher.from_accumulators(sums, spread=engine.spread() if self.stderr else None, **vars(counts))
-
-    def restore(self, engine: Engine, before: DiagonalFisher) -> None:
-        """See ``Structure``."""
-        engine.restore_squares(before.accumulators())
-        if self.stderr:
-            engine.restore_spread(before.spread)
-
-
-@dataclass(frozen=True)
-class PerSampleNorm(FromEngine):
-    """Ask for the squared norm of every sample's gradient, of the whole model and, ``by_layer=True``, of each layer.
-
-    Asked for alone it needs no sums shaped like the parameters: a weight that sees one position per sample needs the norms of
-    x and g only, and what other kernels add up goes to one scratch tensor.
-
-    Shapes:   the result's ``squared_norms`` [num_samples], in the order in which the samples came.
-    Scale:    ``E_y |s_n|^2``, per sample and unweighted; with drawn labels the mean over draws.
-    Errors:   NonFiniteError as every run; a batch that does not complete adds no sample.
-    Numerics: float32 within a sample's layer (float64 for float64 models), float64 from there on.
-    Source:   Goodfellow 2015 (arXiv:1510.01799).
-    """
-
-    by_layer: bool = False
-    squares, totals, spread = False, False, False
-
-    @property
-    def keeps(self) -> str:
-        """See ``Structure``."""
-        return "layers" if self.by_layer else "whole"
-
-    def result(self, engine: Engine, counts: Counts) -> SampleNorms:
-        """See ``Structure``."""
-        values = engine.norms()
-        return SampleNorms(
-            None if values is None else values.sum(0) if engine.keeps == "layers" else values[0],
-            dict(zip(engine.layers, values, strict=True)) if self.by_layer and values is not None else None,
-            counts,
-        )
-
-    def restore(self, engine: Engine, before: SampleNorms) -> None:
-        """See ``Structure``."""
-        if self.by_layer:
-            engine.restore_norms(torch.stack(list(before.by_layer().values())))
-        elif engine.keeps == "whole":
-            engine.restore_norms(before.squared_norms.unsqueeze(0))
-
-
-@dataclass(frozen=True)
-class GradientMoments(FromEngine):
-    """Ask for mean and variance of the sample gradients, and the gradient noise scale; see the result, ``SampleMoments``.
-
-    Labels of the data or drawn ones. The exact Fisher has no sample gradients: its passes are columns of a square root of
-    the output Hessian, whose squares mean something and whose sum does not.
-    """
-
-    squares, totals, spread, keeps = True, True, False, None
-
-    def check(self, fisher_type: str | None) -> None:
-        """See ``Structure``."""
-        if fisher_type in ("exact", "type-2"):
-            raise ValueError(
-                "GradientMoments: fisher_type must be 'empirical' or 'mc', got 'exact'; its backward passes are columns of a square "
-                "root, not gradients of labels. Over all labels the mean is zero and the second moment is ff.Diagonal()"
-            )
-
-    def result(self, engine: Engine, counts: Counts) -> SampleMoments:
-        """See ``Structure``."""
-        return SampleMoments(
-            {name: running.snapshot() for name, running in engine.totals.items()},
-            {name: running.snapshot() for name, running in engine.squares.items()},
-            engine.squared_weights,
-            counts,
-        )
-
-    def restore(self, engine: Engine, before: SampleMoments) -> None:
-        """See ``Structure``."""
-        engine.restore_squares(before.squares)
-        engine.restore_totals(before.totals, before.squared_weights)
 
 
 class Engine:
@@ -291,7 +144,7 @@ class Engine:
             return
         if sqnorm is not None:
             sqnorm[first : first + n] += norms
-        weight = None if self._samples.weight is None else self._samples.weight[first : first + n]
+        weight = self._samples.weight_of(first, n)
         if name in self.squares:
             self._target(self.squares, self._staged_squares, name).add_(_weighted_sum(squares, weight), alpha=scale)
         if name in self.totals:

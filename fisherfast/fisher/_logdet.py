@@ -1,0 +1,30 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Log-determinants of ``F + damping I`` from the eigenvalues of a block, and what is said where one is singular."""
+
+from __future__ import annotations
+
+import math
+import warnings
+
+import torch
+from torch import Tensor
+
+from fisherfast._warning import FisherWarning
+from fisherfast.ops.log1p_sum import log1p_sum
+
+
+def of_values(values: Tensor, others: int, damping: float) -> tuple[float, int]:
+    """``sum log(eigenvalue + damping)``, how many are ``log 0`` and left out: of float64 ``values``, and ``others`` that are zero."""
+    if damping:
+        sums = torch.zeros(2, dtype=torch.float64, device=values.device)
+        log1p_sum(sums, values, 1 / damping)
+        return float(sums[0]) + (values.numel() + others) * math.log(damping), 0
+    positive = values[values > 0]
+    return float(positive.log().sum()), values.numel() + others - positive.numel()
+
+
+def singular(zeros: int, of: int, what: str = "eigenvalues") -> float:
+    """-inf, said to the caller of a Fisher's ``logdet``."""
+    message = f"logdet: {zeros} of {of} {what} of F + damping I are zero: -inf; pass damping > 0"
+    warnings.warn(message, FisherWarning, stacklevel=3)
+    return -math.inf

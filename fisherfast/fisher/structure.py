@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What may be asked of a run: a request says what it needs, and makes its result of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fisherfast.capture import Capture
+from fisherfast.fisher.counts import Counts
+from fisherfast.passes import Collector
+
+
+class Structure:
+    """A request: which sums of the engine it needs (none, if it does not say so), or its own collector, and its result."""
+
+    @property
+    def squares(self) -> bool:
+        """Whether it needs ``sum_n w_n s_n^2`` of each parameter."""
+        return False
+
+    @property
+    def totals(self) -> bool:
+        """Whether it needs ``sum_n w_n s_n`` of each parameter."""
+        return False
+
+    @property
+    def spread(self) -> bool:
+        """Whether it needs the sums behind the standard error of the trace."""
+        return False
+
+    @property
+    def keeps(self) -> str | None:
+        """Which per-sample norms it needs: ``"whole"``, ``"layers"`` or None."""
+        return None
+
+    def check(self, fisher_type: str | None) -> None:
+        """Raise ValueError if it has no meaning for this kind of labels."""
+
+    def collector(self, capture: Capture, transactional: bool) -> Collector | None:
+        """A collector of its own, which ``result`` and ``restore`` are then given; None: the engine's sums are enough."""
+        return None
+
+    def result(self, source: Any, counts: Counts) -> Any:
+        """What has been added so far, on memory of its own."""
+        raise NotImplementedError
+
+    def restore(self, source: Any, before: Any) -> None:
+        """Give the source back what ``result`` took from it."""
+        raise NotImplementedError
