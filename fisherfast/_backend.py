@@ -70,6 +70,11 @@ def backend(name: str) -> Iterator[None]:
         _forced = before
 
 
+def forced() -> str | None:
+    """The backend that every op is forced to, or None."""
+    return _forced
+
+
 @functools.cache
 def native_problem() -> str | None:
     """Why the compiled extension cannot be used, or None."""

@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fisherfast._precision import wide_dtype
+
 _CHUNK = 2**20  # numbers at a time: bounds temporaries
 
 
@@ -168,7 +170,7 @@ class RunningSum:
 
     def __init__(self, like: Tensor) -> None:
         self.shape, self.device = like.shape, like.device
-        self.dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+        self.dtype = wide_dtype(like.dtype)
         self.clear()
 
     def clear(self) -> None:

@@ -27,7 +27,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from fisherfast.layout import Layout
+from fisherfast.layout import Kind, Layout
 from fisherfast.rules import DECOMPOSITIONS, RULES, Form, Part, Use, Window, part
 
 _DROPOUTS = {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout}
@@ -342,7 +342,7 @@ class Capture(TorchFunctionMode):
         # Around a user's own forward nobody says how many samples the batch has; an earlier layer of known layout does.
         use = call.uses[0]
         layout = self.layouts.get((use.tracked.name, use.window, 0))
-        if self.num_samples is None and layout is not None and layout.kind.value == "axis":
+        if self.num_samples is None and layout is not None and layout.kind is Kind.AXIS:
             self.num_samples = out.shape[layout.axis]
 
     # -- the graph behind a loss

@@ -36,7 +36,7 @@ def facts() -> dict[str, str]:
         "python": platform.python_version(),
         **versions,
         "fisherfast._C": native if isa is None else f"loads, CPU kernels for {isa()}",
-        "forced backend": _backend._forced or "none",
+        "forced backend": _backend.forced() or "none",
     }
 
 
@@ -65,7 +65,7 @@ def _cpu_name() -> str:
 
 
 def _preferred(op: str, device: str) -> set[str]:
-    if device != "cuda" or _backend._forced is not None:
+    if device != "cuda" or _backend.forced() is not None:
         return set()
     return _choice.preferred(op, _choice.capability(torch.device("cuda", torch.cuda.current_device())))
 
@@ -76,7 +76,7 @@ def _backend_table(device: str, name: str) -> Group:
         table.add_column(heading)
     reasons: dict[str, int] = {}
     for op in _backend.OPS.values():
-        run = _preferred(op.name, device) or {_backend._forced or op.usable(device)[0]}
+        run = _preferred(op.name, device) or {_backend.forced() or op.usable(device)[0]}
         row = []
         for backend in _backend.BACKENDS:
             problem = op.unavailable(backend, device)

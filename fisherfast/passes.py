@@ -17,6 +17,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from fisherfast._precision import wide
 from fisherfast.capture import Call, CallUse, Capture, Key, Listener, Tracked, graph
 from fisherfast.layout import PROBED, Finding, Gathered, Kind, Layout, Sightings, Tags
 from fisherfast.rules import Form, Rows, Window, combines, joined
@@ -125,7 +126,7 @@ class Pass:
 
     def unscaled(self, g: Tensor) -> Tensor:
         """A gradient without the factor, in float32 or wider, where digits lost to a factor would stay lost."""
-        return g if self.loss_scale == 1 else g.to(torch.promote_types(g.dtype, torch.float32)) / self.loss_scale
+        return g if self.loss_scale == 1 else wide(g) / self.loss_scale
 
 
 class _Folded:
@@ -137,7 +138,7 @@ class _Folded:
 
     def add(self, g: Tensor, scale: float) -> None:
         """Add one pass."""
-        g = g.to(torch.promote_types(g.dtype, torch.float32))
+        g = wide(g)
         if self._squares is None:
             self._squares = g.square().mul_(scale)
         else:

@@ -211,6 +211,7 @@ FLOORS = {
     "kernels": 0,
     "_backend": 1,
     "_choice": 1,
+    "_precision": 1,
     "_random": 1,
     "_warning": 1,
     "ops": 2,

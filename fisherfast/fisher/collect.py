@@ -72,7 +72,7 @@ class collect:
         self._run.capture.__exit__(kind, error, trace)
         self._run.warn_of_underflow()
         if error is not None and not hasattr(error, "fisher") and isinstance(error, Exception):
-            self._run._attach(error)
+            self._run.attach(error)
 
     def backward(self, loss: Tensor, retain_graph: bool = False) -> None:
         """Back-propagate the vector of per-sample losses ``[N]`` and add what its samples contribute."""
@@ -80,7 +80,7 @@ class collect:
         with torch._C.DisableTorchFunction(), run.rescue():  # the capture, still active, would look at each line below
             self._check(loss)
             N = loss.shape[0]
-            run.check_finite(loss, loss, "the loss")
+            run.check_finite(loss, "the loss")
             if not self._explored:
                 self._explore(loss)
             self._check_fallback()

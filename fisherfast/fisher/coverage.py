@@ -38,10 +38,9 @@ class Coverage(dict[str, str]):
         underflow: Mapping[str, list[int]] | None = None,
     ) -> None:
         super().__init__(how or {})
-        known = how if isinstance(how, Coverage) else Coverage.__new__(Coverage)
-        self.sizes: dict[str, int] = {**getattr(known, "sizes", {}), **(sizes or {})}
-        self.seconds: dict[str, float] = {**getattr(known, "seconds", {}), **(seconds or {})}
-        self.underflow: dict[str, list[int]] = {**getattr(known, "underflow", {}), **(underflow or {})}
+        self.sizes: dict[str, int] = {**getattr(how, "sizes", {}), **(sizes or {})}
+        self.seconds: dict[str, float] = {**getattr(how, "seconds", {}), **(seconds or {})}
+        self.underflow: dict[str, list[int]] = {**getattr(how, "underflow", {}), **(underflow or {})}
 
     @property
     def ways(self) -> dict[str, str]:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fisherfast._precision import wide_dtype
 from fisherfast.accumulator import Accumulator
 from fisherfast.capture import Capture
 from fisherfast.fisher.block_collector import BlockCollector
@@ -51,7 +52,7 @@ class EigenSums(WeightSums):
     def __init__(self, form: Form, weight: Tensor, of: KroneckerBlock, leader: EigenSums | None) -> None:
         self.place, self.form, self.kronecker, self._leader = of.place, form, of, leader
         self._shape = tuple(weight.shape)
-        self._dtype = torch.promote_types(weight.dtype, torch.float32)
+        self._dtype = wide_dtype(weight.dtype)
         self._rotates = len(of.A.shape) == 3, len(of.B.shape) == 3  # what is diagonal has no basis
         O, D = of.B.shape[1], of.A.shape[1]
         of_A, of_B = of.few_rows
@@ -198,8 +199,7 @@ class _OfMatrix(EigenSums):
         return Order.ROWS if rows.offsets is not None else super().order(rows)  # sequences of many lengths stay as they are
 
     def _add_rows(self, acc: Tensor, rows: Rows, scale: float, weight: Tensor | None) -> None:
-        x = rows.x
-        assert x is not None
+        x = rows.inputs
         if self.U is not None:
             x = x @ self.U[0, :-1] + self.U[0, -1] if self.place.bias is not None else x @ self.U[0]
         linear_sq_(acc[0], x, self._turned(rows.g), scale, weight=weight, offsets=rows.offsets, flag=self.values.flag)
@@ -208,9 +208,8 @@ class _OfMatrix(EigenSums):
         return g if self.V is None else g @ self.V[0]
 
     def _gradients(self, rows: Rows) -> Tensor:
-        assert rows.x is not None
         gradients = rows.g.new_empty(len(rows.g), 1, rows.g.shape[2], self._sides[1][0])
-        gradients[:, 0, :, : rows.x.shape[2]] = rows.g.mT @ rows.x
+        gradients[:, 0, :, : rows.inputs.shape[2]] = rows.g.mT @ rows.inputs
         if self.place.bias is not None:
             gradients[:, 0, :, -1] = rows.g.sum(1)
         return gradients
@@ -241,10 +240,10 @@ class _OfTable(EigenSums):
         self.values.running.restore(_transposed(block.values))
 
     def _add_rows(self, acc: Tensor, rows: Rows, scale: float, weight: Tensor | None) -> None:
-        assert isinstance(self.form, Lookup) and rows.x is not None
+        assert isinstance(self.form, Lookup)
         g = rows.g if self.V is None else rows.g @ self.V[0]
         options = {"weight": weight, "offsets": rows.offsets, "flag": self.values.flag}
-        embedding_sq_(acc[0], rows.x.squeeze(-1), g, scale, padding_idx=self.form.padding_idx, **options)
+        embedding_sq_(acc[0], rows.inputs.squeeze(-1), g, scale, padding_idx=self.form.padding_idx, **options)
 
 
 def _transposed(values: Accumulator) -> Accumulator:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fisherfast._precision import wide, wide_dtype
 from fisherfast.accumulator import Accumulator, RunningSum
 from fisherfast.capture import Call, Capture, Tracked
 from fisherfast.fisher import ghost
@@ -89,7 +90,7 @@ class Engine:
         """See ``passes.Collector``."""
         parameter = tracked.parameter
         unwanted = tracked.name not in self.squares and not ghost.applies(form, rows)
-        scratch = unwanted * parameter.numel() * torch.promote_types(parameter.dtype, torch.float32).itemsize
+        scratch = unwanted * parameter.numel() * wide_dtype(parameter.dtype).itemsize
         return Cost(form.flops(rows, parameter.shape), scratch=scratch)
 
     # -- one batch
@@ -134,7 +135,7 @@ class Engine:
     def add_gradients(self, tracked: Tracked, gradients: Tensor, first: int, scale: float, number: int) -> None:
         """See ``passes.Collector``. Outside a staged batch every call is a transaction of its own."""
         name, n = tracked.name, len(gradients)
-        gradients = gradients.to(torch.promote_types(gradients.dtype, torch.float32))
+        gradients = wide(gradients)
         squares = gradients.square()
         norms = squares.flatten(1).sum(1)
         sqnorm = self._sqnorm(name, scale)
@@ -231,7 +232,7 @@ class Engine:
 
     def _scratch_like(self, parameter: Tensor) -> Tensor:
         """Where an op may write squares that nobody wants; never read."""
-        dtype = torch.promote_types(parameter.dtype, torch.float32)
+        dtype = wide_dtype(parameter.dtype)
         if self._scratch.dtype != dtype or self._scratch.numel() < parameter.numel():
             self._scratch = torch.zeros(parameter.numel(), dtype=dtype, device=self._device)
         return self._scratch[: parameter.numel()].view(parameter.shape)

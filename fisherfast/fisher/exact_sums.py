@@ -8,11 +8,11 @@ from typing import Any
 
 from torch import Tensor
 
+from fisherfast._precision import wide
 from fisherfast.capture import Tracked
 from fisherfast.fisher.block_sums import BatchSum, GradientSums, mirrored
 from fisherfast.fisher.exact import ExactBlock, Flat
 from fisherfast.fisher.memory import Held
-from fisherfast.ops._common import wide
 from fisherfast.ops.gram import gram_
 from fisherfast.passes import Samples
 from fisherfast.rules import Form, Rows
@@ -40,7 +40,7 @@ class ExactSums(GradientSums):
 
     def add(self, form: Form, rows: Rows, scale: float, number: int, samples: Samples, staged: bool) -> None:
         """Take the rows of one pass. A parameter that is used in parts comes part by part: the sum of its parts is squared."""
-        rows = rows.each(lambda t: wide(t) if t.is_floating_point() else t, rows.offsets)._replace(lookup=rows.lookup)
+        rows = rows.each(wide, rows.offsets)._replace(lookup=rows.lookup)
         gradients = form.gradients(rows, self._shape).reshape(rows.num_samples, -1)
         acc, options = self.moments.target(staged), {"weight": samples.weight, "flag": self.moments.flag}
         if self._last is not None and self._last[0] == number:

@@ -8,6 +8,8 @@ import math
 import torch
 from torch import Tensor
 
+from fisherfast._precision import wide
+
 _SHARE = 3  # rows are kept up to a third of the columns: above it the factor's own eigendecomposition is as fast
 
 
@@ -39,8 +41,7 @@ class FewRows:
         if not self.room(count):
             return
         self._left -= count
-        rows = x.flatten(0, -2)
-        rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+        rows = wide(x.flatten(0, -2))
         rows = torch.cat([rows, torch.ones_like(rows[:, :1])], 1) if bias else rows
         root = scale if weight is None else scale * weight.flatten().unsqueeze(1).to(rows.dtype)
         self._batch.append(rows * root**0.5)

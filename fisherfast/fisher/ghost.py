@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fisherfast.ops._common import wide
+from fisherfast._precision import wide
 from fisherfast.rules import Form, Rows
 
 
@@ -28,5 +28,4 @@ def squared_norms(rows: Rows) -> Tensor:
     Numerics: float32 (float64 for float64 rows); every term is positive.
     Source:   Goodfellow 2015 (arXiv:1510.01799).
     """
-    assert rows.x is not None
-    return wide(rows.g[:, 0]).square().sum(1) * wide(rows.x[:, 0]).square().sum(1)
+    return wide(rows.g[:, 0]).square().sum(1) * wide(rows.inputs[:, 0]).square().sum(1)

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fisherfast._precision import wide, wide_dtype
 from fisherfast.capture import Call, Capture, Tracked
 from fisherfast.fisher.memory import Held
-from fisherfast.ops._common import wide
 from fisherfast.passes import Cost, Samples
 from fisherfast.rules import Convolution, Elementwise, Form, Lookup, MatMul, Part, Rows, Tied, Window
 
@@ -112,7 +112,7 @@ def _smallest(form: Form, rows: Rows, shape: torch.Size) -> tuple[Form, Rows]:
     """The same gradients on memory of their own: as rows, or whole where that takes less."""
     inner, part = _of_part(form, shape)
     if _less_whole(rows, part):
-        whole = inner.gradients(_each(rows, lambda t: wide(t) if t.is_floating_point() else t), part)
+        whole = inner.gradients(_each(rows, wide), part)
         inner, rows = Elementwise(tuple(part)), Rows(None, whole.view(len(whole), 1, -1))
     else:
         rows = _each(rows, lambda t: t.clone(memory_format=torch.contiguous_format))
@@ -150,7 +150,7 @@ class GramCollector:
     def cost(self, tracked: Tracked, form: Form, rows: Rows, number: int) -> Cost:
         """See ``passes.Collector``: the rows and their roots; what is multiplied is multiplied when the result is asked."""
         (_, part), n = _of_part(form, tracked.parameter.shape), rows.num_samples
-        whole = n * math.prod(part) * torch.promote_types(rows.g.dtype, torch.float32).itemsize
+        whole = n * math.prod(part) * wide_dtype(rows.g.dtype).itemsize
         kept = whole if _less_whole(rows, part) else sum(t.nbytes for t in _tensors(rows).values())
         return Cost(kept=kept + 8 * n)
 

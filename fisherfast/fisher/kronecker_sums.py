@@ -144,10 +144,9 @@ class KroneckerSums(WeightSums):
         inputs, gradients = self._add_patches, self._add_pixels
         if form.transposed:
             inputs, gradients = gradients, inputs
-        assert rows.x is not None
         if rows.uses:  # what a later use brings must be known before an earlier one is added
             of_x, of_g = (self.B, self.A) if form.transposed else (self.A, self.B)
-            of_x.flag |= ~torch.isfinite(rows.x).all()
+            of_x.flag |= ~torch.isfinite(rows.inputs).all()
             of_g.flag |= ~torch.isfinite(rows.g).all()
         positions: Tensor | float = 0.0
         for use in rows.uses or (rows,):
@@ -163,14 +162,13 @@ class KroneckerSums(WeightSums):
     def _add_patches(
         self, one: BatchSum, target: Tensor, form: Convolution, rows: Rows, scale: float, weight: Tensor | None
     ) -> None:
-        assert rows.x is not None
         if target.dim() == 2:
-            squares = form.patch_sums(rows._replace(x=rows.x.to(target.dtype).square()), self._kernel)
+            squares = form.patch_sums(rows._replace(x=rows.inputs.to(target.dtype).square()), self._kernel)
             add_rows(target.view(-1), squares, scale, weight, one.flag)
             return
         where = {"kernel": self._kernel, "positions": rows.g.shape[2:], "stride": form.stride, "padding": form.padding}
         more = {"dilation": form.dilation, "groups": form.groups, "bias": self.place.bias is not None}
-        conv_gram_(target, rows.x, scale, weight=weight, flag=one.flag, **where, **more)
+        conv_gram_(target, rows.inputs, scale, weight=weight, flag=one.flag, **where, **more)
         if one.few_rows is not None and one.few_rows.room(len(rows.g) * math.prod(rows.g.shape[2:])):
             patches = form.patches(rows, self._kernel)
             one.few_rows.add(patches, _of_pixels(patches, weight), scale, bias=self.place.bias is not None)
@@ -187,8 +185,7 @@ class KroneckerSums(WeightSums):
             one.few_rows.add(pixels, _of_pixels(pixels, weight), scale)
 
     def _add_rows(self, rows: Rows, scale: float, samples: Samples, A: Tensor | None, B: Tensor) -> None:
-        x, g = rows.x, rows.g
-        assert x is not None
+        x, g = rows.inputs, rows.g
         if isinstance(self.form, MatMul) and self.form.transposed:
             x, g = g, x  # the rows are as the parameter is stored
         weight = _of_samples(rows, samples.weight)
@@ -242,9 +239,7 @@ class Inputs:
 
 def inputs_of(form: Form, rows: Rows) -> Tensor:
     """x: the rows are as the parameter is stored."""
-    x = rows.g if isinstance(form, MatMul) and form.transposed else rows.x
-    assert x is not None
-    return x
+    return rows.g if isinstance(form, MatMul) and form.transposed else rows.inputs
 
 
 def _factor(one: BatchSum) -> Accumulator:

@@ -224,7 +224,7 @@ class Measurement:
         with self.capture, torch.enable_grad():
             output = batch.feed(self.model, self.output)
         predictions = self.labelling.predictions(batch, output, self.sample_offset + self.run.num_samples + first)
-        self.run.check_finite(predictions.values, predictions.values, "the model's output")
+        self.run.check_finite(predictions.values, "the model's output")
         return output, predictions
 
     def _passes(self, predictions: Predictions) -> Iterator[Pass]:

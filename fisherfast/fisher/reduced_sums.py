@@ -10,9 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fisherfast._precision import wide
 from fisherfast.fisher.kronecker import Place
 from fisherfast.fisher.kronecker_sums import KroneckerSums, existing, inputs_of
-from fisherfast.ops._common import wide
 from fisherfast.passes import Samples
 from fisherfast.rules import Convolution, Form, Lookup, MatMul, Rows
 
@@ -71,8 +71,7 @@ class ReducedSums(KroneckerSums):
 
 
 def _of_rows(form: Form, rows: Rows, exists: Tensor | None) -> Reduced:
-    assert rows.x is not None
-    x, g = wide(rows.x), wide(rows.g)
+    x, g = wide(rows.inputs), wide(rows.g)
     if isinstance(form, MatMul) and form.transposed:
         x, g = g, x  # the rows are as the parameter is stored
     if rows.offsets is not None:
@@ -89,8 +88,7 @@ def _of_images(form: Convolution, rows: Rows, kernel: tuple[int, ...]) -> Reduce
 
 
 def _of_images_of_one_size(form: Convolution, rows: Rows, kernel: tuple[int, ...]) -> Reduced:
-    assert rows.x is not None
-    patches, pixels = form.patch_sums(rows._replace(x=wide(rows.x)), kernel), wide(rows.g).flatten(2).sum(2)
+    patches, pixels = form.patch_sums(rows._replace(x=wide(rows.inputs)), kernel), wide(rows.g).flatten(2).sum(2)
     x, g = (pixels, patches) if form.transposed else (patches, pixels)
     positions = math.prod(rows.g.shape[2:])
     if rows.offsets is None:

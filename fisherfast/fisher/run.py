@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fisherfast._precision import wide_dtype
 from fisherfast._warning import FisherWarning
 from fisherfast.capture import Call, Capture, unwrapped
 from fisherfast.fisher.counts import Counts
@@ -79,13 +80,13 @@ class Run:
         for name in lost:
             self.missing[name] = "missing: the loss does not depend on it"
             self.capture.forget(name)
-            for collector in self.passes.collectors:
+            for collector in self.collectors:
                 collector.forget(name)
 
     def note_uses(self, root: Tensor) -> None:
         """Show the collectors how the parameters are used, and remember which op serves each, for the coverage report."""
         calls = [call for call, _ in self.capture.calls(root)]
-        for collector in self.passes.collectors:
+        for collector in self.collectors:
             collector.explore(calls)
         forms: defaultdict[str, dict[str, None]] = defaultdict(dict)
         for call in calls:
@@ -159,11 +160,11 @@ class Run:
         counts = Counts(self.num_samples, self.num_positions, self.batches, self.provenance, self.coverage, aliases)
         return tuple(structure.result(source, counts) for structure, source in zip(self.structures, self.sources, strict=True))
 
-    def check_finite(self, root: Tensor, values: Tensor, what: str) -> None:
+    def check_finite(self, values: Tensor, what: str) -> None:
         """Raise before the backward pass if the forward pass produced NaN or infinity, naming where it began."""
-        if torch.isfinite(values.detach().sum(dtype=torch.float64 if values.dtype == torch.float64 else torch.float32)):
+        if torch.isfinite(values.detach().sum(dtype=wide_dtype(values.dtype))):
             return
-        name = self.capture.first_non_finite(root)
+        name = self.capture.first_non_finite(values)
         where = f"the input of {name!r} is the first that is not finite" if name else "all inputs of parameters are finite"
         raise NonFiniteError(
             f"batch {self.batches}: {what} must be finite, got NaN or infinity; {where}. Nothing of this batch was added"
@@ -178,7 +179,7 @@ class Run:
         if not self._fits:
             check(self.holds(samples.passes), self.capture.device)
             self._fits = True
-        for collector in self.passes.collectors:
+        for collector in self.collectors:
             collector.begin(samples)
         complete = False
         try:
@@ -186,7 +187,7 @@ class Run:
             complete = True
         finally:
             with self.capture.aside():
-                bad = list(dict.fromkeys(name for collector in self.passes.collectors for name in collector.settle(complete)))
+                bad = list(dict.fromkeys(name for collector in self.collectors for name in collector.settle(complete)))
         if bad:
             raise NonFiniteError(
                 f"batch {self.batches}: gradients must be finite, and so must their squares, got NaN or infinity, first at {bad[0]!r} "
@@ -201,13 +202,14 @@ class Run:
                 yield
         except KeyboardInterrupt as interrupt:
             error = Interrupted(*interrupt.args)
-            self._attach(error)
+            self.attach(error)
             raise error from interrupt
         except Exception as error:
-            self._attach(error)
+            self.attach(error)
             raise
 
-    def _attach(self, error: BaseException) -> None:
+    def attach(self, error: BaseException) -> None:
+        """Have the error carry the result so far."""
         if not self._fits and isinstance(error, MemoryError):
             return  # a result, even of nothing, takes the memory that is not there
         results = self.results()

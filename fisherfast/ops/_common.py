@@ -115,11 +115,6 @@ def stopped(flag: Tensor | None, *inputs: Tensor | None) -> bool:
     return bool(flag.item())
 
 
-def wide(tensor: Tensor) -> Tensor:
-    """Half-precision inputs as float32: products and squares are never formed in 16 bits."""
-    return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
-
-
 def samples(g: Tensor, offsets: Tensor | None) -> Iterator[tuple[int, slice | int]]:
     """Yield ``(n, index)`` such that ``g[index]`` holds the rows ``[T_n, ...]`` of sample n."""
     if offsets is None:

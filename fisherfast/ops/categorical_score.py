@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fisherfast import _backend
+from fisherfast._precision import wide
 from fisherfast.ops import _common as common
 
 _SCHEMA = (
@@ -87,7 +88,7 @@ def categorical_score_(
     for start in range(0, R, step):
         rows = slice(start, start + step)
         keep = None if counted is None else counted[rows].unsqueeze(1)
-        z = logits[rows].to(torch.promote_types(logits.dtype, torch.float32))
+        z = wide(logits[rows])
         e = (z - z.amax(1, keepdim=True)).exp_()
         total = e.sum(1, keepdim=True, dtype=torch.float64)
         y = _drawn(e, uniform[rows]) if uniform is not None else labels[rows]  # type: ignore[index]

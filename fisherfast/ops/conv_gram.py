@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fisherfast import _backend
+from fisherfast._precision import wide
 from fisherfast.ops import _common as common
 from fisherfast.ops import _conv as conv
 
@@ -95,7 +96,7 @@ def conv_gram_(
     positions = conv.positions(x.shape[2:], kernel, positions, stride, padding, dilation)
     if 0 in positions or D == 0:
         return
-    frames = conv.framed(common.wide(x), positions, kernel, stride, padding, dilation)
+    frames = conv.framed(wide(x), positions, kernel, stride, padding, dilation)
     sums = torch.zeros_like(acc, dtype=torch.float64)
     for n, frame in enumerate(frames):
         u = (

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fisherfast import _backend
+from fisherfast._precision import wide
 from fisherfast.ops import _common as common
 from fisherfast.ops import _conv as conv
 
@@ -99,7 +100,7 @@ def conv_sq_(
     """
     if common.stopped(flag, x, g, weight):
         return
-    x, g = common.wide(x), common.wide(g)
+    x, g = wide(x), wide(g)
     axes = acc.dim() - 2
     stride, padding, dilation = conv.options(axes, stride, padding, dilation)
     sums = common.Sums(acc, scale, weight, total, sqnorm)

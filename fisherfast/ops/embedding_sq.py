@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fisherfast import _backend
+from fisherfast._precision import wide
 from fisherfast.ops import _common as common
 
 _SCHEMA = f"embedding_sq_(Tensor(a!) acc, Tensor ids, Tensor g, {common.OUTPUTS}, int padding_idx=-1) -> ()"
@@ -62,7 +63,7 @@ def embedding_sq_(
         raise ValueError(f"embedding_sq_: ids must lie in [0, V = {acc.shape[0]}), got {int(ids.min())} .. {int(ids.max())}")
     if common.stopped(flag, g, weight):
         return
-    g = common.wide(g)
+    g = wide(g)
     if padding_idx >= 0:
         g = g.masked_fill((ids == padding_idx).unsqueeze(-1), 0.0)
     sums = common.Sums(acc, scale, weight, total, sqnorm)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fisherfast import _backend
+from fisherfast._precision import wide
 from fisherfast.ops import _common as common
 
 _SCHEMA = "gram_(Tensor(a!) acc, Tensor x, float scale=1.0, *, Tensor? weight=None, bool bias=False, Tensor(b!)? flag=None) -> ()"
@@ -58,7 +59,7 @@ def gram_(
     """
     if common.stopped(flag, x, weight):
         return
-    rows = common.wide(x).flatten(0, -2)
+    rows = wide(x).flatten(0, -2)
     if bias:
         rows = torch.nn.functional.pad(rows, (0, 1), value=1.0)
     weighted = rows if weight is None else rows * weight.view(-1, 1)

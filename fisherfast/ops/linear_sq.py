@@ -6,6 +6,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from fisherfast import _backend
+from fisherfast._precision import wide
 from fisherfast.ops import _common as common
 
 _SCHEMA = f"linear_sq_(Tensor(a!) acc, Tensor x, Tensor g, {common.OUTPUTS}) -> ()"
@@ -54,7 +55,7 @@ def linear_sq_(
     """
     if common.stopped(flag, x, g, weight):
         return
-    x, g = common.wide(x), common.wide(g)
+    x, g = wide(x), wide(g)
     sums = common.Sums(acc, scale, weight, total, sqnorm)
     for n, rows in common.samples(g, offsets):
         sums.add(n, g[rows].mT @ x[rows])

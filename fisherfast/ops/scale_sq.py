@@ -6,6 +6,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from fisherfast import _backend
+from fisherfast._precision import wide
 from fisherfast.ops import _common as common
 
 _SCHEMA = f"scale_sq_(Tensor(a!) acc, Tensor? x, Tensor g, {common.OUTPUTS}) -> ()"
@@ -52,8 +53,8 @@ def scale_sq_(
     """
     if common.stopped(flag, x, g, weight):
         return
-    g = common.wide(g)
-    product = g if x is None else g * common.wide(x)
+    g = wide(g)
+    product = g if x is None else g * wide(x)
     sums = common.Sums(acc, scale, weight, total, sqnorm)
     for n, rows in common.samples(g, offsets):
         sums.add(n, product[rows].sum(0))

@@ -8,23 +8,10 @@ blind to the layer. A function that is made of such functions is taken apart ins
 
 from fisherfast.rules import decompositions, functions
 from fisherfast.rules.decompositions import DECOMPOSITIONS
-from fisherfast.rules.forms import (
-    ALL,
-    Convolution,
-    Elementwise,
-    Entries,
-    Form,
-    Lookup,
-    MatMul,
-    Part,
-    Rows,
-    Tied,
-    Window,
-    combines,
-    joined,
-    part,
-)
+from fisherfast.rules.forms import Convolution, Elementwise, Form, Lookup, MatMul, Part, Tied, combines, joined, part
+from fisherfast.rules.rows import Rows
 from fisherfast.rules.table import RULES, Use, rule
+from fisherfast.rules.windows import ALL, Entries, Window
 
 __all__ = [
     "ALL",

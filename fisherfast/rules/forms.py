@@ -18,76 +18,20 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from operator import itemgetter
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fisherfast._precision import wide
 from fisherfast.ops import _conv as conv
-from fisherfast.ops._common import wide
 from fisherfast.ops.conv_sq import conv_sq_
 from fisherfast.ops.embedding_sq import embedding_sq_
 from fisherfast.ops.linear_sq import linear_sq_
 from fisherfast.ops.scale_sq import scale_sq_
-
-
-class Rows(NamedTuple):
-    """One parameter's rows in one backward pass: x ``[N, T, ...]`` or None, g ``[N, T, ...]``; with offsets ``[M, ...]``.
-
-    ``lookup``: of a tied table, the rows of its use as an embedding. ``uses``: of images of several sizes, which x and g hold with
-    zeros around, those of each use as they are.
-    """
-
-    x: Tensor | None
-    g: Tensor
-    offsets: Tensor | None = None
-    lookup: Rows | None = None
-    uses: tuple[Rows, ...] = ()
-
-    def each(self, change: Callable[[Tensor], Tensor], offsets: Tensor | None = None) -> Rows:
-        """Both tensors changed in the same way."""
-        return Rows(None if self.x is None else change(self.x), change(self.g), offsets)
-
-    def packed(self) -> Rows:
-        """The same rows with offsets."""
-        if self.offsets is not None:
-            return self
-        N, T = self.g.shape[:2]
-        offsets = torch.arange(0, N * T + 1, T, device=self.g.device) if T else _nothing(N, self.g)
-        return self.each(lambda rows: rows.flatten(0, 1), offsets)
-
-    @property
-    def num_samples(self) -> int:
-        """N."""
-        return len(self.g) if self.offsets is None else len(self.offsets) - 1
-
-    def samples(self, first: int, last: int) -> Rows:
-        """The rows of samples ``first, ..., last - 1``."""
-        lookup = None if self.lookup is None else self.lookup.samples(first, last)
-        if self.offsets is None:
-            return self.each(itemgetter(slice(first, last)))._replace(lookup=lookup)
-        start, end = self.offsets[[first, last]].tolist()
-        few = self.each(itemgetter(slice(start, end)), self.offsets[first : last + 1] - start)
-        return few._replace(lookup=lookup)
-
-    def one_by_one(self) -> Iterator[Rows]:
-        """Packed rows of each sample as ``[1, T, ...]``."""
-        assert self.offsets is not None
-        for start, end in pairwise(self.offsets.tolist()):
-            yield self.each(itemgetter((None, slice(start, end))))
-
-    def without_zeros(self) -> Rows:
-        """Leave out the positions whose gradient is zero (padding), if they are many: they add nothing and would be multiplied."""
-        alive = (self.g != 0).any(-1)
-        if self.offsets is not None or int(alive.sum()) > 0.8 * alive.numel():
-            return self
-        counts = torch.cat([_nothing(0, self.g), alive.sum(1).cumsum(0)])
-        return self.each(lambda rows: rows[alive], counts)
-
-
-def _nothing(N: int, like: Tensor) -> Tensor:
-    return torch.zeros(N + 1, dtype=torch.int64, device=like.device)
+from fisherfast.rules.rows import Rows, merged
+from fisherfast.rules.windows import Window
 
 
 class Form:
@@ -119,7 +63,7 @@ class Form:
         if all(use.offsets is None for use in uses):
             xs = [use.x for use in uses if use.x is not None]
             return Rows(torch.cat(xs, dim=1) if xs else None, torch.cat([use.g for use in uses], dim=1))
-        return _merged([use.packed() for use in uses])
+        return merged([use.packed() for use in uses])
 
     def flops(self, rows: Rows, shape: tuple[int, ...]) -> int:
         """What the op takes for oriented rows of a parameter of this shape."""
@@ -139,15 +83,6 @@ class Form:
     def _gradients(self, rows: Rows, shape: tuple[int, ...]) -> Tensor:
         """Of rows ``[N, T, ...]``."""
         raise NotImplementedError
-
-
-def _merged(uses: list[Rows]) -> Rows:
-    """Packed rows of several uses, sample by sample."""
-    offsets = [use.offsets for use in uses if use.offsets is not None]
-    numbers = [torch.repeat_interleave(o.diff()) for o in offsets]
-    order = torch.cat(numbers).argsort(stable=True)
-    xs = [use.x for use in uses if use.x is not None]
-    return Rows(torch.cat(xs)[order] if xs else None, torch.cat([use.g for use in uses])[order], sum(offsets[1:], offsets[0]))
 
 
 def like(x: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
@@ -176,8 +111,7 @@ class MatMul(Form):
 
     def oriented(self, rows: Rows) -> Rows:
         """See ``Form``: the sample gradient of W^T is the transpose of that of W."""
-        assert rows.x is not None
-        return Rows(rows.g, rows.x, rows.offsets) if self.transposed else rows
+        return Rows(rows.g, rows.inputs, rows.offsets) if self.transposed else rows
 
     def joins(self, other: Form) -> bool:
         """See ``Form``."""
@@ -185,17 +119,14 @@ class MatMul(Form):
 
     def flops(self, rows: Rows, shape: tuple[int, ...]) -> int:
         """See ``Form``."""
-        assert rows.x is not None
-        return 2 * rows.g.numel() * rows.x.shape[-1]
+        return 2 * rows.g.numel() * rows.inputs.shape[-1]
 
     def accumulate(self, acc: Tensor, rows: Rows, scale: float, **outputs: Tensor | None) -> None:
         """See ``Form``."""
-        assert rows.x is not None
-        linear_sq_(acc, rows.x, rows.g, scale, offsets=rows.offsets, **outputs)
+        linear_sq_(acc, rows.inputs, rows.g, scale, offsets=rows.offsets, **outputs)
 
     def _gradients(self, rows: Rows, shape: tuple[int, ...]) -> Tensor:
-        assert rows.x is not None
-        return (rows.g.mT @ rows.x).view(-1, *shape)
+        return (rows.g.mT @ rows.inputs).view(-1, *shape)
 
 
 @dataclass(frozen=True)
@@ -221,11 +152,9 @@ class Convolution(Form):
 
     def oriented(self, rows: Rows) -> Rows:
         """See ``Form``; samples of one image each lose their second axis."""
-        assert rows.x is not None
         if rows.offsets is None:
             rows = rows.each(lambda images: images[:, 0]) if rows.g.shape[1] == 1 else rows.packed()
-        x, g = rows.x, rows.g
-        assert x is not None
+        x, g = rows.inputs, rows.g
         return Rows(g, x, rows.offsets) if self.transposed else rows
 
     def joined(self, uses: list[Rows]) -> Rows:
@@ -237,7 +166,7 @@ class Convolution(Form):
             Rows(x, g, torch.arange(len(g) + 1, device=g.device) if use.offsets is None else use.offsets)
             for x, g, use in zip(xs, gs, uses, strict=True)
         ]
-        return _merged(packed)._replace(uses=tuple(uses) if several else ())
+        return merged(packed)._replace(uses=tuple(uses) if several else ())
 
     def flops(self, rows: Rows, shape: tuple[int, ...]) -> int:
         """See ``Form``."""
@@ -245,14 +174,12 @@ class Convolution(Form):
 
     def accumulate(self, acc: Tensor, rows: Rows, scale: float, **outputs: Tensor | None) -> None:
         """See ``Form``."""
-        assert rows.x is not None
         geometry = {"stride": self.stride, "padding": self.padding, "dilation": self.dilation, "groups": self.groups}
-        conv_sq_(acc, rows.x, rows.g, scale, offsets=rows.offsets, **outputs, **geometry)
+        conv_sq_(acc, rows.inputs, rows.g, scale, offsets=rows.offsets, **outputs, **geometry)
 
     def framed(self, rows: Rows, kernel: tuple[int, ...]) -> tuple[Tensor, tuple[Any, ...]]:
         """The images, and the arguments by which torch's convolution has the positions of g: it pads both ends alike."""
-        x, padding = rows.x, self.padding
-        assert x is not None
+        x, padding = rows.inputs, self.padding
         if conv.positions(x.shape[2:], kernel, (), self.stride, padding, self.dilation) != rows.g.shape[2:]:
             x = conv.framed(x, rows.g.shape[2:], kernel, self.stride, padding, self.dilation)
             padding = (0,) * len(kernel)
@@ -260,9 +187,8 @@ class Convolution(Form):
 
     def patches(self, rows: Rows, kernel: tuple[int, ...]) -> Tensor:
         """What the kernel sees of every image at every position, ``[images, positions, C * prod(kernel)]``: unfolded, for few rows."""
-        assert rows.x is not None
         axes = len(kernel)
-        x = conv.framed(rows.x, rows.g.shape[2:], kernel, self.stride, self.padding, self.dilation)
+        x = conv.framed(rows.inputs, rows.g.shape[2:], kernel, self.stride, self.padding, self.dilation)
         for axis, (K, stride, dilation) in enumerate(zip(kernel, self.stride, self.dilation, strict=True), 2):
             x = x.unfold(axis, (K - 1) * dilation + 1, stride)[..., ::dilation]
         order = (0, *range(2, 2 + axes), 1, *range(2 + axes, 2 + 2 * axes))
@@ -270,9 +196,8 @@ class Convolution(Form):
 
     def patch_sums(self, rows: Rows, kernel: tuple[int, ...]) -> Tensor:
         """The sum of an image's patches ``[images, C * prod(kernel)]``: for each offset in the kernel that of the pixels it meets."""
-        assert rows.x is not None
         positions = rows.g.shape[2:]
-        x = conv.framed(rows.x, positions, kernel, self.stride, self.padding, self.dilation)
+        x = conv.framed(rows.inputs, positions, kernel, self.stride, self.padding, self.dilation)
         sums = []
         for offset in itertools.product(*map(range, kernel)):
             met = x
@@ -367,13 +292,11 @@ class Lookup(Form):
 
     def accumulate(self, acc: Tensor, rows: Rows, scale: float, **outputs: Tensor | None) -> None:
         """See ``Form``."""
-        assert rows.x is not None
-        ids = rows.x.squeeze(-1)
+        ids = rows.inputs.squeeze(-1)
         embedding_sq_(acc, ids, rows.g, scale, offsets=rows.offsets, padding_idx=self.padding_idx, **outputs)
 
     def _gradients(self, rows: Rows, shape: tuple[int, ...]) -> Tensor:
-        assert rows.x is not None
-        ids, found = rows.x.squeeze(-1), rows.g.new_zeros(len(rows.g), *shape)
+        ids, found = rows.inputs.squeeze(-1), rows.g.new_zeros(len(rows.g), *shape)
         sample = torch.arange(len(found), device=ids.device).unsqueeze(1).expand_as(ids)
         return found.index_put_((sample, ids), rows.g * (ids != self.padding_idx).unsqueeze(-1), accumulate=True)
 
@@ -391,16 +314,16 @@ class Tied(Form):
 
     def flops(self, rows: Rows, shape: tuple[int, ...]) -> int:
         """See ``Form``."""
-        assert rows.x is not None and rows.lookup is not None
-        return 2 * rows.g.numel() * rows.x.shape[-1] + 2 * rows.lookup.g.numel()
+        assert rows.lookup is not None
+        return 2 * rows.g.numel() * rows.inputs.shape[-1] + 2 * rows.lookup.g.numel()
 
     def accumulate(self, acc: Tensor, rows: Rows, scale: float, **outputs: Tensor | None) -> None:
         """See ``Form``."""
         lookup, flag = rows.lookup, outputs.get("flag")
-        assert rows.x is not None and lookup is not None and lookup.x is not None
+        assert lookup is not None
         if flag is not None:  # the second op's inputs too, before the first adds anything
             flag |= ~torch.isfinite(lookup.g).all()
-        linear_sq_(acc, rows.x, rows.g, scale, offsets=rows.offsets, **outputs)
+        linear_sq_(acc, rows.inputs, rows.g, scale, offsets=rows.offsets, **outputs)
         for n, head, table in _few_samples(rows._replace(lookup=None), lookup):
             self._add_touched(acc, n, head, table, scale, **outputs)
 
@@ -413,14 +336,13 @@ class Tied(Form):
     def _add_touched(
         self, acc: Tensor, n: slice, head: Rows, table: Rows, scale: float, *, weight=None, total=None, sqnorm=None, flag=None
     ) -> None:
-        assert head.x is not None and table.x is not None
-        ids = table.x.squeeze(-1)  # [n, U]
+        ids = table.inputs.squeeze(-1)  # [n, U]
         dtype = acc.dtype if acc.dtype == torch.float64 else torch.float32
         same = (ids.unsqueeze(2) == ids.unsqueeze(1)).to(dtype)  # [n, U, U]
         first = ~same.tril(-1).any(-1) & (ids != self.padding_idx)
         E = torch.bmm(same, table.g.to(dtype))
         touched = head.g.gather(2, ids.unsqueeze(1).expand(-1, head.g.shape[1], -1)).to(dtype)  # [n, T, U]
-        H = torch.bmm(touched.mT, head.x.to(dtype))
+        H = torch.bmm(touched.mT, head.inputs.to(dtype))
         add = (E * (2 * H + E)) * first.unsqueeze(-1)
         if flag is not None:
             add, E = (torch.where(flag == 0, t, 0.0) for t in (add, E))
@@ -444,67 +366,6 @@ def _few_samples(head: Rows, table: Rows) -> Iterator[tuple[slice, Rows, Rows]]:
         return
     for n, (one, other) in enumerate(zip(head.packed().one_by_one(), table.packed().one_by_one(), strict=True)):
         yield slice(n, n + 1), one, other
-
-
-class Entries(tuple[int, ...]):
-    """Entries of a tensor's first axis: ``(k,)`` is one of them, ``(first, last)`` are those before last, ``()`` all."""
-
-    def of(self, tensor: Tensor) -> Tensor:
-        """Those of a tensor: a view."""
-        return tensor[self[0]] if len(self) == 1 else tensor[slice(*self)] if self else tensor
-
-    def span(self, extent: int) -> tuple[int, int]:
-        """The first, and one past the last, of an axis this long."""
-        return (self[0], self[-1] + (len(self) == 1)) if self else (0, extent)
-
-    def named(self, parameter: str) -> str:
-        """What they are called: ``w[3]``, ``w[0:7]``, ``w``."""
-        return f"{parameter}[{':'.join(map(str, self))}]" if self else parameter
-
-
-ALL = Entries()
-
-
-@dataclass(frozen=True)
-class Window:
-    """A part of a parameter, as it lies in the parameter's memory."""
-
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-    start: int
-
-    @classmethod
-    def of(cls, part: Tensor, whole: Tensor) -> Window:
-        """Where ``part``, a view, lies in ``whole``."""
-        return cls(tuple(part.shape), part.stride(), int(part.storage_offset() - whole.storage_offset()))
-
-    def of_tensor(self, whole: Tensor) -> Tensor:
-        """The same part of a tensor that is laid out like the parameter."""
-        return whole.as_strided(self.shape, self.strides, whole.storage_offset() + self.start)
-
-    def entries(self, shape: tuple[int, ...]) -> Entries | None:
-        """Which entries of a parameter of this shape it is, their own axes flattened or not; None if it is no such part."""
-        each, size = math.prod(shape[1:]), math.prod(self.shape)
-        if not (shape and self.shape and size and _dense(self)) or self.start % each or size % each:
-            return None
-        first, count = self.start // each, size // each
-        if count == 1 and len(self.shape) < len(shape) and self.shape[0] == shape[1]:
-            return Entries((first,))
-        if self.shape[0] != count:
-            return None
-        return ALL if count == shape[0] else Entries((first, first + count))
-
-    def end(self) -> int:
-        """One past the last element."""
-        return self.start + 1 + sum((size - 1) * stride for size, stride in zip(self.shape, self.strides, strict=True))
-
-    def of_each(self, whole: Tensor) -> Tensor:
-        """The same part of every tensor in a stack ``[N, *parameter]``."""
-        return whole.as_strided((len(whole), *self.shape), (whole.stride(0), *self.strides), self.start)
-
-    def disjoint(self, other: Window) -> bool:
-        """Whether it is plain that the two have no element in common."""
-        return self.end() <= other.start or other.end() <= self.start
 
 
 @dataclass(frozen=True)
@@ -572,19 +433,10 @@ def part(form: Form, window: Window, whole: Tensor) -> Form:
             Window(window.shape[::-1], window.strides[::-1], window.start),
         )
     if isinstance(form, Elementwise) and window.start == 0 and math.prod(window.shape) == whole.numel():
-        if Window.of(whole, whole).strides == whole.contiguous().stride() and _dense(window):
+        if Window.of(whole, whole).strides == whole.contiguous().stride() and window.dense:
             return form  # a reshaped parameter: the op sees it flat
     same = window == Window.of(whole, whole)
     return form if same else Part(form, window)
-
-
-def _dense(window: Window) -> bool:
-    size = 1
-    for extent, stride in zip(reversed(window.shape), reversed(window.strides), strict=True):
-        if extent != 1 and stride != size:
-            return False
-        size *= extent
-    return True
 
 
 def combines(forms: list[Form]) -> bool:

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fisherfast._precision import wide
 from fisherfast.rules.forms import Convolution, Elementwise, Lookup, MatMul
 from fisherfast.rules.table import Use, rule
 
@@ -91,15 +92,15 @@ def _channels(parameter: Tensor, axes: int, prepare: Callable[[Tensor], Tensor] 
 # the weight is 0
 
 
-def _wide(norm: Callable[..., Tensor], x: Tensor, *arguments, **options) -> Tensor:
-    return norm(x.float() if x.dtype in (torch.bfloat16, torch.float16) else x, *arguments, **options)
+def _widely(norm: Callable[..., Tensor], x: Tensor, *arguments, **options) -> Tensor:
+    return norm(wide(x), *arguments, **options)
 
 
 @rule(F.layer_norm)
 def _layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5):
     shape = tuple(normalized_shape)
     if weight is not None:
-        yield Use(weight, Elementwise(shape, partial(_wide, F.layer_norm, normalized_shape=shape, eps=eps)), (input,))
+        yield Use(weight, Elementwise(shape, partial(_widely, F.layer_norm, normalized_shape=shape, eps=eps)), (input,))
     if bias is not None:
         yield Use(bias, Elementwise(shape))
 
@@ -108,19 +109,19 @@ def _layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5):
 def _rms_norm(input, normalized_shape, weight=None, eps=None):
     shape = tuple(normalized_shape)
     if weight is not None:
-        yield Use(weight, Elementwise(shape, partial(_wide, F.rms_norm, normalized_shape=shape, eps=eps)), (input,))
+        yield Use(weight, Elementwise(shape, partial(_widely, F.rms_norm, normalized_shape=shape, eps=eps)), (input,))
 
 
 @rule(F.group_norm)
 def _group_norm(input, num_groups, weight=None, bias=None, eps=1e-5):
-    yield from _channel_norm(input, weight, bias, partial(_wide, F.group_norm, num_groups=num_groups, eps=eps))
+    yield from _channel_norm(input, weight, bias, partial(_widely, F.group_norm, num_groups=num_groups, eps=eps))
 
 
 @rule(F.batch_norm)
 def _batch_norm(input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5):
     # With training=True it was refused already.
     def prepare(x: Tensor) -> Tensor:
-        x = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+        x = wide(x)
         mean, rstd = (t.view(-1, *(1,) * (x.dim() - 2)) for t in (running_mean, (running_var + eps).rsqrt()))
         return (x - mean).mul_(rstd)
 
@@ -134,7 +135,7 @@ def _instance_norm(
     if use_input_stats:  # the running statistics must not be updated once more
         running_mean = running_var = None
     options = {"running_mean": running_mean, "running_var": running_var, "use_input_stats": use_input_stats, "eps": eps}
-    yield from _channel_norm(input, weight, bias, partial(_wide, F.instance_norm, **options))
+    yield from _channel_norm(input, weight, bias, partial(_widely, F.instance_norm, **options))
 
 
 def _channel_norm(input, weight, bias, prepare):
