@@ -74,6 +74,8 @@ def _categorical_score_kernel(
     else:
         bound = tl.load(uniform + r, mask=keep, other=0.0) * total
     carry = tl.zeros([BLOCK_R], tl.float64)
+    last = tl.zeros([BLOCK_R], tl.int64)  # column of a probability above zero, and its exponential
+    weight = tl.zeros([BLOCK_R], tl.float64)
     others = tl.zeros([BLOCK_R], tl.float64)
     chosen = tl.zeros([BLOCK_R], tl.float64)
     scale = 1.0 / total
@@ -82,15 +84,20 @@ def _categorical_score_kernel(
         inside = keep[:, None] & (column < C)[None, :]
         e = _exponentials(logits, start, column, inside, strides[1], top)
         if labels is None:
-            sums = tl.sum(e, 1).to(tl.float64)
-            here = keep & (y < 0) & (carry + sums > bound)
-            if tl.max(here.to(tl.int32), 0) != 0:
-                running = tl.cumsum(e, 1).to(tl.float64)
-                beyond = (e > 0) & (carry[:, None] + running > bound[:, None])
-                found = tl.min(tl.where(beyond, column[None, :], C), 1)
-                last = tl.max(tl.where(e > 0, column[None, :], 0), 1)
-                y = tl.where(here, tl.minimum(found, last), y)
-            carry += sums
+            searched = keep & (y < 0)
+            if tl.max(searched.to(tl.int32), 0) != 0:
+                # Noted now, not looked up at the end: where out is logits, they will be gone.
+                at = tl.max(tl.where(e > 0, column[None, :], -1), 1)
+                value = tl.sum(tl.where(column[None, :] == at[:, None], e, 0.0), 1).to(tl.float64)
+                last, weight = tl.where(at >= 0, at, last), tl.where(at >= 0, value, weight)
+                sums = tl.sum(e, 1).to(tl.float64)
+                here = searched & (carry + sums > bound)
+                if tl.max(here.to(tl.int32), 0) != 0:
+                    running = tl.cumsum(e, 1).to(tl.float64)
+                    beyond = (e > 0) & (carry[:, None] + running > bound[:, None])
+                    found = tl.min(tl.where(beyond, column[None, :], C), 1)
+                    y = tl.where(here, tl.minimum(found, at), y)
+                carry += sums
         mine = column[None, :] == y[:, None]
         others += tl.sum(tl.where(mine, 0.0, e), 1).to(tl.float64)
         chosen += tl.sum(tl.where(mine, e, 0.0), 1).to(tl.float64)
@@ -99,18 +106,7 @@ def _categorical_score_kernel(
     if labels is None:
         missed = keep & (y < 0)
         if tl.max(missed.to(tl.int32), 0) != 0:  # the bound is the total, to rounding; or the row is NaN, and its label 0
-            last = tl.zeros([BLOCK_R], tl.int64)
-            weight = tl.zeros([BLOCK_R], tl.float64)
-            for first in range(0, C, BLOCK_C):
-                column = long(first) + columns
-                inside = keep[:, None] & (column < C)[None, :]
-                e = _exponentials(logits, start, column, inside, strides[1], top)
-                at = tl.max(tl.where(e > 0, column[None, :], -1), 1)
-                value = tl.sum(tl.where(column[None, :] == at[:, None], e, 0.0), 1).to(tl.float64)
-                weight = tl.where(at >= 0, value, weight)
-                last = tl.maximum(last, at)
-            is_nan = total != total
-            y = tl.where(missed, tl.where(is_nan, 0, last), y)
+            y = tl.where(missed, last, y)
             others = tl.where(missed, others - weight, others)
             chosen = tl.where(missed, weight, chosen)
             tl.debug_barrier()  # the entry of y has been written by another thread
