@@ -31,7 +31,7 @@ from fisherfast.layout import Kind, Layout
 from fisherfast.rules import DECOMPOSITIONS, RULES, Form, Part, Use, Window, part
 
 _DROPOUTS = {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout}
-_CHANCE = {*_DROPOUTS, F.scaled_dot_product_attention, F.batch_norm}
+_CHANCE = {*_DROPOUTS, F.scaled_dot_product_attention, F.batch_norm, F.rrelu}
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -55,22 +55,41 @@ class Tracked:
         self.fallback: str | None = None  # why no rule covers it
         self.expand = False  # give it a sample axis where it is used
         self.caught, self.differentiated, self.expanding = True, False, False  # these decisions, as in force in this forward pass
+        self.hidden = False  # whether autograd reaches it by a use that no torch function shows: compiled, or its own node
+
+    def follow(self) -> None:
+        """Have the stand-ins share the parameter's memory, also where somebody gave it another (``parameter.data = ...``)."""
+        if self.detached.data_ptr() != self.parameter.data_ptr():
+            self.detached.data = self.leaf.data = self.parameter.data
+
+    def give_up(self, reason: str) -> None:
+        """To the fallback; the first reason is the one that is told."""
+        self.fallback = self.fallback or reason
 
 
 @dataclass(frozen=True)
 class Reference:
     """A tensor of the model's that is a parameter, a part of one (``window``), or such a part shifted, cast or copied (``made``).
 
-    What ``made`` makes of the part has the identity as its derivative, so a gradient of the one is a gradient of the other.
+    What ``made`` makes of the part has the identity as its derivative, so a gradient of the one is a gradient of the other, as
+    long as nobody changes it in place: ``version`` is that of the tensor when it was made.
     """
 
     tensor: Tensor
     tracked: Tracked
     window: Window | None = None
     made: tuple[Callable[[Tensor], Tensor], ...] = ()
+    version: int = 0
+
+    @property
+    def changed(self) -> bool:
+        """Whether it is no longer what ``made`` makes."""
+        return bool(self.made) and self.tensor._version != self.version
 
     def stand_in(self, leaf: bool) -> Tensor:
         """The tensor that takes its place: one that autograd differentiates, or one it does not."""
+        if leaf and self.made:
+            return self.tensor  # was made of the leaf
         whole = self.tracked.leaf if leaf else self.tracked.detached
         tensor = whole if self.window is None else self.window.of_tensor(whole)
         for make in self.made:
@@ -139,6 +158,12 @@ class Capture(TorchFunctionMode):
         super().__init__()
         root = unwrapped(model)
         named = [(name, p) for name, p in root.named_parameters() if p.requires_grad]
+        for name, p in named:
+            if not p.numel() or p.is_complex():
+                kind = "complex" if p.numel() else "empty"
+                raise ValueError(
+                    f"{name}: must hold real numbers, got a parameter that is {kind}; freeze it (requires_grad_(False))"
+                )
         if not named:
             raise ValueError("model: must have a parameter with requires_grad=True, got none; nothing to measure")
         devices = sorted({str(p.device) for _, p in named})
@@ -177,6 +202,7 @@ class Capture(TorchFunctionMode):
         """
         self.num_samples, self.offsets = num_samples, offsets
         for tracked in self.tracked.values():
+            tracked.follow()
             tracked.caught, tracked.expanding = tracked.fallback is None, tracked.expand
             tracked.differentiated = exploring or tracked.expand or not tracked.caught
         self._gathered: dict[int, weakref.ref[Tensor]] = {}
@@ -199,8 +225,9 @@ class Capture(TorchFunctionMode):
         """Pass a tap's gradient on to the listener of the current backward pass."""
         if self.listener is None:
             raise RuntimeError(
-                "collect: a backward pass reached captured layers without stats.backward(); call stats.backward(loss) with "
-                "the vector of per-sample losses instead of loss.backward()"
+                "model: captured layers must be differentiated by stats.backward(loss) or ff.fisher only, got another backward pass; in "
+                "ff.collect call stats.backward(loss) with the vector of per-sample losses instead of loss.backward(). A model that "
+                "differentiates inside its own forward pass (forces of an energy) cannot be measured"
             )
         with self.aside():
             self.listener(call, g, saved)
@@ -227,6 +254,8 @@ class Capture(TorchFunctionMode):
         found = self._found(args) + self._found(kwargs.values())
         if not found or getattr(func, "__name__", "") == "__set__":
             out = func(*args, **kwargs)
+            for reference in found:
+                reference.tracked.follow()
             if self._gathered or func in _GATHERS:
                 self._follow_rows(func, args, kwargs, out)
             return out
@@ -269,13 +298,20 @@ class Capture(TorchFunctionMode):
         for item in items:
             if isinstance(item, Tensor):
                 reference = self._references.get(id(item))
-                if reference is not None:
+                if reference is not None and not self._left(reference):
                     found.append(reference)
             elif isinstance(item, (tuple, list)):
                 found += self._found(item)
             elif isinstance(item, dict):
                 found += self._found(item.values())
         return found
+
+    def _left(self, reference: Reference) -> bool:
+        """Whether a copy of a parameter was changed in place, and so is left to autograd: it was made of the leaf."""
+        if reference.changed:
+            del self._references[id(reference.tensor)]
+            reference.tracked.give_up("a copy of it that is changed in place")
+        return reference.changed
 
     def _covered(self, func: Any, args: Any, kwargs: Any, found: list[Reference]) -> list[Use] | None:
         """The uses the function's rule declares, or None unless they cover every tracked argument exactly once."""
@@ -293,16 +329,19 @@ class Capture(TorchFunctionMode):
             return func(*_replaced(args, mine), **_replaced(kwargs, mine))
 
         out = make(stand_ins[id(found[0].tensor)])
-        outputs = [o for o in tree_leaves(out) if isinstance(o, Tensor) and o.requires_grad]
+        written = tree_leaves((args, kwargs)) if out is None else tree_leaves(out)  # t[...] = parameter returns nothing
+        outputs = [o for o in written if isinstance(o, Tensor) and o.requires_grad]
         if len(found) == 1 and outputs and not found[0].made and all(self._is_part(o, found[0].tracked) for o in outputs):
             for o in outputs:
                 self._references[id(o)] = Reference(o, found[0].tracked, Window.of(o, found[0].tracked.parameter))
         elif len(found) == 1 and outputs and _keeps_derivative(func, args, out):
-            self._references[id(out)] = replace(found[0], tensor=out, made=(*found[0].made, make))
+            made = (*found[0].made, make)
+            self._references[id(out)] = replace(found[0], tensor=out, made=made, version=out._version)
         elif outputs:
             for reference in found:
-                tracked = reference.tracked
-                tracked.fallback = tracked.fallback or f"no rule for {getattr(func, '__name__', func)}"
+                reference.tracked.give_up(f"no rule for {getattr(func, '__name__', func)}")
+        for reference in found:
+            self._left(reference)
         return out
 
     def _is_part(self, out: Tensor, tracked: Tracked) -> bool:
@@ -351,13 +390,19 @@ class Capture(TorchFunctionMode):
         """The taps that ``root`` depends on, in the order of the forward pass, each with its autograd node.
 
         Read off the graph, so a forward pass that is never differentiated counts for nothing. Also numbers the uses of
-        each parameter, or part of one, in this order: the number is the last entry of a use's key.
+        each parameter, or part of one, in this order: the number is the last entry of a use's key. A parameter that the graph
+        itself leads to is used in a way that no function shows, and goes to the fallback.
         """
         found = []
+        of_parameter = {id(t.parameter): t for t in self.tracked.values()}
         for node in graph(root):
             call = getattr(node, "call", None)
             if isinstance(call, Call) and call.capture is self:
                 found.append((call, node))
+            hidden = of_parameter.get(id(getattr(node, "variable", None)))
+            if hidden is not None:
+                hidden.hidden = True
+                hidden.give_up("a use that no torch function shows")
         found.sort(key=lambda pair: pair[0].index)
         numbers: defaultdict[tuple[str, Window | None], int] = defaultdict(int)
         for call, _ in found:
@@ -467,6 +512,9 @@ def _refuse_train_mode(func: Any, args: Any, kwargs: Any) -> None:
         probability = kwargs.get("dropout_p", args[4] if len(args) > 4 else 0.0)
         if probability > 0:
             raise ValueError(f"model: must not draw dropout, got attention with dropout_p={probability}; call model.eval()")
+    elif func is F.rrelu:
+        if kwargs.get("training", args[3] if len(args) > 3 else False):
+            raise ValueError("model: must not draw slopes, got rrelu(training=True); call model.eval()")
     elif func is F.batch_norm:
         if kwargs.get("training", args[5] if len(args) > 5 else False):
             raise ValueError("model: must not use batch statistics, got batch_norm(training=True); call model.eval()")
@@ -481,6 +529,7 @@ def refuse_train_mode(model: nn.Module) -> None:
         and (
             isinstance(module, nn.modules.batchnorm._BatchNorm)
             or (isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0)
+            or (isinstance(module, nn.RNNBase) and module.dropout > 0)
         )
     ]
     if culprits:

@@ -188,8 +188,8 @@ class Passes:
     # -- exploring
 
     def reached(self, root: Tensor) -> set[str]:
-        """Names of the parameters whose leaf stand-ins the root depends on."""
-        leaves = {id(t.leaf): t.name for t in self.capture.tracked.values()}
+        """Names of the parameters that the root depends on, by their leaf stand-ins or behind the capture's back."""
+        leaves = {id(leaf): t.name for t in self.capture.tracked.values() for leaf in (t.leaf, t.parameter)}
         variables = (getattr(node, "variable", None) for node in graph(root))
         return {leaves[id(variable)] for variable in variables if id(variable) in leaves}
 
@@ -395,9 +395,13 @@ class Passes:
 
     def gradients(self, root: Tensor, tracked: list[Tracked], cotangent: Tensor) -> list[Tensor]:
         """Gradients of parameters that autograd differentiates in this graph, by autograd itself. Keeps the graph."""
-        leaves = [t.leaf for t in tracked]
-        grads = self._grad(root, leaves, cotangent, lambda *_: None, keep=True)
-        return [torch.zeros_like(leaf) if grad is None else grad for leaf, grad in zip(leaves, grads, strict=True)]
+        ways = [(t, leaf) for t in tracked for leaf in ((t.leaf, t.parameter) if t.hidden else (t.leaf,))]
+        grads = self._grad(root, [leaf for _, leaf in ways], cotangent, lambda *_: None, keep=True)
+        found = {t.name: torch.zeros_like(t.detached) for t in tracked}
+        for (t, _), grad in zip(ways, grads, strict=True):
+            if grad is not None:
+                found[t.name] = found[t.name] + grad
+        return list(found.values())
 
     def _backward(self, root: Tensor, cotangent: Tensor, listener: Listener, keep: bool) -> None:
         self._grad(root, [self.capture.anchor], cotangent, listener, keep)

@@ -30,6 +30,7 @@ from fisherfast.layout import PROBED
 from fisherfast.likelihood import Likelihood, Predictions
 from fisherfast.passes import Pass, Samples, check_loss_scale, conclude
 
+Asked = str | Structure | tuple[str | Structure, ...]  # names or requests; a tuple gives a tuple of results
 _STRUCTURES: dict[str, type[Structure]] = {"diagonal": Diagonal, "kfac": KFAC, "ekfac": EKFAC, "gram": Gram}
 _CHECKPOINT_SECONDS = 60.0
 
@@ -37,7 +38,7 @@ _CHECKPOINT_SECONDS = 60.0
 def fisher(
     model: nn.Module,
     data: Iterable[Any],
-    structure: str | tuple[Structure, ...] = "diagonal",
+    structure: Asked = "diagonal",
     fisher_type: str = "mc",
     likelihood: str | Likelihood = "categorical",
     *,
@@ -109,11 +110,16 @@ def fisher(
     return results if isinstance(structure, tuple) else results[0]
 
 
-def requests(caller: str, structure: str | tuple[Structure, ...]) -> tuple[Structure, ...]:
+def requests(caller: str, structure: Asked) -> tuple[Structure, ...]:
     """What is asked for. Errors: ValueError."""
-    if not structure or (isinstance(structure, str) and structure not in _STRUCTURES):
-        raise ValueError(f"{caller}: structure must be one of {sorted(_STRUCTURES)}, or a tuple of requests, got {structure!r}")
-    return structure if isinstance(structure, tuple) else (_STRUCTURES[structure](),)
+    several = structure if isinstance(structure, tuple) else (structure,)
+    asked = [_STRUCTURES[one]() if isinstance(one, str) and one in _STRUCTURES else one for one in several]
+    known = tuple(one for one in asked if isinstance(one, Structure))
+    if not known or len(known) < len(asked):
+        raise ValueError(
+            f"{caller}: structure must be one of {sorted(_STRUCTURES)}, a request such as ff.KFAC(), or a tuple of these, got {structure!r}"
+        )
+    return known
 
 
 def needs_basis(asked: Structure) -> TypeGuard[EKFAC]:
@@ -203,7 +209,7 @@ class Measurement:
         """Add one batch."""
         self.labelling.check(batch)
         if not self._explored or (not self._probed and batch.N > 1):
-            self.explore(batch.cut(0, min(batch.N, PROBED)))
+            self.explore(batch)
         output, predictions = self.forward(batch)
         count = self.labelling.num_passes(predictions)
         if predictions.values.grad_fn is None:
@@ -220,12 +226,16 @@ class Measurement:
 
     def forward(self, batch: Batch, exploring: bool = False, first: int = 0) -> tuple[Tensor, Predictions]:
         """Run the model on a batch whose first sample is number ``first`` of the current one: its output, and what that says."""
-        self.capture.begin(exploring, batch.N, batch.offsets)
-        with self.capture, torch.enable_grad():
-            output = batch.feed(self.model, self.output)
-        predictions = self.labelling.predictions(batch, output, self.sample_offset + self.run.num_samples + first)
+        with torch.enable_grad():
+            output = self._output_of(batch, exploring)
+            predictions = self.labelling.predictions(batch, output, self.sample_offset + self.run.num_samples + first)
         self.run.check_finite(predictions.values, "the model's output")
         return output, predictions
+
+    def _output_of(self, batch: Batch, exploring: bool) -> Tensor:
+        self.capture.begin(exploring, batch.N, batch.offsets)
+        with self.capture, torch.enable_grad():
+            return batch.feed(self.model, self.output)
 
     def _passes(self, predictions: Predictions) -> Iterator[Pass]:
         for one in self.labelling.passes(predictions):
@@ -233,11 +243,17 @@ class Measurement:
 
     # -- finding out how the model uses its parameters
 
-    def explore(self, few: Batch) -> None:
+    def explore(self, batch: Batch) -> None:
         """On a few samples: what is reached, in which forms, where the sample axis is; expands or loops where it has to."""
+        few = batch.cut(0, min(batch.N, PROBED))
         values = self._values(few)
         if not self._explored:
-            self.run.check_reached(values)
+            if few.N < batch.N and self.run.passes.reached(values) < self.capture.tracked.keys():
+                everything = self._values(batch)  # an expert may be none of the few samples'
+                self.run.check_reached(everything)
+                self.run.note_uses(everything)
+            else:
+                self.run.check_reached(values)
             self.run.note_uses(values)
             self.run.passes.route_mixed_forms(values)
             self._explored = True
@@ -289,7 +305,7 @@ class Measurement:
         tracked = [self.capture.tracked[name] for name in self.run.looped]
         if tracked and not self._by_vmap(batch, output, predictions, tracked):
             with self.run.timed("loop"):
-                self._loop(batch, predictions.detached(), tracked)
+                self._loop(batch, output, predictions.detached(), tracked)
 
     def _by_vmap(self, batch: Batch, output: Tensor, predictions: Predictions, tracked: list[Tracked]) -> bool:
         """Hand over several samples' gradients at a time; False, with nothing handed over, if that cannot be done."""
@@ -299,7 +315,9 @@ class Measurement:
         with self.run.timed("vmap"):
             for number, one in enumerate(self._passes(predictions.detached())):
                 (cotangent,) = torch.autograd.grad(predictions.values, output, one.cotangent, retain_graph=True)
-                chunks = self._sample_gradients(batch, cotangent, tracked, partial(self._first, batch, cotangent, tracked))
+                chunks = self._sample_gradients(
+                    batch, cotangent, tracked, partial(self._first, batch, output, cotangent, tracked)
+                )
                 if chunks is None:
                     self.run.without_vmap(self._sample_gradients.reason)
                     return False
@@ -309,19 +327,35 @@ class Measurement:
                         self.run.passes.hand_over_gradients(which, unscaled, first, one.scale, number)
         return True
 
-    def _first(self, batch: Batch, cotangent: Tensor, tracked: list[Tracked]) -> dict[str, Tensor]:
+    def _first(self, batch: Batch, output: Tensor, cotangent: Tensor, tracked: list[Tracked]) -> dict[str, Tensor]:
         """The first sample's gradients by autograd."""
-        output, _ = self.forward(batch.cut(0, 1), exploring=True)
-        gradients = self.run.passes.gradients(output, tracked, cotangent[:1])
+        alone = self._output_of(batch.cut(0, 1), exploring=True)
+        _check_cut(alone, output)
+        gradients = self.run.passes.gradients(alone, tracked, cotangent[:1])
         return {which.name: gradient for which, gradient in zip(tracked, gradients, strict=True)}
 
-    def _loop(self, batch: Batch, predictions: Predictions, tracked: list[Tracked]) -> None:
+    def _loop(self, batch: Batch, output: Tensor, predictions: Predictions, tracked: list[Tracked]) -> None:
+        if batch.offsets is None:
+            _check_cut(self._output_of(batch.cut(0, 1), exploring=False), output)
         for n in range(batch.N):
             values = self.forward(batch.cut(n, n + 1), exploring=True, first=n)[1].values
             passes = self._passes(predictions.one(n))
             if batch.offsets is not None:  # a packed sample by itself is as long as it is, not as the longest
                 passes = (replace(one, cotangent=one.cotangent[:, : values.shape[1]]) for one in passes)
             self.run.passes.loop(values, tracked, n, passes)
+
+
+def _check_cut(alone: Tensor, together: Tensor) -> None:
+    """Raise ValueError if the first sample by itself is plainly another than in its batch: an input was cut that holds no samples."""
+    first = together[:1]
+    if alone.shape == first.shape:
+        apart, largest = float((alone - first).detach().abs().max()), float(first.detach().abs().max())
+        if apart <= 0.01 * largest:  # rounding, whatever the precision
+            return
+    raise ValueError(
+        "data: inputs whose first axis is as long as the batch must hold its samples, got one that does not: the first sample alone "
+        "has another output than in its batch; pass such an input as [1, ...], or expanded to [N, ...]"
+    )
 
 
 def _close(a: Tensor, b: Tensor) -> bool:

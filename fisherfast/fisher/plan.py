@@ -17,9 +17,8 @@ from fisherfast.batches import Batch, Output
 from fisherfast.capture import Capture, Tracked, refuse_train_mode
 from fisherfast.fisher import memory
 from fisherfast.fisher.labelling import Labelling
-from fisherfast.fisher.measure import Measurement, factors_first, needs_basis, requests
+from fisherfast.fisher.measure import Asked, Measurement, factors_first, needs_basis, requests
 from fisherfast.fisher.memory import Held, in_words
-from fisherfast.fisher.structure import Structure
 from fisherfast.fisher.units import apart
 from fisherfast.layout import PROBED
 from fisherfast.likelihood import Likelihood, Predictions
@@ -140,7 +139,7 @@ class Plan:
 def plan(
     model: nn.Module,
     batch: Any,
-    structure: str | tuple[Structure, ...] = "diagonal",
+    structure: Asked = "diagonal",
     fisher_type: str = "mc",
     likelihood: str | Likelihood = "categorical",
     *,
@@ -178,7 +177,7 @@ def plan(
     whole = Batch.of(batch, capture.device)
     every = whole.N if num_samples is None else num_samples
     few = whole.cut(0, min(whole.N, PROBED))
-    measurement.explore(few)
+    measurement.explore(whole)
     readings = 2 if any(map(needs_basis, structures)) else 1
 
     half = _forward(measurement, few.cut(0, few.N // 2))[0] if whole.N > few.N else None
@@ -203,7 +202,7 @@ def plan(
     activations, free = forward.extrapolated(half, whole), memory.free_bytes(capture.device)
     scratch = max((cost.scratch for mine in ledger.costs for cost in mine.values()), default=0)
     return Plan(
-        structure if isinstance(structure, str) else ", ".join(type(one).__name__ for one in structure),
+        structure if isinstance(structure, str) else ", ".join(type(one).__name__ for one in structures),
         tuple(rows),
         memory.peak(together),
         activations,

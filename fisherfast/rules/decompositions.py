@@ -181,13 +181,15 @@ def _each(states, change):
 def _recurrent(name: str, input, second, third, *arguments):
     """``torch.lstm`` and its like, padded ``(input, hx, params, ..., batch_first)`` or packed ``(data, sizes, hx, params, ...)``."""
     if isinstance(second if name == "lstm" else third, Tensor):
-        sizes, hx, (params, has_biases, num_layers, _, _, bidirectional) = second.tolist(), third, arguments
+        sizes, hx, (params, has_biases, num_layers, dropout, train, bidirectional) = second.tolist(), third, arguments
         batch_first = False
         # The rows of the state are in the order of the packed data, which only shows where they meet: say so.
         hx = _each(hx, lambda state: state.index_select(1, torch.arange(sizes[0], device=state.device)))
     else:
         sizes, hx, params = None, second, third
-        has_biases, num_layers, _, _, bidirectional, batch_first = arguments
+        has_biases, num_layers, dropout, train, bidirectional, batch_first = arguments
+    if dropout > 0 and train:
+        raise ValueError(f"model: must not draw dropout, got {name} with dropout {dropout} in train mode; call model.eval()")
     x = input.transpose(0, 1) if batch_first else input
     state = tuple(hx) if name == "lstm" else (hx,)
     steps, finals = _Steps(sizes, len(x)), []
