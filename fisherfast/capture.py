@@ -46,21 +46,29 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 class Tracked:
-    """A parameter that asks for a gradient, its two stand-ins, and how it is covered."""
+    """A parameter that asks for a gradient, its stand-ins, and how it is covered.
+
+    Uses that are caught see ``detached``, or ``leaf`` where autograd is to differentiate them. What else is made of it, views and
+    copies first of all, is made of ``outer``: a graph that leads there, or to the parameter, holds a use that was not caught.
+    """
 
     def __init__(self, name: str, parameter: Tensor) -> None:
         self.name, self.parameter = name, parameter
         self.detached = parameter.detach()
-        self.leaf = parameter.detach().requires_grad_()
+        self.leaf, self.outer = parameter.detach().requires_grad_(), parameter.detach().requires_grad_()
         self.fallback: str | None = None  # why no rule covers it
         self.expand = False  # give it a sample axis where it is used
         self.caught, self.differentiated, self.expanding = True, False, False  # these decisions, as in force in this forward pass
-        self.hidden = False  # whether autograd reaches it by a use that no torch function shows: compiled, or its own node
+
+    @property
+    def leaves(self) -> tuple[Tensor, Tensor, Tensor]:
+        """All by which autograd can reach it."""
+        return self.leaf, self.outer, self.parameter
 
     def follow(self) -> None:
         """Have the stand-ins share the parameter's memory, also where somebody gave it another (``parameter.data = ...``)."""
         if self.detached.data_ptr() != self.parameter.data_ptr():
-            self.detached.data = self.leaf.data = self.parameter.data
+            self.detached.data = self.leaf.data = self.outer.data = self.parameter.data
 
     def give_up(self, reason: str) -> None:
         """To the fallback; the first reason is the one that is told."""
@@ -87,14 +95,18 @@ class Reference:
         return bool(self.made) and self.tensor._version != self.version
 
     def stand_in(self, leaf: bool) -> Tensor:
-        """The tensor that takes its place: one that autograd differentiates, or one it does not."""
-        if leaf and self.made:
-            return self.tensor  # was made of the leaf
-        whole = self.tracked.leaf if leaf else self.tracked.detached
-        tensor = whole if self.window is None else self.window.of_tensor(whole)
+        """The tensor that takes its place in a use that is caught: one that autograd differentiates, or one it does not."""
+        tensor = self._part_of(self.tracked.leaf if leaf else self.tracked.detached)
         for make in self.made:
             tensor = make(tensor)
         return tensor
+
+    def outside(self) -> Tensor:
+        """The tensor that takes its place elsewhere; a copy is itself, for it may be changed."""
+        return self.tensor if self.made else self._part_of(self.tracked.outer)
+
+    def _part_of(self, whole: Tensor) -> Tensor:
+        return whole if self.window is None else self.window.of_tensor(whole)
 
 
 Key = tuple[str, Window | None, int]  # parameter, part of it, number among the uses of that part
@@ -307,7 +319,7 @@ class Capture(TorchFunctionMode):
         return found
 
     def _left(self, reference: Reference) -> bool:
-        """Whether a copy of a parameter was changed in place, and so is left to autograd: it was made of the leaf."""
+        """Whether a copy of a parameter was changed in place, and so is left to autograd."""
         if reference.changed:
             del self._references[id(reference.tensor)]
             reference.tracked.give_up("a copy of it that is changed in place")
@@ -322,7 +334,7 @@ class Capture(TorchFunctionMode):
         return uses if complete else None
 
     def _uncovered(self, func: Any, args: Any, kwargs: Any, found: list[Reference]) -> Any:
-        stand_ins = {id(r.tensor): r.stand_in(leaf=True) for r in found}
+        stand_ins = {id(r.tensor): r.outside() for r in found}
 
         def make(tensor: Tensor) -> Any:
             mine = {**stand_ins, id(found[0].tensor): tensor}
@@ -390,18 +402,17 @@ class Capture(TorchFunctionMode):
         """The taps that ``root`` depends on, in the order of the forward pass, each with its autograd node.
 
         Read off the graph, so a forward pass that is never differentiated counts for nothing. Also numbers the uses of
-        each parameter, or part of one, in this order: the number is the last entry of a use's key. A parameter that the graph
-        itself leads to is used in a way that no function shows, and goes to the fallback.
+        each parameter, or part of one, in this order: the number is the last entry of a use's key. A parameter with a use that
+        was not caught, because no function shows it, goes to the fallback.
         """
         found = []
-        of_parameter = {id(t.parameter): t for t in self.tracked.values()}
+        uncaught = {id(leaf): t for t in self.tracked.values() for leaf in (t.outer, t.parameter)}
         for node in graph(root):
             call = getattr(node, "call", None)
             if isinstance(call, Call) and call.capture is self:
                 found.append((call, node))
-            hidden = of_parameter.get(id(getattr(node, "variable", None)))
+            hidden = uncaught.get(id(getattr(node, "variable", None)))
             if hidden is not None:
-                hidden.hidden = True
                 hidden.give_up("a use that no torch function shows")
         found.sort(key=lambda pair: pair[0].index)
         numbers: defaultdict[tuple[str, Window | None], int] = defaultdict(int)

@@ -188,8 +188,8 @@ class Passes:
     # -- exploring
 
     def reached(self, root: Tensor) -> set[str]:
-        """Names of the parameters that the root depends on, by their leaf stand-ins or behind the capture's back."""
-        leaves = {id(leaf): t.name for t in self.capture.tracked.values() for leaf in (t.leaf, t.parameter)}
+        """Names of the parameters that the root depends on."""
+        leaves = {id(leaf): t.name for t in self.capture.tracked.values() for leaf in t.leaves}
         variables = (getattr(node, "variable", None) for node in graph(root))
         return {leaves[id(variable)] for variable in variables if id(variable) in leaves}
 
@@ -395,7 +395,7 @@ class Passes:
 
     def gradients(self, root: Tensor, tracked: list[Tracked], cotangent: Tensor) -> list[Tensor]:
         """Gradients of parameters that autograd differentiates in this graph, by autograd itself. Keeps the graph."""
-        ways = [(t, leaf) for t in tracked for leaf in ((t.leaf, t.parameter) if t.hidden else (t.leaf,))]
+        ways = [(t, leaf) for t in tracked for leaf in t.leaves]
         grads = self._grad(root, [leaf for _, leaf in ways], cotangent, lambda *_: None, keep=True)
         found = {t.name: torch.zeros_like(t.detached) for t in tracked}
         for (t, _), grad in zip(ways, grads, strict=True):
