@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from fisherfast.fisher import Fisher
-from fisherfast.information import _checks, _directions, _prior, _series
+from fisherfast.information import _checks, _directions, _prior
+from fisherfast.ops import _log1p
 
 
 @dataclass(frozen=True)
@@ -54,5 +55,5 @@ def effective_dimension(F: Fisher, *, beta: float, prior_scale: float | Mapping[
     Source:   MacKay 1992, "Bayesian Interpolation" (gamma); the trace term of Proposition 2.5 of arXiv:1905.12213.
     """
     beta = _checks.positive("effective_dimension", "beta", beta, "1 / (number of training samples) is the Bayesian choice")
-    layers = _directions.sums_by_layer("effective_dimension", F, prior_scale, beta, _series.share)
+    layers = _directions.sums_by_layer("effective_dimension", F, prior_scale, beta, _log1p.share)
     return EffectiveDimension(layers, beta, prior_scale, F)
