@@ -63,10 +63,7 @@ class RateDistortion:
         """
         from fisherfast.information import _plot_rate_distortion
 
-        figure = _plot_rate_distortion.curve(self)
-        if path is not None:
-            figure.savefig(path, dpi=150)
-        return figure
+        return _plot_rate_distortion.curve(self, path)
 
     def conditions(self) -> str:
         """Everything the curve depends on, in one line: those of its first point, and the range of beta."""
