@@ -12,9 +12,8 @@ from torch import Tensor, nn
 
 from fisherfast.fisher import Fisher
 from fisherfast.information import _checks, _prior
+from fisherfast.information._prior import PriorScale
 from fisherfast.information.weights import information_in_weights
-
-PriorScale = float | Mapping[str, float] | str | None
 
 
 @dataclass(frozen=True)
@@ -27,7 +26,7 @@ class Channel:
 
     layer: str | None
     beta: float
-    prior_scale: PriorScale
+    prior_scale: PriorScale | None
     dampings: Mapping[str, float] = field(repr=False)
     fisher: Fisher = field(repr=False)
 
@@ -39,7 +38,7 @@ class Channel:
         F: Fisher,
         layer: str | None,
         beta: float,
-        prior_scale: PriorScale,
+        prior_scale: PriorScale | None,
         damping: float | None,
         inverted: bool = True,
     ) -> Channel:

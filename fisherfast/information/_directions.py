@@ -4,16 +4,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 from torch import Tensor
 
 from fisherfast.fisher import Fisher
 from fisherfast.information import _prior, _series
+from fisherfast.information._prior import GivenScale
 
 
 def sums_by_layer(
-    caller: str, F: Fisher, prior_scale: float | Mapping[str, float], temperature: float, term: Callable[[Tensor], Tensor]
+    caller: str, F: Fisher, prior_scale: GivenScale, temperature: float, term: Callable[[Tensor], Tensor]
 ) -> dict[str, float]:
     """``sum_j term(lambda^2 f_j / t)`` for each layer, in the order of F's parameters; one block's spectrum at a time."""
     layers = F.by_layer()

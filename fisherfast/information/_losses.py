@@ -86,18 +86,6 @@ class SampleLosses:
         return math.fsum(sums) / total
 
 
-def check_names(caller: str, model: nn.Module, mean: Mapping[str, Tensor]) -> None:
-    """Raise ValueError unless the model has every parameter of ``mean``, in its shape."""
-    own = dict(unwrapped(model).named_parameters())
-    if lacking := [name for name in mean if name not in own]:
-        raise ValueError(f"{caller}: model must hold every parameter of posterior, lacks {lacking}")
-    for name, value in mean.items():
-        if own[name].shape != value.shape:
-            raise ValueError(
-                f"{caller}: model's {name!r} must be {tuple(value.shape)} as in posterior, got {tuple(own[name].shape)}"
-            )
-
-
 def check_rereadable(caller: str, data: Any) -> None:
     """Raise ValueError for an iterator, which one reading uses up."""
     if isinstance(data, Iterator):

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from fisherfast.fisher import Fisher
 from fisherfast.information import _checks, _directions, _prior
+from fisherfast.information._prior import GivenScale
 from fisherfast.ops import _log1p
 
 
@@ -18,7 +19,7 @@ class EffectiveDimension:
 
     layers: Mapping[str, float] = field(repr=False)
     beta: float
-    prior_scale: float | Mapping[str, float]
+    prior_scale: GivenScale
     fisher: Fisher = field(repr=False)
 
     @property
@@ -39,7 +40,7 @@ class EffectiveDimension:
         return f"{self.value:,.1f} directions decided by the data: {self.conditions()}"
 
 
-def effective_dimension(F: Fisher, *, beta: float, prior_scale: float | Mapping[str, float]) -> EffectiveDimension:
+def effective_dimension(F: Fisher, *, beta: float, prior_scale: GivenScale) -> EffectiveDimension:
     """``sum_j s_j / (1 + s_j) = tr F (F + beta / lambda^2 I)^-1``, s_j = lambda^2 f_j / beta.
 
     A direction counts as one where the data decide it, as nothing where the prior does. For a linear model it is the trace of

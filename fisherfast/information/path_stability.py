@@ -104,14 +104,13 @@ def path_stability(F: Fisher, first: Weights, second: Weights, *, beta: float, d
 
 def _displacement(F: Fisher, first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """``w1 - w2`` in float64, for every parameter of F."""
-    for what, weights in (("first", first), ("second", second)):
-        if lacking := [name for name in F.names if name not in weights]:
-            raise ValueError(f"{_CALLER}: {what} must hold every parameter of F, lacks {lacking}")
+    _checks.named(_CALLER, "first", first, F.names, "F")
+    _checks.named(_CALLER, "second", second, F.names, "F")
+    starts = {name: first[name].detach() for name in F.names}
+    _checks.shaped(_CALLER, "second", second, starts, "first")
     displacement = {}
-    for name in F.names:
-        if (one := tuple(first[name].shape)) != (other := tuple(second[name].shape)):
-            raise ValueError(f"{_CALLER}: second[{name!r}] must be {one} as in first, got {other}")
-        displacement[name] = first[name].detach().double() - second[name].detach().to(first[name].device).double()
+    for name, start in starts.items():
+        displacement[name] = start.double() - second[name].detach().to(start.device).double()
         if not displacement[name].isfinite().all():
             raise ValueError(f"{_CALLER}: weights must be finite, got others in {name!r}")
     return displacement

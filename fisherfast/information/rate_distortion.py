@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import torch
 
 from fisherfast.batches import Output
 from fisherfast.fisher import Fisher
+from fisherfast.information._prior import PriorScale
 from fisherfast.information.complexity import Complexity, Measurement
 from fisherfast.information.weights import Weights, informations
 from fisherfast.likelihood import Likelihood
@@ -80,7 +81,7 @@ def rate_distortion(
     model: Weights,
     betas: Sequence[float],
     *,
-    prior_scale: float | Mapping[str, float] | str,
+    prior_scale: PriorScale,
     center: Weights | None = None,
     variant: str = "exact",
     loss: float | None = None,

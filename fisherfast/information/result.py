@@ -15,6 +15,7 @@ from torch import Tensor
 from fisherfast.fisher import Fisher
 from fisherfast.fisher.protocol import WHOLE as WHOLE
 from fisherfast.information import _prior
+from fisherfast.information._prior import PriorScale
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class Information:
 
     layers: Mapping[str, LayerInformation] = field(repr=False)
     beta: float
-    prior_scale: float | Mapping[str, float] | str
+    prior_scale: PriorScale
     prior_scales: Mapping[str, float] = field(repr=False)
     centered: bool
     variant: str
