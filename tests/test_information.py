@@ -153,6 +153,12 @@ def test_layers_add_up():
     assert sum(layer.nats for layer in layers.values()) == pytest.approx(info.nats, rel=1e-14)
     assert sum(layer.share for layer in layers.values()) == pytest.approx(1)
     assert info.bits == info.nats / math.log(2)
+    total = info.total
+    assert (total.parameters, total.nats, total.kl, total.trace) == (info.parameters, info.nats, info.kl, info.trace)
+    assert (total.bits, total.bits_per_parameter) == (info.bits, info.bits / 66)
+    assert info.loss_rise == info.temperature / 2 * total.effective_dimension
+    assert total.squared_distance == pytest.approx(sum(p.square().sum().item() for p in net.parameters()), rel=1e-6)
+    assert (total.share, total.prior_scale) == (pytest.approx(1), 0.1)
     assert info.trace == pytest.approx(float(F.trace()), rel=1e-6)
     for name, layer in layers.items():
         alone = DiagonalFisher({n: f for n, f in F.diagonal().items() if n.startswith(name)}, num_samples=11)
@@ -174,6 +180,7 @@ def test_prior_scale_by_name_prefers_the_parameter():
     info = information_in_weights(F, net, prior_scale={"0": 0.1, "2": 0.2, "2.bias": 0.3}, beta=1e-3)
     assert info.prior_scales == {"0.weight": 0.1, "0.bias": 0.1, "2.weight": 0.2, "2.bias": 0.3}
     assert [layer.prior_scale for layer in info.by_layer().values()] == [0.1, None]
+    assert info.total.prior_scale is None
 
 
 def test_equal_prior_scales_by_layer_change_nothing():

@@ -114,6 +114,22 @@ class Information:
         """The information by layer, in the order of the Fisher's parameters."""
         return dict(self.layers)
 
+    @property
+    def total(self) -> LayerInformation:
+        """The layers added up, as if they were one."""
+        layers = self.layers.values()
+        scales = {layer.prior_scale for layer in layers}
+        return LayerInformation(
+            parameters=self.parameters,
+            trace=self.trace,
+            nats=self.nats,
+            kl=self.kl,
+            share=math.fsum(layer.share for layer in layers),
+            effective_dimension=math.fsum(layer.effective_dimension for layer in layers),
+            squared_distance=math.fsum(layer.squared_distance for layer in layers),
+            prior_scale=scales.pop() if len(scales) == 1 else None,
+        )
+
     @torch.no_grad()
     def posterior_variance(self) -> dict[str, Tensor]:
         """``Sigma = t / (f + t / lambda^2)`` by parameter: the variance of the noise each weight tolerates.
