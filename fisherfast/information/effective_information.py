@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fisherfast.batches import Output
 from fisherfast.fisher import Fisher
+from fisherfast.fisher.lanczos import Estimate
 from fisherfast.information import _checks, nuisances
 from fisherfast.information._activation import Activation
 from fisherfast.information._channel import Channel, Whitening
@@ -180,8 +181,7 @@ def _by_determinant(method: str, found: InputFisher, entropy: float | None) -> E
             + ("leave entropy out" if method == "spectrum" else "give fewer or other nuisances, or a layer with more units")
         )
     each = (entropy or 0.0) + (found.logdet() - rank * math.log(2 * math.pi * math.e)) / 2
-    stderr = float(each.std()) / math.sqrt(len(each)) if len(each) > 1 else math.nan
-    return EffectiveInformation(float(each.mean()), stderr, method, entropy, None, each, found)
+    return EffectiveInformation(*Estimate.of(each), method, entropy, None, each, found)
 
 
 def _by_draws(noise: ActivationNoise, dtype: torch.dtype, draws: int, seed: int) -> EffectiveInformation:

@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import math
-import statistics
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -65,8 +63,7 @@ def expected_loss(
         for name, mean in posterior.mean.items():
             weights[name].neg_().add_(mean, alpha=2)
         each.append((there + losses.mean(data, weights, f"of draw {n}, mirrored")) / 2)
-    stderr = statistics.stdev(each) / math.sqrt(draws) if draws > 1 else math.nan
-    return Estimate(math.fsum(each) / draws, stderr)
+    return Estimate.of(torch.tensor(each, dtype=torch.float64))
 
 
 @torch.no_grad()
