@@ -75,7 +75,7 @@ class Channel:
         F = self.fisher
         return (
             f"{'output' if self.layer is None else f'layer {self.layer!r}'}, beta = {self.beta:.3g}, {self._prior_in_words()}, "
-            f"k = {sum(part.num_parameters for part in F.by_layer().values()):,} weights, N = {F.num_samples:,} samples, "
+            f"k = {F.num_parameters:,} weights, N = {F.num_samples:,} samples, "
             f"Fisher {F.provenance.fisher_type or 'of unknown type'}, {F.structure}"
         )
 

@@ -28,10 +28,9 @@ def sums_by_layer(
 
 def measured(F: Fisher) -> str:
     """What was measured, and how: the part of an estimate's conditions that F brings."""
-    weights = sum(layer.num_parameters for layer in F.by_layer().values())
     lacking = [name for name, how in F.coverage.items() if how.startswith("missing")]
     without = f", without {', '.join(lacking)}, which it lacks" if lacking else ""
     return (
-        f"k = {weights:,} weights, N = {F.num_samples:,} samples, Fisher {F.provenance.fisher_type or 'of unknown type'}, "
+        f"k = {F.num_parameters:,} weights, N = {F.num_samples:,} samples, Fisher {F.provenance.fisher_type or 'of unknown type'}, "
         f"{F.structure}{without}"
     )

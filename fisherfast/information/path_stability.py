@@ -86,15 +86,14 @@ def path_stability(F: Fisher, first: Weights, second: Weights, *, beta: float, d
     product = F @ displacement
     along = {name: (d * product[name]).sum().item() for name, d in displacement.items()}
     squares = {name: d.square().sum().item() for name, d in displacement.items()}
-    layers = F.by_layer()
-    k, squared_distance = sum(layer.num_parameters for layer in layers.values()), math.fsum(squares.values())
+    squared_distance = math.fsum(squares.values())
     return PathStability(
         layers={
             name: math.fsum(along[n] + damping * squares[n] for n in layer.parameters) / (2 * beta)
-            for name, layer in layers.items()
+            for name, layer in F.by_layer().items()
         },
         quadratic=math.fsum(along.values()),
-        isotropic=squared_distance * F.trace() / k,
+        isotropic=squared_distance * F.trace() / F.num_parameters,
         squared_distance=squared_distance,
         beta=beta,
         damping=damping,
