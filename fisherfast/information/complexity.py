@@ -102,14 +102,14 @@ def task_complexity(
     Numerics: theirs.
     Source:   Definition 2.1 and Proposition 2.5 of Achille, Paolini and Soatto (arXiv:1905.12213).
     """
-    how = Measurement("task_complexity", method, data, likelihood, draws, seed, output)
-    loss = how.loss_of(model, loss)
+    source = LossSource("task_complexity", method, data, likelihood, draws, seed, output)
+    loss = source.loss_of(model, loss)
     (info,) = informations(F, model, (beta,), prior_scale=prior_scale, center=center, variant=variant, loss=loss)
-    return how.complexity(info, loss, model)
+    return source.complexity(info, loss, model)
 
 
 @dataclass(frozen=True)
-class Measurement:
+class LossSource:
     """Where the losses of a complexity come from: formulas, or a network run on data."""
 
     caller: str

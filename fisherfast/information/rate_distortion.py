@@ -13,7 +13,7 @@ import torch
 from fisherfast.batches import Output
 from fisherfast.fisher import Fisher
 from fisherfast.information._prior import PriorScale
-from fisherfast.information.complexity import Complexity, Measurement
+from fisherfast.information.complexity import Complexity, LossSource
 from fisherfast.information.weights import Weights, informations
 from fisherfast.likelihood import Likelihood
 
@@ -111,7 +111,7 @@ def rate_distortion(
     betas = list(betas)
     if not betas:
         raise ValueError("rate_distortion: betas must hold at least one price of a nat, got none")
-    how = Measurement("rate_distortion", method, data, likelihood, draws, seed, output)
-    loss = how.loss_of(model, loss)
+    source = LossSource("rate_distortion", method, data, likelihood, draws, seed, output)
+    loss = source.loss_of(model, loss)
     infos = informations(F, model, betas, prior_scale=prior_scale, center=center, variant=variant, loss=loss)
-    return RateDistortion(tuple(how.complexity(info, loss, model) for info in infos))
+    return RateDistortion(tuple(source.complexity(info, loss, model) for info in infos))
