@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from fisherfast.batches import Batch
-from fisherfast.likelihood import Likelihood
+from fisherfast.likelihood import Likelihood, predictions_of
 
 
 @dataclass(frozen=True)
@@ -66,8 +66,7 @@ def _plain(model: nn.Module, batches: Sequence[Any], likelihood: Likelihood) -> 
     for item in batches:
         model.zero_grad(set_to_none=True)
         batch = Batch.of(item, device)
-        sample = torch.arange(batch.N, device=device)
-        predictions = likelihood.predictions(batch.feed(model), batch.targets, batch.mask, sample)
+        predictions = predictions_of(likelihood, batch, batch.feed(model))
         labelled = predictions.detached()
         score = likelihood.sampled(labelled, 0, 0) if batch.targets is None else likelihood.empirical(labelled)
         predictions.values.backward(score)

@@ -10,6 +10,7 @@ from torch import nn
 
 from fisherfast.fisher import DiagonalFisher, FisherWarning, Spectrum
 from fisherfast.information import _prior, _series, information_in_weights
+from fisherfast.ops import _log1p
 
 # science.md 1.11, first three lines: H = diag(2, .3, .004, 0), w = (1, -.5, .25, 0), lambda = 1, beta = .01.
 H = torch.tensor([2, 0.3, 0.004, 0], dtype=torch.float64)
@@ -47,36 +48,36 @@ def gaussian_kl(mean, variance, center, scale):
 
 def test_cost_matches_mpmath():
     s = torch.cat([torch.zeros(1, dtype=torch.float64), torch.logspace(-30, 30, 2003, dtype=torch.float64)])
-    near_threshold = _series._SMALL / (1 - _series._SMALL) * (1 + torch.linspace(-1e-3, 1e-3, 101, dtype=torch.float64))
+    near_threshold = _log1p.SMALL / (1 - _log1p.SMALL) * (1 + torch.linspace(-1e-3, 1e-3, 101, dtype=torch.float64))
     s = torch.cat([s, near_threshold])
     with mpmath.workdps(80):
-        for value, got in zip(s.tolist(), _series.cost(s).tolist(), strict=True):
+        for value, got in zip(s.tolist(), _log1p.cost(s).tolist(), strict=True):
             exact = mpmath.log1p(mpmath.mpf(value)) - mpmath.mpf(value) / (1 + mpmath.mpf(value))
             assert abs(got - exact) <= 1e-13 * exact
 
 
 def test_sum_over_chunks(monkeypatch):
     f = torch.rand(3001, dtype=torch.float64)
-    whole = [_series.cost(3 * f).sum().item(), _series.share(3 * f).sum().item()]
-    monkeypatch.setattr(_series, "_CHUNK", 97)
-    assert _series.sum_over(spectrum(f), 3.0, _series.cost, _series.share) == pytest.approx(whole, rel=1e-13)
+    whole = [_log1p.cost(3 * f).sum().item(), _log1p.share(3 * f).sum().item()]
+    monkeypatch.setattr(_log1p, "CHUNK", 97)
+    assert _series.sum_over(spectrum(f), 3.0, _log1p.cost, _log1p.share) == pytest.approx(whole, rel=1e-13)
     assert _series.squared_distance(f, None) == pytest.approx(f.square().sum().item(), rel=1e-13)
     assert _series.squared_distance(f, torch.ones_like(f)) == pytest.approx((f - 1).square().sum().item(), rel=1e-13)
 
 
 def test_sum_over_kronecker_factors(monkeypatch):
-    monkeypatch.setattr(_series, "_CHUNK", 11)
+    monkeypatch.setattr(_log1p, "CHUNK", 11)
     b, a = torch.rand(5, dtype=torch.float64), torch.rand(7, dtype=torch.float64)
     for factors, product in (((b, a), torch.outer(b, a)), ((b, a, b), torch.einsum("i,j,k->ijk", b, a, b))):
-        got = _series.sum_over(spectrum(*factors, zeros=3), 2.0, _series.cost)
-        assert got == pytest.approx([_series.cost(2 * product).sum().item()], rel=1e-13)
+        got = _series.sum_over(spectrum(*factors, zeros=3), 2.0, _log1p.cost)
+        assert got == pytest.approx([_log1p.cost(2 * product).sum().item()], rel=1e-13)
 
 
 def test_exact_reproduces_the_vectors():
     info = vectors()
     assert f"{info.nats:.10f}" == f"{info.kl:.10f}" == "4.0688916262"
     assert f"{info.lagrangian_rise:.10f}" == "0.0519313217"
-    assert digits(_series.cost(H / 0.01) / 2, 5) == "2.15414 1.23312 0.02538 0.00000"
+    assert digits(_log1p.cost(H / 0.01) / 2, 5) == "2.15414 1.23312 0.02538 0.00000"
     assert digits(info.posterior_variance()["w"], 8) == "0.00497512 0.03225806 0.71428571 1.00000000"
 
 
@@ -152,6 +153,12 @@ def test_layers_add_up():
     assert sum(layer.nats for layer in layers.values()) == pytest.approx(info.nats, rel=1e-14)
     assert sum(layer.share for layer in layers.values()) == pytest.approx(1)
     assert info.bits == info.nats / math.log(2)
+    total = info.total
+    assert (total.parameters, total.nats, total.kl, total.trace) == (info.parameters, info.nats, info.kl, info.trace)
+    assert (total.bits, total.bits_per_parameter) == (info.bits, info.bits / 66)
+    assert info.loss_rise == info.temperature / 2 * total.effective_dimension
+    assert total.squared_distance == pytest.approx(sum(p.square().sum().item() for p in net.parameters()), rel=1e-6)
+    assert (total.share, total.prior_scale) == (pytest.approx(1), 0.1)
     assert info.trace == pytest.approx(float(F.trace()), rel=1e-6)
     for name, layer in layers.items():
         alone = DiagonalFisher({n: f for n, f in F.diagonal().items() if n.startswith(name)}, num_samples=11)
@@ -173,6 +180,7 @@ def test_prior_scale_by_name_prefers_the_parameter():
     info = information_in_weights(F, net, prior_scale={"0": 0.1, "2": 0.2, "2.bias": 0.3}, beta=1e-3)
     assert info.prior_scales == {"0.weight": 0.1, "0.bias": 0.1, "2.weight": 0.2, "2.bias": 0.3}
     assert [layer.prior_scale for layer in info.by_layer().values()] == [0.1, None]
+    assert info.total.prior_scale is None
 
 
 def test_equal_prior_scales_by_layer_change_nothing():
@@ -229,7 +237,7 @@ def test_scalar_and_empty_parameters():
     weights = {"a": torch.tensor(1.0), "b": torch.zeros(0, 3)}
     info = information_in_weights(fisher(a=torch.tensor(2.0), b=torch.zeros(0, 3)), weights, prior_scale=1.0, beta=0.01)
     assert info.parameters == 1
-    assert info.nats == 0.5 * (1 + _series.cost(torch.tensor(200.0, dtype=torch.float64)).item())
+    assert info.nats == 0.5 * (1 + _log1p.cost(torch.tensor(200.0, dtype=torch.float64)).item())
 
 
 def test_infinite_prior_is_refused_with_what_to_do():

@@ -13,6 +13,7 @@ import fisherfast as ff
 from fisherfast.accumulator import Accumulator
 from fisherfast.fisher import DiagonalFisher, Spectrum, diagonal
 from fisherfast.information import _prior, _series, information_in_weights
+from fisherfast.ops import _log1p
 
 SHAPES = {"embed.weight": (500, 64), "a.weight": (64, 64), "a.bias": (64,), "norm.weight": (64,)}
 CHUNK = 1 << 10  # of the tests: 32 times smaller than the embedding
@@ -37,8 +38,7 @@ class Allocations(TorchDispatchMode):
 @pytest.fixture(params=["cpu", "reference"])
 def backend(request, monkeypatch):
     """The kernel, and plain torch in chunks as small as those of the rest."""
-    monkeypatch.setattr(_series, "_CHUNK", CHUNK)
-    monkeypatch.setattr("fisherfast.ops._log1p.CHUNK", CHUNK)
+    monkeypatch.setattr(_log1p, "CHUNK", CHUNK)
     if request.param not in ff.ops.OPS["log1p_sum"].usable("cpu"):
         pytest.fail(f"the {request.param} backend is not built")
     with ff.backend(request.param):
@@ -92,7 +92,7 @@ def test_every_split_into_chunks_gives_the_same(monkeypatch, options):
     F, weights = network()
     whole = information_in_weights(F, weights, beta=1e-3, center=network(seed=1)[1], **options)
     for chunk in (97, 1 << 20):
-        monkeypatch.setattr(_series, "_CHUNK", chunk)
+        monkeypatch.setattr(_log1p, "CHUNK", chunk)
         again = information_in_weights(F, weights, beta=1e-3, center=network(seed=1)[1], **options)
         assert again.nats == pytest.approx(whole.nats, rel=1e-13)
         assert again.prior_scales == pytest.approx(whole.prior_scales, rel=1e-13)
@@ -142,9 +142,9 @@ def test_the_kernel_sums_what_the_terms_say(backend, factors, scale, divisor):
     f = torch.logspace(-20, 2, 3001, dtype=torch.float64)
     spectrum = Spectrum("", ("w",), factors(f), zeros=5, divisor=divisor)
     s = scale * spectrum.eigenvalues()
-    plain = _series.cost(s).sum().item(), _series.share(s).sum().item()
-    assert _series.sum_over(spectrum, scale, _series.cost, _series.share) == pytest.approx(plain, rel=1e-13)
-    expected = _series.sum_over(spectrum, scale, _series.cost, _series.share)
+    plain = _log1p.cost(s).sum().item(), _log1p.share(s).sum().item()
+    assert _series.sum_over(spectrum, scale, _log1p.cost, _log1p.share) == pytest.approx(plain, rel=1e-13)
+    expected = _series.sum_over(spectrum, scale, _log1p.cost, _log1p.share)
     assert _series.costs_and_shares(spectrum, scale) == pytest.approx(expected, rel=1e-12)
 
 

@@ -11,6 +11,9 @@ import transformers as hf
 from torch import nn
 
 import fisherfast as ff
+from fisherfast import timing
+from fisherfast.batches import Batch
+from fisherfast.likelihood import predictions_of
 
 EXACT = 1e-12
 V = architectures.V
@@ -78,6 +81,23 @@ def test_own_key_is_not_passed_to_the_model(fisher_type):
     singles = [one for batch in batches for one in apart(batch, "sample_offsets")]
     expected, found = ff.fisher(model, singles, **options), ff.fisher(model, batches, **options)
     assert oracle.error(found.diagonal(dtype=torch.float64), expected.diagonal(dtype=torch.float64)) < EXACT
+
+
+@pytest.mark.parametrize("labels", [True, False], ids=["labelled", "unlabelled"])
+@pytest.mark.parametrize("likelihood", [ff.Categorical(), ff.CausalLM()], ids=lambda likelihood: likelihood.name)
+def test_plain_pass_equals_its_samples(likelihood, labels):
+    """What ``fisherfast info`` times a Fisher against: labels of the data, else the ones drawn for each sample's number."""
+    model, batch = Positions().double(), packed([2, 1, 5], "sample_offsets", labels)
+    timing._plain(model, [batch], likelihood)
+    found = {name: p.grad for name, p in model.named_parameters()}
+    model.zero_grad()
+    for number, one in enumerate(apart(batch, "sample_offsets")):
+        single = Batch.of(one, torch.device("cpu"))
+        predictions = predictions_of(likelihood, single, single.feed(model), number)
+        labelled = predictions.detached()
+        predictions.values.backward(likelihood.empirical(labelled) if labels else likelihood.sampled(labelled, 0, 0))
+    assert oracle.error(found, {name: p.grad for name, p in model.named_parameters()}) < EXACT
+    assert timing.against_plain(lambda _: None, model, [batch], likelihood, rounds=1).num_samples == 3
 
 
 def test_samples_that_look_at_each_other_are_refused():

@@ -57,8 +57,7 @@ def spectrum_title(counted: Histogram) -> str:
 def conditions(F: Fisher) -> str:
     """What the numbers depend on, in one line."""
     how = F.provenance
-    parameters = sum(layer.num_parameters for layer in F.by_layer().values())
     return (
         f"{F.structure} Fisher, {how.fisher_type or 'unknown'} labels, {how.likelihood or 'unknown'} likelihood, "
-        f"N = {F.num_samples:,} samples, k = {parameters:,} weights"
+        f"N = {F.num_samples:,} samples, k = {F.num_parameters:,} weights"
     )

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fisherfast.batches import Batch
 from fisherfast.fisher.protocol import Provenance
-from fisherfast.likelihood import FISHER_TYPES, Likelihood, Predictions, resolve, stored_name
+from fisherfast.likelihood import FISHER_TYPES, Likelihood, Predictions, predictions_of, resolve, stored_name
 from fisherfast.passes import Pass
 
 
@@ -58,9 +58,7 @@ class Labelling:
 
     def predictions(self, batch: Batch, output: Tensor, start: int) -> Predictions:
         """What the output says of a batch whose first sample is number ``start`` of the run."""
-        sample = torch.arange(start, start + batch.N, device=output.device)
-        spread, targets, mask = batch.unpacked(output, getattr(self.likelihood, "ignore_index", -100))
-        return self.likelihood.predictions(spread, targets, mask, sample)
+        return predictions_of(self.likelihood, batch, output, start)
 
     def num_passes(self, predictions: Predictions) -> int:
         """Backward passes that a batch takes. Errors: ValueError if they are too many."""

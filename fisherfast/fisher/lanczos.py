@@ -24,10 +24,16 @@ class Operator(Protocol):
 
 
 class Estimate(NamedTuple):
-    """A mean over random probes, and its standard error (nan of a single probe)."""
+    """A mean over random draws, and its standard error (nan of a single draw)."""
 
     value: float
     stderr: float
+
+    @classmethod
+    def of(cls, values: Tensor) -> Estimate:
+        """The mean of independent draws ``[n]``, and ``std / sqrt(n)``."""
+        stderr = float(values.std()) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+        return cls(float(values.mean()), stderr)
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,9 +56,7 @@ class SpectralDensity:
 
     def sum(self, function: Callable[[Tensor], Tensor]) -> Estimate:
         """``sum_j f(lambda_j)``; f must be finite at 0."""
-        each = (self.masses * function(self.nodes)).sum(1)
-        stderr = float(each.std()) / math.sqrt(len(each)) if len(each) > 1 else math.nan
-        return Estimate(float(each.mean()), stderr)
+        return Estimate.of((self.masses * function(self.nodes)).sum(1))
 
     def trace(self) -> Estimate:
         """``tr F``."""

@@ -123,6 +123,10 @@ class Fisher(Protocol):
         """The shape of each parameter."""
 
     @property
+    def num_parameters(self) -> int:
+        """How many numbers the parameters hold."""
+
+    @property
     def num_samples(self) -> int:
         """How many samples were measured."""
 

@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from fisherfast.batches import Batch, Output
 from fisherfast.capture import refuse_train_mode, unwrapped
 from fisherfast.fisher import Fisher
+from fisherfast.information import _checks
 
 MAX_NUMBERS = 2**28  # of what is held of one sample: 2 GiB in float64
 _CHUNK_NUMBERS = 2**24  # of what one vectorised backward pass makes
@@ -35,8 +36,7 @@ class Activation:
         refuse_train_mode(model)
         self.caller, self.layer, self._root, self._output = caller, layer, unwrapped(model), output
         weights = dict(self._root.named_parameters())
-        if lacking := [name for name in F.names if name not in weights]:
-            raise ValueError(f"{caller}: model must hold every parameter of F, lacks {lacking}")
+        _checks.named(caller, "model", weights, F.names, "F")
         self._weights = {name: weights[name].detach() for name in F.names}
         self._sizes = [weight.numel() for weight in self._weights.values()]
         self.dtype = next(iter(self._weights.values())).dtype

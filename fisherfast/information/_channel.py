@@ -12,9 +12,8 @@ from torch import Tensor, nn
 
 from fisherfast.fisher import Fisher
 from fisherfast.information import _checks, _prior
+from fisherfast.information._prior import PriorScale
 from fisherfast.information.weights import information_in_weights
-
-PriorScale = float | Mapping[str, float] | str | None
 
 
 @dataclass(frozen=True)
@@ -27,7 +26,7 @@ class Channel:
 
     layer: str | None
     beta: float
-    prior_scale: PriorScale
+    prior_scale: PriorScale | None
     dampings: Mapping[str, float] = field(repr=False)
     fisher: Fisher = field(repr=False)
 
@@ -39,7 +38,7 @@ class Channel:
         F: Fisher,
         layer: str | None,
         beta: float,
-        prior_scale: PriorScale,
+        prior_scale: PriorScale | None,
         damping: float | None,
         inverted: bool = True,
     ) -> Channel:
@@ -76,7 +75,7 @@ class Channel:
         F = self.fisher
         return (
             f"{'output' if self.layer is None else f'layer {self.layer!r}'}, beta = {self.beta:.3g}, {self._prior_in_words()}, "
-            f"k = {sum(part.num_parameters for part in F.by_layer().values()):,} weights, N = {F.num_samples:,} samples, "
+            f"k = {F.num_parameters:,} weights, N = {F.num_samples:,} samples, "
             f"Fisher {F.provenance.fisher_type or 'of unknown type'}, {F.structure}"
         )
 

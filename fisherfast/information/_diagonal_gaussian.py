@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from fisherfast.fisher import LayerSummary
 from fisherfast.fisher.protocol import layer_of
-from fisherfast.information import _prior, _series
+from fisherfast.information import _checks, _prior, _series
+from fisherfast.information._prior import PriorScale
 from fisherfast.information.posterior import wide
 from fisherfast.information.weights import Weights, tensors
 
@@ -29,7 +30,7 @@ class DiagonalGaussian:
         self,
         caller: str,
         model: nn.Module,
-        prior_scale: float | Mapping[str, float] | str,
+        prior_scale: PriorScale,
         center: Weights | None,
         train_mean: bool,
     ) -> None:
@@ -125,9 +126,6 @@ def _centers(caller: str, parameters: Mapping[str, Tensor], center: Weights | No
     if center is None:
         return {}
     centers = tensors(center)
-    if lacking := [name for name in parameters if name not in centers]:
-        raise ValueError(f"{caller}: center must hold every parameter of model, lacks {lacking}")
-    for name, p in parameters.items():
-        if centers[name].shape != p.shape:
-            raise ValueError(f"{caller}: center[{name!r}] must be {tuple(p.shape)} as in model, got {tuple(centers[name].shape)}")
+    _checks.named(caller, "center", centers, parameters, "model")
+    _checks.shaped(caller, "center", centers, parameters, "model")
     return {name: centers[name].detach().clone() for name in parameters}

@@ -4,16 +4,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 from torch import Tensor
 
 from fisherfast.fisher import Fisher
 from fisherfast.information import _prior, _series
+from fisherfast.information._prior import GivenScale
 
 
 def sums_by_layer(
-    caller: str, F: Fisher, prior_scale: float | Mapping[str, float], temperature: float, term: Callable[[Tensor], Tensor]
+    caller: str, F: Fisher, prior_scale: GivenScale, temperature: float, term: Callable[[Tensor], Tensor]
 ) -> dict[str, float]:
     """``sum_j term(lambda^2 f_j / t)`` for each layer, in the order of F's parameters; one block's spectrum at a time."""
     layers = F.by_layer()
@@ -27,10 +28,9 @@ def sums_by_layer(
 
 def measured(F: Fisher) -> str:
     """What was measured, and how: the part of an estimate's conditions that F brings."""
-    weights = sum(layer.num_parameters for layer in F.by_layer().values())
     lacking = [name for name, how in F.coverage.items() if how.startswith("missing")]
     without = f", without {', '.join(lacking)}, which it lacks" if lacking else ""
     return (
-        f"k = {weights:,} weights, N = {F.num_samples:,} samples, Fisher {F.provenance.fisher_type or 'of unknown type'}, "
+        f"k = {F.num_parameters:,} weights, N = {F.num_samples:,} samples, Fisher {F.provenance.fisher_type or 'of unknown type'}, "
         f"{F.structure}{without}"
     )

@@ -14,7 +14,7 @@ from torch.func import functional_call
 
 from fisherfast.batches import Batch, Output
 from fisherfast.capture import refuse_train_mode, unwrapped
-from fisherfast.likelihood import Likelihood, resolve
+from fisherfast.likelihood import Likelihood, predictions_of, resolve, unpacked
 from fisherfast.passes import NonFiniteError
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -55,10 +55,9 @@ class SampleLosses:
             return functional_call(self.model, dict(weights), args, kwargs)
 
         output = batch.feed(replaced, self.output)
-        spread, targets, mask = batch.unpacked(output, getattr(self.likelihood, "ignore_index", -100))
         if self.loss is None:
-            sample = torch.arange(batch.N, device=output.device)
-            return self.likelihood.losses(self.likelihood.predictions(spread, targets, mask, sample))
+            return self.likelihood.losses(predictions_of(self.likelihood, batch, output))
+        spread, targets, _ = unpacked(self.likelihood, batch, output)
         assert targets is not None
         each = self.loss(spread, targets)
         if not isinstance(each, Tensor) or each.shape != (batch.N,):
@@ -85,18 +84,6 @@ class SampleLosses:
         if not total:
             raise ValueError(f"{self.caller}: data must hold samples of a weight > 0, got none; was the iterator used up?")
         return math.fsum(sums) / total
-
-
-def check_names(caller: str, model: nn.Module, mean: Mapping[str, Tensor]) -> None:
-    """Raise ValueError unless the model has every parameter of ``mean``, in its shape."""
-    own = dict(unwrapped(model).named_parameters())
-    if lacking := [name for name in mean if name not in own]:
-        raise ValueError(f"{caller}: model must hold every parameter of posterior, lacks {lacking}")
-    for name, value in mean.items():
-        if own[name].shape != value.shape:
-            raise ValueError(
-                f"{caller}: model's {name!r} must be {tuple(value.shape)} as in posterior, got {tuple(own[name].shape)}"
-            )
 
 
 def check_rereadable(caller: str, data: Any) -> None:

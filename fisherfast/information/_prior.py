@@ -9,15 +9,19 @@ from collections.abc import Mapping, Sequence
 from fisherfast.fisher import LayerSummary, Spectrum
 from fisherfast.information import _checks, _series
 
+GivenScale = float | Mapping[str, float]  # one number, or one per layer or parameter name
+PriorScale = GivenScale | str  # or "fit"
+
 _CALLER = "information_in_weights"
 _MAX_STEPS = 100
 _CONVERGED = 1e-11  # error of log lambda^2
 _MIDDLE_SLOPE = 1.5  # of the slopes there are, 1 to 2
 
 
-def check_positive(name: str, value: float, advice: str, caller: str = _CALLER) -> float:
-    """Raise ValueError unless ``value`` is a finite number above zero."""
-    return _checks.positive(caller, name, value, advice)
+def check_word(prior_scale: PriorScale, caller: str = _CALLER) -> None:
+    """Raise ValueError for a word other than "fit"."""
+    if isinstance(prior_scale, str) and prior_scale != "fit":
+        raise ValueError(f"{caller}: prior_scale must be a number, a mapping or 'fit', got {prior_scale!r}")
 
 
 def check_scale(name: str, value: float, caller: str = _CALLER) -> float:
@@ -27,12 +31,10 @@ def check_scale(name: str, value: float, caller: str = _CALLER) -> float:
             f"{caller}: {name} must be finite, got inf; the information in the weights grows without bound with it "
             "and only differences of 0.5 * F.logdet(damping=...) between models of the same size are meaningful: compare those"
         )
-    return check_positive(name, value, "it is the standard deviation of the weights before training", caller)
+    return _checks.positive(caller, name, value, "it is the standard deviation of the weights before training")
 
 
-def given(
-    prior_scale: float | Mapping[str, float], layers: Mapping[str, LayerSummary], caller: str = _CALLER, of: str = "F"
-) -> dict[str, float]:
+def given(prior_scale: GivenScale, layers: Mapping[str, LayerSummary], caller: str = _CALLER, of: str = "F") -> dict[str, float]:
     """Lambda by parameter name, from one number or a mapping of layer and parameter names; a parameter's own name wins."""
     layer_of = {name: layer for layer, summary in layers.items() for name in summary.parameters}
     if not isinstance(prior_scale, Mapping):
@@ -45,14 +47,14 @@ def given(
     return {name: check_scale(f"prior_scale[{key!r}]", prior_scale[key], caller) for name, key in keys.items()}
 
 
-def scale_in_words(prior_scale: float | Mapping[str, float] | str) -> str:
+def scale_in_words(prior_scale: PriorScale) -> str:
     """``0.1``, or how it was found."""
     if isinstance(prior_scale, str):
         return "fitted by layer"
     return "given by layer" if isinstance(prior_scale, Mapping) else f"{prior_scale:g}"
 
 
-def in_words(prior_scale: float | Mapping[str, float] | str, centered: bool) -> str:
+def in_words(prior_scale: PriorScale, centered: bool) -> str:
     """A prior scale and its center: ``0.1 around 0``."""
     return f"{scale_in_words(prior_scale)} around {'the given center' if centered else '0'}"
 

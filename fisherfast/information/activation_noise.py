@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from fisherfast.batches import Output
 from fisherfast.fisher import Fisher
 from fisherfast.information._activation import Activation
-from fisherfast.information._channel import Channel, PriorScale
+from fisherfast.information._channel import Channel
+from fisherfast.information._prior import PriorScale
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,7 +40,7 @@ def activation_noise(
     *,
     layer: str | None = None,
     beta: float,
-    prior_scale: PriorScale = None,
+    prior_scale: PriorScale | None = None,
     damping: float | None = None,
     units: Sequence[int] | Tensor | None = None,
     output: Output = None,

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,9 @@ from torch import nn
 
 from fisherfast.batches import Output
 from fisherfast.fisher import Fisher
+from fisherfast.information import _checks
 from fisherfast.information._losses import check_rereadable
+from fisherfast.information._prior import PriorScale
 from fisherfast.information.expected_loss import expected_loss, mean_loss
 from fisherfast.information.posterior import GaussianPosterior, Posterior
 from fisherfast.information.result import Information
@@ -69,7 +71,7 @@ def task_complexity(
     F: Fisher,
     model: Weights,
     *,
-    prior_scale: float | Mapping[str, float] | str,
+    prior_scale: PriorScale,
     beta: float,
     center: Weights | None = None,
     variant: str = "exact",
@@ -100,14 +102,14 @@ def task_complexity(
     Numerics: theirs.
     Source:   Definition 2.1 and Proposition 2.5 of Achille, Paolini and Soatto (arXiv:1905.12213).
     """
-    how = Measurement("task_complexity", method, data, likelihood, draws, seed, output)
-    loss = how.loss_of(model, loss)
+    source = LossSource("task_complexity", method, data, likelihood, draws, seed, output)
+    loss = source.loss_of(model, loss)
     (info,) = informations(F, model, (beta,), prior_scale=prior_scale, center=center, variant=variant, loss=loss)
-    return how.complexity(info, loss, model)
+    return source.complexity(info, loss, model)
 
 
 @dataclass(frozen=True)
-class Measurement:
+class LossSource:
     """Where the losses of a complexity come from: formulas, or a network run on data."""
 
     caller: str
@@ -120,8 +122,7 @@ class Measurement:
 
     def loss_of(self, model: Weights, given: float | None) -> float:
         """``L(w)``, given or measured. Errors: ValueError where the arguments do not suffice for the method."""
-        if self.method not in METHODS:
-            raise ValueError(f"{self.caller}: method must be one of {list(METHODS)}, got {self.method!r}")
+        _checks.one_of(self.caller, "method", self.method, METHODS)
         if self.method == "monte-carlo":
             self._runnable(model, "method='monte-carlo' must have")
             check_rereadable(self.caller, self.data)

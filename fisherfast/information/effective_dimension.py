@@ -8,7 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from fisherfast.fisher import Fisher
-from fisherfast.information import _checks, _directions, _prior, _series
+from fisherfast.information import _checks, _directions, _prior
+from fisherfast.information._prior import GivenScale
+from fisherfast.ops import _log1p
 
 
 @dataclass(frozen=True)
@@ -17,7 +19,7 @@ class EffectiveDimension:
 
     layers: Mapping[str, float] = field(repr=False)
     beta: float
-    prior_scale: float | Mapping[str, float]
+    prior_scale: GivenScale
     fisher: Fisher = field(repr=False)
 
     @property
@@ -38,7 +40,7 @@ class EffectiveDimension:
         return f"{self.value:,.1f} directions decided by the data: {self.conditions()}"
 
 
-def effective_dimension(F: Fisher, *, beta: float, prior_scale: float | Mapping[str, float]) -> EffectiveDimension:
+def effective_dimension(F: Fisher, *, beta: float, prior_scale: GivenScale) -> EffectiveDimension:
     """``sum_j s_j / (1 + s_j) = tr F (F + beta / lambda^2 I)^-1``, s_j = lambda^2 f_j / beta.
 
     A direction counts as one where the data decide it, as nothing where the prior does. For a linear model it is the trace of
@@ -54,5 +56,5 @@ def effective_dimension(F: Fisher, *, beta: float, prior_scale: float | Mapping[
     Source:   MacKay 1992, "Bayesian Interpolation" (gamma); the trace term of Proposition 2.5 of arXiv:1905.12213.
     """
     beta = _checks.positive("effective_dimension", "beta", beta, "1 / (number of training samples) is the Bayesian choice")
-    layers = _directions.sums_by_layer("effective_dimension", F, prior_scale, beta, _series.share)
+    layers = _directions.sums_by_layer("effective_dimension", F, prior_scale, beta, _log1p.share)
     return EffectiveDimension(layers, beta, prior_scale, F)

@@ -12,9 +12,11 @@ from torch import Tensor, nn
 
 from fisherfast.batches import Output
 from fisherfast.fisher import Fisher
-from fisherfast.information import nuisances
+from fisherfast.fisher.lanczos import Estimate
+from fisherfast.information import _checks, nuisances
 from fisherfast.information._activation import Activation
-from fisherfast.information._channel import Channel, PriorScale, Whitening
+from fisherfast.information._channel import Channel, Whitening
+from fisherfast.information._prior import PriorScale
 from fisherfast.information.activation_noise import ActivationNoise, noise_of
 from fisherfast.information.input_fisher import InputFisher, input_fisher
 
@@ -75,7 +77,7 @@ def effective_information(
     method: str,
     layer: str | None = None,
     beta: float,
-    prior_scale: PriorScale = None,
+    prior_scale: PriorScale | None = None,
     damping: float | None = None,
     variant: str = "exact",
     terms: str = "mean",
@@ -146,8 +148,7 @@ def _check_arguments(
 ) -> None:
     """Raise ValueError for an unknown method, and for arguments of another one."""
     what = "effective_information"
-    if method not in METHODS:
-        raise ValueError(f"{what}: method must be one of {list(METHODS)}, got {method!r}")
+    _checks.one_of(what, "method", method, METHODS)
     if (method == "nuisance") != (along is not None) or (along is None) != (scales is None):
         raise ValueError(
             f"{what}: along and nuisance_scales must be given for 'nuisance' and for no other method, got {method!r}"
@@ -163,8 +164,7 @@ def _check_arguments(
 
 def _entropy(prior: str, along: Mapping[str, nuisances.Nuisance], scales: Mapping[str, float] | None) -> float:
     """H(theta) of independent nuisances."""
-    if prior not in PRIORS:
-        raise ValueError(f"effective_information: nuisance_prior must be one of {list(PRIORS)}, got {prior!r}")
+    _checks.one_of("effective_information", "nuisance_prior", prior, tuple(PRIORS))
     if not scales or set(scales) != set(along):
         raise ValueError(f"effective_information: nuisance_scales must have a number for each of {list(along)}, got {scales}")
     if bad := {name: scale for name, scale in scales.items() if not (math.isfinite(scale) and scale > 0)}:
@@ -181,8 +181,7 @@ def _by_determinant(method: str, found: InputFisher, entropy: float | None) -> E
             + ("leave entropy out" if method == "spectrum" else "give fewer or other nuisances, or a layer with more units")
         )
     each = (entropy or 0.0) + (found.logdet() - rank * math.log(2 * math.pi * math.e)) / 2
-    stderr = float(each.std()) / math.sqrt(len(each)) if len(each) > 1 else math.nan
-    return EffectiveInformation(float(each.mean()), stderr, method, entropy, None, each, found)
+    return EffectiveInformation(*Estimate.of(each), method, entropy, None, each, found)
 
 
 def _by_draws(noise: ActivationNoise, dtype: torch.dtype, draws: int, seed: int) -> EffectiveInformation:

@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import math
-import statistics
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -13,8 +11,10 @@ from torch import Tensor, nn
 
 from fisherfast.batches import Output
 from fisherfast.fisher.lanczos import Estimate
-from fisherfast.information._losses import Loss, SampleLosses, check_names, check_rereadable
+from fisherfast.information import _checks
+from fisherfast.information._losses import Loss, SampleLosses, check_rereadable
 from fisherfast.information.posterior import GaussianPosterior
+from fisherfast.information.weights import tensors
 from fisherfast.likelihood import Likelihood
 
 
@@ -55,7 +55,7 @@ def expected_loss(
     if draws < 1:
         raise ValueError(f"expected_loss: draws must be >= 1, got {draws}")
     check_rereadable("expected_loss", data)
-    check_names("expected_loss", model, posterior.mean)
+    _check_model("expected_loss", model, posterior.mean)
     losses = SampleLosses.of("expected_loss", model, likelihood, loss, output)
     each = []
     for n, weights in enumerate(posterior.draws(draws, seed=seed)):
@@ -63,8 +63,7 @@ def expected_loss(
         for name, mean in posterior.mean.items():
             weights[name].neg_().add_(mean, alpha=2)
         each.append((there + losses.mean(data, weights, f"of draw {n}, mirrored")) / 2)
-    stderr = statistics.stdev(each) / math.sqrt(draws) if draws > 1 else math.nan
-    return Estimate(math.fsum(each) / draws, stderr)
+    return Estimate.of(torch.tensor(each, dtype=torch.float64))
 
 
 @torch.no_grad()
@@ -79,8 +78,15 @@ def mean_loss(
 ) -> float:
     """``(1/N) sum_n loss(w, n)`` at the model's own weights, or with those in ``weights`` instead; see ``expected_loss``."""
     replaced = weights or {}
-    check_names("mean_loss", model, replaced)
+    _check_model("mean_loss", model, replaced)
     return SampleLosses.of("mean_loss", model, likelihood, loss, output).mean(data, replaced, "without noise")
+
+
+def _check_model(caller: str, model: nn.Module, mean: Mapping[str, Tensor]) -> None:
+    """Raise ValueError unless the model has every parameter of ``mean``, in its shape."""
+    own = tensors(model)
+    _checks.named(caller, "model", own, mean, "posterior")
+    _checks.shaped(caller, "model", own, mean, "posterior")
 
 
 def zero_one(output: Tensor, targets: Tensor) -> Tensor:

@@ -9,13 +9,13 @@ flatness counts needs noise that is itself larger in sharp directions, as SGD's 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
 
 from fisherfast.fisher import Fisher
 from fisherfast.information import _checks, _directions, _prior
+from fisherfast.information._prior import GivenScale
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class FreeEnergy:
     logdet: float
     temperature: float
     damping: float = 0.0
-    prior_scale: float | Mapping[str, float] | None = None
+    prior_scale: GivenScale | None = None
     fisher: Fisher | None = field(default=None, repr=False)
 
     @property
@@ -82,7 +82,7 @@ def free_energy(
     *,
     temperature: float,
     damping: float | None = None,
-    prior_scale: float | Mapping[str, float] | None = None,
+    prior_scale: GivenScale | None = None,
 ) -> FreeEnergy:
     """``loss + T / 2 log |F + damping I|``, or with a prior ``loss + T / 2 log |I + lambda^2 F / T|``.
 

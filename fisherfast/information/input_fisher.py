@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from fisherfast.batches import Output
 from fisherfast.fisher import Fisher
-from fisherfast.information import nuisances
+from fisherfast.information import _checks, nuisances
 from fisherfast.information._activation import Activation, Jacobians
-from fisherfast.information._channel import Channel, PriorScale, Whitening
+from fisherfast.information._channel import Channel, Whitening
+from fisherfast.information._prior import PriorScale
 from fisherfast.information.activation_noise import covariance
 from fisherfast.information.weights import VARIANTS
 
@@ -97,7 +98,7 @@ def input_fisher(
     *,
     layer: str | None = None,
     beta: float,
-    prior_scale: PriorScale = None,
+    prior_scale: PriorScale | None = None,
     damping: float | None = None,
     variant: str = "exact",
     terms: str = "mean",
@@ -127,8 +128,7 @@ def input_fisher(
     Source:   Proposition 3.2 (i) of Achille, Paolini and Soatto (arXiv:1905.12213), corrected; the Fisher of a Gaussian:
               Kay 1993, "Fundamentals of Statistical Signal Processing", eq. 3.31.
     """
-    if variant not in VARIANTS:
-        raise ValueError(f"input_fisher: variant must be one of {list(VARIANTS)}, got {variant!r}")
+    _checks.one_of("input_fisher", "variant", variant, VARIANTS)
     if terms not in TERMS or (terms == "both" and variant == "paper"):
         raise ValueError(f"input_fisher: terms must be one of {list(TERMS)}, 'mean' as printed, got {terms!r} for {variant!r}")
     if variant == "paper" and (prior_scale is not None or damping is not None):

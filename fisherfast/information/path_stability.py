@@ -86,15 +86,14 @@ def path_stability(F: Fisher, first: Weights, second: Weights, *, beta: float, d
     product = F @ displacement
     along = {name: (d * product[name]).sum().item() for name, d in displacement.items()}
     squares = {name: d.square().sum().item() for name, d in displacement.items()}
-    layers = F.by_layer()
-    k, squared_distance = sum(layer.num_parameters for layer in layers.values()), math.fsum(squares.values())
+    squared_distance = math.fsum(squares.values())
     return PathStability(
         layers={
             name: math.fsum(along[n] + damping * squares[n] for n in layer.parameters) / (2 * beta)
-            for name, layer in layers.items()
+            for name, layer in F.by_layer().items()
         },
         quadratic=math.fsum(along.values()),
-        isotropic=squared_distance * F.trace() / k,
+        isotropic=squared_distance * F.trace() / F.num_parameters,
         squared_distance=squared_distance,
         beta=beta,
         damping=damping,
@@ -104,14 +103,13 @@ def path_stability(F: Fisher, first: Weights, second: Weights, *, beta: float, d
 
 def _displacement(F: Fisher, first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """``w1 - w2`` in float64, for every parameter of F."""
-    for what, weights in (("first", first), ("second", second)):
-        if lacking := [name for name in F.names if name not in weights]:
-            raise ValueError(f"{_CALLER}: {what} must hold every parameter of F, lacks {lacking}")
+    _checks.named(_CALLER, "first", first, F.names, "F")
+    _checks.named(_CALLER, "second", second, F.names, "F")
+    starts = {name: first[name].detach() for name in F.names}
+    _checks.shaped(_CALLER, "second", second, starts, "first")
     displacement = {}
-    for name in F.names:
-        if (one := tuple(first[name].shape)) != (other := tuple(second[name].shape)):
-            raise ValueError(f"{_CALLER}: second[{name!r}] must be {one} as in first, got {other}")
-        displacement[name] = first[name].detach().double() - second[name].detach().to(first[name].device).double()
+    for name, start in starts.items():
+        displacement[name] = start.double() - second[name].detach().to(start.device).double()
         if not displacement[name].isfinite().all():
             raise ValueError(f"{_CALLER}: weights must be finite, got others in {name!r}")
     return displacement

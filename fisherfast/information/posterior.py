@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fisherfast.fisher import Fisher
+from fisherfast.information._prior import PriorScale
 from fisherfast.information.result import Information
 from fisherfast.information.weights import Weights, informations, tensors
 
@@ -136,7 +137,7 @@ def optimal_posterior(
     F: Fisher,
     model: Weights,
     *,
-    prior_scale: float | Mapping[str, float] | str,
+    prior_scale: PriorScale,
     beta: float,
     center: Weights | None = None,
     variant: str = "exact",

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,8 @@ import torch
 
 from fisherfast.batches import Output
 from fisherfast.fisher import Fisher
-from fisherfast.information.complexity import Complexity, Measurement
+from fisherfast.information._prior import PriorScale
+from fisherfast.information.complexity import Complexity, LossSource
 from fisherfast.information.weights import Weights, informations
 from fisherfast.likelihood import Likelihood
 
@@ -63,10 +64,7 @@ class RateDistortion:
         """
         from fisherfast.information import _plot_rate_distortion
 
-        figure = _plot_rate_distortion.curve(self)
-        if path is not None:
-            figure.savefig(path, dpi=150)
-        return figure
+        return _plot_rate_distortion.curve(self, path)
 
     def conditions(self) -> str:
         """Everything the curve depends on, in one line: those of its first point, and the range of beta."""
@@ -83,7 +81,7 @@ def rate_distortion(
     model: Weights,
     betas: Sequence[float],
     *,
-    prior_scale: float | Mapping[str, float] | str,
+    prior_scale: PriorScale,
     center: Weights | None = None,
     variant: str = "exact",
     loss: float | None = None,
@@ -113,7 +111,7 @@ def rate_distortion(
     betas = list(betas)
     if not betas:
         raise ValueError("rate_distortion: betas must hold at least one price of a nat, got none")
-    how = Measurement("rate_distortion", method, data, likelihood, draws, seed, output)
-    loss = how.loss_of(model, loss)
+    source = LossSource("rate_distortion", method, data, likelihood, draws, seed, output)
+    loss = source.loss_of(model, loss)
     infos = informations(F, model, betas, prior_scale=prior_scale, center=center, variant=variant, loss=loss)
-    return RateDistortion(tuple(how.complexity(info, loss, model) for info in infos))
+    return RateDistortion(tuple(source.complexity(info, loss, model) for info in infos))

@@ -15,6 +15,7 @@ from torch import Tensor
 from fisherfast.fisher import Fisher
 from fisherfast.fisher.protocol import WHOLE as WHOLE
 from fisherfast.information import _prior
+from fisherfast.information._prior import PriorScale
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class Information:
 
     layers: Mapping[str, LayerInformation] = field(repr=False)
     beta: float
-    prior_scale: float | Mapping[str, float] | str
+    prior_scale: PriorScale
     prior_scales: Mapping[str, float] = field(repr=False)
     centered: bool
     variant: str
@@ -112,6 +113,22 @@ class Information:
     def by_layer(self) -> dict[str, LayerInformation]:
         """The information by layer, in the order of the Fisher's parameters."""
         return dict(self.layers)
+
+    @property
+    def total(self) -> LayerInformation:
+        """The layers added up, as if they were one."""
+        layers = self.layers.values()
+        scales = {layer.prior_scale for layer in layers}
+        return LayerInformation(
+            parameters=self.parameters,
+            trace=self.trace,
+            nats=self.nats,
+            kl=self.kl,
+            share=math.fsum(layer.share for layer in layers),
+            effective_dimension=math.fsum(layer.effective_dimension for layer in layers),
+            squared_distance=math.fsum(layer.squared_distance for layer in layers),
+            prior_scale=scales.pop() if len(scales) == 1 else None,
+        )
 
     @torch.no_grad()
     def posterior_variance(self) -> dict[str, Tensor]:

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from fisherfast.fisher import Fisher
 from fisherfast.information import _checks, _directions
+from fisherfast.information.weights import VARIANTS
 
 _CALLER = "shannon_from_stability"
-_VARIANTS = ("exact", "paper")
 _SINGULAR = 1e-13  # of the largest eigenvalue: rounding of a sum of many products in float64
 
 
@@ -76,8 +76,8 @@ def shannon_from_stability(
     """
     beta = _checks.positive(_CALLER, "beta", beta, "1 / (number of training samples) is the Bayesian choice")
     entropy = _checks.number(_CALLER, "entropy", entropy, "it is the differential entropy of the numbers that make a data set")
-    _checks.one_of(_CALLER, "variant", variant, _VARIANTS)
-    d, k = len(_rows(F, sensitivity)), sum(layer.num_parameters for layer in F.by_layer().values())
+    _checks.one_of(_CALLER, "variant", variant, VARIANTS)
+    d, k = len(_rows(F, sensitivity)), F.num_parameters
     if d > k:
         raise ValueError(
             f"{_CALLER}: a data set must be of at most k = {k} numbers, the number of weights, got d = {d}; the determinant would "

@@ -17,6 +17,7 @@ from fisherfast.capture import unwrapped
 from fisherfast.fisher import Fisher, LayerSummary
 from fisherfast.fisher.protocol import layer_of
 from fisherfast.information import _checks, _directions, _prior
+from fisherfast.information._prior import GivenScale
 
 _CALLER = "task_embedding"
 
@@ -40,7 +41,7 @@ class TaskEmbedding:
         model: nn.Module,
         *,
         beta: float,
-        prior_scale: float | Mapping[str, float],
+        prior_scale: GivenScale,
         layers: Collection[str] | None = None,
         skip: Collection[str] = (),
         norms: bool = False,

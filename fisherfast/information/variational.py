@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from fisherfast.batches import Batch, Output
-from fisherfast.information import _prior
+from fisherfast.information import _checks, _prior
 from fisherfast.information._diagonal_gaussian import DiagonalGaussian
 from fisherfast.information._local_noise import LocalNoise
 from fisherfast.information._losses import SampleLosses, check_rereadable
+from fisherfast.information._prior import PriorScale
 from fisherfast.information.posterior import GaussianPosterior
 from fisherfast.information.weights import Weights
 from fisherfast.likelihood import Likelihood
@@ -40,7 +41,7 @@ class VariationalPosterior(GaussianPosterior):
     std: Mapping[str, Tensor] = field(repr=False)
     nats: float
     price: float
-    prior_scale: float | Mapping[str, float] | str
+    prior_scale: PriorScale
     prior_scales: Mapping[str, float] = field(repr=False)
     centered: bool
     num_samples: int
@@ -95,7 +96,7 @@ def variational_posterior(
     data: Iterable[Any],
     *,
     beta: float,
-    prior_scale: float | Mapping[str, float] | str,
+    prior_scale: PriorScale,
     center: Weights | None = None,
     likelihood: str | Likelihood = "categorical",
     epochs: int = 20,
@@ -133,7 +134,7 @@ def variational_posterior(
     Source:   Definition 2.1 of arXiv:1905.12213; Kingma, Salimans & Welling 2015 for noise at the output; Task2Vec (Achille et
               al. 2019), whose divergence lacks the factor 1/2, so that its beta is half of this one.
     """
-    beta = _prior.check_positive("beta", beta, "1 / (number of training samples) is the Bayesian choice", _CALLER)
+    beta = _checks.positive(_CALLER, "beta", beta, "1 / (number of training samples) is the Bayesian choice")
     _check_settings(prior_scale, epochs, lr, mean_lr, noise)
     check_rereadable(_CALLER, data)
     losses = SampleLosses.of(_CALLER, model, likelihood, None, output)
@@ -159,15 +160,13 @@ def variational_posterior(
         )
 
 
-def _check_settings(prior_scale: float | Mapping[str, float] | str, epochs: int, lr: float, mean_lr: float, noise: str) -> None:
-    if isinstance(prior_scale, str) and prior_scale != "fit":
-        raise ValueError(f"{_CALLER}: prior_scale must be a number, a mapping or 'fit', got {prior_scale!r}")
+def _check_settings(prior_scale: PriorScale, epochs: int, lr: float, mean_lr: float, noise: str) -> None:
+    _prior.check_word(prior_scale, _CALLER)
     if epochs < 1:
         raise ValueError(f"{_CALLER}: epochs must be >= 1, got {epochs}")
-    _prior.check_positive("lr", lr, "it is Adam's step on log sigma", _CALLER)
-    _prior.check_positive("mean_lr", mean_lr, "it is Adam's step on the means", _CALLER)
-    if noise not in NOISES:
-        raise ValueError(f"{_CALLER}: noise must be one of {list(NOISES)}, got {noise!r}")
+    _checks.positive(_CALLER, "lr", lr, "it is Adam's step on log sigma")
+    _checks.positive(_CALLER, "mean_lr", mean_lr, "it is Adam's step on the means")
+    _checks.one_of(_CALLER, "noise", noise, NOISES)
 
 
 @contextmanager

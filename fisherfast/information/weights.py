@@ -19,10 +19,12 @@ from torch import Tensor, nn
 
 from fisherfast.capture import unwrapped
 from fisherfast.fisher import Fisher, FisherWarning, LayerSummary, Spectrum
-from fisherfast.information import _prior, _series
+from fisherfast.information import _checks, _prior, _series
+from fisherfast.information._prior import PriorScale
 from fisherfast.information.result import Information, LayerInformation
 
 VARIANTS = ("exact", "paper")
+_CALLER = "information_in_weights"
 Weights = nn.Module | Mapping[str, Tensor]
 
 
@@ -31,7 +33,7 @@ def information_in_weights(
     F: Fisher,
     model: Weights,
     *,
-    prior_scale: float | Mapping[str, float] | str,
+    prior_scale: PriorScale,
     beta: float,
     center: Weights | None = None,
     variant: str = "exact",
@@ -69,17 +71,15 @@ def informations(
     model: Weights,
     betas: Sequence[float],
     *,
-    prior_scale: float | Mapping[str, float] | str,
+    prior_scale: PriorScale,
     center: Weights | None,
     variant: str,
     loss: float | None,
 ) -> list[Information]:
     """``information_in_weights`` at several betas: every spectrum is asked for once, and one layer's is in memory at a time."""
-    betas = [_prior.check_positive("beta", beta, "1 / (number of training samples) is the Bayesian choice") for beta in betas]
-    if variant not in VARIANTS:
-        raise ValueError(f"information_in_weights: variant must be one of {list(VARIANTS)}, got {variant!r}")
-    if isinstance(prior_scale, str) and prior_scale != "fit":
-        raise ValueError(f"information_in_weights: prior_scale must be a number, a mapping or 'fit', got {prior_scale!r}")
+    betas = [_checks.positive(_CALLER, "beta", beta, "1 / (number of training samples) is the Bayesian choice") for beta in betas]
+    _checks.one_of(_CALLER, "variant", variant, VARIANTS)
+    _prior.check_word(prior_scale)
     summaries = F.by_layer()
     given = {} if isinstance(prior_scale, str) else _prior.given(prior_scale, summaries)
     weights, centers = tensors(model), None if center is None else tensors(center)
@@ -130,22 +130,21 @@ def tensors(source: Weights) -> dict[str, Tensor]:
 def _check_names(F: Fisher, model: Weights, weights: Mapping[str, Tensor]) -> tuple[str, ...]:
     """The parameters F says it lacks, warned of; raise ValueError unless F and the model have the same others, as large."""
     excluded = tuple(name for name, how in F.coverage.items() if how.startswith("missing"))
-    if lacking := [name for name in F.names if name not in weights]:
-        raise ValueError(f"information_in_weights: model must hold every parameter of F, lacks {lacking}")
+    _checks.named(_CALLER, "model", weights, F.names, "F")
     _check_floating("model", F, weights)
     for name, shape in F.shapes.items():
         if (entries := weights[name].numel()) != shape.numel():
             raise ValueError(
-                f"information_in_weights: model must have the shapes F was measured on, got {entries} entries instead of "
+                f"{_CALLER}: model must have the shapes F was measured on, got {entries} entries instead of "
                 f"{shape.numel()} in {name!r}"
             )
     covered = {*F.names, *F.aliases, *excluded}
     # A frozen parameter asks for no Fisher; in a mapping there is no such mark, and everything counts.
     wanted = [name for name, tensor in weights.items() if tensor.requires_grad or not isinstance(model, nn.Module)]
     if unknown := [name for name in wanted if name not in covered]:
-        raise ValueError(f"information_in_weights: F must cover every parameter of model, lacks {unknown}; leave them out")
+        raise ValueError(f"{_CALLER}: F must cover every parameter of model, lacks {unknown}; leave them out")
     if excluded:
-        message = f"information_in_weights: the nats exclude parameters that the Fisher lacks: {list(excluded)}"
+        message = f"{_CALLER}: the nats exclude parameters that the Fisher lacks: {list(excluded)}"
         # Past this function, informations, its caller and that one's torch.no_grad: the line that asked for the information.
         warnings.warn(message, FisherWarning, stacklevel=5)
     return excluded
@@ -154,19 +153,16 @@ def _check_names(F: Fisher, model: Weights, weights: Mapping[str, Tensor]) -> tu
 def _check_floating(role: str, F: Fisher, tensors: Mapping[str, Tensor]) -> None:
     for name in F.names:
         if not (dtype := tensors[name].dtype).is_floating_point:
-            raise ValueError(f"information_in_weights: {role}[{name!r}] must be floating, got {dtype}; convert it with .float()")
+            raise ValueError(f"{_CALLER}: {role}[{name!r}] must be floating, got {dtype}; convert it with .float()")
 
 
 def _check_center(F: Fisher, weights: Mapping[str, Tensor], centers: Mapping[str, Tensor] | None) -> None:
     """Raise ValueError unless the center, if there is one, has every parameter of F in the model's shape."""
     if centers is None:
         return
-    if lacking := [name for name in F.names if name not in centers]:
-        raise ValueError(f"information_in_weights: center must hold every parameter of F, lacks {lacking}")
+    _checks.named(_CALLER, "center", centers, F.names, "F")
     _check_floating("center", F, centers)
-    for name in F.names:
-        if (got := tuple(centers[name].shape)) != (shape := tuple(weights[name].shape)):
-            raise ValueError(f"information_in_weights: center[{name!r}] must be {shape} as in model, got {got}")
+    _checks.shaped(_CALLER, "center", centers, {name: weights[name] for name in F.names}, "model")
 
 
 def _blocks_by_layer(
@@ -182,7 +178,7 @@ def _blocks_by_layer(
         origins = [None if centers is None else centers[name] for name in new]
         distance = math.fsum(map(_series.squared_distance, (weights[name] for name in new), origins))
         if not math.isfinite(distance):
-            raise ValueError(f"information_in_weights: weights must be finite, got others in {list(spectrum.parameters)}")
+            raise ValueError(f"{_CALLER}: weights must be finite, got others in {list(spectrum.parameters)}")
         blocks[layer].append(_Block(spectrum, distance))
         waiting[layer] -= new
         numbers[layer] -= spectrum.num_parameters

@@ -3,14 +3,13 @@
 
 from __future__ import annotations
 
-import math
 from datetime import UTC, datetime
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from fisherfast import environment
 from fisherfast.fisher import Fisher
-from fisherfast.information import WHOLE, Information, RateDistortion
+from fisherfast.information import WHOLE, Information, LayerInformation, RateDistortion
 from fisherfast.report import charts, words
 from fisherfast.report.text import summary
 from fisherfast.timing import TimeRatio
@@ -58,27 +57,18 @@ def layers(info: Information) -> charts.Table:
     """All layers and the total."""
     headings = ("layer", "nats", "share", "parameters", "bits/parameter", "trace", "effective dimension", "prior scale")
     rows = [
-        [
-            name or WHOLE,
-            f"{layer.nats:,.1f}",
-            f"{layer.share:.1%}",
-            f"{layer.parameters:,}",
-            f"{layer.bits_per_parameter:.3g}",
-            f"{layer.trace:.3g}",
-            f"{layer.effective_dimension:,.1f}",
-            "by parameter" if layer.prior_scale is None else f"{layer.prior_scale:.3g}",
-        ]
+        [name or WHOLE, *_cells(layer), "by parameter" if layer.prior_scale is None else f"{layer.prior_scale:.3g}"]
         for name, layer in info.by_layer().items()
     ]
-    found = info.by_layer().values()
-    total = [
-        "all",
-        f"{info.nats:,.1f}",
-        f"{sum(layer.share for layer in found):.1%}",
-        f"{info.parameters:,}",
-        f"{info.bits / max(info.parameters, 1):.3g}",
-        f"{info.trace:.3g}",
-        f"{math.fsum(layer.effective_dimension for layer in found):,.1f}",
-        "",
+    return charts.Table("Information in the weights, by layer", headings, [*rows, ["all", *_cells(info.total), ""]])
+
+
+def _cells(layer: LayerInformation) -> list[str]:
+    return [
+        f"{layer.nats:,.1f}",
+        f"{layer.share:.1%}",
+        f"{layer.parameters:,}",
+        f"{layer.bits_per_parameter:.3g}",
+        f"{layer.trace:.3g}",
+        f"{layer.effective_dimension:,.1f}",
     ]
-    return charts.Table("Information in the weights, by layer", headings, [*rows, total])

@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fisherfast.fisher import Fisher
-from fisherfast.information import WHOLE, Information
+from fisherfast.information import WHOLE, Information, LayerInformation
 from fisherfast.timing import TimeRatio
 
 MEANING = (
@@ -50,16 +50,17 @@ def layer_table(info: Information) -> Table:
     for heading in ("parameters", "trace", "nats", "bits/parameter", "share"):
         table.add_column(heading, justify="right", no_wrap=True)
     for name, layer in info.by_layer().items():
-        table.add_row(
-            Text(name or WHOLE), *_cells(layer.parameters, layer.trace, layer.nats, layer.bits_per_parameter, layer.share)
-        )
+        table.add_row(Text(name or WHOLE), *_cells(layer))
     table.add_section()
-    total = info.bits / info.parameters if info.parameters else 0.0
-    table.add_row(
-        "all", *_cells(info.parameters, info.trace, info.nats, total, sum(layer.share for layer in info.by_layer().values()))
-    )
+    table.add_row("all", *_cells(info.total))
     return table
 
 
-def _cells(parameters: int, trace: float, nats: float, bits_per_parameter: float, share: float) -> list[str]:
-    return [f"{parameters:,}", f"{trace:.3g}", f"{nats:,.1f}", f"{bits_per_parameter:.3g}", f"{share:.1%}"]
+def _cells(layer: LayerInformation) -> list[str]:
+    return [
+        f"{layer.parameters:,}",
+        f"{layer.trace:.3g}",
+        f"{layer.nats:,.1f}",
+        f"{layer.bits_per_parameter:.3g}",
+        f"{layer.share:.1%}",
+    ]
