@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How everything here is measured: the correctness gate, timing in turns, and the facts about the machine."""
+"""How everything here is measured: timing in turns, and the facts about the machine."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from statistics import quantiles
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from fisherfast import _backend
 
@@ -36,21 +35,6 @@ PACKAGES = (
     "curvlinops-for-pytorch",
     "kronfluence",
 )
-
-
-def error(result: Tensor, oracle: Tensor) -> float:
-    """``max|result - oracle| / max|oracle|``, in float64."""
-    return float((result.double() - oracle).abs().max() / oracle.abs().max())
-
-
-def passes(measured: float, plain: float) -> bool:
-    """The numerical gate of the whole project: at most twice the error of plain torch in float32."""
-    return measured <= 2 * plain + 1e-7
-
-
-def right(measured: float, plain: float) -> bool:
-    """Whether a peer computed the quantity asked for: float32 sums in another order are not another quantity."""
-    return measured <= max(2 * plain, 1e-5)
 
 
 def _waited() -> float:

@@ -3,6 +3,7 @@
 
 from functools import partial
 
+import gate
 import measure
 import pytest
 import routes
@@ -18,7 +19,7 @@ def errors(problem: routes.Problem) -> dict[str, float]:
     found = {}
     for route, run in problem.routes.items():
         run(acc := torch.zeros(problem.acc))
-        found[route] = measure.error(problem.compared(acc), oracle)
+        found[route] = gate.error(problem.compared(acc), oracle)
     return found
 
 
@@ -31,7 +32,7 @@ def test_op(op, case, benchmark, fma_peak):
     loosest = max(error for route, error in found.items() if route not in routes.OURS)
     for route, error in found.items():
         limit = found[problem.plain] if route == KERNEL else loosest
-        assert measure.passes(error, limit), f"{route} is wrong: error {error:.2g}, plain torch {limit:.2g}"
+        assert gate.passes(error, limit), f"{route} is wrong: error {error:.2g}, plain torch {limit:.2g}"
     benchmark.extra_info |= {"op": op, "case": case, "shape": problem.shape, "flops": problem.flops, "bytes": problem.bytes}
     benchmark.extra_info |= {"fma_peak_gflops": fma_peak, "errors": found, "plain": problem.plain}
     runs = {route: partial(run, torch.zeros(problem.acc)) for route, run in (problem.routes | dict([problem.yardstick])).items()}

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import measure
+import gate
 import torch
 from models import loss_per_sample
 from torch import Tensor, nn
@@ -90,7 +90,7 @@ def oracle(quantity: str, model: nn.Module, x: Tensor, y: Tensor) -> tuple[Resul
     (prepare,) = (way.prepare for way in of(quantity).values() if way.reference)
     narrow = _result(prepare(model, x, y))
     wide = _result(prepare(copy.deepcopy(model).double(), x.double() if x.is_floating_point() else x, y))
-    return wide, dict.fromkeys(wide, max(measure.error(narrow[k], wide[k]) for k in wide))
+    return wide, dict.fromkeys(wide, max(gate.error(narrow[k], wide[k]) for k in wide))
 
 
 def wrong(result: Result, way: Way, N: int, wide: Result, plain_errors: dict[str, float]) -> str | None:
@@ -98,8 +98,8 @@ def wrong(result: Result, way: Way, N: int, wide: Result, plain_errors: dict[str
     missing = [k for k in wide if k not in result]
     if missing:
         return f"no result for {len(missing)} of {len(wide)} parameters ({missing[0]}, ...)"
-    scale, passes = (N if way.mean else 1), (measure.passes if way.ours else measure.right)
-    errors = {k: measure.error(result[k].detach().double() * scale, wide[k]) for k in wide}
+    scale, passes = (N if way.mean else 1), (gate.passes if way.ours else gate.right)
+    errors = {k: gate.error(result[k].detach().double() * scale, wide[k]) for k in wide}
     failed = {k: e for k, e in errors.items() if not passes(e, plain_errors[k])}
     if failed:
         worst = max(failed, key=failed.get)

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What all tests share: Triton's interpreter where there is no GPU, one seed per test, poisoned uninitialised memory."""
+"""What all tests share: Triton's interpreter where there is no GPU, one seed per test, poisoned new memory, CPU instruction sets."""
 
 import os
 import sys
 import zlib
+from collections.abc import Iterator
 
 import pytest
 import torch
+from targets import ISAS
 
 # Triton decides while a kernel is being defined whether it will be emulated, so this comes before the first import of one.
 if not torch.cuda.is_available():
@@ -58,3 +60,15 @@ def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "empty", poisoning(torch.empty))
     monkeypatch.setattr(torch, "empty_like", poisoning(torch.empty_like))
     monkeypatch.setattr(torch.Tensor, "new_empty", poisoning(torch.Tensor.new_empty))
+
+
+@pytest.fixture(params=ISAS)
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Force one instruction set for a test; those the processor lacks are skipped."""
+    force = torch.ops.fisherfast_cpp.cpu_isa
+    best = force(None)
+    if ISAS.index(request.param) > ISAS.index(best):
+        pytest.skip(f"this processor has {best}, not {request.param}")
+    assert force(request.param) == request.param
+    yield request.param
+    assert force(best) == best

@@ -16,7 +16,6 @@ from torch import Tensor
 from torch.utils.cpp_extension import include_paths
 
 ROOT = Path(__file__).parents[1]
-SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
 # When asynchronous copies and products happen, and whether threads take turns by chance instead of in order.
 TIMINGS = {"eager": 3, "late": 0, "late copies": 2, "late products": 1, "eager, by chance": 7, "late, by chance": 4}
 EAGER = TIMINGS["eager"]

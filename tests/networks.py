@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Small networks, one for each way a parameter can be used, and data for them. Sizes are primes: no axis passes for another."""
+"""Small networks, one for each way a parameter can be used, their data and their Fisher. Sizes are primes: no axis passes for another."""
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+import fisherfast as ff
 
 N, T, I, D, C, V = 7, 5, 3, 11, 4, 13
 
@@ -11,6 +13,12 @@ N, T, I, D, C, V = 7, 5, 3, 11, 4, 13
 def vectors(n=N):
     """Inputs [N, I] and one label per sample."""
     return torch.randn(n, I), torch.randint(0, C, (n,))
+
+
+def double_vectors(n=6):
+    """The same in float64, for ``mlp``."""
+    x, y = vectors(n)
+    return x.double(), y
 
 
 def sequences(n=N):
@@ -467,3 +475,25 @@ FALLBACK = {
         {"bias.weight"},
     ),
 }  # fmt: skip
+
+EVERY = {**COVERED, **FALLBACK}
+
+
+def doubles(name, n=N):
+    """One of them in float64, inputs and labels."""
+    build, data, *_ = EVERY[name]
+    model, (x, y) = build().double(), data(n)
+    return model, x.double() if x.is_floating_point() else x, y
+
+
+def mlp():
+    """Three layers in float64, the last without a bias."""
+    return nn.Sequential(nn.Linear(I, 5), nn.Tanh(), nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, C, bias=False)).double()
+
+
+STRUCTURES = ["diagonal", "kfac", "ekfac", "gram"]
+
+
+def measure(model, data, structure, fisher_type="empirical", **options):
+    """Their Fisher: ``ff.fisher`` without a progress bar, of the labels that the data have."""
+    return ff.fisher(model, data, structure, fisher_type, progress=False, **options)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The oracle: per-sample gradients by autograd, one sample at a time, squared and averaged. Slow, obvious, right."""
+"""The oracle: per-sample gradients by autograd, one sample at a time, squared and averaged (slow, obvious, right); how near it a result is."""
 
 import copy
 
@@ -44,6 +44,18 @@ def error(result, expected):
     """Largest error over all parameters, relative to the largest entry of all."""
     scale = max(float(e.abs().max()) for e in expected.values())
     return max(float((result[name].double() - e.double()).abs().max()) for name, e in expected.items()) / scale
+
+
+def close(a, b, tolerance):
+    """Whether they have one shape and ``max|a - b| <= tolerance max|b|``, in float64. Of tensors without entries, the shape."""
+    a, b = (torch.as_tensor(t, dtype=torch.float64) for t in (a, b))
+    return a.shape == b.shape and (not b.numel() or bool((a - b).abs().max() <= tolerance * b.abs().max()))
+
+
+def dense(F):
+    """A Fisher as a matrix, column by column."""
+    size = sum(layer.num_parameters for layer in F.by_layer().values())
+    return torch.stack([F @ column for column in torch.eye(size, dtype=torch.float64)])
 
 
 def doubled(model):

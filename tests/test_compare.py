@@ -1,11 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Two informations beside each other: differences by layer, and what must be alike for them to mean anything."""
 
-import io
-
 import pytest
 import torch
-from rich.console import Console
+from test_report import shown
 
 import fisherfast as ff
 
@@ -21,12 +19,6 @@ def information(scale=1.0, *, shapes=SHAPES, structure=None, samples=7, how=None
         F.structure = structure
     weights = {name: torch.ones(shape) for name, shape in shapes.items()}
     return ff.information_in_weights(F, weights, **({"prior_scale": 0.5, "beta": 0.1} | options))
-
-
-def shown(renderable):
-    console = Console(width=160, file=io.StringIO(), record=True)
-    console.print(renderable)
-    return console.export_text()
 
 
 def test_differences_are_those_of_the_layers_and_sum_to_the_whole():
@@ -49,7 +41,7 @@ def test_comparison_is_antisymmetric_and_zero_with_itself():
 
 def test_table_and_text_show_both():
     comparison = ff.compare(information(1.0), information(4.0), names=("base", "[red]tuned"))
-    table = shown(comparison.table())
+    table = shown(comparison.table(), 160)
     for part in ("base", "[red]tuned", "difference", "beta = 0.1", "all"):
         assert part in table
     for layer in comparison.by_layer().values():
@@ -103,7 +95,7 @@ def test_long_lists_of_layers_are_cut():
 )
 def test_what_may_differ_is_noted(other, note):
     comparison = ff.compare(information(), information(**other))
-    assert comparison.notes == (note,) and note in str(comparison) and note in " ".join(shown(comparison.table()).split())
+    assert comparison.notes == (note,) and note in str(comparison) and note in " ".join(shown(comparison.table(), 160).split())
 
 
 @pytest.mark.parametrize("names", [("a",), ("a", "a"), "ab", ("a", "b", "c")])

@@ -16,10 +16,9 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from targets import DEVICES, SHORT
 from test_ops import (
-    DEVICES,
     NONFINITE,
-    SHORT,
     Problem,
     Target,
     assert_equal,

@@ -6,16 +6,17 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import gate
 import pytest
 import torch
-from emulated import EAGER, SHORT, build, every_timing, letter, needs_compiler, padded, pointer, shifted, time_first, transposed
+from emulated import EAGER, build, every_timing, letter, needs_compiler, padded, pointer, shifted, time_first, transposed
+from targets import SHORT, every_dtype
 from torch import Tensor
 
 HALF = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 NORM_SHARES = 512  # room for the partial sums of a norm
 
 pytestmark = needs_compiler
-every_dtype = pytest.mark.parametrize("dtype", SHORT, ids=SHORT.get)
 with_total = pytest.mark.parametrize("total", [False, True], ids=["", "total"])
 on_hopper = pytest.mark.parametrize("width", [128, 192])
 
@@ -233,7 +234,7 @@ def test_rounding_is_that_of_plain_torch(library, dtype, width):
         exact = torch.einsum("nto,nti->noi", g.double(), x.double()).square().sum(0)
         acc, unused = torch.zeros(16, 24), torch.zeros(16, 24)
         LinearSq(library, width=width).run(x, g, acc, unused, None, 5)
-        mine = max(mine, float((acc - exact).abs().max() / exact.max()))
+        mine = max(mine, gate.error(acc, exact))
         fp32 = torch.einsum("nto,nti->noi", g.float(), x.float()).square().sum(0)
-        plain = max(plain, float((fp32 - exact).abs().max() / exact.max()))
-    assert mine <= 2 * plain + 1e-7
+        plain = max(plain, gate.error(fp32, exact))
+    assert gate.passes(mine, plain)

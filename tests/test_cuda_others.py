@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from emulated import SHORT, build, letter, needs_compiler, pointer
+from emulated import build, letter, needs_compiler, pointer
+from targets import SHORT, every_dtype
 from torch import Tensor
 
 pytestmark = needs_compiler
-every_dtype = pytest.mark.parametrize("dtype", SHORT, ids=SHORT.get)
 
 
 @pytest.fixture(scope="session")

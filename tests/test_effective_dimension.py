@@ -5,12 +5,11 @@ import math
 
 import pytest
 import torch
+from networks import STRUCTURES, double_vectors, measure, mlp
 from torch import nn
 
 import fisherfast as ff
 from fisherfast.fisher import DiagonalFisher
-
-STRUCTURES = ["diagonal", "kfac", "ekfac", "gram"]
 
 
 def regression(N=17, features=5, bias=False):
@@ -18,20 +17,10 @@ def regression(N=17, features=5, bias=False):
     return nn.Linear(features, 1, bias=bias).double(), (torch.randn(N, features).double(), torch.randn(N, 1).double())
 
 
-def measure(model, data, structure, **options):
-    options = {"fisher_type": "exact", "likelihood": "gaussian"} | options
-    return ff.fisher(model, [data], structure=structure, progress=False, **options)
-
-
-def mlp():
-    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double()
-    return model, (torch.randn(9, 4).double(), torch.randint(0, 3, (9,)))
-
-
 @pytest.mark.parametrize("structure", ["kfac", "ekfac", "gram"])
 def test_is_the_trace_of_the_hat_matrix_of_ridge_regression(structure):
     model, (x, y) = regression()
-    F = measure(model, (x, y), structure)
+    F = measure(model, [(x, y)], structure, "exact", likelihood="gaussian")
     # y ~ N(x w, 1), w ~ N(0, lambda^2): the posterior mean is (X^T X + I / lambda^2)^-1 X^T y at beta = 1 / N.
     for scale in (0.01, 0.3, 100.0):
         hat = x @ torch.linalg.solve(x.T @ x + torch.eye(5, dtype=torch.float64) / scale**2, x.T)
@@ -41,15 +30,17 @@ def test_is_the_trace_of_the_hat_matrix_of_ridge_regression(structure):
 
 def test_diagonal_is_the_hat_matrix_of_an_orthogonal_design():
     x = torch.linalg.qr(torch.randn(17, 5).double())[0] * torch.tensor([1.0, 2, 3, 5, 7], dtype=torch.float64)
-    F = measure(nn.Linear(5, 1, bias=False).double(), (x, torch.zeros(17, 1).double()), "diagonal")
+    F = measure(
+        nn.Linear(5, 1, bias=False).double(), [(x, torch.zeros(17, 1).double())], "diagonal", "exact", likelihood="gaussian"
+    )
     hat = x @ torch.linalg.solve(x.T @ x + torch.eye(5, dtype=torch.float64) / 0.3**2, x.T)
     assert ff.effective_dimension(F, beta=1 / 17, prior_scale=0.3).value == pytest.approx(hat.trace().item(), rel=1e-10)
 
 
 @pytest.mark.parametrize("structure", STRUCTURES)
 def test_layers_add_up_to_what_information_in_weights_says(structure):
-    model, data = mlp()
-    F = measure(model, data, structure, likelihood="categorical")
+    model = mlp()
+    F = measure(model, [double_vectors(9)], structure, "exact")
     got = ff.effective_dimension(F, beta=1e-2, prior_scale=0.5)
     info = ff.information_in_weights(F, model, beta=1e-2, prior_scale=0.5)
     of_info = {name: layer.effective_dimension for name, layer in info.by_layer().items()}
@@ -64,8 +55,8 @@ def test_layers_add_up_to_what_information_in_weights_says(structure):
 
 @pytest.mark.parametrize("structure", STRUCTURES)
 def test_grows_from_zero_to_the_rank(structure):
-    model, data = mlp()
-    F = measure(model, data, structure, likelihood="categorical")
+    model = mlp()
+    F = measure(model, [double_vectors(9)], structure, "exact")
     values = [ff.effective_dimension(F, beta=beta, prior_scale=1.0).value for beta in (1e9, 1.0, 1e-3, 1e-6)]
     assert values == sorted(values)
     assert values[0] == pytest.approx(F.trace() / 1e9, rel=1e-6)
@@ -102,8 +93,8 @@ def test_refuses_prior_scale_names():
         ff.effective_dimension(F, beta=1.0, prior_scale={"u": 1.0})
     with pytest.raises(ValueError, match=r"effective_dimension: prior_scale must cover every parameter, got none for \['v'\]"):
         ff.effective_dimension(F, beta=1.0, prior_scale={"w": 1.0})
-    model, data = mlp()
-    gram = measure(model, data, "gram", likelihood="categorical")
+    model = mlp()
+    gram = measure(model, [double_vectors(9)], "gram", "exact")
     scales = dict.fromkeys(gram.names, 1.0) | {"0.weight": 2.0}
     with pytest.raises(ValueError, match="effective_dimension: prior_scale must be one number for a block of F"):
         ff.effective_dimension(gram, beta=1.0, prior_scale=scales)

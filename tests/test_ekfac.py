@@ -9,6 +9,8 @@ import oracle
 import pytest
 import torch
 import torch.nn.functional as F
+from networks import double_vectors, measure, mlp
+from oracle import close
 from torch import nn
 
 import fisherfast as ff
@@ -18,36 +20,12 @@ eigen_sums = importlib.import_module("fisherfast.fisher.eigen_sums")
 EXACT = 1e-11
 
 
-def close(a, b, tolerance=EXACT):
-    if not b.numel():  # of an expert that no row went to
-        return a.shape == b.shape
-    return bool((a - b).abs().max() <= tolerance * b.abs().max().clamp_min(1e-300))
-
-
-def measure(model, data, fisher_type="empirical", structure="ekfac", **options):
-    return ff.fisher(model, data, structure=structure, fisher_type=fisher_type, progress=False, **options)
-
-
-def of_network(name, n=networks.N):
-    build, data = networks.COVERED[name]
-    model, (x, y) = build().double(), data(n)
-    return model, x.double() if x.is_floating_point() else x, y
-
-
-def mlp():
-    return nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 4, bias=False)).double()
-
-
-def vectors(N=6):
-    return torch.randn(N, 3).double(), torch.randint(0, 4, (N,))
-
-
 @pytest.mark.parametrize("weighted", [False, True], ids=["", "weighted"])
 @pytest.mark.parametrize("name", networks.COVERED)
 def test_the_trace_of_every_layer_is_that_of_the_diagonal(name, weighted):
-    model, x, y = of_network(name)
+    model, x, y = networks.doubles(name)
     batch = (x, y, torch.rand(len(x))) if weighted else (x, y)
-    E, D = measure(model, [batch]), measure(model, [batch], structure="diagonal")
+    E, D = measure(model, [batch], "ekfac"), measure(model, [batch], "diagonal")
     assert E.trace() == pytest.approx(D.trace(), rel=EXACT)
     within = D.diagonal(dtype=torch.float64)
     for block in E.blocks:
@@ -57,9 +35,9 @@ def test_the_trace_of_every_layer_is_that_of_the_diagonal(name, weighted):
 
 @pytest.mark.parametrize("fisher_type", ["mc", "exact"])
 def test_both_passes_see_the_same_labels(fisher_type):
-    model, (x, _) = mlp().float(), vectors()
+    model, (x, _) = mlp().float(), double_vectors()
     data = [(x[:4].float(), None), (x[4:].float(), None)]
-    E, D = (measure(model, data, fisher_type, structure=s, seed=3) for s in ("ekfac", "diagonal"))
+    E, D = (measure(model, data, s, fisher_type, seed=3) for s in ("ekfac", "diagonal"))
     assert E.trace() == pytest.approx(D.trace(), rel=1e-5)
 
 
@@ -96,17 +74,17 @@ NETWORKS = [
 @pytest.mark.parametrize("name", NETWORKS)
 def test_values_are_the_second_moments_along_the_basis_in_every_order(name, order, monkeypatch):
     go(order, monkeypatch)
-    model, x, y = of_network(name)
-    E = measure(model, [(x[:2], y[:2]), (x[2:], y[2:])])
+    model, x, y = networks.doubles(name)
+    E = measure(model, [(x[:2], y[:2]), (x[2:], y[2:])], "ekfac")
     assert E.blocks
     for block in E.blocks:
         moments, G = dense(model, x, y, block)
         if isinstance(block, ExactBlock):
-            assert close(block.moments.mean(), moments)
+            assert close(block.moments.mean(), moments, EXACT)
             continue
         rotated = G if block.U is None else G @ block.U
         rotated = rotated if block.V is None else block.V.mT @ rotated
-        assert close(block.values.mean(), rotated.square().mean(0))
+        assert close(block.values.mean(), rotated.square().mean(0), EXACT)
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -114,26 +92,26 @@ def test_a_large_output_factor_has_no_basis_of_its_own(order, monkeypatch):
     go(order, monkeypatch)
     model = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 11)).double()
     x, y = torch.randn(6, 2, 3).double(), torch.randint(0, 11, (6, 2))
-    (E,) = measure(model, [(x, y)], structure=(ff.EKFAC(max_factor_dim=8),))
+    (E,) = measure(model, [(x, y)], (ff.EKFAC(max_factor_dim=8),))
     block = E.blocks[1]
     _, G = dense(model, x, y, block)
-    assert block.V is None and close(block.values.mean(), (G @ block.U).square().mean(0))
+    assert block.V is None and close(block.values.mean(), (G @ block.U).square().mean(0), EXACT)
 
 
 @pytest.mark.parametrize("chunk", [1, 10**9])
 def test_chunks_change_nothing(chunk, monkeypatch):
-    model, x, y = of_network("experts", 7)
-    expected = measure(model, [(x, y)]).diagonal(dtype=torch.float64)
+    model, x, y = networks.doubles("experts", 7)
+    expected = measure(model, [(x, y)], "ekfac").diagonal(dtype=torch.float64)
     monkeypatch.setattr(eigen_sums, "_CHUNK_BYTES", chunk)
-    found = measure(model, [(x, y)]).diagonal(dtype=torch.float64)
-    assert all(close(found[n], expected[n]) for n in expected)
+    found = measure(model, [(x, y)], "ekfac").diagonal(dtype=torch.float64)
+    assert all(close(found[n], expected[n], EXACT) for n in expected)
 
 
 @pytest.mark.parametrize("N", [2, 40], ids=["few rows", "many rows"])
 def test_the_algebra_is_that_of_the_dense_blocks(N):
     model = nn.Sequential(nn.Linear(11, 9), nn.Tanh(), nn.Linear(9, 13)).double()
     x, y = torch.randn(N, 11).double(), torch.randint(0, 13, (N,))
-    E, delta = measure(model, [(x, y)]), 0.05
+    E, delta = measure(model, [(x, y)], "ekfac"), 0.05
     v = {n: torch.randn(shape).double() for n, shape in E.shapes.items()}
     applied, solved, diagonal, logdet = E @ v, E.solve(v, delta), E.diagonal(dtype=torch.float64), []
     for block in E.blocks:
@@ -145,7 +123,7 @@ def test_the_algebra_is_that_of_the_dense_blocks(N):
         def flat(tensors, block=block):
             return block.place.matrix(tensors).flatten()
 
-        assert close(flat(applied), matrix @ flat(v)) and close(flat(diagonal), matrix.diagonal())
+        assert close(flat(applied), matrix @ flat(v), EXACT) and close(flat(diagonal), matrix.diagonal(), EXACT)
         assert close(flat(solved), torch.linalg.solve(damped, flat(v)), 1e-9)
         logdet.append(float(torch.linalg.slogdet(damped)[1]))
     assert E.logdet(delta) == pytest.approx(math.fsum(logdet), rel=1e-9)
@@ -159,10 +137,10 @@ def test_the_algebra_is_that_of_the_dense_blocks(N):
 
 
 def test_the_span_of_few_rows_gives_the_same_operator_as_the_whole_basis():
-    model, (x, y) = mlp(), (torch.randn(1, 3).double(), torch.randint(0, 4, (1,)))
-    E = measure(model, [(x, y)])
-    K = measure(model, [(x, y)], structure="kfac")
-    (whole,) = measure(model, [(x, y)], structure=(ff.EKFAC(basis=K),))
+    model, (x, y) = mlp(), double_vectors(1)
+    E = measure(model, [(x, y)], "ekfac")
+    K = measure(model, [(x, y)], "kfac")
+    (whole,) = measure(model, [(x, y)], (ff.EKFAC(basis=K),))
     assert E.blocks[1].U.shape[2] < whole.blocks[1].U.shape[2]
     v = torch.randn(E.num_parameters).double()
     assert close(E.solve(v, 0.1), whole.solve(v, 0.1), 1e-9) and E.logdet(0.1) == pytest.approx(whole.logdet(0.1), rel=1e-12)
@@ -170,8 +148,8 @@ def test_the_span_of_few_rows_gives_the_same_operator_as_the_whole_basis():
 
 
 def test_no_diagonal_in_the_basis_is_nearer_to_the_fisher_than_its_own():
-    model, (x, y) = mlp(), vectors(9)
-    E, K = measure(model, [(x, y)]), measure(model, [(x, y)], structure="kfac")
+    model, (x, y) = mlp(), double_vectors(9)
+    E, K = measure(model, [(x, y)], "ekfac"), measure(model, [(x, y)], "kfac")
     for ours, theirs in zip(E.blocks, K.blocks, strict=True):
         exact, _ = dense(model, x, y, ours)
         Q = torch.kron(ours.V[0], ours.U[0])
@@ -183,8 +161,8 @@ def test_no_diagonal_in_the_basis_is_nearer_to_the_fisher_than_its_own():
 
 
 def test_collect_takes_the_basis_of_other_data():
-    model, (x, y), (other, labels) = mlp(), vectors(), vectors(5)
-    K = measure(model, [(other, labels)], structure="kfac")
+    model, (x, y), (other, labels) = mlp(), double_vectors(), double_vectors(5)
+    K = measure(model, [(other, labels)], "kfac")
     with ff.collect(model, ff.EKFAC(basis=K), ff.Diagonal(), fisher_type="empirical") as stats:
         for part in (slice(0, 2), slice(2, 6)):
             stats.backward(F.cross_entropy(model(x[part]), y[part], reduction="none"))
@@ -196,8 +174,8 @@ def test_collect_takes_the_basis_of_other_data():
 
 
 def test_it_stands_beside_others_in_one_call():
-    model, batch = mlp(), vectors()
-    D, E = measure(model, [batch], structure=(ff.Diagonal(), ff.EKFAC()))
+    model, batch = mlp(), double_vectors()
+    D, E = measure(model, [batch], (ff.Diagonal(), ff.EKFAC()))
     assert type(D) is ff.DiagonalFisher and E.trace() == pytest.approx(D.trace(), rel=EXACT)
     assert all(how.startswith("linear_sq_: ") and "eigenvalues in the basis of B" in how for how in E.coverage.values())
 
@@ -232,10 +210,10 @@ def test_a_one_shot_iterator_is_refused_before_anything_is_read():
 
     def once():
         read.append(1)
-        yield vectors()
+        yield double_vectors()
 
     with pytest.raises(ValueError, match="data must be readable twice, got generator"):
-        measure(mlp(), once())
+        measure(mlp(), once(), "ekfac")
     assert not read
 
 
@@ -250,14 +228,14 @@ class Changing:
 
 
 def test_another_second_pass_is_detected_and_what_was_added_is_kept():
-    a, b = vectors(), vectors()
+    a, b = double_vectors(), double_vectors()
     order = torch.arange(5, -1, -1)
     for second, what in (
         ([a, (b[0][order], b[1][order])], "another batch 1"), ([a], r"2 batches and then 1"), ([a, b, b], "another batch 2"),
         ([a, (b[0], (b[1] + 1) % 4)], "another batch 1"), ([], "2 batches and then 0"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=what) as error:
-            measure(mlp(), Changing([a, b], second))
+            measure(mlp(), Changing([a, b], second), "ekfac")
         assert error.value.fisher.num_samples == 6 * min(len(second), 2 if "batch 2" in what else 1)
 
 
@@ -271,16 +249,16 @@ def test_a_batch_has_another_fingerprint_if_anything_changes(change):
 
 
 def test_a_checkpoint_is_for_a_basis_that_is_given(tmp_path):
-    model, batch = mlp(), vectors()
+    model, batch = mlp(), double_vectors()
     with pytest.raises(ValueError, match="checkpoint must be None for 'ekfac'"):
-        measure(model, [batch], checkpoint=tmp_path / "e")
-    K = measure(model, [batch], structure="kfac")
+        measure(model, [batch], "ekfac", checkpoint=tmp_path / "e")
+    K = measure(model, [batch], "kfac")
     asked, path = (ff.EKFAC(basis=K),), tmp_path / "f"
-    measure(model, [batch], structure=asked, checkpoint=path)
-    (resumed,) = measure(model, [batch, vectors()[:2], batch], structure=asked, checkpoint=path)
+    measure(model, [batch], asked, checkpoint=path)
+    (resumed,) = measure(model, [batch, double_vectors()[:2], batch], asked, checkpoint=path)
     assert resumed.num_samples == 18 and resumed.batches == 3
-    measure(model, [batch], structure="kfac", checkpoint=tmp_path / "k")
-    went_on = measure(model, [batch, batch], structure="kfac", checkpoint=tmp_path / "k")
+    measure(model, [batch], "kfac", checkpoint=tmp_path / "k")
+    went_on = measure(model, [batch, batch], "kfac", checkpoint=tmp_path / "k")
     assert went_on.num_samples == 12 and went_on.trace() == pytest.approx(K.trace(), rel=EXACT)
 
 
@@ -288,29 +266,29 @@ def test_a_checkpoint_is_for_a_basis_that_is_given(tmp_path):
 
 
 def test_it_pools_in_one_basis_only_and_files_are_bit_exact(tmp_path):
-    model, (x, y) = mlp(), vectors()
-    K = measure(model, [(x, y)], structure="kfac")
+    model, (x, y) = mlp(), double_vectors()
+    K = measure(model, [(x, y)], "kfac")
     ((one,), (two,), (whole,)) = (
-        measure(model, [(x[part], y[part])], structure=(ff.EKFAC(basis=K),)) for part in (slice(0, 2), slice(2, 6), slice(0, 6))
+        measure(model, [(x[part], y[part])], (ff.EKFAC(basis=K),)) for part in (slice(0, 2), slice(2, 6), slice(0, 6))
     )
     pooled = one + two
-    assert pooled.num_samples == 6 and close(pooled.eigenvalues(), whole.eigenvalues())
+    assert pooled.num_samples == 6 and close(pooled.eigenvalues(), whole.eigenvalues(), EXACT)
     with pytest.raises(ValueError, match=r"one ff\.KFAC, given to ff\.EKFAC"):
-        one + measure(model, [vectors()])
+        one + measure(model, [double_vectors()], "ekfac")
     whole.save(tmp_path / "e.safetensors")
     again = ff.load(tmp_path / "e.safetensors")
     assert type(again) is ff.EKFACFisher and again.coverage == whole.coverage and again.provenance == whole.provenance
     assert torch.equal(again.eigenvalues(), whole.eigenvalues()) and again.logdet(0.1) == whole.logdet(0.1)
-    few = measure(model, [(x[:1], y[:1])])
+    few = measure(model, [(x[:1], y[:1])], "ekfac")
     few.save(tmp_path / "few.safetensors")
     assert ff.load(tmp_path / "few.safetensors").logdet(0.1) == few.logdet(0.1)
 
 
 def test_the_basis_of_another_model_is_refused():
-    K = measure(mlp(), [vectors()], structure="kfac")
+    K = measure(mlp(), [double_vectors()], "kfac")
     other = nn.Sequential(nn.Linear(3, 5, bias=False), nn.Tanh(), nn.Linear(5, 4)).double()
     with pytest.raises(ValueError, match="EKFAC's basis must be of this model"):
-        measure(other, [vectors()], structure=(ff.EKFAC(basis=K),))
+        measure(other, [double_vectors()], (ff.EKFAC(basis=K),))
 
 
 class Poisoned(torch.autograd.Function):
@@ -328,8 +306,8 @@ class Poisoned(torch.autograd.Function):
 @pytest.mark.parametrize("order", ORDERS)
 def test_a_batch_that_is_not_finite_adds_nothing(order, monkeypatch):
     go(order, monkeypatch)
-    model, x, y = of_network("linear-sequence")
-    K = measure(model, [(x, y)], structure="kfac")
+    model, x, y = networks.doubles("linear-sequence")
+    K = measure(model, [(x, y)], "kfac")
 
     def loss(logits):
         return F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="none").view(len(y), -1).sum(1)
@@ -343,8 +321,8 @@ def test_a_batch_that_is_not_finite_adds_nothing(order, monkeypatch):
 
 
 def test_information_in_the_weights_reads_it():
-    model, batch = mlp(), vectors()
-    E = measure(model, [batch])
+    model, batch = mlp(), double_vectors()
+    E = measure(model, [batch], "ekfac")
     info = ff.information_in_weights(E, model, prior_scale=0.7, beta=0.01)
     s = 0.7**2 * E.eigenvalues() / 0.01
     distance = sum(float(p.detach().square().sum()) for p in model.parameters()) / (2 * 0.7**2)
@@ -358,12 +336,12 @@ def test_the_basis_of_few_images_is_that_of_their_patches(weighted):
     x, y = torch.randn(5, 7, 4, 4).double(), torch.randint(0, 4, (5,))
     weight = [(torch.rand(5) + 0.1).double()] if weighted else []
     batches = [(x[p], y[p], *(w[p] for w in weight)) for p in (slice(0, 2), slice(2, 5))]
-    E, D = measure(model, batches), measure(model, batches, structure="diagonal")
+    E, D = measure(model, batches, "ekfac"), measure(model, batches, "diagonal")
     block = E.blocks[0]
     U, A = block.U[0], block.kronecker.A.mean()[0]
-    assert U.shape == (7 * 9 + 1, 5 * 4) and close(U.mT @ U, torch.eye(20).double())
+    assert U.shape == (7 * 9 + 1, 5 * 4) and close(U.mT @ U, torch.eye(20).double(), EXACT)
     rotated = U.mT @ A @ U
-    assert close(rotated, rotated.diagonal().diag(), 1e-9) and close(U @ rotated @ U.mT, A)
+    assert close(rotated, rotated.diagonal().diag(), 1e-9) and close(U @ rotated @ U.mT, A, EXACT)
     assert E.trace() == pytest.approx(D.trace(), rel=EXACT)
 
 
@@ -383,5 +361,5 @@ def test_the_basis_of_few_float32_rows_is_orthonormal_whatever_their_rank(rank):
 
 def test_few_rows_of_a_float32_model_keep_the_trace():
     model, x, y = nn.Sequential(nn.Linear(101, 97), nn.Tanh(), nn.Linear(97, 83)), torch.randn(9, 101), torch.randint(0, 83, (9,))
-    E, D = (measure(model, [(x, y)], structure=s) for s in ("ekfac", "diagonal"))
+    E, D = (measure(model, [(x, y)], s) for s in ("ekfac", "diagonal"))
     assert E.blocks[0].U.shape[2] == 9 and E.trace() == pytest.approx(D.trace(), rel=1e-5)

@@ -7,26 +7,14 @@ import networks
 import oracle
 import pytest
 import torch
+from networks import EVERY, measure
+from oracle import close
 from torch import nn
 
 import fisherfast as ff
 from fisherfast.fisher.exact import ExactBlock
 
-EVERY = {**networks.COVERED, **networks.FALLBACK}
-
-
-def close(a, b, tolerance=1e-11):
-    return bool((a - b).abs().max() <= tolerance * b.abs().max().clamp_min(1e-300))
-
-
-def measure(model, data, structure="kfac", fisher_type="empirical", **options):
-    return ff.fisher(model, data, structure=structure, fisher_type=fisher_type, progress=False, **options)
-
-
-def of_network(name):
-    build, data, *_ = EVERY[name]
-    model, (x, y) = build().double(), data(networks.N)
-    return model, x.double() if x.is_floating_point() else x, y
+EXACT = 1e-11
 
 
 def moments(model, parameter, x, y, losses=oracle.cross_entropy, weight=None):
@@ -48,8 +36,8 @@ def exact_blocks(K):
 def other_networks():
     """Those that have such parameters."""
     for name in EVERY:
-        model, x, y = of_network(name)
-        if exact_blocks(measure(model, [(x, y)])):
+        model, x, y = networks.doubles(name)
+        if exact_blocks(measure(model, [(x, y)], "kfac")):
             yield name
 
 
@@ -63,13 +51,13 @@ def test_there_are_many_kinds_of_them():
 @pytest.mark.parametrize("structure", ["kfac", "ekfac"])
 @pytest.mark.parametrize("name", OTHERS)
 def test_they_are_the_second_moments_of_autograd(name, structure):
-    model, x, y = of_network(name)
+    model, x, y = networks.doubles(name)
     weight = (torch.rand(len(x)) + 0.1).double()
     parts = [slice(0, 2), slice(2, None)]
     K = measure(model, [(x[p], y[p], weight[p]) for p in parts], structure)
     parameters = dict(model.named_parameters())
     for which, block in exact_blocks(K).items():
-        assert close(block.moments.mean(), moments(model, parameters[which], x, y, weight=weight))
+        assert close(block.moments.mean(), moments(model, parameters[which], x, y, weight=weight), EXACT)
         assert "exact [" in K.coverage[which]
 
 
@@ -83,7 +71,7 @@ def test_passes_of_all_labels_are_the_expectation(structure):
     blocks = exact_blocks(measure(model, [(x[:4], None), (x[4:], None)], structure, "exact"))
     assert blocks.keys() == {"1.weight", "1.bias"}
     for name, block in blocks.items():
-        assert close(block.moments.mean(), moments(model, model.get_parameter(name), x, y, oracle.every_label))
+        assert close(block.moments.mean(), moments(model, model.get_parameter(name), x, y, oracle.every_label), EXACT)
 
 
 @pytest.mark.parametrize("structure", ["kfac", "ekfac"])
@@ -95,7 +83,7 @@ def test_they_answer_as_their_matrices_do(structure):
     for name, block in exact_blocks(K).items():
         F = block.moments.mean()
         damped = F + delta * torch.eye(5).double()
-        assert close(applied[name], F @ v[name]) and close(diagonal[name], F.diagonal())
+        assert close(applied[name], F @ v[name], EXACT) and close(diagonal[name], F.diagonal(), EXACT)
         assert close(solved[name], torch.linalg.solve(damped, v[name]), 1e-9)
         assert block.logdet(delta)[0] == pytest.approx(float(torch.linalg.slogdet(damped)[1]), rel=1e-10)
         assert block.trace() == pytest.approx(float(F.trace()))
@@ -105,10 +93,10 @@ def test_they_answer_as_their_matrices_do(structure):
 
 def test_they_pool_and_go_to_files(tmp_path):
     model, x, y = normed(), torch.randn(6, 3).double(), torch.randint(0, 4, (6,))
-    A, B, whole = (measure(model, [(x[p], y[p])]) for p in (slice(0, 2), slice(2, 6), slice(0, 6)))
+    A, B, whole = (measure(model, [(x[p], y[p])], "kfac") for p in (slice(0, 2), slice(2, 6), slice(0, 6)))
     (A + B).save(tmp_path / "f")
     again = exact_blocks(ff.load(tmp_path / "f"))
-    assert all(close(again[n].moments.mean(), block.moments.mean()) for n, block in exact_blocks(whole).items())
+    assert all(close(again[n].moments.mean(), block.moments.mean(), EXACT) for n, block in exact_blocks(whole).items())
 
 
 def test_the_size_up_to_which_they_are_exact_is_chosen():
@@ -118,7 +106,7 @@ def test_the_size_up_to_which_they_are_exact_is_chosen():
     assert not exact_blocks(none) and set(none.diagonals) == {"1.weight", "1.bias"}
     assert len(exact_blocks(some)) == 2 and not some.diagonals
     with pytest.raises(ValueError, match="must have the same blocks"):
-        none + measure(model, [(x, y)])
+        none + measure(model, [(x, y)], "kfac")
 
 
 def test_a_batch_that_is_not_finite_adds_nothing():
@@ -126,6 +114,6 @@ def test_a_batch_that_is_not_finite_adds_nothing():
     bad = x.clone()
     bad[0, 0] = math.nan
     with pytest.raises(ff.NonFiniteError) as caught:
-        measure(model, [(x, y), (bad, y)])
-    found, expected = exact_blocks(caught.value.fisher), exact_blocks(measure(model, [(x, y)]))
-    assert all(close(found[n].moments.mean(), block.moments.mean()) for n, block in expected.items())
+        measure(model, [(x, y), (bad, y)], "kfac")
+    found, expected = exact_blocks(caught.value.fisher), exact_blocks(measure(model, [(x, y)], "kfac"))
+    assert all(close(found[n].moments.mean(), block.moments.mean(), EXACT) for n, block in expected.items())

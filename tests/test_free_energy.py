@@ -5,21 +5,10 @@ import math
 
 import pytest
 import torch
-from torch import nn
+from networks import STRUCTURES, double_vectors, measure, mlp
 
 import fisherfast as ff
 from fisherfast.fisher import DiagonalFisher, FisherWarning
-
-STRUCTURES = ["diagonal", "kfac", "ekfac", "gram"]
-
-
-def mlp():
-    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double()
-    return model, (torch.randn(9, 4).double(), torch.randint(0, 3, (9,)))
-
-
-def measure(model, data, structure):
-    return ff.fisher(model, [data], structure=structure, fisher_type="exact", progress=False)
 
 
 def flat(values, num_samples=7):
@@ -28,8 +17,8 @@ def flat(values, num_samples=7):
 
 @pytest.mark.parametrize("structure", STRUCTURES)
 def test_both_forms_are_their_determinants(structure):
-    model, data = mlp()
-    F = measure(model, data, structure)
+    model = mlp()
+    F = measure(model, [double_vectors(9)], structure, "exact")
     f, T, scale = F.eigenvalues().double(), 0.3, 0.7
     damped = ff.free_energy(F, 0.5, temperature=T, damping=0.01)
     assert damped.value == pytest.approx(0.5 + T / 2 * (f + 0.01).log().sum().item(), rel=1e-10)
@@ -42,8 +31,8 @@ def test_both_forms_are_their_determinants(structure):
 
 @pytest.mark.parametrize("structure", STRUCTURES)
 def test_with_a_prior_it_is_the_lagrangian(structure):
-    model, data = mlp()
-    F = measure(model, data, structure)
+    model = mlp()
+    F = measure(model, [double_vectors(9)], structure, "exact")
     beta, scale, loss = 1e-2, 0.4, 0.8
     info = ff.information_in_weights(F, model, beta=beta, prior_scale=scale, loss=loss)
     shift = beta * sum(p.detach().square().sum().item() for p in model.parameters()) / (2 * scale**2)

@@ -8,6 +8,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from networks import STRUCTURES
+from oracle import dense
 from torch import nn
 
 import fisherfast as ff
@@ -16,7 +18,6 @@ from fisherfast.information import _activation
 from fisherfast.information._channel import Whitening, _check_regular
 
 DOUBLE = torch.float64
-STRUCTURES = ["diagonal", "kfac", "ekfac", "gram"]
 
 
 def mlp():
@@ -40,12 +41,6 @@ def linear(x, rows=None, structure="kfac"):
     torch.manual_seed(3)
     net = nn.Linear(x.shape[1], 2, bias=False).double()
     return net, measured(net, x if rows is None else rows, structure, "gaussian")
-
-
-def dense(F):
-    """F itself, column by column."""
-    size = sum(layer.num_parameters for layer in F.by_layer().values())
-    return torch.stack([F @ column for column in torch.eye(size, dtype=DOUBLE)])
 
 
 def plainly(net, F, layer, x):

@@ -9,12 +9,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from targets import DEVICES
 
 import fisherfast as ff
 from fisherfast import _backend
 
-DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
-ISAS = ("portable", "avx2", "avx512", "amx")
 DTYPES = {torch.float32: "fp32", torch.float64: "fp64"}
 GATE = 1e-12  # relative, of either sum
 NAN, INF = float("nan"), float("inf")
@@ -27,18 +26,6 @@ def targets(op: str) -> pytest.MarkDecorator:
 
 every_diagonal_target, every_kron_target = targets("log1p_sum"), targets("kron_log1p_sum")
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=DTYPES.get)
-
-
-@pytest.fixture(params=ISAS)
-def isa(request):
-    """Force one instruction set for a test; those the processor lacks are skipped."""
-    force = torch.ops.fisherfast_cpp.cpu_isa
-    best = force(None)
-    if ISAS.index(request.param) > ISAS.index(best):
-        pytest.skip(f"this processor has {best}, not {request.param}")
-    force(request.param)
-    yield request.param
-    force(best)
 
 
 def exact(s) -> tuple[mpmath.mpf, mpmath.mpf]:

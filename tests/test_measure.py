@@ -26,12 +26,6 @@ def measure(model, batches, **options):
     return ff.fisher(model, batches, progress=False, **options)
 
 
-def doubles(name, n=networks.N):
-    build, data = networks.COVERED[name]
-    x, y = data(n)
-    return build().double(), (x.double() if x.is_floating_point() else x), y
-
-
 def diagonal(fisher):
     return fisher.diagonal(dtype=torch.float64)
 
@@ -48,7 +42,7 @@ def test_exact_is_the_expectation_over_every_label(name):
 @pytest.mark.parametrize("name", [*FAMILIES, "class-token-and-table", "time-first"])
 @pytest.mark.parametrize("fisher_type", ["empirical", "mc", "exact"])
 def test_result_does_not_depend_on_the_split_into_batches(name, fisher_type):
-    model, x, y = doubles(name, n=6)
+    model, x, y = networks.doubles(name, 6)
     options = {"fisher_type": fisher_type} | ({"draws": 2, "seed": 5} if fisher_type == "mc" else {})
     whole = measure(model, [(x, y)], **options)
     for sizes in ([1, 5], [4, 2], [1] * 6):
@@ -61,14 +55,14 @@ def test_result_does_not_depend_on_the_split_into_batches(name, fisher_type):
 @given(order=st.permutations(range(6)), fisher_type=st.sampled_from(["empirical", "exact"]))
 def test_empirical_and_exact_do_not_depend_on_order(order, fisher_type):
     torch.manual_seed(0)
-    model, x, y = doubles("layer-norm", n=6)
+    model, x, y = networks.doubles("layer-norm", 6)
     first = measure(model, [(x, y)], fisher_type=fisher_type)
     second = measure(model, [(x[order], y[order])], fisher_type=fisher_type)
     assert oracle.error(diagonal(second), diagonal(first)) < EXACT
 
 
 def test_mc_converges_to_exact():
-    model, x, _ = doubles("mlp-inplace-relu")
+    model, x, _ = networks.doubles("mlp-inplace-relu")
     exact, drawn = measure(model, [(x, None)], fisher_type="exact"), measure(model, [(x, None)], draws=3000)
     parts = [measure(model, [(x, None)], draws=50, seed=s).trace() for s in range(20)]
     error = torch.tensor(parts).std() / 60**0.5
@@ -76,7 +70,7 @@ def test_mc_converges_to_exact():
 
 
 def test_parts_measured_apart_pool_to_the_whole():
-    model, x, y = doubles("embedding")
+    model, x, y = networks.doubles("embedding")
     whole = measure(model, [(x, y)], seed=3)
     first, second = measure(model, [(x[:3], y[:3])], seed=3), measure(model, [(x[3:], y[3:])], seed=3, sample_offset=3)
     assert oracle.error(diagonal(first + second), diagonal(whole)) < EXACT
@@ -91,7 +85,7 @@ def test_parts_measured_apart_pool_to_the_whole():
     ],
 )
 def test_other_likelihoods_match_autograd(likelihood, loss, targets):
-    model, x, _ = doubles("mlp-inplace-relu")
+    model, x, _ = networks.doubles("mlp-inplace-relu")
     y = targets()
     expected = oracle.diagonal(model, [(x, y)], lambda m, a, b: [(1.0, loss(m(a), b, reduction="sum"))])
     assert oracle.error(diagonal(measure(model, [(x, y)], fisher_type="empirical", likelihood=likelihood)), expected) < EXACT
@@ -109,7 +103,7 @@ def test_images_with_a_class_axis_in_the_middle():
 
 
 def test_dict_batches_and_several_inputs():
-    model, x, y = doubles("mlp-inplace-relu")
+    model, x, y = networks.doubles("mlp-inplace-relu")
     expected = diagonal(measure(model, [(x, y)], fisher_type="empirical"))
     by_name = networks.Wrapped(None, net=model)
     by_name.forward = lambda features, scale: {"out": model(features * scale)}
@@ -123,7 +117,7 @@ def test_dict_batches_and_several_inputs():
 
 
 def test_unused_parameters_are_named_or_recorded():
-    model, x, y = doubles("mlp-inplace-relu")
+    model, x, y = networks.doubles("mlp-inplace-relu")
     model.register_parameter("idle", nn.Parameter(torch.ones(3)))
     with pytest.raises(ValueError, match=r"1 of 5 that do not \('idle'\)"):
         measure(model, [(x, y)])
@@ -132,7 +126,7 @@ def test_unused_parameters_are_named_or_recorded():
 
 
 def test_sees_through_wrappers_and_refuses_compiled_models():
-    model, x, y = doubles("mlp-inplace-relu")
+    model, x, y = networks.doubles("mlp-inplace-relu")
     compiled = torch.compile(model, backend="eager")
     compiled(x)
     result = measure(model, [(x, y)], fisher_type="empirical")
@@ -273,7 +267,7 @@ def test_train_mode_is_refused_before_it_does_harm(fault):
 
 
 def test_train_mode_without_chance_is_fine():
-    model, x, y = doubles("layer-norm")
+    model, x, y = networks.doubles("layer-norm")
     model.train()
     assert measure(model, [(x, y)]).num_samples == networks.N
 

@@ -1,30 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A plan: its bytes are those that the collectors hold after a run, its refusal is the run's, and neither allocates a sum."""
+"""A plan: its bytes are those that the collectors hold after a run, its activations those of the graph, its work that of a count by hand."""
 
 import gc
 import importlib
-import sys
 import weakref
 
 import networks
 import pytest
 import torch
-from rich.console import Console
+from networks import EVERY
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from typer.testing import CliRunner
 
 import fisherfast as ff
-from fisherfast import cli
 from fisherfast.accumulator import Accumulator, RunningSum
 from fisherfast.capture import graph
-from fisherfast.fisher import memory
 from fisherfast.fisher.run import Run
 from fisherfast.passes import Passes
 
 STRUCTURES = ["diagonal", "kfac", "ekfac"]
 MANY = 227  # samples: no factor of the networks has seen fewer rows than a third of its columns
-EVERY = {**networks.COVERED, **networks.FALLBACK}
 GIB = 2**30
 
 
@@ -172,6 +167,37 @@ def test_the_result_of_a_table_is_turned_round_on_memory_of_its_own():
     planned = ff.plan(nn.Sequential(nn.Embedding(V, D), nn.Flatten()), (torch.arange(3), torch.randint(D, (3,))), "ekfac")
     factors_and_eigenvectors, eigh = 8 * (V + D * D) + 4 * D * D, 4 * 4 * D * D
     assert planned.peak_bytes == factors_and_eigenvectors + 2 * 8 * V * D + eigh
+
+
+def test_the_sums_of_the_first_pass_are_gone_in_the_second(monkeypatch):
+    measure, alive = importlib.import_module("fisherfast.fisher.measure"), []
+    over = measure.Measurement.over
+
+    def watching(self, batches, checkpoint):
+        alive.append([ref() is not None for ref in watching.sums])
+        results = over(self, batches, checkpoint)
+        watching.sums = [weakref.ref(one) for sums in self.run.sources[0]._sums.values() for one in sums.sums]
+        return results
+
+    watching.sums = []
+    monkeypatch.setattr(measure.Measurement, "over", watching)
+    build, data = networks.COVERED["layer-norm"]
+    gc.disable()
+    try:
+        ff.fisher(build(), [data()], "ekfac", progress=False)
+    finally:
+        gc.enable()
+    assert alive[0] == [] and alive[1] and not any(alive[1])
+
+
+def test_missing_parameters_are_rows():
+    model = nn.ModuleDict({"used": nn.Linear(3, 5), "idle": nn.Linear(2, 2, bias=False)})
+    model.forward = lambda x: model["used"](x)
+    batch = (torch.randn(7, 3), torch.randint(5, (7,)))
+    with pytest.raises(ValueError, match="must reach the loss"):
+        ff.plan(model, batch)
+    row = ff.plan(model, batch, allow_missing=True).rows[-1]
+    assert row == type(row)(("idle.weight",), "missing: the loss does not depend on it", "nothing", 0, 0.0)
 
 
 # ---- rows, activations, scratch
@@ -359,239 +385,3 @@ def test_the_fallback_goes_through_the_network_once_more():
     planned = ff.plan(build(), data())
     (row,) = [row for row in planned.rows if row.names == ("w",)]
     assert names == {"w"} and row.way.startswith("vmap: ") and row.flops == planned.step_flops
-
-
-# ---- refusals
-
-
-@pytest.fixture
-def free(monkeypatch):
-    """Sets the memory that is free."""
-
-    def leave(size):
-        monkeypatch.setattr(memory, "free_bytes", lambda device: size)
-
-    return leave
-
-
-@pytest.fixture
-def allocated(monkeypatch):
-    """The shapes of the sums that were allocated."""
-    shapes, made = [], RunningSum.low.func
-
-    def noting(self):
-        shapes.append(tuple(self.shape))
-        return made(self)
-
-    monkeypatch.setattr(RunningSum.low, "func", noting)
-    return shapes
-
-
-@pytest.mark.parametrize("structure", STRUCTURES)
-def test_a_plan_allocates_no_sums(structure, allocated):
-    build, data = networks.COVERED["conv-groups-same"]
-    ff.plan(build(), data(), structure)
-    assert allocated == []
-
-
-@pytest.mark.parametrize("structure", STRUCTURES)
-def test_a_run_fits_exactly_what_the_plan_says(structure, free, allocated):
-    build, data = networks.COVERED["class-token-and-table"]
-    model, batch = build(), data(MANY)
-    planned = ff.plan(model, batch, structure)
-    assert planned.needed_bytes == planned.peak_bytes + planned.activation_bytes + planned.scratch_bytes
-    free(planned.needed_bytes)
-    assert ff.plan(model, batch, structure).fits
-    free(planned.needed_bytes - 1)
-    crowded = ff.plan(model, batch, structure)
-    assert not crowded.fits and crowded.free_bytes == planned.needed_bytes - 1
-    of_batch = planned.activation_bytes + planned.scratch_bytes
-    assert crowded.problem.endswith(f", and {memory.in_words(of_batch)} for a batch beside them; take smaller batches")
-    free(planned.peak_bytes - 1)
-    refused = ff.plan(model, batch, structure)
-    with pytest.raises(MemoryError) as error:
-        ff.fisher(model, [batch], structure=structure, progress=False)
-    assert str(error.value) == refused.problem.replace(f", and {memory.in_words(of_batch)} for a batch beside them", "")
-    assert allocated == [] and not hasattr(error.value, "fisher")
-    free(planned.peak_bytes)  # when a run looks, its first batch is there
-    ff.fisher(model, [batch], structure=structure, progress=False)
-
-
-def test_collect_refuses_at_the_first_loss(free, allocated):
-    model, loss = nn.Linear(3, 5), nn.CrossEntropyLoss(reduction="none")
-    free(100)
-    with pytest.raises(
-        MemoryError, match=r"must fit what is free on cpu, 100 B, got 328 B.*of which 328 B for 'weight' and 'bias'"
-    ):
-        with ff.collect(model, ff.KFAC()) as stats:
-            stats.backward(loss(model(torch.randn(7, 3)), torch.randint(5, (7,))))
-    assert allocated == [] and all(p.grad is None for p in model.parameters())
-
-
-class Head(nn.Module):
-    """A head of 128k classes as the model sees it: a forward pass of a few of them would do."""
-
-    def __init__(self, V=131072):
-        super().__init__()
-        self.head = nn.Linear(2, V, bias=False)
-
-    def forward(self, x):
-        return self.head(x)
-
-
-def test_a_large_vocabulary_is_refused_with_the_ways_out(free):
-    model, batch = Head(), (torch.randn(2, 2), torch.randint(9, (2,)))
-    free(64 * GIB)
-    planned = ff.plan(model, batch, (ff.KFAC(max_factor_dim=2**20),))
-    assert not planned.fits and planned.total_bytes == 8 * (131072**2 + 4)
-    for part in (
-        "free on cpu, 64.00 GiB, got 128.00 GiB, of which 128.00 GiB for 'head.weight' (B [131072, 131072] (x) A [2, 2])",
-        "pass max_factor_dim=131071, which keeps B as its diagonal, or freeze 'head.weight' here (requires_grad_(False))",
-    ):
-        assert part in planned.problem
-    assert ff.plan(model, batch, (ff.KFAC(max_factor_dim=131071),)).fits
-    default = ff.plan(model, batch, "kfac")
-    assert default.fits and default.rows[0].holds == "B diagonal [131072] (x) A [2, 2]"
-
-
-def test_an_input_factor_that_is_too_large_is_refused_in_both():
-    model, batch = nn.Linear(20000, 2, bias=False), (torch.randn(2, 20000), torch.randint(2, (2,)))
-    for ask in (lambda: ff.plan(model, batch, "kfac"), lambda: ff.fisher(model, [batch], "kfac", progress=False)):
-        with pytest.raises(ValueError, match=r"at most max_factor_dim = 16384, got 20000 x 20000 \(2.98 GiB\)"):
-            ask()
-
-
-def test_plan_rejects_as_the_call_does():
-    model, batch = nn.Linear(3, 5), (torch.randn(7, 3), torch.randint(5, (7,)))
-    with pytest.raises(ValueError, match=r"plan: structure must be one of \['diagonal', 'ekfac', 'gram', 'kfac'\]"):
-        ff.plan(model, batch, "dense")
-    with pytest.raises(ValueError, match="plan: draws must be >= 1"):
-        ff.plan(model, batch, draws=0)
-    with pytest.raises(ValueError, match=r"at most max_passes = 3 backward passes, got 4.*use fisher_type='mc'"):
-        ff.plan(model, batch, fisher_type="exact", max_passes=3)
-    with pytest.raises(ValueError, match="dropout and batch statistics must be off"):
-        ff.plan(nn.Sequential(nn.Dropout(), model), batch)
-
-
-def test_missing_parameters_are_rows():
-    model = nn.ModuleDict({"used": nn.Linear(3, 5), "idle": nn.Linear(2, 2, bias=False)})
-    model.forward = lambda x: model["used"](x)
-    batch = (torch.randn(7, 3), torch.randint(5, (7,)))
-    with pytest.raises(ValueError, match="must reach the loss"):
-        ff.plan(model, batch)
-    row = ff.plan(model, batch, allow_missing=True).rows[-1]
-    assert row == type(row)(("idle.weight",), "missing: the loss does not depend on it", "nothing", 0, 0.0)
-
-
-def test_the_sums_of_the_first_pass_are_gone_in_the_second(monkeypatch):
-    measure, alive = importlib.import_module("fisherfast.fisher.measure"), []
-    over = measure.Measurement.over
-
-    def watching(self, batches, checkpoint):
-        alive.append([ref() is not None for ref in watching.sums])
-        results = over(self, batches, checkpoint)
-        watching.sums = [weakref.ref(one) for sums in self.run.sources[0]._sums.values() for one in sums.sums]
-        return results
-
-    watching.sums = []
-    monkeypatch.setattr(measure.Measurement, "over", watching)
-    build, data = networks.COVERED["layer-norm"]
-    gc.disable()
-    try:
-        ff.fisher(build(), [data()], "ekfac", progress=False)
-    finally:
-        gc.enable()
-    assert alive[0] == [] and alive[1] and not any(alive[1])
-
-
-# ---- free memory
-
-
-def test_free_memory_of_this_machine_and_of_devices_not_known(tmp_path, monkeypatch):
-    room = memory.free_bytes(torch.device("cpu"))
-    assert room is None or room > 2**20
-    assert memory.free_bytes(torch.device("meta")) is None
-    assert memory.refusal([memory.Held(("w",), "", 2**80, (2**80,))], 0, None, torch.device("meta")) is None
-
-
-def test_free_memory_is_within_the_container(tmp_path, monkeypatch):
-    (tmp_path / "meminfo").write_text("MemTotal: 9 kB\nMemAvailable:       5 kB\n")
-    monkeypatch.setattr(memory, "_MEMINFO", tmp_path / "meminfo")
-    monkeypatch.setattr(memory, "_CGROUP", tmp_path)
-    assert memory.free_bytes(torch.device("cpu")) == 5 * 1024
-    for name, text in (("memory.max", "4096"), ("memory.current", "3000"), ("memory.stat", "anon 1\nfile 904\n")):
-        (tmp_path / name).write_text(text)
-    assert memory.free_bytes(torch.device("cpu")) == 2000
-    (tmp_path / "memory.max").write_text("max")
-    assert memory.free_bytes(torch.device("cpu")) == 5 * 1024
-
-
-@pytest.mark.parametrize(
-    ("size", "words"), [(0, "0 B"), (1023, "1,023 B"), (1024, "1.00 KiB"), (3 * GIB // 2, "1.50 GiB"), (2**51, "2,048.00 TiB")]
-)
-def test_bytes_in_words(size, words):
-    assert memory.in_words(size) == words
-
-
-# ---- what people see
-
-
-def shown(plan):
-    console = Console(width=200, record=True, file=open("/dev/null", "w"))
-    console.print(plan.table())
-    return console.export_text()
-
-
-def test_the_table_and_the_repr_say_it_all():
-    model, batch = nn.Linear(3, 5), (torch.randn(7, 3), torch.randint(5, (7,)))
-    planned = ff.plan(model, batch, "kfac")
-    text = shown(planned)
-    for part in ("weight", "bias", "gram_", "B [5, 5] (x) A [4, 4]", "328 B at most with the result", "fits"):
-        assert part in text
-    assert repr(planned).startswith("Plan(kfac, 1 row, 328 B of sums; 328 B at most") and "a batch takes 1.1" in repr(planned)
-
-
-def command(tmp_path, monkeypatch, name, *options, command="plan"):
-    (tmp_path / f"{name}.py").write_text(
-        "import torch\nfrom torch import nn\n"
-        "def model():\n    return nn.Sequential(nn.Linear(5, 7), nn.Dropout(0.5), nn.Linear(7, 3))\n"
-        "def data():\n    yield torch.randn(11, 5), torch.randint(3, (11,))\n    raise RuntimeError('one batch is enough')\n"
-        "def nothing():\n    return []\n"
-    )
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    data = "nothing" if "nothing" in options else "data"
-    arguments = [command, "--model", f"{name}:model", "--data", f"{name}:{data}", *(o for o in options if o != "nothing")]
-    return CliRunner().invoke(cli.app, arguments, env={"COLUMNS": "200", "TERM": "dumb"})
-
-
-def test_command_prints_the_table(tmp_path, monkeypatch):
-    result = command(tmp_path, monkeypatch, "planned_module", "--structure", "ekfac", "--draws", "2")
-    assert result.exit_code == 0, result.output
-    for part in ("0.weight", "2.bias", "eigenvalues", "2 backward passes a batch, the data read twice", "fits"):
-        assert part in result.output
-
-
-def test_command_counts_the_rows_of_all_data(tmp_path, monkeypatch):
-    result = command(tmp_path, monkeypatch, "planned_module_gram", "--structure", "gram", "--num-samples", "1024")
-    assert result.exit_code == 0, result.output
-    assert "36.00 KiB" in result.output  # of 0.bias: 7 numbers and a root for each sample
-
-
-def test_command_fails_where_it_does_not_fit(tmp_path, monkeypatch, free):
-    free(10)
-    result = command(tmp_path, monkeypatch, "planned_module_too_large")
-    assert result.exit_code == 2
-    assert "0.weight" in result.output and "Error: memory: the sums of a run and its result must fit" in result.output
-
-
-def test_info_shows_the_refusal_alone(tmp_path, monkeypatch, free):
-    free(10)
-    result = command(tmp_path, monkeypatch, "planned_module_refused", command="info")
-    assert result.exit_code == 2 and "Error: memory: " in result.output and "Traceback" not in result.output
-
-
-def test_command_explains_errors(tmp_path, monkeypatch):
-    assert "must yield at least one batch, got none" in command(tmp_path, monkeypatch, "planned_module_empty", "nothing").output
-    result = command(tmp_path, monkeypatch, "planned_module_gaussian", "--likelihood", "causal-lm")
-    assert result.exit_code == 2 and "Error: " in result.output and "Traceback" not in result.output

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from oracle import dense
 from torch import nn
 
 import fisherfast as ff
@@ -25,12 +26,6 @@ def measured(structure, dtype=torch.float64):
     net = nn.Sequential(nn.Linear(2, 2), nn.Tanh(), nn.Linear(2, 2, bias=False)).to(dtype)
     F = ff.fisher(net, [(torch.randn(9, 2, dtype=dtype), None)], structure=structure, fisher_type="exact", progress=False)
     return net, F
-
-
-def dense(F):
-    """F as a matrix, column by column."""
-    k = sum(layer.num_parameters for layer in F.by_layer().values())
-    return torch.stack([F @ e for e in torch.eye(k, dtype=torch.float64)])
 
 
 def flat(draws, names):

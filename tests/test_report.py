@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The report: the table shows the numbers it is given, and the files can be read back."""
 
+import io
 import json
 import math
 
@@ -27,7 +28,7 @@ def measured(**options):
 
 
 def shown(renderable, width=100):
-    console = Console(width=width, record=True, file=open("/dev/null", "w"))
+    console = Console(width=width, record=True, file=io.StringIO())
     console.print(renderable)
     return console.export_text()
 

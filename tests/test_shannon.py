@@ -7,13 +7,12 @@ import numpy
 import pytest
 import torch
 from hypothesis import given, strategies
+from networks import STRUCTURES
 from torch import nn
 
 import fisherfast as ff
 from fisherfast.fisher import DiagonalFisher
 from fisherfast.information import _mixture, shannon_stability
-
-STRUCTURES = ["diagonal", "kfac", "ekfac", "gram"]
 
 
 def near(estimate, expected, errors=5):
