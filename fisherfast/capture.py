@@ -268,7 +268,7 @@ class Capture(TorchFunctionMode):
             out = func(*args, **kwargs)
             for reference in found:
                 reference.tracked.follow()
-            if self._gathered or func in _GATHERS:
+            if self._gathered or func in _GATHERS or func in _SLOTS:
                 self._follow_rows(func, args, kwargs, out)
             return out
         if getattr(func, "__name__", "") == "__get__" and not isinstance(func(*args, **kwargs), Tensor):
@@ -295,8 +295,13 @@ class Capture(TorchFunctionMode):
         if func in _SCATTERS:
             return
         leaves = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        by_data = func in _GATHERS and any(not leaf.is_floating_point() for leaf in leaves)
-        if by_data or any(map(self._is_gathered, leaves)):
+        if func in _SLOTS:
+            by_data = any(not leaf.is_floating_point() and leaf.dtype != torch.bool for leaf in leaves[1:])
+            out = args[0] if out is None else out
+        else:
+            listed = func is Tensor.__getitem__ and any(isinstance(leaf, list) for leaf in _entries(args[1]))
+            by_data = func in _GATHERS and (listed or any(not leaf.is_floating_point() for leaf in leaves))
+        if by_data or (func not in _SLOTS and any(map(self._is_gathered, leaves))):
             for tensor in tree_leaves(out):
                 if isinstance(tensor, Tensor) and tensor.is_floating_point():
                     self._gathered[id(tensor)] = weakref.ref(tensor)
@@ -463,17 +468,28 @@ def graph(root: Tensor) -> Iterator[Any]:
 _GATHERS = {
     *(Tensor.__getitem__, Tensor.index_select, Tensor.gather, Tensor.masked_select, Tensor.take_along_dim),
     *(torch.index_select, torch.gather, torch.masked_select, torch.take_along_dim, torch._pack_padded_sequence),
+    *(torch.repeat_interleave, Tensor.repeat_interleave),
 }
-_SCATTERS = {
-    *(getattr(owner, name + end) for owner in (torch, Tensor) for name in ("index_add", "scatter_add", "scatter", "index_copy",
-      "index_put", "masked_scatter", "scatter_reduce") for end in ("", "_") if hasattr(owner, name + end)),
-    *(Tensor.__setitem__, torch._pad_packed_sequence),
-}  # fmt: skip
+
+
+def _both(*names: str) -> set[Any]:
+    """Functions and methods of these names, in place too."""
+    every = (name + end for name in names for end in ("", "_"))
+    return {getattr(owner, name) for name in every for owner in (torch, Tensor) if hasattr(owner, name)}
+
+
+# Sums into places put rows of the same sample together, back where samples are; slots are filled as the data has it.
+_SCATTERS = _both("index_add", "scatter_add", "scatter", "masked_scatter", "scatter_reduce") | {torch._pad_packed_sequence}
+_SLOTS = _both("index_copy", "index_put") | {Tensor.__setitem__}
 _COPIES = {
     *(getattr(Tensor, name) for name in ("to", "type_as", "float", "double", "half", "bfloat16", "contiguous", "clone")),
     torch.clone,
 }
 _SUMS = {torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__}
+
+
+def _entries(index: Any) -> tuple[Any, ...]:
+    return index if isinstance(index, tuple) else (index,)
 
 
 def _keeps_derivative(func: Any, args: Any, out: Any) -> bool:

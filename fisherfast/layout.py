@@ -30,6 +30,11 @@ class Kind(enum.Enum):
     SAMPLE_MINOR = "sample-minor"
     PACKED = "packed"
 
+    @property
+    def flat(self) -> bool:
+        """Whether samples and their positions share the axis: how many each has is not written anywhere."""
+        return self in (Kind.SAMPLE_MAJOR, Kind.SAMPLE_MINOR)
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -46,6 +51,13 @@ class Layout:
         if self.kind is Kind.PACKED:
             return offsets is not None and size == int(offsets[-1])
         return size == N if self.kind is Kind.AXIS else size % N == 0
+
+    def explains(self, numbers: Tensor, N: int, offsets: Tensor | None = None) -> bool:
+        """Whether rows that belong to samples ``numbers`` ``[*lead]``, as far as that is known, lie like this."""
+        if not self.fits(tuple(numbers.shape), N, offsets):
+            return False
+        mine = self.sample_of_row(tuple(numbers.shape), N, numbers.device, offsets)
+        return bool(((numbers == mine) | (numbers == UNKNOWN)).all())
 
     def samples_first(self, rows: Tensor, N: int, features: int = 1) -> Tensor:
         """Rows ``[*lead, *F]`` as ``[N, T, *F]``; a view where strides allow."""
@@ -172,15 +184,11 @@ class Finding:
     def of(cls, numbers: Tensor, N: int, offsets: Tensor | None = None) -> Finding:
         """Compare the rows' samples ``[*lead]`` with all layouts."""
         lead = tuple(numbers.shape)
-        known = numbers != UNKNOWN
-        possible = [
-            layout
-            for layout in candidates(lead, N, offsets)
-            if bool(((numbers == layout.sample_of_row(lead, N, numbers.device, offsets)) | ~known).all())
-        ]
+        possible = [layout for layout in candidates(lead, N, offsets) if layout.explains(numbers, N, offsets)]
         # Samples of one length lie as blocks too; in the next batch they may not.
         possible = [layout for layout in possible if layout.kind is Kind.PACKED] or possible
-        return cls(possible[0] if bool(known.any()) and len(possible) == 1 else None, numbers, N in lead)
+        known = bool((numbers != UNKNOWN).any())
+        return cls(possible[0] if known and len(possible) == 1 else None, numbers, N in lead)
 
     @property
     def mixes_samples(self) -> bool:

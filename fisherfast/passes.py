@@ -160,6 +160,7 @@ class _Batch:
     root: Tensor
     groups: dict[Group, list[CallUse]]
     unlocated: set[Key]
+    again: set[Key]  # uses whose layout is known, to be looked at once more
     folds: bool  # whether passes over one position may be added up
     folded: dict[Group, _Folded] = field(default_factory=dict)
 
@@ -181,6 +182,9 @@ class Passes:
         self.capture, self.collectors = capture, collectors
         self._separate = any(collector.separate for collector in collectors)
         self.scattered: set[Key] = set()  # uses whose rows lie as the data has it (experts): tagged in every batch
+        self._batches = 0  # so far, this one included
+        # Of these the last in which all rows were looked at, of layouts that are flat or not; and the one before it.
+        self._looked = self._before = {True: 0, False: 0}
         self.underflow: defaultdict[str, list[int]] = defaultdict(
             lambda: [0, 0]
         )  # name: float16 gradients that are subnormal, all
@@ -265,7 +269,9 @@ class Passes:
             if tracked.fallback is None:
                 for collector in self.collectors:
                     collector.expect(tracked, windows[name])
-        batch = _Batch(root, groups, self._unlocated(groups, root.shape[0]), count > 1 and not self._separate)
+        N = root.shape[0]
+        self._batches += 1
+        batch = _Batch(root, groups, self._unlocated(groups, N), self._due(groups, N), count > 1 and not self._separate)
         for number, one in enumerate(passes):
             self._run_one(batch, one, number, keep or number + 1 < count)
         with self.capture.aside():
@@ -281,12 +287,28 @@ class Passes:
         self.scattered |= {use.key for use in uses if use.gathered}
         return {use.key for use in uses if use.key in self.scattered or use.key not in self.capture.layouts}
 
+    def _due(self, groups: dict[Group, list[CallUse]], N: int) -> set[Key]:
+        """Uses whose rows are tagged although their layout is known: in batches 2, 4, 8, ..., for the data may decide it.
+
+        In the first batch, of which few samples were probed, only where samples and positions share an axis: sequences that are
+        of one length by chance lie like blocks.
+        """
+        if N == 1 or self._batches & (self._batches - 1):
+            return set()
+        first, all_probed = self._batches == 1, N <= PROBED
+        self._before = self._looked
+        self._looked = {flat: self._batches if flat or not first or all_probed else 0 for flat in (True, False)}
+        if first and all_probed:
+            return set()
+        known = {use.key for group in groups.values() for use in group if use.key in self.capture.layouts} - self.scattered
+        return {key for key in known if not first or self.capture.layouts[key].kind.flat}
+
     def _run_one(self, batch: _Batch, one: Pass, number: int, keep: bool) -> None:
         visited: defaultdict[Group, int] = defaultdict(int)
         waiting: defaultdict[Group, list[tuple[Form, Rows]]] = defaultdict(list)
         held: defaultdict[Group, list[tuple[CallUse, Rows]]] = defaultdict(list)  # of uses that nothing is known of yet
-        scattered = batch.unlocated & self.scattered
-        sightings = self._tag_all(batch, one.cotangent, scattered) if scattered else {}
+        tagged = (batch.unlocated & self.scattered) | (batch.again if number == 0 else set())
+        sightings = self._tag_all(batch, one.cotangent, tagged) if tagged else {}
 
         def listen(call: Call, g: Tensor | None, saved: tuple[Tensor, ...]) -> None:
             for use in call.uses:
@@ -297,10 +319,10 @@ class Passes:
                 if g is not None:
                     self._count_underflow(use, g)
                     rows = _rows(use, one.unscaled(g), saved)
-                    if use.key not in batch.unlocated:
-                        waiting[group].append((use.form, self._samples_first(use, rows, batch.N)))
-                    elif use.key in sightings:
+                    if use.key in sightings:
                         waiting[group].append((use.form, self._gathered(use, rows, batch.N, sightings[use.key])))
+                    elif use.key not in batch.unlocated:
+                        waiting[group].append((use.form, self._samples_first(use, rows, batch.N)))
                     elif bool((g != 0).any()):
                         held[group].append((use, rows))
                 if visited[group] == len(batch.groups[group]) and group not in held:
@@ -313,6 +335,7 @@ class Passes:
             for group, uses in held.items():
                 rows = [(use.form, self._gathered(use, r, batch.N, sightings[use.key])) for use, r in uses]
                 self._joined(batch, group, waiting[group] + rows, one.scale, number)
+        batch.unlocated |= batch.again & self.scattered
         for group, expected in batch.groups.items():
             if visited[group] != len(expected):
                 raise RuntimeError(
@@ -349,14 +372,28 @@ class Passes:
                 f"{use.tracked.name}: a row must belong to one sample, got rows that depend on several: batch statistics, a "
                 "contrastive loss, or a table without a sample axis that earlier batches did not show"
             )
-        layout = finding.layout
-        if layout is not None:
+        before, offsets = self.capture.layouts.get(use.key), self.capture.offsets
+        known = before is not None and before.explains(finding.numbers, N, offsets)
+        layout = before if known else finding.layout
+        if layout is not None and (before is None or known or use.key in self.scattered):
             if use.key not in self.scattered:
                 self.capture.layouts[use.key] = layout
             return self._laid_out(layout, rows, N, use.form.features)
+        if use.key not in self.scattered and before is not None:
+            self._distrust(use, before)
         self.scattered.add(use.key)
         gathered = Gathered(finding.numbers, N)
         return rows.each(lambda t: gathered.packed(t, use.form.features), gathered.offsets)
+
+    def _distrust(self, use: CallUse, before: Layout) -> None:
+        """The layout does not hold in this batch: raise, unless all batches before it were looked at."""
+        looked, number = self._before[before.kind.flat], self._batches - 1
+        if looked < number:
+            raise ValueError(
+                f"{use.tracked.name}: rows must lie as in the batches before (samples along axis {before.axis}, {before.kind.value}), "
+                f"got others in batch {number}; the batches since number {looked - 1} were not looked at and may be wrong. Where the "
+                "data decide how rows lie, begin with batches that show it: samples of different lengths, say"
+            )
 
     def _joined(self, batch: _Batch, group: Group, uses: list[tuple[Form, Rows]], scale: float, number: int) -> None:
         """One part of a parameter, all its uses heard: hand it over, or keep it until all passes are done."""

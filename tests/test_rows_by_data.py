@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rows whose place the data decide although no index tensor says so: the layout of the first batch is not that of the next."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import fisherfast as ff
+
+I, D, C, T, N = 3, 4, 3, 5, 4
+
+
+class Unpadded(nn.Module):
+    """Sequences cut to their lengths and put one after the other."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.head = nn.Linear(I, D), nn.Linear(D, C)
+
+    def forward(self, x, lengths):
+        rows = torch.cat([x[n, :length] for n, length in enumerate(lengths.tolist())])
+        return self.head(torch.stack([own.mean(0) for own in self.inner(rows).tanh().split(lengths.tolist())]))
+
+
+class Sorted(nn.Module):
+    """Samples in the order of their lengths, by a list of numbers, and back."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.head = nn.Linear(I, D), nn.Linear(D, C)
+
+    def forward(self, x, lengths):
+        order = sorted(range(len(x)), key=lambda n: -int(lengths[n]))
+        h = self.inner(x[order]).tanh().mean(1)
+        return self.head(h[[order.index(n) for n in range(len(x))]])
+
+
+class Regulated(nn.Module):
+    """Each sample repeated as often as it is long."""
+
+    def __init__(self):
+        super().__init__()
+        self.outer, self.inner, self.head = nn.Linear(I, D), nn.Linear(D, D), nn.Linear(D, C)
+
+    def forward(self, x, lengths):
+        rows = torch.repeat_interleave(self.outer(x[:, 0]).tanh(), lengths, dim=0)
+        rows = self.inner(rows + torch.arange(len(rows))[:, None] * 0.01).tanh()
+        return self.head(torch.stack([own.mean(0) for own in rows.split(lengths.tolist())]))
+
+
+class Slots(nn.Module):
+    """Experts with a slot for every sample, filled by ``fill`` in the order in which the samples come."""
+
+    def __init__(self, fill):
+        super().__init__()
+        self.fill, self.gate, self.w, self.head = fill, nn.Linear(I, 2), nn.Parameter(torch.randn(2, I, D)), nn.Linear(D, C)
+
+    def forward(self, x, _):
+        x = x[:, 0]
+        p, chosen = self.gate(x).softmax(-1).max(-1)
+        hot = F.one_hot(chosen, 2)
+        place = ((hot.cumsum(0) - 1) * hot).sum(1)
+        dispatch = (hot[:, :, None] * F.one_hot(place, len(x))[:, None, :]).to(x.dtype)  # [N, experts, slots]
+        h = torch.bmm(self.fill(x, chosen, place, dispatch), self.w).tanh()
+        return self.head(torch.einsum("nec,eco->no", dispatch, h) * p[:, None])
+
+
+def by_product(x, chosen, place, dispatch):
+    return torch.einsum("nec,ni->eci", dispatch, x)
+
+
+def by_assignment(x, chosen, place, dispatch):
+    slots = x.new_zeros(2, len(x), I)
+    slots[chosen, place] = x
+    return slots
+
+
+NETWORKS = {
+    "unpadded": Unpadded,
+    "sorted": Sorted,
+    "regulated": Regulated,
+    "slots by product": lambda: Slots(by_product),
+    "slots by assignment": lambda: Slots(by_assignment),
+}
+
+
+def sample_gradients(model, batches):
+    """``{parameter: [samples, *parameter]}``, by autograd."""
+    named, found = dict(model.named_parameters()), []
+    for (x, lengths), y in batches:
+        losses = F.cross_entropy(model(x, lengths), y, reduction="none")
+        found += [torch.autograd.grad(loss, list(named.values()), retain_graph=True) for loss in losses]
+    return {name: torch.stack(each) for name, each in zip(named, zip(*found, strict=True), strict=True)}
+
+
+def batch(lengths):
+    n = len(lengths)
+    return (torch.randn(n, T, I, dtype=torch.float64), torch.tensor(lengths)), torch.randint(C, (n,)), torch.rand(n)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_every_batch_has_its_own_rows(name):
+    model = NETWORKS[name]().double()
+    batches = [batch([T] * N), batch([3, 4, 5, 4]), batch([1, 5, 2, 4, 3, 3]), batch([2, 2])]
+    asked = (ff.Diagonal(), ff.PerSampleNorm())
+    F_, norms = ff.fisher(model, batches, structure=asked, fisher_type="empirical", progress=False)
+    gradients, weight = sample_gradients(model, [pair for *pair, _ in batches]), torch.cat([w for *_, w in batches]).double()
+    for parameter, value in F_.diagonal(dtype=torch.float64).items():
+        expected = torch.einsum("n,n...->...", weight, gradients[parameter].square()) / weight.sum()
+        assert torch.allclose(value, expected, rtol=1e-6, atol=1e-12), parameter
+    every = sum(g.square().flatten(1).sum(1) for g in gradients.values())
+    assert torch.allclose(norms.squared_norms, every, rtol=1e-6)
+
+
+class Nodes(nn.Module):
+    """Graphs one after the other, their nodes summed."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.head = nn.Linear(I, D), nn.Linear(D, C)
+
+    def forward(self, x, owner, n):
+        return self.head(x.new_zeros(n, D).index_add(0, owner, self.inner(x).tanh()))
+
+
+def graphs(sizes):
+    owner = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
+    return torch.randn(sum(sizes), I), owner, torch.randint(C, (len(sizes),))
+
+
+def measured(model, batches):
+    with ff.collect(model, ff.Diagonal(), fisher_type="empirical") as stats:
+        for x, owner, y in batches:
+            stats.backward(F.cross_entropy(model(x, owner, len(y)), y, reduction="none"))
+    return stats.result().diagonal()["inner.weight"]
+
+
+@pytest.mark.parametrize("second", [[2, 5, 5], [2, 5, 6]], ids=["as many nodes", "more nodes"])
+def test_graphs_of_one_size_in_the_first_batch(second):
+    model, batches = Nodes(), [graphs([4, 4, 4]), graphs(second), graphs([1, 1, 7])]
+    squares = []
+    for x, owner, y in batches:
+        for loss in F.cross_entropy(model(x, owner, len(y)), y, reduction="none"):
+            squares.append(torch.autograd.grad(loss, model.inner.weight, retain_graph=True)[0].square())
+    assert torch.allclose(measured(model, batches), torch.stack(squares).mean(0), rtol=1e-4)
+
+
+def test_a_change_that_comes_late_is_an_error_and_not_a_number():
+    regular = [graphs([4, 4, 4]) for _ in range(3)]
+    with pytest.raises(ValueError, match=r"inner\.weight: rows must lie as in the batches before .* got others in batch 3"):
+        measured(Nodes(), [*regular, graphs([2, 5, 5])])
+    assert (measured(Nodes(), [*regular, graphs([2, 2, 2])]) > 0).any()
