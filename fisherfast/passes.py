@@ -185,9 +185,12 @@ class Passes:
         self._batches = 0  # so far, this one included
         # Of these the last in which all rows were looked at, of layouts that are flat or not; and the one before it.
         self._looked = self._before = {True: 0, False: 0}
-        self.underflow: defaultdict[str, list[int]] = defaultdict(
-            lambda: [0, 0]
-        )  # name: float16 gradients that are subnormal, all
+        self._underflow: dict[str, tuple[int | Tensor, int]] = {}  # of each parameter: subnormal float16 gradients, and all
+
+    @property
+    def underflow(self) -> dict[str, list[int]]:
+        """``{parameter name: [float16 gradients that are subnormal, all of them]}``."""
+        return {name: [int(small), every] for name, (small, every) in self._underflow.items()}
 
     # -- exploring
 
@@ -414,9 +417,9 @@ class Passes:
 
     def _count_underflow(self, use: CallUse, g: Tensor) -> None:
         if g.dtype == torch.float16:
-            small = int(((g != 0) & (g.abs() < torch.finfo(g.dtype).tiny)).sum())
-            count = self.underflow[use.tracked.name]
-            count[0], count[1] = count[0] + small, count[1] + g.numel()
+            small = ((g != 0) & (g.abs() < torch.finfo(g.dtype).tiny)).sum()
+            found, every = self._underflow.get(use.tracked.name, (0, 0))
+            self._underflow[use.tracked.name] = found + small, every + g.numel()  # on the device: nothing waits for it
 
     def loop(self, root: Tensor, tracked: list[Tracked], n: int, passes: Iterable[Pass]) -> None:
         """Hand sample n's gradients by autograd itself to the collectors: the loop's share. Keeps the graph."""

@@ -21,6 +21,9 @@ namespace fisherfast {
 class Device {
  public:
   explicit Device(const Tensor& tensor) : guard_(tensor.get_device_index()), index_(tensor.get_device_index()) {
+    // The guard leaves alone what is current already, but an autograd thread has no context before its first call: the driver's
+    // functions, which describe tensors to the copy engine, need one.
+    STD_CUDA_CHECK(cudaSetDevice(index_));
     void* stream = nullptr;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index_, &stream));
     stream_ = static_cast<cudaStream_t>(stream);

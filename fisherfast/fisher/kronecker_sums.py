@@ -199,7 +199,8 @@ class KroneckerSums(WeightSums):
         self.A.visited(math.prod(x.shape[:-1]) if weight is None else weight.sum(dtype=torch.float64))
         if isinstance(self.form, Lookup):
             counts = self._counted(x, weight).flatten().double()
-            A[0] += torch.bincount(x.flatten(), counts, minlength=A.shape[1]).to(A.dtype)
+            # By sorting, on a GPU: bincount would wait for the device, and add in any order.
+            A[0] += counts.new_zeros(A.shape[1]).index_put_((x.flatten(),), counts, accumulate=True).to(A.dtype)
         else:
             self.A.add_outer(A[0], x, weight=weight, bias=self.place.bias is not None)
 
@@ -280,4 +281,4 @@ def existing(g: Tensor, exists: Tensor | None) -> Tensor | None:
     if exists is None or exists.dim() != 2 or g.dim() != 3 or not exists.shape[1] or g.shape[1] % exists.shape[1]:
         return None
     mask = (exists != 0).repeat(1, g.shape[1] // exists.shape[1])
-    return None if bool((g[~mask] != 0).any()) else mask
+    return None if bool(((g != 0).any(-1) & ~mask).any()) else mask
