@@ -8,7 +8,7 @@ code take the same path. A backend is found by name alone:
 * ``reference``  the Python function of ``fisherfast.ops`` itself, plain torch;
 * ``cpu``        ``fisherfast_cpp::<op>`` registered for CPU by ``csrc/cpu/``;
 * ``cuda``       ``fisherfast_cpp::<op>`` registered for CUDA by ``csrc/cuda/``;
-* ``triton``     ``fisherfast.kernels.<module>.<op>``.
+* ``triton``     ``fisherfast.kernels.<module>.<op>``, and ``why_not`` where it cannot run every call.
 
 On a GPU the one that was faster at the nearest measured call comes first (``_choice``); without a measurement, Triton.
 
@@ -158,9 +158,14 @@ class Op:
     def _why_not(self, name: str, device: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
         problem = self.unavailable(name, device)
         if problem is None and name == "triton":
-            kernels = importlib.import_module(f"fisherfast.kernels.{self.module}")
-            problem = kernels.why_not(*args, **kwargs)
+            problem = self._triton_call_problem(args, kwargs)
         return problem
+
+    def _triton_call_problem(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+        device_problem = importlib.import_module("fisherfast.kernels._common").device_problem
+        kernels = importlib.import_module(f"fisherfast.kernels.{self.module}")
+        why_not = getattr(kernels, "why_not", lambda *_, **__: None)
+        return device_problem(args[0].device) or why_not(*args, **kwargs)
 
     def _route(self, *args: Any, **kwargs: Any) -> None:
         self.check(*args, **kwargs)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the kernels share: reading a sample's rows, the non-finite flag, and adding partial results.
+"""What the kernels share: the GPUs they run on, reading a sample's rows, the non-finite flag, and adding partial results.
 
 No kernel uses a floating-point atomic: partial results go to a workspace and are added by ``fold_`` in a fixed order, so
 results repeat bit by bit. Nothing here waits for the device.
@@ -13,6 +13,9 @@ import triton.language as tl
 from torch import Tensor
 from triton import knobs
 from triton.runtime import driver
+
+# Enough programs for a few on each multiprocessor of a large GPU.
+PROGRAMS = 1024
 
 
 def interpreted() -> bool:
@@ -74,6 +77,14 @@ def add_to(out, index, values, scale, inside, known=True):
     """``out[index] += scale * values`` in the precision of ``out``, whose content counts as 0 where ``known`` is false."""
     before = tl.load(out + index, mask=inside & known, other=0.0)
     tl.store(out + index, before + values.to(before.dtype) * tl.full((), scale, before.dtype), mask=inside)
+
+
+@triton.jit
+def add_both(acc, total, index, squares, sums, scale, inside, known=True):
+    """``acc[index] += scale * squares`` and, where there is a total, ``total[index] += sums``; otherwise as ``add_to``."""
+    add_to(acc, index, squares, scale, inside, known)
+    if total is not None:
+        add_to(total, index, sums, 1.0, inside, known)
 
 
 @triton.jit

@@ -10,8 +10,6 @@ import math
 import triton
 import triton.language as tl
 
-# Enough programs for a few on each multiprocessor of a large GPU.
-PROGRAMS = 1024
 # Values of a program's step; with four warps four of them a thread, which stay in registers.
 BLOCK = 512
 

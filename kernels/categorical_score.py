@@ -6,19 +6,12 @@ A program has whole rows to itself: it reads them once for maximum and sum, once
 ``fisherfast.ops.categorical_score``.
 """
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import device_problem, long, power_of_two, wide
-
-
-def why_not(out: Tensor, logits: Tensor, **_: Any) -> str | None:
-    """Why this call cannot run under Triton, or None."""
-    return device_problem(out.device)
+from ._common import long, power_of_two, wide
 
 
 def config(R: int, C: int, dtype: torch.dtype) -> dict[str, int]:

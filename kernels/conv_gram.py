@@ -15,27 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import add_to, architecture, device_problem, long, power_of_two, raise_flag_, wide
-from .conv_sq import Geometry, _as_rows, _channels_last, _digits, _kernel_offset, _look, block
-from .linear_sq import PROGRAMS, _dot, fold_size, precision
-
-
-def geometry_of(x: Tensor, kernel=(), positions=(), stride=(), padding=(), dilation=()) -> Geometry:
-    """The geometry of a call over three axes, absent options filled in."""
-    S = x.shape[2:]
-    axes = len(S)
-    kernel, stride, padding, dilation = (
-        tuple(v) or (absent,) * axes for v, absent in ((kernel, 1), (stride, 1), (padding, 0), (dilation, 1))
-    )
-    each = zip(S, kernel, stride, padding, dilation, strict=True)
-    positions = tuple(positions) or tuple(max(0, (s + 2 * b - d * (k - 1) - 1) // step + 1) for s, k, step, b, d in each)
-
-    def padded(values, absent: int) -> tuple[int, int, int]:
-        a, b, c = (absent,) * (3 - axes) + tuple(values)
-        return a, b, c
-
-    sizes = (padded(values, 1) for values in (positions, S, kernel, stride))
-    return Geometry(*sizes, padding=padded(padding, 0), dilation=padded(dilation, 1))
+from ._common import add_to, architecture, long, power_of_two, raise_flag_, wide
+from ._conv import as_rows, block, channels_last, digits, geometry_of, image_strides, kernel_offset, largest_index, look
+from ._products import PRODUCT_PROGRAMS, dot, fold_size, precision
 
 
 def why_not(
@@ -43,12 +25,10 @@ def why_not(
 ) -> str | None:
     """Why this call cannot run under Triton, or None."""
     geometry = geometry_of(x, kernel, positions, stride, padding, dilation)
-    T = math.prod(geometry.positions)
-    steps = max(geometry.stride) * max(geometry.positions) + max(geometry.dilation) * max(geometry.kernel)
-    largest = max(T, x.shape[0] * T // 2, *geometry.extents, steps + max(map(abs, geometry.padding)))
+    largest = max(largest_index(geometry), x.shape[0] * math.prod(geometry.positions) // 2)
     if largest >= 2**30:
         return f"positions are counted in 32 bits: 2^30 in an image and 2^31 in all are too many, got {largest}"
-    return device_problem(acc.device)
+    return None
 
 
 def config(groups: int, C: int, K: int, bias: bool, M: int, dtype: torch.dtype, arch: int) -> tuple[dict[str, Any], int]:
@@ -65,7 +45,7 @@ def config(groups: int, C: int, K: int, bias: bool, M: int, dtype: torch.dtype, 
     def programs() -> int:
         return groups * upper_tiles(triton.cdiv(K * C + bias, BLOCK))
 
-    while BLOCK > 32 and programs() * triton.cdiv(M, BLOCK_T) < PROGRAMS:
+    while BLOCK > 32 and programs() * triton.cdiv(M, BLOCK_T) < PRODUCT_PROGRAMS:
         BLOCK //= 2
     blocks = {
         "BLOCK": BLOCK,
@@ -74,7 +54,7 @@ def config(groups: int, C: int, K: int, bias: bool, M: int, dtype: torch.dtype, 
         "num_warps": 8 if BLOCK * BLOCK * dtype.itemsize >= 2**14 or not one_offset else 4,
         "num_stages": 3,
     }
-    return blocks, max(1, min(triton.cdiv(M, BLOCK_T), 4 * PROGRAMS // programs()))
+    return blocks, max(1, min(triton.cdiv(M, BLOCK_T), 4 * PRODUCT_PROGRAMS // programs()))
 
 
 def upper_tiles(tiles: int) -> int:
@@ -109,7 +89,7 @@ def _columns(tile, group, shape, geometry, x_strides, BLOCK: tl.constexpr, ONE_O
     column = tile * BLOCK
     i = column + tl.arange(0, BLOCK)[None, :]
     k = column // C if ONE_OFFSET else i // C
-    at0, at1, at2 = _kernel_offset(k, geometry)
+    at0, at1, at2 = kernel_offset(k, geometry)
     start = long(at0) * x_strides[2] + long(at1) * x_strides[3] + long(at2) * x_strides[4]
     return i, (group * C + (i - k * C)) * x_strides[1] + start, at0, at1, at2
 
@@ -118,7 +98,7 @@ def _columns(tile, group, shape, geometry, x_strides, BLOCK: tl.constexpr, ONE_O
 def _patches(x, i, start, at0, at1, at2, n, p0, p1, p2, shape, geometry, x_strides, AXES: tl.constexpr, BIAS: tl.constexpr):
     """``u[(n, p), i]`` [BLOCK_T, BLOCK]; ``n`` and ``p`` are [BLOCK_T, 1]. Rows beyond the last image are zero."""
     N, _, _, _, I = shape
-    offset, inside = _look(p0, p1, p2, at0, at1, at2, geometry, x_strides, AXES)
+    offset, inside = look(p0, p1, p2, at0, at1, at2, geometry, x_strides, AXES)
     u = tl.load(x + (start + (long(n) * x_strides[0] + offset)), mask=inside & (i < I) & (n < N), other=0.0)
     if BIAS:
         u = tl.where((i == I) & (n < N), tl.full((), 1.0, tl.float32).to(u.dtype), u)
@@ -129,7 +109,7 @@ def _patches(x, i, start, at0, at1, at2, n, p0, p1, p2, shape, geometry, x_strid
 def _advance(n, p0, p1, p2, BLOCK_T: tl.constexpr, P):
     """The rows ``BLOCK_T`` on: digits added with carry, since a division costs more than the load."""
     T = P[0] * P[1] * P[2]
-    d0, d1, d2 = _digits(BLOCK_T % T, P)
+    d0, d1, d2 = digits(BLOCK_T % T, P)
     p2 += d2
     p1 += tl.where(p2 >= P[2], d1 + 1, d1)
     p2 = tl.where(p2 >= P[2], p2 - P[2], p2)
@@ -181,7 +161,7 @@ def _conv_gram_kernel(
     begin += tl.program_id(1) * share
     m = begin * BLOCK_T + tl.arange(0, BLOCK_T)[:, None]
     n = m // T
-    p0, p1, p2 = _digits(m % T, geometry[0])
+    p0, p1, p2 = digits(m % T, geometry[0])
     c = tl.zeros([BLOCK, BLOCK], tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32)
     for _ in range(begin, tl.minimum(begin + share, steps)):
         left = _patches(x, i, i_start, i0, i1, i2, n, p0, p1, p2, shape, geometry, x_strides, AXES, BIAS)
@@ -190,7 +170,7 @@ def _conv_gram_kernel(
             # A product with a weight has more bits than 16.
             left = wide(left) * tl.load(weight + n, mask=n < N, other=0.0)
             right = wide(right)
-        c = _dot(tl.trans(left), right, c, PRECISION)
+        c = dot(tl.trans(left), right, c, PRECISION)
         n, p0, p1, p2 = _advance(n, p0, p1, p2, BLOCK_T, geometry[0])
     tile = (long(tl.program_id(1)) * G + group) * (tiles * (tiles + 1) // 2) + _tile_index(row, column, tiles)
     cells = tl.arange(0, BLOCK)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
@@ -201,7 +181,7 @@ def _conv_gram_kernel(
 def _fold_upper_kernel(
     acc, partial, flag, shape, scale: tl.float64, BLOCK: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr
 ):
-    """``acc[g, i, j] += scale * sum_s partial[s, g, ...]`` for j >= i, unless the flag is set. One program: [BLOCK_I, BLOCK_J]."""
+    """``acc[g,i,j] += scale * sum_s partial[s,g,...]`` for j >= i, unless the flag is set. One program: [BLOCK_I, BLOCK_J]."""
     if flag is not None:
         if tl.load(flag) != 0:
             return
@@ -242,7 +222,7 @@ def conv_gram_(
 ) -> None:
     """Launch the implicit GEMM, share by share, and the fold."""
     with torch.cuda.device_of(acc):
-        raise_flag_(flag, _as_rows(x), weight)
+        raise_flag_(flag, as_rows(x), weight)
         geometry = geometry_of(x, kernel, positions, stride, padding, dilation)
         N, T, D = len(x), math.prod(geometry.positions), acc.shape[1]
         C, K = x.shape[1] // groups, math.prod(geometry.kernel)
@@ -251,9 +231,7 @@ def conv_gram_(
         computed = torch.promote_types(x.dtype, torch.float32)
         multiplied = x.dtype if weight is None else computed
         blocks, shares = config(groups, C, K, bias, N * T, multiplied, architecture(acc.device))
-        axes = x.dim() - 2
-        x = _channels_last(x, C) if weight is None else x
-        x_strides = (*x.stride()[:2], *(0,) * (3 - axes), *x.stride()[2:])
+        x = channels_last(x, C) if weight is None else x
         steps = triton.cdiv(N * T, blocks["BLOCK_T"])
         share = min(fold_size(steps), triton.cdiv(steps, shares))
         tiles = triton.cdiv(D, blocks["BLOCK"])
@@ -268,8 +246,8 @@ def conv_gram_(
         grid = (groups * (tiles + 1) * triton.cdiv(tiles, 2), shares)
         for begin in range(0, steps, share * shares):
             _conv_gram_kernel[grid](
-                partial, x, weight, flag, shape, geometry, x_strides, begin, share, steps,
-                AXES=axes, BIAS=int(bias), PRECISION=precision(multiplied), **blocks,
+                partial, x, weight, flag, shape, geometry, image_strides(x), begin, share, steps,
+                AXES=x.dim() - 2, BIAS=int(bias), PRECISION=precision(multiplied), **blocks,
             )  # fmt: skip
         BLOCK_I, BLOCK_J = power_of_two(D, 1, 8), power_of_two(D, 1, 64)
         grid = (groups * triton.cdiv(D, BLOCK_I) * triton.cdiv(D, BLOCK_J),)

@@ -10,7 +10,7 @@ all, would leave a matrix tile empty: those multiply element by element. The con
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -18,10 +18,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ._common import (
-    add_to,
+    add_both,
     architecture,
     check_offsets,
-    device_problem,
     fold_,
     long,
     power_of_two,
@@ -29,24 +28,28 @@ from ._common import (
     sample_rows,
     wide,
 )
-from .linear_sq import PROGRAMS, _dot, fold_size, linear_sq_, precision, steps_of, tiles_held
+from ._conv import (
+    as_rows,
+    block,
+    channels_last,
+    digits,
+    geometry_of,
+    image_strides,
+    kernel_offset,
+    largest_index,
+    look,
+)
+from ._products import PRODUCT_PROGRAMS, dot, fold_size, precision
+from ._squares import add_sample, steps_of, tiles_held
+from .linear_sq import linear_sq_
 
 
 def why_not(acc: Tensor, x: Tensor, g: Tensor, scale: float = 1.0, *, stride=(), padding=(), dilation=(), **_: Any) -> str | None:
     """Why this call cannot run under Triton, or None."""
-    steps = max((1, *stride)) * max(g.shape[2:]) + max((1, *dilation)) * max(acc.shape[2:]) + max((0, *map(abs, padding)))
-    largest = max(math.prod(g.shape[2:]), *x.shape[2:], steps)
+    largest = largest_index(geometry_of(x, acc.shape[2:], g.shape[2:], stride, padding, dilation))
     if largest >= 2**30:
         return f"positions are counted in 32 bits: those of an image must be fewer than 2^30, got {largest}"
-    return device_problem(acc.device)
-
-
-def block(extent: int, largest: int) -> int:
-    """Side of a tile: the largest power of two, unless half of it leaves at least a fifth fewer cells empty; pure."""
-    size = power_of_two(extent, 16, largest)
-    while size > 32 and 4 * triton.cdiv(extent, size) > 5 * triton.cdiv(extent, size // 2) / 2:
-        size //= 2
-    return size
+    return None
 
 
 def config(
@@ -73,7 +76,7 @@ def config(
     def programs() -> int:
         return groups * triton.cdiv(O, BLOCK_O) * triton.cdiv(K * C, BLOCK_I)
 
-    while max(BLOCK_O, BLOCK_I) > 32 and programs() * N < PROGRAMS:
+    while max(BLOCK_O, BLOCK_I) > 32 and programs() * N < PRODUCT_PROGRAMS:
         if BLOCK_O >= BLOCK_I:
             BLOCK_O //= 2
         else:
@@ -90,39 +93,21 @@ def config(
         "num_warps": 8 if cells * dtype.itemsize >= 2**14 or (cells >= 2**11 and crowded) else 4,
         "num_stages": 3,
     }
-    return blocks, max(1, min(N, 4 * PROGRAMS // programs()))
+    return blocks, max(1, min(N, 4 * PRODUCT_PROGRAMS // programs()))
 
 
 def direct_config(pairs: int, K: int, N: int, T: int, arch: int) -> tuple[dict[str, int], int]:
     """Tile sizes for ``pairs`` of channels (o, c) and T positions, and in how many shares to split N; a pure function."""
     BLOCK_E = power_of_two(pairs, 1, 32)
     BLOCK_T = power_of_two(T, 16, 1024 // BLOCK_E)
-    programs = triton.cdiv(pairs, BLOCK_E) * K
-    return {"BLOCK_E": BLOCK_E, "BLOCK_T": BLOCK_T, "num_warps": 8 if arch >= 90 else 4}, max(1, min(N, 8 * PROGRAMS // programs))
-
-
-class Geometry(NamedTuple):
-    """A convolution over three axes; those that are not there come first, with extent 1."""
-
-    positions: tuple[int, int, int]
-    extents: tuple[int, int, int]
-    kernel: tuple[int, int, int]
-    stride: tuple[int, int, int]
-    padding: tuple[int, int, int]
-    dilation: tuple[int, int, int]
-
-
-@triton.jit
-def _digits(i, extents):
-    """The coordinates of flat index ``i``."""
-    rest = i // extents[2]
-    return rest // extents[1], rest % extents[1], i % extents[2]
+    shares = max(1, min(N, 8 * PRODUCT_PROGRAMS // (triton.cdiv(pairs, BLOCK_E) * K)))
+    return {"BLOCK_E": BLOCK_E, "BLOCK_T": BLOCK_T, "num_warps": 8 if arch >= 90 else 4}, shares
 
 
 @triton.jit
 def _advance(p0, p1, p2, BLOCK_T: tl.constexpr, P, AXES: tl.constexpr):
     """The coordinates ``BLOCK_T`` positions on: digits added with carry, since a division costs more than the load."""
-    d0, d1, d2 = _digits(BLOCK_T, P)
+    d0, d1, d2 = digits(BLOCK_T, P)
     if AXES == 1:
         return p0, p1, p2 + BLOCK_T
     else:
@@ -133,32 +118,6 @@ def _advance(p0, p1, p2, BLOCK_T: tl.constexpr, P, AXES: tl.constexpr):
             p0 += tl.where(p1 >= P[1], d0 + 1, d0)
             p1 = tl.where(p1 >= P[1], p1 - P[1], p1)
         return p0, p1, p2
-
-
-@triton.jit
-def _kernel_offset(k, geometry):
-    """Where kernel offset(s) ``k`` look from position 0: ``k dilation - padding`` per axis."""
-    _, _, K, _, padding, dilation = geometry
-    k0, k1, k2 = _digits(k, K)
-    return k0 * dilation[0] - padding[0], k1 * dilation[1] - padding[1], k2 * dilation[2] - padding[2]
-
-
-@triton.jit
-def _look(p0, p1, p2, at0, at1, at2, geometry, x_strides, AXES: tl.constexpr):
-    """Offset of position(s) p from that of position 0, and whether p looks inside x; only the second depends on ``at``."""
-    _, S, _, stride, _, _ = geometry
-    s2 = p2 * stride[2]
-    offset = long(s2) * x_strides[4]
-    inside = (s2 + at2 >= 0) & (s2 + at2 < S[2])
-    if AXES > 1:
-        s1 = p1 * stride[1]
-        offset += long(s1) * x_strides[3]
-        inside = inside & (s1 + at1 >= 0) & (s1 + at1 < S[1])
-    if AXES > 2:
-        s0 = p0 * stride[0]
-        offset += long(s0) * x_strides[2]
-        inside = inside & (s0 + at0 >= 0) & (s0 + at0 < S[0])
-    return offset, inside
 
 
 @triton.jit
@@ -220,10 +179,10 @@ def _conv_sq_kernel(
     else:
         k = (i // C)[None, :]
         channel = (i % C)[None, :]
-    at0, at1, at2 = _kernel_offset(k.to(tl.int32), geometry)
+    at0, at1, at2 = kernel_offset(k.to(tl.int32), geometry)
     x += (group * C + channel) * x_strides[1] + long(at0) * x_strides[2] + long(at1) * x_strides[3] + long(at2) * x_strides[4]
     g += (group * O + o[:, None]) * g_strides[1]
-    first_p0, first_p1, first_p2 = _digits(tl.arange(0, BLOCK_T)[:, None], geometry[0])
+    first_p0, first_p1, first_p2 = digits(tl.arange(0, BLOCK_T)[:, None], geometry[0])
     zero = tl.zeros([BLOCK_O, BLOCK_I], tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32)
     c = zero
     squares = zero
@@ -239,32 +198,22 @@ def _conv_sq_kernel(
         m = first + image
         t = start + tl.arange(0, BLOCK_T)
         present = (t < T) & (image < images)  # a sample may have no image
-        offset, inside = _look(p0, p1, p2, at0, at1, at2, geometry, x_strides, AXES)
+        offset, inside = look(p0, p1, p2, at0, at1, at2, geometry, x_strides, AXES)
         g_t = g + m * g_strides[0] + long(t)[None, :] * g_strides[2]
         gs = tl.load(g_t, mask=inside_o & present[None, :], other=0.0)  # [BLOCK_O, BLOCK_T]
         xs = tl.load(x + m * x_strides[0] + offset, mask=inside & inside_i & present[:, None], other=0.0)  # [BLOCK_T, BLOCK_I]
-        c = _dot(gs, xs, c, PRECISION)
+        c = dot(gs, xs, c, PRECISION)
         start += BLOCK_T
         whole = start >= T
         ends = whole & (image + 1 >= images)
         if ends:
-            if norms is not None:
-                tl.store(norms + long(tile) * N + n, tl.sum(c * c))
-            w = 1.0
-            if weight is not None:
-                w = tl.load(weight + n)
-            squares += c * c * w
-            if sums_out is not None:
-                sums += c * w
+            squares, sums = add_sample(squares, sums, c, n, N, weight, sums_out, norms)
             c = zero
             done = n + 1 - begin
             if (done % chain == 0) | (n + 1 == end):
                 index = ((long(tl.program_id(1)) * G + group) * O + o[:, None]) * I + i[None, :]
-                add_to(squares_out, index, squares, 1.0, inside_o & inside_i, done > chain)
-                squares = zero
-                if sums_out is not None:
-                    add_to(sums_out, index, sums, 1.0, inside_o & inside_i, done > chain)
-                    sums = zero
+                add_both(squares_out, sums_out, index, squares, sums, 1.0, inside_o & inside_i, done > chain)
+                squares, sums = zero, zero
         # Beside the branch, not in it: where the next loads begin must not wait for the product.
         p0, p1, p2 = _advance(p0, p1, p2, BLOCK_T, geometry[0], AXES)
         p0, p1, p2 = tl.where(whole, first_p0, p0), tl.where(whole, first_p1, p1), tl.where(whole, first_p2, p2)
@@ -308,11 +257,11 @@ def _conv_sq_direct_kernel(
     inside_e = pair < G * O * C
     channel = pair // (C * O) * C + pair % C
     o, c = long(pair // C), long(pair % C)
-    at0, at1, at2 = _kernel_offset(k, geometry)
+    at0, at1, at2 = kernel_offset(k, geometry)
     x += long(at0) * x_strides[2] + long(at1) * x_strides[3] + long(at2) * x_strides[4]
     x += (long(channel) * x_strides[1])[:, None]
     g += (o * g_strides[1])[:, None]
-    first_p0, first_p1, first_p2 = _digits(tl.arange(0, BLOCK_T)[None, :], geometry[0])
+    first_p0, first_p1, first_p2 = digits(tl.arange(0, BLOCK_T)[None, :], geometry[0])
     squares = tl.zeros([BLOCK_E], tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32)
     sums = squares
     index = (long(tl.program_id(1)) * G * O + o) * I + k * C + c
@@ -326,27 +275,17 @@ def _conv_sq_direct_kernel(
             x_m, g_m = x + m * x_strides[0], g + m * g_strides[0]
             for start in range(0, T, BLOCK_T):
                 t = start + tl.arange(0, BLOCK_T)[None, :]
-                offset, inside = _look(p0, p1, p2, at0, at1, at2, geometry, x_strides, AXES)
+                offset, inside = look(p0, p1, p2, at0, at1, at2, geometry, x_strides, AXES)
                 inside = inside & inside_e[:, None] & (t < T)
                 gs = wide(tl.load(g_m + long(t) * g_strides[2], mask=inside, other=0.0))
                 products += gs * wide(tl.load(x_m + offset, mask=inside, other=0.0))
                 p0, p1, p2 = _advance(p0, p1, p2, BLOCK_T, geometry[0], AXES)
-        gradient = tl.sum(products, 1)
-        if norms is not None:
-            tl.store(norms + long(tl.program_id(0)) * N + n, tl.sum(gradient * gradient))
-        w = 1.0
-        if weight is not None:
-            w = tl.load(weight + n)
-        squares += gradient * gradient * w
-        if sums_out is not None:
-            sums += gradient * w
+        squares, sums = add_sample(squares, sums, tl.sum(products, 1), n, N, weight, sums_out, norms)
         done = n + 1 - begin
         if (done % chain == 0) | (n + 1 == end):
-            add_to(squares_out, index, squares, 1.0, inside_e, done > chain)
+            add_both(squares_out, sums_out, index, squares, sums, 1.0, inside_e, done > chain)
             squares *= 0.0
-            if sums_out is not None:
-                add_to(sums_out, index, sums, 1.0, inside_e, done > chain)
-                sums *= 0.0
+            sums *= 0.0
 
 
 @triton.jit
@@ -379,19 +318,6 @@ def _fold_columns_(out: Tensor, partial: Tensor, scale: float, flag: Tensor | No
     _fold_columns_kernel[grid](out, partial, flag, (R, O, C, K), scale, BLOCK_C, BLOCK_K)
 
 
-def _as_rows(tensor: Tensor) -> Tensor:
-    """The same values with at most three axes, without a copy where channels are first or last in dense memory."""
-    last = tensor.movedim(1, -1)
-    return last if last.is_contiguous() else tensor.flatten(2)
-
-
-def _channels_last(tensor: Tensor, channels: int) -> Tensor:
-    """16-bit values in a layout that is copied asynchronously, which takes aligned neighbours: 4 bytes at least."""
-    if tensor.element_size() > 2 or channels % 16 or tensor.stride(1) == 1:
-        return tensor
-    return tensor.movedim(1, -1).contiguous().movedim(-1, 1)
-
-
 def conv_sq_(
     acc: Tensor,
     x: Tensor,
@@ -409,33 +335,19 @@ def conv_sq_(
     groups: int = 1,
 ) -> None:
     """Launch the kernel that fits: ``linear_sq_`` of the whole input, products of channel pairs, or an implicit GEMM."""
-    axes = acc.dim() - 2
     N = g.shape[0] if offsets is None else len(offsets) - 1
-    stride, padding, dilation = (tuple(v) or (d,) * axes for v, d in ((stride, 1), (padding, 0), (dilation, 1)))
+    geometry = geometry_of(x, acc.shape[2:], g.shape[2:], stride, padding, dilation)
     with torch.cuda.device_of(acc):
-        whole = x.shape[2:] == acc.shape[2:] and not any(padding) and max(dilation) == 1 and set(g.shape[2:]) == {1}
-        if whole and groups == 1 and offsets is None:
+        whole = geometry.extents == geometry.kernel and not any(geometry.padding) and max(geometry.dilation) == 1
+        if whole and set(geometry.positions) == {1} and groups == 1 and offsets is None:
             rows = (x.flatten(1).unsqueeze(1), g.flatten(1).unsqueeze(1))
             flat = None if total is None else total.flatten(1)
             linear_sq_(acc.flatten(1), *rows, scale, weight=weight, total=flat, sqnorm=sqnorm, flag=flag)
             return
         check_offsets(offsets, len(g))
-        raise_flag_(flag, _as_rows(x), _as_rows(g), weight)
+        raise_flag_(flag, as_rows(x), as_rows(g), weight)
         if 0 in (N, acc.numel(), x.numel(), g.numel()):
             return
-
-        def padded(values: tuple[int, ...], missing: int) -> tuple[int, int, int]:
-            a, b, c = (missing,) * (3 - axes) + tuple(values)
-            return a, b, c
-
-        geometry = Geometry(
-            padded(g.shape[2:], 1),
-            padded(x.shape[2:], 1),
-            padded(acc.shape[2:], 1),
-            padded(stride, 1),
-            padded(padding, 0),
-            padded(dilation, 1),
-        )
         _launch(acc, x, g, scale, weight, offsets, total, sqnorm, flag, geometry, groups, N)
 
 
@@ -452,11 +364,9 @@ def _launch(acc, x, g, scale, weight, offsets, total, sqnorm, flag, geometry, G,
         blocks, shares = config(G, O, C, K, N, T, x.dtype, tiles_held(acc, total), architecture(acc.device))
         tiles = G * triton.cdiv(O, blocks["BLOCK_O"]) * triton.cdiv(C * K, blocks["BLOCK_I"])
         options = {"PRECISION": precision(x.dtype)}
-        x = _channels_last(x, C)
-        g = g if T % 16 == 0 and g.is_contiguous() else _channels_last(g, O)
+        x = channels_last(x, C)
+        g = g if T % 16 == 0 and g.is_contiguous() else channels_last(g, O)
     g = g.flatten(2)
-    axes = acc.dim() - 2
-    x_strides = (*x.stride()[:2], *(0,) * (3 - axes), *x.stride()[2:])
 
     computed = torch.promote_types(x.dtype, torch.float32)
     share = triton.cdiv(N, shares)
@@ -468,9 +378,9 @@ def _launch(acc, x, g, scale, weight, offsets, total, sqnorm, flag, geometry, G,
 
     squares, sums = workspace(acc), workspace(total)
     norms = None if sqnorm is None else torch.empty(tiles, N, device=acc.device, dtype=computed)
-    sizes = ((N, T, G, O, C, C * K), geometry, x_strides, g.stride())
+    sizes = ((N, T, G, O, C, C * K), geometry, image_strides(x), g.stride())
     arguments = (squares, sums, norms, x, g, weight, offsets, flag, *sizes, share, fold_size(share))
-    kernel[(tiles, shares)](*arguments, AXES=axes, **options, **blocks)
+    kernel[(tiles, shares)](*arguments, AXES=acc.dim() - 2, **options, **blocks)
     _fold_columns_(acc, squares, scale, flag)
     if total is not None:
         _fold_columns_(total, sums, 1.0, flag)

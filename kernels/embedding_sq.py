@@ -8,23 +8,12 @@ leave sums in a workspace, which one program joins in order. No atomics, repeata
 The contract is in ``fisherfast.ops.embedding_sq``.
 """
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import add_to, check_offsets, device_problem, long, power_of_two, raise_flag_, rows_and_strides, sample_rows, wide
-
-
-def why_not(acc: Tensor, ids: Tensor, g: Tensor, scale: float = 1.0, **_: Any) -> str | None:
-    """Why this call cannot run under Triton, or None."""
-    return device_problem(acc.device)
-
-
-# Programs that share the pieces: a few on each multiprocessor of a large GPU.
-PROGRAMS = 1024
+from ._common import PROGRAMS, add_both, check_offsets, long, power_of_two, raise_flag_, rows_and_strides, sample_rows, wide
 
 
 def config(M: int, D: int, dtype: torch.dtype) -> dict[str, int]:
@@ -144,9 +133,7 @@ def _embedding_sq_kernel(
                 c = tl.where(last, 0.0, c)
             whole = end - begin <= PIECE
             if whole:
-                add_to(acc, v * D + d, squares, scale, inside)
-                if total is not None:
-                    add_to(total, v * D + d, sums, 1.0, inside)
+                add_both(acc, total, v * D + d, squares, sums, scale, inside)
             if workspace is not None:
                 if not whole:
                     slot = workspace + _slot(begin, at, PIECE) * 4 * D + d
@@ -207,9 +194,7 @@ def _join_kernel(
                 squares += tl.where(closes, c * c * w, 0.0) + tl.load(slot, mask=inside, other=0.0)
                 sums += tl.where(closes, c * w, 0.0) + tl.load(slot + D, mask=inside, other=0.0)
                 c = tl.where(closes, 0.0, c) + tl.load(slot + 3 * D, mask=inside, other=0.0)
-            add_to(acc, v * D + d, squares, scale, inside)
-            if total is not None:
-                add_to(total, v * D + d, sums, 1.0, inside)
+            add_both(acc, total, v * D + d, squares, sums, scale, inside)
 
 
 @triton.jit

@@ -14,26 +14,27 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import add_to, architecture, device_problem, long, power_of_two, raise_flag_, wide
-from .linear_sq import PROGRAMS, _dot, fold_size, precision
+from ._common import add_to, architecture, long, power_of_two, raise_flag_, wide
+from ._products import PRODUCT_PROGRAMS, dot, fold_size, precision
 
 
 def why_not(acc: Tensor, x: Tensor, scale: float = 1.0, **_: Any) -> str | None:
     """Why this call cannot run under Triton, or None."""
     if x.shape[:-1].numel() >= 2**31:
         return f"the Triton kernel counts rows in 32 bits, got {x.shape[:-1].numel()}; split the batch"
-    return device_problem(acc.device)
+    return None
 
 
 def config(I: int, M: int, dtype: torch.dtype, arch: int) -> tuple[dict[str, int], tuple[int, int]]:
     """Tile sizes for ``[I, I]`` and a GEMM over M rows; programs for the tiles, times shares of the rows. A pure function."""
     BLOCK = power_of_two(I, 16, 128 if dtype.itemsize == 2 else 64)
     BLOCK_M = power_of_two(M, 16, 64 if dtype.itemsize == 2 else 32)
-    # Half as wide as high where a square leaves no registers for addresses; without warpgroup instructions operands pass through them.
+    # Half as wide as high where a square leaves no registers for addresses: without warpgroup instructions operands pass through
+    # them.
     ACROSS = 2 if BLOCK >= (128 if arch // 10 in (9, 10) else 64) else 1
     side = triton.cdiv(max(I, 1), BLOCK)
     programs = ACROSS * side * (side + 1) // 2
-    shares = max(1, min(PROGRAMS // programs, triton.cdiv(M, 4 * BLOCK_M)))
+    shares = max(1, min(PRODUCT_PROGRAMS // programs, triton.cdiv(M, 4 * BLOCK_M)))
     num_warps = 8 if BLOCK * BLOCK // ACROSS >= 64 * 64 else 4
     return {"BLOCK": BLOCK, "ACROSS": ACROSS, "BLOCK_M": BLOCK_M, "num_warps": num_warps, "num_stages": 3}, (programs, shares)
 
@@ -63,7 +64,7 @@ def _products(
             w = tl.load(weight + m, mask=inside, other=0.0).to(dtype)
             left = wide(left) * w[None, :]
             right = wide(right)
-        products = _dot(left, right, products, PRECISION)
+        products = dot(left, right, products, PRECISION)
         if SUMS:
             sums += tl.sum(wide(left), 1)
             count += w

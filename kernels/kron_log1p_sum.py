@@ -10,13 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import device_problem, fold_, long
-from ._log1p import BLOCK, PROGRAMS, log1p_terms, store_sums
-
-
-def why_not(acc: Tensor, a: Tensor, b: Tensor, c: float = 1.0) -> str | None:
-    """Why this call cannot run under Triton, or None."""
-    return device_problem(acc.device)
+from ._common import PROGRAMS, fold_, long
+from ._log1p import BLOCK, log1p_terms, store_sums
 
 
 @triton.jit

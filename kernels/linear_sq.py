@@ -9,8 +9,7 @@ workspace of its own, folded in a fixed order. The contract is in ``fisherfast.o
 
 import functools
 import itertools
-import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -19,12 +18,10 @@ from torch import Tensor
 
 from ._autotune import Choice, best
 from ._common import (
-    add_to,
+    add_both,
     architecture,
     check_offsets,
-    device_problem,
     fold_,
-    interpreted,
     long,
     power_of_two,
     raise_flag_,
@@ -32,14 +29,8 @@ from ._common import (
     sample_rows,
     wide,
 )
-
-# For kernels that split their sums: about one program per multiprocessor.
-PROGRAMS = 128
-
-
-def why_not(acc: Tensor, x: Tensor, g: Tensor, scale: float = 1.0, **_: Any) -> str | None:
-    """Why this call cannot run under Triton, or None."""
-    return device_problem(acc.device)
+from ._products import dot, fold_size, precision
+from ._squares import add_sample, steps_of, tiles_held
 
 
 class Work(NamedTuple):
@@ -53,7 +44,8 @@ class Work(NamedTuple):
     tiles: int
 
 
-# What the choice of tiles reckons with: an H200, seen here or from its data sheet, and the L2 a guess; to rank tiles, not to predict.
+# What the choice of tiles reckons with: an H200, seen here or from its data sheet, and the L2 a guess; to rank tiles, not to
+# predict.
 MULTIPROCESSORS = 132
 MATRIX_RATE = {2: 788e12, 4: 788e12 / 6, 8: 67e12}  # FLOP/s by bytes of a number; float32 takes six products of bfloat16
 L2_RATE = 7e12  # B/s from the L2 to all multiprocessors
@@ -111,38 +103,6 @@ def candidates(work: Work, arch: int) -> list[tuple[dict[str, int], int]]:
     return [(blocks(BLOCK_O, BLOCK_I), triton.cdiv(work.N, share)) for BLOCK_O, BLOCK_I, share in tiles[:4]]
 
 
-def tiles_held(acc: Tensor, total: Tensor | None) -> int:
-    """Tiles in registers: the sample's (or the squared operands), the squares, and what the other outputs add."""
-    return 2 + (total is not None) + (acc.dtype == torch.float64)
-
-
-def fold_size(steps: int) -> int:
-    """How many steps are added up in float32 registers before they are added to memory; a pure function.
-
-    A chain of L additions rounds like a random walk, ~ sqrt(L). In K chains of steps / K, then K additions in memory, the
-    variance ~ steps / K^2 + K is least at K = (2 steps)^(1/3).
-    """
-    return steps if steps <= 16 else math.ceil(steps / (2 * steps) ** (1 / 3))
-
-
-def precision(dtype: torch.dtype) -> str:
-    """How ``tl.dot`` multiplies: float32 is split into three bfloat16, which keeps all its bits, unless TF32 is allowed."""
-    if interpreted():
-        return "emulated"
-    if dtype != torch.float32:
-        return "ieee"
-    # The older switch, allow_tf32, is reflected here; reading it instead fails once a program has used this one.
-    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "bf16x6"
-
-
-@triton.jit
-def _dot(a, b, c, PRECISION: tl.constexpr):
-    if PRECISION == "emulated":  # Triton's interpreter would multiply the bit patterns of bfloat16
-        return tl.dot(wide(a), wide(b), c, input_precision="ieee", out_dtype=c.dtype)
-    else:
-        return tl.dot(a, b, c, input_precision=PRECISION, out_dtype=c.dtype)
-
-
 @triton.jit
 def _tile(shape, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr):
     """The rows and columns of ``[O, I]`` that this program owns, and where its share's ``[O, I]`` begins.
@@ -156,20 +116,6 @@ def _tile(shape, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr):
     o = long(8 * band + place % height) * BLOCK_O + tl.arange(0, BLOCK_O)
     i = long(place // height) * BLOCK_I + tl.arange(0, BLOCK_I)
     return o, i, long(tl.program_id(1)) * shape[3] * shape[2]
-
-
-@triton.jit
-def steps_of(offsets, begin, end, T, BLOCK_T: tl.constexpr):
-    """How many steps of BLOCK_T rows samples ``begin`` to ``end`` take; one without rows takes one, too."""
-    if offsets is None:
-        return (end - begin) * tl.cdiv(T, BLOCK_T)
-    else:
-        steps = tl.zeros([128], tl.int32)
-        for start in range(begin, end, 128):
-            n = start + tl.arange(0, 128)
-            _, rows = sample_rows(offsets, tl.minimum(n, end - 1), T)
-            steps += tl.where(n < end, tl.maximum(tl.cdiv(rows, BLOCK_T), 1), 0).to(tl.int32)
-        return tl.sum(steps, 0)
 
 
 @triton.jit(do_not_specialize=["share", "chain"])
@@ -231,28 +177,18 @@ def _linear_sq_kernel(
         x_t = x + long(n) * x_strides[0] + row[:, None] * x_strides[1]
         gs = tl.load(g_t, mask=inside_o & (t < rows)[None, :], other=0.0)  # [BLOCK_O, BLOCK_T]
         xs = tl.load(x_t, mask=inside_i & (t < rows)[:, None], other=0.0)  # [BLOCK_T, BLOCK_I]
-        c = _dot(gs, xs, c, PRECISION)
+        c = dot(gs, xs, c, PRECISION)
         start += BLOCK_T
         ends = start >= rows
         if ends:
-            if norms is not None:
-                tl.store(norms + long(tl.program_id(0)) * N + n, tl.sum(c * c))
-            w = 1.0
-            if weight is not None:
-                w = tl.load(weight + n)
-            squares += c * c * w
-            if total is not None:
-                sums += c * w
+            squares, sums = add_sample(squares, sums, c, n, N, weight, total, norms)
             c = zero
             done = n + 1 - begin
             if (done % chain == 0) | (n + 1 == end):
                 known = done > chain if WORKSPACE else True
                 index = out + o[:, None] * I + i[None, :]
-                add_to(acc, index, squares, scale, inside_o & inside_i, known)
-                squares = zero
-                if total is not None:
-                    add_to(total, index, sums, 1.0, inside_o & inside_i, known)
-                    sums = zero
+                add_both(acc, total, index, squares, sums, scale, inside_o & inside_i, known)
+                squares, sums = zero, zero
         # Beside the branch, not in it: where the next loads begin must not wait for the product.
         n += ends.to(tl.int32)
         start = tl.where(ends, 0, start)
@@ -305,18 +241,15 @@ def _linear_sq_flat_kernel(
         weighted = gs
         if weight is not None:
             weighted = gs * tl.load(weight + n, mask=n < end, other=0.0)[None, :]
-        squares = _dot(gs * weighted, xs * xs, squares, PRECISION)
+        squares = dot(gs * weighted, xs * xs, squares, PRECISION)
         if total is not None:
-            sums = _dot(weighted, xs, sums, PRECISION)
+            sums = dot(weighted, xs, sums, PRECISION)
         done = step + 1
         if (done % chain == 0) | (begin + done * BLOCK_T >= end):
             known = done > chain if WORKSPACE else True
             index = out + o[:, None] * I + i[None, :]
-            add_to(acc, index, squares, scale, inside_o & inside_i, known)
-            squares = zero
-            if total is not None:
-                add_to(total, index, sums, 1.0, inside_o & inside_i, known)
-                sums = zero
+            add_both(acc, total, index, squares, sums, scale, inside_o & inside_i, known)
+            squares, sums = zero, zero
 
 
 @triton.jit

@@ -5,22 +5,12 @@ Bound by memory: every value is read once. A program walks the samples of its sh
 columns, so that many short samples and few long ones both fill it. The contract is in ``fisherfast.ops.scale_sq``.
 """
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import check_offsets, device_problem, fold_, long, power_of_two, raise_flag_, rows_and_strides, sample_rows, wide
-
-# Enough programs for a few on each multiprocessor of a large GPU.
-PROGRAMS = 1024
-
-
-def why_not(acc: Tensor, x: Tensor | None, g: Tensor, scale: float = 1.0, **_: Any) -> str | None:
-    """Why this call cannot run under Triton, or None."""
-    return device_problem(acc.device)
+from ._common import PROGRAMS, check_offsets, fold_, long, power_of_two, raise_flag_, rows_and_strides, sample_rows, wide
 
 
 def config(N: int, T: int, D: int, dtype: torch.dtype) -> tuple[dict[str, int], int]:
@@ -37,7 +27,7 @@ def config(N: int, T: int, D: int, dtype: torch.dtype) -> tuple[dict[str, int], 
 
 @triton.jit
 def _sample_gradients(x, g, offsets, n, N, T, d, D, x_strides, g_strides, BLOCK_T: tl.constexpr):
-    """``sum_t g x`` [BLOCK_N, BLOCK_D] of samples ``n`` and columns ``d``, both 64-bit; and 0, NaN where an input is not finite."""
+    """``sum_t g x`` [BLOCK_N, BLOCK_D] of samples n and columns d, both 64-bit; and 0, NaN where an input is not finite."""
     first, rows = sample_rows(offsets, tl.minimum(n, N - 1), T)
     rows = tl.where(n < N, rows, 0)
     products = tl.zeros([n.shape[0], BLOCK_T, d.shape[0]], tl.float64 if g.dtype.element_ty == tl.float64 else tl.float32)

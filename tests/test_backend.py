@@ -128,6 +128,16 @@ def test_triton_without_a_gpu_or_its_interpreter_is_refused():
     assert refused.returncode != 0 and "needs cuda tensors, got cpu (or TRITON_INTERPRET=1 to emulate)" in refused.stderr
 
 
+@BY_NAME
+def test_triton_on_a_gpu_too_old_is_refused(op, monkeypatch):
+    kernels = pytest.importorskip("fisherfast.kernels._common", reason="triton is not installed", exc_type=ImportError)
+    monkeypatch.setattr(kernels, "architecture", lambda device: 75)
+    monkeypatch.setattr(op, "unavailable", lambda name, device: None)
+    message = f"{op.name}: backend 'triton' was asked for .* compute capability 8.0 or newer, got 75"
+    with ff.backend("triton"), pytest.raises(ff.BackendError, match=message):
+        op.overload(*arguments(op), **keywords(op))
+
+
 def test_triton_not_installed_is_named(monkeypatch):
     monkeypatch.setattr(_backend, "_triton_problem", lambda: "triton is not installed; pip install triton")
     op = _backend.OPS["linear_sq_"]
@@ -202,7 +212,7 @@ def test_triton_launcher_takes_the_arguments_of_the_op(op):
 
     kernels = importlib.import_module(f"fisherfast.kernels.{op.module}")
     assert inspect.signature(getattr(kernels, op.name)).parameters.keys() == inspect.signature(op.reference).parameters.keys()
-    assert kernels.why_not(*arguments(op), **keywords(op)) is None
+    assert op._triton_call_problem(arguments(op), keywords(op)) is None
 
 
 # ---- floors

@@ -18,6 +18,7 @@ import torch
 triton = pytest.importorskip("triton", reason="triton is not installed")
 from fisherfast.kernels import (  # noqa: E402
     _common,
+    _products,
     categorical_score,
     conv_gram,
     conv_sq,
@@ -144,7 +145,7 @@ def test_few_tiles_share_the_samples():
 
 @pytest.mark.parametrize("steps", [1, 2, 16, 17, 100, 1000, 10**5])
 def test_fold_size_covers_every_step_in_few_launches(steps):
-    fold = linear_sq.fold_size(steps)
+    fold = _products.fold_size(steps)
     launches = -(-steps // fold)
     assert 1 <= fold <= steps
     assert launches == 1 if steps <= 16 else launches <= (2 * steps) ** (1 / 3) + 1
@@ -193,8 +194,8 @@ def test_conv_config(groups, O, C, K, T, N, tiles, dtype, arch):
     assert all(size >= 16 and size & (size - 1) == 0 for size in sizes.values())
     assert all(sizes[name] < 2 * max(extent, 16) for name, extent in (("O", O), ("I", K * C), ("T", T)))
     programs = groups * triton.cdiv(O, sizes["O"]) * triton.cdiv(K * C, sizes["I"])
-    assert programs * N >= conv_sq.PROGRAMS or max(sizes["O"], sizes["I"]) <= 32
-    assert 1 <= shares <= N and (shares == 1 or shares * programs <= 4 * conv_sq.PROGRAMS)
+    assert programs * N >= _products.PRODUCT_PROGRAMS or max(sizes["O"], sizes["I"]) <= 32
+    assert 1 <= shares <= N and (shares == 1 or shares * programs <= 4 * _products.PRODUCT_PROGRAMS)
     assert shares == 1 or shares * groups * O * C * K * max(dtype.itemsize, 4) <= 2**26
     offsets = {column // C for column in range(min(sizes["I"], K * C))}
     assert not blocks["ONE_OFFSET"] or len(offsets) == 1
@@ -223,7 +224,7 @@ def test_gram_config(I, M, dtype, arch):
     side = -(-max(I, 1) // blocks["BLOCK"])
     assert programs == blocks["ACROSS"] * side * (side + 1) / 2
     assert min(blocks["BLOCK"] // blocks["ACROSS"], blocks["BLOCK_M"]) >= 16
-    assert shares == 1 or (shares * programs <= linear_sq.PROGRAMS and M > 4 * blocks["BLOCK_M"] * (shares - 1))
+    assert shares == 1 or (shares * programs <= _products.PRODUCT_PROGRAMS and M > 4 * blocks["BLOCK_M"] * (shares - 1))
 
 
 @pytest.mark.parametrize("arch", TARGETS)
@@ -238,8 +239,8 @@ def test_conv_gram_config(groups, C, K, M, bias, dtype, arch):
     assert size >= 16 and size & (size - 1) == 0 and size < 2 * max(K * C + bias, 16)
     assert blocks["BLOCK_T"] >= 16 and blocks["BLOCK_T"] < 2 * max(M, 16)
     programs = groups * conv_gram.upper_tiles(triton.cdiv(K * C + bias, size))
-    assert programs * steps >= conv_gram.PROGRAMS or size <= 32
-    assert 1 <= shares <= steps and (shares == 1 or shares * programs <= 4 * conv_gram.PROGRAMS)
+    assert programs * steps >= _products.PRODUCT_PROGRAMS or size <= 32
+    assert 1 <= shares <= steps and (shares == 1 or shares * programs <= 4 * _products.PRODUCT_PROGRAMS)
     assert not blocks["ONE_OFFSET"] or K == 1 or C % size == 0
 
 
@@ -256,5 +257,5 @@ def test_embedding_config(M, D, dtype):
 @pytest.mark.parametrize(("found", "usable"), [(75, False), (80, True), (90, True), (100, True), ("gfx942", False)])
 def test_reason_names_the_gpu_that_cannot(monkeypatch, found, usable):
     monkeypatch.setattr(_common, "architecture", lambda device: found)
-    reason = linear_sq.why_not(torch.empty(2, 3), torch.empty(1, 1, 3), torch.empty(1, 1, 2))
+    reason = _common.device_problem(torch.device("cpu"))
     assert reason is None if usable else f"got {found}" in reason

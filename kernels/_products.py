@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Products of tiles on the matrix units: how the operands are multiplied, and how long a sum of them stays in registers."""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+from ._common import interpreted, wide
+
+# For kernels that split a sum of products: about one program per multiprocessor.
+PRODUCT_PROGRAMS = 128
+
+
+def fold_size(steps: int) -> int:
+    """How many steps are added up in float32 registers before they are added to memory; a pure function.
+
+    A chain of L additions rounds like a random walk, ~ sqrt(L). In K chains of steps / K, then K additions in memory, the
+    variance ~ steps / K^2 + K is least at K = (2 steps)^(1/3).
+    """
+    return steps if steps <= 16 else math.ceil(steps / (2 * steps) ** (1 / 3))
+
+
+def precision(dtype: torch.dtype) -> str:
+    """How ``tl.dot`` multiplies: float32 is split into three bfloat16, which keeps all its bits, unless TF32 is allowed."""
+    if interpreted():
+        return "emulated"
+    if dtype != torch.float32:
+        return "ieee"
+    # The older switch, allow_tf32, is reflected here; reading it instead fails once a program has used this one.
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "bf16x6"
+
+
+@triton.jit
+def dot(a, b, c, PRECISION: tl.constexpr):
+    """``c + a b`` in the precision of c; PRECISION is what ``precision`` says of the operands' dtype."""
+    if PRECISION == "emulated":  # Triton's interpreter would multiply the bit patterns of bfloat16
+        return tl.dot(wide(a), wide(b), c, input_precision="ieee", out_dtype=c.dtype)
+    else:
+        return tl.dot(a, b, c, input_precision=PRECISION, out_dtype=c.dtype)
