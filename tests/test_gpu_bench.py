@@ -118,7 +118,7 @@ def test_ceilings_are_measured():
 def test_a_run_goes_on_in_its_file_and_never_in_another_one_s(tmp_path):
     first = record.Document(MACHINE, tmp_path)
     first.append("ops", {"op": "a"})
-    again = record.Document(MACHINE | {"commit": "another"}, tmp_path)
+    again = record.Document(MACHINE | {"commit": "another", "driver": "1.2.3"}, tmp_path)
     assert again.path == first.path and again.content["ops"] == [{"op": "a"}]
     other = record.Document(MACHINE | {"sha256": {"csrc": "2" * 64}}, tmp_path)
     other.save(ceilings={"copy": 1.0})

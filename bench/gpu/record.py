@@ -17,6 +17,8 @@ from gpu import cost
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "bench" / "results"
+# Any commit of the same sources will do; the driver is whatever the machine that was lent has, down to its build.
+INCIDENTAL = {"commit": None, "driver": None}
 
 
 def newest(results: Path = RESULTS) -> list[Path]:
@@ -80,9 +82,8 @@ class Document:
 
 
 def _content(path: Path, machine: dict[str, Any], date: str) -> dict[str, Any] | None:
-    """What a file holds, or would; None if it is of another machine or other sources. Any commit of the same sources will do."""
+    """What a file holds, or would; None if it is of another machine or other sources; ``INCIDENTAL`` facts may differ."""
     if not path.exists():
         return {"date": date, "machine": machine, "ceilings": None, "ops": [], "models": []}
     content = json.loads(path.read_text())
-    alike = {**content["machine"], "commit": None} == {**machine, "commit": None}
-    return content if alike else None
+    return content if {**content["machine"], **INCIDENTAL} == {**machine, **INCIDENTAL} else None
