@@ -96,7 +96,7 @@ def test_the_shapes_that_the_targets_name_are_there():
     assert any(T >= 512 and {I, O} == {4096} for _, T, I, O in shapes)
     assert any(T >= 512 and {I, O} == {4096, 14336} for _, T, I, O in shapes)
     assert any(1 < T <= 128 and N >= 8 for N, T, *_ in shapes) and any(T == 1 for _, T, *_ in shapes)
-    assert any(I >= 4096 for _, I in problems.GRAM.values()) and any(I <= 64 for _, I in problems.GRAM.values())
+    assert any(I >= 4096 for *_, I in problems.GRAM.values()) and any(I <= 64 for *_, I in problems.GRAM.values())
 
 
 def test_tf32_is_allowed_inside_its_block_only():
@@ -105,6 +105,31 @@ def test_tf32_is_allowed_inside_its_block_only():
         with clock.tf32(allowed):
             assert torch.backends.cuda.matmul.fp32_precision == torch.backends.cudnn.conv.fp32_precision == precision
     assert before == (torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision)
+
+
+def test_the_device_waits_while_a_run_is_launched(monkeypatch):
+    """L2 flushed, then the device kept busy, and only then the clock: nothing but the run is between the events."""
+    done = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            done.append("record")
+
+        def elapsed_time(self, end):
+            return 2.0
+
+    class Flush:
+        def zero_(self):
+            done.append("flush")
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: done.append("wait"))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: done.append("synchronize"))
+    assert clock._events(lambda: done.append("run"), 2, Flush()) == [2e-3, 2e-3]
+    assert done == ["flush", "wait", "record", "run", "record"] * 2 + ["synchronize"]
 
 
 def test_ceilings_are_measured():
@@ -272,15 +297,24 @@ def test_the_table_is_that_of_the_stored_results():
 
 
 @pytest.fixture
-def two_choices(tmp_path, monkeypatch):
+def choose_from(tmp_path, monkeypatch):
+    """Make the table of choices from measurements."""
+
+    def choose_from(*ops):
+        table = choose.table([document(tmp_path, ops)])
+        monkeypatch.setattr(_choice, "table", lambda: table)
+        _choice._nearest.cache_clear()
+
+    yield choose_from
+    _choice._nearest.cache_clear()
+
+
+@pytest.fixture
+def two_choices(choose_from):
     """CUDA C++ was faster at a large call, Triton at a small one."""
     large = measured(case="large", extents=((640, 320), (2, 80, 320), (2, 80, 640)))
     small = measured(case="small", routes=[route("triton", 1e-4), route("cuda", 2e-4)])
-    table = choose.table([document(tmp_path, [small, large])])
-    monkeypatch.setattr(_choice, "table", lambda: table)
-    _choice._nearest.cache_clear()
-    yield
-    _choice._nearest.cache_clear()
+    choose_from(small, large)
 
 
 def linear(N, T, I, O, dtype=torch.bfloat16):
@@ -300,6 +334,22 @@ def test_what_was_not_measured_has_no_choice(two_choices):
     assert _choice.fastest("linear_sq_", "9.0", packed) is None
     assert _choice.fastest("linear_sq_", "9.0", linear(2, 8, 32, 64, torch.float32)) is None
     assert _choice.preferred("linear_sq_", "9.0") == {"triton", "cuda"} and _choice.preferred("linear_sq_", "8.0") == set()
+
+
+def test_what_kfac_calls_has_a_choice(choose_from, monkeypatch):
+    """The bench measures ``gram_`` with the axes that KFAC gives it, of sequences and of single rows."""
+    problem = problems.build("cpu", "gram_", "llama8b-in", "fp32", tiny=True)
+    choose_from(measured(op="gram_", mode="fp32", extents=_choice.extents((problem.acc, *problem.inputs))))
+    calls = []
+    monkeypatch.setattr(_backend.Op, "_order", lambda op, device, args: calls.append((op.name, args)) or ("reference",))
+    model = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.Linear(7, 3, bias=False))
+    for x, y in (
+        (torch.randn(2, 4, 5), torch.zeros(2, 4, dtype=torch.int64)),
+        (torch.randn(2, 5), torch.zeros(2, dtype=torch.int64)),
+    ):
+        ff.fisher(model, [(x, y)], structure="kfac", fisher_type="empirical", progress=False)
+    called = [args for name, args in calls if name == "gram_"]
+    assert len(called) >= 8 and all(_choice.fastest("gram_", "9.0", args) == "cuda" for args in called)
 
 
 def test_the_router_takes_the_chosen_backend_first_and_then_the_others(two_choices, monkeypatch):

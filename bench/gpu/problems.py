@@ -37,13 +37,13 @@ LINEAR = {  # N, T, I, O
     "vit-up": (64, 197, 768, 3072),
     "llama1b-head": (4, 512, 2048, 128256),
 }
-GRAM = {  # M, I
-    "llama8b-in": (8192, 4096),
-    "gpt2-in": (32768, 768),
-    "llama8b-down": (4096, 14336),
-    "head-query": (65536, 64),
-    "llama1b-in": (8192, 2048),
-    "resnet-bias": (16384, 256),
+GRAM = {  # N, T, I: as KFAC calls it
+    "llama8b-in": (8, 1024, 4096),
+    "gpt2-in": (32, 1024, 768),
+    "llama8b-down": (4, 1024, 14336),
+    "head-query": (128, 512, 64),
+    "llama1b-in": (16, 512, 2048),
+    "resnet-bias": (64, 256, 256),
 }
 SCALE = {  # N, T, D, with x
     "llama8b-norm": (8, 2048, 4096, True),
@@ -197,23 +197,24 @@ def embedding(draw: Draw, N: int, T: int, V: int, D: int) -> Problem:
     )
 
 
-def gram(draw: Draw, M: int, I: int) -> Problem:
+def gram(draw: Draw, N: int, T: int, I: int) -> Problem:
     """``gram_`` against the whole product (another result where it is rounded to 16 bits), and with float32 output."""
-    x = draw.normal(M, I)
+    x = draw.normal(N, T, I)
+    rows = x.flatten(0, 1)
 
     def product(wide: torch.dtype) -> Tensor:
-        return (x.to(wide).mT @ x.to(wide)).triu()
+        return (rows.to(wide).mT @ rows.to(wide)).triu()
 
     return Problem(
         op="gram_",
         mode=draw.mode,
-        shape={"M": M, "I": I},
+        shape={"N": N, "T": T, "I": I},
         acc=draw.zeros(I, I),
         inputs=(x,),
         oracle=lambda: product(torch.float64),
         plain=lambda: product(torch.float32),
-        peers={"x.T @ x": lambda acc: x.mT @ x, "x.T @ x, float32 output": lambda acc: float_output(acc, x.mT, x)},
-        cost=cost.gram(M, I, draw.mode),
+        peers={"x.T @ x": lambda acc: rows.mT @ rows, "x.T @ x, float32 output": lambda acc: float_output(acc, rows.mT, rows)},
+        cost=cost.gram(N * T, I, draw.mode),
         compared=torch.triu,
     )
 
@@ -386,7 +387,7 @@ class Cases(NamedTuple):
 
 CASES = {
     "linear_sq_": Cases(linear, LINEAR, EVERY, (3, 5, 7, 11)),
-    "gram_": Cases(gram, GRAM, EVERY, (13, 7)),
+    "gram_": Cases(gram, GRAM, EVERY, (3, 5, 7)),
     "conv_sq_": Cases(conv, CONV, EVERY, (3, 4, 6, 7, 3, 2, 2)),
     "conv_gram_": Cases(conv_gram, CONV_GRAM, EVERY, (3, 4, 7, 3, 2)),
     "scale_sq_": Cases(scale, SCALE, WITHOUT_PRODUCTS, (3, 5, 7, True)),
