@@ -18,6 +18,8 @@ ID_BYTES = 8
 # Of the square of a product each of four factors loses up to 2^-10: torch may decline TF32 for a shape, and then its error says
 # nothing of ours.
 TF32_ERROR = 2.0**-8
+# Up to here a result that misses the gate is a sum in another order or rounded otherwise: its time is worth knowing. Beyond, it is wrong.
+CLOSE = 1e-4
 # Of one product and both its log-determinant terms: 35 instructions of float64, of which a division takes eight. Each takes
 # the place of a multiply-add.
 LOG1P_FLOPS = 2 * 35
@@ -131,7 +133,10 @@ def meant(op: str, mode: str, shape: dict[str, int], by: str) -> float | None:
 
 
 def passes(error: float, plain: float, mode: str = "fp32") -> bool:
-    """The numerical gate of the whole project: at most twice the error of plain torch in float32, or in TF32 where that is asked."""
+    """The numerical gate of the whole project: at most twice the error of plain torch in float32, or in TF32 where that is asked.
+
+    Plain torch multiplies values of 16 bits with the units that we do: ``problems.product``.
+    """
     return error <= max(2 * plain + 1e-7, TF32_ERROR if mode == "tf32" else 0.0)
 
 

@@ -17,7 +17,8 @@ OPS = """\
 Time by device events, the L2 cold, median of up to 30; the share is of the time that the binding ceiling allows: operations over
 the unit's rate, or bytes that must be moved over the copy bandwidth, whichever takes longer. A column with x says how many times
 faster our fastest backend is than that way; below 1 we lose. The error against float64 is relative to plain torch's; the gate is 2,
-and in TF32 an absolute one (`bench/gpu/cost.py`).
+and in TF32 an absolute one (`bench/gpu/cost.py`). A result that fails it by rounding has a time and is never our fastest; one that is off
+by more has none.
 """
 MODELS = """\
 ### Whole models
@@ -68,7 +69,7 @@ def _ours(record: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 def _best(record: dict[str, Any]) -> dict[str, Any] | None:
     """Our fastest backend's record, of those whose result is right."""
-    return min((r for r in _ours(record).values() if "seconds" in r), key=_median, default=None)
+    return min((r for r in _ours(record).values() if r["passes"]), key=_median, default=None)
 
 
 def _median(timed: dict[str, Any]) -> float:
@@ -78,7 +79,9 @@ def _median(timed: dict[str, Any]) -> float:
 def _backend(route: dict[str, Any] | None) -> str:
     if route is None:
         return NONE
-    return f"{_milliseconds(_median(route))} ({route['fraction']:.0%})" if "seconds" in route else "wrong"
+    if "seconds" not in route:
+        return "wrong"
+    return f"{_milliseconds(_median(route))} ({route['fraction']:.0%}{'' if route['passes'] else ', FAILS THE GATE'})"
 
 
 def _times(record: dict[str, Any], peer: str) -> str:
@@ -161,8 +164,12 @@ def _losses(run: dict[str, Any]) -> str:
     lines = []
     for record in run["ops"]:
         best, where = _best(record), f"`{record['op']}` {record['case']} {record['mode']}"
-        wrong = (r for r in _ours(record).values() if not r["passes"])
-        lines += [f"- {where}: {r['route']} {r.get('why') or 'misses the numerical gate'}." for r in wrong]
+        missed = "misses the numerical gate: error {error:.1e}, plain torch's {plain:.1e}"
+        lines += [
+            f"- {where}: {r['route']} {r.get('why') or missed.format(error=r['error'], plain=record['plain_error'])}."
+            for r in _ours(record).values()
+            if not r["passes"]
+        ]
         if best is None:
             continue
         others = (

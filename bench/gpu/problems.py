@@ -102,7 +102,7 @@ class Problem(NamedTuple):
     acc: Tensor  # what every run starts from
     inputs: tuple[Tensor | None, ...]  # of the op, after the accumulator
     oracle: Callable[[], Tensor]  # float64
-    plain: Callable[[], Tensor]  # plain torch in float32, whose error sets the gate
+    plain: Callable[[], Tensor]  # plain torch with a float32 result, whose error sets the gate
     peers: dict[str, Run]  # how it is done without us: timed, and their error reported where they return the accumulator
     cost: cost.Cost
     options: dict[str, Any] = {}
@@ -119,6 +119,19 @@ def squared(acc: Tensor, gradient: Tensor) -> None:
     acc.addcmul_(gradient, gradient)
 
 
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """``a b``, of 16-bit matrices or batches of them in float32.
+
+    On CUDA torch multiplies those on tensor cores, which truncate the float32 sum with every 16 rows: an error that grows with the rows
+    and that no kernel on tensor cores avoids. A gate set by multiply-adds, which round to nearest, would reject all of them.
+    """
+    if a.dtype.itemsize > 2:
+        return a @ b
+    if not a.is_cuda:
+        return a.float() @ b.float()
+    return (torch.mm if a.dim() == 2 else torch.bmm)(a, b, out_dtype=torch.float32)
+
+
 def per_sample(acc: Tensor, x: Tensor, g: Tensor) -> Tensor:
     """A loop of matrix products."""
     for x_n, g_n in zip(x, g, strict=True):
@@ -130,11 +143,8 @@ def linear(draw: Draw, N: int, T: int, I: int, O: int) -> Problem:
     """``linear_sq_`` against materialising, a loop over samples, and the weight gradient's GEMM alone (another result)."""
     x, g = draw.normal(N, T, I), draw.normal(N, T, O)
 
-    def materialised(x: Tensor = x, g: Tensor = g) -> Tensor:
-        return torch.einsum("nto,nti->noi", g, x).float().square().sum(0)
-
     peers = {
-        "einsum, materialised": lambda acc: acc.add_(materialised()),
+        "einsum, materialised": lambda acc: acc.add_(torch.einsum("nto,nti->noi", g, x).float().square().sum(0)),
         "mm per sample": lambda acc: per_sample(acc, x, g),
         "dW GEMM alone": lambda acc: torch.mm(g.flatten(0, 1).mT, x.flatten(0, 1)),
     }
@@ -147,7 +157,7 @@ def linear(draw: Draw, N: int, T: int, I: int, O: int) -> Problem:
         acc=draw.zeros(O, I),
         inputs=(x, g),
         oracle=lambda: per_sample(draw.zeros(O, I, wide=True), x.double(), g.double()),
-        plain=lambda: materialised(x.float(), g.float()),
+        plain=lambda: product(g.mT, x).square().sum(0),
         peers=peers,
         cost=cost.linear(N, T, I, O, draw.mode),
     )
@@ -202,17 +212,14 @@ def gram(draw: Draw, N: int, T: int, I: int) -> Problem:
     x = draw.normal(N, T, I)
     rows = x.flatten(0, 1)
 
-    def product(wide: torch.dtype) -> Tensor:
-        return (rows.to(wide).mT @ rows.to(wide)).triu()
-
     return Problem(
         op="gram_",
         mode=draw.mode,
         shape={"N": N, "T": T, "I": I},
         acc=draw.zeros(I, I),
         inputs=(x,),
-        oracle=lambda: product(torch.float64),
-        plain=lambda: product(torch.float32),
+        oracle=lambda: (rows.double().mT @ rows.double()).triu(),
+        plain=lambda: product(rows.mT, rows).triu(),
         peers={"x.T @ x": lambda acc: rows.mT @ rows, "x.T @ x, float32 output": lambda acc: float_output(acc, rows.mT, rows)},
         cost=cost.gram(N * T, I, draw.mode),
         compared=torch.triu,
@@ -220,10 +227,8 @@ def gram(draw: Draw, N: int, T: int, I: int) -> Problem:
 
 
 def float_output(acc: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """``acc += a b`` with the accumulator's precision kept: torch has 16-bit products with such an output on CUDA alone."""
-    if a.dtype == acc.dtype:
-        return acc.addmm_(a, b)
-    return acc.add_(torch.mm(a, b, out_dtype=acc.dtype) if a.is_cuda else a.float() @ b.float())
+    """``acc += a b`` with the accumulator's precision kept."""
+    return acc.addmm_(a, b) if a.dtype == acc.dtype else acc.add_(product(a, b))
 
 
 def border(K: int) -> int:
@@ -259,7 +264,7 @@ def conv(draw: Draw, N: int, C: int, O: int, H: int, K: int, stride: int, groups
     def unfolded(acc: Tensor, x: Tensor, g: Tensor) -> Tensor:
         for x_n, g_n in zip(x.split(1), g, strict=True):
             rows, columns = g_n.view(groups, O // groups, P * P), patches(x_n, K, stride).view(groups, -1, P * P)
-            squared(acc, torch.einsum("gop,gip->goi", rows, columns).reshape(weight))
+            squared(acc, product(rows, columns.mT).reshape(weight))
         return acc
 
     return Problem(
@@ -269,9 +274,9 @@ def conv(draw: Draw, N: int, C: int, O: int, H: int, K: int, stride: int, groups
         acc=draw.zeros(*weight),
         inputs=(x, g),
         oracle=lambda: unfolded(draw.zeros(*weight, wide=True), x.double(), g.double()),
-        plain=lambda: unfolded(draw.zeros(*weight), x.float(), g.float()),
+        plain=lambda: unfolded(draw.zeros(*weight), x, g),
         peers={
-            "unfold and einsum per sample": lambda acc: unfolded(acc, x, g),
+            "unfold and bmm per sample": lambda acc: unfolded(acc, x, g),
             "dW per sample": lambda acc: loop(acc, x, g),
             "dW of the batch alone": lambda acc: gradient(x, g),
         },
@@ -286,12 +291,12 @@ def conv_gram(draw: Draw, N: int, C: int, H: int, K: int, stride: int) -> Proble
 
     def unfolded(acc: Tensor, x: Tensor) -> Tensor:
         rows = patches(x, K, stride).mT.flatten(0, 1)
-        float_output(acc[0], rows.mT, rows)
+        float_output(acc.squeeze(0), rows.mT, rows)
         return acc
 
-    def image_by_image(acc: Tensor, wide: torch.dtype) -> Tensor:  # all patches at once would not fit
+    def image_by_image(acc: Tensor, x: Tensor) -> Tensor:  # all patches at once would not fit
         for x_n in x.split(1):
-            unfolded(acc, x_n.to(wide))
+            unfolded(acc, x_n)
         return acc.triu_()
 
     return Problem(
@@ -300,8 +305,8 @@ def conv_gram(draw: Draw, N: int, C: int, H: int, K: int, stride: int) -> Proble
         shape={"N": N, "C": C, "H": H, "K": K, "stride": stride},
         acc=draw.zeros(1, D, D),
         inputs=(x,),
-        oracle=lambda: image_by_image(draw.zeros(1, D, D, wide=True), torch.float64),
-        plain=lambda: image_by_image(draw.zeros(1, D, D), torch.float32),
+        oracle=lambda: image_by_image(draw.zeros(1, D, D, wide=True), x.double()),
+        plain=lambda: image_by_image(draw.zeros(1, D, D), x),
         peers={"unfold and x.T @ x": lambda acc: unfolded(acc, x)},
         cost=cost.conv_gram(N, C, H, positions(H, K, stride), K, draw.mode),
         options={"kernel": (K, K), "stride": (stride, stride), "padding": (border(K), border(K))},
