@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The GPU check's arithmetic, and what it does where there is no GPU."""
 
+import shutil
 import subprocess
 import sys
 import time
@@ -231,6 +232,31 @@ def test_results_are_collected_after_every_step(tmp_path, monkeypatch):
     with (folder / "gpu-check.log").open("w") as log:
         assert check.stage("test", 60, check.Progress(folder / "gpu-check-passed.txt"), log)
     assert sorted(path.name for path in out.iterdir()) == ["2020-01-02.json", "gpu-check-passed.txt", "gpu-check.log"]
+
+
+BREAKS = """
+import torch
+
+def test_breaks_the_gpu():
+    def synchronize():
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+    torch.cuda.is_initialized, torch.cuda.synchronize = lambda: True, synchronize
+
+def test_is_right():
+    pass
+"""
+
+
+@pytest.mark.slow
+def test_a_test_that_breaks_the_gpu_takes_no_other_with_it(tmp_path):
+    """It is named, and a new worker runs the next one."""
+    pytest.importorskip("xdist", reason="pytest-xdist is not installed")
+    shutil.copy(check.ROOT / "tests" / "conftest.py", tmp_path)
+    (tmp_path / "test_it.py").write_text(BREAKS)
+    command = [sys.executable, "-P", "-m", "pytest", "-n", "1", "-p", "no:cacheprovider", str(tmp_path)]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert "crashed while running 'test_it.py::test_breaks_the_gpu'" in result.stdout, result.stdout
+    assert "1 failed, 2 passed" in result.stdout, result.stdout  # the first one's body had passed
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU, so gpu_check would run the whole check")
