@@ -31,11 +31,12 @@ above the resting model. The peers' ways are plain torch; what they leave out is
 def section(run: dict[str, Any], source: str) -> str:
     """One GPU's results; a part that a run does not have is left out."""
     parts = [_machine(run, source)]
-    ops = list(dict.fromkeys(r["op"] for r in run["ops"]))
-    parts += [OPS, *(_op([r for r in run["ops"] if r["op"] == op]) for op in ops)] if ops else []
+    prepared = [r for r in run["ops"] if "shape" in r]
+    ops = list(dict.fromkeys(r["op"] for r in prepared))
+    parts += [OPS, *(_op([r for r in prepared if r["op"] == op]) for op in ops)] if ops else []
     tables = list(dict.fromkeys((r["case"], r["mode"], r["quantity"]) for r in run["models"]))
     parts += [MODELS, *(_model([r for r in run["models"] if _key(r) == key]) for key in tables)] if tables else []
-    parts += [_largest(run["largest"])] if "largest" in run else []
+    parts += [_largest(found) for found in run["largest"]]
     return "\n".join([*parts, _losses(run)])
 
 
@@ -164,6 +165,7 @@ def _losses(run: dict[str, Any]) -> str:
     lines = []
     for record in run["ops"]:
         best, where = _best(record), f"`{record['op']}` {record['case']} {record['mode']}"
+        lines += [f"- {where}: {record['why']}."] if "why" in record else []
         missed = "misses the numerical gate: error {error:.1e}, plain torch's {plain:.1e}"
         lines += [
             f"- {where}: {r['route']} {r.get('why') or missed.format(error=r['error'], plain=record['plain_error'])}."
