@@ -18,6 +18,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import deque
 from pathlib import Path
 from typing import NamedTuple, TextIO
 
@@ -29,6 +30,7 @@ from gpu import cost
 
 ROOT = Path(__file__).parents[1]
 STAGE_SECONDS = 480
+TAIL = 30  # lines of a process that failed are kept
 RESULTS = ROOT / "bench" / "results"
 
 
@@ -38,18 +40,28 @@ class Command(NamedTuple):
     argv: list[str]
     environment: dict[str, str]
     lasting: bool = False
+    instead: Command | None = None  # what the others can do with, where this one fails
 
     @property
     def name(self) -> str:
-        """What the record of passed commands calls it, on any machine."""
-        return " ".join(part.removeprefix(f"{ROOT}/") for part in self.argv if part != sys.executable)
+        """What the record of commands calls it, on any machine."""
+        settings = [f"{key}={value}" for key, value in self.environment.items()]
+        return " ".join([*settings, *(part.removeprefix(f"{ROOT}/") for part in self.argv if part != sys.executable)])
+
+
+class Ended(NamedTuple):
+    """How a process ended, and the last lines that it printed."""
+
+    status: int
+    tail: list[str]
 
 
 def build(seconds: int) -> list[Command]:
-    """Compile for this GPU and install the checkout, from what is on the machine alone."""
+    """Compile for this GPU and install the checkout, from what is on the machine alone; without CUDA C++ there is still Triton."""
     pip = [sys.executable, "-m", "pip", "install", "-v", "--no-build-isolation", "--no-deps", "--no-index", "-e", str(ROOT)]
     architecture = cost.architecture(torch.cuda.get_device_capability())
-    return [Command(pip, {"FISHERFAST_NATIVE": "cuda", "TORCH_CUDA_ARCH_LIST": architecture, "MAX_JOBS": str(os.cpu_count())})]
+    without = Command(pip, {"FISHERFAST_NATIVE": "cpu"})
+    return [Command(pip, {"FISHERFAST_NATIVE": "cuda", "TORCH_CUDA_ARCH_LIST": architecture}, instead=without)]
 
 
 def test(seconds: int) -> list[Command]:
@@ -94,23 +106,30 @@ STAGES = {"build": build, "test": test, "sanitize": sanitize, "bench": bench, "m
 
 
 class Progress:
-    """The commands that have passed with the sources as they are; a file, so that a later run on another machine knows."""
+    """What has passed and what failed with the sources as they are; a file, so that a later run on another machine knows."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         folders = ("csrc", "kernels", "fisherfast", "tests", "bench/gpu")
         self.sources = f"torch {torch.__version__} " + " ".join(cost.sources_sha256(ROOT / folder)[:16] for folder in folders)
         found = json.loads(path.read_text()) if path.exists() else {}
-        self.passed: list[str] = found["passed"] if found.get("sources") == self.sources else []
+        known = found if found.get("sources") == self.sources else {}
+        self.passed: list[str] = known.get("passed", [])
+        self.failed: dict[str, list[str]] = known.get("failed", {})  # with the last lines
 
-    def add(self, name: str) -> None:
-        """Note that a command passed."""
-        self.passed.append(name)
-        self.path.write_text(json.dumps({"sources": self.sources, "passed": self.passed}, indent=1) + "\n")
+    def add(self, command: Command, ended: Ended) -> None:
+        """Note how a command ended."""
+        self.failed.pop(command.name, None)
+        if ended.status != 0:
+            self.failed[command.name] = ended.tail
+        elif command.lasting:
+            self.passed.append(command.name)
+        known = {"sources": self.sources, "passed": self.passed, "failed": self.failed}
+        self.path.write_text(json.dumps(known, indent=1) + "\n")
 
 
-def run(command: Command, seconds: float, log: TextIO) -> bool:
-    """Run one process, its output shown and logged; False if it fails or outlasts ``seconds``."""
+def run(command: Command, seconds: float, log: TextIO) -> Ended:
+    """Run one process, its output shown and logged; one that outlasts ``seconds`` is killed."""
     environment = {**os.environ, "PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1", **command.environment}
     try:
         process = subprocess.Popen(
@@ -124,14 +143,17 @@ def run(command: Command, seconds: float, log: TextIO) -> bool:
             process_group=0,  # its own workers end with it
         )
     except FileNotFoundError as missing:
-        say(f"gpu-check: {missing.filename} is not on this machine", log)
-        return False
+        problem = f"{missing.filename} is not on this machine"
+        say(f"gpu-check: {problem}", log)
+        return Ended(127, [problem])
     timer = threading.Timer(seconds, os.killpg, (process.pid, signal.SIGKILL))
     timer.start()
+    tail: deque[str] = deque(maxlen=TAIL)
     for line in process.stdout:
-        say(line.rstrip("\n"), log)
+        tail.append(line.rstrip("\n"))
+        say(tail[-1], log)
     timer.cancel()
-    return process.wait() == 0
+    return Ended(process.wait(), list(tail))
 
 
 def say(line: str, log: TextIO) -> None:
@@ -141,21 +163,29 @@ def say(line: str, log: TextIO) -> None:
     log.flush()
 
 
+def passes(command: Command, deadline: float, progress: Progress, log: TextIO) -> bool:
+    """Run a process, unless it has passed before, and what there is instead if it fails; whether one of them passed."""
+    if command.name in progress.passed:
+        say(f"gpu-check: passed before: {command.name}", log)
+        return True
+    remaining = deadline - time.monotonic()
+    if remaining <= 0:
+        say(f"gpu-check: no time left: {command.name}", log)
+        return False
+    ended = run(command, remaining, log)
+    progress.add(command, ended)
+    if ended.status == 0:
+        return True
+    say(f"gpu-check: failed: {command.name}", log)
+    return command.instead is not None and passes(command.instead, deadline, progress, log)
+
+
 def stage(name: str, seconds: int, progress: Progress, log: TextIO) -> bool:
     """Run a stage's processes one after the other within its time, but those that have passed before; collect after each."""
     say(f"gpu-check: {name}", log)
     start, good = time.monotonic(), True
     for command in STAGES[name](seconds):
-        if command.lasting and command.name in progress.passed:
-            say(f"gpu-check: passed before: {command.name}", log)
-            continue
-        remaining = seconds - (time.monotonic() - start)
-        passed = remaining > 0 and run(command, remaining, log)
-        if passed and command.lasting:
-            progress.add(command.name)
-        if not passed:
-            say(f"gpu-check: {'failed' if remaining > 0 else 'no time left'}: {command.name}", log)
-        good &= passed
+        good &= passes(command, start + seconds, progress, log)
         if "OUT" in os.environ:
             export(Path(os.environ["OUT"]), Path(log.name))
     say(f"gpu-check: {name} {'passed' if good else 'FAILED'} in {time.monotonic() - start:.0f} s", log)
@@ -182,16 +212,18 @@ def main() -> int:
         return 0
     folder = RESULTS / cost.slug(torch.cuda.get_device_name())
     folder.mkdir(parents=True, exist_ok=True)
-    log_path, passed, progress = folder / "gpu-check.log", {}, Progress(folder / "gpu-check-passed.txt")
+    log_path, passed, progress = folder / "gpu-check.log", {}, Progress(folder / "gpu-check-progress.txt")
     with log_path.open("a") as log:
         for name in stages:
             passed[name] = stage(name, given.seconds, progress, log)
             if name == "build" and not passed[name]:
                 break  # nothing else can run
         say("gpu-check: " + ", ".join(f"{name} {'passed' if ok else 'FAILED'}" for name, ok in passed.items()), log)
+        for name in progress.failed:
+            say(f"gpu-check: failed, see {progress.path.name}: {name}", log)
     if "OUT" in os.environ:
         export(Path(os.environ["OUT"]), log_path)
-    return 0 if all(passed.values()) else 1
+    return 0 if all(passed.values()) and not progress.failed else 1
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What all tests share: Triton's interpreter where there is no GPU, one seed per test, poisoned new memory, CPU instruction sets."""
+"""What all tests share: Triton's interpreter without a GPU, one seed each, poisoned new memory, instruction sets, a GPU that answers."""
 
 import os
 import sys
@@ -40,6 +40,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def seed(request: pytest.FixtureRequest) -> None:
     """One seed per test, from its name: the same alone, in the suite and in any order."""
     torch.manual_seed(zlib.crc32(request.node.nodeid.encode()))
+
+
+@pytest.fixture(autouse=True)
+def answering_gpu(request: pytest.FixtureRequest) -> Iterator[None]:
+    """End this process if the test broke the GPU: nothing runs on it here any more, and every later test would take the blame.
+
+    Of a worker of pytest-xdist the test is then named as crashed, and a new worker runs the rest.
+    """
+    yield
+    try:
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+    except RuntimeError as error:  # what every CUDA error is
+        print(f"{request.node.nodeid}: the GPU is lost to this process: {error}", file=sys.__stderr__, flush=True)
+        os._exit(1)
 
 
 @pytest.fixture(autouse=True)

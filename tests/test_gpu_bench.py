@@ -5,7 +5,9 @@ Numbers in here are made up; none leaves the test's own folder.
 """
 
 import json
+import subprocess
 import sys
+import time
 from itertools import pairwise
 from pathlib import Path
 
@@ -14,6 +16,8 @@ import pytest
 import torch
 from gpu import capacity, choose, clock, cost, model_cases, model_ways, models, networks, predict, problems, record, run
 from gpu import page as gpu_page
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fisherfast as ff
 from fisherfast import _backend, _choice
@@ -31,6 +35,14 @@ MACHINE = {
 }
 
 
+@pytest.fixture
+def rehearsal(tmp_path):
+    """A file of results, and the way to run a case or a way into it."""
+    found = record.Document({"device": "rehearsal"}, tmp_path)
+    found.save(ceilings=CEILINGS)
+    return found
+
+
 # ---- ops
 
 
@@ -39,26 +51,55 @@ def test_every_op_has_cases():
 
 
 @pytest.mark.parametrize(("op", "mode"), MODES, ids=lambda v: v)
-def test_every_problem_is_right(op, mode):
+def test_every_problem_is_right(op, mode, rehearsal):
     """Ours pass the gate, and what the peers add is the same quantity."""
     torch.manual_seed(0)
-    found = run.measure("cpu", op, next(iter(problems.CASES[op].cases)), mode, CEILINGS, tiny=True)
+    found = run.measure("cpu", rehearsal, op, next(iter(problems.CASES[op].cases)), mode, tiny=True)
     routes = {r["route"]: r for r in found["routes"]}
     assert all(routes[name]["passes"] and len(routes[name]["seconds"]) == 3 for name in ("cpu", "reference"))
     same = {"bf16": 2e-2, "fp16": 2e-3}.get(mode, 1e-5)
     assert all(r["error"] is None or r["error"] <= same for r in routes.values())
     assert found["bound"]["seconds"] > 0 and found["plain_error"] <= same
-    assert json.loads(json.dumps(found)) == {**found, "extents": [list(e) for e in found["extents"]]}
+    assert json.loads(rehearsal.path.read_text())["ops"] == [{**found, "extents": [list(e) for e in found["extents"]]}]
 
 
-def test_a_wrong_result_a_failing_kernel_and_a_full_memory_have_no_time(monkeypatch):
+@pytest.mark.parametrize("op", ["linear_sq_", "gram_", "conv_sq_", "conv_gram_"])
+def test_the_gate_of_16_bits_is_set_by_torch_s_own_tensor_cores(op, monkeypatch):
+    """On fake CUDA tensors: every product of plain torch is one of 16-bit values with a float32 result."""
+    seen = []
+
+    def patches(x, K, stride):  # as large; torch's own unfolding of fake CUDA tensors needs CUDA
+        return x.new_empty(len(x), x.shape[1] * K * K, problems.positions(x.shape[2], K, stride) ** 2)
+
+    monkeypatch.setattr(problems, "patches", patches)
+
+    class Products(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.bmm, torch.ops.aten.addmm):
+                seen.append((func._overloadname, args[0].dtype))
+            return func(*args, **(kwargs or {}))
+
+    with FakeTensorMode(), Products():
+        problem = problems.build("cuda", op, "", "bf16", tiny=True)
+        assert problem.plain().dtype == torch.float32
+    assert seen and set(seen) == {("dtype", torch.bfloat16)}
+
+
+def test_products_of_16_bit_values_are_of_float32():
+    a, b = torch.randn(2, 3, 5).bfloat16(), torch.randn(2, 5, 7).bfloat16()
+    assert torch.equal(problems.product(a, b), a.float() @ b.float())
+    assert problems.product(a.double(), b.double()).dtype == torch.float64
+
+
+def test_a_wrong_result_a_failing_kernel_and_a_full_memory_have_no_time(monkeypatch, rehearsal):
     def outcome(ours=None, peer=None):
         problem = problems.build("cpu", "scale_sq_", "llama8b-norm", "fp32", tiny=True)
         problem = problem._replace(peers={"peer": peer or (lambda acc: acc.add_(problem.oracle()))})
         monkeypatch.setattr(problems, "build", lambda *_, **__: problem)
         if ours is not None:
             monkeypatch.setattr(problems.Problem, "ours", ours)
-        return run.measure("cpu", "scale_sq_", "llama8b-norm", "fp32", CEILINGS, tiny=True)["routes"]
+        rehearsal.save(ops=[])
+        return run.measure("cpu", rehearsal, "scale_sq_", "llama8b-norm", "fp32", tiny=True)["routes"]
 
     def full(acc):
         raise torch.OutOfMemoryError("CUDA out of memory")
@@ -70,16 +111,42 @@ def test_a_wrong_result_a_failing_kernel_and_a_full_memory_have_no_time(monkeypa
     assert right["passes"] and "seconds" in right
     assert small == {"route": "peer", "error": None, "why": "out of memory: CUDA out of memory"}
     wrong = outcome(ours=lambda problem, acc: acc.add_(1))[0]
-    assert wrong["error"] > 0 and not wrong["passes"] and "seconds" not in wrong
+    assert wrong["error"] > cost.CLOSE and not wrong["passes"] and "seconds" not in wrong
+    close = outcome(ours=lambda problem, acc: acc.copy_(problem.oracle() * (1 + 0.9 * cost.CLOSE)))[0]
+    assert 0 < close["error"] < cost.CLOSE and not close["passes"] and len(close["seconds"]) == 3
     broken = outcome(ours=breaks)[0]
     assert not broken["passes"] and broken["why"] == "raises RuntimeError: no such instruction" and "seconds" not in broken
 
 
-def test_nothing_is_blamed_on_what_follows_a_lost_device(monkeypatch):
+def test_nothing_is_blamed_on_what_follows_a_lost_device(monkeypatch, rehearsal):
+    """It is left to the next process, which does not measure again what is there."""
+    key = "scale_sq_", "llama8b-norm", "fp32"
     answers = iter([True, False])
-    monkeypatch.setattr(run, "alive", lambda device: next(answers))
-    found = run.measure("cpu", "scale_sq_", "llama8b-norm", "fp32", CEILINGS, tiny=True)
-    assert [r["route"] for r in found["routes"]] == ["cpu"]
+    monkeypatch.setattr(run, "alive", lambda device: next(answers, True))
+    found = run.measure("cpu", rehearsal, *key, tiny=True)
+    assert [r["route"] for r in found["routes"]] == ["cpu"] and key in run.unfinished(rehearsal.content)
+    again = run.measure("cpu", rehearsal, *key, tiny=True)
+    assert again["routes"][0] == found["routes"][0] and again["left"] == []
+    assert [r["route"] for r in again["routes"]] == ["cpu", "reference", "product, sum, square"]
+    assert rehearsal.content["ops"] == [again] and key not in run.unfinished(rehearsal.content)
+
+
+def test_a_case_that_cannot_be_prepared_is_recorded_and_the_next_one_is_measured(monkeypatch, rehearsal):
+    def full(problem):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    build = problems.build
+    broken = {"oracle": lambda: full(None)}
+    monkeypatch.setattr(problems, "build", lambda *a, **k: build(*a, **k)._replace(**broken))
+    found = run.measure("cpu", rehearsal, "scale_sq_", "llama8b-norm", "fp32", tiny=True)
+    assert found == rehearsal.content["ops"][0]
+    assert found["why"] == "out of memory: CUDA out of memory" and found["routes"] == []
+    assert run.lines(found) == "scale_sq_ llama8b-norm fp32: out of memory: CUDA out of memory"
+    assert ("scale_sq_", "llama8b-norm", "fp32") not in run.unfinished(rehearsal.content)
+    broken.clear()
+    assert run.measure("cpu", rehearsal, "log1p_sum", "llama1b-up", "fp32", tiny=True)["routes"]
+    text = gpu_page.section(rehearsal.content | {"machine": MACHINE}, "x.json")
+    assert "- `scale_sq_` llama8b-norm fp32: out of memory: CUDA out of memory." in text
 
 
 def test_the_order_begins_with_what_tells_most():
@@ -96,7 +163,7 @@ def test_the_shapes_that_the_targets_name_are_there():
     assert any(T >= 512 and {I, O} == {4096} for _, T, I, O in shapes)
     assert any(T >= 512 and {I, O} == {4096, 14336} for _, T, I, O in shapes)
     assert any(1 < T <= 128 and N >= 8 for N, T, *_ in shapes) and any(T == 1 for _, T, *_ in shapes)
-    assert any(I >= 4096 for _, I in problems.GRAM.values()) and any(I <= 64 for _, I in problems.GRAM.values())
+    assert any(I >= 4096 for *_, I in problems.GRAM.values()) and any(I <= 64 for *_, I in problems.GRAM.values())
 
 
 def test_tf32_is_allowed_inside_its_block_only():
@@ -105,6 +172,31 @@ def test_tf32_is_allowed_inside_its_block_only():
         with clock.tf32(allowed):
             assert torch.backends.cuda.matmul.fp32_precision == torch.backends.cudnn.conv.fp32_precision == precision
     assert before == (torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision)
+
+
+def test_the_device_waits_while_a_run_is_launched(monkeypatch):
+    """L2 flushed, then the device kept busy, and only then the clock: nothing but the run is between the events."""
+    done = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            done.append("record")
+
+        def elapsed_time(self, end):
+            return 2.0
+
+    class Flush:
+        def zero_(self):
+            done.append("flush")
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: done.append("wait"))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: done.append("synchronize"))
+    assert clock._events(lambda: done.append("run"), 2, Flush()) == [2e-3, 2e-3]
+    assert done == ["flush", "wait", "record", "run", "record"] * 2 + ["synchronize"]
 
 
 def test_ceilings_are_measured():
@@ -117,14 +209,36 @@ def test_ceilings_are_measured():
 
 def test_a_run_goes_on_in_its_file_and_never_in_another_one_s(tmp_path):
     first = record.Document(MACHINE, tmp_path)
-    first.append("ops", {"op": "a"})
-    again = record.Document(MACHINE | {"commit": "another"}, tmp_path)
+    first.save(ops=[{"op": "a"}])
+    again = record.Document(MACHINE | {"commit": "another", "driver": "1.2.3"}, tmp_path)
     assert again.path == first.path and again.content["ops"] == [{"op": "a"}]
     other = record.Document(MACHINE | {"sha256": {"csrc": "2" * 64}}, tmp_path)
     other.save(ceilings={"copy": 1.0})
     assert other.path != first.path and json.loads(first.path.read_text())["ops"] == [{"op": "a"}]
     assert record.newest(tmp_path) == [other.path]
     assert not list(tmp_path.rglob("*.part"))
+
+
+ENDS = """
+import os, sys, time
+sys.path.insert(0, {bench!r})
+from pathlib import Path
+from gpu import record
+
+document = record.Document({machine!r}, Path({folder!r}))
+document.attempt(document.content["ops"], {{"op": "a"}}, lambda: {{"error": 0.0}}, 60)
+document.attempt(document.content["ops"], {{"op": "b"}}, lambda: {ends}, 0.5)
+"""
+
+
+@pytest.mark.parametrize(("ends", "status"), [("time.sleep(60)", 1), ("os.abort()", -6)])
+def test_what_hangs_or_crashes_is_on_record(tmp_path, ends, status):
+    """Its process ends, nothing that it had found is lost, and the next one sees what it was at."""
+    code = ENDS.format(bench=str(BENCH), machine=MACHINE, folder=str(tmp_path), ends=ends)
+    start = time.monotonic()
+    assert subprocess.run([sys.executable, "-P", "-c", code], capture_output=True).returncode == status
+    assert time.monotonic() - start < 55
+    assert record.Document(MACHINE, tmp_path).content["ops"] == [{"op": "a", "error": 0.0}, {"op": "b", "why": record.LOST}]
 
 
 def test_facts_name_the_commit_of_a_tree_without_its_history(monkeypatch):
@@ -138,10 +252,10 @@ def test_facts_name_the_commit_of_a_tree_without_its_history(monkeypatch):
 
 
 @pytest.mark.parametrize("case", model_cases.CASES)
-def test_ours_agrees_with_plain_torch_on_every_model(case):
+def test_ours_agrees_with_plain_torch_on_every_model(case, rehearsal):
     bench = models.Bench(case, "fp32", "cpu", tiny=True)
     for quantity in model_cases.CASES[case].quantities:
-        found = bench.measure(quantity, model_ways.WAYS[quantity][0])
+        found = bench.measure(rehearsal, quantity, model_ways.WAYS[quantity][0])
         assert "why" not in found and found["difference"] <= 1e-4, found
         assert all(len(found[name]) == 3 for name in ("seconds", "plain_seconds", "ratio"))
         assert models.line(found).startswith(f"{case} fp32 {quantity}: fisherfast")
@@ -152,12 +266,12 @@ torch_func_is_slow = pytest.mark.filterwarnings("ignore:There is a performance d
 
 @torch_func_is_slow
 @pytest.mark.parametrize("quantity", model_ways.WAYS)
-def test_every_way_runs_in_bfloat16(quantity):
+def test_every_way_runs_in_bfloat16(quantity, rehearsal):
     bench = models.Bench("resnet50", "bf16", "cpu", tiny=True)
     for way in model_ways.WAYS[quantity]:
-        found = bench.measure(quantity, way)
+        found = bench.measure(rehearsal, quantity, way)
         assert "why" not in found, found
-        assert json.loads(json.dumps(found)) == found
+        assert json.loads(rehearsal.path.read_text())["models"][-1] == found
 
 
 @torch_func_is_slow
@@ -169,22 +283,26 @@ def test_the_ways_to_the_diagonal_agree():
         assert models.difference(loop, other, 1.0) <= 1e-4
 
 
-def test_what_cannot_be_measured_of_a_model_is_recorded():
+def test_what_cannot_be_measured_of_a_model_is_recorded(rehearsal, monkeypatch):
     bench = models.Bench("gpt2", "fp32", "cpu", tiny=True)
 
-    def full(model, x, y):
+    def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\nmore")
 
     def double(model, x, y):
         return lambda: {k: 2 * v for k, v in models.result(model_ways.loop(model, x, y)).items()}
 
     def measured(prepare, ours=False):
-        return bench.measure("diagonal", model_ways.Way("other", prepare, ours))
+        return bench.measure(rehearsal, "diagonal", model_ways.Way("other", prepare, ours))
 
     assert measured(full)["why"] == "out of memory: CUDA out of memory. Tried to allocate"
     assert measured(lambda *_: 1 / 0)["why"] == "raises ZeroDivisionError: division by zero"
     wrong = measured(double, ours=True)
     assert wrong["difference"] > 1 and "differs from plain torch" in wrong["why"] and "seconds" not in wrong
+    assert len(rehearsal.content["models"]) == 3
+    bench = models.Bench("gpt2", "bf16", "cpu", tiny=True)
+    monkeypatch.setattr(model_cases.Case, "build", full)
+    assert measured(model_ways.loop)["why"].startswith("out of memory") and bench.head["parameters"] > 0
 
 
 def test_models_come_in_bfloat16_first_and_are_done_once():
@@ -225,8 +343,9 @@ def test_the_largest_decoder_fits_and_one_layer_more_does_not():
     assert capacity.parameters(10**9) == capacity.LLAMA_8B.layers(0) == 0
 
 
-def test_the_largest_diagonal_is_run():
-    found = models.largest("cpu", 0, tiny=True)
+def test_the_largest_diagonal_is_run(rehearsal):
+    found = models.largest("cpu", rehearsal, tiny=True)
+    assert rehearsal.content["largest"] == [found]
     assert found["trace"] > 0 and found["expected_bytes"] == 10 * found["parameters"]
 
 
@@ -246,7 +365,7 @@ def measured(op="linear_sq_", case="a", mode="bf16", extents=((64, 32), (2, 8, 3
 
 def document(tmp_path, ops, **more):
     """A result file of a device, made up."""
-    run = {"date": "2020-01-02", "machine": MACHINE, "ceilings": CEILINGS, "ops": ops, "models": []} | more
+    run = {"date": "2020-01-02", "machine": MACHINE, "ceilings": CEILINGS, "ops": ops, "models": [], "largest": []} | more
     path = tmp_path / "nvidia-abacus" / "2020-01-02.json"
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(run))
@@ -257,7 +376,8 @@ def test_the_faster_backend_is_chosen_and_a_draw_is_triton_s(tmp_path):
     draw = [route("triton", 1.05e-4), route("cuda", 1e-4)]
     wrong = [route("triton", 2e-4), {"route": "cuda", "error": 1.0, "passes": False}]
     one = [route("triton", 2e-4)]
-    ops = [measured(), *(measured(case=str(n), routes=routes) for n, routes in enumerate((draw, wrong, one)))]
+    close = [route("triton", 2e-4), route("cuda", 1e-4, passes=False)]
+    ops = [measured(), *(measured(case=str(n), routes=routes) for n, routes in enumerate((draw, wrong, one, close)))]
     table = choose.table([document(tmp_path, ops)])
     entries = table["9.0"]["ops"]["linear_sq_"]
     assert [(e["case"], e["backend"]) for e in entries] == [("a", "cuda"), ("0", "triton")]
@@ -272,15 +392,24 @@ def test_the_table_is_that_of_the_stored_results():
 
 
 @pytest.fixture
-def two_choices(tmp_path, monkeypatch):
+def choose_from(tmp_path, monkeypatch):
+    """Make the table of choices from measurements."""
+
+    def choose_from(*ops):
+        table = choose.table([document(tmp_path, ops)])
+        monkeypatch.setattr(_choice, "table", lambda: table)
+        _choice._nearest.cache_clear()
+
+    yield choose_from
+    _choice._nearest.cache_clear()
+
+
+@pytest.fixture
+def two_choices(choose_from):
     """CUDA C++ was faster at a large call, Triton at a small one."""
     large = measured(case="large", extents=((640, 320), (2, 80, 320), (2, 80, 640)))
     small = measured(case="small", routes=[route("triton", 1e-4), route("cuda", 2e-4)])
-    table = choose.table([document(tmp_path, [small, large])])
-    monkeypatch.setattr(_choice, "table", lambda: table)
-    _choice._nearest.cache_clear()
-    yield
-    _choice._nearest.cache_clear()
+    choose_from(small, large)
 
 
 def linear(N, T, I, O, dtype=torch.bfloat16):
@@ -300,6 +429,22 @@ def test_what_was_not_measured_has_no_choice(two_choices):
     assert _choice.fastest("linear_sq_", "9.0", packed) is None
     assert _choice.fastest("linear_sq_", "9.0", linear(2, 8, 32, 64, torch.float32)) is None
     assert _choice.preferred("linear_sq_", "9.0") == {"triton", "cuda"} and _choice.preferred("linear_sq_", "8.0") == set()
+
+
+def test_what_kfac_calls_has_a_choice(choose_from, monkeypatch):
+    """The bench measures ``gram_`` with the axes that KFAC gives it, of sequences and of single rows."""
+    problem = problems.build("cpu", "gram_", "llama8b-in", "fp32", tiny=True)
+    choose_from(measured(op="gram_", mode="fp32", extents=_choice.extents((problem.acc, *problem.inputs))))
+    calls = []
+    monkeypatch.setattr(_backend.Op, "_order", lambda op, device, args: calls.append((op.name, args)) or ("reference",))
+    model = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.Linear(7, 3, bias=False))
+    for x, y in (
+        (torch.randn(2, 4, 5), torch.zeros(2, 4, dtype=torch.int64)),
+        (torch.randn(2, 5), torch.zeros(2, dtype=torch.int64)),
+    ):
+        ff.fisher(model, [(x, y)], structure="kfac", fisher_type="empirical", progress=False)
+    called = [args for name, args in calls if name == "gram_"]
+    assert len(called) >= 8 and all(_choice.fastest("gram_", "9.0", args) == "cuda" for args in called)
 
 
 def test_the_router_takes_the_chosen_backend_first_and_then_the_others(two_choices, monkeypatch):
@@ -354,7 +499,7 @@ def test_the_page_of_a_gpu(tmp_path):
     ]
     models = [model("fisherfast", True, 1.2, 3), model("loop", False, 1.5, 2)]
     models.append(model("einsum", False, 0, 0, why="out of memory"))
-    text = page.render([document(tmp_path, ops, models=models, largest=LARGEST)])
+    text = page.render([document(tmp_path, ops, models=models, largest=[LARGEST])])
     assert text.startswith(page.HEAD) and "\n## NVIDIA Abacus\n" in text and "data in `2020-01-02.json`" in text
     assert "copy 4.00 TB/s" in text and "bf16 800.0" in text
     assert "| a | 2 8 32 64 | bf16 | 0.100 (bf16) | 0.200 (50%) | 0.100 (50%) | 0.50 | 3.00 | - | - |" in text
@@ -369,25 +514,35 @@ def test_the_page_of_a_gpu_hides_no_loss():
     slow = measured(routes=[route("triton", 4e-4), route("cuda", 5e-4), route("peer", 3e-4), route("yard", 1e-5, error=None)])
     slow["shape"] |= {"T": 512}
     wrong = measured(case="w", routes=[{"route": "triton", "error": 1.0, "passes": False}])
+    close = measured(case="c", routes=[route("triton", 2e-4, error=9e-7, passes=False), route("peer", 1e-4)])
     broken = measured(case="b", routes=[{"route": "triton", "error": None, "passes": False, "why": "raises RuntimeError: x"}])
     models = [model("fisherfast", True, 1.2, 3), model("loop", False, 1.1, 2)]
     models.append(model("fisherfast", True, 0, 0, why="differs from plain torch by 2") | {"quantity": "kfac"})
-    run = {"date": "d", "machine": MACHINE, "ceilings": CEILINGS, "ops": [slow, wrong, broken], "models": models}
+    run = {
+        "date": "d",
+        "machine": MACHINE,
+        "ceilings": CEILINGS,
+        "ops": [slow, wrong, close, broken],
+        "models": models,
+        "largest": [],
+    }
     text = gpu_page.section(run, "x.json")
     assert text.partition("### Where we lose\n")[2].strip().splitlines() == [
         "- `linear_sq_` a bf16: 0.75 of the speed of peer.",
         "- `linear_sq_` a bf16: 50% of the bound, meant to reach 70%.",
-        "- `linear_sq_` w bf16: triton misses the numerical gate.",
+        "- `linear_sq_` w bf16: triton misses the numerical gate: error 1.0e+00, plain torch's 2.0e-07.",
+        "- `linear_sq_` c bf16: triton misses the numerical gate: error 9.0e-07, plain torch's 2.0e-07.",
         "- `linear_sq_` b bf16: triton raises RuntimeError: x.",
         "- toy bf16, diagonal, time: loop takes 1.10 of a plain step, ours 1.20.",
         "- toy bf16, diagonal, memory: loop peaks at 2.00 GiB, ours at 3.00.",
         "- toy bf16, kfac: ours differs from plain torch by 2.",
     ]
     assert "wrong" in text.partition("| w |")[2].partition("\n")[0]
+    assert "| c | 2 8 32 64 | bf16 | 0.100 (bf16) | 0.200 (50%, FAILS THE GATE) | - | - | - | - |" in text
 
 
 def test_the_page_of_a_gpu_without_models_or_losses():
-    run = {"date": "d", "machine": MACHINE, "ceilings": CEILINGS, "ops": [measured()], "models": []}
+    run = {"date": "d", "machine": MACHINE, "ceilings": CEILINGS, "ops": [measured()], "models": [], "largest": []}
     text = gpu_page.section(run, "x.json")
     assert "Whole models" not in text and "largest" not in text and "Nowhere in this run." in text
 
@@ -406,13 +561,13 @@ def test_a_rehearsal_goes_on_where_it_stopped(monkeypatch, tmp_path):
         contents.append(json.loads(path.read_text()))
     content = contents[1]
     assert contents[2:] == [content, content]
-    assert len(content["ops"]) == 2 and len(content["models"]) == 4 and content["largest"]["trace"] > 0
+    assert len(content["ops"]) == 2 and len(content["models"]) == 4 and content["largest"][0]["trace"] > 0
 
 
 def test_a_run_without_time_says_what_is_left(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(clock, "ceilings", lambda device: CEILINGS)
     monkeypatch.setattr(sys, "argv", ["run.py", "--rehearse", str(tmp_path), "--seconds", "0"])
-    assert run.main() == 1
+    assert run.main() == record.ENDED
     assert f"{len(problems.order())} cases left, run again to go on" in capsys.readouterr().out
 
 

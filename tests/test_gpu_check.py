@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The GPU check's arithmetic, and what it does where there is no GPU."""
 
+import shutil
 import subprocess
 import sys
 import time
@@ -146,15 +147,15 @@ def test_a_process_that_fails_or_outlasts_its_time_fails_the_stage(tmp_path):
         with (tmp_path / "log").open("w") as log:
             return check.run(check.Command([sys.executable, "-c", code], {"GIVEN": "yes"}), seconds, log)
 
-    assert outcome("import os; print('said', os.environ['GIVEN'])")
+    assert outcome("import os; print('said', os.environ['GIVEN'])") == check.Ended(0, ["said yes"])
     assert (tmp_path / "log").read_text() == "said yes\n"
-    assert not outcome("raise SystemExit(3)")
-    assert not outcome("import time; time.sleep(60)", seconds=0.5)
+    assert outcome("raise SystemExit(3)") == check.Ended(3, [])
+    assert outcome("import time; time.sleep(60)", seconds=0.5) == check.Ended(-9, [])
 
 
 def test_a_missing_program_fails_the_stage_and_is_named(tmp_path):
     with (tmp_path / "log").open("w") as log:
-        assert not check.run(check.Command(["no-such-sanitizer"], {}), 60, log)
+        assert check.run(check.Command(["no-such-sanitizer"], {}), 60, log).status == 127
     assert "no-such-sanitizer is not on this machine" in (tmp_path / "log").read_text()
 
 
@@ -162,7 +163,7 @@ def test_a_process_that_outlasts_its_time_ends_with_its_children(tmp_path):
     code = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])"
     start = time.monotonic()
     with (tmp_path / "log").open("w") as log:
-        assert not check.run(check.Command([sys.executable, "-c", code], {}), 0.5, log)
+        assert check.run(check.Command([sys.executable, "-c", code], {}), 0.5, log).status == -9
     assert time.monotonic() - start < 30  # the child, were it alive, would hold the output open
 
 
@@ -215,6 +216,29 @@ def test_a_stage_goes_on_where_it_stopped(tmp_path, monkeypatch):
     assert run() == (True, "abc")
 
 
+def test_a_build_without_cuda_c_takes_the_place_of_one_that_fails(tmp_path, monkeypatch):
+    """The failure stays on record, with its last lines, until it passes."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    (command,) = check.build(100)
+    assert command.environment == {"FISHERFAST_NATIVE": "cuda", "TORCH_CUDA_ARCH_LIST": "9.0a"}
+    assert command.instead.environment == {"FISHERFAST_NATIVE": "cpu"} and command.instead.argv == command.argv
+    code = "import os; native = os.environ['FISHERFAST_NATIVE']; print('nvcc:', native); raise SystemExit(native == os.environ['FAILING'])"
+
+    def built(failing):
+        monkeypatch.setenv("FAILING", failing)
+        argv = [sys.executable, "-c", code]
+        replaced = command._replace(argv=argv, instead=command.instead._replace(argv=argv))
+        monkeypatch.setitem(check.STAGES, "build", lambda seconds: [replaced])
+        with (tmp_path / "log").open("w") as log:
+            return check.stage("build", 60, check.Progress(tmp_path / "progress"), log)
+
+    assert built("cuda")
+    ((name, tail),) = check.Progress(tmp_path / "progress").failed.items()
+    assert name.startswith("FISHERFAST_NATIVE=cuda ") and tail == ["nvcc: cuda"]
+    assert {"nvcc: cuda", "nvcc: cpu"} <= set((tmp_path / "log").read_text().splitlines())
+    assert built("none") and not check.Progress(tmp_path / "progress").failed
+
+
 def test_a_stage_without_time_left_fails_and_says_so(tmp_path, monkeypatch):
     monkeypatch.setitem(check.STAGES, "test", lambda seconds: [check.Command([sys.executable, "-c", ""], {})])
     with (tmp_path / "log").open("w") as log:
@@ -229,8 +253,33 @@ def test_results_are_collected_after_every_step(tmp_path, monkeypatch):
     monkeypatch.setenv("OUT", str(out))
     monkeypatch.setitem(check.STAGES, "test", lambda seconds: [check.Command([sys.executable, "-c", ""], {}, lasting=True)])
     with (folder / "gpu-check.log").open("w") as log:
-        assert check.stage("test", 60, check.Progress(folder / "gpu-check-passed.txt"), log)
-    assert sorted(path.name for path in out.iterdir()) == ["2020-01-02.json", "gpu-check-passed.txt", "gpu-check.log"]
+        assert check.stage("test", 60, check.Progress(folder / "gpu-check-progress.txt"), log)
+    assert sorted(path.name for path in out.iterdir()) == ["2020-01-02.json", "gpu-check-progress.txt", "gpu-check.log"]
+
+
+BREAKS = """
+import torch
+
+def test_breaks_the_gpu():
+    def synchronize():
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+    torch.cuda.is_initialized, torch.cuda.synchronize = lambda: True, synchronize
+
+def test_is_right():
+    pass
+"""
+
+
+@pytest.mark.slow
+def test_a_test_that_breaks_the_gpu_takes_no_other_with_it(tmp_path):
+    """It is named, and a new worker runs the next one."""
+    pytest.importorskip("xdist", reason="pytest-xdist is not installed")
+    shutil.copy(check.ROOT / "tests" / "conftest.py", tmp_path)
+    (tmp_path / "test_it.py").write_text(BREAKS)
+    command = [sys.executable, "-P", "-m", "pytest", "-n", "1", "-p", "no:cacheprovider", str(tmp_path)]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert "crashed while running 'test_it.py::test_breaks_the_gpu'" in result.stdout, result.stdout
+    assert "1 failed, 2 passed" in result.stdout, result.stdout  # the first one's body had passed
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU, so gpu_check would run the whole check")

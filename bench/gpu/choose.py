@@ -2,7 +2,7 @@
 """Write ``fisherfast/choice.json`` from the newest ``bench/results/<gpu>/*.json``: which backend is faster, case by case.
 
 Where the quartiles of two times overlap, neither is faster, and the case keeps the default, Triton. The slower one can still be had by
-``ff.backend``. A wrong result has no time, so it is never chosen; of the ops that have one backend there is nothing to choose.
+``ff.backend``. A result that fails the gate is never chosen; of the ops that have one backend there is nothing to choose.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ def table(paths: Iterable[Path]) -> dict[str, Any]:
 
 
 def choice(measured: dict[str, Any]) -> dict[str, Any] | None:
-    """The entry of one case; None unless both backends have a time."""
-    seconds = {r["route"]: r["seconds"] for r in measured["routes"] if r["route"] in BACKENDS and "seconds" in r}
+    """The entry of one case; None unless both backends are right."""
+    seconds = {r["route"]: r["seconds"] for r in measured["routes"] if r["route"] in BACKENDS and r["passes"]}
     if len(seconds) < len(BACKENDS):
         return None
     default, other = BACKENDS

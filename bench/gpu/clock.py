@@ -18,6 +18,7 @@ import triton.language as tl
 
 ROUNDS = 30
 SECONDS = 0.5  # about this long for one target
+AHEAD_CYCLES = 2_000_000  # about a millisecond, for which the device waits before each run
 
 
 class Sizes(NamedTuple):
@@ -35,6 +36,9 @@ def _events(run: Callable[[], object], rounds: int, flush: torch.Tensor) -> list
     pairs = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(rounds)]
     for start, end in pairs:
         flush.zero_()  # several times the L2, outside the timed region
+        torch.cuda._sleep(
+            AHEAD_CYCLES
+        )  # or the events would be of the host: an op takes it longer to launch than many take to run
         start.record()
         run()
         end.record()

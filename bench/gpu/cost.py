@@ -20,6 +20,8 @@ ID_BYTES = 8
 # Of the square of a product each of four factors loses up to 2^-10: torch may decline TF32 for a shape, and then its error says
 # nothing of ours.
 TF32_ERROR = 2.0**-8
+# Up to here a result that misses the gate is a sum in another order or rounded otherwise: its time is worth knowing. Beyond, it is wrong.
+CLOSE = 1e-4
 # Of one product and both its log-determinant terms: 35 instructions of float64, of which a division takes eight. Each takes
 # the place of a multiply-add.
 LOG1P_FLOPS = 2 * 35
@@ -133,7 +135,10 @@ def meant(op: str, mode: str, shape: dict[str, int], by: str) -> float | None:
 
 
 def passes(error: float, plain: float, mode: str = "fp32") -> bool:
-    """The gate of the whole project; where TF32 is asked for, what its operands lose passes, too."""
+    """The gate of the whole project; where TF32 is asked for, what its operands lose passes, too.
+
+    Plain torch multiplies values of 16 bits with the units that we do: ``problems.product``.
+    """
     return gate.passes(error, plain) or (mode == "tf32" and error <= TF32_ERROR)
 
 

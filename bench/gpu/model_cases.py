@@ -35,6 +35,11 @@ class Case(NamedTuple):
             x, y = self.batch(2 if tiny else self.N, self.few if tiny else self.extent, classes)
         return model, x.to(dtype) if x.is_floating_point() else x, y
 
+    def parameters(self, tiny: bool) -> int:
+        """How many the network has, without making any."""
+        with torch.device("meta"):
+            return sum(p.numel() for p in self.network(**(self.tiny if tiny else self.full)).parameters())
+
 
 def text(N: int, T: int, V: int) -> tuple[Tensor, Tensor]:
     """Random tokens and the ones after them."""

@@ -12,9 +12,10 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import cached_property, partial
 from pathlib import Path
 from statistics import median, quantiles
-from typing import Any
+from typing import Any, NamedTuple
 
 if "--rehearse" in sys.argv:
     os.environ["TRITON_INTERPRET"] = "1"  # before the first kernel is defined
@@ -33,6 +34,7 @@ import fisherfast as ff
 MODES = ("bf16", "fp32")
 LIMITS = {"bf16": 0.1, "fp32": 1e-3}  # of the difference from plain torch in the same mode, whose own rounding is in it
 SECONDS = 3.0  # about this long for one way, beside plain
+LIMIT = 180  # seconds for a way at most, with its reference and, once, the model
 
 
 def timed(function: Callable[[], object], device: str) -> float:
@@ -80,49 +82,56 @@ def difference(ours: ways.Result, reference: ways.Result, scale: float) -> float
     )
 
 
+class Plain(NamedTuple):
+    """A model with its batch, its plain step, and their memory."""
+
+    problem: ways.Problem
+    step: Callable[[], object]
+    resting: int
+    peak: int | None
+
+
 class Bench:
     """One case in one mode: the model, its plain step, and a reference for each quantity that is asked for."""
 
     def __init__(self, case: str, mode: str, device: str, tiny: bool) -> None:
-        self.mode, self.device = mode, device
-        self.problem = model_cases.CASES[case].build(device, mode, tiny)
-        self.resting = torch.cuda.memory_allocated() if device == "cuda" else 0
-        self.head = {
-            "case": case,
-            "summary": model_cases.CASES[case].summary,
-            "mode": mode,
-            "parameters": sum(p.numel() for p in self.problem[0].parameters()),
-        }
-        self.plain = ways.plain(*self.problem)
-        self.plain()
-        self.plain_peak = peak(self.plain, device, self.resting)
+        self.case, self.mode, self.device, self.tiny = model_cases.CASES[case], mode, device, tiny
+        self.head = {"case": case, "summary": self.case.summary, "mode": mode, "parameters": self.case.parameters(tiny)}
 
-    def measure(self, quantity: str, way: Way) -> dict[str, Any]:
-        """A way's record: without a time if its result is wrong, or there is none, and then with the reason."""
-        found = {**self.head, "quantity": quantity, "way": way.name, "ours": way.ours}
-        try:
-            self.problem[0].zero_grad()
-            return found | self._measured(quantity, way)
-        except Exception as raised:  # the other ways are still to be measured
-            return found | {"why": run.reason(raised)}
+    @cached_property
+    def plain(self) -> Plain:
+        """Made for the first way that is measured: if it cannot be, that is on record."""
+        problem = self.case.build(self.device, self.mode, self.tiny)
+        resting = torch.cuda.memory_allocated() if self.device == "cuda" else 0
+        step = ways.plain(*problem)
+        step()
+        return Plain(problem, step, resting, peak(step, self.device, resting))
+
+    def measure(self, document: record.Document, quantity: str, way: Way) -> dict[str, Any]:
+        """Add a way's record to the file: without a time if its result is wrong, or there is none, and then with the reason."""
+        head = {**self.head, "quantity": quantity, "way": way.name, "ours": way.ours}
+        return document.attempt(document.content["models"], head, partial(self._measured, quantity, way), LIMIT)
 
     def _measured(self, quantity: str, way: Way) -> dict[str, Any]:
-        prepared = way.prepare(*self.problem)
+        problem, step, resting, plain_peak = self.plain
+        problem[0].zero_grad()
+        prepared = way.prepare(*problem)
         off = self._difference(quantity, result(prepared)) if way.ours else None
         if off is not None and not off <= LIMITS[self.mode]:
             return {"difference": off, "why": f"differs from plain torch by {off:.2g}"}
-        most = peak(prepared, self.device, self.resting)
+        most = peak(prepared, self.device, resting)
         return {
             "difference": off,
-            **in_turn(self.plain, prepared, self.device),
+            **in_turn(step, prepared, self.device),
             "peak_bytes": most,
-            "plain_peak_bytes": self.plain_peak,
+            "plain_peak_bytes": plain_peak,
         }
 
     def _difference(self, quantity: str, ours: ways.Result) -> float:
+        problem = self.plain.problem
         reference = next(way for way in WAYS[quantity] if not way.ours)
-        scale = len(self.problem[1]) if quantity == "diagonal" else 1.0  # the loop's is a sum over the samples
-        return difference(ours, result(reference.prepare(*self.problem)), scale)
+        scale = len(problem[1]) if quantity == "diagonal" else 1.0  # the loop's is a sum over the samples
+        return difference(ours, result(reference.prepare(*problem)), scale)
 
 
 def left(done: set[tuple[str, ...]]) -> Iterator[tuple[str, str, list[tuple[str, Way]]]]:
@@ -134,34 +143,34 @@ def left(done: set[tuple[str, ...]]) -> Iterator[tuple[str, str, list[tuple[str,
                 yield case, mode, missing
 
 
-def largest(device: str, memory: int, tiny: bool) -> dict[str, Any]:
+def largest(device: str, document: record.Document, tiny: bool) -> dict[str, Any]:
     """Run the diagonal of the largest decoder of Llama 3 8B's widths that fits: its record."""
-    depth = capacity.LLAMA_8B.layers(capacity.parameters(memory))
+    depth = capacity.LLAMA_8B.layers(capacity.parameters(document.content["machine"].get("memory_bytes", 0)))
     sizes = model_cases.TINY_LLAMA if tiny else model_cases.llama(depth, capacity.LLAMA_8B)
     case = model_cases.Case("", networks.Llama, sizes, model_cases.TINY_LLAMA, model_cases.text, 1, 256, 5, ())
+    size = case.parameters(tiny)
+    head = {"layers": sizes["depth"], "parameters": size, "expected_bytes": size * capacity.bytes_per_parameter()}
+    return document.attempt(document.content["largest"], head, partial(diagonal, case, device, tiny), LIMIT)
+
+
+def diagonal(case: model_cases.Case, device: str, tiny: bool) -> dict[str, Any]:
+    """The time of a batch's diagonal in bfloat16, and the memory of it all."""
     model, x, y = case.build(device, "bf16", tiny)
-    size = sum(p.numel() for p in model.parameters())
-    found = {"layers": sizes["depth"], "parameters": size, "expected_bytes": size * capacity.bytes_per_parameter()}
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    try:
-        with ff.collect(model, ff.Diagonal(), fisher_type="empirical") as stats:
-            seconds = [timed(lambda: stats.backward(loss_per_sample(model(x), y)), device) for _ in range(3)][-1]
-        trace = float(stats.result().trace())
-    except (torch.OutOfMemoryError, MemoryError) as full:
-        return found | {"why": run.reason(full)}
-    return found | {
+    with ff.collect(model, ff.Diagonal(), fisher_type="empirical") as stats:
+        seconds = [timed(lambda: stats.backward(loss_per_sample(model(x), y)), device) for _ in range(3)][-1]
+    return {
         "seconds": seconds,
-        "trace": trace,
+        "trace": float(stats.result().trace()),
         "peak_bytes": torch.cuda.max_memory_allocated() if device == "cuda" else None,
     }
 
 
 def largest_once(device: str, document: record.Document, tiny: bool, deadline: float) -> None:
     """Add ``largest`` to the file, unless it is there or the time is over."""
-    if "largest" not in document.content and time.monotonic() < deadline:
-        document.save(largest=largest(device, document.content["machine"].get("memory_bytes", 0), tiny))
-        print(f"largest: {document.content['largest']}", flush=True)
+    if not document.content["largest"] and time.monotonic() < deadline:
+        print(f"largest: {largest(device, document, tiny)}", flush=True)
         released(device)
 
 
@@ -189,23 +198,21 @@ def main() -> int:
     for case, mode, of_case in missing():
         if time.monotonic() > deadline:
             break
+        bench = Bench(case, mode, device, tiny)
         with clock.tf32(False):
-            bench = Bench(case, mode, device, tiny)
             for quantity, way in of_case:
                 if time.monotonic() < deadline and run.alive(device):
-                    document.append("models", found := bench.measure(quantity, way))
-                    print(line(found), flush=True)
+                    print(line(bench.measure(document, quantity, way)), flush=True)
         del bench
         if not run.alive(device):
-            print("the device is lost to this process; run again to go on")
-            return 1
+            return run.lost()
         released(device)
         largest_once(device, document, tiny, deadline)  # after the first case, then never again
     largest_once(device, document, tiny, deadline)
-    remaining = sum(len(of_case) for *_, of_case in missing()) + ("largest" not in document.content)
+    remaining = sum(len(of_case) for *_, of_case in missing()) + (not document.content["largest"])
     print(f"wrote {document.path}" + (f"; {remaining} ways left, run again to go on" if remaining else ""))
     failed = [r for r in document.content["models"] if r["ours"] and "why" in r]
-    return 1 if failed or remaining else 0
+    return record.ENDED if failed or remaining else 0
 
 
 def released(device: str) -> None:

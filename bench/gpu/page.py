@@ -17,7 +17,8 @@ OPS = """\
 Time by device events, the L2 cold, median of up to 30; the share is of the time that the binding ceiling allows: operations over
 the unit's rate, or bytes that must be moved over the copy bandwidth, whichever takes longer. A column with x says how many times
 faster our fastest backend is than that way; below 1 we lose. The error against float64 is relative to plain torch's; the gate is 2,
-and in TF32 an absolute one (`bench/gpu/cost.py`).
+and in TF32 an absolute one (`bench/gpu/cost.py`). A result that fails it by rounding has a time and is never our fastest; one that is off
+by more has none.
 """
 MODELS = """\
 ### Whole models
@@ -30,11 +31,12 @@ above the resting model. The peers' ways are plain torch; what they leave out is
 def section(run: dict[str, Any], source: str) -> str:
     """One GPU's results; a part that a run does not have is left out."""
     parts = [_machine(run, source)]
-    ops = list(dict.fromkeys(r["op"] for r in run["ops"]))
-    parts += [OPS, *(_op([r for r in run["ops"] if r["op"] == op]) for op in ops)] if ops else []
+    prepared = [r for r in run["ops"] if "shape" in r]
+    ops = list(dict.fromkeys(r["op"] for r in prepared))
+    parts += [OPS, *(_op([r for r in prepared if r["op"] == op]) for op in ops)] if ops else []
     tables = list(dict.fromkeys((r["case"], r["mode"], r["quantity"]) for r in run["models"]))
     parts += [MODELS, *(_model([r for r in run["models"] if _key(r) == key]) for key in tables)] if tables else []
-    parts += [_largest(run["largest"])] if "largest" in run else []
+    parts += [_largest(found) for found in run["largest"]]
     return "\n".join([*parts, _losses(run)])
 
 
@@ -68,7 +70,7 @@ def _ours(record: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 def _best(record: dict[str, Any]) -> dict[str, Any] | None:
     """Our fastest backend's record, of those whose result is right."""
-    return min((r for r in _ours(record).values() if "seconds" in r), key=_median, default=None)
+    return min((r for r in _ours(record).values() if r["passes"]), key=_median, default=None)
 
 
 def _median(timed: dict[str, Any]) -> float:
@@ -78,7 +80,9 @@ def _median(timed: dict[str, Any]) -> float:
 def _backend(route: dict[str, Any] | None) -> str:
     if route is None:
         return NONE
-    return f"{_milliseconds(_median(route))} ({route['fraction']:.0%})" if "seconds" in route else "wrong"
+    if "seconds" not in route:
+        return "wrong"
+    return f"{_milliseconds(_median(route))} ({route['fraction']:.0%}{'' if route['passes'] else ', FAILS THE GATE'})"
 
 
 def _times(record: dict[str, Any], peer: str) -> str:
@@ -161,8 +165,13 @@ def _losses(run: dict[str, Any]) -> str:
     lines = []
     for record in run["ops"]:
         best, where = _best(record), f"`{record['op']}` {record['case']} {record['mode']}"
-        wrong = (r for r in _ours(record).values() if not r["passes"])
-        lines += [f"- {where}: {r['route']} {r.get('why') or 'misses the numerical gate'}." for r in wrong]
+        lines += [f"- {where}: {record['why']}."] if "why" in record else []
+        missed = "misses the numerical gate: error {error:.1e}, plain torch's {plain:.1e}"
+        lines += [
+            f"- {where}: {r['route']} {r.get('why') or missed.format(error=r['error'], plain=record['plain_error'])}."
+            for r in _ours(record).values()
+            if not r["passes"]
+        ]
         if best is None:
             continue
         others = (

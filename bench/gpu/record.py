@@ -1,13 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One JSON file a device and day, written record by record: a run that is stopped loses nothing, and goes on when run again."""
+"""One JSON file a device and day, written record by record: a run that is stopped loses nothing, and goes on when run again.
+
+What hangs or takes the process with it is on record before it runs, so the next process goes on behind it.
+"""
 
 from __future__ import annotations
 
 import datetime
+import faulthandler
 import itertools
 import json
 import os
 import subprocess
+import sys
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,6 +23,10 @@ from gpu import cost
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "bench" / "results"
+# Any commit of the same sources will do; the driver is whatever the machine that was lent has, down to its build.
+INCIDENTAL = {"commit": None, "driver": None}
+LOST = "hung, crashed or took too long"
+ENDED = 3  # the exit status of a bench that ended by itself, with failures or out of time: to run it again at once is of no use
 
 
 def newest(results: Path = RESULTS) -> list[Path]:
@@ -53,6 +63,14 @@ def facts(device: str) -> dict[str, Any]:
     }
 
 
+def reason(raised: Exception) -> str:
+    """Why there is no number, in one line."""
+    text = (str(raised).splitlines() or [""])[0][:200]
+    if isinstance(raised, (torch.OutOfMemoryError, MemoryError)):
+        return f"out of memory: {text}"
+    return f"raises {type(raised).__name__}: {text}"
+
+
 class Document:
     """The file of this machine, these sources and today: what it holds so far, and the way to add to it."""
 
@@ -74,15 +92,31 @@ class Document:
         waiting.write_text(json.dumps(self.content, indent=1) + "\n")
         waiting.replace(self.path)
 
-    def append(self, part: str, record: dict[str, Any]) -> None:
-        """Add a record to a list of them, and write the file."""
-        self.save(**{part: [*self.content[part], record]})
+    def attempt(
+        self, records: list[dict[str, Any]], head: dict[str, Any], measure: Callable[[], dict[str, Any]], seconds: float
+    ) -> dict[str, Any]:
+        """Add ``head`` and what ``measure`` finds, or why it finds nothing, to one of the content's lists.
+
+        Before it runs the record says ``LOST``, which it keeps if the process does not outlive it. After ``seconds`` it does not:
+        a thread without Python ends it, for one that waits for a kernel which hangs can no longer be interrupted.
+        """
+        records.append(head | {"why": LOST})
+        self.save()
+        faulthandler.dump_traceback_later(seconds, exit=True, file=sys.__stderr__)
+        try:
+            found = measure()
+        except Exception as raised:  # the others are still to be measured
+            found = {"why": reason(raised)}
+        finally:
+            faulthandler.cancel_dump_traceback_later()
+        records[-1] = head | found
+        self.save()
+        return records[-1]
 
 
 def _content(path: Path, machine: dict[str, Any], date: str) -> dict[str, Any] | None:
-    """What a file holds, or would; None if it is of another machine or other sources. Any commit of the same sources will do."""
+    """What a file holds, or would; None if it is of another machine or other sources; ``INCIDENTAL`` facts may differ."""
     if not path.exists():
-        return {"date": date, "machine": machine, "ceilings": None, "ops": [], "models": []}
+        return {"date": date, "machine": machine, "ceilings": None, "ops": [], "models": [], "largest": []}
     content = json.loads(path.read_text())
-    alike = {**content["machine"], "commit": None} == {**machine, "commit": None}
-    return content if alike else None
+    return content if {**content["machine"], **INCIDENTAL} == {**machine, **INCIDENTAL} else None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measure the ceilings and every op in every backend; write one JSON file, case by case, so that a stop loses nothing.
+"""Measure the ceilings and every op in every backend; write one JSON file, route by route, so that a stop loses nothing.
 
 Run it again on the same day with the same sources and it goes on where it stopped. ``--rehearse FOLDER`` runs all of it on the CPU
 with extents of a few and writes there: it proves the bench, and its times mean nothing.
@@ -8,9 +8,11 @@ with extents of a few and writes there: it proves the bench, and its times mean 
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,7 @@ import fisherfast as ff
 from fisherfast import _backend, _choice
 
 BACKENDS = {"cuda": ("triton", "cuda"), "cpu": ("cpu", "reference")}
+SECONDS = 60  # for a route, or the oracle, at most: the kernels it compiles included
 
 
 def arguments(description: str | None) -> argparse.Namespace:
@@ -57,33 +60,24 @@ def error(value: torch.Tensor, oracle: torch.Tensor) -> float:
 def gated(
     device: str, problem: problems.Problem, oracle: torch.Tensor, plain: float, backend: str, ceilings: dict
 ) -> dict[str, Any]:
-    """One backend's record; without a time if its result is wrong or there is none."""
-    found: dict[str, Any] = {"route": backend, "error": None, "passes": False}
-    try:
-        acc = problem.acc.clone()
-        with ff.backend(backend):
-            problem.ours(acc)
-            off = error(problem.compared(acc), oracle)
-            found |= {"error": off, "passes": cost.passes(off, plain, problem.mode)}
-            if found["passes"]:
-                quartiles = clock.seconds(lambda: problem.ours(acc), device)
-                found |= {"seconds": quartiles, "fraction": cost.fraction(problem.cost, ceilings, quartiles[1])}
-    except Exception as raised:  # the other cases are still to be measured
-        found |= {"passes": False, "why": reason(raised)}
+    """What there is to say of one backend; without a time if its result is not even close."""
+    acc = problem.acc.clone()
+    with ff.backend(backend):
+        problem.ours(acc)
+        off = error(problem.compared(acc), oracle)
+        found = {"error": off, "passes": cost.passes(off, plain, problem.mode)}
+        if found["passes"] or off <= cost.CLOSE:
+            quartiles = clock.seconds(lambda: problem.ours(acc), device)
+            found |= {"seconds": quartiles, "fraction": cost.fraction(problem.cost, ceilings, quartiles[1])}
     return found
 
 
 def peer(device: str, problem: problems.Problem, oracle: torch.Tensor, name: str) -> dict[str, Any]:
-    """A peer's record: its error where it computes the same, and its time; or why there is none."""
-    found: dict[str, Any] = {"route": name, "error": None}
-    try:
-        acc = problem.acc.clone()
-        result = problem.peers[name](acc)
-        if result is acc:
-            found["error"] = error(problem.compared(result), oracle)
-        return found | {"seconds": clock.seconds(lambda: problem.peers[name](acc), device)}
-    except Exception as raised:  # is what there is to say of it
-        return found | {"why": reason(raised)}
+    """What there is to say of a peer: its error where it computes the same, and its time."""
+    acc = problem.acc.clone()
+    result = problem.peers[name](acc)
+    off = error(problem.compared(result), oracle) if result is acc else None
+    return {"error": off, "seconds": clock.seconds(lambda: problem.peers[name](acc), device)}
 
 
 def alive(device: str) -> bool:
@@ -96,44 +90,66 @@ def alive(device: str) -> bool:
     return True
 
 
-def reason(raised: Exception) -> str:
-    """Why there is no number, in one line."""
-    text = (str(raised).splitlines() or [""])[0][:200]
-    if isinstance(raised, (torch.OutOfMemoryError, MemoryError)):
-        return f"out of memory: {text}"
-    return f"raises {type(raised).__name__}: {text}"
+def measure(
+    device: str, document: record.Document, op: str, case: str, mode: str, tiny: bool = False, deadline: float = math.inf
+) -> dict[str, Any]:
+    """Measure what is left of one case in one mode: a record, made anew with the routes that it has where a process left it behind."""
+    ops, ceilings = document.content["ops"], document.content["ceilings"]
+    before = next((r for r in ops if (r["op"], r["case"], r["mode"]) == (op, case, mode)), None)
+    if before is not None:
+        ops.remove(before)
+    routes = [] if before is None else before["routes"]
+    measures: dict[str, Callable[[], dict[str, Any]]] = {}
 
-
-def measure(device: str, op: str, case: str, mode: str, ceilings: dict[str, float], tiny: bool = False) -> dict[str, Any]:
-    """Everything about one case in one mode."""
-    problem = problems.build(device, op, case, mode, tiny)
-    with clock.tf32(mode == "tf32"):
+    def prepare() -> dict[str, Any]:
+        problem = problems.build(device, op, case, mode, tiny)
         oracle = problem.oracle()
         plain = error(problem.compared(problem.plain()), oracle)
         usable = [b for b in BACKENDS[device] if _backend.OPS[op].unavailable(b, device) is None]
-        measures = [partial(gated, device, problem, oracle, plain, backend, ceilings) for backend in usable]
-        measures += [partial(peer, device, problem, oracle, name) for name in problem.peers]
-        routes = []
-        while measures and alive(device):  # a kernel that broke the device would take the blame for all that follow
-            routes.append(measures.pop(0)())
-    extents = _choice.extents((problem.acc, *problem.inputs))
-    head = {"op": op, "case": case, "mode": mode, "shape": problem.shape, "extents": extents}
-    bound = cost.bound(problem.cost, ceilings)._asdict()
-    return {**head, **problem.cost._asdict(), "bound": bound, "plain_error": plain, "routes": routes}
+        measures.update({b: partial(gated, device, problem, oracle, plain, b, ceilings) for b in usable})
+        measures.update({name: partial(peer, device, problem, oracle, name) for name in problem.peers})
+        return {
+            "shape": problem.shape,
+            "extents": _choice.extents((problem.acc, *problem.inputs)),
+            **problem.cost._asdict(),
+            "bound": cost.bound(problem.cost, ceilings)._asdict(),
+            "plain_error": plain,
+            "left": [name for name in measures if name not in {r["route"] for r in routes}],
+        }
+
+    with clock.tf32(mode == "tf32"):
+        found = document.attempt(ops, {"op": op, "case": case, "mode": mode, "routes": routes}, prepare, SECONDS)
+        while (
+            found.get("left") and alive(device) and time.monotonic() < deadline
+        ):  # of a broken device all that follow would take the blame
+            name = found["left"].pop(0)
+            head = {"route": name, "error": None} | ({"passes": False} if name in BACKENDS[device] else {})
+            document.attempt(routes, head, measures[name], SECONDS)
+    return found
+
+
+def unfinished(content: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """The cases that no process has begun, and those that one left with routes to measure."""
+    begun = {(r["op"], r["case"], r["mode"]): r for r in content["ops"]}
+    return [key for key in problems.order() if key not in begun or begun[key].get("left")]
 
 
 def lines(found: dict[str, Any]) -> str:
     """One case for the log."""
+    head = f"{found['op']} {found['case']} {found['mode']}"
+    if "why" in found:
+        return f"{head}: {found['why']}"
     least = found["bound"]
-    rows = [f"{found['op']} {found['case']} {found['mode']}: bound {least['seconds'] * 1e3:.3f} ms by {least['by']}"]
+    rows = [f"{head}: bound {least['seconds'] * 1e3:.3f} ms by {least['by']}"]
     for r in found["routes"]:
-        if "seconds" not in r:
-            why = r.get("why") or f"WRONG: error {r['error']:.2e}, plain torch {found['plain_error']:.2e}"
-            rows.append(f"  {r['route']:28s} {why}")
-            continue
-        share = f", {r['fraction']:.0%} of the bound" if "fraction" in r else ""
-        off = "" if r["error"] is None else f", error {r['error']:.1e}"
-        rows.append(f"  {r['route']:28s} {r['seconds'][1] * 1e3:9.3f} ms{share}{off}")
+        parts = [f"{r['seconds'][1] * 1e3:9.3f} ms"] if "seconds" in r else []
+        parts += [f"{r['fraction']:.0%} of the bound"] if "fraction" in r else []
+        parts += [f"error {r['error']:.2e}"] if r["error"] is not None else []
+        if "why" in r:
+            parts.append(r["why"])
+        elif not r.get("passes", True):
+            parts.append(f"FAILS THE GATE: plain torch's error is {found['plain_error']:.2e}")
+        rows.append(f"  {r['route']:28s} {', '.join(parts)}")
     return "\n".join(rows)
 
 
@@ -142,24 +158,30 @@ def main() -> int:
     given = arguments(__doc__)
     deadline = time.monotonic() + given.seconds
     device, document = started(given.rehearse)
-    done = {(r["op"], r["case"], r["mode"]) for r in document.content["ops"]}
-    left = [key for key in problems.order() if key not in done]
-    while left and time.monotonic() < deadline and alive(device):
-        found = measure(device, *left.pop(0), document.content["ceilings"], tiny=given.rehearse is not None)
-        document.append("ops", found)
-        print(lines(found), flush=True)
-        if device == "cuda" and alive(device):
+    for key in unfinished(document.content):
+        if time.monotonic() > deadline:
+            break
+        print(lines(measure(device, document, *key, given.rehearse is not None, deadline)), flush=True)
+        if not alive(device):
+            return lost()
+        if device == "cuda":
             torch.cuda.empty_cache()
+    left = unfinished(document.content)
     print(f"wrote {document.path}" + (f"; {len(left)} cases left, run again to go on" if left else ""))
     failed = [
-        f"{r['op']} {r['case']} {r['mode']} {route['route']}"
+        " ".join([r["op"], r["case"], r["mode"], *route])
         for r in document.content["ops"]
-        for route in r["routes"]
-        if not route.get("passes", True)
+        for route in ([[]] if "why" in r else [[one["route"]] for one in r["routes"] if not one.get("passes", True)])
     ]
     if failed:
-        print("wrong results, not timed: " + "; ".join(failed))
-    return 1 if failed or left else 0
+        print("results that fail the gate, or are none: " + "; ".join(failed))
+    return record.ENDED if failed or left else 0
+
+
+def lost() -> int:
+    """Say that nothing runs in this process any more."""
+    print("the device is lost to this process; run again to go on", flush=True)
+    return 1
 
 
 if __name__ == "__main__":
