@@ -168,8 +168,9 @@ def _conv_gram_kernel(
         right = _patches(x, j, j_start, j0, j1, j2, n, p0, p1, p2, shape, geometry, x_strides, AXES, BIAS)
         if weight is not None:
             # A product with a weight has more bits than 16.
-            left = wide(left) * tl.load(weight + n, mask=n < N, other=0.0)
-            right = wide(right)
+            w = tl.load(weight + n, mask=n < N, other=0.0)
+            left = wide(left) * w
+            right = tl.where(w != 0, wide(right), 0.0)  # numbers near the largest, in three parts, are infinite
         c = dot(tl.trans(left), right, c, PRECISION)
         n, p0, p1, p2 = _advance(n, p0, p1, p2, BLOCK_T, geometry[0])
     tile = (long(tl.program_id(1)) * G + group) * (tiles * (tiles + 1) // 2) + _tile_index(row, column, tiles)

@@ -63,7 +63,7 @@ def _products(
         if weight is not None:
             w = tl.load(weight + m, mask=inside, other=0.0).to(dtype)
             left = wide(left) * w[None, :]
-            right = wide(right)
+            right = tl.where((w != 0)[:, None], wide(right), 0.0)  # numbers near the largest, in three parts, are infinite
         products = dot(left, right, products, PRECISION)
         if SUMS:
             sums += tl.sum(wide(left), 1)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The GPU check's arithmetic, and what it does where there is no GPU."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -277,7 +278,8 @@ def test_a_test_that_breaks_the_gpu_takes_no_other_with_it(tmp_path):
     shutil.copy(check.ROOT / "tests" / "conftest.py", tmp_path)
     (tmp_path / "test_it.py").write_text(BREAKS)
     command = [sys.executable, "-P", "-m", "pytest", "-n", "1", "-p", "no:cacheprovider", str(tmp_path)]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    env = {**os.environ, "PYTHONPATH": str(check.ROOT / "tests")}
+    result = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
     assert "crashed while running 'test_it.py::test_breaks_the_gpu'" in result.stdout, result.stdout
     assert "1 failed, 2 passed" in result.stdout, result.stdout  # the first one's body had passed
 

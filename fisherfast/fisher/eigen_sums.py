@@ -25,6 +25,7 @@ from fisherfast.fisher.block_sums import BatchSum, WeightSums
 from fisherfast.fisher.eigen import EigenBlock, eigenbasis, workspace
 from fisherfast.fisher.kronecker import KroneckerBlock, Place
 from fisherfast.fisher.memory import Held
+from fisherfast.ops import _conv as conv
 from fisherfast.ops.conv_sq import conv_sq_
 from fisherfast.ops.embedding_sq import embedding_sq_
 from fisherfast.ops.linear_sq import linear_sq_
@@ -278,7 +279,8 @@ class _OfImages(EigenSums):
             return form.patches(rows, kernel).mT.unflatten(2, rows.g.shape[2:])
         x, geometry = form.framed(rows, kernel)
         filters = (basis[:, :-1] if bias else basis).mT.reshape(-1, *self._shape[1:])
-        return torch.ops.aten.convolution(x, filters, basis[:, -1].flatten() if bias else None, *geometry)
+        with conv.exactly():
+            return torch.ops.aten.convolution(x, filters, basis[:, -1].flatten() if bias else None, *geometry)
 
     def _turned(self, g: Tensor) -> Tensor:
         basis = self.U if self._swapped else self.V

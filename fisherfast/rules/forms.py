@@ -223,7 +223,10 @@ class Convolution(Form):
             if a == b:
                 yield torch.zeros_like(weight)  # no image
             else:
-                yield torch.ops.aten.convolution_backward(rows.g[a:b], x[a:b], weight, None, *geometry, (False, True, False))[1]
+                mask = (False, True, False)
+                with conv.exactly():
+                    gradient = torch.ops.aten.convolution_backward(rows.g[a:b], x[a:b], weight, None, *geometry, mask)[1]
+                yield gradient
 
 
 def _one_size(images: list[Tensor]) -> list[Tensor]:
