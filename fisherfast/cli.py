@@ -1,16 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: ``fisherfast info`` measures a network, ``plan`` says what that will take, ``env`` what will run here."""
+"""The command line: ``fisherfast info`` measures a network, ``plan`` says what it takes, ``bench`` times it, ``env`` says what runs."""
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import itertools
 import math
-import os
 import shlex
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
@@ -18,10 +16,10 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from torch import nn
+from rich.table import Table
 
 import fisherfast as ff
-from fisherfast import environment, report, timing
+from fisherfast import environment, loading, report, timing
 from fisherfast import likelihood as likelihoods
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_show_locals=False)
@@ -76,7 +74,7 @@ def _prior_scale(text: str) -> float | str:
     return value
 
 
-_MODEL = typer.Option(help="module:function that returns the network, a torch.nn.Module")
+_MODEL = typer.Option(help="module:function that returns the network, a torch.nn.Module; or the folder of a Hugging Face model")
 _DATA = typer.Option(help="module:function that returns an iterable of (inputs, targets) batches")
 _TYPE = typer.Option(help="labels drawn from the model, all of them weighted, or those of the data")
 _STRUCTURE = typer.Option(
@@ -89,15 +87,18 @@ _PRIOR = typer.Option(
 )
 _CENTER = typer.Option(
     show_default="around 0",
-    help="module:function that returns the network this one started from: the nats are what was added to it since",
+    help="module:function, or folder, of the network this one started from: the nats are what was added to it since",
 )
 _DRAWS = typer.Option(min=1, help="labels drawn per sample, with mc")
 _SEED = typer.Option(help="of the drawn labels")
 _OUT = typer.Option(file_okay=False, help="folder for the page, the plot, the numbers and the Fisher")
+_MISSING = typer.Option("--allow-missing", help="leave out parameters that cannot be measured, and say so")
 _DEVICE = typer.Option(show_default="where the network is", help="cpu, cuda, cuda:1")
 _NUM_SAMPLES = typer.Option(
     min=1, show_default="those of a batch", help="of all data, for gram, which keeps what it knows of each"
 )
+_STRUCTURES = typer.Option("--structure", show_default="diagonal, kfac", help="what to time; may be given several times")
+_TIMES = typer.Option(min=1, help="timed runs of each, beside as many of plain forward+backward")
 _ROUNDS = typer.Option(min=0, help=f"timed runs against plain forward+backward, over the first {_TIMED_BATCHES} batches; 0: none")
 
 
@@ -116,30 +117,28 @@ def info(
     out: Annotated[Path, _OUT] = Path("out"),
     device: Annotated[str | None, _DEVICE] = None,
     rounds: Annotated[int, _ROUNDS] = 5,
+    allow_missing: Annotated[bool, _MISSING] = False,
 ) -> None:
     """Measure a network: its Fisher and the information in its weights, by layer; written to a folder."""
     if importlib.util.find_spec("matplotlib") is None:
         raise typer.BadParameter("the report has a plot and matplotlib is not installed; pip install 'fisherfast[plot]'")
-    network, make_data = _loaded(model, data, device)
-    base = None if center is None else _same_parameters(_network(center, "--center"), network, center)
+    network, batches = loading.loaded(model, data, device)
+    base = None if center is None else loading.center(center, network)
     resolved = likelihood.resolve()
 
     def measure(batches: Iterable[Any], progress: bool = False) -> Any:
-        labels = fisher_type.value
-        return ff.fisher(
-            network, batches, structure.value, labels, likelihood=resolved, draws=draws, seed=seed, progress=progress
-        )
+        options: dict[str, Any] = {"draws": draws, "seed": seed, "allow_missing": allow_missing, "progress": progress}
+        return ff.fisher(network, batches, structure.value, fisher_type.value, likelihood=resolved, **options)
 
     console = Console()
     with _kept(out):
-        F = measure(_batches(make_data, data), progress=True)
+        F = measure(batches, progress=True)
         beta = beta or 1 / F.num_samples
         information = ff.information_in_weights(F, network, prior_scale=prior_scale, beta=beta, center=base)
         curve = report.rate_distortion(F, network, information, center=base)
         ratio = None
         if rounds:
-            batches = list(itertools.islice(_batches(make_data, data), _TIMED_BATCHES))
-            ratio = timing.against_plain(measure, network, batches, resolved, rounds)
+            ratio = timing.against_plain(measure, network, _first(batches), resolved, rounds)
     console.print(report.render(F, information, ratio))
     command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
     for path in report.write_report(out, F, information, ratio, curve=curve, command=command):
@@ -156,20 +155,47 @@ def plan(
     draws: Annotated[int, _DRAWS] = 1,
     num_samples: Annotated[int | None, _NUM_SAMPLES] = None,
     device: Annotated[str | None, _DEVICE] = None,
+    allow_missing: Annotated[bool, _MISSING] = False,
 ) -> None:
     """What measuring a network will take, in memory and work, from a few samples of its first batch; fails if it does not fit."""
-    network, make_data = _loaded(model, data, device)
-    batch = next(iter(_batches(make_data, data)), None)
-    if batch is None:
-        raise typer.BadParameter(f"{data} must yield at least one batch, got none", param_hint="--data")
+    network, batches = loading.loaded(model, data, device)
+    (batch,) = _first(batches, 1)
+    options: dict[str, Any] = {"draws": draws, "num_samples": num_samples, "allow_missing": allow_missing}
     with _kept():
-        found = ff.plan(
-            network, batch, structure.value, fisher_type.value, likelihood.resolve(), draws=draws, num_samples=num_samples
-        )
+        found = ff.plan(network, batch, structure.value, fisher_type.value, likelihood.resolve(), **options)
     Console().print(found.table())
     if found.problem is not None:
         typer.echo(f"Error: {found.problem}", err=True)
         raise typer.Exit(2)
+
+
+@app.command()
+def bench(
+    model: Annotated[str, _MODEL],
+    data: Annotated[str, _DATA],
+    structures: Annotated[list[Structure] | None, _STRUCTURES] = None,
+    fisher_type: Annotated[FisherType, _TYPE] = FisherType.mc,
+    likelihood: Annotated[Likelihood, _LIKELIHOOD] = Likelihood.categorical,
+    draws: Annotated[int, _DRAWS] = 1,
+    rounds: Annotated[int, _TIMES] = 7,
+    device: Annotated[str | None, _DEVICE] = None,
+    allow_missing: Annotated[bool, _MISSING] = False,
+) -> None:
+    """Time whole runs over the first batches against plain forward+backward of the same batches, alternating, here."""
+    network, batches = loading.loaded(model, data, device)
+    first, resolved = _first(batches), likelihood.resolve()
+    options: dict[str, Any] = {"likelihood": resolved, "draws": draws, "allow_missing": allow_missing, "progress": False}
+    table = Table("structure", "times plain", "ms per batch", "plain ms", title=f"{len(first)} batches, median of {rounds} runs")
+    for structure in structures or (Structure.diagonal, Structure.kfac):
+
+        def measure(batches: Iterable[Any], structure: Structure = structure) -> Any:
+            return ff.fisher(network, batches, structure.value, fisher_type.value, **options)
+
+        with _kept():
+            took = timing.against_plain(measure, network, first, resolved, rounds)
+        each = [f"{1e3 * seconds / len(first):.2f}" for seconds in (took.fisher_seconds, took.plain_seconds)]
+        table.add_row(structure.value, f"{took.ratio:.2f}", *each)
+    Console().print(table)
 
 
 @app.command()
@@ -178,71 +204,11 @@ def env() -> None:
     Console().print(environment.render())
 
 
-def _loaded(model: str, data: str, device: str | None) -> tuple[nn.Module, Callable[[], Any]]:
-    """The network in eval mode, where it is wanted, and the function that gives its data."""
-    # At the end of the path: a folder of the user's that has the name of an installed package must not replace it.
-    sys.path.append(os.getcwd())
-    make_data = _function(data, "--data")
-    network = _network(model, "--model").eval()
-    return network if device is None else network.to(device), make_data
-
-
-def _network(spec: str, option: str) -> nn.Module:
-    """What the function returns that ``module:function`` names."""
-    network = _function(spec, option)()
-    if not isinstance(network, nn.Module):
-        raise typer.BadParameter(f"{spec} must return a torch.nn.Module, got {_kind(network)}", param_hint=option)
-    return network
-
-
-def _same_parameters(center: nn.Module, network: nn.Module, spec: str) -> nn.Module:
-    """The center, if it has the network's parameters: said before anything is measured."""
-    theirs = {name: p.shape for name, p in center.named_parameters()}
-    for name, parameter in network.named_parameters():
-        if theirs.get(name) != parameter.shape:
-            got = f"{list(theirs[name])}" if name in theirs else "none"
-            raise typer.BadParameter(
-                f"{spec} must have the network's parameters, got {got} for {name!r} {list(parameter.shape)}",
-                param_hint="--center",
-            )
-    return center
-
-
-def _function(spec: str, option: str) -> Callable[[], Any]:
-    """The function that ``module:function`` names."""
-    module_name, _, name = spec.partition(":")
-    if not (module_name and name):
-        raise typer.BadParameter(f"must be module:function, got {spec!r}", param_hint=option)
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if not f"{module_name}.".startswith(f"{error.name}."):
-            raise
-        raise typer.BadParameter(
-            f"there is no module {error.name!r} here or among the installed packages", param_hint=option
-        ) from None
-    function = getattr(module, name, None)
-    if function is None:
-        known = sorted(
-            key for key, value in vars(module).items() if callable(value) and getattr(value, "__module__", "") == module_name
-        )
-        raise typer.BadParameter(f"module {module_name!r} has no {name!r}; its functions: {known}", param_hint=option)
-    if not callable(function):
-        raise typer.BadParameter(f"{spec} must be a function, got {_kind(function)}", param_hint=option)
-    return function
-
-
-def _batches(make_data: Callable[[], Any], spec: str) -> Iterable[Any]:
-    batches = make_data()
-    if not isinstance(batches, Iterable):
-        raise typer.BadParameter(
-            f"{spec} must return an iterable of (inputs, targets) batches, got {_kind(batches)}", param_hint="--data"
-        )
-    return batches
-
-
-def _kind(value: Any) -> str:
-    return f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
+def _first(batches: loading.Batches, number: int = _TIMED_BATCHES) -> list[Any]:
+    found = list(itertools.islice(batches, number))
+    if not found:
+        raise typer.BadParameter(f"{batches.spec} must yield at least one batch, got none", param_hint="--data")
+    return found
 
 
 @contextmanager

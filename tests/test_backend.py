@@ -239,6 +239,7 @@ FLOORS = {
     "demo": 7,
     "environment": 7,
     "integrations": 7,
+    "loading": 7,
     "report": 7,
     "timing": 7,
 }

@@ -193,6 +193,54 @@ def test_installed_packages_win_over_the_working_folder(module, tmp_path):
     assert sys.path[-1] == str(tmp_path)
 
 
+def test_bench_times_structures_against_plain(module):
+    result = run(
+        "bench",
+        "--model",
+        f"{module}:model",
+        "--data",
+        f"{module}:data",
+        *("--structure", "kfac", "--structure", "gram", "--rounds", "1"),
+    )
+    assert result.exit_code == 0, result.output
+    rows = [line.split()[1::2] for line in result.output.splitlines() if "kfac" in line or "gram" in line]
+    assert [row[0] for row in rows] == ["kfac", "gram"] and all(float(number) > 0 for row in rows for number in row[1:])
+    assert "3 batches, median of 1 runs" in result.output
+
+
+def test_ekfac_of_a_function_that_yields(module, tmp_path):
+    """A generator is gone through once; the function behind it is called again."""
+    result = info(module, "--structure", "ekfac")
+    assert result.exit_code == 0, result.output
+    assert isinstance(ff.load(tmp_path / "out" / "fisher.safetensors"), ff.EKFACFisher)
+
+
+def test_a_folder_of_a_hugging_face_model(module, tmp_path):
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    sizes = {"vocab_size": 23, "n_positions": 8, "n_embd": 8, "n_layer": 1, "n_head": 2}
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes))
+    model.save_pretrained(tmp_path / "gpt2")
+    ids = [torch.randint(23, (3, 8)) for _ in range(2)]
+    torch.save(ids, tmp_path / "ids.pt")
+    (tmp_path / f"{module}_ids.py").write_text(f"""
+import torch
+def data():
+    return [{{"input_ids": ids, "labels": ids}} for ids in torch.load({str(tmp_path / "ids.pt")!r})]
+""")
+    folder, data = str(tmp_path / "gpt2"), f"{module}_ids:data"
+    options = ("--likelihood", "causal-lm", "--fisher-type", "empirical", "--rounds", "0", "--out", tmp_path / "out")
+    result = run("info", "--model", folder, "--data", data, *options)
+    assert result.exit_code == 0, result.output
+    batches = [{"input_ids": one, "labels": one} for one in ids]
+    expected = ff.fisher(model.eval(), batches, fisher_type="empirical", likelihood=ff.CausalLM(), progress=False)
+    assert ff.load(tmp_path / "out" / "fisher.safetensors").trace() == pytest.approx(expected.trace(), rel=1e-5)
+
+
+def test_a_folder_without_a_model_is_refused(module, tmp_path):
+    result = run("info", "--model", str(tmp_path), "--data", f"{module}:data")
+    assert result.exit_code == 2 and "without config.json" in result.output
+
+
 def test_env_names_each_op_and_why_not():
     result = run("env")
     assert result.exit_code == 0
