@@ -162,7 +162,7 @@ def _largest(found: dict[str, Any]) -> str:
 
 
 def _losses(run: dict[str, Any]) -> str:
-    lines = []
+    lines = [f"- `{r['op']}` {r['route']}, small calls: {r['why']}." for r in run["smoke"] if "why" in r]
     for record in run["ops"]:
         best, where = _best(record), f"`{record['op']}` {record['case']} {record['mode']}"
         lines += [f"- {where}: {record['why']}."] if "why" in record else []

@@ -117,6 +117,6 @@ class Document:
 def _content(path: Path, machine: dict[str, Any], date: str) -> dict[str, Any] | None:
     """What a file holds, or would; None if it is of another machine or other sources; ``INCIDENTAL`` facts may differ."""
     if not path.exists():
-        return {"date": date, "machine": machine, "ceilings": None, "ops": [], "models": [], "largest": []}
+        return {"date": date, "machine": machine, "ceilings": None, "smoke": [], "ops": [], "models": [], "largest": []}
     content = json.loads(path.read_text())
     return content if {**content["machine"], **INCIDENTAL} == {**machine, **INCIDENTAL} else None

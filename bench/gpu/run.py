@@ -34,7 +34,7 @@ SECONDS = 60  # for a route, or the oracle, at most: the kernels it compiles inc
 
 
 def arguments(description: str | None) -> argparse.Namespace:
-    """What the command lines of ``run.py`` and ``models.py`` have in common."""
+    """What the command lines of ``smoke.py``, ``run.py`` and ``models.py`` have in common."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--seconds", type=float, default=420, help="begin no further case after this time")
     parser.add_argument("--rehearse", type=Path, metavar="FOLDER", help="tiny cases on the CPU, results under FOLDER")
@@ -106,7 +106,9 @@ def measure(
         oracle = problem.oracle()
         plain = error(problem.compared(problem.plain()), oracle)
         usable = [b for b in BACKENDS[device] if _backend.OPS[op].unavailable(b, device) is None]
-        measures.update({b: partial(gated, device, problem, oracle, plain, b, ceilings) for b in usable})
+        for b in usable:
+            why = dropped(document.content, op, b)
+            measures[b] = partial(dict, why=why) if why else partial(gated, device, problem, oracle, plain, b, ceilings)
         measures.update({name: partial(peer, device, problem, oracle, name) for name in problem.peers})
         return {
             "shape": problem.shape,
@@ -126,6 +128,19 @@ def measure(
             head = {"route": name, "error": None} | ({"passes": False} if name in BACKENDS[device] else {})
             document.attempt(routes, head, measures[name], SECONDS)
     return found
+
+
+def dropped(content: dict[str, Any], op: str, backend: str) -> str | None:
+    """Why a backend of an op is not run any more: it failed on small calls, or was lost twice. Once may have been the lease's end."""
+    failed = [r["why"] for r in content["smoke"] if (r["op"], r["route"]) == (op, backend) and "why" in r]
+    if failed:
+        return f"not run: on small calls {failed[0]}"
+    lost = [
+        f"{r['case']} {r['mode']}"
+        for r in content["ops"]
+        if r["op"] == op and any(one["route"] == backend and one.get("why") == record.LOST for one in r["routes"])
+    ]
+    return f"not run: {record.LOST} at {' and '.join(lost)}" if len(lost) > 1 else None
 
 
 def unfinished(content: dict[str, Any]) -> list[tuple[str, str, str]]:
