@@ -34,6 +34,7 @@ ROOT = Path(__file__).parents[1]
 STAGE_SECONDS = 480
 EXPORT_SECONDS = 10
 SPARE = 30  # seconds in which a bench ends what it has begun
+GRACE = 5  # seconds in which what is asked to end takes its record back, unless it hangs
 TRIES = 6  # processes of a bench: one that hangs, crashes or breaks the device is followed by another
 TAIL = 30  # lines of a process that failed are kept
 RESULTS = ROOT / "bench" / "results"
@@ -149,7 +150,7 @@ class Progress:
 
 
 def run(command: Command, seconds: float, log: TextIO) -> Ended:
-    """Run one process, its output shown and logged; one that outlasts ``seconds`` is killed. A bench begins nothing in the last of them."""
+    """Run one process, its output shown and logged; one that outlasts ``seconds`` is ended. A bench begins nothing in the last of them."""
     timed = ["--seconds", str(int(seconds - SPARE))] if command.resuming else []
     environment = {**os.environ, "PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1", **command.environment}
     try:
@@ -167,13 +168,18 @@ def run(command: Command, seconds: float, log: TextIO) -> Ended:
         problem = f"{missing.filename} is not on this machine"
         say(f"gpu-check: {problem}", log)
         return Ended(127, [problem])
-    timer = threading.Timer(seconds, os.killpg, (process.pid, signal.SIGKILL))
-    timer.start()
+    timers = [
+        threading.Timer(seconds + wait, os.killpg, (process.pid, end))
+        for wait, end in ((0, signal.SIGTERM), (GRACE, signal.SIGKILL))
+    ]
+    for timer in timers:
+        timer.start()
     tail: deque[str] = deque(maxlen=TAIL)
     for line in process.stdout:
         tail.append(line.rstrip("\n"))
         say(tail[-1], log)
-    timer.cancel()
+    for timer in timers:
+        timer.cancel()
     return Ended(process.wait(), list(tail))
 
 

@@ -270,6 +270,23 @@ def test_what_hangs_or_crashes_is_on_record(tmp_path, ends, status):
     assert record.Document(MACHINE, tmp_path).content["ops"] == [{"op": "a", "error": 0.0}, {"op": "b", "why": record.LOST}]
 
 
+def test_what_is_interrupted_has_no_record(rehearsal):
+    """It did not hang; the next process measures it."""
+    key = "scale_sq_", "llama8b-norm", "fp32"
+
+    def interrupted():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        rehearsal.attempt(rehearsal.content["models"], {"way": "a"}, interrupted, 60)
+    assert json.loads(rehearsal.path.read_text())["models"] == []
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(run, "peer", lambda *_: interrupted())  # the last route
+        run.measure("cpu", rehearsal, *key, tiny=True)
+    assert key in run.unfinished(rehearsal.content)
+    assert len(run.measure("cpu", rehearsal, *key, tiny=True)["routes"]) == 3 and key not in run.unfinished(rehearsal.content)
+
+
 def test_facts_name_the_commit_of_a_tree_without_its_history(monkeypatch):
     monkeypatch.setenv("COMMIT", "feedbee")
     facts = record.facts("cpu")

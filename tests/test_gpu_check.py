@@ -151,7 +151,14 @@ def test_a_process_that_fails_or_outlasts_its_time_fails_the_stage(tmp_path):
     assert outcome("import os; print('said', os.environ['GIVEN'])") == check.Ended(0, ["said yes"])
     assert (tmp_path / "log").read_text() == "said yes\n"
     assert outcome("raise SystemExit(3)") == check.Ended(3, [])
-    assert outcome("import time; time.sleep(60)", seconds=0.5) == check.Ended(-9, [])
+    assert outcome("import time; time.sleep(60)", seconds=0.5) == check.Ended(-15, [])
+
+
+def test_a_process_that_does_not_end_when_it_is_asked_to_is_killed(tmp_path, monkeypatch):
+    monkeypatch.setattr(check, "GRACE", 0.5)
+    code = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('ready', flush=True); time.sleep(60)"
+    with (tmp_path / "log").open("w") as log:
+        assert check.run(check.Command([sys.executable, "-c", code]), 2, log) == check.Ended(-9, ["ready"])
 
 
 def test_a_missing_program_fails_the_stage_and_is_named(tmp_path):
@@ -164,7 +171,7 @@ def test_a_process_that_outlasts_its_time_ends_with_its_children(tmp_path):
     code = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])"
     start = time.monotonic()
     with (tmp_path / "log").open("w") as log:
-        assert check.run(check.Command([sys.executable, "-c", code], {}), 0.5, log).status == -9
+        assert check.run(check.Command([sys.executable, "-c", code], {}), 0.5, log).status == -15
     assert time.monotonic() - start < 30  # the child, were it alive, would hold the output open
 
 

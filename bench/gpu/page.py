@@ -81,7 +81,7 @@ def _backend(route: dict[str, Any] | None) -> str:
     if route is None:
         return NONE
     if "seconds" not in route:
-        return "wrong"
+        return route.get("why", "wrong").partition(":")[0]
     return f"{_milliseconds(_median(route))} ({route['fraction']:.0%}{'' if route['passes'] else ', FAILS THE GATE'})"
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -43,6 +44,7 @@ def arguments(description: str | None) -> argparse.Namespace:
 
 def started(rehearse: Path | None) -> tuple[str, record.Document]:
     """The device, and the file with the ceilings in it, measured unless they are there."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that what is being measured goes out of the file
     torch.manual_seed(0)
     device = "cuda" if rehearse is None else "cpu"
     document = record.Document(record.facts(device), *([] if rehearse is None else [rehearse]))
@@ -121,12 +123,13 @@ def measure(
 
     with clock.tf32(mode == "tf32"):
         found = document.attempt(ops, {"op": op, "case": case, "mode": mode, "routes": routes}, prepare, SECONDS)
-        while (
-            found.get("left") and alive(device) and time.monotonic() < deadline
-        ):  # of a broken device all that follow would take the blame
-            name = found["left"].pop(0)
+        # Of a broken device all that follow would take the blame.
+        while found.get("left") and alive(device) and time.monotonic() < deadline:
+            name = found["left"][0]
             head = {"route": name, "error": None} | ({"passes": False} if name in BACKENDS[device] else {})
             document.attempt(routes, head, measures[name], SECONDS)
+            found["left"].remove(name)
+            document.save()
     return found
 
 
@@ -183,14 +186,20 @@ def main() -> int:
             torch.cuda.empty_cache()
     left = unfinished(document.content)
     print(f"wrote {document.path}" + (f"; {len(left)} cases left, run again to go on" if left else ""))
-    failed = [
-        " ".join([r["op"], r["case"], r["mode"], *route])
-        for r in document.content["ops"]
-        for route in ([[]] if "why" in r else [[one["route"]] for one in r["routes"] if not one.get("passes", True)])
-    ]
+    failed = failures(document.content)
     if failed:
         print("results that fail the gate, or are none: " + "; ".join(failed))
     return record.ENDED if failed or left else 0
+
+
+def failures(content: dict[str, Any]) -> list[str]:
+    """The cases that could not be prepared, and the backends without a right result."""
+    found = []
+    for r in content["ops"]:
+        case = f"{r['op']} {r['case']} {r['mode']}"
+        found += [case] if "why" in r else []
+        found += [f"{case} {one['route']}" for one in r["routes"] if not one.get("passes", True)]
+    return found
 
 
 def lost() -> int:
