@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Everything that needs an NVIDIA GPU, on a machine without a network: build, test, sanitize, bench, models.
+"""Everything that needs an NVIDIA GPU, on a machine without a network: build, smoke, bench, models, test, sanitize.
 
 Each stage runs in processes of its own, ends within eight minutes (``--seconds`` for less), and goes on where it stopped when it is
 run again, alone if one likes: ``gpu_check.py bench``. Without a GPU it says so and succeeds. What was printed and the results also
-go to the folder ``$OUT``, if that is set; on a fresh machine, put them back into ``bench/results/`` and it goes on, too.
+go to the folder ``$OUT``, if that is set, every ten seconds; on a fresh machine, put them back into ``bench/results/`` and it goes on, too.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ import sys
 import threading
 import time
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple, TextIO
 
@@ -26,20 +28,29 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from gpu import cost
+from gpu import cost, record
 
 ROOT = Path(__file__).parents[1]
 STAGE_SECONDS = 480
+EXPORT_SECONDS = 10
+SPARE = 30  # seconds in which a bench ends what it has begun
+GRACE = 5  # seconds in which what is asked to end takes its record back, unless it hangs
+TRIES = 6  # processes of a bench: one that hangs, crashes or breaks the device is followed by another
 TAIL = 30  # lines of a process that failed are kept
 RESULTS = ROOT / "bench" / "results"
 
 
 class Command(NamedTuple):
-    """One process of a stage; ``lasting``: once it has passed, it need not run again while the sources are the same."""
+    """One process of a stage.
+
+    ``lasting``: once it has passed, it need not run again while the sources are the same. ``resuming``: a bench, which takes
+    ``--seconds``, goes on behind what hung or crashed when it is run again, and says by ``ENDED`` that this is of no use.
+    """
 
     argv: list[str]
-    environment: dict[str, str]
+    environment: dict[str, str] = {}
     lasting: bool = False
+    resuming: bool = False
     instead: Command | None = None  # what the others can do with, where this one fails
 
     @property
@@ -56,7 +67,7 @@ class Ended(NamedTuple):
     tail: list[str]
 
 
-def build(seconds: int) -> list[Command]:
+def build() -> list[Command]:
     """Compile for this GPU and install the checkout, from what is on the machine alone; without CUDA C++ there is still Triton."""
     pip = [sys.executable, "-m", "pip", "install", "-v", "--no-build-isolation", "--no-deps", "--no-index", "-e", str(ROOT)]
     architecture = cost.architecture(torch.cuda.get_device_capability())
@@ -64,19 +75,24 @@ def build(seconds: int) -> list[Command]:
     return [Command(pip, {"FISHERFAST_NATIVE": "cuda", "TORCH_CUDA_ARCH_LIST": architecture}, instead=without)]
 
 
-def test(seconds: int) -> list[Command]:
-    """What only a GPU can show, then the tests of every op whose names end in cuda, then the router's; one process a file."""
+def test() -> list[Command]:
+    """What only a GPU can show, then the tests of every op whose names end in cuda, then the router's; one process a file.
+
+    The property tests are left out: of their any sizes nearly each is another Triton kernel to compile. A CPU's emulator runs them.
+    """
     workers = ["-n", str(min(8, os.cpu_count() or 1)), "--dist", "loadgroup"] if importlib.util.find_spec("xdist") else []
-    pytest = [sys.executable, "-m", "pytest", "-q", "-m", "", *workers]
+    # By a thread: a test that waits for a kernel which hangs cannot be interrupted, only its process ended.
+    limits = ["--timeout", "120", "--timeout-method", "thread"] if importlib.util.find_spec("pytest_timeout") else []
+    pytest = [sys.executable, "-m", "pytest", "-q", "-m", "not hypothesis", *workers, *limits]
     ops = ("ops", "gram", "conv_sq", "conv_gram", "categorical_score", "log1p_sum")
     return [
-        Command([*pytest, "tests/test_gpu.py"], {}, lasting=True),
-        *(Command([*pytest, f"tests/test_{name}.py", "-k", "cuda"], {}, lasting=True) for name in ops),
-        Command([*pytest, "tests/test_backend.py"], {}, lasting=True),
+        Command([*pytest, "tests/test_gpu.py"], lasting=True),
+        *(Command([*pytest, f"tests/test_{name}.py", "-k", "cuda"], lasting=True) for name in ops),
+        Command([*pytest, "tests/test_backend.py"], lasting=True),
     ]
 
 
-def sanitize(seconds: int) -> list[Command]:
+def sanitize() -> list[Command]:
     """Out-of-bounds and misaligned accesses, then races in shared memory. The allocator's cache would hide the first."""
     script = [sys.executable, str(ROOT / "bench" / "gpu" / "sanitize.py")]
     watched = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
@@ -87,22 +103,27 @@ def sanitize(seconds: int) -> list[Command]:
     ]
 
 
-def bench(seconds: int) -> list[Command]:
-    """Each op against the ceilings measured in the same run; stops in time."""
-    return [_resuming("run.py", seconds)]
+def smoke() -> list[Command]:
+    """Small calls of every op: what fails or hangs there is left out of the bench."""
+    return [_bench("smoke.py")]
 
 
-def models(seconds: int) -> list[Command]:
-    """Whole models beside a plain step and the peers' ways; stops in time."""
-    return [_resuming("models.py", seconds)]
+def bench() -> list[Command]:
+    """Each op against the ceilings measured in the same run."""
+    return [_bench("run.py")]
 
 
-def _resuming(script: str, seconds: int) -> Command:
-    """A bench that goes on by itself; it begins nothing in the last seconds, in which it says what is left."""
-    return Command([sys.executable, str(ROOT / "bench" / "gpu" / script), "--seconds", str(max(10, seconds - 30))], {})
+def models() -> list[Command]:
+    """Whole models beside a plain step and the peers' ways."""
+    return [_bench("models.py")]
 
 
-STAGES = {"build": build, "test": test, "sanitize": sanitize, "bench": bench, "models": models}
+def _bench(script: str) -> Command:
+    return Command([sys.executable, str(ROOT / "bench" / "gpu" / script)], resuming=True)
+
+
+# What tells most comes first: a short lease ends somewhere behind it.
+STAGES = {"build": build, "smoke": smoke, "bench": bench, "models": models, "test": test, "sanitize": sanitize}
 
 
 class Progress:
@@ -129,11 +150,12 @@ class Progress:
 
 
 def run(command: Command, seconds: float, log: TextIO) -> Ended:
-    """Run one process, its output shown and logged; one that outlasts ``seconds`` is killed."""
+    """Run one process, its output shown and logged; one that outlasts ``seconds`` is ended. A bench begins nothing in the last of them."""
+    timed = ["--seconds", str(int(seconds - SPARE))] if command.resuming else []
     environment = {**os.environ, "PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1", **command.environment}
     try:
         process = subprocess.Popen(
-            command.argv,
+            [*command.argv, *timed],
             cwd=ROOT,
             env=environment,
             stdout=subprocess.PIPE,
@@ -146,13 +168,18 @@ def run(command: Command, seconds: float, log: TextIO) -> Ended:
         problem = f"{missing.filename} is not on this machine"
         say(f"gpu-check: {problem}", log)
         return Ended(127, [problem])
-    timer = threading.Timer(seconds, os.killpg, (process.pid, signal.SIGKILL))
-    timer.start()
+    timers = [
+        threading.Timer(seconds + wait, os.killpg, (process.pid, end))
+        for wait, end in ((0, signal.SIGTERM), (GRACE, signal.SIGKILL))
+    ]
+    for timer in timers:
+        timer.start()
     tail: deque[str] = deque(maxlen=TAIL)
     for line in process.stdout:
         tail.append(line.rstrip("\n"))
         say(tail[-1], log)
-    timer.cancel()
+    for timer in timers:
+        timer.cancel()
     return Ended(process.wait(), list(tail))
 
 
@@ -168,34 +195,60 @@ def passes(command: Command, deadline: float, progress: Progress, log: TextIO) -
     if command.name in progress.passed:
         say(f"gpu-check: passed before: {command.name}", log)
         return True
-    remaining = deadline - time.monotonic()
-    if remaining <= 0:
-        say(f"gpu-check: no time left: {command.name}", log)
-        return False
-    ended = run(command, remaining, log)
-    progress.add(command, ended)
-    if ended.status == 0:
-        return True
+    for _ in range(TRIES):
+        remaining = deadline - time.monotonic()
+        if remaining <= (SPARE if command.resuming else 0):
+            say(f"gpu-check: no time left: {command.name}", log)
+            return False
+        ended = run(command, remaining, log)
+        progress.add(command, ended)
+        if ended.status == 0:
+            return True
+        if not command.resuming or ended.status == record.ENDED:
+            break
+        say(f"gpu-check: ended with status {ended.status}: {command.name}", log)
     say(f"gpu-check: failed: {command.name}", log)
     return command.instead is not None and passes(command.instead, deadline, progress, log)
 
 
 def stage(name: str, seconds: int, progress: Progress, log: TextIO) -> bool:
-    """Run a stage's processes one after the other within its time, but those that have passed before; collect after each."""
+    """Run a stage's processes one after the other within its time, but those that have passed before."""
     say(f"gpu-check: {name}", log)
     start, good = time.monotonic(), True
-    for command in STAGES[name](seconds):
+    for command in STAGES[name]():
         good &= passes(command, start + seconds, progress, log)
-        if "OUT" in os.environ:
-            export(Path(os.environ["OUT"]), Path(log.name))
     say(f"gpu-check: {name} {'passed' if good else 'FAILED'} in {time.monotonic() - start:.0f} s", log)
     return good
 
 
-def export(folder: Path, log: Path) -> None:
-    """Copy log, results and what has passed to where the machine's user collects them."""
-    for path in (log, *log.parent.glob("*.json"), *log.parent.glob("*.txt")):
-        shutil.copy(path, folder / path.name)
+def export(results: Path, folder: Path) -> None:
+    """Copy log, results and what has passed to where the machine's user collects them, each file whole or not at all."""
+    for path in (found for pattern in ("*.log", "*.json", "*.txt") for found in results.glob(pattern)):
+        waiting = folder / f"{path.name}.part"
+        shutil.copy(path, waiting)
+        waiting.replace(folder / path.name)
+
+
+@contextmanager
+def exporting(results: Path, seconds: float = EXPORT_SECONDS) -> Iterator[None]:
+    """Export to ``$OUT``, if that is set, every few seconds and at the end: whoever lent the machine may end everything at any time."""
+    if "OUT" not in os.environ:
+        yield
+        return
+    folder, over = Path(os.environ["OUT"]), threading.Event()
+
+    def repeat() -> None:
+        while not over.wait(seconds):
+            export(results, folder)
+
+    thread = threading.Thread(target=repeat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+        export(results, folder)
 
 
 def main() -> int:
@@ -213,7 +266,7 @@ def main() -> int:
     folder = RESULTS / cost.slug(torch.cuda.get_device_name())
     folder.mkdir(parents=True, exist_ok=True)
     log_path, passed, progress = folder / "gpu-check.log", {}, Progress(folder / "gpu-check-progress.txt")
-    with log_path.open("a") as log:
+    with log_path.open("a") as log, exporting(folder):
         for name in stages:
             passed[name] = stage(name, given.seconds, progress, log)
             if name == "build" and not passed[name]:
@@ -221,8 +274,6 @@ def main() -> int:
         say("gpu-check: " + ", ".join(f"{name} {'passed' if ok else 'FAILED'}" for name, ok in passed.items()), log)
         for name in progress.failed:
             say(f"gpu-check: failed, see {progress.path.name}: {name}", log)
-    if "OUT" in os.environ:
-        export(Path(os.environ["OUT"]), log_path)
     return 0 if all(passed.values()) and not progress.failed else 1
 
 

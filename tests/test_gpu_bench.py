@@ -14,7 +14,22 @@ from pathlib import Path
 import page
 import pytest
 import torch
-from gpu import capacity, choose, clock, cost, model_cases, model_ways, models, networks, predict, problems, record, run
+from gpu import (
+    calls,
+    capacity,
+    choose,
+    clock,
+    cost,
+    model_cases,
+    model_ways,
+    models,
+    networks,
+    predict,
+    problems,
+    record,
+    run,
+    smoke,
+)
 from gpu import page as gpu_page
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -24,6 +39,7 @@ from fisherfast import _backend, _choice
 
 BENCH = Path(__file__).parents[1] / "bench"
 CEILINGS = {"copy": 4e12, "bf16": 8e14, "tf32": 4e14, "fp32": 5e13, "fp64": 3e13}
+EMPTY = {"smoke": [], "ops": [], "models": [], "largest": []}
 MODES = [(op, mode) for op, (_, _, modes, _) in problems.CASES.items() for mode in modes]
 MACHINE = {
     "device": "NVIDIA Abacus",
@@ -129,6 +145,19 @@ def test_nothing_is_blamed_on_what_follows_a_lost_device(monkeypatch, rehearsal)
     assert again["routes"][0] == found["routes"][0] and again["left"] == []
     assert [r["route"] for r in again["routes"]] == ["cpu", "reference", "product, sum, square"]
     assert rehearsal.content["ops"] == [again] and key not in run.unfinished(rehearsal.content)
+
+
+def test_a_backend_that_failed_on_small_calls_or_was_lost_twice_is_not_run(rehearsal):
+    key = "scale_sq_", "llama8b-norm", "fp32"
+    lost = {"op": "scale_sq_", "case": "a", "mode": "bf16", "routes": [{"route": "cpu", "why": record.LOST}]}
+    rehearsal.save(smoke=[{"op": "scale_sq_", "route": "reference", "why": "raises RuntimeError: x"}], ops=[lost])
+    cpu, reference, _ = run.measure("cpu", rehearsal, *key, tiny=True)["routes"]
+    assert cpu["passes"]  # lost once: the lease may have ended
+    assert not reference["passes"] and reference["why"] == "not run: on small calls raises RuntimeError: x"
+    rehearsal.save(smoke=[], ops=[lost, lost | {"case": "b"}])
+    cpu, reference, _ = run.measure("cpu", rehearsal, *key, tiny=True)["routes"]
+    assert not cpu["passes"] and cpu["why"] == f"not run: {record.LOST} at a bf16 and b bf16"
+    assert reference["passes"]
 
 
 def test_a_case_that_cannot_be_prepared_is_recorded_and_the_next_one_is_measured(monkeypatch, rehearsal):
@@ -239,6 +268,23 @@ def test_what_hangs_or_crashes_is_on_record(tmp_path, ends, status):
     assert subprocess.run([sys.executable, "-P", "-c", code], capture_output=True).returncode == status
     assert time.monotonic() - start < 55
     assert record.Document(MACHINE, tmp_path).content["ops"] == [{"op": "a", "error": 0.0}, {"op": "b", "why": record.LOST}]
+
+
+def test_what_is_interrupted_has_no_record(rehearsal):
+    """It did not hang; the next process measures it."""
+    key = "scale_sq_", "llama8b-norm", "fp32"
+
+    def interrupted():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        rehearsal.attempt(rehearsal.content["models"], {"way": "a"}, interrupted, 60)
+    assert json.loads(rehearsal.path.read_text())["models"] == []
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(run, "peer", lambda *_: interrupted())  # the last route
+        run.measure("cpu", rehearsal, *key, tiny=True)
+    assert key in run.unfinished(rehearsal.content)
+    assert len(run.measure("cpu", rehearsal, *key, tiny=True)["routes"]) == 3 and key not in run.unfinished(rehearsal.content)
 
 
 def test_facts_name_the_commit_of_a_tree_without_its_history(monkeypatch):
@@ -365,7 +411,7 @@ def measured(op="linear_sq_", case="a", mode="bf16", extents=((64, 32), (2, 8, 3
 
 def document(tmp_path, ops, **more):
     """A result file of a device, made up."""
-    run = {"date": "2020-01-02", "machine": MACHINE, "ceilings": CEILINGS, "ops": ops, "models": [], "largest": []} | more
+    run = {"date": "2020-01-02", "machine": MACHINE, "ceilings": CEILINGS, **EMPTY, "ops": ops} | more
     path = tmp_path / "nvidia-abacus" / "2020-01-02.json"
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(run))
@@ -518,16 +564,12 @@ def test_the_page_of_a_gpu_hides_no_loss():
     broken = measured(case="b", routes=[{"route": "triton", "error": None, "passes": False, "why": "raises RuntimeError: x"}])
     models = [model("fisherfast", True, 1.2, 3), model("loop", False, 1.1, 2)]
     models.append(model("fisherfast", True, 0, 0, why="differs from plain torch by 2") | {"quantity": "kfac"})
-    run = {
-        "date": "d",
-        "machine": MACHINE,
-        "ceilings": CEILINGS,
-        "ops": [slow, wrong, close, broken],
-        "models": models,
-        "largest": [],
-    }
+    smoke = [{"op": "gram_", "route": "cuda", "why": record.LOST}, {"op": "gram_", "route": "triton"}]
+    parts = {"smoke": smoke, "ops": [slow, wrong, close, broken], "models": models, "largest": []}
+    run = {"date": "d", "machine": MACHINE, "ceilings": CEILINGS, **parts}
     text = gpu_page.section(run, "x.json")
     assert text.partition("### Where we lose\n")[2].strip().splitlines() == [
+        "- `gram_` cuda, small calls: hung, crashed or took too long.",
         "- `linear_sq_` a bf16: 0.75 of the speed of peer.",
         "- `linear_sq_` a bf16: 50% of the bound, meant to reach 70%.",
         "- `linear_sq_` w bf16: triton misses the numerical gate: error 1.0e+00, plain torch's 2.0e-07.",
@@ -542,25 +584,27 @@ def test_the_page_of_a_gpu_hides_no_loss():
 
 
 def test_the_page_of_a_gpu_without_models_or_losses():
-    run = {"date": "d", "machine": MACHINE, "ceilings": CEILINGS, "ops": [measured()], "models": [], "largest": []}
+    run = {"date": "d", "machine": MACHINE, "ceilings": CEILINGS, **EMPTY, "ops": [measured()]}
     text = gpu_page.section(run, "x.json")
     assert "Whole models" not in text and "largest" not in text and "Nowhere in this run." in text
 
 
 def test_a_rehearsal_goes_on_where_it_stopped(monkeypatch, tmp_path):
-    """Both programs from the command line on; a second run finds nothing left to do."""
+    """All three programs from the command line on; a second run finds nothing left to do."""
     monkeypatch.setattr(problems, "order", lambda: [("scale_sq_", "llama8b-norm", "fp32"), ("log1p_sum", "llama1b-up", "fp32")])
     only = model_cases.CASES["gpt2"]._replace(quantities=("kfac",))
     monkeypatch.setattr(model_cases, "CASES", {"gpt2": only})
     monkeypatch.setattr(clock, "ceilings", lambda device: CEILINGS)
     monkeypatch.setattr(sys, "argv", ["program", "--rehearse", str(tmp_path)])
+    monkeypatch.setattr(calls, "CALLS", {"scale_sq_": calls.CALLS["scale_sq_"]})
     contents = []
-    for program in (run, models, run, models):
+    for program in (smoke, run, models, smoke, run, models):
         assert program.main() == 0
         (path,) = tmp_path.rglob("*.json")
         contents.append(json.loads(path.read_text()))
-    content = contents[1]
-    assert contents[2:] == [content, content]
+    content = contents[2]
+    assert contents[3:] == [content] * 3
+    assert content["smoke"] == [{"op": "scale_sq_", "route": "cpu"}, {"op": "scale_sq_", "route": "reference"}]
     assert len(content["ops"]) == 2 and len(content["models"]) == 4 and content["largest"][0]["trace"] > 0
 
 

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -151,7 +152,14 @@ def test_a_process_that_fails_or_outlasts_its_time_fails_the_stage(tmp_path):
     assert outcome("import os; print('said', os.environ['GIVEN'])") == check.Ended(0, ["said yes"])
     assert (tmp_path / "log").read_text() == "said yes\n"
     assert outcome("raise SystemExit(3)") == check.Ended(3, [])
-    assert outcome("import time; time.sleep(60)", seconds=0.5) == check.Ended(-9, [])
+    assert outcome("import time; time.sleep(60)", seconds=0.5) == check.Ended(-15, [])
+
+
+def test_a_process_that_does_not_end_when_it_is_asked_to_is_killed(tmp_path, monkeypatch):
+    monkeypatch.setattr(check, "GRACE", 0.5)
+    code = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('ready', flush=True); time.sleep(60)"
+    with (tmp_path / "log").open("w") as log:
+        assert check.run(check.Command([sys.executable, "-c", code]), 2, log) == check.Ended(-9, ["ready"])
 
 
 def test_a_missing_program_fails_the_stage_and_is_named(tmp_path):
@@ -164,13 +172,13 @@ def test_a_process_that_outlasts_its_time_ends_with_its_children(tmp_path):
     code = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])"
     start = time.monotonic()
     with (tmp_path / "log").open("w") as log:
-        assert check.run(check.Command([sys.executable, "-c", code], {}), 0.5, log).status == -9
+        assert check.run(check.Command([sys.executable, "-c", code], {}), 0.5, log).status == -15
     assert time.monotonic() - start < 30  # the child, were it alive, would hold the output open
 
 
-@pytest.mark.parametrize("name", ["test", "sanitize", "bench", "models"])
+@pytest.mark.parametrize("name", ["smoke", "bench", "models", "test", "sanitize"])
 def test_stages_name_files_that_exist(name):
-    commands = check.STAGES[name](100)
+    commands = check.STAGES[name]()
     named = [part for command in commands for part in command.argv if part.endswith(".py")]
     assert named and all((check.ROOT / part).exists() for part in named)
     assert len({command.name for command in commands}) == len(commands)
@@ -180,14 +188,14 @@ def test_stages_name_files_that_exist(name):
 def test_every_test_of_an_op_on_a_gpu_runs():
     """A file that asks for a CUDA device is in the stage."""
     asked = {path for path in (check.ROOT / "tests").glob("test_*.py") if "DEVICES" in path.read_text()}
-    named = {check.ROOT / part for command in check.STAGES["test"](100) for part in command.argv}
+    named = {check.ROOT / part for command in check.STAGES["test"]() for part in command.argv}
     assert {check.ROOT / "tests" / "test_gpu.py", *asked} - {Path(__file__)} <= named
 
 
 def test_the_sanitizer_watches_every_op():
     watched = [op for group in sanitize.GROUPS.values() for op in group]
     assert sorted(watched) == sorted(_backend.OPS)
-    groups = {command.argv[-1] for command in check.STAGES["sanitize"](100)}
+    groups = {command.argv[-1] for command in check.STAGES["sanitize"]()}
     assert groups == set(sanitize.GROUPS)
 
 
@@ -200,7 +208,7 @@ def test_a_stage_goes_on_where_it_stopped(tmp_path, monkeypatch):
         return check.Command([sys.executable, "-c", code], {}, lasting=lasting)
 
     commands = [command("a", 0), command("b", 1), command("c", 0, lasting=False)]
-    monkeypatch.setitem(check.STAGES, "test", lambda seconds: commands)
+    monkeypatch.setitem(check.STAGES, "test", lambda: commands)
 
     def run():
         ran.write_text("")
@@ -217,10 +225,40 @@ def test_a_stage_goes_on_where_it_stopped(tmp_path, monkeypatch):
     assert run() == (True, "abc")
 
 
+@pytest.mark.parametrize(("statuses", "ran", "good"), [([1, -9, 0], 3, True), ([1, check.record.ENDED, 0], 2, False)])
+def test_a_bench_that_died_is_run_again_until_it_ends_by_itself(tmp_path, monkeypatch, statuses, ran, good):
+    count = tmp_path / "count"
+    count.write_text("")
+    code = f"""
+import os, signal, sys
+assert sys.argv[1] == "--seconds" and 0 < int(sys.argv[2]) < 60
+count = open({str(count)!r}, "a+"); count.write("x"); count.seek(0)
+status = {statuses}[len(count.read()) - 1]; count.close()
+os.kill(os.getpid(), -status) if status < 0 else sys.exit(status)
+"""
+    monkeypatch.setitem(check.STAGES, "bench", lambda: [check.Command([sys.executable, "-c", code], resuming=True)])
+    with (tmp_path / "log").open("w") as log:
+        assert check.stage("bench", 60 + check.SPARE, check.Progress(tmp_path / "progress"), log) is good
+    assert len(count.read_text()) == ran and bool(check.Progress(tmp_path / "progress").failed) is not good
+
+
+def test_what_tells_most_comes_first():
+    assert list(check.STAGES) == ["build", "smoke", "bench", "models", "test", "sanitize"]
+
+
+def test_the_property_tests_are_left_out_on_a_gpu():
+    """Their marker is hypothesis' own."""
+    commands = check.STAGES["test"]()
+    assert all(command.argv[command.argv.index("-m", 2) + 1] == "not hypothesis" for command in commands)
+    collected = [sys.executable, "-P", "-m", "pytest", "--collect-only", "-q", "-m", "hypothesis", "tests/test_log1p_sum.py"]
+    listed = subprocess.run(collected, cwd=check.ROOT, capture_output=True, text=True).stdout
+    assert "test_any_size" in listed and "test_matches" not in listed
+
+
 def test_a_build_without_cuda_c_takes_the_place_of_one_that_fails(tmp_path, monkeypatch):
     """The failure stays on record, with its last lines, until it passes."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    (command,) = check.build(100)
+    (command,) = check.build()
     assert command.environment == {"FISHERFAST_NATIVE": "cuda", "TORCH_CUDA_ARCH_LIST": "9.0a"}
     assert command.instead.environment == {"FISHERFAST_NATIVE": "cpu"} and command.instead.argv == command.argv
     code = "import os; native = os.environ['FISHERFAST_NATIVE']; print('nvcc:', native); raise SystemExit(native == os.environ['FAILING'])"
@@ -229,7 +267,7 @@ def test_a_build_without_cuda_c_takes_the_place_of_one_that_fails(tmp_path, monk
         monkeypatch.setenv("FAILING", failing)
         argv = [sys.executable, "-c", code]
         replaced = command._replace(argv=argv, instead=command.instead._replace(argv=argv))
-        monkeypatch.setitem(check.STAGES, "build", lambda seconds: [replaced])
+        monkeypatch.setitem(check.STAGES, "build", lambda: [replaced])
         with (tmp_path / "log").open("w") as log:
             return check.stage("build", 60, check.Progress(tmp_path / "progress"), log)
 
@@ -241,7 +279,7 @@ def test_a_build_without_cuda_c_takes_the_place_of_one_that_fails(tmp_path, monk
 
 
 def test_a_stage_without_time_left_fails_and_says_so(tmp_path, monkeypatch):
-    monkeypatch.setitem(check.STAGES, "test", lambda seconds: [check.Command([sys.executable, "-c", ""], {})])
+    monkeypatch.setitem(check.STAGES, "test", lambda: [check.Command([sys.executable, "-c", ""], {})])
     with (tmp_path / "log").open("w") as log:
         assert not check.stage("test", 0, check.Progress(tmp_path / "passed"), log)
     assert "no time left" in (tmp_path / "log").read_text()
@@ -252,10 +290,30 @@ def test_results_are_collected_after_every_step(tmp_path, monkeypatch):
     out.mkdir(), folder.mkdir()
     (folder / "2020-01-02.json").write_text("{}")
     monkeypatch.setenv("OUT", str(out))
-    monkeypatch.setitem(check.STAGES, "test", lambda seconds: [check.Command([sys.executable, "-c", ""], {}, lasting=True)])
-    with (folder / "gpu-check.log").open("w") as log:
+    monkeypatch.setitem(check.STAGES, "test", lambda: [check.Command([sys.executable, "-c", ""], {}, lasting=True)])
+    with (folder / "gpu-check.log").open("w") as log, check.exporting(folder):
         assert check.stage("test", 60, check.Progress(folder / "gpu-check-progress.txt"), log)
     assert sorted(path.name for path in out.iterdir()) == ["2020-01-02.json", "gpu-check-progress.txt", "gpu-check.log"]
+
+
+def test_results_are_collected_while_a_step_runs(tmp_path, monkeypatch):
+    """Who lent the machine may end everything before the step does."""
+    out, folder = tmp_path / "out", tmp_path / "results"
+    out.mkdir(), folder.mkdir()
+    monkeypatch.setenv("OUT", str(out))
+    with check.exporting(folder, seconds=0.05):
+        (folder / "2020-01-02.json").write_text("{}")
+        deadline = time.monotonic() + 30
+        while not (out / "2020-01-02.json").exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert (out / "2020-01-02.json").read_text() == "{}"
+
+
+def test_nothing_is_collected_without_a_place_for_it(tmp_path, monkeypatch):
+    monkeypatch.delenv("OUT", raising=False)
+    before = threading.active_count()
+    with check.exporting(tmp_path):
+        assert threading.active_count() == before
 
 
 BREAKS = """
@@ -296,4 +354,7 @@ def test_an_unknown_stage_is_refused(monkeypatch, capsys):
     with pytest.raises(SystemExit) as refused:
         check.main()
     assert refused.value.code == 2
-    assert "stages: must be among ['build', 'test', 'sanitize', 'bench', 'models'], got ['tests']" in capsys.readouterr().err
+    assert (
+        "stages: must be among ['build', 'smoke', 'bench', 'models', 'test', 'sanitize'], got ['tests']"
+        in capsys.readouterr().err
+    )

@@ -176,3 +176,12 @@ def calls(op: str, device: str, dtype: torch.dtype) -> list[Call]:
     """The calls of an op."""
     build, shapes = CALLS[op]
     return [build(Draw(device, dtype), *shape) for shape in shapes]
+
+
+def run_all(op: str, backend: str, device: str, dtype: torch.dtype) -> None:
+    """Run the calls of an op in one backend, and wait for them."""
+    with ff.backend(backend):
+        for call in calls(op, device, dtype):
+            call.run(call.outputs)
+    if device == "cuda":
+        torch.cuda.synchronize()

@@ -81,7 +81,7 @@ def _backend(route: dict[str, Any] | None) -> str:
     if route is None:
         return NONE
     if "seconds" not in route:
-        return "wrong"
+        return route.get("why", "wrong").partition(":")[0]
     return f"{_milliseconds(_median(route))} ({route['fraction']:.0%}{'' if route['passes'] else ', FAILS THE GATE'})"
 
 
@@ -162,7 +162,7 @@ def _largest(found: dict[str, Any]) -> str:
 
 
 def _losses(run: dict[str, Any]) -> str:
-    lines = []
+    lines = [f"- `{r['op']}` {r['route']}, small calls: {r['why']}." for r in run["smoke"] if "why" in r]
     for record in run["ops"]:
         best, where = _best(record), f"`{record['op']}` {record['case']} {record['mode']}"
         lines += [f"- {where}: {record['why']}."] if "why" in record else []

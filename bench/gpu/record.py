@@ -98,7 +98,8 @@ class Document:
         """Add ``head`` and what ``measure`` finds, or why it finds nothing, to one of the content's lists.
 
         Before it runs the record says ``LOST``, which it keeps if the process does not outlive it. After ``seconds`` it does not:
-        a thread without Python ends it, for one that waits for a kernel which hangs can no longer be interrupted.
+        a thread without Python ends it, for one that waits for a kernel which hangs can no longer be interrupted. One that can
+        did not hang, so there is no record of it.
         """
         records.append(head | {"why": LOST})
         self.save()
@@ -107,6 +108,10 @@ class Document:
             found = measure()
         except Exception as raised:  # the others are still to be measured
             found = {"why": reason(raised)}
+        except BaseException:
+            records.pop()
+            self.save()
+            raise
         finally:
             faulthandler.cancel_dump_traceback_later()
         records[-1] = head | found
@@ -117,6 +122,6 @@ class Document:
 def _content(path: Path, machine: dict[str, Any], date: str) -> dict[str, Any] | None:
     """What a file holds, or would; None if it is of another machine or other sources; ``INCIDENTAL`` facts may differ."""
     if not path.exists():
-        return {"date": date, "machine": machine, "ceilings": None, "ops": [], "models": [], "largest": []}
+        return {"date": date, "machine": machine, "ceilings": None, "smoke": [], "ops": [], "models": [], "largest": []}
     content = json.loads(path.read_text())
     return content if {**content["machine"], **INCIDENTAL} == {**machine, **INCIDENTAL} else None

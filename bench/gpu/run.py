@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -34,7 +35,7 @@ SECONDS = 60  # for a route, or the oracle, at most: the kernels it compiles inc
 
 
 def arguments(description: str | None) -> argparse.Namespace:
-    """What the command lines of ``run.py`` and ``models.py`` have in common."""
+    """What the command lines of ``smoke.py``, ``run.py`` and ``models.py`` have in common."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--seconds", type=float, default=420, help="begin no further case after this time")
     parser.add_argument("--rehearse", type=Path, metavar="FOLDER", help="tiny cases on the CPU, results under FOLDER")
@@ -43,6 +44,7 @@ def arguments(description: str | None) -> argparse.Namespace:
 
 def started(rehearse: Path | None) -> tuple[str, record.Document]:
     """The device, and the file with the ceilings in it, measured unless they are there."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that what is being measured goes out of the file
     torch.manual_seed(0)
     device = "cuda" if rehearse is None else "cpu"
     document = record.Document(record.facts(device), *([] if rehearse is None else [rehearse]))
@@ -106,7 +108,9 @@ def measure(
         oracle = problem.oracle()
         plain = error(problem.compared(problem.plain()), oracle)
         usable = [b for b in BACKENDS[device] if _backend.OPS[op].unavailable(b, device) is None]
-        measures.update({b: partial(gated, device, problem, oracle, plain, b, ceilings) for b in usable})
+        for b in usable:
+            why = dropped(document.content, op, b)
+            measures[b] = partial(dict, why=why) if why else partial(gated, device, problem, oracle, plain, b, ceilings)
         measures.update({name: partial(peer, device, problem, oracle, name) for name in problem.peers})
         return {
             "shape": problem.shape,
@@ -119,13 +123,27 @@ def measure(
 
     with clock.tf32(mode == "tf32"):
         found = document.attempt(ops, {"op": op, "case": case, "mode": mode, "routes": routes}, prepare, SECONDS)
-        while (
-            found.get("left") and alive(device) and time.monotonic() < deadline
-        ):  # of a broken device all that follow would take the blame
-            name = found["left"].pop(0)
+        # Of a broken device all that follow would take the blame.
+        while found.get("left") and alive(device) and time.monotonic() < deadline:
+            name = found["left"][0]
             head = {"route": name, "error": None} | ({"passes": False} if name in BACKENDS[device] else {})
             document.attempt(routes, head, measures[name], SECONDS)
+            found["left"].remove(name)
+            document.save()
     return found
+
+
+def dropped(content: dict[str, Any], op: str, backend: str) -> str | None:
+    """Why a backend of an op is not run any more: it failed on small calls, or was lost twice. Once may have been the lease's end."""
+    failed = [r["why"] for r in content["smoke"] if (r["op"], r["route"]) == (op, backend) and "why" in r]
+    if failed:
+        return f"not run: on small calls {failed[0]}"
+    lost = [
+        f"{r['case']} {r['mode']}"
+        for r in content["ops"]
+        if r["op"] == op and any(one["route"] == backend and one.get("why") == record.LOST for one in r["routes"])
+    ]
+    return f"not run: {record.LOST} at {' and '.join(lost)}" if len(lost) > 1 else None
 
 
 def unfinished(content: dict[str, Any]) -> list[tuple[str, str, str]]:
@@ -168,14 +186,20 @@ def main() -> int:
             torch.cuda.empty_cache()
     left = unfinished(document.content)
     print(f"wrote {document.path}" + (f"; {len(left)} cases left, run again to go on" if left else ""))
-    failed = [
-        " ".join([r["op"], r["case"], r["mode"], *route])
-        for r in document.content["ops"]
-        for route in ([[]] if "why" in r else [[one["route"]] for one in r["routes"] if not one.get("passes", True)])
-    ]
+    failed = failures(document.content)
     if failed:
         print("results that fail the gate, or are none: " + "; ".join(failed))
     return record.ENDED if failed or left else 0
+
+
+def failures(content: dict[str, Any]) -> list[str]:
+    """The cases that could not be prepared, and the backends without a right result."""
+    found = []
+    for r in content["ops"]:
+        case = f"{r['op']} {r['case']} {r['mode']}"
+        found += [case] if "why" in r else []
+        found += [f"{case} {one['route']}" for one in r["routes"] if not one.get("passes", True)]
+    return found
 
 
 def lost() -> int:

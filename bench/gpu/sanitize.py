@@ -11,7 +11,6 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from gpu import calls
 
-import fisherfast as ff
 from fisherfast import _backend
 
 GROUPS = {"products": ("linear_sq_", "gram_", "conv_sq_", "conv_gram_")}
@@ -24,11 +23,7 @@ def main(group: str, device: str = "cuda") -> None:
         if (problem := _backend.OPS[op].unavailable(name, device)) is not None:
             print(f"{op} has no {name} backend here: {problem}")
             continue
-        with ff.backend(name):
-            for call in calls.calls(op, device, dtype):
-                call.run(call.outputs)
-        if device == "cuda":
-            torch.cuda.synchronize()
+        calls.run_all(op, name, device, dtype)
         print(f"ran {op} {name} {dtype}", flush=True)
 
 
