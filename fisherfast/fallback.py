@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 from fisherfast.batches import Batch, Output
-from fisherfast.capture import Tracked, unwrapped
+from fisherfast.capture import Tracked
+from fisherfast.train_mode import unwrapped
 
 _BUDGET = 2**28  # bytes of sample gradients at a time
 _MOST = 16  # samples at a time: activations are held too

@@ -222,6 +222,7 @@ FLOORS = {
     "_backend": 1,
     "_choice": 1,
     "_precision": 1,
+    "train_mode": 1,
     "_random": 1,
     "_warning": 1,
     "ops": 2,

@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fisherfast.capture import Tracked, refuse_train_mode
+from fisherfast.capture import Tracked
 from fisherfast.fisher.protocol import Provenance
 from fisherfast.fisher.run import Run, model_name
 from fisherfast.fisher.structure import Structure
 from fisherfast.layout import Finding
 from fisherfast.likelihood import FISHER_TYPES
 from fisherfast.passes import Pass, Samples, check_loss_scale, conclude
+from fisherfast.train_mode import refuse_train_mode
 
 
 class collect:

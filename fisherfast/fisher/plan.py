@@ -14,7 +14,7 @@ from rich.table import Table
 from torch import nn
 
 from fisherfast.batches import Batch, Output
-from fisherfast.capture import Capture, Tracked, refuse_train_mode
+from fisherfast.capture import Capture, Tracked
 from fisherfast.fisher import memory
 from fisherfast.fisher.labelling import Labelling
 from fisherfast.fisher.measure import Asked, Measurement, factors_first, needs_basis, requests
@@ -24,6 +24,7 @@ from fisherfast.layout import PROBED
 from fisherfast.likelihood import Likelihood, Predictions
 from fisherfast.passes import Collector, Cost, Pass, Passes, Samples, one_position
 from fisherfast.rules import ALL, Elementwise, Form, Rows
+from fisherfast.train_mode import refuse_train_mode
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from fisherfast.batches import Batch, Output
-from fisherfast.capture import refuse_train_mode, unwrapped
 from fisherfast.likelihood import Likelihood, predictions_of, resolve, unpacked
 from fisherfast.passes import NonFiniteError
+from fisherfast.train_mode import refuse_train_mode, unwrapped
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 

@@ -13,11 +13,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from fisherfast.capture import unwrapped
 from fisherfast.fisher import Fisher, LayerSummary
 from fisherfast.fisher.protocol import layer_of
 from fisherfast.information import _checks, _directions, _prior
 from fisherfast.information._prior import GivenScale
+from fisherfast.train_mode import unwrapped
 
 _CALLER = "task_embedding"
 

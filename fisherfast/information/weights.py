@@ -17,11 +17,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from fisherfast.capture import unwrapped
 from fisherfast.fisher import Fisher, FisherWarning, LayerSummary, Spectrum
 from fisherfast.information import _checks, _prior, _series
 from fisherfast.information._prior import PriorScale
 from fisherfast.information.result import Information, LayerInformation
+from fisherfast.train_mode import unwrapped
 
 VARIANTS = ("exact", "paper")
 _CALLER = "information_in_weights"
