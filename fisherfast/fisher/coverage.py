@@ -43,6 +43,11 @@ class Coverage(dict[str, str]):
         self.underflow: dict[str, list[int]] = {**getattr(how, "underflow", {}), **(underflow or {})}
 
     @property
+    def missing(self) -> dict[str, str]:
+        """The parameters that are left out, and why: ``{name: reason}``."""
+        return {name: how.removeprefix("missing:").strip() for name, how in self.items() if how.startswith("missing")}
+
+    @property
     def ways(self) -> dict[str, str]:
         """``{parameter name: way}``: ``how`` without its reasons; ``"loop + vmap"`` if runs pooled covered it differently."""
         return {name: " + ".join(part.partition(":")[0] for part in _BETWEEN.split(how)) for name, how in self.items()}

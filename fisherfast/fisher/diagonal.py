@@ -22,7 +22,7 @@ from fisherfast.fisher import _arguments, _logdet, _pooling, serialize
 from fisherfast.fisher._plot import Plotted
 from fisherfast.fisher.counts import Counts, Measured
 from fisherfast.fisher.coverage import Coverage
-from fisherfast.fisher.protocol import Damping, LayerSummary, Provenance, Spectrum, Vector, layer_of, missing
+from fisherfast.fisher.protocol import Damping, LayerSummary, Provenance, Spectrum, Vector, layer_of
 from fisherfast.fisher.spread import Spread
 
 _CHUNK = 1 << 16  # entries at a time: temporaries that stay in cache
@@ -271,7 +271,7 @@ class DiagonalFisher(Measured, Plotted):
 
     def __repr__(self) -> str:
         known = [f"{field}={value!r}" for field, value in dataclasses.asdict(self.provenance).items() if value is not None]
-        excluded = len(missing(self.coverage))
+        excluded = len(self.coverage.missing)
         layers = len({layer_of(name) for name in self.names})
         return (
             f"DiagonalFisher({self.num_parameters:,} parameters in {len(self.names)} tensors and {layers} layers, "

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fisherfast._warning import FisherWarning as FisherWarning
+from fisherfast.fisher.coverage import Coverage
 
 Vector = TypeVar("Vector", Tensor, dict[str, Tensor])  # flat, in F.names order, or {parameter name: tensor}
 Damping = float | Mapping[str, float]  # one number, or one per layer or parameter name
@@ -29,11 +30,6 @@ WHOLE = "(model)"  # what is shown for the layer named "": the parameters that t
 def layer_of(parameter: str) -> str:
     """The layer that a parameter name belongs to: ``"a.b"`` for ``"a.b.weight"``, ``""`` for a parameter of the model itself."""
     return parameter.rpartition(".")[0]
-
-
-def missing(coverage: Mapping[str, str]) -> dict[str, str]:
-    """The parameters that a Fisher leaves out, and why: {name: reason}."""
-    return {name: how.removeprefix("missing:").strip() for name, how in coverage.items() if how.startswith("missing")}
 
 
 @dataclass(frozen=True)
@@ -139,8 +135,8 @@ class Fisher(Protocol):
         """How it was measured."""
 
     @property
-    def coverage(self) -> dict[str, str]:
-        """How each parameter was measured: an op's name, ``"loop"``, or ``"missing: reason"`` for one not in ``names``."""
+    def coverage(self) -> Coverage:
+        """How each parameter was measured, and why those that are not in ``names`` were not."""
 
     @property
     def aliases(self) -> dict[str, str]:

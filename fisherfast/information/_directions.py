@@ -28,7 +28,7 @@ def sums_by_layer(
 
 def measured(F: Fisher) -> str:
     """What was measured, and how: the part of an estimate's conditions that F brings."""
-    lacking = [name for name, how in F.coverage.items() if how.startswith("missing")]
+    lacking = F.coverage.missing
     without = f", without {', '.join(lacking)}, which it lacks" if lacking else ""
     return (
         f"k = {F.num_parameters:,} weights, N = {F.num_samples:,} samples, Fisher {F.provenance.fisher_type or 'of unknown type'}, "

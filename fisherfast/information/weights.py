@@ -129,7 +129,7 @@ def tensors(source: Weights) -> dict[str, Tensor]:
 
 def _check_names(F: Fisher, model: Weights, weights: Mapping[str, Tensor]) -> tuple[str, ...]:
     """The parameters F says it lacks, warned of; raise ValueError unless F and the model have the same others, as large."""
-    excluded = tuple(name for name, how in F.coverage.items() if how.startswith("missing"))
+    excluded = tuple(F.coverage.missing)
     _checks.named(_CALLER, "model", weights, F.names, "F")
     _check_floating("model", F, weights)
     for name, shape in F.shapes.items():

@@ -99,6 +99,6 @@ def warnings(F: Fisher, info: Information) -> list[str]:
         found.append(f"The Fisher of these layers is zero, the predictions do not depend on their weights: {_named(flat)}.")
     if info.variant == "paper":
         found.append("The formulas are those printed in the paper, constant factors and all; the exact ones differ.")
-    if underflow := getattr(F.coverage, "underflow", {}):
+    if underflow := F.coverage.underflow:
         found.append(f"Gradients in float16 lost digits in {_named(list(underflow))}: measure with a loss scale.")
     return found
