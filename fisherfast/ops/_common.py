@@ -58,15 +58,29 @@ def check_shape(op: str, name: str, tensor: Tensor, symbols: str, expected: tupl
     )
 
 
+def check_optional(
+    op: str, name: str, tensor: Tensor | None, allowed: tuple[torch.dtype, ...], symbols: str, expected: tuple[int, ...]
+) -> None:
+    """Both checks of a tensor that may be absent."""
+    if tensor is not None:
+        check_dtype(op, name, tensor, allowed)
+        check_shape(op, name, tensor, symbols, expected)
+
+
+def num_samples(op: str, offsets: Tensor) -> int:
+    """Check the offsets of packed rows and return N."""
+    require(offsets.dim() == 1 and offsets.shape[0] >= 1, lambda: f"{op}: offsets must be [N+1], got {shape(offsets)}")
+    check_dtype(op, "offsets", offsets, (torch.int64,))
+    return offsets.shape[0] - 1
+
+
 def check_rows(op: str, g: Tensor, offsets: Tensor | None, feature: str) -> int:
     """Check the layout of ``g`` and return N."""
     if offsets is None:
         require(g.dim() == 3, lambda: f"{op}: g must be [N, T, {feature}], got {shape(g)}; T is 1 where there are no positions")
         return g.shape[0]
     require(g.dim() == 2, lambda: f"{op}: with offsets g must be [M, {feature}], got {shape(g)}")
-    require(offsets.dim() == 1 and offsets.shape[0] >= 1, lambda: f"{op}: offsets must be [N+1], got {shape(offsets)}")
-    check_dtype(op, "offsets", offsets, (torch.int64,))
-    return offsets.shape[0] - 1
+    return num_samples(op, offsets)
 
 
 def check_outputs(
@@ -84,25 +98,17 @@ def check_outputs(
     """Check accumulator and the optional tensors against the shapes the inputs imply."""
     check_dtype(op, "acc", acc, ACCUMULATOR_DTYPES)
     check_shape(op, "acc", acc, symbols, expected)
-    if weight is not None:
-        check_dtype(op, "weight", weight, (torch.float32,))
-        check_shape(op, "weight", weight, "[N]", (samples,))
-    if total is not None:
-        check_dtype(op, "total", total, ACCUMULATOR_DTYPES)
-        check_shape(op, "total", total, symbols, expected)
-    if sqnorm is not None:
-        check_dtype(op, "sqnorm", sqnorm, ACCUMULATOR_DTYPES)
-        check_shape(op, "sqnorm", sqnorm, "[N]", (samples,))
-    if flag is not None:
-        check_dtype(op, "flag", flag, (torch.int32,))
-        check_shape(op, "flag", flag, "[1]", (1,))
+    check_optional(op, "weight", weight, (torch.float32,), "[N]", (samples,))
+    check_optional(op, "total", total, ACCUMULATOR_DTYPES, symbols, expected)
+    check_optional(op, "sqnorm", sqnorm, ACCUMULATOR_DTYPES, "[N]", (samples,))
+    check_optional(op, "flag", flag, (torch.int32,), "[1]", (1,))
 
 
-def check_devices(op: str, acc: Tensor, **tensors: Tensor | None) -> None:
-    """Raise ValueError unless all tensors are on the accumulator's device."""
+def check_devices(op: str, acc: Tensor, of: str = "acc", /, **tensors: Tensor | None) -> None:
+    """Raise ValueError unless all tensors are on the device of the one that is written, which the op calls ``of``."""
     for name, tensor in tensors.items():
         if tensor is not None and tensor.device != acc.device:
-            raise ValueError(f"{op}: {name} must be on acc's device {acc.device}, got {tensor.device}")
+            raise ValueError(f"{op}: {name} must be on {of}'s device {acc.device}, got {tensor.device}")
 
 
 def stopped(flag: Tensor | None, *inputs: Tensor | None) -> bool:

@@ -38,13 +38,9 @@ def _check(out, logits, *, labels=None, uniform=None, counted=None, drawn=None) 
         "drawn": (drawn, torch.int64),
     }
     for what, (tensor, dtype) in vectors.items():
-        if tensor is not None:
-            common.check_dtype(name, what, tensor, (dtype,))
-            common.check_shape(name, what, tensor, "[R]", (R,))
-            if tensor.device != out.device:
-                raise ValueError(f"{name}: {what} must be on out's device {out.device}, got {tensor.device}")
-    if logits.device != out.device:
-        raise ValueError(f"{name}: logits must be on out's device {out.device}, got {logits.device}")
+        common.check_optional(name, what, tensor, (dtype,), "[R]", (R,))
+    given = {what: tensor for what, (tensor, _) in vectors.items()}
+    common.check_devices(name, out, "out", logits=logits, **given)
 
 
 @_backend.op(_SCHEMA, _check)
@@ -75,7 +71,7 @@ def categorical_score_(
               it keeps its relative precision where the network is nearly certain and ``p_y - 1`` would cancel. A logit that
               is NaN or +inf makes its row NaN, as softmax does. Two reads and one write; no wide copy of 16-bit logits
               beyond a workspace that does not grow with R.
-    Source:   the score of the categorical distribution in its natural parameters; design.md, section 2.
+    Source:   the score of the categorical distribution in its natural parameters.
     """
     R, C = logits.shape
     if drawn is not None:

@@ -45,12 +45,8 @@ def _check(
     D = C // groups * math.prod(kernel) + bias
     common.check_dtype(name, "acc", acc, common.ACCUMULATOR_DTYPES)
     common.check_shape(name, "acc", acc, "[groups, D, D] with D = C / groups * |K| + bias", (groups, D, D))
-    if weight is not None:
-        common.check_dtype(name, "weight", weight, (torch.float32,))
-        common.check_shape(name, "weight", weight, "[N]", (N,))
-    if flag is not None:
-        common.check_dtype(name, "flag", flag, (torch.int32,))
-        common.check_shape(name, "flag", flag, "[1]", (1,))
+    common.check_optional(name, "weight", weight, (torch.float32,), "[N]", (N,))
+    common.check_optional(name, "flag", flag, (torch.int32,), "[1]", (1,))
     common.check_devices(name, acc, x=x, weight=weight, flag=flag)
 
 

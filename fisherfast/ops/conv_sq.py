@@ -52,13 +52,7 @@ def _check(
         groups >= 1 and C % groups == 0 and O % groups == 0,
         lambda: f"{name}: groups must divide C = {C} and O = {O}, got {groups}",
     )
-    N = g.shape[0]
-    if offsets is not None:
-        common.require(
-            offsets.dim() == 1 and offsets.shape[0] >= 1, lambda: f"{name}: offsets must be [N+1], got {common.shape(offsets)}"
-        )
-        common.check_dtype(name, "offsets", offsets, (torch.int64,))
-        N = offsets.shape[0] - 1
+    N = g.shape[0] if offsets is None else common.num_samples(name, offsets)
     expected = (O, C // groups, *acc.shape[2:])
     common.check_outputs(name, acc, "[O, C / groups, *K]", expected, N, weight=weight, total=total, sqnorm=sqnorm, flag=flag)
     common.check_devices(name, acc, x=x, g=g, weight=weight, offsets=offsets, total=total, sqnorm=sqnorm, flag=flag)

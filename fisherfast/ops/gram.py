@@ -20,12 +20,9 @@ def _check(acc, x, scale=1.0, *, weight=None, bias=False, flag=None) -> None:
     common.check_dtype(name, "acc", acc, common.ACCUMULATOR_DTYPES)
     D = x.shape[-1] + bias
     common.check_shape(name, "acc", acc, "[I + 1, I + 1]" if bias else "[I, I]", (D, D))
-    if weight is not None:
-        common.check_dtype(name, "weight", weight, (torch.float32,))
-        common.check_shape(name, "weight", weight, "[M]" if x.dim() == 2 else "[N, T]", tuple(x.shape[:-1]))
-    if flag is not None:
-        common.check_dtype(name, "flag", flag, (torch.int32,))
-        common.check_shape(name, "flag", flag, "[1]", (1,))
+    rows = "[M]" if x.dim() == 2 else "[N, T]"
+    common.check_optional(name, "weight", weight, (torch.float32,), rows, tuple(x.shape[:-1]))
+    common.check_optional(name, "flag", flag, (torch.int32,), "[1]", (1,))
     common.check_devices(name, acc, x=x, weight=weight, flag=flag)
 
 
