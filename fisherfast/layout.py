@@ -114,21 +114,23 @@ class Gathered:
 class Tags:
     """Factors for the samples' parts of the gradient at the root: for each pass ``2^digit`` of the sample's number.
 
-    ``narrow``: gradients pass through float16, which has little room for factors and rounds small numbers.
+    ``narrow``: gradients pass through float16, which has little room for factors and rounds small numbers. ``large``: they are as
+    large there as they may be, by a loss scale, so that no factor is above 1.
     """
 
-    def __init__(self, N: int, few: int, narrow: bool = False) -> None:
+    def __init__(self, N: int, few: int, narrow: bool = False, large: bool = False) -> None:
         self.N, self.few, self.narrow = N, min(few, N), narrow
         # Far apart when samples are few: a trace of another sample in a row then weighs a lot more than rounding.
         self.base = self.few if self.few <= PROBED else 4 if narrow else 32
         self.step = 2 if narrow else 8 if self.few <= PROBED else 1
+        self.largest = 2.0 ** ((self.base - 1) * self.step) if narrow and large else 1.0  # what all factors are divided by
         self.passes = 1 if self.few <= self.base else math.ceil(math.log(self.few, self.base) - 1e-9)
 
     def factors(self, device: torch.device) -> list[Tensor]:
         """``[N]`` for each pass; 0 for samples that are not looked at."""
         number = torch.arange(self.N, device=device)
         digits = [number // self.base**k % self.base for k in range(self.passes)]
-        return [torch.exp2((d * self.step).double()).where(number < self.few, 0.0) for d in digits]
+        return [torch.exp2((d * self.step).double()).div(self.largest).where(number < self.few, 0.0) for d in digits]
 
 
 class Sightings:
@@ -143,7 +145,7 @@ class Sightings:
         rows = g.flatten(g.dim() - features).detach()
         sums = rows.abs().sum(-1, dtype=torch.float64)
         at = rows.abs().argmax(-1, keepdim=True) if rows.shape[-1] else rows.new_zeros(*rows.shape[:-1], 0, dtype=torch.int64)
-        self._seen.append((at, rows.gather(-1, at).double(), sums))
+        self._seen.append((at, rows.gather(-1, at).double() * self.tags.largest, sums * self.tags.largest))
 
     def numbers(self, g: Tensor, features: int) -> Tensor:
         """The sample of every row ``[*lead]``, ``UNKNOWN`` or ``MIXED``, from the same pass without tags."""

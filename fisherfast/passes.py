@@ -209,7 +209,7 @@ class Passes:
         tags = Tags(N, few, self.capture.narrow)
         inside = (torch.arange(N, device=root.device) < tags.few).view(-1, *(1,) * (cotangent.dim() - 1))
         cotangent = cotangent * inside
-        sightings = self._tag(root, cotangent, tags)
+        sightings = self._tag(root, Pass(cotangent), tags)
         numbers: dict[Key, Tensor] = {}
 
         def listen(call: Call, g: Tensor | None, saved: tuple[Tensor, ...]) -> None:
@@ -223,7 +223,7 @@ class Passes:
         self._backward(root, cotangent, listen, keep=True)
         return {key: Finding.of(found, N, self.capture.offsets) for key, found in numbers.items()}
 
-    def _tag(self, root: Tensor, cotangent: Tensor, tags: Tags, keys: set[Key] | None = None) -> dict[Key, Sightings]:
+    def _tag(self, root: Tensor, one: Pass, tags: Tags, keys: set[Key] | None = None) -> dict[Key, Sightings]:
         """The tagged passes: what they show of each use, or of those named."""
         self.capture.calls(root)
         sightings: defaultdict[Key, Sightings] = defaultdict(lambda: Sightings(tags))
@@ -232,14 +232,14 @@ class Passes:
             def listen(call: Call, g: Tensor | None, saved: tuple[Tensor, ...]) -> None:
                 for use in call.uses:
                     if g is not None and (keys is None or use.key in keys):
-                        sightings[use.key].see(_rows(use, g, saved).g, use.form.features)
+                        sightings[use.key].see(_rows(use, one.unscaled(g), saved).g, use.form.features)
 
-            scaled = cotangent * factor.to(cotangent.dtype).view(-1, *(1,) * (cotangent.dim() - 1))
+            scaled = one.cotangent * factor.to(one.cotangent.dtype).view(-1, *(1,) * (one.cotangent.dim() - 1))
             self._backward(root, scaled, listen, keep=True)
         return sightings
 
-    def _tag_all(self, batch: _Batch, cotangent: Tensor, keys: set[Key]) -> dict[Key, Sightings]:
-        return self._tag(batch.root, cotangent, Tags(batch.N, batch.N, self.capture.narrow), keys)
+    def _tag_all(self, batch: _Batch, one: Pass, keys: set[Key]) -> dict[Key, Sightings]:
+        return self._tag(batch.root, one, Tags(batch.N, batch.N, self.capture.narrow, one.loss_scale > 1), keys)
 
     def route_mixed_forms(self, root: Tensor) -> None:
         """Send parameters that are used in forms which do not combine to the fallback."""
@@ -311,7 +311,7 @@ class Passes:
         waiting: defaultdict[Group, list[tuple[Form, Rows]]] = defaultdict(list)
         held: defaultdict[Group, list[tuple[CallUse, Rows]]] = defaultdict(list)  # of uses that nothing is known of yet
         tagged = (batch.unlocated & self.scattered) | (batch.again if number == 0 else set())
-        sightings = self._tag_all(batch, one.cotangent, tagged) if tagged else {}
+        sightings = self._tag_all(batch, one, tagged) if tagged else {}
 
         def listen(call: Call, g: Tensor | None, saved: tuple[Tensor, ...]) -> None:
             for use in call.uses:
@@ -333,7 +333,7 @@ class Passes:
 
         self._backward(batch.root, one.cotangent, listen, keep or bool(batch.unlocated))
         if held:
-            sightings = self._tag_all(batch, one.cotangent, {use.key for uses in held.values() for use, _ in uses})
+            sightings = self._tag_all(batch, one, {use.key for uses in held.values() for use, _ in uses})
         with self.capture.aside():
             for group, uses in held.items():
                 rows = [(use.form, self._gathered(use, r, batch.N, sightings[use.key])) for use, r in uses]

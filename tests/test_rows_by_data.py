@@ -151,3 +151,36 @@ def test_a_change_that_comes_late_is_an_error_and_not_a_number():
     with pytest.raises(ValueError, match=r"inner\.weight: rows must lie as in the batches before .* got others in batch 3"):
         measured(Nodes(), [*regular, graphs([2, 5, 5])])
     assert (measured(Nodes(), [*regular, graphs([2, 2, 2])]) > 0).any()
+
+
+class Flattened(nn.Module):
+    """Samples and positions on one axis."""
+
+    def __init__(self):
+        super().__init__()
+        self.outer, self.norm, self.inner, self.head = nn.Linear(I, 8), nn.LayerNorm(8), nn.Linear(8, 8), nn.Linear(8, C)
+
+    def forward(self, x):
+        h = self.norm(self.outer(x.flatten(0, 1)).tanh())
+        return self.head((h + self.inner(h).relu()).unflatten(0, x.shape[:2]).mean(1))
+
+
+@pytest.mark.parametrize("loss_scale", [1.0, 2.0**12])
+@pytest.mark.parametrize("n", [7, 40], ids=["one tagged pass", "several"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_looking_again_finds_what_was_found_in_every_precision(dtype, n, loss_scale):
+    model = Flattened().to(dtype)
+    batches = [(torch.randn(n, T, I).to(dtype), torch.randint(C, (n,))) for _ in range(5)]
+    options = {"fisher_type": "empirical", "progress": False, "loss_scale": loss_scale}
+    whole = ff.fisher(model, batches, **options)
+    parts = [ff.fisher(model, [one], **options) for one in batches]
+    assert whole.trace() == pytest.approx(sum(part.trace() for part in parts) / len(parts), rel=1e-6)
+
+
+def test_rows_are_told_apart_under_a_loss_scale():
+    """The gradients that are tagged are scaled, too."""
+    model = Slots(by_assignment)
+    batches = [batch([T] * N)[:2], batch([T] * 7)[:2]]
+    batches = [((x.float(), lengths), y) for (x, lengths), y in batches]
+    one, scaled = (ff.fisher(model, batches, fisher_type="empirical", progress=False, loss_scale=s) for s in (1.0, 2.0**10))
+    assert scaled.trace() == pytest.approx(one.trace(), rel=1e-6)
