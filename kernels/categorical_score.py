@@ -16,7 +16,7 @@ from ._common import long, power_of_two, wide
 
 def config(R: int, C: int, dtype: torch.dtype) -> dict[str, int]:
     """Rows and columns of a tile and its warps, for [R, C] logits; a pure function."""
-    BLOCK_C = power_of_two(C, 16, 2048 if dtype == torch.float64 else 4096)
+    BLOCK_C = power_of_two(C, 16, 512 if dtype == torch.float64 else 4096)
     BLOCK_R = power_of_two(R, 1, max(1, 256 // BLOCK_C))
     return {"BLOCK_R": BLOCK_R, "BLOCK_C": BLOCK_C, "num_warps": max(1, min(8, BLOCK_R * BLOCK_C // 128))}
 
@@ -99,7 +99,7 @@ def _categorical_score_kernel(
     if labels is None:
         missed = keep & (y < 0)
         if tl.max(missed.to(tl.int32), 0) != 0:  # the bound is the total, to rounding; or the row is NaN, and its label 0
-            y = tl.where(missed, last, y)
+            y = tl.where(missed, tl.where(total != total, 0, last), y)
             others = tl.where(missed, others - weight, others)
             chosen = tl.where(missed, weight, chosen)
             tl.debug_barrier()  # the entry of y has been written by another thread

@@ -170,7 +170,9 @@ def _conv_gram_kernel(
             # A product with a weight has more bits than 16.
             w = tl.load(weight + n, mask=n < N, other=0.0)
             left = wide(left) * w
-            right = tl.where(w != 0, wide(right), 0.0)  # numbers near the largest, in three parts, are infinite
+            right = wide(right)
+            if c.dtype == tl.float32:  # is multiplied in parts, and that of a number near the largest is infinite
+                right = tl.where(w != 0, right, 0.0)
         c = dot(tl.trans(left), right, c, PRECISION)
         n, p0, p1, p2 = _advance(n, p0, p1, p2, BLOCK_T, geometry[0])
     tile = (long(tl.program_id(1)) * G + group) * (tiles * (tiles + 1) // 2) + _tile_index(row, column, tiles)

@@ -63,7 +63,9 @@ def _products(
         if weight is not None:
             w = tl.load(weight + m, mask=inside, other=0.0).to(dtype)
             left = wide(left) * w[None, :]
-            right = tl.where((w != 0)[:, None], wide(right), 0.0)  # numbers near the largest, in three parts, are infinite
+            right = wide(right)
+            if dtype == tl.float32:  # is multiplied in parts, and that of a number near the largest is infinite
+                right = tl.where((w != 0)[:, None], right, 0.0)
         products = dot(left, right, products, PRECISION)
         if SUMS:
             sums += tl.sum(wide(left), 1)

@@ -14,7 +14,7 @@ from torch import nn
 
 import fisherfast as ff
 
-kronecker_sums = importlib.import_module("fisherfast.fisher.kronecker_sums")
+block_sums = importlib.import_module("fisherfast.fisher.block_sums")
 N, T = 6, 5
 EXACT = 1e-11
 
@@ -68,13 +68,13 @@ def test_the_blocks_are_those_of_inputs_that_are_not_known_to_be_the_same(struct
 
 def test_they_are_added_stored_and_decomposed_once(monkeypatch):
     calls, decomposed = Counter(), Counter()
-    gram, values = kronecker_sums.gram_, torch.linalg.eigvalsh
+    gram, values = block_sums.gram_, torch.linalg.eigvalsh
 
     def counting(acc, x, *arguments, **options):
         calls[x.shape[-1]] += 1
         return gram(acc, x, *arguments, **options)
 
-    monkeypatch.setattr(kronecker_sums, "gram_", counting)
+    monkeypatch.setattr(block_sums, "gram_", counting)
     K = measure(models()[0], [data()], "kfac")
     assert calls == {3: 2, 7: 6, 4: 1}  # x with a one, x without; g of q, k, v, gate and back, the head's x; the head's g
     blocks = {block.place.weight: block for block in K.blocks}
