@@ -241,6 +241,31 @@ class Passes:
     def _tag_all(self, batch: _Batch, one: Pass, keys: set[Key]) -> dict[Key, Sightings]:
         return self._tag(batch.root, one, Tags(batch.N, batch.N, self.capture.narrow, one.loss_scale > 1), keys)
 
+    def _leaking(self, batch: _Batch, one: Pass, keys: set[Key]) -> set[Key]:
+        """Those of the uses whose layout gives one half of the samples rows of the other: one pass without that half, where tags
+        would take several. Rows of samples that are left out have no gradient at all.
+        """
+        N, suspects, leaks = batch.N, set(), {}
+        order = torch.randperm(N, generator=torch.Generator().manual_seed(self._batches))
+        out = torch.zeros(N, dtype=torch.bool).index_fill_(0, order[: N // 2], True).to(batch.root.device)
+
+        def listen(call: Call, g: Tensor | None, saved: tuple[Tensor, ...]) -> None:
+            for use in call.uses:
+                if g is None or use.key not in keys:
+                    continue
+                rows, layout = _rows(use, g, saved), self.capture.layouts[use.key]
+                if not layout.fits(tuple(rows.g.shape[: rows.g.dim() - use.form.features]), N, self.capture.offsets):
+                    suspects.add(use.key)
+                    continue
+                rows = self._laid_out(layout, rows, N, use.form.features)
+                left_out = out if rows.offsets is None else out.repeat_interleave(rows.offsets.diff())
+                leaks[use.key] = rows.g[left_out].any()
+
+        kept = one.cotangent * ~out.view(-1, *(1,) * (one.cotangent.dim() - 1))
+        self._backward(batch.root, kept, listen, keep=True)
+        found = torch.stack(list(leaks.values())).tolist() if leaks else []
+        return suspects | {key for key, leaking in zip(leaks, found, strict=True) if leaking}
+
     def route_mixed_forms(self, root: Tensor) -> None:
         """Send parameters that are used in forms which do not combine to the fallback."""
         uses: defaultdict[str, list[CallUse]] = defaultdict(list)
@@ -310,7 +335,10 @@ class Passes:
         visited: defaultdict[Group, int] = defaultdict(int)
         waiting: defaultdict[Group, list[tuple[Form, Rows]]] = defaultdict(list)
         held: defaultdict[Group, list[tuple[CallUse, Rows]]] = defaultdict(list)  # of uses that nothing is known of yet
-        tagged = (batch.unlocated & self.scattered) | (batch.again if number == 0 else set())
+        again = batch.again if number == 0 else set()
+        if again and Tags(batch.N, batch.N, self.capture.narrow).passes > 1:
+            again = self._leaking(batch, one, again)
+        tagged = (batch.unlocated & self.scattered) | again
         sightings = self._tag_all(batch, one, tagged) if tagged else {}
 
         def listen(call: Call, g: Tensor | None, saved: tuple[Tensor, ...]) -> None:

@@ -113,6 +113,17 @@ def test_every_batch_has_its_own_rows(name):
     assert torch.allclose(norms.squared_norms, every, rtol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["unpadded", "sorted", "regulated"])
+def test_batches_of_which_one_tagged_pass_does_not_tell_all(name):
+    """Half of the samples are left out first: what has a gradient all the same lies elsewhere."""
+    model = NETWORKS[name]().double()
+    batches = [batch([T] * 40), batch(torch.randint(1, T + 1, (40,)).tolist()), batch(torch.randint(1, T + 1, (40,)).tolist())]
+    batches = [pair for *pair, _ in batches]
+    found = ff.fisher(model, batches, fisher_type="empirical", progress=False).diagonal(dtype=torch.float64)
+    for parameter, gradients in sample_gradients(model, batches).items():
+        assert torch.allclose(found[parameter], gradients.square().mean(0), rtol=1e-6, atol=1e-12), parameter
+
+
 class Nodes(nn.Module):
     """Graphs one after the other, their nodes summed."""
 
