@@ -98,7 +98,7 @@ class EigenSums(WeightSums):
 
     def scratch(self, rows: Rows) -> int:
         """See ``BlockSums``: what the samples of a chunk are turned into, twice: before the last product and after it."""
-        floats = self._made(rows)
+        floats = self._made(rows, self.order(rows))
         return 2 * min(rows.num_samples, _samples_at_a_time(floats)) * floats * self._dtype.itemsize
 
     def _extents(self, rows: Rows) -> tuple[int, int]:
@@ -130,7 +130,7 @@ class EigenSums(WeightSums):
         if isinstance(form, MatMul):
             rows = form.oriented(rows)  # a transposed use, turned round before, is needed as it is used
         order = self.order(rows)
-        for few, weight in _chunks(rows, samples.weight, _samples_at_a_time(self._made(rows))):
+        for few, weight in _chunks(rows, samples.weight, _samples_at_a_time(self._made(rows, order))):
             exact = few._replace(x=self._exact(few.x), g=self._exact(few.g))
             if order is Order.ROWS:
                 self._add_rows(acc, exact, scale, weight)
@@ -155,11 +155,11 @@ class EigenSums(WeightSums):
             Order.GRADIENTS: T * O * D + U * O * D * r + V * O * q * r,
         }
 
-    def _made(self, rows: Rows) -> int:
-        """How many numbers are made of a sample at a time, by the order that these rows go."""
+    def _made(self, rows: Rows, order: Order) -> int:
+        """How many numbers are made of a sample at a time."""
         (P, p, _), (C, c, _) = self._sides
         T = self._extents(rows)[1]
-        return self.place.groups * {Order.ROWS: T * (p + c), Order.HALF: p * C, Order.GRADIENTS: P * C}[self.order(rows)]
+        return self.place.groups * {Order.ROWS: T * (p + c), Order.HALF: p * C, Order.GRADIENTS: P * C}[order]
 
     @property
     def _swapped(self) -> bool:
@@ -231,7 +231,7 @@ class _OfTable(EigenSums):
         (O, q, V), _ = self._sides
         return {Order.ROWS: T * (V * O * q + q)}  # the only order there is
 
-    def _made(self, rows: Rows) -> int:
+    def _made(self, rows: Rows, order: Order) -> int:
         return rows.g[0].numel() * (1 if rows.offsets is None else self._extents(rows)[1])
 
     def block(self, made: Mapping[str, Any]) -> EigenBlock:
