@@ -215,7 +215,7 @@ void bring_pairs(const ConvProblem<float>& problem, const Images<S>& images, int
   bring_vector<S>(problem, images, n, first, count, reinterpret_cast<float*>(alone), kLanes);
   std::memset(static_cast<void*>(alone + pixels), 0, problem.pair * sizeof(Floats));
   auto* words = reinterpret_cast<Floats*>(out);
-  for (int64_t p = 0; p < pixels; ++p) split_pair<bfloat16_parts<S>>(alone[p], alone[p + problem.pair], words + p, part);
+  for (int64_t p = 0; p < pixels; ++p) split_pairs<bfloat16_parts<S>>(alone[p], alone[p + problem.pair], words + p, part);
 }
 #endif
 

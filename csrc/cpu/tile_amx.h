@@ -25,27 +25,41 @@ inline Words paired(Words even, Words odd) { return (even >> 16) | (odd & 0xffff
 // To 8 bits, the nearest ones: what is left over has either sign, so that what products leave out cancels in sums.
 inline Words rounded(Floats value) { return ((Words)value + 0x8000u) & 0xffff0000u; }
 
-// A pair of rows of 16 columns, in parts so many vectors apart: a row of a tile.
+// Pairs of numbers of two vectors, in parts so many vectors apart: a row of a tile. The last part has the last bits as they are.
 template <int kCount>
-void split_pair(Floats even, Floats odd, Floats* out, int64_t stride) {
+void split_pairs(Floats even, Floats odd, Floats* out, int64_t stride) {
 #pragma GCC unroll 3
-  for (int part = 0; part < kCount; ++part) {
+  for (int part = 0; part + 1 < kCount; ++part) {
     const Words high_even = rounded(even), high_odd = rounded(odd);
     out[part * stride] = (Floats)paired(high_even, high_odd);
     even -= (Floats)high_even;
     odd -= (Floats)high_odd;
   }
+  out[(kCount - 1) * stride] = (Floats)paired((Words)even, (Words)odd);
 }
 
 // A step, of which there are so many rows and halves. The rows of a tile are pairs of rows, or columns if kTurned.
 template <int kCount, bool kTurned, class S>
 void split_step(const S* in, int64_t stride, int64_t rows, int halves, uint16_t* out) {
+  constexpr int64_t kPart = 2 * kTileSize / 32;
   const auto columns = [=](int64_t t, int half) { return t < rows ? load_wide(in + t * stride + half * 16) : Floats{}; };
   auto* tiles = reinterpret_cast<Floats*>(out);
-  for (int64_t pair = 0; pair < 16; ++pair)
-    for (int half = 0; half < halves; ++half)
-      split_pair<kCount>(columns(2 * pair, half), columns(2 * pair + 1, half), tiles + half * 16 + pair, 2 * kTileSize / 32);
-  for (int tile = 0; kTurned && tile < 2 * kCount; ++tile) transpose<float>(tiles + tile * 16);
+  if constexpr (kTurned && kCount > 1) {  // two turns of floats are less work than one of every part
+    for (int half = 0; half < halves; ++half) {
+      Floats even[16], odd[16];
+#pragma GCC unroll 16
+      for (int pair = 0; pair < 16; ++pair) even[pair] = columns(2 * pair, half), odd[pair] = columns(2 * pair + 1, half);
+      transpose<float>(even);
+      transpose<float>(odd);
+#pragma GCC unroll 16
+      for (int column = 0; column < 16; ++column) split_pairs<kCount>(even[column], odd[column], tiles + half * 16 + column, kPart);
+    }
+  } else {
+    for (int64_t pair = 0; pair < 16; ++pair)
+      for (int half = 0; half < halves; ++half)
+        split_pairs<kCount>(columns(2 * pair, half), columns(2 * pair + 1, half), tiles + half * 16 + pair, kPart);
+    for (int half = 0; kTurned && half < 2; ++half) transpose<float>(tiles + half * 16);
+  }
 }
 
 // Panels side by side, row by row: memory likes rows to be read on.
@@ -100,6 +114,32 @@ struct Results {
   }
 
   void finish() { add(kCells); }
+};
+
+// A part of the left operand by one of the right; what of them is not at hand from the product before.
+struct Product {
+  int left, right;
+  bool brings_left, brings_right;
+};
+
+// The products of a step, the smallest first. Each shares a part with the one before: where another thread of the core is busy,
+// it is bringing tiles to registers that takes the time.
+template <int kLeft, int kRight>
+struct Order {
+  int count = 0;
+  Product products[kParts * (kParts + 1) / 2]{};
+
+  constexpr Order() {
+    int at_hand = -1;
+    for (int left = kLeft - 1; left >= 0; --left) {
+      const int rights = kRight < kParts - left ? kRight : kParts - left, first = at_hand < 0 ? 0 : at_hand;
+      for (int k = 0; k < rights; ++k) {
+        const int right = (first + k) % rights;
+        products[count++] = {left, right, k == 0, right != at_hand};
+        at_hand = right;
+      }
+    }
+  }
 };
 
 // Multiplies copies of panels, in parts: of the left operand all, of the right one that at hand.
@@ -176,20 +216,29 @@ struct Multiplier {
   }
 
   void multiply_steps(const uint16_t* left, const uint16_t* right, int left_halves, int64_t steps) {
-    const int left_parts = g.parts(), right_parts = x.parts();
-    int products = 0;
-    for (int i = 0; i < left_parts; ++i) products += std::min(right_parts, kParts - i);
-    const int share = static_cast<int>(ceil_div(kCells, steps * products));
+    using Steps = void (Multiplier::*)(const uint16_t*, const uint16_t*, int, int64_t);
+    static constexpr Steps kSteps[kParts][kParts] = {
+        {&Multiplier::steps_of<1, 1>, &Multiplier::steps_of<1, 2>, &Multiplier::steps_of<1, 3>},
+        {&Multiplier::steps_of<2, 1>, &Multiplier::steps_of<2, 2>, &Multiplier::steps_of<2, 3>},
+        {&Multiplier::steps_of<3, 1>, &Multiplier::steps_of<3, 2>, &Multiplier::steps_of<3, 3>}};
+    (this->*kSteps[g.parts() - 1][x.parts() - 1])(left, right, left_halves, steps);
+  }
+
+  template <int kLeft, int kRight>
+  void steps_of(const uint16_t* left, const uint16_t* right, int left_halves, int64_t steps) {
+    static constexpr Order<kLeft, kRight> kOrder;
+    const int share = static_cast<int>(ceil_div(kCells, steps * kOrder.count));
     clear_cells();
-    for (int64_t step = 0; step < steps; ++step, left += kStepSize, right += kStepSize)
-      for (int i = 0; i < left_parts; ++i) {
-        load_left(left + i * 2 * kTileSize, left_halves);
-        for (int j = 0; j < right_parts && i + j < kParts; ++j) {
-          load_right(right + j * 2 * kTileSize, right_halves);
-          multiply_halves(left_halves, right_halves);
-          results.add(share);
-        }
+    for (int64_t step = 0; step < steps; ++step, left += kStepSize, right += kStepSize) {
+#pragma GCC unroll 6
+      for (int k = 0; k < kOrder.count; ++k) {
+        const Product& product = kOrder.products[k];
+        if (product.brings_left) load_left(left + product.left * 2 * kTileSize, left_halves);
+        if (product.brings_right) load_right(right + product.right * 2 * kTileSize, right_halves);
+        multiply_halves(left_halves, right_halves);
+        results.add(share);
       }
+    }
   }
 
   void finish() { results.finish(); }
