@@ -141,8 +141,7 @@ class _Tap(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor | None) -> tuple[Tensor | None, ...]:
         saved, call = ctx.saved_tensors, ctx.call  # once: a checkpointed tensor can be unpacked only once
-        shaped = None if g is None else g.reshape(call.shape)  # the tap may be on what the output is a view of
-        call.capture.heard(call, shaped, saved)  # also of no gradient at all: a visit counts
+        call.capture.heard(call, g, saved)  # also of no gradient at all: a visit counts
         return (g, None, None, *(None for _ in saved))
 
 
@@ -228,7 +227,8 @@ class Capture(TorchFunctionMode):
                 "differentiates inside its own forward pass (forces of an energy) cannot be measured"
             )
         with self.aside():
-            self.listener(call, g, saved)
+            shaped = None if g is None else g.reshape(call.shape)  # the tap may be on what the output is a view of
+            self.listener(call, shaped, saved)
 
     @contextmanager
     def aside(self) -> Iterator[None]:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -202,9 +203,9 @@ class Engine:
         """
         if not (self._batch_norms and self.squares):
             return []
-        norms = torch.stack([of_layers.sum(1) for of_layers, _ in self._batch_norms.values()]).sum(0)
-        large = (~(norms < torch.finfo(torch.float32).max)).tolist()
-        suspects = [name for name in self._touched if large[self._row[name]]]
+        norms = reduce(torch.add, (of_layers.sum(1) for of_layers, _ in self._batch_norms.values())).tolist()
+        most = torch.finfo(torch.float32).max
+        suspects = [name for name in self._touched if not norms[self._row[name]] < most]
         return [name for name in suspects if not self._target(self.squares, self._staged_squares, name).isfinite().all()]
 
     def _target(self, sums: dict[str, RunningSum], stage: dict[str, Tensor], name: str) -> Tensor:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -163,7 +164,7 @@ class Run:
 
     def check_finite(self, values: Tensor, what: str) -> None:
         """Raise before the backward pass if the forward pass produced NaN or infinity, naming where it began."""
-        if torch.isfinite(values.detach().sum(dtype=wide_dtype(values.dtype))):
+        if math.isfinite(values.detach().sum(dtype=wide_dtype(values.dtype)).item()):
             return
         name = self.capture.first_non_finite(values)
         where = f"the input of {name!r} is the first that is not finite" if name else "all inputs of parameters are finite"

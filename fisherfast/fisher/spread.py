@@ -27,8 +27,21 @@ class Spread:
     Source:   Cochran, Sampling Techniques, 3rd ed., section 6.4 (the ratio estimator's variance).
     """
 
+    _PATIENCE = 1 << 14  # numbers that may wait: an op on few takes longer to start than to run
+
     def __init__(self, layers: Sequence[str], sums: Tensor) -> None:
-        self.layers, self.sums = tuple(layers), sums
+        self.layers, self._sums = tuple(layers), sums
+        self._waiting: list[Tensor] = []  # samples without weights that are not in the sums yet
+
+    @property
+    def sums(self) -> Tensor:
+        """All that was added, ``[5, layers + 1]``."""
+        if self._waiting:
+            t = _with_whole(torch.cat(self._waiting, 1))
+            self._waiting.clear()
+            count, one, two = torch.full_like(t[:, 0], t.shape[1]), t.sum(1), t.square().sum(1)
+            self._sums += torch.stack([count, count, one, one, two])
+        return self._sums
 
     @classmethod
     def zeros(cls, layers: Sequence[str], device: torch.device) -> Spread:
@@ -36,16 +49,15 @@ class Spread:
         return cls(layers, torch.zeros(5, len(layers) + 1, dtype=torch.float64, device=device))
 
     def add(self, values: Tensor, weight: Tensor | None) -> Spread:
-        """Take samples, in place: ``values [layers, N]`` are their ``t_n``. Returns self."""
-        t = torch.cat([values, values.sum(0, keepdim=True)])
+        """Take samples, in place: ``values [layers, N]`` are their ``t_n``, which stay as they are. Returns self."""
         if weight is None:
-            self.sums[:2] += t.shape[1]
-            self.sums[2:4] += t.sum(1)
-            self.sums[4] += t.square().sum(1)
+            self._waiting.append(values)
+            if sum(waiting.numel() for waiting in self._waiting) > self._PATIENCE:
+                self.sums  # noqa: B018 - takes them in
         else:
-            w = weight.double()
+            t, w = _with_whole(values), weight.double()
             wt = w * t
-            self.sums += torch.stack([w.expand_as(t), (w * w).expand_as(t), wt, w * wt, wt * wt]).sum(-1)
+            self._sums += torch.stack([w.expand_as(t), (w * w).expand_as(t), wt, w * wt, wt * wt]).sum(-1)
         return self
 
     def __add__(self, other: Spread) -> Spread:
@@ -74,3 +86,8 @@ class Spread:
     def from_state(cls, state: dict[str, Any], device: torch.device) -> Spread:
         """The object whose ``state`` this is."""
         return cls(state["layers"], torch.tensor(state["sums"], dtype=torch.float64, device=device))
+
+
+def _with_whole(values: Tensor) -> Tensor:
+    """Values of layers ``[layers, N]`` and, behind them, of the whole."""
+    return torch.cat([values, values.sum(0, keepdim=True)])
