@@ -172,14 +172,14 @@ def assert_conv(ops, x, g, groups, padding, stride, offsets=None):
 @pytest.mark.parametrize(
     ("N", "C", "O", "S", "groups", "stride"),
     [
-        (3, 35, 131, (7, 9), 1, 1),
-        (2, 48, 280, (8, 8), 2, 1),  # channels that are not whole vectors
-        (40, 24, 110, (5, 5), 1, 1),
-        (3, 48, 131, (7, 10), 1, 1),  # images of pairs: a last panel of one vector
-        (2, 64, 270, (8, 8), 2, 1),
-        (37, 32, 110, (4, 8), 1, 1),  # several samples in a block
-        (2, 32, 133, (16, 16), 1, 2),  # pairs of pixels that are not neighbours
-        (2, 16, 250, (30, 20), 1, 1),  # a sample in parts
+        (3, 51, 181, (7, 9), 1, 1),
+        (2, 104, 362, (8, 8), 2, 1),  # channels that are not whole vectors
+        (40, 24, 190, (5, 5), 1, 1),
+        (3, 48, 141, (7, 10), 1, 1),  # images of pairs: a last panel of one vector
+        (2, 96, 302, (8, 8), 2, 1),
+        (37, 32, 160, (4, 8), 1, 1),  # several samples in a block
+        (2, 32, 163, (16, 16), 1, 2),  # pairs of pixels that are not neighbours
+        (2, 16, 340, (30, 20), 1, 1),  # a sample in parts
     ],
 )
 def test_conv_sq_matches_float64(ops, dtype, N, C, O, S, groups, stride):
@@ -193,7 +193,7 @@ def test_conv_sq_matches_float64(ops, dtype, N, C, O, S, groups, stride):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_conv_sq_of_several_images_a_sample(ops, dtype):
     offsets = torch.tensor([0, 3, 3, 4, 9])
-    x, g = torch.randn(9, 32, 6, 8).to(dtype), torch.randn(9, 120, 4, 6).to(dtype)
+    x, g = torch.randn(9, 32, 6, 8).to(dtype), torch.randn(9, 160, 4, 6).to(dtype)
     assert_conv(ops, x, g, 1, [0, 0], [1, 1], offsets)
 
 

@@ -98,8 +98,8 @@ void run(const ConvCall& call) {
   problem.outputs = O / groups;
   problem.parts = bfloat16_parts<S>;
   problem.columns = problem.channels * product(geometry.kernel);
-  // In three parts they gain little while they run at their full rate, and lose where they do not.
-  const bool pays = problem.parts < 3 && matrix_registers_pay({samples.N, 0, M * P, nullptr}, problem.outputs, problem.columns);
+  const int64_t least_products = problem.parts < 3 ? 56 : 100;  // three parts are much to unfold: 64 and 96 channels lose
+  const bool pays = matrix_registers_pay({samples.N, 0, M * P, nullptr}, problem.outputs, problem.columns, least_products);
   const auto kernel = FISHERFAST_PICK_TILES(R, pays, conv_kernel<S>);
   const int64_t pixels = product(geometry.frame);
   std::vector<int64_t> positions = geometry.position_pixels();

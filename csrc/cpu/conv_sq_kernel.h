@@ -106,11 +106,9 @@ template <int kCount, int kHalves>
 inline bool bring_parts(const Patches<float>& x, const Block& block, int64_t panel, int halves, uint16_t* out) {
   if (!x.problem.pair) return false;
   const Move* moves = x.problem.moves + x.problem.first_move[x.begin / x.kColumns + panel];
-  if (x.parts() == 1) {
-    (halves == 2 ? copy_pairs<1, 2> : copy_pairs<1, 1>)(x, block, moves, out);
-  } else {
-    (halves == 2 ? copy_pairs<2, 2> : copy_pairs<2, 1>)(x, block, moves, out);
-  }
+  constexpr decltype(&copy_pairs<1, 1>) kCopies[kParts][2] = {
+      {copy_pairs<1, 1>, copy_pairs<1, 2>}, {copy_pairs<2, 1>, copy_pairs<2, 2>}, {copy_pairs<3, 1>, copy_pairs<3, 2>}};
+  kCopies[x.parts() - 1][halves - 1](x, block, moves, out);
   return true;
 }
 #endif

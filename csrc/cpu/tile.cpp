@@ -43,10 +43,10 @@ Tiling cheapest(int64_t rows, int64_t columns, int64_t block_rows, int64_t block
 
 }  // namespace
 
-bool matrix_registers_pay(const Samples& samples, int64_t rows, int64_t columns) {
-  constexpr int64_t kStep = 32, kLeastProducts = 56;  // of an element of both operands
+bool matrix_registers_pay(const Samples& samples, int64_t rows, int64_t columns, int64_t least_products) {
+  constexpr int64_t kStep = 32;
   const int64_t mean = samples.M / std::max<int64_t>(samples.N, 1);
-  return isa() == Isa::amx && 10 * mean >= 7 * ceil_div(mean, kStep) * kStep && rows * columns >= kLeastProducts * (rows + columns);
+  return isa() == Isa::amx && 10 * mean >= 7 * ceil_div(mean, kStep) * kStep && rows * columns >= least_products * (rows + columns);
 }
 
 int64_t threads_for(int64_t products) {

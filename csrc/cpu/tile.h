@@ -63,8 +63,8 @@ struct TileKernel {
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Whether matrix registers pay for sample gradients of rows x columns: they take 32 rows of a sample in one step, and operands
-// are split and rearranged first.
-bool matrix_registers_pay(const Samples& samples, int64_t rows, int64_t columns);
+// are split and rearranged first, so that an element of them has to take part in some products.
+bool matrix_registers_pay(const Samples& samples, int64_t rows, int64_t columns, int64_t least_products = 56);
 
 // The threads that so many multiply-adds are worth.
 int64_t threads_for(int64_t products);
