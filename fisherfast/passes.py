@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Protocol
@@ -130,10 +130,12 @@ class Pass:
 
 
 class _Folded:
-    """Rows of a sample with one position, over several passes: ``sum_p (g_p x)^2 = (sum_p g_p^2) x^2``, so one op call does."""
+    """A call whose samples have one position each, over several passes: ``sum_p (g_p x)^2 = (sum_p g_p^2) x^2``, so one op call does
+    for each of its parameters.
+    """
 
-    def __init__(self, form: Form, x: Tensor | None) -> None:
-        self.form, self._x = form, x
+    def __init__(self, call: Call, saved: tuple[Tensor, ...]) -> None:
+        self.uses, self._saved = call.uses, saved
         self._squares: Tensor | None = None
 
     def add(self, g: Tensor, scale: float) -> None:
@@ -144,13 +146,15 @@ class _Folded:
         else:
             self._squares.addcmul_(g, g, value=scale)
 
-    def rows(self) -> Rows:
-        """Rows whose squares are those sums."""
+    def rows(self) -> Iterator[tuple[CallUse, Rows]]:
+        """Of each use, rows whose squares are those sums."""
         assert self._squares is not None
         # Not sqrt(), which on a CPU is many times slower where there are zeros: after a ReLU they are half of all.
         g = self._squares.clamp_min(torch.finfo(self._squares.dtype).tiny).rsqrt_().mul_(self._squares)
-        x = self._x
-        return self.form.oriented(Rows(x if x is None or not x.is_floating_point() else x.to(g.dtype), g))
+        for use in self.uses:
+            rows = _rows(use, g, self._saved)
+            floats = rows.x is not None and rows.x.is_floating_point()
+            yield use, rows._replace(x=rows.inputs.to(g.dtype)) if floats else rows
 
 
 @dataclass
@@ -162,7 +166,7 @@ class _Batch:
     unlocated: set[Key]
     again: set[Key]  # uses whose layout is known, to be looked at once more
     folds: bool  # whether passes over one position may be added up
-    folded: dict[Group, _Folded] = field(default_factory=dict)
+    folded: dict[int, _Folded | None] = field(default_factory=dict)  # by the call's index; None: one that cannot be
 
     @property
     def N(self) -> int:
@@ -303,8 +307,9 @@ class Passes:
         for number, one in enumerate(passes):
             self._run_one(batch, one, number, keep or number + 1 < count)
         with self.capture.aside():
-            for group, folded in batch.folded.items():
-                self._hand_over(groups[group][0].tracked, folded.form, folded.rows(), 1.0, 0)
+            for folded in filter(None, batch.folded.values()):
+                for use, rows in folded.rows():
+                    self._hand_over(use.tracked, use.form, use.form.oriented(self._samples_first(use, rows, N)), 1.0, 0)
         return calls
 
     def _unlocated(self, groups: dict[Group, list[CallUse]], N: int) -> set[Key]:
@@ -342,6 +347,7 @@ class Passes:
         sightings = self._tag_all(batch, one, tagged) if tagged else {}
 
         def listen(call: Call, g: Tensor | None, saved: tuple[Tensor, ...]) -> None:
+            folded = g is not None and batch.folds and self._fold(batch, one, call, g, saved, sightings)
             for use in call.uses:
                 group = use.key[:2]
                 if group not in batch.groups:
@@ -349,6 +355,8 @@ class Passes:
                 visited[group] += 1
                 if g is not None:
                     self._count_underflow(use, g)
+                    if folded:
+                        continue
                     rows = _rows(use, one.unscaled(g), saved)
                     if use.key in sightings:
                         waiting[group].append((use.form, self._gathered(use, rows, batch.N, sightings[use.key])))
@@ -373,6 +381,22 @@ class Passes:
                     f"{group[0]}: its {len(expected)} uses must each be visited once by the backward pass, got {visited[group]} "
                     "visits; part of the graph was cut or replaced after the forward pass. Nothing of this batch is trusted"
                 )
+
+    def _fold(self, batch: _Batch, one: Pass, call: Call, g: Tensor, saved: tuple[Tensor, ...], tagged: Container[Key]) -> bool:
+        """Add a pass to a call's others; False where they cannot be added up, or its rows are being looked at."""
+        if any(use.key in tagged for use in call.uses):
+            return False
+        if call.index not in batch.folded:
+            batch.folded[call.index] = _Folded(call, saved) if self._can_fold(batch, call, g, saved) else None
+        folded = batch.folded[call.index]
+        if folded is not None:
+            folded.add(one.unscaled(g), one.scale)
+        return folded is not None
+
+    def _can_fold(self, batch: _Batch, call: Call, g: Tensor, saved: tuple[Tensor, ...]) -> bool:
+        """Whether samples have one position each, and each parameter no other use."""
+        alone = all(use.key not in batch.unlocated and len(batch.groups.get(use.key[:2], ())) == 1 for use in call.uses)
+        return alone and all(one_position(self._samples_first(use, _rows(use, g, saved), batch.N)) for use in call.uses)
 
     def _samples_first(self, use: CallUse, rows: Rows, N: int) -> Rows:
         """Rows as ``[N, T, ...]``."""
@@ -427,14 +451,11 @@ class Passes:
             )
 
     def _joined(self, batch: _Batch, group: Group, uses: list[tuple[Form, Rows]], scale: float, number: int) -> None:
-        """One part of a parameter, all its uses heard: hand it over, or keep it until all passes are done."""
+        """One part of a parameter, all its uses heard: hand it over."""
         tracked = batch.groups[group][0].tracked
         if not uses:
             for collector in self.collectors:
                 collector.touch(tracked, group[1])
-        elif batch.folds and len(batch.groups[group]) == 1 and one_position(uses[0][1]):
-            form, rows = uses[0]
-            batch.folded.setdefault(group, _Folded(form, rows.x)).add(rows.g, scale)
         else:
             form, rows = joined([(form, form.oriented(rows)) for form, rows in uses])
             self._hand_over(tracked, form, rows, scale, number)

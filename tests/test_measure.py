@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import fisherfast as ff
+from fisherfast import passes
 
 EXACT = 1e-12
 FAMILIES = ["mlp-inplace-relu", "layer-norm", "embedding", "conv1d-addmm", "weight-used-twice", "positions-without-samples"]
@@ -49,6 +50,20 @@ def test_result_does_not_depend_on_the_split_into_batches(name, fisher_type):
         split = measure(model, list(zip(x.split(sizes), y.split(sizes), strict=True)), **options)
         assert oracle.error(diagonal(split), diagonal(whole)) < EXACT
         assert (split.num_samples, split.num_positions) == (whole.num_samples, whole.num_positions)
+
+
+def test_passes_of_a_call_are_squared_once_for_all_its_parameters(monkeypatch):
+    classes, squared, add = 5, [], passes._Folded.add
+    monkeypatch.setattr(passes._Folded, "add", lambda self, g, scale: (squared.append(g.shape), add(self, g, scale)))
+    model = nn.Sequential(nn.Linear(7, 11), nn.LayerNorm(11), nn.ReLU(), nn.Linear(11, classes)).double()
+    x = torch.randn(13, 7, dtype=torch.float64)
+    expected = oracle.diagonal(model, [(x, None)], oracle.every_label)
+    assert oracle.error(diagonal(measure(model, [(x, None)], fisher_type="exact")), expected) < EXACT
+    assert sorted(squared) == sorted([(13, 11), (13, 11), (13, classes)] * (classes - 1))
+    looked_at_again = [
+        (part, None) for part in x.split([4, 5, 3, 1])
+    ]  # in the second and the fourth batch: one pass is not folded
+    assert oracle.error(diagonal(measure(model, looked_at_again, fisher_type="exact")), expected) < EXACT
 
 
 @settings(deadline=None, max_examples=15)
