@@ -37,11 +37,14 @@ class Spread:
     def sums(self) -> Tensor:
         """All that was added, ``[5, layers + 1]``."""
         if self._waiting:
-            t = _with_whole(torch.cat(self._waiting, 1))
-            self._waiting.clear()
-            count, one, two = torch.full_like(t[:, 0], t.shape[1]), t.sum(1), t.square().sum(1)
-            self._sums += torch.stack([count, count, one, one, two])
+            self._take_waiting()
         return self._sums
+
+    def _take_waiting(self) -> None:
+        t = _with_whole(torch.cat(self._waiting, 1))
+        self._waiting.clear()
+        count, one, two = torch.full_like(t[:, 0], t.shape[1]), t.sum(1), t.square().sum(1)
+        self._sums += torch.stack([count, count, one, one, two])
 
     @classmethod
     def zeros(cls, layers: Sequence[str], device: torch.device) -> Spread:
@@ -53,7 +56,7 @@ class Spread:
         if weight is None:
             self._waiting.append(values)
             if sum(waiting.numel() for waiting in self._waiting) > self._PATIENCE:
-                self.sums  # noqa: B018 - takes them in
+                self._take_waiting()
         else:
             t, w = _with_whole(values), weight.double()
             wt = w * t
