@@ -3,6 +3,7 @@
 
 from fisherfast import ops, rules
 from fisherfast._backend import BackendError, backend
+from fisherfast._error import NonFiniteError
 from fisherfast.fisher import (
     Coverage,
     DiagonalFisher,
@@ -69,7 +70,6 @@ from fisherfast.information import (
     zero_one,
 )
 from fisherfast.likelihood import Bernoulli, Categorical, CausalLM, Gaussian, LogLikelihood
-from fisherfast.passes import NonFiniteError
 from fisherfast.rules import rule
 
 __all__ = [

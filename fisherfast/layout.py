@@ -134,29 +134,26 @@ class Tags:
 
 
 class Sightings:
-    """What tagged passes showed of one use's rows: per pass the largest entry of each row, where it is, and the row's sum."""
+    """What tagged passes showed of one use's rows: per pass how large each row is, by its largest entry and by its sum."""
 
     def __init__(self, tags: Tags) -> None:
         self.tags = tags
-        self._seen: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._seen: list[tuple[Tensor, Tensor]] = []
 
     def see(self, g: Tensor, features: int) -> None:
         """Note a tagged pass's gradient ``[*lead, *F]``."""
-        rows = g.flatten(g.dim() - features).detach()
-        sums = rows.abs().sum(-1, dtype=torch.float64)
-        at = rows.abs().argmax(-1, keepdim=True) if rows.shape[-1] else rows.new_zeros(*rows.shape[:-1], 0, dtype=torch.int64)
-        self._seen.append((at, rows.gather(-1, at).double() * self.tags.largest, sums * self.tags.largest))
+        largest, total = _sizes(g, features)
+        self._seen.append((largest * self.tags.largest, total * self.tags.largest))
 
     def numbers(self, g: Tensor, features: int) -> Tensor:
         """The sample of every row ``[*lead]``, ``UNKNOWN`` or ``MIXED``, from the same pass without tags."""
-        rows = g.flatten(g.dim() - features).detach()
-        total = rows.abs().sum(-1, dtype=torch.float64)
-        number = torch.zeros(rows.shape[:-1], dtype=torch.int64, device=g.device)
+        largest, total = _sizes(g, features)
+        number = torch.zeros(total.shape, dtype=torch.int64, device=g.device)
         clean = torch.ones_like(number, dtype=torch.bool)
         looked_at = torch.zeros_like(clean)
         tolerance = _NARROW_TOLERANCE if self.tags.narrow else _TOLERANCE
-        for k, (at, tagged, tagged_sum) in enumerate(self._seen):
-            ratio = (tagged / rows.gather(-1, at).double()).squeeze(-1)
+        for k, (tagged, tagged_sum) in enumerate(self._seen):
+            ratio = tagged / largest
             digit = ratio.log2().div(self.tags.step).round().nan_to_num(0, 0, 0).clamp(0, self.tags.base - 1)
             factor = torch.exp2(digit * self.tags.step)
             clean &= (ratio - factor).abs() <= tolerance * factor
@@ -165,8 +162,16 @@ class Sightings:
             number += digit.long() * self.tags.base**k
         number = number.where(clean & (number < self.tags.few), MIXED)
         if self.tags.narrow:  # rounded beyond recognition, and next to nothing
-            looked_at &= clean | (rows.abs().amax(-1) > _ROUNDED)
+            looked_at &= clean | (largest > _ROUNDED)
         return number.where((total > 0) & looked_at, UNKNOWN)
+
+
+def _sizes(g: Tensor, features: int) -> tuple[Tensor, Tensor]:
+    """The largest absolute value of every row of ``[*lead, *F]`` and the sum of all; no rounding tells one tag's from another's."""
+    rows = g.detach().flatten(g.dim() - features).abs()
+    wide = torch.promote_types(rows.dtype, torch.float32)
+    largest = rows.amax(-1) if rows.shape[-1] else rows.new_zeros(rows.shape[:-1])
+    return largest.double(), rows.sum(-1, dtype=wide).double()
 
 
 _TOLERANCE = 1e-3  # kernels that add in a changing order may round a tagged pass differently

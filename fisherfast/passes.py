@@ -11,106 +11,22 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import combinations
-from typing import Protocol
+from itertools import chain, combinations
 
 import torch
 from torch import Tensor
 
 from fisherfast._precision import wide
 from fisherfast.capture import Call, CallUse, Capture, Key, Listener, Tracked, graph
-from fisherfast.layout import PROBED, Finding, Gathered, Kind, Layout, Sightings, Tags
+from fisherfast.collector import Collector
+from fisherfast.layout import PROBED, Finding, Sightings, Tags
+from fisherfast.locator import Locator
 from fisherfast.rules import Form, Rows, Window, combines, joined
 
 Group = tuple[str, Window | None]  # a parameter, or a part of it
 # torch.autograd.grad without its looks at the arguments, each of which the capture would be shown. And as a function that modes
 # see, it would switch them off for all that happens inside.
 _run_backward = torch.autograd.graph._engine_run_backward
-
-
-class NonFiniteError(ArithmeticError):
-    """A NaN or an infinity where a finite number was needed; ``.fisher`` holds what was accumulated before."""
-
-
-@dataclass(frozen=True)
-class Samples:
-    """What there is to know of a batch before its backward passes.
-
-    ``weight`` ``[N]`` float32 or None; ``padded``: many positions have no gradient; ``exists`` ``[N, L]``: which positions
-    of a sequence there are, None if all.
-    """
-
-    N: int
-    passes: int = 1
-    weight: Tensor | None = None
-    padded: bool = False
-    exists: Tensor | None = None
-
-    def total_weight(self) -> Tensor | float:
-        """Of all samples; where there are weights on their device, so that nothing waits for it."""
-        return float(self.N) if self.weight is None else self.weight.sum(dtype=torch.float64)
-
-    def weight_of(self, first: int, n: int) -> Tensor | None:
-        """Of samples ``first, ..., first + n - 1``."""
-        return None if self.weight is None else self.weight[first : first + n]
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What rows of one pass take: FLOPs (products of matrices counted to the last one, the rest roughly), and bytes beside the sums.
-
-    ``kept``: of what is there for good, with every batch more. ``scratch``: of what is needed meanwhile.
-    """
-
-    flops: int = 0
-    kept: int = 0
-    scratch: int = 0
-
-    def __add__(self, other: Cost) -> Cost:
-        """Of both, one after the other."""
-        return Cost(self.flops + other.flops, self.kept + other.kept, max(self.scratch, other.scratch))
-
-    def times(self, count: int) -> Cost:
-        """Of so many such rows, one after the other."""
-        return Cost(count * self.flops, count * self.kept, self.scratch if count else 0)
-
-
-class Collector(Protocol):
-    """What a Fisher structure does with the rows of a batch. One batch is ``begin``, any adds, ``settle``.
-
-    Backward passes of a batch are told apart by their ``number``, from 0. Adds and ``settle`` are called aside (``Capture.aside``).
-    """
-
-    @property
-    def separate(self) -> bool:
-        """Whether it needs every pass's own rows; if not, passes may be added up where only their squares count."""
-
-    def explore(self, calls: list[Call]) -> None:
-        """Look at how the model uses its parameters: once or more, before the batches that count."""
-
-    def forget(self, name: str) -> None:
-        """Drop a parameter that the run does not cover."""
-
-    def begin(self, samples: Samples) -> None:
-        """Start a batch."""
-
-    def add(self, tracked: Tracked, form: Form, rows: Rows, scale: float, number: int) -> None:
-        """Take one parameter's rows of one backward pass, samples first: ``scale * (sample gradient)^2`` counts."""
-
-    def add_gradients(self, tracked: Tracked, gradients: Tensor, first: int, scale: float, number: int) -> None:
-        """Take whole sample gradients ``[n, *parameter]`` of samples ``first, ..., first + n - 1``, from the fallback."""
-
-    def expect(self, tracked: Tracked, windows: set[Window | None]) -> None:
-        """Before the passes of a batch: the parts in which a parameter's rows will come; none if it is not used, and adds nothing."""
-
-    def touch(self, tracked: Tracked, window: Window | None) -> None:
-        """Note that the gradient of this part of a parameter is zero in a pass."""
-
-    def settle(self, complete: bool) -> list[str]:
-        """End the batch: weights for what was added. Returns the parameters that met non-finite rows (not added)."""
-
-    def cost(self, tracked: Tracked, form: Form, rows: Rows, number: int) -> Cost:
-        """What ``add`` of these rows takes, told by their shapes alone."""
 
 
 @dataclass(frozen=True)
@@ -185,10 +101,7 @@ class Passes:
     def __init__(self, capture: Capture, collectors: Sequence[Collector]) -> None:
         self.capture, self.collectors = capture, collectors
         self._separate = any(collector.separate for collector in collectors)
-        self.scattered: set[Key] = set()  # uses whose rows lie as the data has it (experts): tagged in every batch
-        self._batches = 0  # so far, this one included
-        # Of these the last in which all rows were looked at, of layouts that are flat or not; and the one before it.
-        self._looked = self._before = {True: 0, False: 0}
+        self.locator = Locator(capture)
         self._underflow: dict[str, tuple[int | Tensor, int]] = {}  # of each parameter: subnormal float16 gradients, and all
 
     @property
@@ -205,7 +118,7 @@ class Passes:
         return {leaves[id(variable)] for variable in variables if id(variable) in leaves}
 
     def probe(self, root: Tensor, cotangent: Tensor, few: int = PROBED) -> dict[Key, Finding]:
-        """Tag the first ``few`` samples and find out which rows of each use are whose; keeps the graph.
+        """Tag the first ``few`` samples and find out which rows of each use are whose, and their layouts; keeps the graph.
 
         ``root`` and ``cotangent`` have the sample axis first.
         """
@@ -221,11 +134,11 @@ class Passes:
                 if g is not None:
                     rows = _rows(use, g, saved)
                     numbers[use.key] = sightings[use.key].numbers(rows.g, use.form.features)
-                    if use.gathered:
-                        self.scattered.add(use.key)
 
         self._backward(root, cotangent, listen, keep=True)
-        return {key: Finding.of(found, N, self.capture.offsets) for key, found in numbers.items()}
+        findings = {key: Finding.of(found, N, self.capture.offsets) for key, found in numbers.items()}
+        self.locator.learn(findings)
+        return findings
 
     def _tag(self, root: Tensor, one: Pass, tags: Tags, keys: set[Key] | None = None) -> dict[Key, Sightings]:
         """The tagged passes: what they show of each use, or of those named."""
@@ -250,18 +163,17 @@ class Passes:
         would take several. Rows of samples that are left out have no gradient at all.
         """
         N, suspects, leaks = batch.N, set(), {}
-        order = torch.randperm(N, generator=torch.Generator().manual_seed(self._batches))
+        order = torch.randperm(N, generator=torch.Generator().manual_seed(self.locator.batches))
         out = torch.zeros(N, dtype=torch.bool).index_fill_(0, order[: N // 2], True).to(batch.root.device)
 
         def listen(call: Call, g: Tensor | None, saved: tuple[Tensor, ...]) -> None:
             for use in call.uses:
                 if g is None or use.key not in keys:
                     continue
-                rows, layout = _rows(use, g, saved), self.capture.layouts[use.key]
-                if not layout.fits(tuple(rows.g.shape[: rows.g.dim() - use.form.features]), N, self.capture.offsets):
+                rows = self.locator.if_it_fits(use, _rows(use, g, saved), N)
+                if rows is None:
                     suspects.add(use.key)
                     continue
-                rows = self._laid_out(layout, rows, N, use.form.features)
                 left_out = out if rows.offsets is None else out.repeat_interleave(rows.offsets.diff())
                 leaks[use.key] = rows.g[left_out].any()
 
@@ -302,39 +214,15 @@ class Passes:
                 for collector in self.collectors:
                     collector.expect(tracked, windows[name])
         N = root.shape[0]
-        self._batches += 1
-        batch = _Batch(root, groups, self._unlocated(groups, N), self._due(groups, N), count > 1 and not self._separate)
+        unlocated, again = self.locator.begin(chain.from_iterable(groups.values()), N)
+        batch = _Batch(root, groups, unlocated, again, count > 1 and not self._separate)
         for number, one in enumerate(passes):
             self._run_one(batch, one, number, keep or number + 1 < count)
         with self.capture.aside():
             for folded in filter(None, batch.folded.values()):
                 for use, rows in folded.rows():
-                    self._hand_over(use.tracked, use.form, use.form.oriented(self._samples_first(use, rows, N)), 1.0, 0)
+                    self._hand_over(use.tracked, use.form, use.form.oriented(self.locator.samples_first(use, rows, N)), 1.0, 0)
         return calls
-
-    def _unlocated(self, groups: dict[Group, list[CallUse]], N: int) -> set[Key]:
-        """Uses whose rows have no layout that is known: a layout that rows chosen by data seem to have is none."""
-        if N == 1:
-            return set()
-        uses = [use for group in groups.values() for use in group]
-        self.scattered |= {use.key for use in uses if use.gathered}
-        return {use.key for use in uses if use.key in self.scattered or use.key not in self.capture.layouts}
-
-    def _due(self, groups: dict[Group, list[CallUse]], N: int) -> set[Key]:
-        """Uses whose rows are tagged although their layout is known: in batches 2, 4, 8, ..., for the data may decide it.
-
-        In the first batch, of which few samples were probed, only where samples and positions share an axis: sequences that are
-        of one length by chance lie like blocks.
-        """
-        if N == 1 or self._batches & (self._batches - 1):
-            return set()
-        first, all_probed = self._batches == 1, N <= PROBED
-        self._before = self._looked
-        self._looked = {flat: self._batches if flat or not first or all_probed else 0 for flat in (True, False)}
-        if first and all_probed:
-            return set()
-        known = {use.key for group in groups.values() for use in group if use.key in self.capture.layouts} - self.scattered
-        return {key for key in known if not first or self.capture.layouts[key].kind.flat}
 
     def _run_one(self, batch: _Batch, one: Pass, number: int, keep: bool) -> None:
         visited: defaultdict[Group, int] = defaultdict(int)
@@ -343,7 +231,7 @@ class Passes:
         again = batch.again if number == 0 else set()
         if again and Tags(batch.N, batch.N, self.capture.narrow).passes > 1:
             again = self._leaking(batch, one, again)
-        tagged = (batch.unlocated & self.scattered) | again
+        tagged = (batch.unlocated & self.locator.scattered) | again
         sightings = self._tag_all(batch, one, tagged) if tagged else {}
 
         def listen(call: Call, g: Tensor | None, saved: tuple[Tensor, ...]) -> None:
@@ -359,9 +247,9 @@ class Passes:
                         continue
                     rows = _rows(use, one.unscaled(g), saved)
                     if use.key in sightings:
-                        waiting[group].append((use.form, self._gathered(use, rows, batch.N, sightings[use.key])))
+                        waiting[group].append((use.form, self.locator.gathered(use, rows, batch.N, sightings[use.key])))
                     elif use.key not in batch.unlocated:
-                        waiting[group].append((use.form, self._samples_first(use, rows, batch.N)))
+                        waiting[group].append((use.form, self.locator.samples_first(use, rows, batch.N)))
                     elif bool((g != 0).any()):
                         held[group].append((use, rows))
                 if visited[group] == len(batch.groups[group]) and group not in held:
@@ -372,9 +260,9 @@ class Passes:
             sightings = self._tag_all(batch, one, {use.key for uses in held.values() for use, _ in uses})
         with self.capture.aside():
             for group, uses in held.items():
-                rows = [(use.form, self._gathered(use, r, batch.N, sightings[use.key])) for use, r in uses]
+                rows = [(use.form, self.locator.gathered(use, r, batch.N, sightings[use.key])) for use, r in uses]
                 self._joined(batch, group, waiting[group] + rows, one.scale, number)
-        batch.unlocated |= batch.again & self.scattered
+        batch.unlocated |= batch.again & self.locator.scattered
         for group, expected in batch.groups.items():
             if visited[group] != len(expected):
                 raise RuntimeError(
@@ -396,59 +284,7 @@ class Passes:
     def _can_fold(self, batch: _Batch, call: Call, g: Tensor, saved: tuple[Tensor, ...]) -> bool:
         """Whether samples have one position each, and each parameter no other use."""
         alone = all(use.key not in batch.unlocated and len(batch.groups.get(use.key[:2], ())) == 1 for use in call.uses)
-        return alone and all(one_position(self._samples_first(use, _rows(use, g, saved), batch.N)) for use in call.uses)
-
-    def _samples_first(self, use: CallUse, rows: Rows, N: int) -> Rows:
-        """Rows as ``[N, T, ...]``."""
-        features = use.form.features
-        if N == 1:
-            return rows.each(lambda t: t.reshape(1, -1, *t.shape[t.dim() - features :]))
-        layout = self.capture.layouts[use.key]
-        lead = tuple(rows.g.shape[: rows.g.dim() - features])
-        if not layout.fits(lead, N, self.capture.offsets):
-            raise ValueError(
-                f"{use.tracked.name}: rows must hold the batch's {N} samples along axis {layout.axis} ({layout.kind.value}, as the "
-                f"probe found), got leading axes {lead}; the model's layout must not change from batch to batch"
-            )
-        return self._laid_out(layout, rows, N, features)
-
-    def _laid_out(self, layout: Layout, rows: Rows, N: int, features: int) -> Rows:
-        offsets = self.capture.offsets
-        if layout.kind is Kind.PACKED and offsets is not None:
-            each = math.prod(rows.g.shape[: rows.g.dim() - features]) // rows.g.shape[layout.axis]
-            return rows.each(lambda t: layout.packed(t, features), offsets * each)
-        return rows.each(lambda t: layout.samples_first(t, N, features))
-
-    def _gathered(self, use: CallUse, rows: Rows, N: int, sightings: Sightings) -> Rows:
-        """Rows whose owners the tags tell: ``[N, T, ...]`` if they turn out to have a layout, else packed with offsets."""
-        finding = Finding.of(sightings.numbers(rows.g, use.form.features), N, self.capture.offsets)
-        if finding.mixes_samples:
-            raise ValueError(
-                f"{use.tracked.name}: a row must belong to one sample, got rows that depend on several: batch statistics, a "
-                "contrastive loss, or a table without a sample axis that earlier batches did not show"
-            )
-        before, offsets = self.capture.layouts.get(use.key), self.capture.offsets
-        known = before is not None and before.explains(finding.numbers, N, offsets)
-        layout = before if known else finding.layout
-        if layout is not None and (before is None or known or use.key in self.scattered):
-            if use.key not in self.scattered:
-                self.capture.layouts[use.key] = layout
-            return self._laid_out(layout, rows, N, use.form.features)
-        if use.key not in self.scattered and before is not None:
-            self._distrust(use, before)
-        self.scattered.add(use.key)
-        gathered = Gathered(finding.numbers, N)
-        return rows.each(lambda t: gathered.packed(t, use.form.features), gathered.offsets)
-
-    def _distrust(self, use: CallUse, before: Layout) -> None:
-        """The layout does not hold in this batch: raise, unless all batches before it were looked at."""
-        looked, number = self._before[before.kind.flat], self._batches - 1
-        if looked < number:
-            raise ValueError(
-                f"{use.tracked.name}: rows must lie as in the batches before (samples along axis {before.axis}, {before.kind.value}), "
-                f"got others in batch {number}; the batches since number {looked - 1} were not looked at and may be wrong. Where the "
-                "data decide how rows lie, begin with batches that show it: samples of different lengths, say"
-            )
+        return alone and all(one_position(self.locator.samples_first(use, _rows(use, g, saved), batch.N)) for use in call.uses)
 
     def _joined(self, batch: _Batch, group: Group, uses: list[tuple[Form, Rows]], scale: float, number: int) -> None:
         """One part of a parameter, all its uses heard: hand it over."""
@@ -534,9 +370,3 @@ def check_loss_scale(caller: str, loss_scale: float) -> None:
     """Raise ValueError unless a factor is one."""
     if not (math.isfinite(loss_scale) and loss_scale > 0):
         raise ValueError(f"{caller}: loss_scale must be a finite number > 0, got {loss_scale}; a power of two rounds nothing")
-
-
-def conclude(capture: Capture, findings: dict[Key, Finding]) -> set[str]:
-    """Write the layouts that were found into the capture; return the parameters whose rows mix samples."""
-    capture.layouts.update((key, found.layout) for key, found in findings.items() if found.layout is not None)
-    return {key[0] for key, finding in findings.items() if finding.mixes_samples}

@@ -20,11 +20,11 @@ from torch import nn
 
 import fisherfast as ff
 from fisherfast.capture import Capture
+from fisherfast.collector import Samples
 from fisherfast.fisher import ghost, serialize
 from fisherfast.fisher.coverage import OPS, Stopwatch
 from fisherfast.fisher.engine import Engine
 from fisherfast.fisher.protocol import layer_of
-from fisherfast.passes import Samples
 from fisherfast.rules import MatMul, Rows
 
 EXACT = 1e-11

@@ -16,18 +16,19 @@ from torch import Tensor
 
 from fisherfast.accumulator import Accumulator
 from fisherfast.capture import Call, Capture, Tracked
+from fisherfast.collector import Cost, Samples
 from fisherfast.fisher import units
 from fisherfast.fisher.block_sums import BlockSums, DiagonalSums, GradientSums, WeightSums
 from fisherfast.fisher.exact_sums import ExactSums
 from fisherfast.fisher.kronecker import Place
 from fisherfast.fisher.memory import Held
 from fisherfast.fisher.units import Unit
-from fisherfast.passes import Cost, Samples, in_parts
+from fisherfast.passes import in_parts
 from fisherfast.rules import Convolution, Form, Lookup, MatMul, Rows, Window
 
 
 class BlockCollector:
-    """The sums behind a structure of blocks; see ``passes.Collector`` for its protocol.
+    """The sums behind a structure of blocks; see ``Collector`` for its protocol.
 
     Which parameters have a block is decided when the first batch that counts begins: those that only multiply, are looked up or
     are slid over images, always in one way; a packed one has a block for each part (``units``). A bias that is added in exactly
@@ -59,12 +60,12 @@ class BlockCollector:
         return {name: tracked.parameter.shape for name, tracked in self._tracked.items()}
 
     def explore(self, calls: list[Call]) -> None:
-        """See ``passes.Collector``."""
+        """See ``Collector``."""
         self._calls = calls
         self._in_parts |= in_parts(calls)
 
     def forget(self, name: str) -> None:
-        """See ``passes.Collector``: nothing is planned yet."""
+        """See ``Collector``: nothing is planned yet."""
 
     def holds(self, passes: int) -> list[Held]:
         """What batches of so many backward passes take, once the model is explored."""
@@ -74,13 +75,13 @@ class BlockCollector:
         return [one.written() for one in held] if self._transactional else held
 
     def cost(self, tracked: Tracked, form: Form, rows: Rows, number: int) -> Cost:
-        """See ``passes.Collector``; a bias that joins its weight takes no more."""
+        """See ``Collector``; a bias that joins its weight takes no more."""
         name, form = self._unit(tracked, form)
         sums = self._sums.get(name)
         return Cost() if sums is None else Cost(sums.flops(form, rows, number), scratch=sums.scratch(rows))
 
     def begin(self, samples: Samples) -> None:
-        """See ``passes.Collector``."""
+        """See ``Collector``."""
         self._plan()
         if any(self._before):
             self._go_on()
@@ -122,7 +123,7 @@ class BlockCollector:
         return parts[window], inner
 
     def add(self, tracked: Tracked, form: Form, rows: Rows, scale: float, number: int) -> None:
-        """See ``passes.Collector``."""
+        """See ``Collector``."""
         name, form = self._unit(tracked, form)
         if name in self._weight_of:
             if self._counted.pop(self._weight_of[name], None) != rows.g.numel():
@@ -140,7 +141,7 @@ class BlockCollector:
             self._counted[name] = sum(tensor.numel() for tensor in outputs if tensor is not None)
 
     def add_gradients(self, tracked: Tracked, gradients: Tensor, first: int, scale: float, number: int) -> None:
-        """See ``passes.Collector``."""
+        """See ``Collector``."""
         sums = self._sums.get(tracked.name)
         if not isinstance(sums, GradientSums):
             raise ValueError(
@@ -154,7 +155,7 @@ class BlockCollector:
         return self._staged or name in self._in_parts
 
     def expect(self, tracked: Tracked, windows: set[Window | None]) -> None:
-        """See ``passes.Collector``."""
+        """See ``Collector``."""
         if len(windows) > 1:
             self._in_parts.add(tracked.name)
         parts = self._parts.get(tracked.name)
@@ -175,7 +176,7 @@ class BlockCollector:
                     one.leave()
 
     def touch(self, tracked: Tracked, window: Window | None) -> None:
-        """See ``passes.Collector``."""
+        """See ``Collector``."""
         self._touch(self._parts.get(tracked.name, {}).get(window, tracked.name))
 
     def _touch(self, name: str) -> None:
@@ -183,7 +184,7 @@ class BlockCollector:
             self._sums[name].touch(self._samples)
 
     def settle(self, complete: bool) -> list[str]:
-        """See ``passes.Collector``."""
+        """See ``Collector``."""
         every = [(name, one) for name, sums in self._sums.items() for one in sums.sums]  # each once, also if it is shared
         flags = torch.cat([one.flag for _, one in every]).tolist()
         bad = list(dict.fromkeys(name for (name, _), flag in zip(every, flags, strict=True) if flag))

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from fisherfast.accumulator import Accumulator, RunningSum
 from fisherfast.capture import Tracked
+from fisherfast.collector import Samples
 from fisherfast.fisher.few_rows import FewRows
 from fisherfast.fisher.kronecker import Place
 from fisherfast.fisher.memory import Held
 from fisherfast.ops.gram import gram_
-from fisherfast.passes import Samples
 from fisherfast.rules import Form, Rows
 
 _BAND = 256  # rows that are mirrored at a time: what is copied stays in the caches

@@ -10,12 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from fisherfast.capture import Tracked
+from fisherfast.collector import Samples
 from fisherfast.fisher.protocol import Provenance
 from fisherfast.fisher.run import Run, model_name
 from fisherfast.fisher.structure import Structure
 from fisherfast.layout import Finding
 from fisherfast.likelihood import FISHER_TYPES
-from fisherfast.passes import Pass, Samples, check_loss_scale, conclude
+from fisherfast.locator import mixing
+from fisherfast.passes import Pass, check_loss_scale
 from fisherfast.train_mode import refuse_train_mode
 
 
@@ -124,7 +126,7 @@ class collect:
         run.passes.route_mixed_forms(loss)
         if loss.shape[0] > 1:
             findings = run.passes.probe(loss, torch.ones_like(loss))
-            for name in sorted(conclude(run.capture, findings)):
+            for name in sorted(mixing(findings)):
                 self._route_mixing(loss, name, [f for key, f in findings.items() if key[0] == name and f.mixes_samples])
             self._explored = not self._postponed
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from fisherfast._precision import wide_dtype
 from fisherfast.accumulator import Accumulator
 from fisherfast.capture import Capture
+from fisherfast.collector import Samples
 from fisherfast.fisher.block_collector import BlockCollector
 from fisherfast.fisher.block_sums import BatchSum, WeightSums
 from fisherfast.fisher.eigen import EigenBlock, eigenbasis, workspace
@@ -30,7 +31,6 @@ from fisherfast.ops.conv_sq import conv_sq_
 from fisherfast.ops.embedding_sq import embedding_sq_
 from fisherfast.ops.linear_sq import linear_sq_
 from fisherfast.ops.scale_sq import scale_sq_
-from fisherfast.passes import Samples
 from fisherfast.rules import Convolution, Form, Lookup, MatMul, Rows
 
 _CHUNK_BYTES = 2**24

@@ -12,17 +12,18 @@ from torch import Tensor
 from fisherfast._precision import wide, wide_dtype
 from fisherfast.accumulator import Accumulator, RunningSum
 from fisherfast.capture import Call, Capture, Tracked
+from fisherfast.collector import Cost, Samples
 from fisherfast.fisher import ghost
 from fisherfast.fisher.memory import Held
 from fisherfast.fisher.protocol import layer_of
 from fisherfast.fisher.spread import Spread
 from fisherfast.fisher.structure import Structure
-from fisherfast.passes import Cost, Samples, in_parts
+from fisherfast.passes import in_parts
 from fisherfast.rules import Form, Rows, Window
 
 
 class Engine:
-    """The sums behind all requests of a run; see ``passes.Collector`` for its protocol.
+    """The sums behind all requests of a run; see ``Collector`` for its protocol.
 
     A batch of one backward pass goes into the running sums directly; if the pass stops half-way, each parameter's weight
     says what it has. A batch of several passes (columns of the exact Fisher, draws) means nothing until they are complete:
@@ -88,7 +89,7 @@ class Engine:
         return Held((name,), what, of_sums, (of_sums + copies,), result=of_results)
 
     def cost(self, tracked: Tracked, form: Form, rows: Rows, number: int) -> Cost:
-        """See ``passes.Collector``."""
+        """See ``Collector``."""
         parameter = tracked.parameter
         unwanted = tracked.name not in self.squares and not ghost.applies(form, rows)
         scratch = unwanted * parameter.numel() * wide_dtype(parameter.dtype).itemsize
@@ -98,15 +99,15 @@ class Engine:
 
     @property
     def separate(self) -> bool:
-        """See ``passes.Collector``: passes added up leave the sum of their squares, and no sum of gradients."""
+        """See ``Collector``: passes added up leave the sum of their squares, and no sum of gradients."""
         return bool(self.totals)
 
     def explore(self, calls: list[Call]) -> None:
-        """See ``passes.Collector``."""
+        """See ``Collector``."""
         self._in_parts |= in_parts(calls)
 
     def begin(self, samples: Samples) -> None:
-        """See ``passes.Collector``."""
+        """See ``Collector``."""
         self._staged = self._transactional or samples.passes > 1
         self._samples, self._again = samples, False
         self._batch_norms.clear()
@@ -117,7 +118,7 @@ class Engine:
         self._lost = self._lost or not follows
 
     def add(self, tracked: Tracked, form: Form, rows: Rows, scale: float, number: int) -> None:
-        """See ``passes.Collector``."""
+        """See ``Collector``."""
         if self._samples.padded and form.op == "linear_sq_" and rows.g.shape[-2] > 1:
             rows = rows.without_zeros()
         name, flag, sqnorm = tracked.name, self._flag[tracked.name], self._sqnorm(tracked.name, scale)
@@ -134,7 +135,7 @@ class Engine:
             form.accumulate(self._scratch_like(tracked.parameter), rows, scale, sqnorm=sqnorm, flag=flag)
 
     def add_gradients(self, tracked: Tracked, gradients: Tensor, first: int, scale: float, number: int) -> None:
-        """See ``passes.Collector``. Outside a staged batch every call is a transaction of its own."""
+        """See ``Collector``. Outside a staged batch every call is a transaction of its own."""
         name, n = tracked.name, len(gradients)
         gradients = wide(gradients)
         squares = gradients.square()
@@ -157,18 +158,18 @@ class Engine:
             self._counted(name, *_weights(weight, n))
 
     def expect(self, tracked: Tracked, windows: set[Window | None]) -> None:
-        """See ``passes.Collector``."""
+        """See ``Collector``."""
         if not windows:
             self._touched[tracked.name] = None
         elif len(windows) > 1:
             self._in_parts.add(tracked.name)
 
     def touch(self, tracked: Tracked, window: Window | None) -> None:
-        """See ``passes.Collector``."""
+        """See ``Collector``."""
         self._touched[tracked.name] = None
 
     def settle(self, complete: bool) -> list[str]:
-        """See ``passes.Collector``. Parameters come in the order of the backward pass."""
+        """See ``Collector``. Parameters come in the order of the backward pass."""
         flagged = dict(zip(self._flag, self._flags.tolist(), strict=True))
         for name in self._overflowed():
             flagged[name] = 1

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from fisherfast._precision import wide, wide_dtype
 from fisherfast.capture import Call, Capture, Tracked
+from fisherfast.collector import Cost, Samples
 from fisherfast.fisher.memory import Held
-from fisherfast.passes import Cost, Samples
 from fisherfast.rules import Convolution, Elementwise, Form, Lookup, MatMul, Part, Rows, Tied, Window
 
 Pieces = dict[str, tuple["Piece", ...]]  # of each parameter
@@ -120,7 +120,7 @@ def _smallest(form: Form, rows: Rows, shape: torch.Size) -> tuple[Form, Rows]:
 
 
 class GramCollector:
-    """Keeps the sample gradients of all batches; see ``passes.Collector`` for its protocol. A batch counts as a whole."""
+    """Keeps the sample gradients of all batches; see ``Collector`` for its protocol. A batch counts as a whole."""
 
     separate = True  # every pass is a row of its own
 
@@ -137,25 +137,25 @@ class GramCollector:
         return {name: tracked.parameter.shape for name, tracked in self._tracked.items()}
 
     def explore(self, calls: list[Call]) -> None:
-        """See ``passes.Collector``: nothing depends on how a parameter is used."""
+        """See ``Collector``: nothing depends on how a parameter is used."""
 
     def forget(self, name: str) -> None:
-        """See ``passes.Collector``: it has no gradients yet."""
+        """See ``Collector``: it has no gradients yet."""
 
     def holds(self, passes: int) -> list[Held]:
-        """See ``passes.Collector``: nothing before there are samples."""
+        """See ``Collector``: nothing before there are samples."""
         smaller = "measure fewer samples or draws"
         return [Held((name,), "rows, more with every sample", 0, (0,), smaller=smaller) for name in self._tracked]
 
     def cost(self, tracked: Tracked, form: Form, rows: Rows, number: int) -> Cost:
-        """See ``passes.Collector``: the rows and their roots; what is multiplied is multiplied when the result is asked."""
+        """See ``Collector``: the rows and their roots; what is multiplied is multiplied when the result is asked."""
         (_, part), n = _of_part(form, tracked.parameter.shape), rows.num_samples
         whole = n * math.prod(part) * wide_dtype(rows.g.dtype).itemsize
         kept = whole if _less_whole(rows, part) else sum(t.nbytes for t in _tensors(rows).values())
         return Cost(kept=kept + 8 * n)
 
     def begin(self, samples: Samples) -> None:
-        """See ``passes.Collector``."""
+        """See ``Collector``."""
         rows = self.num_rows + samples.N * samples.passes
         if rows > self._max_rows:
             raise ValueError(
@@ -166,13 +166,13 @@ class GramCollector:
 
     @torch.no_grad()
     def add(self, tracked: Tracked, form: Form, rows: Rows, scale: float, number: int) -> None:
-        """See ``passes.Collector``."""
+        """See ``Collector``."""
         form, rows = _smallest(form, rows, tracked.parameter.shape)
         self._keep(tracked.name, form, rows, scale, number * self._samples.N, slice(None))
 
     @torch.no_grad()
     def add_gradients(self, tracked: Tracked, gradients: Tensor, first: int, scale: float, number: int) -> None:
-        """See ``passes.Collector``."""
+        """See ``Collector``."""
         rows = Rows(None, gradients.reshape(len(gradients), 1, -1).clone())
         few = slice(first, first + len(gradients))
         self._keep(tracked.name, Elementwise(tuple(tracked.parameter.shape)), rows, scale, number * self._samples.N + first, few)
@@ -184,13 +184,13 @@ class GramCollector:
         self._batch.append((name, Piece(self.num_rows + first, form, rows, (weight * scale).sqrt()), finite))
 
     def expect(self, tracked: Tracked, windows: set[Window | None]) -> None:
-        """See ``passes.Collector``: nothing of a batch counts before all of it does."""
+        """See ``Collector``: nothing of a batch counts before all of it does."""
 
     def touch(self, tracked: Tracked, window: Window | None) -> None:
-        """See ``passes.Collector``: rows that nobody gives are zero."""
+        """See ``Collector``: rows that nobody gives are zero."""
 
     def settle(self, complete: bool) -> list[str]:
-        """See ``passes.Collector``."""
+        """See ``Collector``."""
         finite = torch.stack([good for *_, good in self._batch]).tolist() if self._batch else []
         bad = list(dict.fromkeys(name for (name, *_), good in zip(self._batch, finite, strict=True) if not good))
         if complete and not bad:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fisherfast.accumulator import Accumulator
 from fisherfast.capture import Capture, Tracked
+from fisherfast.collector import Cost
 from fisherfast.fisher import serialize
 from fisherfast.fisher.block_collector import BlockCollector
 from fisherfast.fisher.block_fisher import BlockFisher, described
@@ -29,7 +30,6 @@ from fisherfast.fisher.memory import Held
 from fisherfast.fisher.protocol import Damping
 from fisherfast.fisher.reduced_sums import ReducedSums
 from fisherfast.fisher.structure import Structure
-from fisherfast.passes import Cost
 from fisherfast.rules import Form, Rows
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from fisherfast.batches import Batch, Output, ReadTwice
 from fisherfast.capture import Tracked
+from fisherfast.collector import Samples
 from fisherfast.fallback import SampleGradients
 from fisherfast.fisher import serialize
 from fisherfast.fisher.ekfac import EKFAC
@@ -28,7 +29,8 @@ from fisherfast.fisher.run import Run, model_name
 from fisherfast.fisher.structure import Structure
 from fisherfast.layout import PROBED
 from fisherfast.likelihood import Likelihood, Predictions
-from fisherfast.passes import Pass, Samples, check_loss_scale, conclude
+from fisherfast.locator import mixing
+from fisherfast.passes import Pass, check_loss_scale
 from fisherfast.train_mode import refuse_train_mode
 
 Asked = str | Structure | tuple[str | Structure, ...]  # names or requests; a tuple gives a tuple of results
@@ -270,7 +272,7 @@ class Measurement:
     def _probe(self, values: Tensor) -> set[str]:
         generator = torch.Generator().manual_seed(0)
         cotangent = torch.randn(values.shape, generator=generator).to(values.device, values.dtype)
-        return conclude(self.capture, self.run.passes.probe(values, cotangent))
+        return mixing(self.run.passes.probe(values, cotangent))
 
     def _resolve(self, few: Batch, values: Tensor, mixing: set[str]) -> None:
         """Parameters without a sample axis where they are used: expand there if that works, else the fallback."""

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from fisherfast._error import NonFiniteError
 from fisherfast.batches import Batch, Output
 from fisherfast.fisher import _arguments
 from fisherfast.fisher.labelling import Labelling
 from fisherfast.fisher.protocol import Vector
 from fisherfast.fisher.run import model_name
 from fisherfast.likelihood import Likelihood
-from fisherfast.passes import NonFiniteError
 from fisherfast.train_mode import refuse_train_mode, unwrapped
 
 

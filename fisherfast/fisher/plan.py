@@ -15,6 +15,7 @@ from torch import nn
 
 from fisherfast.batches import Batch, Output
 from fisherfast.capture import Capture, Tracked
+from fisherfast.collector import Collector, Cost, Samples
 from fisherfast.fisher import memory
 from fisherfast.fisher.labelling import Labelling
 from fisherfast.fisher.measure import Asked, Measurement, factors_first, needs_basis, requests
@@ -22,7 +23,7 @@ from fisherfast.fisher.memory import Held, in_words
 from fisherfast.fisher.units import apart
 from fisherfast.layout import PROBED
 from fisherfast.likelihood import Likelihood, Predictions
-from fisherfast.passes import Collector, Cost, Pass, Passes, Samples, one_position
+from fisherfast.passes import Pass, Passes, one_position
 from fisherfast.rules import ALL, Elementwise, Form, Rows
 from fisherfast.train_mode import refuse_train_mode
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from fisherfast._precision import wide
+from fisherfast.collector import Samples
 from fisherfast.fisher.kronecker import Place
 from fisherfast.fisher.kronecker_sums import KroneckerSums, existing, inputs_of
-from fisherfast.passes import Samples
 from fisherfast.rules import Convolution, Form, Lookup, MatMul, Rows
 
 

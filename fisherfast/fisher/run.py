@@ -13,16 +13,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fisherfast._error import NonFiniteError
 from fisherfast._precision import wide_dtype
 from fisherfast._warning import FisherWarning
 from fisherfast.capture import Call, Capture
+from fisherfast.collector import Samples
 from fisherfast.fisher.counts import Counts
 from fisherfast.fisher.coverage import OPS, Coverage, Stopwatch
 from fisherfast.fisher.engine import Engine
 from fisherfast.fisher.memory import Held, check
 from fisherfast.fisher.protocol import Provenance
 from fisherfast.fisher.structure import Structure
-from fisherfast.passes import NonFiniteError, Passes, Samples
+from fisherfast.passes import Passes
 from fisherfast.train_mode import unwrapped
 
 _MANY = 0.01  # of the gradients of one parameter

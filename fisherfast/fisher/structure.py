@@ -6,8 +6,8 @@ from __future__ import annotations
 from typing import Any
 
 from fisherfast.capture import Capture
+from fisherfast.collector import Collector
 from fisherfast.fisher.counts import Counts
-from fisherfast.passes import Collector
 
 
 class Structure:

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from fisherfast._error import NonFiniteError
 from fisherfast.batches import Batch, Output
 from fisherfast.likelihood import Likelihood, predictions_of, resolve, unpacked
-from fisherfast.passes import NonFiniteError
 from fisherfast.train_mode import refuse_train_mode, unwrapped
 
 Loss = Callable[[Tensor, Tensor], Tensor]

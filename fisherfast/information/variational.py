@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fisherfast._error import NonFiniteError
 from fisherfast.batches import Batch, Output
 from fisherfast.information import _checks, _prior
 from fisherfast.information._diagonal_gaussian import DiagonalGaussian
@@ -24,7 +25,6 @@ from fisherfast.information._prior import PriorScale
 from fisherfast.information.posterior import GaussianPosterior
 from fisherfast.information.weights import Weights
 from fisherfast.likelihood import Likelihood
-from fisherfast.passes import NonFiniteError
 
 NOISES = ("local", "weight")
 _CALLER = "variational_posterior"

@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Collectors: what stands behind a Fisher structure and takes the rows of each batch. The protocol alone; each structure has its own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from fisherfast.capture import Call, Tracked
+from fisherfast.rules import Form, Rows, Window
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What there is to know of a batch before its backward passes.
+
+    ``weight`` ``[N]`` float32 or None; ``padded``: many positions have no gradient; ``exists`` ``[N, L]``: which positions
+    of a sequence there are, None if all.
+    """
+
+    N: int
+    passes: int = 1
+    weight: Tensor | None = None
+    padded: bool = False
+    exists: Tensor | None = None
+
+    def total_weight(self) -> Tensor | float:
+        """Of all samples; where there are weights on their device, so that nothing waits for it."""
+        return float(self.N) if self.weight is None else self.weight.sum(dtype=torch.float64)
+
+    def weight_of(self, first: int, n: int) -> Tensor | None:
+        """Of samples ``first, ..., first + n - 1``."""
+        return None if self.weight is None else self.weight[first : first + n]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What rows of one pass take: FLOPs (products of matrices counted to the last one, the rest roughly), and bytes beside the sums.
+
+    ``kept``: of what is there for good, with every batch more. ``scratch``: of what is needed meanwhile.
+    """
+
+    flops: int = 0
+    kept: int = 0
+    scratch: int = 0
+
+    def __add__(self, other: Cost) -> Cost:
+        """Of both, one after the other."""
+        return Cost(self.flops + other.flops, self.kept + other.kept, max(self.scratch, other.scratch))
+
+    def times(self, count: int) -> Cost:
+        """Of so many such rows, one after the other."""
+        return Cost(count * self.flops, count * self.kept, self.scratch if count else 0)
+
+
+class Collector(Protocol):
+    """What a Fisher structure does with the rows of a batch. One batch is ``begin``, any adds, ``settle``.
+
+    Backward passes of a batch are told apart by their ``number``, from 0. Adds and ``settle`` are called aside (``Capture.aside``).
+    """
+
+    @property
+    def separate(self) -> bool:
+        """Whether it needs every pass's own rows; if not, passes may be added up where only their squares count."""
+
+    def explore(self, calls: list[Call]) -> None:
+        """Look at how the model uses its parameters: once or more, before the batches that count."""
+
+    def forget(self, name: str) -> None:
+        """Drop a parameter that the run does not cover."""
+
+    def begin(self, samples: Samples) -> None:
+        """Start a batch."""
+
+    def add(self, tracked: Tracked, form: Form, rows: Rows, scale: float, number: int) -> None:
+        """Take one parameter's rows of one backward pass, samples first: ``scale * (sample gradient)^2`` counts."""
+
+    def add_gradients(self, tracked: Tracked, gradients: Tensor, first: int, scale: float, number: int) -> None:
+        """Take whole sample gradients ``[n, *parameter]`` of samples ``first, ..., first + n - 1``, from the fallback."""
+
+    def expect(self, tracked: Tracked, windows: set[Window | None]) -> None:
+        """Before the passes of a batch: the parts in which a parameter's rows will come; none if it is not used, and adds nothing."""
+
+    def touch(self, tracked: Tracked, window: Window | None) -> None:
+        """Note that the gradient of this part of a parameter is zero in a pass."""
+
+    def settle(self, complete: bool) -> list[str]:
+        """End the batch: weights for what was added. Returns the parameters that met non-finite rows (not added)."""
+
+    def cost(self, tracked: Tracked, form: Form, rows: Rows, number: int) -> Cost:
+        """What ``add`` of these rows takes, told by their shapes alone."""

@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whose each row is, from batch to batch: by the layout of its use, and by tags where there is none or where it is to be looked at again."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+from fisherfast.capture import CallUse, Capture, Key
+from fisherfast.layout import PROBED, Finding, Gathered, Kind, Layout, Sightings
+from fisherfast.rules import Rows
+
+
+class Locator:
+    """Brings the rows of one capture's uses into the order of samples.
+
+    The layouts are the capture's: what the probe of the first batch found. Data may decide how rows lie, and the first batch may
+    not show it, so in batches 2, 4, 8, ... all rows are looked at.
+    """
+
+    def __init__(self, capture: Capture) -> None:
+        self._capture = capture
+        self.batches = 0  # so far, this one included
+        self.scattered: set[Key] = set()  # uses whose rows lie as the data has it (experts): tagged in every batch
+        # Of the batches the last in which all rows were looked at, of layouts that are flat or not; and the one before it.
+        self._looked = self._before = {True: 0, False: 0}
+
+    def learn(self, findings: dict[Key, Finding]) -> None:
+        """Keep the layouts that a probe found."""
+        self._capture.layouts.update((key, found.layout) for key, found in findings.items() if found.layout is not None)
+
+    def begin(self, uses: Iterable[CallUse], N: int) -> tuple[set[Key], set[Key]]:
+        """Start a batch. Returns the uses whose rows have no known layout, and those whose rows have one that is to be looked at."""
+        self.batches += 1
+        if N == 1:
+            return set(), set()
+        uses = list(uses)
+        self.scattered |= {use.key for use in uses if use.gathered}  # a layout that rows chosen by data seem to have is none
+        known = {use.key for use in uses if use.key in self._capture.layouts} - self.scattered
+        return {use.key for use in uses} - known, self._due(known, N)
+
+    def _due(self, known: set[Key], N: int) -> set[Key]:
+        """Of uses with a known layout those that are to be looked at: in batches 2, 4, 8, ... all.
+
+        In the first batch, of which few samples were probed, only where samples and positions share an axis: sequences that are
+        of one length by chance lie like blocks.
+        """
+        if self.batches & (self.batches - 1):
+            return set()
+        first, all_probed = self.batches == 1, N <= PROBED
+        self._before = self._looked
+        self._looked = {flat: self.batches if flat or not first or all_probed else 0 for flat in (True, False)}
+        if first and all_probed:
+            return set()
+        return {key for key in known if not first or self._capture.layouts[key].kind.flat}
+
+    def samples_first(self, use: CallUse, rows: Rows, N: int) -> Rows:
+        """Rows as ``[N, T, ...]`` by what is known. Errors: ValueError, naming the parameter, if they do not fit that."""
+        found = self.if_it_fits(use, rows, N)
+        if found is None:
+            layout, lead = self._capture.layouts[use.key], tuple(rows.g.shape[: rows.g.dim() - use.form.features])
+            raise ValueError(
+                f"{use.tracked.name}: rows must hold the batch's {N} samples along axis {layout.axis} ({layout.kind.value}, as the "
+                f"probe found), got leading axes {lead}; the model's layout must not change from batch to batch"
+            )
+        return found
+
+    def if_it_fits(self, use: CallUse, rows: Rows, N: int) -> Rows | None:
+        """Rows as ``[N, T, ...]`` by what is known, or None if they do not fit that."""
+        features = use.form.features
+        if N == 1:
+            return rows.each(lambda t: t.reshape(1, -1, *t.shape[t.dim() - features :]))
+        layout, lead = self._capture.layouts[use.key], tuple(rows.g.shape[: rows.g.dim() - features])
+        return self._laid_out(layout, rows, N, features) if layout.fits(lead, N, self._capture.offsets) else None
+
+    def _laid_out(self, layout: Layout, rows: Rows, N: int, features: int) -> Rows:
+        offsets = self._capture.offsets
+        if layout.kind is Kind.PACKED and offsets is not None:
+            each = math.prod(rows.g.shape[: rows.g.dim() - features]) // rows.g.shape[layout.axis]
+            return rows.each(lambda t: layout.packed(t, features), offsets * each)
+        return rows.each(lambda t: layout.samples_first(t, N, features))
+
+    def gathered(self, use: CallUse, rows: Rows, N: int, sightings: Sightings) -> Rows:
+        """Rows whose owners the tags tell: ``[N, T, ...]`` if they turn out to have a layout, else packed with offsets.
+
+        Errors: ValueError, naming the parameter, for rows of several samples, and for a layout that held in batches nobody looked at.
+        """
+        finding = Finding.of(sightings.numbers(rows.g, use.form.features), N, self._capture.offsets)
+        if finding.mixes_samples:
+            raise ValueError(
+                f"{use.tracked.name}: a row must belong to one sample, got rows that depend on several: batch statistics, a "
+                "contrastive loss, or a table without a sample axis that earlier batches did not show"
+            )
+        before, offsets = self._capture.layouts.get(use.key), self._capture.offsets
+        known = before is not None and before.explains(finding.numbers, N, offsets)
+        layout = before if known else finding.layout
+        if layout is not None and (before is None or known or use.key in self.scattered):
+            if use.key not in self.scattered:
+                self._capture.layouts[use.key] = layout
+            return self._laid_out(layout, rows, N, use.form.features)
+        if use.key not in self.scattered and before is not None:
+            self._distrust(use, before)
+        self.scattered.add(use.key)
+        gathered = Gathered(finding.numbers, N)
+        return rows.each(lambda t: gathered.packed(t, use.form.features), gathered.offsets)
+
+    def _distrust(self, use: CallUse, before: Layout) -> None:
+        """The layout does not hold in this batch: raise, unless all batches before it were looked at."""
+        looked, number = self._before[before.kind.flat], self.batches - 1
+        if looked < number:
+            raise ValueError(
+                f"{use.tracked.name}: rows must lie as in the batches before (samples along axis {before.axis}, {before.kind.value}), "
+                f"got others in batch {number}; the batches since number {looked - 1} were not looked at and may be wrong. Where the "
+                "data decide how rows lie, begin with batches that show it: samples of different lengths, say"
+            )
+
+
+def mixing(findings: dict[Key, Finding]) -> set[str]:
+    """The parameters that have rows of several samples."""
+    return {key[0] for key, finding in findings.items() if finding.mixes_samples}
