@@ -18,6 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fisherfast._precision import wide_dtype
+
 PROBED = 4  # samples that a first probe looks at: enough to tell one layout from another
 UNKNOWN, MIXED = -1, -2  # of a row: its gradient is zero; it depends on several samples
 
@@ -169,9 +171,8 @@ class Sightings:
 def _sizes(g: Tensor, features: int) -> tuple[Tensor, Tensor]:
     """The largest absolute value of every row of ``[*lead, *F]`` and the sum of all; no rounding tells one tag's from another's."""
     rows = g.detach().flatten(g.dim() - features).abs()
-    wide = torch.promote_types(rows.dtype, torch.float32)
     largest = rows.amax(-1) if rows.shape[-1] else rows.new_zeros(rows.shape[:-1])
-    return largest.double(), rows.sum(-1, dtype=wide).double()
+    return largest.double(), rows.sum(-1, dtype=wide_dtype(rows.dtype)).double()
 
 
 _TOLERANCE = 1e-3  # kernels that add in a changing order may round a tagged pass differently

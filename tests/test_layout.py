@@ -57,6 +57,16 @@ def test_a_trace_of_another_sample_is_seen():
     assert sightings.numbers(rows.sum(1), 1).item() == MIXED
 
 
+def test_samples_on_entries_of_their_own_are_mixed():
+    """The largest entry alone would name the second sample: it is the larger with any tags."""
+    tags = Tags(2, 4)
+    rows = torch.tensor([[1.0, 0.0], [0.0, 4.0]])
+    sightings = Sightings(tags)
+    for factor in tags.factors(torch.device("cpu")):
+        sightings.see((rows * factor.view(-1, 1).float()).sum(0, keepdim=True), 1)
+    assert sightings.numbers(rows.sum(0, keepdim=True), 1).item() == MIXED
+
+
 def test_samples_that_are_not_looked_at_stay_unknown():
     owner = torch.arange(9)
     assert torch.equal(numbers(owner, 9, few=4), owner.where(owner < 4, UNKNOWN))
