@@ -39,19 +39,12 @@ $(VENV)/.torch: constraints.txt
 	$(PIP) $(TORCH) setuptools wheel ninja
 	touch $@
 
-$(VENV)/.built: $(VENV)/.torch pyproject.toml setup.py $(NATIVE)
-	$(PIP) --no-build-isolation -e .
+# In place, through build/: what did not change is not compiled again, as it would be by each pip install of the project.
+$(VENV)/.built: $(VENV)/.torch setup.py $(NATIVE)
+	$(VENV)/bin/python setup.py -q build_ext --inplace
 	touch $@
 
-$(VENV)/.demo: $(VENV)/.built
-	$(PIP) --no-build-isolation -e .[demo]
-	touch $@
-
-$(VENV)/.dev: $(VENV)/.built
-	$(PIP) --no-build-isolation -e .[dev]
-	touch $@
-
-$(VENV)/.bench: $(VENV)/.built
-	$(PIP) --no-build-isolation -e .[bench]
-	$(PIP) --no-deps -r bench/requirements.txt
+$(VENV)/.demo $(VENV)/.dev $(VENV)/.bench: $(VENV)/.%: $(VENV)/.torch pyproject.toml setup.py
+	FISHERFAST_NATIVE=none $(PIP) --no-build-isolation -e .[$*]
+	$(if $(filter bench,$*),$(PIP) --no-deps -r bench/requirements.txt)
 	touch $@

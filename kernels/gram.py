@@ -126,20 +126,20 @@ def _gram_kernel(
 
 
 @triton.jit
-def _fold_upper_kernel(acc, partial, flag, S, D, scale: tl.float64, BLOCK_S: tl.constexpr, BLOCK: tl.constexpr):
-    """``acc[i,j] += scale * sum_s partial[s,i,j]`` for ``j >= i``. One program: BLOCK columns of a row, all shares."""
+def _fold_upper_kernel(acc, partial, flag, S, D, scale: tl.float64, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr):
+    """``acc[i,j] += scale * sum_s partial[s,i,j]`` for ``j >= i``. One program: [BLOCK_I, BLOCK_J], all shares."""
     if flag is not None:
         if tl.load(flag) != 0:
             return
-    i = long(tl.program_id(0))
-    j = long(tl.program_id(1)) * BLOCK + tl.arange(0, BLOCK)
+    if tl.program_id(0) * BLOCK_I >= (tl.program_id(1) + 1) * BLOCK_J:  # all of it is below the diagonal
+        return
+    i = (long(tl.program_id(0)) * BLOCK_I + tl.arange(0, BLOCK_I))[:, None]
+    j = (long(tl.program_id(1)) * BLOCK_J + tl.arange(0, BLOCK_J))[None, :]
     inside = (j >= i) & (j < D)
-    values = tl.zeros([BLOCK_S, BLOCK], partial.dtype.element_ty)
-    for start in range(0, S, BLOCK_S):
-        s = long(start) + tl.arange(0, BLOCK_S)
-        there = (s < S)[:, None] & inside[None, :]
-        values += tl.load(partial + (s[:, None] * D + i) * D + j[None, :], mask=there, other=0.0)
-    add_to(acc, i * D + j, tl.sum(values, 0), scale, inside)
+    values = tl.zeros([BLOCK_I, BLOCK_J], tl.float64)
+    for s in range(S):
+        values += tl.load(partial + (long(s) * D + i) * D + j, mask=inside, other=0.0)
+    add_to(acc, i * D + j, values, scale, inside)
 
 
 def gram_(
@@ -172,8 +172,9 @@ def gram_(
         for begin in range(0, M, share * shares):
             _gram_kernel[grid](out, x, weight, flag, (M, T, I, D), x.stride(), begin, share, factor, **options)
         if shares > 1:
-            BLOCK_S, BLOCK = power_of_two(shares, 1, 32), power_of_two(D, 16, 64)
-            _fold_upper_kernel[(D, triton.cdiv(D, BLOCK))](acc, out, flag, shares, D, scale, BLOCK_S, BLOCK)
+            BLOCK_I, BLOCK_J = power_of_two(D, 1, 8), power_of_two(D, 1, 64)
+            cells = (triton.cdiv(D, BLOCK_I), triton.cdiv(D, BLOCK_J))
+            _fold_upper_kernel[cells](acc, out, flag, shares, D, scale, BLOCK_I, BLOCK_J)
 
 
 def _samples(x: Tensor) -> Tensor:

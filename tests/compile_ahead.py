@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compile, without a GPU, the Triton kernels that the launchers would start; print what the machine code holds, as JSON.
 
-``python compile_ahead.py 90`` compiles for sm_90. A stand-in driver names the target and every launch becomes a
+``python compile_ahead.py 90`` compiles for sm_90, ``90 --first`` the first call of each op and dtype. A stand-in driver names the target and every launch becomes a
 compilation, so block sizes, dtypes and specialisations are those of real calls. Run by test_triton_aot.py in a process
 of its own, since Triton's interpreter must be off and the stand-in driver stays.
 """
@@ -265,6 +265,12 @@ def calls() -> dict[str, Callable[[], None]]:
     return cases
 
 
+def first_calls() -> dict[str, Callable[[], None]]:
+    """Of each op and dtype the first call."""
+    firsts = {tuple(label.split()[:2]): label for label in reversed(calls())}
+    return {label: call for label, call in calls().items() if label in firsts.values()}
+
+
 def describe(kernel) -> dict:
     """Registers, local and shared memory and what the machine code holds."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -283,7 +289,7 @@ def describe(kernel) -> dict:
     }
 
 
-def main(capability: int) -> list[dict]:
+def main(capability: int, cases: dict[str, Callable[[], None]]) -> list[dict]:
     driver.set_active(StandInDriver(capability))
     launch, compiled = JITFunction.run, []
 
@@ -293,7 +299,7 @@ def main(capability: int) -> list[dict]:
     JITFunction.run = compile_only
     asked = [recorded(module) for module in OPS]
     rows, described = {}, {}
-    for label, call in calls().items():
+    for label, call in cases.items():
         compiled.clear()
         for arguments in asked:
             arguments.clear()
@@ -323,4 +329,4 @@ def recorded(module: ModuleType) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    json.dump(main(int(sys.argv[1])), sys.stdout)
+    json.dump(main(int(sys.argv[1]), first_calls() if "--first" in sys.argv else calls()), sys.stdout)
