@@ -5,8 +5,9 @@ A ``TorchFunctionMode`` sees every torch function that receives a tracked parame
 the call, the parameter is replaced by its detached alias (so autograd never runs the weight-gradient GEMM) and the output
 passes through a *tap*: an autograd node that changes nothing, keeps the saved inputs as any node does, and in the backward
 pass hands them with g to whoever listens. A function that is made of such functions is taken apart. A function that gives
-back memory of the parameter itself makes a view, which is followed. Where nothing fits, the parameter is replaced by a leaf
-alias that autograd can differentiate, for the fallback. The model itself is never touched: no hooks, no flags, no ``.grad``.
+back memory of the parameter itself makes a view, which is followed. What a function makes of parameters alone, before a
+sample comes in, is followed as if it were a parameter. Where nothing fits, the parameter is replaced by a leaf alias that
+autograd can differentiate, for the fallback. The model itself is never touched: no hooks, no flags, no ``.grad``.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ from __future__ import annotations
 import itertools
 import sys
 import weakref
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter, defaultdict
+from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -28,74 +29,11 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from fisherfast.layout import Kind, Layout
 from fisherfast.rules import DECOMPOSITIONS, RULES, Form, Part, Use, Window, part
+from fisherfast.tracked import Door, Made, Reference, Tracked
 from fisherfast.train_mode import CHANCE, refuse_chance, unwrapped
 
-
-class Tracked:
-    """A parameter that asks for a gradient, its stand-ins, and how it is covered.
-
-    Uses that are caught see ``detached``, or ``leaf`` where autograd is to differentiate them. What else is made of it, views and
-    copies first of all, is made of ``outer``: a graph that leads there, or to the parameter, holds a use that was not caught.
-    """
-
-    def __init__(self, name: str, parameter: Tensor) -> None:
-        self.name, self.parameter = name, parameter
-        self.detached = parameter.detach()
-        self.leaf, self.outer = parameter.detach().requires_grad_(), parameter.detach().requires_grad_()
-        self.fallback: str | None = None  # why no rule covers it
-        self.expand = False  # give it a sample axis where it is used
-        self.caught, self.differentiated, self.expanding = True, False, False  # these decisions, as in force in this forward pass
-
-    @property
-    def leaves(self) -> tuple[Tensor, Tensor, Tensor]:
-        """All by which autograd can reach it."""
-        return self.leaf, self.outer, self.parameter
-
-    def follow(self) -> None:
-        """Have the stand-ins share the parameter's memory, also where somebody gave it another (``parameter.data = ...``)."""
-        if self.detached.data_ptr() != self.parameter.data_ptr():
-            self.detached.data = self.leaf.data = self.outer.data = self.parameter.data
-
-    def give_up(self, reason: str) -> None:
-        """To the fallback; the first reason is the one that is told."""
-        self.fallback = self.fallback or reason
-
-
-@dataclass(frozen=True)
-class Reference:
-    """A tensor of the model's that is a parameter, a part of one (``window``), or such a part shifted, cast or copied (``made``).
-
-    What ``made`` makes of the part has the identity as its derivative, so a gradient of the one is a gradient of the other, as
-    long as nobody changes it in place: ``version`` is that of the tensor when it was made.
-    """
-
-    tensor: Tensor
-    tracked: Tracked
-    window: Window | None = None
-    made: tuple[Callable[[Tensor], Tensor], ...] = ()
-    version: int = 0
-
-    @property
-    def changed(self) -> bool:
-        """Whether it is no longer what ``made`` makes."""
-        return bool(self.made) and self.tensor._version != self.version
-
-    def stand_in(self, leaf: bool) -> Tensor:
-        """The tensor that takes its place in a use that is caught: one that autograd differentiates, or one it does not."""
-        tensor = self._part_of(self.tracked.leaf if leaf else self.tracked.detached)
-        for make in self.made:
-            tensor = make(tensor)
-        return tensor
-
-    def outside(self) -> Tensor:
-        """The tensor that takes its place elsewhere; a copy is itself, for it may be changed."""
-        return self.tensor if self.made else self._part_of(self.tracked.outer)
-
-    def _part_of(self, whole: Tensor) -> Tensor:
-        return whole if self.window is None else self.window.of_tensor(whole)
-
-
 Key = tuple[str, Window | None, int]  # parameter, part of it, number among the uses of that part
+Site = tuple[str, int]  # of a covered call: its first parameter, and its number among the calls of that one
 
 
 @dataclass
@@ -122,6 +60,7 @@ class Call:
     index: int
     capture: Capture
     shape: torch.Size  # of the output
+    site: Site | None = None  # while exploring, and if no sample came in here
     viewed: bool = False  # whether the tap is on what the output is a view of
     uses: list[CallUse] = field(default_factory=list)
     counted: bool = False  # whether its samples are in num_samples already: a second backward pass is another draw
@@ -177,6 +116,9 @@ class Capture(TorchFunctionMode):
         self.anchor = torch.zeros((), device=self.device, requires_grad=True)
         self.layouts: dict[Key, Layout] = {}
         self.listener: Listener | None = None
+        self._early: dict[
+            Site, str
+        ] = {}  # calls that no sample comes into: what they make is followed as a parameter is; and why
         self._counter = itertools.count()
         self._eager: list[AbstractContextManager[None]] = []
         self.begin(exploring=True)
@@ -197,11 +139,11 @@ class Capture(TorchFunctionMode):
         ``exploring``: stand-ins keep autograd's own path to every parameter open beside the tap. ``num_samples``: of the
         batch, where known; needed to expand. ``offsets``: where packed samples begin and end.
         """
-        self.num_samples, self.offsets = num_samples, offsets
+        self.num_samples, self.offsets, self._exploring = num_samples, offsets, exploring
         for tracked in self.tracked.values():
-            tracked.follow()
-            tracked.caught, tracked.expanding = tracked.fallback is None, tracked.expand
-            tracked.differentiated = exploring or tracked.expand or not tracked.caught
+            tracked.begin(exploring)
+        self._made: dict[str, Made] = {}  # of parameters, in this forward pass
+        self._visits: Counter[str] = Counter()  # covered calls, by their first parameter, and what was made of some, by how
         self._gathered: dict[int, weakref.ref[Tensor]] = {}
         self._seen = WeakTensorKeyDictionary()  # inputs of calls, numbered
         # Views are held while they are known by their id, which Python would give to another tensor.
@@ -213,6 +155,21 @@ class Capture(TorchFunctionMode):
         kind = self.device.type
         cast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16
         return cast or any(t.parameter.dtype == torch.float16 for t in self.tracked.values())
+
+    def followed(self, name: str) -> Tracked:
+        """The parameter of this name, or what the last forward pass made of parameters."""
+        return self._made[name] if name in self._made else self.tracked[name]
+
+    def follow_further(self, root: Tensor, names: Container[str], reason: str) -> bool:
+        """From the next forward pass on, follow what is made of these, by calls that no sample comes into, as parameters; whether
+        there is any that was not followed yet.
+        """
+        sites = {call.site for call, _ in self.calls(root) if all(use.tracked.name in names for use in call.uses)}
+        new = sites - self._early.keys() - {None}
+        self._early.update((site, reason) for site in new if site is not None)
+        if new:  # what is made of parameters is numbered, and will have other numbers
+            self.layouts = {key: layout for key, layout in self.layouts.items() if key[0] in self.tracked}
+        return bool(new)
 
     def forget(self, name: str) -> None:
         """Stop tracking a parameter."""
@@ -266,12 +223,16 @@ class Capture(TorchFunctionMode):
                 return out
         uses = self._covered(func, args, kwargs, found)
         if uses is None:
-            return self._uncovered(func, args, kwargs, found)
+            return self._uncovered(func, args, kwargs, found, f"no rule for {getattr(func, '__name__', func)}")
+        found = [r for r in found if any(use.parameter is r.tensor for use in uses)]
+        site = self._site(found[0], args, kwargs, found)
+        if site in self._early:
+            return self._uncovered(func, args, kwargs, found, self._early[site])
         stand_ins = {id(r.tensor): r.stand_in(r.tracked.differentiated) for r in found}
         args, kwargs = _replaced(args, stand_ins), _replaced(kwargs, stand_ins)
         out = func(*args, **kwargs)
         gathered = bool(self._gathered) and any(map(self._is_gathered, tree_leaves((args, kwargs))))
-        tapped = self._tapped(out, uses, gathered, (args, kwargs))
+        tapped = self._tapped(out, uses, gathered, (args, kwargs), site)
         if gathered:
             self._gathered[id(tapped)] = weakref.ref(tapped)
         return tapped
@@ -317,35 +278,78 @@ class Capture(TorchFunctionMode):
         return reference.changed
 
     def _covered(self, func: Any, args: Any, kwargs: Any, found: list[Reference]) -> list[Use] | None:
-        """The uses the function's rule declares, or None unless they cover every tracked argument exactly once."""
+        """The uses the function's rule declares, or None unless they cover every tracked argument exactly once.
+
+        What was made of parameters may also be what the others are used on: then it holds samples, and is no parameter.
+        """
         if func not in RULES or not torch.is_grad_enabled():
             return None
         uses = [u for u in RULES[func](*args, **kwargs) if id(u.parameter) in self._references]
-        complete = sorted(id(u.parameter) for u in uses) == sorted(id(r.tensor) for r in found)
-        return uses if complete else None
+        covered = [id(u.parameter) for u in uses]
+        others = [r for r in found if id(r.tensor) not in covered]
+        if not uses or len(covered) != len(found) - len(others):
+            return None
+        if not all(isinstance(r.tracked, Made) for r in others):
+            return None
+        for reference in others:
+            reference.tracked.give_up(f"no rule for {getattr(func, '__name__', func)} of what is made of it")
+        return uses
 
-    def _uncovered(self, func: Any, args: Any, kwargs: Any, found: list[Reference]) -> Any:
+    def _site(self, first: Reference, args: Any, kwargs: Any, found: list[Reference]) -> Site | None:
+        """Of a covered call, where it matters: if no sample comes into it."""
+        if not (self._exploring or self._early):
+            return None
+        site = (first.tracked.name, self._visits[first.tracked.name])
+        self._visits[first.tracked.name] += 1
+        return site if self._before_samples(args, kwargs, found) else None
+
+    def _before_samples(self, args: Any, kwargs: Any, found: list[Reference]) -> bool:
+        """Whether a call is of parameters alone, or of them and tensors that no parameter went into."""
+        mine = {id(r.tensor) for r in found}
+        others = (leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and id(leaf) not in mine)
+        return torch.is_grad_enabled() and not any(leaf.requires_grad for leaf in others)
+
+    def _uncovered(self, func: Any, args: Any, kwargs: Any, found: list[Reference], reason: str) -> Any:
         stand_ins = {id(r.tensor): r.outside() for r in found}
+        alone = self._before_samples(args, kwargs, found)
 
         def make(tensor: Tensor) -> Any:
             mine = {**stand_ins, id(found[0].tensor): tensor}
             return func(*_replaced(args, mine), **_replaced(kwargs, mine))
 
-        out = make(stand_ins[id(found[0].tensor)])
+        with _kept() if alone else nullcontext():
+            out = make(stand_ins[id(found[0].tensor)])
         written = tree_leaves((args, kwargs)) if out is None else tree_leaves(out)  # t[...] = parameter returns nothing
         outputs = [o for o in written if isinstance(o, Tensor) and o.requires_grad]
         if len(found) == 1 and outputs and not found[0].made and all(self._is_part(o, found[0].tracked) for o in outputs):
             for o in outputs:
-                self._references[id(o)] = Reference(o, found[0].tracked, Window.of(o, found[0].tracked.parameter))
+                window = Window.of(o, found[0].tracked.parameter)
+                self._references[id(o)] = Reference(o, found[0].tracked, window, version=o._version)
         elif len(found) == 1 and outputs and _keeps_derivative(func, args, out):
             made = (*found[0].made, make)
             self._references[id(out)] = replace(found[0], tensor=out, made=made, version=out._version)
+        elif outputs and alone and out is not None:
+            self._make(func, outputs, found, reason)
         elif outputs:
             for reference in found:
-                reference.tracked.give_up(f"no rule for {getattr(func, '__name__', func)}")
+                reference.tracked.give_up(reason)
         for reference in found:
             self._left(reference)
         return out
+
+    def _make(self, func: Any, outputs: list[Tensor], found: list[Reference], reason: str) -> None:
+        """Follow what a call has made of parameters alone as parameters."""
+        sources = tuple({t.name: t for r in found for t in r.tracked.sources}.values())
+        lost = any(t.fallback is not None and not t.chained for t in sources)
+        for source in sources:
+            source.give_up(reason) if lost else source.chain(reason)
+        for out in outputs:
+            if not lost and id(out) not in self._references:
+                what = f"what {getattr(func, '__name__', func)} makes of {' and '.join(t.name for t in sources)}"
+                self._visits[what] += 1
+                name = f"{what} ({self._visits[what]})"  # the same in every batch
+                self._made[name] = made = Made(name, out, sources)
+                self._references[id(out)] = Reference(out, made, version=out._version)
 
     def _is_part(self, out: Tensor, tracked: Tracked) -> bool:
         """Whether ``out`` is memory of the parameter, each number at most once."""
@@ -357,7 +361,7 @@ class Capture(TorchFunctionMode):
             and all(stride or size == 1 for size, stride in zip(out.shape, out.stride(), strict=True))
         )
 
-    def _tapped(self, out: Tensor, uses: list[Use], gathered: bool, given: Any) -> Tensor:
+    def _tapped(self, out: Tensor, uses: list[Use], gathered: bool, given: Any, site: Site | None) -> Tensor:
         references = [self._references[id(use.parameter)] for use in uses]
         caught = [(use, r) for use, r in zip(uses, references, strict=True) if r.tracked.caught]
         if not caught:
@@ -365,7 +369,7 @@ class Capture(TorchFunctionMode):
         if self.num_samples is not None and any(r.tracked.expanding for _, r in caught):
             out = out.expand(self.num_samples, *(out.shape[1:] if out.shape[0] == 1 else out.shape))
         saved: list[Tensor] = []
-        call = Call(next(self._counter), self, out.shape)
+        call = Call(next(self._counter), self, out.shape, site)
         for use, reference in caught:
             picks = []
             for tensor in use.inputs:
@@ -375,6 +379,7 @@ class Capture(TorchFunctionMode):
             form = use.form if reference.window is None else part(use.form, reference.window, reference.tracked.parameter)
             inputs = tuple(self._seen.setdefault(tensor, len(self._seen)) for tensor in use.inputs)
             call.uses.append(CallUse(reference.tracked, form, tuple(picks), inputs, gathered=gathered))
+        saved = [tensor.detach() if id(tensor) in self._references else tensor for tensor in saved]
         self._learn_num_samples(call, out)
         tapped = _Tap.apply(_own(out, given), self.anchor, call, *saved)
         call.viewed = tapped.shape != out.shape
@@ -398,7 +403,7 @@ class Capture(TorchFunctionMode):
         """
         found = []
         uncaught = {id(leaf): t for t in self.tracked.values() for leaf in (t.outer, t.parameter)}
-        for node in graph(root):
+        for node in graph(root, closed=True):
             call = getattr(node, "call", None)
             if isinstance(call, Call) and call.capture is self:
                 found.append((call, node))
@@ -434,8 +439,8 @@ class Capture(TorchFunctionMode):
         return None
 
 
-def graph(root: Tensor) -> Iterator[Any]:
-    """All autograd nodes behind ``root``."""
+def graph(root: Tensor, closed: bool = False) -> Iterator[Any]:
+    """All autograd nodes behind ``root``; ``closed``: but what lies behind doors (``Door``)."""
     seen, stack = set(), [root.grad_fn]
     while stack:
         node: Any = stack.pop()
@@ -448,6 +453,8 @@ def graph(root: Tensor) -> Iterator[Any]:
                 "from autograd; pass use_reentrant=False (Hugging Face: gradient_checkpointing_kwargs)"
             )
         yield node
+        if closed and isinstance(node, Door._backward_cls):  # type: ignore[attr-defined]
+            continue
         stack.extend(parent for parent, _ in node.next_functions)
 
 
@@ -468,7 +475,7 @@ def _both(*names: str) -> set[Any]:
 _SCATTERS = _both("index_add", "scatter_add", "scatter", "masked_scatter", "scatter_reduce") | {torch._pad_packed_sequence}
 _SLOTS = _both("index_copy", "index_put") | {Tensor.__setitem__}
 _COPIES = {
-    *(getattr(Tensor, name) for name in ("to", "type_as", "float", "double", "half", "bfloat16", "contiguous", "clone")),
+    *(getattr(Tensor, name) for name in ("to", "type", "type_as", "float", "double", "half", "bfloat16", "contiguous", "clone")),
     torch.clone,
 }
 _SUMS = {torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__}
@@ -481,6 +488,13 @@ def _entries(index: Any) -> tuple[Any, ...]:
 def _keeps_derivative(func: Any, args: Any, out: Any) -> bool:
     """Whether a function of one parameter changes its dtype, its place in memory, or its values by a constant, only."""
     return isinstance(out, Tensor) and (func in _COPIES or (func in _SUMS and all(isinstance(a, (int, float)) for a in args[1:])))
+
+
+@contextmanager
+def _kept() -> Iterator[None]:
+    """Where the graph keeps its tensors itself: gradient checkpointing would run its part of the model again for each sample."""
+    with torch.autograd.graph.saved_tensors_hooks(lambda saved: saved, lambda saved: saved):
+        yield
 
 
 def _own(out: Tensor, given: Any) -> Tensor:

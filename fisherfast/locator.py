@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 
 from fisherfast.capture import CallUse, Capture, Key
 from fisherfast.layout import PROBED, Finding, Gathered, Kind, Layout, Sightings
@@ -115,6 +115,10 @@ class Locator:
             )
 
 
-def mixing(findings: dict[Key, Finding]) -> set[str]:
-    """The parameters that have rows of several samples."""
-    return {key[0] for key, finding in findings.items() if finding.mixes_samples}
+def mixing(findings: dict[Key, Finding], parameters: Container[str]) -> set[str]:
+    """The parameters that have rows of several samples; what is made of parameters, too, where it has no layout: it may hold samples."""
+    return {
+        key[0]
+        for key, finding in findings.items()
+        if finding.mixes_samples or (finding.layout is None and key[0] not in parameters)
+    }

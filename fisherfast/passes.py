@@ -24,6 +24,7 @@ from fisherfast.locator import Locator
 from fisherfast.rules import Form, Rows, Window, combines, joined
 
 Group = tuple[str, Window | None]  # a parameter, or a part of it
+_MOST_CHAINED, _CHAINED_BYTES = 16, 2**26  # samples, and bytes of their gradients, at a time
 # torch.autograd.grad without its looks at the arguments, each of which the capture would be shown. And as a function that modes
 # see, it would switch them off for all that happens inside.
 _run_backward = torch.autograd.graph._engine_run_backward
@@ -83,6 +84,7 @@ class _Batch:
     again: set[Key]  # uses whose layout is known, to be looked at once more
     folds: bool  # whether passes over one position may be added up
     folded: dict[int, _Folded | None] = field(default_factory=dict)  # by the call's index; None: one that cannot be
+    chained: list[tuple[Tracked, Form, Rows]] = field(default_factory=list)  # uses of one pass whose sample gradients are summed
 
     @property
     def N(self) -> int:
@@ -183,15 +185,15 @@ class Passes:
         return suspects | {key for key, leaking in zip(leaks, found, strict=True) if leaking}
 
     def route_mixed_forms(self, root: Tensor) -> None:
-        """Send parameters that are used in forms which do not combine to the fallback."""
+        """Of parameters that are used in forms which do not combine, sum the sample gradients over the uses."""
         uses: defaultdict[str, list[CallUse]] = defaultdict(list)
         for call, _ in self.capture.calls(root):
             for use in call.uses:
                 uses[use.tracked.name].append(use)
-        for name, mine in uses.items():
-            reason = _conflict(mine)
+        for mine in uses.values():
+            reason = None if mine[0].tracked.in_chain else _conflict(mine)
             if reason is not None:
-                self.capture.tracked[name].fallback = reason
+                mine[0].tracked.chain(reason)
 
     # -- counting
 
@@ -204,7 +206,7 @@ class Passes:
         groups: defaultdict[Group, list[CallUse]] = defaultdict(list)
         for call in calls:
             for use in call.uses:
-                if use.tracked.fallback is None:
+                if use.tracked.fallback is None or use.tracked.in_chain:
                     groups[use.key[:2]].append(use)
         windows: defaultdict[str, set[Window | None]] = defaultdict(set)
         for name, window in groups:
@@ -269,6 +271,7 @@ class Passes:
                     f"{group[0]}: its {len(expected)} uses must each be visited once by the backward pass, got {visited[group]} "
                     "visits; part of the graph was cut or replaced after the forward pass. Nothing of this batch is trusted"
                 )
+        self._hand_over_chained(batch, one.scale, number)
 
     def _fold(self, batch: _Batch, one: Pass, call: Call, g: Tensor, saved: tuple[Tensor, ...], tagged: Container[Key]) -> bool:
         """Add a pass to a call's others; False where they cannot be added up, or its rows are being looked at."""
@@ -283,13 +286,18 @@ class Passes:
 
     def _can_fold(self, batch: _Batch, call: Call, g: Tensor, saved: tuple[Tensor, ...]) -> bool:
         """Whether samples have one position each, and each parameter no other use."""
-        alone = all(use.key not in batch.unlocated and len(batch.groups.get(use.key[:2], ())) == 1 for use in call.uses)
+        alone = all(
+            use.key not in batch.unlocated and len(batch.groups.get(use.key[:2], ())) == 1 and not use.tracked.in_chain
+            for use in call.uses
+        )
         return alone and all(one_position(self.locator.samples_first(use, _rows(use, g, saved), batch.N)) for use in call.uses)
 
     def _joined(self, batch: _Batch, group: Group, uses: list[tuple[Form, Rows]], scale: float, number: int) -> None:
         """One part of a parameter, all its uses heard: hand it over."""
         tracked = batch.groups[group][0].tracked
-        if not uses:
+        if tracked.in_chain:
+            batch.chained += [(tracked, form, form.oriented(rows)) for form, rows in uses]
+        elif not uses:
             for collector in self.collectors:
                 collector.touch(tracked, group[1])
         else:
@@ -299,6 +307,28 @@ class Passes:
     def _hand_over(self, tracked: Tracked, form: Form, rows: Rows, scale: float, number: int) -> None:
         for collector in self.collectors:
             collector.add(tracked, form, rows, scale, number)
+
+    def _hand_over_chained(self, batch: _Batch, scale: float, number: int) -> None:
+        """The sample gradients that are sums over the uses of a parameter and of what is made of it, some samples at a time."""
+        tracked = [t for t in self.capture.tracked.values() if t.chained]
+        largest = max((made.parameter.nbytes for made, _, _ in batch.chained), default=1)
+        step = max(1, min(_MOST_CHAINED, _CHAINED_BYTES // largest)) if tracked else max(1, batch.N)
+        for first in range(0, batch.N, step):
+            last = min(first + step, batch.N)
+            sums = {
+                t.name: torch.zeros((last - first, *t.detached.shape), dtype=wide(t.detached[:0]).dtype, device=t.detached.device)
+                for t in tracked
+            }
+            for made, form, rows in batch.chained:
+                with self.capture.aside():
+                    gradients = form.gradients(rows.samples(first, last), made.parameter.shape).to(made.parameter.dtype)
+                for n, gradient in enumerate(gradients):
+                    for source, pulled in zip(made.sources, made.pull(gradient), strict=True):
+                        if source.name in sums:
+                            sums[source.name][n] += pulled
+            for which in tracked:
+                self.hand_over_gradients(which, sums[which.name], first, scale, number)
+        batch.chained.clear()
 
     def _count_underflow(self, use: CallUse, g: Tensor) -> None:
         if g.dtype == torch.float16:

@@ -93,7 +93,6 @@ class Architecture:
     build: Callable[[int], nn.Module]  # of a width
     data: Callable[..., dict[str, Tensor]]  # of a number of samples, and a length
     causal: bool = False
-    fallback: tuple[str, ...] = ()
     narrow: bool = False
 
     @property
@@ -150,7 +149,6 @@ WAVES = {
     "conv_dim": (8, 8), "conv_stride": (5, 2), "conv_kernel": (10, 3), "num_feat_extract_layers": 2, "num_conv_pos_embeddings": 8,
     "num_conv_pos_embedding_groups": 2, "classifier_proj_size": 8, "mask_time_prob": 0.0,
 }  # fmt: skip
-RELATIVE = tuple(f"{side}.block.0.layer.0.SelfAttention.relative_attention_bias.weight" for side in ("encoder", "decoder"))
 
 ARCHITECTURES = {
     "GPT-2": Architecture(lambda w: _gpt2(w, tie_word_embeddings=False), text, causal=True),
@@ -194,9 +192,9 @@ ARCHITECTURES = {
         ),
         classified_text,
     ),
-    "T5": Architecture(_t5, translated_text, fallback=RELATIVE),
+    "T5": Architecture(_t5, translated_text),
     "T5, gated, untied": Architecture(
-        lambda w: _t5(w, feed_forward_proj="gated-gelu", tie_word_embeddings=False), translated_text, fallback=RELATIVE
+        lambda w: _t5(w, feed_forward_proj="gated-gelu", tie_word_embeddings=False), translated_text
     ),
     "BART": Architecture(_bart, translated_text),
     "ViT": Architecture(
@@ -207,7 +205,6 @@ ARCHITECTURES = {
             hf.SwinConfig(image_size=32, patch_size=4, embed_dim=8 * w, depths=[1, 1], num_heads=[2, 2], window_size=4, num_labels=LABELS)
         ),
         pictures,
-        fallback=tuple(f"swin.encoder.layers.{i}.blocks.0.attention.relative_position_bias.relative_position_bias_table" for i in (0, 1)),
     ),
     "ResNet": Architecture(
         lambda w: hf.ResNetForImageClassification(
@@ -226,13 +223,11 @@ ARCHITECTURES = {
     "wav2vec 2.0": Architecture(
         lambda w: hf.Wav2Vec2ForSequenceClassification(hf.Wav2Vec2Config(**small(w), num_labels=LABELS, **WAVES)),
         sounds,
-        fallback=tuple(f"wav2vec2.encoder.pos_conv_embed.conv.parametrizations.weight.original{i}" for i in (0, 1)),
     ),
     "Mamba": Architecture(
         lambda w: hf.MambaForCausalLM(hf.MambaConfig(num_hidden_layers=2, hidden_size=16 * w, vocab_size=V, state_size=4)),
         text,
         causal=True,
         narrow=True,
-        fallback=tuple(f"backbone.layers.{i}.mixer.{name}" for i in (0, 1) for name in ("A_log", "D", "dt_proj.bias")),
     ),
 }  # fmt: skip

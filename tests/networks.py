@@ -442,8 +442,8 @@ COVERED |= {
     ),
 }  # fmt: skip
 
-# the same for parameters that no rule covers: name -> (builder, data, those parameters)
-FALLBACK = {
+# the same for parameters covered by the chain rule: name -> (builder, data, those parameters)
+CHAINED = {
     "scale-of-a-weight": (
         lambda: Wrapped(lambda m, x: F.linear(x, m.w * m.s), w=parameter(C, I), s=parameter(C, 1)),
         vectors,
@@ -476,7 +476,28 @@ FALLBACK = {
     ),
 }  # fmt: skip
 
-EVERY = {**COVERED, **FALLBACK}
+# and for those that no rule covers where the samples come in
+FALLBACK = {
+    "einsum": (
+        lambda: Wrapped(lambda m, x: m.head(torch.tanh(torch.einsum("nti,oi->nto", x, m.w))), w=parameter(D, I), head=nn.Linear(D, C)),
+        sequences,
+        {"w"},
+    ),
+    "lerp": (
+        lambda: Wrapped(lambda m, x: m.head(torch.lerp(m.first(x), x.sum(-1, keepdim=True), m.w)), first=nn.Linear(I, D), w=parameter(D), head=nn.Linear(D, C)),
+        vectors,
+        {"w"},
+    ),
+    "einsum-then-scale": (  # what no rule covers holds samples, and goes on as samples do
+        lambda: Wrapped(
+            lambda m, x: m.head(torch.relu(torch.einsum("ni,oi->no", x, m.w)) * m.s), w=parameter(D, I), s=parameter(D), head=nn.Linear(D, C)
+        ),
+        vectors,
+        {"w"},
+    ),
+}  # fmt: skip
+
+EVERY = {**COVERED, **CHAINED, **FALLBACK}
 
 
 def doubles(name, n=N):

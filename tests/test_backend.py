@@ -236,6 +236,7 @@ FLOORS = {
     "batches": 4,
     "collector": 4,
     "locator": 4,
+    "tracked": 4,
     "passes": 4,
     "fisher": 5,
     "information": 6,

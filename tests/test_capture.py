@@ -52,6 +52,21 @@ def test_covered_use_matches_autograd_in_collect(name):
     assert stats.result().num_samples == 15
 
 
+@pytest.mark.parametrize("name", networks.CHAINED)
+def test_the_chain_rule_matches_autograd_and_says_so(name):
+    build, data, chained = networks.CHAINED[name]
+    model, batches = build().double(), [data(), data(3), data(19), data(1)]
+    expected = oracle.diagonal(model, [(x.double(), y) for x, y in batches], oracle.cross_entropy)
+    result = empirical(model, [(x.double(), y) for x, y in batches])
+    assert oracle.error(result.diagonal(dtype=torch.float64), expected) < EXACT
+    assert {n for n, way in result.coverage.ways.items() if way == "chain"} == chained, result.coverage
+    assert not {"vmap", "loop"} & set(result.coverage.ways.values())
+    with ff.collect(model, ff.Diagonal(), fisher_type="empirical") as stats:
+        for x, y in batches:
+            stats.backward(per_sample_loss(model, x.double(), y))
+    assert oracle.error(stats.result().diagonal(dtype=torch.float64), expected) < EXACT
+
+
 @pytest.mark.parametrize("vmap", [True, False], ids=["vmap", "loop"])
 @pytest.mark.parametrize("name", networks.FALLBACK)
 def test_uncovered_use_matches_autograd_and_says_so(name, vmap, monkeypatch):

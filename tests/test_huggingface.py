@@ -35,7 +35,7 @@ def test_matches_autograd(name):
     options = {"likelihood": architecture.likelihood, "progress": False}
     result = ff.fisher(model, [batch], fisher_type="empirical", **options)
     assert oracle.error(result.diagonal(dtype=torch.float64), expected(architecture, model, batch)) < tolerance
-    assert {n for n, way in result.coverage.ways.items() if way in ("loop", "vmap")} == set(architecture.fallback)
+    assert not {way for way in result.coverage.ways.values() if way in ("loop", "vmap")}, result.coverage
     assert "missing" not in result.coverage.share_of_parameters()
     parts = [{key: value[i:j] for key, value in batch.items()} for i, j in ((0, 2), (2, 3), (3, 5))]
     drawn = ff.fisher(model, [batch], **options).diagonal(dtype=torch.float64)

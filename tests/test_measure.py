@@ -31,9 +31,9 @@ def diagonal(fisher):
     return fisher.diagonal(dtype=torch.float64)
 
 
-@pytest.mark.parametrize("name", [*FAMILIES, *networks.FALLBACK])
+@pytest.mark.parametrize("name", [*FAMILIES, *networks.CHAINED, *networks.FALLBACK])
 def test_exact_is_the_expectation_over_every_label(name):
-    build, data = {k: v[:2] for k, v in {**networks.COVERED, **networks.FALLBACK}.items()}[name]
+    build, data = {k: v[:2] for k, v in networks.EVERY.items()}[name]
     model, (x, _) = build().double(), data(3)
     x = x.double() if x.is_floating_point() else x
     expected = oracle.diagonal(model, [(x, None)], oracle.every_label)

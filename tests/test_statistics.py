@@ -28,7 +28,15 @@ from fisherfast.fisher.protocol import layer_of
 from fisherfast.rules import MatMul, Rows
 
 EXACT = 1e-11
-NAMES = ["mlp-inplace-relu", "layer-norm", "embedding", "conv1d-addmm", "weight-used-twice", *networks.FALLBACK]
+NAMES = [
+    "mlp-inplace-relu",
+    "layer-norm",
+    "embedding",
+    "conv1d-addmm",
+    "weight-used-twice",
+    *networks.CHAINED,
+    *networks.FALLBACK,
+]
 NAMES += ["tied-embedding-and-head", "experts", "conv-groups-same", "attention", "lstm"]
 EVERYTHING = (ff.Diagonal(), ff.PerSampleNorm(by_layer=True), ff.PerSampleNorm())
 WITH_MOMENTS = (*EVERYTHING, ff.GradientMoments())

@@ -126,20 +126,21 @@ class collect:
         run.passes.route_mixed_forms(loss)
         if loss.shape[0] > 1:
             findings = run.passes.probe(loss, torch.ones_like(loss))
-            for name in sorted(mixing(findings)):
+            for name in sorted(mixing(findings, run.capture.tracked)):
                 self._route_mixing(loss, name, [f for key, f in findings.items() if key[0] == name and f.mixes_samples])
             self._explored = not self._postponed
 
     def _route_mixing(self, loss: Tensor, name: str, findings: list[Finding]) -> None:
-        tracked = self._run.capture.tracked[name]
+        tracked = self._run.capture.followed(name)
         if not tracked.expand and any(finding.had_sample_axis for finding in findings):
             raise ValueError(
                 f"{name}: a row must belong to one sample, got rows that depend on several; batch statistics and contrastive losses "
                 "have no per-sample gradient. If this is a table that has no sample axis but is as long as the batch, use ff.fisher, "
                 "which can tell, or another batch size"
             )
-        if tracked.expand or not self._run.capture.only_broadcast(loss, name):
-            tracked.expand, tracked.fallback = False, "no sample axis where it is used"
+        if tracked.expand or tracked.in_chain or not self._run.capture.only_broadcast(loss, name):
+            tracked.expand = False
+            tracked.give_up("no sample axis where it is used")
         else:
             # The forward pass is the user's and cannot be run again: loop over this batch's samples, expand from the next on.
             tracked.fallback = "no sample axis where it is used, in the first batch"

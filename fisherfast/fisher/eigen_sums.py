@@ -296,7 +296,7 @@ class _OfImages(EigenSums):
         gradients = rows.g.new_empty(rows.num_samples, G, *(sizes[::-1] if self._swapped else sizes))
         of_weight = (gradients.mT if self._swapped else gradients)[..., : math.prod(shape[1:])]
         for sample, gradient in zip(of_weight, self.form.each_gradient(rows, shape), strict=True):
-            sample.copy_(gradient.view(sample.shape))
+            sample.copy_(gradient.reshape(sample.shape))
         if self.place.bias is not None:
             images = rows.g.flatten(2).sum(2)
             sums = images if rows.offsets is None else torch.segment_reduce(images, "sum", offsets=rows.offsets)

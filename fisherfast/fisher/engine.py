@@ -139,7 +139,7 @@ class Engine:
         name, n = tracked.name, len(gradients)
         gradients = wide(gradients)
         squares = gradients.square()
-        norms = squares.flatten(1).sum(1)
+        norms = squares.reshape(n, -1).sum(1)
         sqnorm = self._sqnorm(name, scale)
         if not torch.isfinite(norms).all():
             self._flag[name].fill_(1)
@@ -323,4 +323,4 @@ def _weighted_sum(values: Tensor, weight: Tensor | None) -> Tensor:
     """``sum_n w_n values[n]``."""
     if weight is None:
         return values.sum(0)
-    return (weight.to(values.dtype) @ values.flatten(1)).view(values.shape[1:])
+    return (weight.to(values.dtype) @ values.reshape(len(values), -1)).view(values.shape[1:])

@@ -207,7 +207,7 @@ class KroneckerSums(WeightSums):
     def _counted(self, ids: Tensor, weight: Tensor | None) -> Tensor:
         """The weights of the rows of a table that are looked up; the padding row has no gradient."""
         assert isinstance(self.form, Lookup)
-        counted = (ids.squeeze(-1) != self.form.padding_idx).to(torch.float32)
+        counted = (ids.squeeze(-1) != self.form.padding_idx).to(torch.float32, memory_format=torch.contiguous_format)
         return counted if weight is None else weight * counted
 
 

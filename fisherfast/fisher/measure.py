@@ -35,6 +35,7 @@ from fisherfast.train_mode import refuse_train_mode
 
 Asked = str | Structure | tuple[str | Structure, ...]  # names or requests; a tuple gives a tuple of results
 _STRUCTURES: dict[str, type[Structure]] = {"diagonal": Diagonal, "kfac": KFAC, "ekfac": EKFAC, "gram": Gram}
+_NO_AXIS = "no sample axis where it is used"
 _CHECKPOINT_SECONDS = 60.0
 
 
@@ -272,7 +273,7 @@ class Measurement:
     def _probe(self, values: Tensor) -> set[str]:
         generator = torch.Generator().manual_seed(0)
         cotangent = torch.randn(values.shape, generator=generator).to(values.device, values.dtype)
-        return mixing(self.run.passes.probe(values, cotangent))
+        return mixing(self.run.passes.probe(values, cotangent), self.capture.tracked)
 
     def _resolve(self, few: Batch, values: Tensor, mixing: set[str]) -> None:
         """Parameters without a sample axis where they are used: expand there if that works, else the fallback."""
@@ -286,20 +287,31 @@ class Measurement:
                     "statistics and contrastive losses have no per-sample gradient"
                 )
         for name in self._still_mixing(few, values, mixing):
-            tracked = self.capture.tracked[name]
-            tracked.expand, tracked.fallback = False, "no sample axis where it is used"
+            self.capture.followed(name).give_up(_NO_AXIS)
 
     def _still_mixing(self, few: Batch, values: Tensor, mixing: set[str]) -> set[str]:
-        """Expand parameters to the samples where they are used; those for which that does not help."""
-        if few.offsets is not None:
-            return mixing  # packed samples have no axis to expand to
-        for name in mixing:
-            self.capture.tracked[name].expand = True
+        """Expand parameters to the samples where they are used, or follow them to where a sample comes in; those for which
+        neither helps.
+        """
+        if few.offsets is None:  # packed samples have no axis to expand to
+            mixing = self._not_expanded(few, values, mixing)
+        while mixing and self.capture.follow_further(values, mixing, _NO_AXIS):
+            values = self._values(few)
+            mixing = self._probe(values)
+        return mixing
+
+    def _not_expanded(self, few: Batch, values: Tensor, mixing: set[str]) -> set[str]:
+        tracked = [self.capture.followed(name) for name in mixing]
+        for one in tracked:
+            one.expand = not one.in_chain
         try:
             expanded = self._values(few)
-            return self._probe(expanded) if _close(expanded, values) else mixing
+            mixing = self._probe(expanded) if _close(expanded, values) else mixing
         except (RuntimeError, IndexError):  # a shape that does not broadcast: this use cannot be expanded
-            return mixing
+            pass
+        for one in tracked:
+            one.expand = one.expand and one.name not in mixing
+        return mixing
 
     # -- the fallback, for what no rule covers. Labels and columns come from the whole batch's output, so that every parameter
     # sees the same ones.

@@ -59,7 +59,7 @@ class Plan:
     Numerics: ``total_bytes`` are exact, but for a basis of few rows (EKFAC), which takes less, and where the data choose rows
               (experts). Activations are extrapolated from two sizes of batch, exactly where samples are of one length. FLOPs are
               an estimate: the products of matrices, a backward pass as twice the forward pass, half of that where the weights are
-              frozen. Not counted: the model and the batch, gradients on their way back, the fallback's vmap, the kernels' own
+              frozen. Not counted: the model and the batch, gradients on their way back, the fallback's vmap, the chain rule's products, the kernels' own
               panels, values of single samples, and what is computed from a result later.
     Source:   ours.
     """
@@ -190,8 +190,9 @@ def plan(
     sums = [collector.holds(passes) for collector in run.collectors]
     ledger = _Ledger(capture, run.collectors, passes, whole.N)
     ledger.run(predictions.values, [Pass(torch.ones_like(predictions.values))], 1)
-    for name in run.looped:
-        ledger.note_loop(capture.tracked[name])
+    for tracked in capture.tracked.values():
+        if tracked.fallback is not None:
+            ledger.note_whole(tracked)
 
     step = 3 * forward.flops * whole.N / few.N
     held = [[_with_rows(one, costs, every / whole.N) for one in mine] for mine, costs in zip(sums, ledger.costs, strict=True)]
@@ -280,7 +281,7 @@ class _Ledger(Passes):
             for name in names:
                 mine[name] += first + later.times(more)
 
-    def note_loop(self, tracked: Tracked) -> None:
+    def note_whole(self, tracked: Tracked) -> None:
         """The same of a parameter whose sample gradients come whole."""
         shape = tuple(tracked.parameter.shape)
         g = tracked.parameter.new_zeros(()).expand(self._N, 1, math.prod(shape))

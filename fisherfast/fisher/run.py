@@ -25,6 +25,7 @@ from fisherfast.fisher.memory import Held, check
 from fisherfast.fisher.protocol import Provenance
 from fisherfast.fisher.structure import Structure
 from fisherfast.passes import Passes
+from fisherfast.tracked import Tracked
 from fisherfast.train_mode import unwrapped
 
 _MANY = 0.01  # of the gradients of one parameter
@@ -129,7 +130,7 @@ class Run:
     def coverage(self) -> Coverage:
         """How each parameter is covered: an op, "loop: reason", or "missing: reason"."""
         covered = {
-            name: self._fallback(t.fallback) if t.fallback else self.ops.get(name, "not used yet")
+            name: self._fallback(t) if t.fallback else self.ops.get(name, "not used yet")
             for name, t in self.capture.tracked.items()
         }
         return Coverage({**covered, **self.missing}, self._sizes, self._watch.seconds(), self.passes.underflow)
@@ -146,7 +147,10 @@ class Run:
                 stacklevel=3,
             )
 
-    def _fallback(self, reason: str) -> str:
+    def _fallback(self, tracked: Tracked) -> str:
+        reason = tracked.fallback
+        if tracked.chained:
+            return f"chain: {reason}"
         return f"vmap: {reason}" if self._no_vmap is None else f"loop: {reason} ({self._no_vmap})"
 
     def without_vmap(self, reason: str | None) -> None:
@@ -155,8 +159,8 @@ class Run:
 
     @property
     def looped(self) -> list[str]:
-        """Parameters that no rule covers."""
-        return [name for name, t in self.capture.tracked.items() if t.fallback]
+        """Parameters whose sample gradients are left to autograd."""
+        return [name for name, t in self.capture.tracked.items() if t.fallback and not t.chained]
 
     def results(self) -> tuple[Any, ...]:
         """What has been accumulated so far, for each structure."""

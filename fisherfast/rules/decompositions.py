@@ -67,6 +67,15 @@ def _baddbmm(input, batch1, batch2, *, beta=1, alpha=1):
     return torch.add(input if beta == 1 else beta * input, product if alpha == 1 else alpha * product)
 
 
+@decomposes(F.scaled_dot_product_attention)
+def _attention(query, key, value, attn_mask=None, *arguments, **options):
+    """A bias of the scores gets every sample's axis where it is used."""
+    scores = (*query.shape[:-1], key.shape[-2])
+    if attn_mask is None or attn_mask.shape == scores or attn_mask.dtype == torch.bool:
+        return NotImplemented
+    return F.scaled_dot_product_attention(query, key, value, attn_mask.expand(scores), *arguments, **options)
+
+
 @decomposes(F.embedding_bag)
 def _embedding_bag(
     input, weight, offsets=None, max_norm=None, norm_type=2.0, scale_grad_by_freq=False, mode="mean", sparse=False,

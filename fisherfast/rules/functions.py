@@ -162,6 +162,21 @@ def _add(input, other, *, alpha=1):
         yield Use(other, Elementwise(tuple(other.shape)))
 
 
+@rule(Tensor.add_)
+def _add_in_place(input, other, *, alpha=1):
+    # Of a view the tap would be on a copy, which nobody who holds the view sees.
+    if isinstance(other, Tensor) and alpha == 1 and input._base is None:
+        yield Use(other, Elementwise(tuple(other.shape)))
+
+
+@rule(torch.where)
+def _where(condition, input, other):
+    if isinstance(input, Tensor):
+        yield Use(input, Elementwise(tuple(input.shape)), (condition,))
+    if isinstance(other, Tensor):
+        yield Use(other, Elementwise(tuple(other.shape), torch.logical_not), (condition,))
+
+
 @rule(F.prelu, torch.prelu)
 def _prelu(input, weight):
     shape = () if weight.numel() == 1 else (weight.shape[0],) + (1,) * max(0, input.dim() - 2)

@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a capture follows: parameters, what is made of them before any sample comes in, and the tensors in which they appear."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fisherfast.rules import Window
+
+
+class Tracked:
+    """A parameter that asks for a gradient, its stand-ins, and how it is covered.
+
+    Uses that are caught see ``detached``, or ``leaf`` where autograd is to differentiate them. What else is made of it, views and
+    copies first of all, is made of ``outer``: a graph that leads there, or to the parameter, holds a use that was not caught.
+    """
+
+    def __init__(self, name: str, parameter: Tensor) -> None:
+        self.name, self.parameter = name, parameter
+        self.detached = parameter.detach()
+        self.leaf, self.outer = parameter.detach().requires_grad_(), parameter.detach().requires_grad_()
+        self.fallback: str | None = None  # why no op covers it
+        self.chained = (
+            False  # whether all its uses are caught nonetheless: sample gradients are sums over them, by the chain rule
+        )
+        self.expand = False  # give it a sample axis where it is used
+        self.caught, self.differentiated, self.expanding = True, False, False  # these decisions, as in force in this forward pass
+
+    @property
+    def sources(self) -> tuple[Tracked, ...]:
+        """The parameters that it is, or is made of."""
+        return (self,)
+
+    @property
+    def in_chain(self) -> bool:
+        """Whether its uses are summed, sample by sample, for a parameter in the chain rule."""
+        return any(source.chained for source in self.sources)
+
+    @property
+    def leaves(self) -> tuple[Tensor, Tensor, Tensor]:
+        """All by which autograd can reach it."""
+        return self.leaf, self.outer, self.parameter
+
+    def begin(self, exploring: bool) -> None:
+        """Bring into force, for a forward pass, what was decided since the last one."""
+        self.follow()
+        self.caught, self.expanding = self.fallback is None or self.chained, self.expand
+        self.differentiated = exploring or self.expand or not self.caught
+
+    def follow(self) -> None:
+        """Have the stand-ins share the parameter's memory, also where somebody gave it another (``parameter.data = ...``)."""
+        if self.detached.data_ptr() != self.parameter.data_ptr():
+            self.detached.data = self.leaf.data = self.outer.data = self.parameter.data
+
+    def give_up(self, reason: str) -> None:
+        """To the fallback; the first reason is the one that is told."""
+        self.fallback, self.chained = self.fallback or reason, False
+
+    def chain(self, reason: str) -> None:
+        """By the chain rule, unless it is in the fallback already."""
+        if self.fallback is None:
+            self.fallback, self.chained = reason, True
+
+    def pull(self, gradient: Tensor) -> list[Tensor]:
+        """Gradients of the sources, of a gradient of it."""
+        return [gradient]
+
+
+class Made(Tracked):
+    """What a function without samples has made of parameters: a normed weight, a table of biases looked up at every position.
+
+    For the uses that follow it is a parameter, of this forward pass: its sample gradients are those of its sources, by the chain rule.
+    """
+
+    def __init__(self, name: str, tensor: Tensor, sources: tuple[Tracked, ...]) -> None:
+        self.name, self.parameter, self._sources = name, tensor, sources
+        self.outer, self.detached = tensor, tensor.detach()
+        self.leaf = Door.apply(tensor) if any(t.differentiated for t in sources) else tensor
+        self.fallback, self.chained, self.expand = "made of parameters", False, False
+        self.caught, self.expanding = all(t.caught for t in sources), False
+        self.differentiated = any(t.differentiated for t in sources)
+
+    @property
+    def sources(self) -> tuple[Tracked, ...]:
+        """See ``Tracked``."""
+        return self._sources
+
+    def follow(self) -> None:
+        """See ``Tracked``: it is nobody's to move."""
+
+    def give_up(self, reason: str) -> None:
+        """See ``Tracked``."""
+        for source in self.sources:
+            source.give_up(reason)
+
+    def pull(self, gradient: Tensor) -> list[Tensor]:
+        """See ``Tracked``. The graph is kept."""
+        inputs = [source.outer for source in self.sources]
+        found = torch.autograd.grad(self.parameter, inputs, gradient, retain_graph=True, allow_unused=True)
+        return [torch.zeros_like(t) if grad is None else grad for t, grad in zip(inputs, found, strict=True)]
+
+
+class Door(torch.autograd.Function):
+    """The identity on what was made of parameters, where a use of it is caught: what lies behind it is no uncaught use."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        """A copy: of a view the next use could write nothing."""
+        ctx.set_materialize_grads(False)
+        return tensor.clone()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor | None) -> Tensor | None:
+        """The gradient as it is."""
+        return g
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A tensor of the model's that is a parameter, a part of one (``window``), or such a part shifted, cast or copied (``made``).
+
+    What ``made`` makes of the part has the identity as its derivative, so a gradient of the one is a gradient of the other, as
+    long as nobody changes it in place: ``version`` is that of the tensor when it was made.
+    """
+
+    tensor: Tensor
+    tracked: Tracked
+    window: Window | None = None
+    made: tuple[Callable[[Tensor], Tensor], ...] = ()
+    version: int = 0
+
+    @property
+    def changed(self) -> bool:
+        """Whether it is no longer what it was when it was made."""
+        return (bool(self.made) or isinstance(self.tracked, Made)) and self.tensor._version != self.version
+
+    def stand_in(self, leaf: bool) -> Tensor:
+        """The tensor that takes its place in a use that is caught: one that autograd differentiates, or one it does not."""
+        tensor = self._part_of(self.tracked.leaf if leaf else self.tracked.detached)
+        for make in self.made:
+            tensor = make(tensor)
+        return tensor
+
+    def outside(self) -> Tensor:
+        """The tensor that takes its place elsewhere; a copy is itself, for it may be changed."""
+        return self.tensor if self.made else self._part_of(self.tracked.outer)
+
+    def _part_of(self, whole: Tensor) -> Tensor:
+        return whole if self.window is None else self.window.of_tensor(whole)
