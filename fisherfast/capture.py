@@ -119,7 +119,7 @@ class Capture(TorchFunctionMode):
         self._early: dict[
             Site, str
         ] = {}  # calls that no sample comes into: what they make is followed as a parameter is; and why
-        self._counter = itertools.count()
+        self._counter, self._numbers = itertools.count(), itertools.count()
         self._eager: list[AbstractContextManager[None]] = []
         self.begin(exploring=True)
 
@@ -377,7 +377,7 @@ class Capture(TorchFunctionMode):
                     saved.append(tensor)
                 picks.append(next(i for i, s in enumerate(saved) if s is tensor))
             form = use.form if reference.window is None else part(use.form, reference.window, reference.tracked.parameter)
-            inputs = tuple(self._seen.setdefault(tensor, len(self._seen)) for tensor in use.inputs)
+            inputs = tuple(self._seen.setdefault(tensor, next(self._numbers)) for tensor in use.inputs)
             call.uses.append(CallUse(reference.tracked, form, tuple(picks), inputs, gathered=gathered))
         saved = [tensor.detach() if id(tensor) in self._references else tensor for tensor in saved]
         self._learn_num_samples(call, out)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
+import linecache
 import math
 import shlex
 import sys
@@ -63,6 +64,18 @@ def _positive(value: float | None) -> float | None:
     return value
 
 
+def _device(text: str | None) -> str | None:
+    import torch
+
+    try:
+        kind = None if text is None else torch.device(text).type
+    except RuntimeError:
+        raise typer.BadParameter(f"must be a device, as cpu or cuda:1, got {text!r}") from None
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise typer.BadParameter(f"must be a device of this machine, got {text!r}; torch sees no GPU")
+    return text
+
+
 def _prior_scale(text: str) -> float | str:
     if text == "fit":
         return text
@@ -93,7 +106,7 @@ _DRAWS = typer.Option(min=1, help="labels drawn per sample, with mc")
 _SEED = typer.Option(help="of the drawn labels")
 _OUT = typer.Option(file_okay=False, help="folder for the page, the plot, the numbers and the Fisher")
 _MISSING = typer.Option("--allow-missing", help="leave out parameters that cannot be measured, and say so")
-_DEVICE = typer.Option(show_default="where the network is", help="cpu, cuda, cuda:1")
+_DEVICE = typer.Option(callback=_device, show_default="where the network is", help="cpu, cuda, cuda:1")
 _NUM_SAMPLES = typer.Option(
     min=1, show_default="those of a batch", help="of all data, for gram, which keeps what it knows of each"
 )
@@ -131,8 +144,11 @@ def info(
         return ff.fisher(network, batches, structure.value, fisher_type.value, likelihood=resolved, **options)
 
     console = Console()
+    _folder(out)
     with _kept(out):
         F = measure(batches, progress=True)
+    F.save(out / "fisher.safetensors")  # before anything else can fail
+    with _kept(done=out / "fisher.safetensors"):
         beta = beta or 1 / F.num_samples
         information = ff.information_in_weights(F, network, prior_scale=prior_scale, beta=beta, center=base)
         curve = report.rate_distortion(F, network, information, center=base)
@@ -212,16 +228,21 @@ def _first(batches: loading.Batches, number: int = _TIMED_BATCHES) -> list[Any]:
 
 
 @contextmanager
-def _kept(out: Path | None = None) -> Iterator[None]:
-    """On an error keep what was measured, and show the error alone if it is fisherfast's own, made for the user to read."""
+def _kept(out: Path | None = None, done: Path | None = None) -> Iterator[None]:
+    """On an error keep what was measured, or say where it is kept (``done``), and show the error alone if it is fisherfast's own, made
+    for the user to read.
+    """
     try:
         yield
-    except (KeyboardInterrupt, ArithmeticError, ValueError, TypeError, RuntimeError, MemoryError) as error:
+    except typer.BadParameter:
+        raise
+    except (KeyboardInterrupt, Exception) as error:
         partial = getattr(error, "fisher", None)
         if out is not None and partial is not None and partial.num_samples:
-            out.mkdir(parents=True, exist_ok=True)
             partial.save(out / "partial.safetensors")
             typer.echo(f"kept the {partial.num_samples:,} samples measured so far in {out / 'partial.safetensors'}", err=True)
+        if done is not None:
+            typer.echo(f"the measured Fisher is kept in {done}", err=True)
         if isinstance(error, KeyboardInterrupt):
             raise typer.Exit(130) from None  # what shells expect of a process stopped by Ctrl-C
         if not _ours(error):
@@ -230,9 +251,22 @@ def _kept(out: Path | None = None) -> Iterator[None]:
         raise typer.Exit(2) from None
 
 
+def _folder(out: Path) -> None:
+    """Make the folder while nothing is lost if that fails."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise typer.BadParameter(f"must be a folder that can be made, got {out}: {error.strerror}", param_hint="--out") from None
+
+
 def _ours(error: BaseException) -> bool:
-    """Whether fisherfast itself raised the error, rather than the user's code or a library under it."""
+    """Whether fisherfast itself raised the error, rather than the user's code or a library under it.
+
+    What torch raises inside the model passes through the capture's frames: there nothing is raised by name.
+    """
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
-    return trace is not None and trace.tb_frame.f_globals.get("__name__", "").startswith("fisherfast.")
+    if trace is None or not trace.tb_frame.f_globals.get("__name__", "").startswith("fisherfast."):
+        return False
+    return linecache.getline(trace.tb_frame.f_code.co_filename, trace.tb_lineno).lstrip().startswith("raise ")

@@ -99,10 +99,15 @@ def candidates(lead: tuple[int, ...], N: int, offsets: Tensor | None = None) -> 
 
 
 class Gathered:
-    """Rows that belong to the samples ``numbers`` ``[*lead]`` says, in one batch; rows without a gradient are left out."""
+    """Rows that belong to the samples ``numbers`` ``[*lead]`` says, in one batch.
 
-    def __init__(self, numbers: Tensor, N: int) -> None:
+    Rows without a gradient are nobody's: they are left out, or with ``every`` given to the last sample, where it does not matter
+    whose they are.
+    """
+
+    def __init__(self, numbers: Tensor, N: int, every: bool = False) -> None:
         flat = numbers.flatten()
+        flat = torch.where(flat == UNKNOWN, N - 1, flat) if every else flat
         kept = (flat >= 0).nonzero().squeeze(1)
         self._order = kept[flat[kept].argsort(stable=True)]
         counts = torch.bincount(flat[kept], minlength=N)
@@ -110,7 +115,7 @@ class Gathered:
 
     def packed(self, rows: Tensor, features: int = 1) -> Tensor:
         """Rows ``[*lead, *F]`` as ``[M, *F]``, those of one sample together."""
-        return rows.flatten(0, rows.dim() - features - 1)[self._order]
+        return rows.reshape(-1, *rows.shape[rows.dim() - features :])[self._order]
 
 
 class Tags:

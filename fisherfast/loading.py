@@ -77,7 +77,7 @@ def _of_folder(folder: Path, option: str) -> Any:
 def _function(spec: str, option: str) -> Callable[[], Any]:
     """The function that ``module:function`` names."""
     module_name, _, name = spec.partition(":")
-    if not (module_name and name):
+    if not (module_name and name) or "/" in module_name or module_name.startswith("."):
         raise typer.BadParameter(f"must be module:function, got {spec!r}", param_hint=option)
     try:
         module = importlib.import_module(module_name)

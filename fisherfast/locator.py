@@ -6,8 +6,11 @@ from __future__ import annotations
 import math
 from collections.abc import Container, Iterable
 
+import torch
+from torch import Tensor
+
 from fisherfast.capture import CallUse, Capture, Key
-from fisherfast.layout import PROBED, Finding, Gathered, Kind, Layout, Sightings
+from fisherfast.layout import PROBED, UNKNOWN, Finding, Gathered, Kind, Layout, Sightings
 from fisherfast.rules import Rows
 
 
@@ -21,6 +24,7 @@ class Locator:
     def __init__(self, capture: Capture) -> None:
         self._capture = capture
         self.batches = 0  # so far, this one included
+        self._every = True  # whether every row counts as an input, also one without a gradient: there is no padding
         self.scattered: set[Key] = set()  # uses whose rows lie as the data has it (experts): tagged in every batch
         # Of the batches the last in which all rows were looked at, of layouts that are flat or not; and the one before it.
         self._looked = self._before = {True: 0, False: 0}
@@ -29,9 +33,13 @@ class Locator:
         """Keep the layouts that a probe found."""
         self._capture.layouts.update((key, found.layout) for key, found in findings.items() if found.layout is not None)
 
-    def begin(self, uses: Iterable[CallUse], N: int) -> tuple[set[Key], set[Key]]:
-        """Start a batch. Returns the uses whose rows have no known layout, and those whose rows have one that is to be looked at."""
+    def begin(self, uses: Iterable[CallUse], N: int, every: bool) -> tuple[set[Key], set[Key]]:
+        """Start a batch. Returns the uses whose rows have no known layout, and those whose rows have one that is to be looked at.
+
+        ``every``: its samples have no padding and no weights, so rows without a gradient may be any sample's inputs.
+        """
         self.batches += 1
+        self._every = every
         if N == 1:
             return set(), set()
         uses = list(uses)
@@ -101,7 +109,23 @@ class Locator:
         if use.key not in self.scattered and before is not None:
             self._distrust(use, before)
         self.scattered.add(use.key)
-        gathered = Gathered(finding.numbers, N)
+        return self._packed(use, rows, finding.numbers, N)
+
+    def without_gradient(self, use: CallUse, rows: Rows, N: int) -> Rows | None:
+        """Rows none of which has a gradient, in the order of any samples; None if they may be padding."""
+        lead = rows.g.shape[: rows.g.dim() - use.form.features]
+        return self._packed(use, rows, torch.full(lead, UNKNOWN, device=rows.g.device), N) if self._every else None
+
+    def alone(self, use: CallUse, rows: Rows) -> Rows:
+        """Rows of a batch of one sample; those chosen by the data may be of padding, and are left out as in any other batch."""
+        if self._every or not use.gathered:
+            return self.samples_first(use, rows, 1)
+        features = use.form.features
+        alive = (rows.g != 0).flatten(rows.g.dim() - features).any(-1) if features else rows.g != 0
+        return self._packed(use, rows, torch.where(alive, 0, UNKNOWN), 1)
+
+    def _packed(self, use: CallUse, rows: Rows, numbers: Tensor, N: int) -> Rows:
+        gathered = Gathered(numbers, N, self._every)
         return rows.each(lambda t: gathered.packed(t, use.form.features), gathered.offsets)
 
     def _distrust(self, use: CallUse, before: Layout) -> None:

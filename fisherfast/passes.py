@@ -197,10 +197,10 @@ class Passes:
 
     # -- counting
 
-    def run(self, root: Tensor, passes: Iterable[Pass], count: int, keep: bool = False) -> list[Call]:
+    def run(self, root: Tensor, passes: Iterable[Pass], count: int, keep: bool = False, every: bool = True) -> list[Call]:
         """Back-propagate ``count`` passes and hand each parameter's rows, all its uses joined, to the collectors.
 
-        Returns the calls that the root depends on.
+        ``every``: see ``Locator.begin``. Returns the calls that the root depends on.
         """
         calls = [call for call, _ in self.capture.calls(root)]
         groups: defaultdict[Group, list[CallUse]] = defaultdict(list)
@@ -216,7 +216,7 @@ class Passes:
                 for collector in self.collectors:
                     collector.expect(tracked, windows[name])
         N = root.shape[0]
-        unlocated, again = self.locator.begin(chain.from_iterable(groups.values()), N)
+        unlocated, again = self.locator.begin(chain.from_iterable(groups.values()), N, every)
         batch = _Batch(root, groups, unlocated, again, count > 1 and not self._separate)
         for number, one in enumerate(passes):
             self._run_one(batch, one, number, keep or number + 1 < count)
@@ -250,10 +250,14 @@ class Passes:
                     rows = _rows(use, one.unscaled(g), saved)
                     if use.key in sightings:
                         waiting[group].append((use.form, self.locator.gathered(use, rows, batch.N, sightings[use.key])))
+                    elif batch.N == 1:
+                        waiting[group].append((use.form, self.locator.alone(use, rows)))
                     elif use.key not in batch.unlocated:
                         waiting[group].append((use.form, self.locator.samples_first(use, rows, batch.N)))
                     elif bool((g != 0).any()):
                         held[group].append((use, rows))
+                    elif (unowned := self.locator.without_gradient(use, rows, batch.N)) is not None:
+                        waiting[group].append((use.form, unowned))
                 if visited[group] == len(batch.groups[group]) and group not in held:
                     self._joined(batch, group, waiting.pop(group, []), one.scale, number)
 

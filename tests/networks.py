@@ -488,6 +488,11 @@ FALLBACK = {
         vectors,
         {"w"},
     ),
+    "temperature": (  # of no axes
+        lambda: Wrapped(lambda m, x: m.head(x) / m.t, t=nn.Parameter(torch.tensor(1.7)), head=nn.Linear(I, C)),
+        vectors,
+        {"t"},
+    ),
     "einsum-then-scale": (  # what no rule covers holds samples, and goes on as samples do
         lambda: Wrapped(
             lambda m, x: m.head(torch.relu(torch.einsum("ni,oi->no", x, m.w)) * m.s), w=parameter(D, I), s=parameter(D), head=nn.Linear(D, C)

@@ -241,6 +241,7 @@ FLOORS = {
     "fisher": 5,
     "information": 6,
     "cli": 7,
+    "__main__": 8,
     "demo": 7,
     "environment": 7,
     "integrations": 7,

@@ -51,6 +51,19 @@ def number():
 def raises():
     raise ValueError("from the user's own code")
 
+def narrow():
+    class View(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Linear(5, 3)
+        def forward(self, x):
+            return self.inner(x[:, :4])
+    return View()
+
+def late_failure():
+    yield torch.randn(11, 5), torch.randint(3, (11,))
+    raise OSError("disk is gone")
+
 value = 3
 """
 _numbers = itertools.count()
@@ -270,3 +283,38 @@ def test_demo_measures_a_network_that_works(tmp_path, monkeypatch):
     numbers = json.loads((tmp_path / "report.json").read_text())
     assert list(numbers["layers"]) == ["input", "hidden", "output"]
     assert 0 < numbers["information"]["nats"] < 1437 * math.log(10)  # less than the labels themselves
+
+
+def test_what_was_measured_is_kept_whatever_fails_after_it(module, tmp_path, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli.timing, "against_plain", interrupted)
+    result = info(module, "--out", "here")
+    assert result.exit_code == 130 and "the measured Fisher is kept in here/fisher.safetensors" in result.output
+    assert ff.load(tmp_path / "here" / "fisher.safetensors").num_samples == 33
+
+
+def test_what_was_measured_is_kept_whatever_the_data_raise(module, tmp_path):
+    result = info(module, "--out", "here", data="late_failure")
+    assert isinstance(result.exception, OSError)
+    assert ff.load(tmp_path / "here" / "partial.safetensors").num_samples == 11
+
+
+def test_a_model_that_fails_shows_where(module):
+    result = info(module, model="narrow")
+    assert isinstance(result.exception, RuntimeError) and "shapes cannot be multiplied" in str(result.exception)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"), [(("--device", "foo"), "must be a device"), (("--out", "file/x"), "must be a folder")]
+)
+def test_options_are_checked_before_anything_is_measured(module, tmp_path, options, message):
+    (tmp_path / "file").write_text("")
+    result = info(module, *options)
+    assert result.exit_code == 2 and message in result.output
+
+
+def test_a_file_is_no_module(module):
+    result = run("info", "--model", f"./{module}.py:model", "--data", f"{module}:data")
+    assert result.exit_code == 2 and "must be module:function" in result.output

@@ -130,6 +130,10 @@ RANK = """
     except ValueError as error:
         open(f"{folder}/error{rank}", "w").write(str(error))
     mine = [slice(0, 2), slice(2, 6)][rank]
+    try:
+        (measured() if rank else two_layers_of_one_input(mine)).all_reduce()
+    except ValueError as error:
+        open(f"{folder}/structure{rank}", "w").write(str(error))
     two_layers_of_one_input(mine).all_reduce().save(f"{folder}/kfac{rank}")
     dist.destroy_process_group()
 """
@@ -156,4 +160,5 @@ def test_all_reduce_equals_pooling(tmp_path):
         v = torch.linspace(-1, 1, K.num_parameters).double()
         assert sum(block.place.input_of is not None for block in K.blocks) == 1
         torch.testing.assert_close(K @ v, whole @ v, rtol=1e-12, atol=1e-12)
+        assert (tmp_path / f"structure{rank}").read_text().startswith("all_reduce: all ranks must have the same structure; here ")
         assert (tmp_path / f"error{rank}").read_text() == f"all_reduce: all ranks must have the same fisher_type; here {kind!r}"

@@ -358,6 +358,21 @@ def test_checkpoint_resumes_to_the_same_numbers(tmp_path):
         measure(model, data, draws=3, checkpoint=path)
 
 
+def test_a_checkpoint_of_another_model_or_of_more_data_is_refused(tmp_path):
+    path, data = tmp_path / "run.safetensors", batches(4)
+    model = nn.Linear(networks.I, networks.C).double()
+    whole = measure(model, data, checkpoint=path)
+    assert measure(model, data, checkpoint=path).trace() == whole.trace()
+    with pytest.raises(ValueError, match=r"data must yield the 4 batches that .* holds, got 3; give the same data"):
+        measure(model, data[:3], checkpoint=path)
+    with pytest.raises(ValueError, match="data must yield the 4 batches"):
+        measure(model, [], checkpoint=path)
+    with torch.no_grad():
+        model.bias += 1
+    with pytest.raises(ValueError, match="must be of the same measurement"):
+        measure(model, data, checkpoint=path)
+
+
 KILLED = """
 import importlib, os, signal, sys, torch
 import fisherfast as ff

@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
+import fisherfast as ff
 from fisherfast.accumulator import Accumulator
 from fisherfast.fisher import DiagonalFisher, FisherFileError, Provenance, load, load_with_extra, serialize
 
@@ -231,3 +232,11 @@ def test_killed_process_leaves_a_whole_file(tmp_path):
         writer.send_signal(signal.SIGKILL)
     F = load(path)
     assert torch.equal(F.diagonal()["w"], torch.full((1 << 20,), float(F.num_samples)))
+
+
+@pytest.mark.parametrize("structure", ["diagonal", "kfac", "gram"])
+def test_a_model_in_bfloat16_can_be_saved(structure, tmp_path):
+    model, data = torch.nn.Linear(4, 3).bfloat16(), [(torch.randn(5, 4).bfloat16(), torch.randint(3, (5,)))]
+    F = ff.fisher(model, data, structure, progress=False, checkpoint=tmp_path / "run.safetensors")
+    F.save(tmp_path / "saved.safetensors")
+    assert ff.load(tmp_path / "saved.safetensors").trace() == F.trace()

@@ -251,3 +251,10 @@ def test_stability_refuses():
     two = DiagonalFisher({"w": torch.ones(2), "v": torch.ones(1)}, num_samples=9)
     with pytest.raises(ValueError, match=r"one number of rows for all parameters, got \[1, 2\]"):
         ff.shannon_from_stability(two, {"w": torch.ones(1, 2), "v": torch.ones(2, 1)}, **options)
+
+
+def test_numbers_are_those_of_python():
+    """1 + 1e-8 is another mean than 1, and 1e-300 a variance: neither is in float32."""
+    apart = ff.shannon_information([[(1.0, 1e-20)], [(1.0 + 1e-8, 1e-20)]])
+    assert apart.information.value == pytest.approx(math.log(2), rel=1e-6)
+    assert ff.shannon_information([[(0.0, 1e-300)], [(0.0, 1e-300)]]).information.value == pytest.approx(0.0, abs=1e-9)

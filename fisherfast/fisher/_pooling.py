@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -48,15 +48,23 @@ def _difference(a: Any, b: Any) -> str:
 def check_ranks(mine: Mapping[str, Any], group: dist.ProcessGroup | None, device: torch.device) -> None:
     """Raise ValueError, on every rank alike, unless the identities of all ranks are equal."""
     if different := differing_fields(mine, group, device):
-        raise ValueError(f"all_reduce: all ranks must have the same {' and '.join(different)}; here {mine[different[0]]!r}")
+        raise ValueError(
+            f"all_reduce: all ranks must have the same {' and '.join(different)}; here {mine.get(different[0], sorted(mine))!r}"
+        )
 
 
 def differing_fields(mine: Mapping[str, Any], group: dist.ProcessGroup | None, device: torch.device) -> list[str]:
-    """The fields in which the ranks of ``group`` differ; one collective, the same answer on every rank."""
-    digests = torch.tensor([_digest(value) for value in mine.values()], device=device)
-    extremes = torch.stack([digests, -digests])
+    """The fields in which the ranks of ``group`` differ, the same answer on every rank; "structure" if they have other fields."""
+    if _differ([_digest(list(mine))], group, device)[0]:
+        return ["structure"]
+    return [field for field, differs in zip(mine, _differ(map(_digest, mine.values()), group, device), strict=True) if differs]
+
+
+def _differ(digests: Iterable[int], group: dist.ProcessGroup | None, device: torch.device) -> list[bool]:
+    one = torch.tensor(list(digests), device=device)
+    extremes = torch.stack([one, -one])
     dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=group)
-    return [field for field, differs in zip(mine, (extremes.sum(0) != 0).tolist(), strict=True) if differs]
+    return (extremes.sum(0) != 0).tolist()
 
 
 def _digest(value: Any) -> int:

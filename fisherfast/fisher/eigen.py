@@ -41,6 +41,11 @@ class EigenBlock:
         A, B = self.kronecker.A.shape, self.kronecker.B.shape
         return A[0] * A[1] * B[1]
 
+    def _eigenvalues(self) -> Tensor:
+        """Those of the block, ``[G, q, r]``; what is below the rounding of the largest is zero."""
+        values = self.values.mean()
+        return torch.where(values > torch.finfo(values.dtype).eps * values.amax((1, 2), keepdim=True), values, 0.0)
+
     def _into(self, v: Tensor) -> Tensor:
         """A matrix ``[G, O, D]`` in the basis, ``[G, q, r]``."""
         v = v if self.U is None else v @ self.U.double()
@@ -56,7 +61,7 @@ class EigenBlock:
 
     def spectrally(self, v: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
         """``function`` of the block, by its eigenvalues, times a matrix ``[G, O, D]``."""
-        values = function(self.values.mean())
+        values = function(self._eigenvalues())
         if values.numel() == self._size:
             return self._out(values * self._into(v))
         outside = function(values.new_zeros(1))
@@ -74,12 +79,12 @@ class EigenBlock:
 
     def logdet(self, damping: float) -> tuple[float, int]:
         """``sum log(eigenvalue + damping)`` and how many of these are ``log 0``, which are left out."""
-        values = self.values.mean()
+        values = self._eigenvalues()
         return _logdet.of_values(values, self._size - values.numel(), damping)
 
     def spectrum(self) -> tuple[tuple[Tensor, ...], int]:
         """The values, and how many further eigenvalues are zero."""
-        values = self.values.mean().flatten()
+        values = self._eigenvalues().flatten()
         return (values,), self._size - values.numel()
 
     def factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -166,12 +171,16 @@ def _of_span(rows: Tensor) -> Tensor:
 def _of_gram(rows: Tensor) -> Tensor:
     """The same to float32, in half the time: through ``rows rows^T`` in float64, which holds what float32 can tell of the rows.
 
-    Directions that hold less than 1e-11 of the largest are zero: rounding of the rows. One Newton-Schulz step makes the others, whose
-    angles are off by 2e-5 at worst, orthonormal to float32.
+    Directions that hold less than 1e-11 of the largest are zero: rounding of the rows, unless a row lies in them, small as it is
+    beside others. One Newton-Schulz step makes the others, whose angles are off by 2e-5 at worst, orthonormal to float32.
     """
     wide = rows.double()
-    values, vectors = torch.linalg.eigh(wide @ wide.mT)
-    root = torch.where(values > 1e-11 * values[-1], values, torch.inf).rsqrt()
+    gram = wide @ wide.mT
+    values, vectors = torch.linalg.eigh(gram)
+    kept = torch.where(values > 1e-11 * values[-1], values, 0.0)
+    if bool((vectors.square() @ kept < (1 - 1e-6) * gram.diagonal()).any()):
+        return _of_span(rows).float()
+    root = torch.where(kept > 0, kept, torch.inf).rsqrt()
     U = (wide.mT @ (vectors * root)).float()
     return 1.5 * U - 0.5 * (U @ (U.mT @ U))
 

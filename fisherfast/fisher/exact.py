@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fisherfast.accumulator import Accumulator
 from fisherfast.fisher import _logdet
-from fisherfast.fisher.kronecker import Place, finite
+from fisherfast.fisher.kronecker import Place, finite, positive
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class ExactBlock:
     @functools.cached_property
     def _spectral(self) -> tuple[Tensor, Tensor]:
         values, vectors = torch.linalg.eigh(finite(self.moments.mean(), self.place.weight, "its exact block"))
-        return values.clamp_min(0), vectors
+        return positive(values), vectors
 
     def __matmul__(self, v: Tensor) -> Tensor:
         """The block times a matrix ``[1, 1, D]``."""

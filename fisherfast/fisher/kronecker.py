@@ -259,13 +259,18 @@ def _inverse(factor: Tensor) -> Tensor:
     return 1 / factor if factor.dim() == 2 else torch.cholesky_inverse(torch.linalg.cholesky(factor))
 
 
+def positive(values: Tensor) -> Tensor:
+    """Eigenvalues ``[..., D]`` of a matrix without those that are zero but for rounding, of either sign, as where rows are few."""
+    noise = values.shape[-1] * torch.finfo(values.dtype).eps * values.amax(-1, keepdim=True)
+    return torch.where(values > noise, values, 0.0)
+
+
 def _eigenvalues(factor: Tensor) -> Tensor:
-    # A factor of fewer rows than columns has eigenvalues that are zero but for rounding.
-    return factor if factor.dim() == 2 else torch.linalg.eigvalsh(factor).clamp_min(0)
+    return factor if factor.dim() == 2 else positive(torch.linalg.eigvalsh(factor))
 
 
 def _eigen(factor: Tensor) -> tuple[Tensor, Tensor | None]:
     if factor.dim() == 2:
         return factor, None
     values, vectors = torch.linalg.eigh(factor)
-    return values.clamp_min(0), vectors
+    return positive(values), vectors

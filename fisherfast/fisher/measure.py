@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import os
 import time
 from collections.abc import Iterable, Iterator, Sized
@@ -31,7 +33,7 @@ from fisherfast.layout import PROBED
 from fisherfast.likelihood import Likelihood, Predictions
 from fisherfast.locator import mixing
 from fisherfast.passes import Pass, check_loss_scale
-from fisherfast.train_mode import refuse_train_mode
+from fisherfast.train_mode import refuse_train_mode, unwrapped
 
 Asked = str | Structure | tuple[str | Structure, ...]  # names or requests; a tuple gives a tuple of results
 _STRUCTURES: dict[str, type[Structure]] = {"diagonal": Diagonal, "kfac": KFAC, "ekfac": EKFAC, "gram": Gram}
@@ -146,7 +148,7 @@ class Measurement:
     def __init__(
         self, model, structures, labelling: Labelling, sample_offset, output, loss_scale, allow_missing, transactional
     ) -> None:
-        self.model, self.labelling = model, labelling
+        self.model, self.labelling = unwrapped(model), labelling
         self.sample_offset, self.output, self.loss_scale = sample_offset, output, loss_scale
         self.provenance = labelling.provenance(model_name(model))
         self.run = Run(model, structures, self.provenance, allow_missing, transactional)
@@ -168,6 +170,7 @@ class Measurement:
         written = time.monotonic()
         with self.run.rescue():
             try:
+                number = -1
                 for number, batch in enumerate(batches):
                     if number < done:
                         continue
@@ -175,6 +178,11 @@ class Measurement:
                     if checkpoint is not None and time.monotonic() - written > _CHECKPOINT_SECONDS:
                         self._write(checkpoint)
                         written = time.monotonic()
+                if number + 1 < done:
+                    raise ValueError(
+                        f"fisher: data must yield the {done} batches that {checkpoint} holds, got {number + 1}; give the same data, "
+                        "or remove the file"
+                    )
                 if not self.run.num_samples:
                     raise ValueError("fisher: data must yield at least one batch, got none; was the iterator used up?")
             finally:
@@ -200,10 +208,21 @@ class Measurement:
         results = self.run.results()
         serialize.save(results[0] if len(results) == 1 else serialize.Several(results), checkpoint, extra=self._settings())
 
+    @functools.cached_property
+    def _weights(self) -> str:
+        """A digest of the model's numbers: a measurement goes on only with the model it began with."""
+        digest = hashlib.blake2b(digest_size=8)
+        for name, value in self.model.state_dict().items():
+            if isinstance(value, Tensor):
+                digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+                digest.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
+        return digest.hexdigest()
+
     def _settings(self) -> dict[str, str]:
         asked = self.run.structures
         return {
             "sample_offset": str(self.sample_offset),
+            "weights": self._weights,
             **({} if asked == (Diagonal(),) else {"structure": ", ".join(map(repr, asked))}),
         }
 
@@ -222,7 +241,8 @@ class Measurement:
             )
         padded = predictions.num_positions < 0.8 * predictions.counted.numel()
         with self.run.transaction(Samples(batch.N, count, batch.weight, padded, batch.mask)):
-            self.run.passes.run(predictions.values, self._passes(predictions.detached()), count)
+            every = batch.weight is None and (batch.mask is None or bool(batch.mask.all()))
+            self.run.passes.run(predictions.values, self._passes(predictions.detached()), count, every=every)
             self._fall_back(batch, output, predictions)
         self.run.num_samples += batch.N
         self.run.num_positions += predictions.num_positions

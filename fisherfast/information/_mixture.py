@@ -29,7 +29,7 @@ class Mixture:
         """Every data set's runs with equal parts of its weight. Errors: ValueError for what is not a diagonal Gaussian."""
         pairs = [pair for of_one in runs for pair in of_one]
         mean, variance = (
-            [torch.as_tensor(pair[i]).detach().to("cpu", torch.float64).flatten() for pair in pairs] for i in range(2)
+            [torch.as_tensor(pair[i], dtype=torch.float64).detach().cpu().flatten() for pair in pairs] for i in range(2)
         )
         if len(shapes := {tuple(t.shape) for t in (*mean, *variance)}) > 1 or (0,) in shapes:
             raise ValueError(f"{caller}: means and variances must have one shape, numbers or [d], got {sorted(shapes)}")

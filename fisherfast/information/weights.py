@@ -133,10 +133,9 @@ def _check_names(F: Fisher, model: Weights, weights: Mapping[str, Tensor]) -> tu
     _checks.named(_CALLER, "model", weights, F.names, "F")
     _check_floating("model", F, weights)
     for name, shape in F.shapes.items():
-        if (entries := weights[name].numel()) != shape.numel():
+        if (mine := tuple(weights[name].shape)) != tuple(shape):
             raise ValueError(
-                f"{_CALLER}: model must have the shapes F was measured on, got {entries} entries instead of "
-                f"{shape.numel()} in {name!r}"
+                f"{_CALLER}: model must have the shapes F was measured on, got {mine} instead of {tuple(shape)} in {name!r}"
             )
     covered = {*F.names, *F.aliases, *excluded}
     # A frozen parameter asks for no Fisher; in a mapping there is no such mark, and everything counts.
