@@ -4,6 +4,7 @@
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import fisherfast as ff
 
@@ -442,6 +443,23 @@ COVERED |= {
     ),
 }  # fmt: skip
 
+
+def _distances():
+    return (torch.arange(T) - torch.arange(T)[:, None]) + T
+
+
+def _scored(m, x):
+    scores = m.inner(x) @ x.mT
+    scores += m.bias(_distances()).squeeze(-1).unsqueeze(0)
+    return m.head(scores.softmax(-1) @ x)
+
+
+def _attending(m, x):
+    bias = m.bias(_distances()).squeeze(-1)[None]
+    bias = torch.where(torch.ones(len(x), T, T, dtype=torch.bool).tril(), bias, -1e4)
+    return m.head(F.scaled_dot_product_attention(m.inner(x), x, x, attn_mask=bias))
+
+
 # the same for parameters covered by the chain rule: name -> (builder, data, those parameters)
 CHAINED = {
     "scale-of-a-weight": (
@@ -473,6 +491,61 @@ CHAINED = {
         ),
         sequences,
         {"bias.weight"},
+    ),
+    "spectral-norm": (
+        lambda: nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(I, D)), nn.Tanh(), nn.Linear(D, C)).eval(),
+        sequences,
+        {"0.parametrizations.weight.original"},
+    ),
+    "merged-adapter": (  # three parameters in one weight
+        lambda: Wrapped(
+            lambda m, x: m.head(torch.tanh(F.linear(x, m.w + 0.5 * (m.b @ m.a)))),
+            w=parameter(D, I), b=parameter(D, 2), a=parameter(2, I), head=nn.Linear(D, C),
+        ),
+        sequences,
+        {"w", "b", "a"},
+    ),
+    "weight-of-a-network": (
+        lambda: Wrapped(lambda m, x: F.linear(x, m.inner(m.z).tanh().view(C, I)), z=parameter(3), inner=nn.Linear(3, C * I)),
+        vectors,
+        {"z", "inner.weight", "inner.bias"},
+    ),
+    "itself-and-a-function": (
+        lambda: Wrapped(
+            lambda m, x: m.head(torch.tanh(x @ m.w) @ torch.linalg.matrix_exp(0.1 * m.w)), w=parameter(I, I), head=nn.Linear(I, C)
+        ),
+        sequences,
+        {"w"},
+    ),
+    "decay": (
+        lambda: Wrapped(lambda m, x: m.head((x * torch.exp(-m.a)).cumsum(1)), a=parameter(I), head=nn.Linear(I, C)),
+        sequences,
+        {"a"},
+    ),
+    "kernel-of-a-convolution": (
+        lambda: Wrapped(
+            lambda m, x: m.head(F.conv1d(x.mT, F.softplus(m.w) - m.w.mean(), padding=1).mT), w=parameter(D, I, 3), head=nn.Linear(D, C)
+        ),
+        sequences,
+        {"w"},
+    ),
+    "bias-of-scores": (  # added in place to what the samples make
+        lambda: Wrapped(_scored, inner=nn.Linear(I, I), bias=nn.Embedding(2 * T, 1), head=nn.Linear(I, C)),
+        sequences,
+        {"bias.weight"},
+    ),
+    "bias-of-attention": (
+        lambda: Wrapped(_attending, inner=nn.Linear(I, I), bias=nn.Embedding(2 * T, 1), head=nn.Linear(I, C)),
+        sequences,
+        {"bias.weight"},
+    ),
+    "checkpointed": (
+        lambda: Wrapped(
+            lambda m, x: m.head(checkpoint(m.net, x, use_reentrant=False)),
+            net=nn.Sequential(nn.Linear(I, D), nn.utils.parametrizations.weight_norm(nn.Linear(D, D)), nn.Tanh()), head=nn.Linear(D, C),
+        ),
+        sequences,
+        {"net.1.parametrizations.weight.original0", "net.1.parametrizations.weight.original1"},
     ),
 }  # fmt: skip
 
