@@ -116,9 +116,8 @@ class Capture(TorchFunctionMode):
         self.anchor = torch.zeros((), device=self.device, requires_grad=True)
         self.layouts: dict[Key, Layout] = {}
         self.listener: Listener | None = None
-        self._early: dict[
-            Site, str
-        ] = {}  # calls that no sample comes into: what they make is followed as a parameter is; and why
+        # Calls that no sample comes into, and why what they make is followed as a parameter is.
+        self._early: dict[Site, str] = {}
         self._counter, self._numbers = itertools.count(), itertools.count()
         self._eager: list[AbstractContextManager[None]] = []
         self.begin(exploring=True)

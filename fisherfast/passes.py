@@ -16,7 +16,7 @@ from itertools import chain, combinations
 import torch
 from torch import Tensor
 
-from fisherfast._precision import wide
+from fisherfast._precision import wide, wide_dtype
 from fisherfast.capture import Call, CallUse, Capture, Key, Listener, Tracked, graph
 from fisherfast.collector import Collector
 from fisherfast.layout import PROBED, Finding, Sightings, Tags
@@ -315,14 +315,13 @@ class Passes:
     def _hand_over_chained(self, batch: _Batch, scale: float, number: int) -> None:
         """The sample gradients that are sums over the uses of a parameter and of what is made of it, some samples at a time."""
         tracked = [t for t in self.capture.tracked.values() if t.chained]
+        if not tracked:
+            return
         largest = max((made.parameter.nbytes for made, _, _ in batch.chained), default=1)
-        step = max(1, min(_MOST_CHAINED, _CHAINED_BYTES // largest)) if tracked else max(1, batch.N)
+        step = max(1, min(_MOST_CHAINED, _CHAINED_BYTES // largest))
         for first in range(0, batch.N, step):
             last = min(first + step, batch.N)
-            sums = {
-                t.name: torch.zeros((last - first, *t.detached.shape), dtype=wide(t.detached[:0]).dtype, device=t.detached.device)
-                for t in tracked
-            }
+            sums = {t.name: _zeros(last - first, t.detached) for t in tracked}
             for made, form, rows in batch.chained:
                 with self.capture.aside():
                     gradients = form.gradients(rows.samples(first, last), made.parameter.shape).to(made.parameter.dtype)
@@ -337,8 +336,9 @@ class Passes:
     def _count_underflow(self, use: CallUse, g: Tensor) -> None:
         if g.dtype == torch.float16:
             small = ((g != 0) & (g.abs() < torch.finfo(g.dtype).tiny)).sum()
-            found, every = self._underflow.get(use.tracked.name, (0, 0))
-            self._underflow[use.tracked.name] = found + small, every + g.numel()  # on the device: nothing waits for it
+            for source in use.tracked.sources:
+                found, every = self._underflow.get(source.name, (0, 0))
+                self._underflow[source.name] = found + small, every + g.numel()  # on the device: nothing waits for it
 
     def loop(self, root: Tensor, tracked: list[Tracked], n: int, passes: Iterable[Pass]) -> None:
         """Hand sample n's gradients by autograd itself to the collectors: the loop's share. Keeps the graph."""
@@ -379,6 +379,10 @@ class Passes:
 
 def _rows(use: CallUse, g: Tensor, saved: tuple[Tensor, ...]) -> Rows:
     return use.form.rows(g, tuple(saved[i] for i in use.picks))
+
+
+def _zeros(n: int, like: Tensor) -> Tensor:
+    return torch.zeros((n, *like.shape), dtype=wide_dtype(like.dtype), device=like.device)
 
 
 def in_parts(calls: list[Call]) -> set[str]:

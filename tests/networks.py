@@ -517,6 +517,11 @@ CHAINED = {
         sequences,
         {"w"},
     ),
+    "scale-without-axes": (
+        lambda: Wrapped(lambda m, x: m.head(x) * m.s.exp(), s=nn.Parameter(torch.tensor(0.3)), head=nn.Linear(I, C)),
+        vectors,
+        {"s"},
+    ),
     "decay": (
         lambda: Wrapped(lambda m, x: m.head((x * torch.exp(-m.a)).cumsum(1)), a=parameter(I), head=nn.Linear(I, C)),
         sequences,
