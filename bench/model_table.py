@@ -17,6 +17,7 @@ import page
 
 PAGE = page.ROOT / "docs" / "models.md"
 FILE = "architectures/latest.json"
+AUTOGRAD = ("chain", "loop", "vmap")
 N, EXACT_N, WIDTH, LENGTH, ROUNDS = 8, 5, 16, 64, 7
 
 HEAD = """\
@@ -31,7 +32,8 @@ Some architectures compute in float32 inside whatever their parameters are, and 
 the tests' (hidden size 256, 2 layers, 8 samples of 64 tokens, or of one image of 32 x 32), float32, 2 threads, median of 7. So
 small a model spends much of its time between the kernels, where the Fisher does more than a plain step; what larger models
 cost is in [performance.md](performance.md).
-*without a rule*: the share of the parameters that go through autograd instead of a kernel, and why.
+*without a rule*: the share of the parameters that go through autograd instead of a kernel, and why; "chain": through what a function makes of
+them alone, "loop" and "vmap": through the whole model.
 """
 
 
@@ -63,12 +65,12 @@ def _row(name: str, architecture) -> dict:
     error = max(float((found[k] - v).abs().max()) for k, v in oracle.items()) / top
     model, batch = _trainable(*architecture.make(N, torch.float32, WIDTH, LENGTH))
     shares = result.coverage.share_of_parameters()
-    reasons = sorted({how for how in result.coverage.values() if how.startswith(("loop", "vmap"))})
+    reasons = sorted({how for how in result.coverage.values() if how.startswith(AUTOGRAD)})
     row = {
         "name": name,
         "parameters": sum(p.numel() for p in model.parameters()),
         "covered": 1 - shares.get("missing", 0.0),
-        "fallback": shares.get("loop", 0.0) + shares.get("vmap", 0.0),
+        "fallback": sum(shares.get(way, 0.0) for way in AUTOGRAD),
         "reasons": reasons,
         "error": error,
         "ratio": _ratio(architecture, model, batch, options),
