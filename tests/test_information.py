@@ -4,10 +4,12 @@
 import math
 
 import mpmath
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
+import fisherfast as ff
 from fisherfast.fisher import DiagonalFisher, FisherWarning, Spectrum
 from fisherfast.information import _prior, _series, information_in_weights
 from fisherfast.ops import _log1p
@@ -340,3 +342,13 @@ def test_plot_writes_a_picture(tmp_path):
     nats, trace = figure.axes
     assert nats.get_xlabel().startswith("nats") and trace.get_xlabel().startswith("trace")
     assert [label.get_text() for label in nats.get_yticklabels()] == ["0", "2"]
+
+
+def test_numbers_may_be_numpys():
+    model = torch.nn.Linear(3, 2)
+    F = ff.fisher(model, [(torch.randn(5, 3), None)], progress=False)
+    found, plain = (
+        ff.information_in_weights(F, model, prior_scale=a, beta=b) for a, b in ((np.float64(0.5), np.float64(0.25)), (0.5, 0.25))
+    )
+    assert found.nats == plain.nats
+    assert ff.information_in_weights(F, model, prior_scale=1, beta=np.float32(0.25)).nats > 0

@@ -132,3 +132,20 @@ def test_parameters_on_several_devices_are_refused():
     model = nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 4, device="meta"))
     with pytest.raises(ValueError, match=r"one device, got \['cpu', 'meta'\]"):
         ff.fisher(model, [networks.vectors()], progress=False)
+
+
+def test_a_data_parallel_wrapper_is_not_run(tmp_path):
+    """Its forward pass is a collective: a rank with more batches would wait for the others."""
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model = nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5), nn.Linear(5, 4)).eval()
+        parallel = nn.parallel.DistributedDataParallel(model)
+        parallel.forward = None
+        data = [(torch.randn(6, 3), torch.randint(4, (6,)))]
+        for structure in ("diagonal", "kfac"):
+            found, alone = (ff.fisher(m, data, structure, progress=False) for m in (parallel, model))
+            assert found.trace() == alone.trace() and set(found.shapes) == set(dict(model.named_parameters()))
+    finally:
+        dist.destroy_process_group()

@@ -5,27 +5,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from numbers import Real
 
 from torch import Tensor
 
 
 def number(caller: str, name: str, value: object, advice: str) -> float:
     """Raise ValueError unless ``value`` is a finite number."""
-    if not (isinstance(value, (int, float)) and math.isfinite(value)):
+    if not (isinstance(value, Real) and math.isfinite(value)):
         raise ValueError(f"{caller}: {name} must be a finite number, got {value!r}; {advice}")
     return float(value)
 
 
 def positive(caller: str, name: str, value: object, advice: str) -> float:
     """Raise ValueError unless ``value`` is a finite number above zero."""
-    if not (isinstance(value, (int, float)) and math.isfinite(value) and value > 0):
+    if not (isinstance(value, Real) and math.isfinite(value) and float(value) > 0):
         raise ValueError(f"{caller}: {name} must be a finite number > 0, got {value!r}; {advice}")
     return float(value)
 
 
 def not_negative(caller: str, name: str, value: object, advice: str) -> float:
     """Raise ValueError unless ``value`` is a finite number of zero or more."""
-    if not (isinstance(value, (int, float)) and math.isfinite(value) and value >= 0):
+    if not (isinstance(value, Real) and math.isfinite(value) and float(value) >= 0):
         raise ValueError(f"{caller}: {name} must be a finite number >= 0, got {value!r}; {advice}")
     return float(value)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from numbers import Real
 
 import torch
 
@@ -131,7 +132,7 @@ def escape_time(minimum: FreeEnergy, saddle: FreeEnergy, *, curvature: float) ->
     Numerics: the relative error of the formula is of order T; ``log_time`` is exact where ``time`` is too large for a float.
     Source:   Eyring 1935 and Kramers 1940, Proposition 2.8 of arXiv:1905.12213; proven by Bovier, Eckhoff, Gayrard and Klein 2004.
     """
-    if not (isinstance(curvature, (int, float)) and -math.inf < curvature < 0):
+    if not (isinstance(curvature, Real) and -math.inf < curvature < 0):
         raise ValueError(f"escape_time: curvature must be a finite number < 0, got {curvature!r}; it is that of the way down")
     for name in ("temperature", "damping", "prior_scale"):
         if (low := getattr(minimum, name)) != (high := getattr(saddle, name)):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any
 
 from fisherfast.fisher.lanczos import Estimate
@@ -161,7 +162,7 @@ def _betas(beta: float | Sequence[float] | None, N: int, delta: float) -> list[f
         largest = (1 + math.sqrt(1 + 2 * N / math.log(1 / delta))) / 2
         return [_GRID_RATIO**i for i in range(1 + math.ceil(math.log(largest, _GRID_RATIO)))]
     betas = list(beta) if isinstance(beta, Sequence) else [beta]
-    if not betas or not all(isinstance(b, (int, float)) and math.isfinite(b) and b > 0.5 for b in betas):
+    if not betas or not all(isinstance(b, Real) and math.isfinite(b) and b > 0.5 for b in betas):
         raise ValueError(
             f"{_CALLER}: beta must be > 1/2, or several such numbers, got {beta!r}; it is N times that of a mean loss"
         )
@@ -189,11 +190,11 @@ def _coins(q: float, p: float) -> float:
 
 
 def _count(name: str, value: int) -> int:
-    if not (isinstance(value, int) and value >= 1):
+    if not (isinstance(value, Integral) and value >= 1):
         raise ValueError(f"{_CALLER}: {name} must be an integer >= 1, got {value!r}")
     return value
 
 
 def _check_probability(name: str, value: float) -> None:
-    if not (isinstance(value, (int, float)) and 0 < value < 1):
+    if not (isinstance(value, Real) and 0 < value < 1):
         raise ValueError(f"{_CALLER}: {name} must be in (0, 1), got {value!r}; it is the chance that the bound fails")
