@@ -220,6 +220,8 @@ class Capture(TorchFunctionMode):
                 out = DECOMPOSITIONS[func](*args, **kwargs)
             if out is not NotImplemented:
                 return out
+        if torch._C._are_functorch_transforms_active():  # whose tensors a tap cannot see through
+            return self._uncovered(func, args, kwargs, found, "a transform of torch.func", alone=False)
         uses = self._covered(func, args, kwargs, found)
         if uses is None:
             return self._uncovered(func, args, kwargs, found, f"no rule for {getattr(func, '__name__', func)}")
@@ -308,9 +310,11 @@ class Capture(TorchFunctionMode):
         others = (leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and id(leaf) not in mine)
         return torch.is_grad_enabled() and not any(leaf.requires_grad for leaf in others)
 
-    def _uncovered(self, func: Any, args: Any, kwargs: Any, found: list[Reference], reason: str) -> Any:
+    def _uncovered(
+        self, func: Any, args: Any, kwargs: Any, found: list[Reference], reason: str, alone: bool | None = None
+    ) -> Any:
         stand_ins = {id(r.tensor): r.outside() for r in found}
-        alone = self._before_samples(args, kwargs, found)
+        alone = self._before_samples(args, kwargs, found) if alone is None else alone
 
         def make(tensor: Tensor) -> Any:
             mine = {**stand_ins, id(found[0].tensor): tensor}

@@ -571,6 +571,11 @@ FALLBACK = {
         vectors,
         {"t"},
     ),
+    "inside-vmap": (
+        lambda: Wrapped(lambda m, x: m.head(torch.vmap(lambda row: (row * m.w).sin() + m.b.cumsum(0))(x)), w=parameter(I), b=parameter(I), head=nn.Linear(I, C)),
+        vectors,
+        {"w", "b"},
+    ),
     "einsum-then-scale": (  # what no rule covers holds samples, and goes on as samples do
         lambda: Wrapped(
             lambda m, x: m.head(torch.relu(torch.einsum("ni,oi->no", x, m.w)) * m.s), w=parameter(D, I), s=parameter(D), head=nn.Linear(D, C)
