@@ -250,3 +250,12 @@ def test_the_best_of_kfac_ekfac_and_diagonal_is_no_nearer_than_the_truth():
     exact = measure(model, [(x, y)], "gram")
     for structure in ("diagonal", "ekfac"):
         assert measure(model, [(x, y)], structure).logdet(0.1) >= exact.logdet(0.1) - 1e-9
+
+
+def test_a_damping_that_is_lost_beside_the_fisher_is_refused():
+    model = torch.nn.Linear(3, 2).double()
+    F = ff.fisher(model, [(torch.randn(40, 3).double(), None)], "gram", progress=False)
+    v = torch.ones(F.num_parameters).double()
+    with pytest.raises(ValueError, match="damping must be above the rounding of F's largest eigenvalue, got 1e-22"):
+        F.solve(v, damping=1e-22)
+    assert torch.allclose(F @ F.solve(v, damping=1e-3) + 1e-3 * F.solve(v, damping=1e-3), v)

@@ -161,7 +161,7 @@ class GramFisher(Plotted, Measured):
         if len(distinct) > 1:
             self._check_damped("logdet", dampings)
             eye = torch.eye(self.num_rows, dtype=torch.float64, device=self._device)
-            inner = torch.linalg.cholesky(eye + self.dual(dampings)).diagonal().log().sum()
+            inner = _cholesky(eye + self.dual(dampings), dampings).diagonal().log().sum()
             return 2 * float(inner) + math.fsum(self.shapes[name].numel() * math.log(d) for name, d in dampings.items())
         (delta,) = distinct
         damped = self.eigenvalues() + delta
@@ -193,7 +193,7 @@ class GramFisher(Plotted, Measured):
         if self._last is None or self._last[0] != dampings:  # many solves have one damping
             inner = self.dual(dampings)
             inner.diagonal().add_(1.0)
-            self._last = dict(dampings), torch.linalg.cholesky(inner)
+            self._last = dict(dampings), _cholesky(inner, dampings)
         return torch.cholesky_solve(columns, self._last[1]) / self.weight
 
     def sample(
@@ -272,3 +272,13 @@ class GramFisher(Plotted, Measured):
             f"GramFisher({self.num_parameters:,} parameters, {self.num_rows:,} sample gradients of {self.num_samples:,} samples, "
             f"{self.provenance.fisher_type} labels)"
         )
+
+
+def _cholesky(inner: Tensor, dampings: Mapping[str, float]) -> Tensor:
+    """Of ``I + G D^-1 G^T``. Errors: ValueError where the 1 is lost beside the rest."""
+    try:
+        return torch.linalg.cholesky(inner)
+    except torch.linalg.LinAlgError as error:
+        raise ValueError(
+            f"GramFisher: damping must be above the rounding of F's largest eigenvalue, got {min(dampings.values()):g}; pass a larger one"
+        ) from error
