@@ -18,7 +18,7 @@ _BETWEEN = re.compile(r" \+ (?=\w+_(?: \+ |$)|(?:chain|loop|vmap|missing):)")
 
 
 class Coverage(dict[str, str]):
-    """``{parameter name: how}``, how being an op's name, ``"vmap: why"``, ``"loop: why"`` or ``"missing: why"``.
+    """``{parameter name: how}``, how being an op's name, ``"chain: why"``, ``"vmap: why"``, ``"loop: why"`` or ``"missing: why"``.
 
     A dictionary like any other; equality is that of its entries. ``print`` shows a table.
 

@@ -32,7 +32,7 @@ from fisherfast.train_mode import refuse_train_mode
 class Row:
     """Parameters, or parts of packed ones, that have their sums in common.
 
-    ``way`` is the op, or ``"vmap: why"``, ``"missing: why"``; ``holds`` what is kept. ``bytes`` are those of the sums, and of rows
+    ``way`` is the op, or ``"chain: why"``, ``"vmap: why"``, ``"missing: why"``; ``holds`` what is kept. ``bytes`` are those of the sums, and of rows
     that are kept; ``flops`` those of a batch beside its forward and backward passes.
     """
 
