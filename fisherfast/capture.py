@@ -29,7 +29,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from fisherfast.layout import Kind, Layout
 from fisherfast.rules import DECOMPOSITIONS, RULES, Form, Part, Use, Window, part
-from fisherfast.tracked import Door, Made, Reference, Tracked
+from fisherfast.tracked import Made, Reference, Tracked
 from fisherfast.train_mode import CHANCE, refuse_chance, unwrapped
 
 Key = tuple[str, Window | None, int]  # parameter, part of it, number among the uses of that part
@@ -224,7 +224,7 @@ class Capture(TorchFunctionMode):
             return self._uncovered(func, args, kwargs, found, "a transform of torch.func", alone=False)
         uses = self._covered(func, args, kwargs, found)
         if uses is None:
-            return self._uncovered(func, args, kwargs, found, f"no rule for {getattr(func, '__name__', func)}")
+            return self._uncovered(func, args, kwargs, found, f"no rule for {_name(func)}")
         found = [r for r in found if any(use.parameter is r.tensor for use in uses)]
         site = self._site(found[0], args, kwargs, found)
         if site in self._early:
@@ -293,7 +293,7 @@ class Capture(TorchFunctionMode):
         if not all(isinstance(r.tracked, Made) for r in others):
             return None
         for reference in others:
-            reference.tracked.give_up(f"no rule for {getattr(func, '__name__', func)} of what is made of it")
+            reference.tracked.give_up(f"no rule for {_name(func)} of what is made of it")
         return uses
 
     def _site(self, first: Reference, args: Any, kwargs: Any, found: list[Reference]) -> Site | None:
@@ -348,7 +348,7 @@ class Capture(TorchFunctionMode):
             source.give_up(reason) if lost else source.chain(reason)
         for out in outputs:
             if not lost and id(out) not in self._references:
-                what = f"what {getattr(func, '__name__', func)} makes of {' and '.join(t.name for t in sources)}"
+                what = f"what {_name(func)} makes of {' and '.join(t.name for t in sources)}"
                 self._visits[what] += 1
                 name = f"{what} ({self._visits[what]})"  # the same in every batch
                 self._made[name] = made = Made(name, out, sources)
@@ -456,7 +456,7 @@ def graph(root: Tensor, closed: bool = False) -> Iterator[Any]:
                 "from autograd; pass use_reentrant=False (Hugging Face: gradient_checkpointing_kwargs)"
             )
         yield node
-        if closed and isinstance(node, Door._backward_cls):  # type: ignore[attr-defined]
+        if closed and hasattr(node, "door"):
             continue
         stack.extend(parent for parent, _ in node.next_functions)
 
@@ -486,6 +486,10 @@ _SUMS = {torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__}
 
 def _entries(index: Any) -> tuple[Any, ...]:
     return index if isinstance(index, tuple) else (index,)
+
+
+def _name(func: Any) -> str:
+    return getattr(func, "__name__", str(func))
 
 
 def _keeps_derivative(func: Any, args: Any, out: Any) -> bool:

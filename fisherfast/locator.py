@@ -13,6 +13,8 @@ from fisherfast.capture import CallUse, Capture, Key
 from fisherfast.layout import PROBED, UNKNOWN, Finding, Gathered, Kind, Layout, Sightings
 from fisherfast.rules import Rows
 
+NO_AXIS = "no sample axis where it is used"  # why a parameter whose rows are of several samples is covered otherwise
+
 
 class Locator:
     """Brings the rows of one capture's uses into the order of samples.

@@ -111,6 +111,7 @@ class Door(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tensor: Tensor) -> Tensor:
         """A copy: of a view the next use could write nothing."""
+        ctx.door = True
         ctx.set_materialize_grads(False)
         return tensor.clone()
 

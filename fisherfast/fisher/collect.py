@@ -16,7 +16,7 @@ from fisherfast.fisher.run import Run, model_name
 from fisherfast.fisher.structure import Structure
 from fisherfast.layout import Finding
 from fisherfast.likelihood import FISHER_TYPES
-from fisherfast.locator import mixing
+from fisherfast.locator import NO_AXIS, mixing
 from fisherfast.passes import Pass, check_loss_scale
 from fisherfast.train_mode import refuse_train_mode
 
@@ -140,10 +140,10 @@ class collect:
             )
         if tracked.expand or tracked.in_chain or not self._run.capture.only_broadcast(loss, name):
             tracked.expand = False
-            tracked.give_up("no sample axis where it is used")
+            tracked.give_up(NO_AXIS)
         else:
             # The forward pass is the user's and cannot be run again: loop over this batch's samples, expand from the next on.
-            tracked.fallback = "no sample axis where it is used, in the first batch"
+            tracked.fallback = f"{NO_AXIS}, in the first batch"
             self._postponed.append(tracked)
 
     def _check_fallback(self) -> None:

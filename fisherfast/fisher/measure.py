@@ -31,13 +31,12 @@ from fisherfast.fisher.run import Run, model_name
 from fisherfast.fisher.structure import Structure
 from fisherfast.layout import PROBED
 from fisherfast.likelihood import Likelihood, Predictions
-from fisherfast.locator import mixing
+from fisherfast.locator import NO_AXIS, mixing
 from fisherfast.passes import Pass, check_loss_scale
 from fisherfast.train_mode import refuse_train_mode, unwrapped
 
 Asked = str | Structure | tuple[str | Structure, ...]  # names or requests; a tuple gives a tuple of results
 _STRUCTURES: dict[str, type[Structure]] = {"diagonal": Diagonal, "kfac": KFAC, "ekfac": EKFAC, "gram": Gram}
-_NO_AXIS = "no sample axis where it is used"
 _CHECKPOINT_SECONDS = 60.0
 
 
@@ -307,7 +306,7 @@ class Measurement:
                     "statistics and contrastive losses have no per-sample gradient"
                 )
         for name in self._still_mixing(few, values, mixing):
-            self.capture.followed(name).give_up(_NO_AXIS)
+            self.capture.followed(name).give_up(NO_AXIS)
 
     def _still_mixing(self, few: Batch, values: Tensor, mixing: set[str]) -> set[str]:
         """Expand parameters to the samples where they are used, or follow them to where a sample comes in; those for which
@@ -315,7 +314,7 @@ class Measurement:
         """
         if few.offsets is None:  # packed samples have no axis to expand to
             mixing = self._not_expanded(few, values, mixing)
-        while mixing and self.capture.follow_further(values, mixing, _NO_AXIS):
+        while mixing and self.capture.follow_further(values, mixing, NO_AXIS):
             values = self._values(few)
             mixing = self._probe(values)
         return mixing
