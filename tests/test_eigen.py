@@ -117,6 +117,17 @@ def test_eigenvectors_are_orthonormal_and_diagonalise(kind, D, dtype):
     assert close(turned - turned.diagonal().diag() + factor.abs().max(), factor.abs().max().expand(D, D), unit)
 
 
+@pytest.mark.parametrize("weakest", [1e-1, 1e-3, 0.99e-4, 1.01e-4, 1e-5])  # at 1e-4, a Gram of 1e-8, one more step sets in
+@pytest.mark.parametrize(("m", "D"), [(1, 3), (7, 23), (61, 199)])
+def test_the_basis_of_few_rows_is_orthonormal_and_that_of_the_singular_vectors(m, D, weakest):
+    left, right = (torch.linalg.qr(torch.randn(n, m, dtype=torch.float64))[0] for n in (m, D))
+    rows = (left * torch.logspace(0, math.log10(weakest), m, dtype=torch.float64) @ right.mT).float()
+    U = eigen.eigenbasis((rows.mT @ rows).unsqueeze(0), rows, torch.float32)[0].double()
+    assert close(U.mT @ U, torch.eye(m).double(), 2e-6)
+    expected = torch.linalg.svd(rows.double(), full_matrices=False).Vh.flip(0).mT
+    assert close((U.mT @ expected).diagonal().abs(), torch.ones(m).double(), 2e-6)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 def test_groups_are_decomposed_together_as_one_by_one(dtype, monkeypatch):
     kinds = ["random", "zero", "tiny", "rank one", "huge", "repeated", "random"]
