@@ -32,6 +32,7 @@ from fisherfast.rules import DECOMPOSITIONS, RULES, Form, Part, Use, Window, par
 from fisherfast.tracked import Made, Reference, Tracked
 from fisherfast.train_mode import CHANCE, refuse_chance, unwrapped
 
+Hooks = tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]
 Key = tuple[str, Window | None, int]  # parameter, part of it, number among the uses of that part
 Site = tuple[str, int]  # of a covered call: its first parameter, and its number among the calls of that one
 
@@ -120,9 +121,11 @@ class Capture(TorchFunctionMode):
         self._early: dict[Site, str] = {}
         self._counter, self._numbers = itertools.count(), itertools.count()
         self._eager: list[AbstractContextManager[None]] = []
+        self._keepers: list[Hooks | None] = []  # what autograd's saved tensors went through when the mode was entered
         self.begin(exploring=True)
 
     def __enter__(self) -> Capture:
+        self._keepers.append(torch._C._autograd._top_saved_tensors_default_hooks(True))
         self._eager.append(_eager())
         self._eager[-1].__enter__()
         super().__enter__()
@@ -131,6 +134,7 @@ class Capture(TorchFunctionMode):
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
         self._eager.pop().__exit__(*error)
+        self._keepers.pop()
 
     def begin(self, exploring: bool, num_samples: int | None = None, offsets: Tensor | None = None) -> None:
         """Prepare a forward pass: what was decided since the last one comes into force.
@@ -159,16 +163,19 @@ class Capture(TorchFunctionMode):
         """The parameter of this name, or what the last forward pass made of parameters."""
         return self._made[name] if name in self._made else self.tracked[name]
 
-    def follow_further(self, root: Tensor, names: Container[str], reason: str) -> bool:
-        """From the next forward pass on, follow what is made of these, by calls that no sample comes into, as parameters; whether
-        there is any that was not followed yet.
+    def follow_further(self, root: Tensor, names: Container[str], reason: str) -> set[str]:
+        """From the next forward pass on, follow what is made of these, by calls that no sample comes into, as parameters; those of
+        which something is made that was not followed yet.
         """
-        sites = {call.site for call, _ in self.calls(root) if all(use.tracked.name in names for use in call.uses)}
-        new = sites - self._early.keys() - {None}
-        self._early.update((site, reason) for site in new if site is not None)
-        if new:  # what is made of parameters is numbered, and will have other numbers
+        followed = set()
+        for call, _ in self.calls(root):
+            mine = {use.tracked.name for use in call.uses}
+            if call.site is not None and call.site not in self._early and all(name in names for name in mine):
+                self._early[call.site] = reason
+                followed |= mine
+        if followed:  # what is made of parameters is numbered, and will have other numbers
             self.layouts = {key: layout for key, layout in self.layouts.items() if key[0] in self.tracked}
-        return bool(new)
+        return followed
 
     def forget(self, name: str) -> None:
         """Stop tracking a parameter."""
@@ -215,18 +222,18 @@ class Capture(TorchFunctionMode):
             return out
         if getattr(func, "__name__", "") == "__get__" and not isinstance(func(*args, **kwargs), Tensor):
             return func(*args, **kwargs)
+        if torch._C._are_functorch_transforms_active():  # whose tensors a tap cannot see through
+            return self._uncovered(func, args, kwargs, found, "a transform of torch.func", alone=False)
         if func in DECOMPOSITIONS and torch.is_grad_enabled():
             with self:
                 out = DECOMPOSITIONS[func](*args, **kwargs)
             if out is not NotImplemented:
                 return out
-        if torch._C._are_functorch_transforms_active():  # whose tensors a tap cannot see through
-            return self._uncovered(func, args, kwargs, found, "a transform of torch.func", alone=False)
         uses = self._covered(func, args, kwargs, found)
         if uses is None:
             return self._uncovered(func, args, kwargs, found, f"no rule for {_name(func)}")
         found = [r for r in found if any(use.parameter is r.tensor for use in uses)]
-        site = self._site(found[0], args, kwargs, found)
+        site = self._site(args, kwargs, found)
         if site in self._early:
             return self._uncovered(func, args, kwargs, found, self._early[site])
         stand_ins = {id(r.tensor): r.stand_in(r.tracked.differentiated) for r in found}
@@ -283,7 +290,7 @@ class Capture(TorchFunctionMode):
 
         What was made of parameters may also be what the others are used on: then it holds samples, and is no parameter.
         """
-        if func not in RULES or not torch.is_grad_enabled():
+        if func not in RULES or not torch.is_grad_enabled() or _complex((args, kwargs)):
             return None
         uses = [u for u in RULES[func](*args, **kwargs) if id(u.parameter) in self._references]
         covered = [id(u.parameter) for u in uses]
@@ -296,12 +303,16 @@ class Capture(TorchFunctionMode):
             reference.tracked.give_up(f"no rule for {_name(func)} of what is made of it")
         return uses
 
-    def _site(self, first: Reference, args: Any, kwargs: Any, found: list[Reference]) -> Site | None:
-        """Of a covered call, where it matters: if no sample comes into it."""
+    def _site(self, args: Any, kwargs: Any, found: list[Reference]) -> Site | None:
+        """Of a covered call, where it matters: if no sample comes into it.
+
+        By a parameter, where it is of one: such calls are seen, and numbered, whatever is followed of what parameters make.
+        """
         if not (self._exploring or self._early):
             return None
-        site = (first.tracked.name, self._visits[first.tracked.name])
-        self._visits[first.tracked.name] += 1
+        name = next((r.tracked.name for r in found if not isinstance(r.tracked, Made)), found[0].tracked.name)
+        site = (name, self._visits[name])
+        self._visits[name] += 1
         return site if self._before_samples(args, kwargs, found) else None
 
     def _before_samples(self, args: Any, kwargs: Any, found: list[Reference]) -> bool:
@@ -320,7 +331,7 @@ class Capture(TorchFunctionMode):
             mine = {**stand_ins, id(found[0].tensor): tensor}
             return func(*_replaced(args, mine), **_replaced(kwargs, mine))
 
-        with _kept() if alone else nullcontext():
+        with _kept(self._keepers[-1]) if alone else nullcontext():
             out = make(stand_ins[id(found[0].tensor)])
         written = tree_leaves((args, kwargs)) if out is None else tree_leaves(out)  # t[...] = parameter returns nothing
         outputs = [o for o in written if isinstance(o, Tensor) and o.requires_grad]
@@ -343,7 +354,7 @@ class Capture(TorchFunctionMode):
     def _make(self, func: Any, outputs: list[Tensor], found: list[Reference], reason: str) -> None:
         """Follow what a call has made of parameters alone as parameters."""
         sources = tuple({t.name: t for r in found for t in r.tracked.sources}.values())
-        lost = any(t.fallback is not None and not t.chained for t in sources)
+        lost = any(t.looped for t in sources)
         for source in sources:
             source.give_up(reason) if lost else source.chain(reason)
         for out in outputs:
@@ -370,7 +381,7 @@ class Capture(TorchFunctionMode):
         if not caught:
             return out
         if self.num_samples is not None and any(r.tracked.expanding for _, r in caught):
-            out = out.expand(self.num_samples, *(out.shape[1:] if out.shape[0] == 1 else out.shape))
+            out = out.expand(_with_samples(self.num_samples, out.shape))
         saved: list[Tensor] = []
         call = Call(next(self._counter), self, out.shape, site)
         for use, reference in caught:
@@ -423,16 +434,20 @@ class Capture(TorchFunctionMode):
         return found
 
     def only_broadcast(self, root: Tensor, name: str) -> bool:
-        """Whether all that ``root`` makes of a parameter's uses is sums and products, which may have one more leading axis."""
-        mine = [(call, node) for call, node in self.calls(root) if any(use.tracked.name == name for use in call.uses)]
-        taps, viewed, nodes = {node for _, node in mine}, {node for call, node in mine if call.viewed}, list(graph(root))
-        views = {node for node in nodes if node.next_functions and node.next_functions[0][0] in viewed}
-        taps = (taps - viewed) | views
-        consumers = set()
-        for node in nodes:
-            if not taps.isdisjoint(parent for parent, _ in node.next_functions):
-                consumers.add(type(node).__name__)
-        return consumers <= {"AddBackward0", "SubBackward0", "MulBackward0"}
+        """Whether all that ``root`` makes of a parameter's uses is sums and products that have the sample axis in front, where a
+        use that is expanded has it.
+        """
+        nodes = list(graph(root))
+        taps = {node: call for call, node in self.calls(root) if any(use.tracked.name == name for use in call.uses)}
+        firsts = ((node, node.next_functions[0][0]) for node in nodes if node.next_functions)
+        views = {node: taps[tap] for node, tap in firsts if tap in taps and taps[tap].viewed}
+        outputs = {node: call for node, call in taps.items() if not call.viewed} | views
+        consumed = ((node, outputs[parent]) for node in nodes for parent, _ in node.next_functions if parent in outputs)
+        return all(
+            type(node).__name__ in {"AddBackward0", "SubBackward0", "MulBackward0"}
+            and len(node._input_metadata[0].shape) == len(_with_samples(1, call.shape))
+            for node, call in consumed
+        )
 
     def first_non_finite(self, root: Tensor) -> str | None:
         """The parameter whose call first received an input that is not finite, by the tensors the graph still holds."""
@@ -484,6 +499,16 @@ _COPIES = {
 _SUMS = {torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__}
 
 
+def _with_samples(N: int, shape: torch.Size) -> tuple[int, ...]:
+    """The shape of a use's output once it is expanded: with an axis of samples in front, for which it may have a place."""
+    return (N, *(shape[1:] if shape[:1] == (1,) else shape))
+
+
+def _complex(given: Any) -> bool:
+    """Whether complex numbers are among them: a rule's gradients are of real ones."""
+    return any(isinstance(leaf, Tensor) and leaf.is_complex() for leaf in tree_leaves(given))
+
+
 def _entries(index: Any) -> tuple[Any, ...]:
     return index if isinstance(index, tuple) else (index,)
 
@@ -497,11 +522,15 @@ def _keeps_derivative(func: Any, args: Any, out: Any) -> bool:
     return isinstance(out, Tensor) and (func in _COPIES or (func in _SUMS and all(isinstance(a, (int, float)) for a in args[1:])))
 
 
-@contextmanager
-def _kept() -> Iterator[None]:
-    """Where the graph keeps its tensors itself: gradient checkpointing would run its part of the model again for each sample."""
-    with torch.autograd.graph.saved_tensors_hooks(lambda saved: saved, lambda saved: saved):
-        yield
+def _kept(by: Hooks | None) -> AbstractContextManager[Any]:
+    """Where the graph keeps its tensors as it did around the model: gradient checkpointing inside it would run its part of the model
+    again for each sample.
+    """
+    return torch.autograd.graph.saved_tensors_hooks(*(by or (_same, _same)))
+
+
+def _same(saved: Any) -> Any:
+    return saved
 
 
 def _own(out: Tensor, given: Any) -> Tensor:

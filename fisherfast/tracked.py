@@ -42,6 +42,11 @@ class Tracked:
         return any(source.chained for source in self.sources)
 
     @property
+    def looped(self) -> bool:
+        """Whether its sample gradients are left to autograd."""
+        return self.fallback is not None and not self.chained
+
+    @property
     def leaves(self) -> tuple[Tensor, Tensor, Tensor]:
         """All by which autograd can reach it."""
         return self.leaf, self.outer, self.parameter
@@ -49,7 +54,7 @@ class Tracked:
     def begin(self, exploring: bool) -> None:
         """Bring into force, for a forward pass, what was decided since the last one."""
         self.follow()
-        self.caught, self.expanding = self.fallback is None or self.chained, self.expand
+        self.caught, self.expanding = not self.looped, self.expand
         self.differentiated = exploring or self.expand or not self.caught
 
     def follow(self) -> None:

@@ -437,6 +437,93 @@ COVERED |= {
         ),
         sequences,
     ),
+    **{
+        f"einsum-{equation}": (
+            lambda equation=equation, shape=shape, out=out: Wrapped(
+                lambda m, x: m.head(torch.tanh(torch.einsum(equation, m.first(x), m.w)).reshape(len(x), T, out)),
+                first=nn.Linear(I, D), w=parameter(*shape), head=nn.Linear(out, C),
+            ),
+            sequences,
+        )
+        for equation, shape, out in [
+            ("ntd,do->nto", (D, 2), 2), ("ntd,od->nto", (2, D), 2), ("...d,do", (D, 2), 2), ("ntd,dhk->nthk", (D, 2, 3), 6),
+            ("ntd,tdo->nto", (T, D, 2), 2), ("ntd,d->ntd", (D,), D), ("...d,...d->...", (D,), 1), ("ntd,td->nt", (T, D), 1),
+            ("ntd,ts->nsd", (T, T), D), ("nsd,o->nsod", (2,), 2 * D),
+        ]
+    },
+    "einsum-weight-first": (
+        lambda: Wrapped(lambda m, x: m.head(torch.einsum("od,ntd->nto", m.w, x).tanh()), w=parameter(D, I), head=nn.Linear(D, C)),
+        sequences,
+    ),
+    "einsum-of-three": (
+        lambda: Wrapped(lambda m, x: m.head(torch.einsum("ntd,de,ef->ntf", x, m.w, m.v).tanh()), w=parameter(I, D), v=parameter(D, 2), head=nn.Linear(2, C)),
+        sequences,
+    ),
+    "einsum-of-heads": (
+        lambda: Wrapped(
+            lambda m, x: m.head(torch.einsum("nthk,hkj->nthj", m.first(x).unflatten(-1, (3, 4)), m.w).flatten(2).tanh()),
+            first=nn.Linear(I, 12), w=parameter(3, 4, 2), head=nn.Linear(6, C),
+        ),
+        sequences,
+    ),
+    "einsum-of-a-basis": (
+        lambda: Wrapped(lambda m, x: m.head(torch.einsum("ntik,oik->nto", torch.stack([x, x**2], -1), m.w).tanh()), w=parameter(D, I, 2), head=nn.Linear(D, C)),
+        sequences,
+    ),
+    "tensordot": (
+        lambda: Wrapped(
+            lambda m, x: m.head(torch.tensordot(torch.tensordot(x, m.w, dims=([-1], [1])).tanh(), m.v, 1)),
+            w=parameter(D, I), v=parameter(D, 2), head=nn.Linear(2, C),
+        ),
+        sequences,
+    ),
+    "inner": (
+        lambda: Wrapped(lambda m, x: m.head(torch.inner(x, m.w).tanh()) * torch.inner(x, m.v).unsqueeze(-1), w=parameter(D, I), v=parameter(I), head=nn.Linear(D, C)),
+        sequences,
+    ),
+    "gate-by-a-vector": (
+        lambda: Wrapped(lambda m, x: m.head(x) * (x @ m.v).sigmoid().unsqueeze(-1), v=parameter(I), head=nn.Linear(I, C)),
+        sequences,
+    ),
+    "stack-of-matrices": (
+        lambda: Wrapped(
+            lambda m, x: m.head(((x.unsqueeze(-2).unsqueeze(-2) @ m.w).squeeze(-2) @ m.one).flatten(2).tanh()),
+            w=parameter(3, I, 2), one=parameter(1, 2, 2), head=nn.Linear(6, C),
+        ),
+        sequences,
+    ),
+    "stack-on-the-left": (
+        lambda: Wrapped(
+            lambda m, x: m.head((m.w @ m.first(x).unflatten(-1, (3, 4)).unsqueeze(-1)).flatten(2).tanh()),
+            first=nn.Linear(I, 12), w=parameter(3, 2, 4), head=nn.Linear(6, C),
+        ),
+        sequences,
+    ),
+    "differences": (
+        lambda: Wrapped(lambda m, x: m.head(torch.tanh((x - m.b) * torch.rsub(x, m.b) + m.b)) - m.c, b=parameter(I), c=parameter(C), head=nn.Linear(I, C)),
+        sequences,
+    ),
+    "quotients": (
+        lambda: Wrapped(
+            lambda m, x: m.head(x / (x * x + 1) / m.s + m.s / (x * x + 1)) / m.t + x.sum(-1, keepdim=True) * m.t,
+            s=parameter(I), t=nn.Parameter(torch.tensor(1.7)), head=nn.Linear(I, C),
+        ),
+        sequences,
+    ),
+    "prototypes": (
+        lambda: Wrapped(lambda m, x: m.head(torch.exp(-(x.unsqueeze(-2) - m.w).square().sum(-1))), w=parameter(D, I), head=nn.Linear(D, C)),
+        sequences,
+    ),
+    "addcmul": (
+        lambda: Wrapped(lambda m, x: m.head(torch.addcmul(m.b, x, m.s, value=0.5)), b=parameter(I), s=parameter(I), head=nn.Linear(I, C)),
+        sequences,
+    ),
+    "selected-rows": (
+        lambda: Wrapped(
+            lambda m, x: m.head(x + m.w.index_select(0, (x > 0).sum(-1).flatten()).view_as(x)), w=parameter(I + 1, I), head=nn.Linear(I, C)
+        ),
+        sequences,
+    ),
     "columns-of-one-weight": (
         lambda: Wrapped(lambda m, x: m.head(F.linear(x[..., 1:], m.w[:, 1:])), w=parameter(D, I), head=nn.Linear(D, C)),
         sequences,
@@ -534,6 +621,37 @@ CHAINED = {
         sequences,
         {"w"},
     ),
+    "mask-of-a-weight": (
+        lambda: Wrapped(lambda m, x: m.head(F.linear(x, m.w * torch.ones(D, I).tril()).tanh()), w=parameter(D, I), head=nn.Linear(D, C)),
+        sequences,
+        {"w"},
+    ),
+    "quotient-of-weights": (
+        lambda: Wrapped(
+            lambda m, x: m.head(F.linear(x, m.g * m.v / m.v.norm(dim=1, keepdim=True)).tanh()),
+            g=parameter(D, 1), v=parameter(D, I), head=nn.Linear(D, C),
+        ),
+        sequences,
+        {"g", "v"},
+    ),
+    "cayley": (  # made of a weight by four calls of which two are of what the others make
+        lambda: Wrapped(
+            lambda m, x: m.head(torch.tanh(x @ torch.linalg.solve(torch.eye(I) + m.w - m.w.t(), torch.eye(I) - m.w + m.w.t()))),
+            w=parameter(I, I), head=nn.Linear(I, C),
+        ),
+        sequences,
+        {"w"},
+    ),
+    "lerp": (
+        lambda: Wrapped(lambda m, x: m.head(torch.lerp(x, x.tanh(), m.a.sigmoid())), a=parameter(1), head=nn.Linear(I, C)),
+        sequences,
+        {"a"},
+    ),
+    "einsum-across-a-weight": (  # whose numbers a product of matrices needs in another order
+        lambda: Wrapped(lambda m, x: m.head(torch.einsum("nti,hik->nthk", x, m.w).flatten(2).tanh()), w=parameter(2, I, 3), head=nn.Linear(6, C)),
+        sequences,
+        {"w"},
+    ),
     "bias-of-scores": (  # added in place to what the samples make
         lambda: Wrapped(_scored, inner=nn.Linear(I, I), bias=nn.Embedding(2 * T, 1), head=nn.Linear(I, C)),
         sequences,
@@ -556,29 +674,38 @@ CHAINED = {
 
 # and for those that no rule covers where the samples come in
 FALLBACK = {
-    "einsum": (
-        lambda: Wrapped(lambda m, x: m.head(torch.tanh(torch.einsum("nti,oi->nto", x, m.w))), w=parameter(D, I), head=nn.Linear(D, C)),
+    "distances": (
+        lambda: Wrapped(lambda m, x: m.head(torch.sin(torch.cdist(m.first(x), m.w, p=1.0))), first=nn.Linear(I, D), w=parameter(D, D), head=nn.Linear(D, C)),
         sequences,
         {"w"},
     ),
-    "lerp": (
-        lambda: Wrapped(lambda m, x: m.head(torch.lerp(m.first(x), x.sum(-1, keepdim=True), m.w)), first=nn.Linear(I, D), w=parameter(D), head=nn.Linear(D, C)),
-        vectors,
-        {"w"},
+    "exponent": (
+        lambda: Wrapped(lambda m, x: m.head(m.first(x).abs().add(0.1).pow(m.p)), first=nn.Linear(I, D), p=parameter(D), head=nn.Linear(D, C)),
+        sequences,
+        {"p"},
     ),
-    "temperature": (  # of no axes
-        lambda: Wrapped(lambda m, x: m.head(x) / m.t, t=nn.Parameter(torch.tensor(1.7)), head=nn.Linear(I, C)),
-        vectors,
-        {"t"},
+    "spectrum": (  # whose numbers are complex, and gradients of real ones are not those of a rule
+        lambda: Wrapped(
+            lambda m, x: m.head(torch.fft.irfft(torch.fft.rfft(m.first(x), dim=1) * torch.fft.rfft(m.k, n=T, dim=0), n=T, dim=1)),
+            first=nn.Linear(I, D), k=parameter(3, D), head=nn.Linear(D, C),
+        ),
+        sequences,
+        {"k"},
+    ),
+    "complex": (
+        lambda: Wrapped(lambda m, x: m.head((torch.complex(m.first(x), m.first(x).tanh()) * m.s + m.b).abs()), first=nn.Linear(I, D), s=parameter(D), b=parameter(D), head=nn.Linear(D, C)),
+        sequences,
+        {"s", "b"},
     ),
     "inside-vmap": (
         lambda: Wrapped(lambda m, x: m.head(torch.vmap(lambda row: (row * m.w).sin() + m.b.cumsum(0))(x)), w=parameter(I), b=parameter(I), head=nn.Linear(I, C)),
         vectors,
         {"w", "b"},
     ),
-    "einsum-then-scale": (  # what no rule covers holds samples, and goes on as samples do
+    "distances-then-scale": (  # what no rule covers holds samples, and goes on as samples do
         lambda: Wrapped(
-            lambda m, x: m.head(torch.relu(torch.einsum("ni,oi->no", x, m.w)) * m.s), w=parameter(D, I), s=parameter(D), head=nn.Linear(D, C)
+            lambda m, x: m.head(torch.relu(torch.cdist(m.first(x), m.w, p=1.0) - 1) * m.s),
+            first=nn.Linear(I, D), w=parameter(D, D), s=parameter(D), head=nn.Linear(D, C),
         ),
         vectors,
         {"w"},

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fisherfast.capture import Tracked
+from fisherfast.capture import Key, Tracked
 from fisherfast.collector import Samples
 from fisherfast.fisher.protocol import Provenance
 from fisherfast.fisher.run import Run, model_name
@@ -65,7 +65,8 @@ class collect:
         self._loss_scale = loss_scale
         self._run = Run(model, structures, Provenance(fisher_type=fisher_type, model=model_name(model)), allow_missing)
         self._explored = False  # whether the parameters' forms are known, and samples were told apart at least once
-        self._postponed: list[Tracked] = []  # in the fallback for the batch at hand, to be expanded from the next on
+        # In the fallback for the batch at hand; from the next on each is to be expanded (True), or followed further.
+        self._postponed: dict[str, bool] = {}
 
     def __enter__(self) -> collect:
         self._run.capture.__enter__()
@@ -97,8 +98,9 @@ class collect:
             run.num_samples += N if fresh else 0
             run.num_positions += N if fresh else 0
             run.batches += 1
-            for tracked in self._postponed:
-                tracked.expand, tracked.fallback = True, None
+            for name, expand in self._postponed.items():
+                capture.tracked[name].expand, capture.tracked[name].fallback = expand, None
+                run.ops[name] = f"loop: {NO_AXIS}, in the first batches"
             self._postponed.clear()
             capture.begin(exploring=not self._explored)
 
@@ -126,25 +128,33 @@ class collect:
         run.passes.route_mixed_forms(loss)
         if loss.shape[0] > 1:
             findings = run.passes.probe(loss, torch.ones_like(loss))
-            for name in sorted(mixing(findings, run.capture.tracked)):
-                self._route_mixing(loss, name, [f for key, f in findings.items() if key[0] == name and f.mixes_samples])
+            self._route_mixing(loss, findings, sorted(mixing(findings, run.capture.tracked)))
             self._explored = not self._postponed
 
-    def _route_mixing(self, loss: Tensor, name: str, findings: list[Finding]) -> None:
-        tracked = self._run.capture.followed(name)
-        if not tracked.expand and any(finding.had_sample_axis for finding in findings):
-            raise ValueError(
-                f"{name}: a row must belong to one sample, got rows that depend on several; batch statistics and contrastive losses "
-                "have no per-sample gradient. If this is a table that has no sample axis but is as long as the batch, use ff.fisher, "
-                "which can tell, or another batch size"
-            )
-        if tracked.expand or tracked.in_chain or not self._run.capture.only_broadcast(loss, name):
-            tracked.expand = False
-            tracked.give_up(NO_AXIS)
-        else:
-            # The forward pass is the user's and cannot be run again: loop over this batch's samples, expand from the next on.
-            tracked.fallback = f"{NO_AXIS}, in the first batch"
-            self._postponed.append(tracked)
+    def _route_mixing(self, loss: Tensor, findings: dict[Key, Finding], names: list[str]) -> None:
+        """Parameters without a sample axis where they are used.
+
+        The forward pass is the user's and cannot be run again: loop over this batch's samples, and from the next on expand them, or
+        follow them to where a sample comes in, if one of the two may help.
+        """
+        capture = self._run.capture
+        for name in names:
+            if not (capture.followed(name).expand or capture.followed(name).in_chain):
+                _refuse_statistics(name, [f for key, f in findings.items() if key[0] == name and f.mixes_samples])
+        mixed = {name: capture.followed(name) for name in names}
+        broadcast = {name for name, t in mixed.items() if not (t.expand or t.in_chain) and capture.only_broadcast(loss, name)}
+        followed = capture.follow_further(loss, mixed.keys() - broadcast, NO_AXIS)
+        for name, one in mixed.items():
+            one.expand = False
+            if name in broadcast | followed and not any(source.looped for source in one.sources):
+                self._postpone(one, expand=name in broadcast)
+            else:
+                one.give_up(NO_AXIS)
+
+    def _postpone(self, tracked: Tracked, expand: bool) -> None:
+        for source in tracked.sources:
+            source.give_up(NO_AXIS)
+            self._postponed[source.name] = expand
 
     def _check_fallback(self) -> None:
         tracked = self._run.capture.tracked
@@ -173,3 +183,13 @@ class collect:
         """The only result, where one structure was asked for."""
         (result,) = self.results()
         return result
+
+
+def _refuse_statistics(name: str, findings: list[Finding]) -> None:
+    """Raise ValueError if rows that depend on several samples have an axis for them."""
+    if any(finding.had_sample_axis for finding in findings):
+        raise ValueError(
+            f"{name}: a row must belong to one sample, got rows that depend on several; batch statistics and contrastive losses "
+            "have no per-sample gradient. If this is a table that has no sample axis but is as long as the batch, use ff.fisher, "
+            "which can tell, or another batch size"
+        )

@@ -62,7 +62,7 @@ class Place:
 
     def matrix(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """The matrix of a vector by names."""
-        weight = self.weight_part.of(tensors[self.weight]).flatten(1)
+        weight = self.weight_part.of(tensors[self.weight])
         matrix = weight.reshape(self.groups, len(weight) // self.groups, -1)
         matrix = matrix.mT if self.transposed else matrix
         if self.bias is None:

@@ -160,7 +160,7 @@ class Run:
     @property
     def looped(self) -> list[str]:
         """Parameters whose sample gradients are left to autograd."""
-        return [name for name, t in self.capture.tracked.items() if t.fallback and not t.chained]
+        return [name for name, t in self.capture.tracked.items() if t.looped]
 
     def results(self) -> tuple[Any, ...]:
         """What has been accumulated so far, for each structure."""

@@ -3,10 +3,10 @@
 
 The one idea: whatever module wrote the call, a parameter enters a network in one of a few *forms* (``forms``). A rule says,
 for one torch function, which of its arguments are parameters and in which form (``functions``); everything after that is
-blind to the layer. A function that is made of such functions is taken apart instead (``decompositions``).
+blind to the layer. A function that is made of such functions is taken apart instead (``decompositions``, ``contractions``).
 """
 
-from fisherfast.rules import decompositions, functions
+from fisherfast.rules import contractions, decompositions, functions
 from fisherfast.rules.decompositions import DECOMPOSITIONS
 from fisherfast.rules.forms import Convolution, Elementwise, Form, Lookup, MatMul, Part, Tied, combines, joined, part
 from fisherfast.rules.rows import Rows
@@ -29,6 +29,7 @@ __all__ = [
     "Use",
     "Window",
     "combines",
+    "contractions",
     "decompositions",
     "functions",
     "joined",

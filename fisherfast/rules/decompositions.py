@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Functions taken apart: written in terms of functions that have rules, so that their parameters' uses are seen one by one.
 
-Each computes exactly what the function does, in eval mode. Recurrent layers are unrolled in time, which is also what lets
+Each computes what the function does, in eval mode, up to rounding. Recurrent layers are unrolled in time, which is also what lets
 them be differentiated on a GPU, where cuDNN refuses a backward pass in eval mode.
 """
 
@@ -65,6 +65,17 @@ def _grouped_mm(input, mat2, *, offs=None, bias=None, out_dtype=None):
 def _baddbmm(input, batch1, batch2, *, beta=1, alpha=1):
     product = _bmm(batch1, batch2)
     return torch.add(input if beta == 1 else beta * input, product if alpha == 1 else alpha * product)
+
+
+@decomposes(torch.addcmul, Tensor.addcmul)
+def _addcmul(input, tensor1, tensor2, *, value=1):
+    product = tensor1 * tensor2
+    return torch.add(input, product if value == 1 else value * product)
+
+
+@decomposes(torch.lerp, Tensor.lerp)
+def _lerp(input, end, weight):
+    return torch.add(input, weight * torch.sub(end, input))
 
 
 @decomposes(F.scaled_dot_product_attention)

@@ -50,6 +50,12 @@ def _rows_of(input, index):
         yield Use(input, Lookup(), (index % input.shape[0],))
 
 
+@rule(torch.index_select, Tensor.index_select)
+def _selected_rows(input, dim, index):
+    if dim in (0, -2) and input.dim() == 2 and isinstance(index, Tensor) and index.dtype == torch.int64:
+        yield Use(input, Lookup(), (index,))
+
+
 # -- convolutions
 
 
@@ -160,6 +166,33 @@ def _add(input, other, *, alpha=1):
     if isinstance(input, Tensor) and isinstance(other, Tensor) and alpha == 1:
         yield Use(input, Elementwise(tuple(input.shape)))
         yield Use(other, Elementwise(tuple(other.shape)))
+
+
+@rule(torch.sub, torch.subtract, Tensor.sub, Tensor.subtract, Tensor.__sub__)
+def _sub(input, other, *, alpha=1):
+    if isinstance(input, Tensor) and isinstance(other, Tensor) and alpha == 1:
+        yield Use(input, Elementwise(tuple(input.shape)))
+        yield Use(other, Elementwise(tuple(other.shape), _minus_one), (other,))
+
+
+def _minus_one(subtracted: Tensor) -> Tensor:
+    return torch.full_like(subtracted, -1)
+
+
+@rule(torch.div, torch.divide, torch.true_divide, Tensor.div, Tensor.divide, Tensor.true_divide, Tensor.__truediv__)
+def _div(input, other, *, rounding_mode=None):
+    if isinstance(input, Tensor) and isinstance(other, Tensor) and rounding_mode is None:
+        yield Use(input, Elementwise(tuple(input.shape), torch.reciprocal), (other,))
+        yield Use(other, Elementwise(tuple(other.shape), partial(_by_divisor, divisor=other.detach())), (input,))
+
+
+def _by_divisor(x: Tensor, divisor: Tensor) -> Tensor:
+    return -wide(x) / wide(divisor).square()
+
+
+@rule(torch.rsub)
+def _rsub(input, other, *, alpha=1):
+    yield from _sub(other, input, alpha=alpha)
 
 
 @rule(Tensor.add_)
