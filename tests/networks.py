@@ -674,8 +674,8 @@ CHAINED = {
 
 # and for those that no rule covers where the samples come in
 FALLBACK = {
-    "distances": (
-        lambda: Wrapped(lambda m, x: m.head(torch.sin(torch.cdist(m.first(x), m.w, p=1.0))), first=nn.Linear(I, D), w=parameter(D, D), head=nn.Linear(D, C)),
+    "logaddexp": (
+        lambda: Wrapped(lambda m, x: m.head(torch.logaddexp(m.first(x), m.w)), first=nn.Linear(I, D), w=parameter(D), head=nn.Linear(D, C)),
         sequences,
         {"w"},
     ),
@@ -702,10 +702,10 @@ FALLBACK = {
         vectors,
         {"w", "b"},
     ),
-    "distances-then-scale": (  # what no rule covers holds samples, and goes on as samples do
+    "logaddexp-then-scale": (  # what no rule covers holds samples, and goes on as samples do
         lambda: Wrapped(
-            lambda m, x: m.head(torch.relu(torch.cdist(m.first(x), m.w, p=1.0) - 1) * m.s),
-            first=nn.Linear(I, D), w=parameter(D, D), s=parameter(D), head=nn.Linear(D, C),
+            lambda m, x: m.head(torch.relu(torch.logaddexp(m.first(x), m.w) - 1) * m.s),
+            first=nn.Linear(I, D), w=parameter(D), s=parameter(D), head=nn.Linear(D, C),
         ),
         vectors,
         {"w"},
