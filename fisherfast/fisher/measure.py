@@ -322,11 +322,11 @@ class Measurement:
     def _not_expanded(self, few: Batch, values: Tensor, mixing: set[str]) -> set[str]:
         tracked = [self.capture.followed(name) for name in mixing]
         for one in tracked:
-            one.expand = not one.in_chain
+            one.expand = not one.in_chain and self.capture.only_broadcast(values, one.name)
         try:
             expanded = self._values(few)
             mixing = self._probe(expanded) if _close(expanded, values) else mixing
-        except (RuntimeError, IndexError):  # a shape that does not broadcast: this use cannot be expanded
+        except Exception:  # whatever the model says to such a shape: this use cannot be expanded
             pass
         for one in tracked:
             one.expand = one.expand and one.name not in mixing

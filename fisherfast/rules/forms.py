@@ -259,7 +259,7 @@ class Elementwise(Form):
         aligned = (1,) * (tensor.dim() - len(self.shape)) + self.shape
         kept = [axis for axis, size in enumerate(aligned) if size != 1]
         lead = [axis for axis in range(tensor.dim()) if axis not in kept]
-        return tensor.permute(*lead, *kept).reshape([tensor.shape[axis] for axis in lead] + [math.prod(self.shape)])
+        return tensor.permute([*lead, *kept]).reshape([tensor.shape[axis] for axis in lead] + [math.prod(self.shape)])
 
     def joins(self, other: Form) -> bool:
         """See ``Form``."""
