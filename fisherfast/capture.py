@@ -24,7 +24,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from fisherfast.layout import Kind, Layout
@@ -239,7 +238,7 @@ class Capture(TorchFunctionMode):
         stand_ins = {id(r.tensor): r.stand_in(r.tracked.differentiated) for r in found}
         args, kwargs = _replaced(args, stand_ins), _replaced(kwargs, stand_ins)
         out = func(*args, **kwargs)
-        gathered = bool(self._gathered) and any(map(self._is_gathered, tree_leaves((args, kwargs))))
+        gathered = bool(self._gathered) and any(map(self._is_gathered, _tensors((args, kwargs))))
         tapped = self._tapped(out, uses, gathered, (args, kwargs), site)
         if gathered:
             self._gathered[id(tapped)] = weakref.ref(tapped)
@@ -249,7 +248,7 @@ class Capture(TorchFunctionMode):
         """Keep track of the tensors whose rows were chosen by data: their place does not tell whose they are."""
         if func in _SCATTERS:
             return
-        leaves = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        leaves = list(_tensors((args, kwargs)))
         if func in _SLOTS:
             by_data = any(not leaf.is_floating_point() and leaf.dtype != torch.bool for leaf in leaves[1:])
             out = args[0] if out is None else out
@@ -257,8 +256,8 @@ class Capture(TorchFunctionMode):
             listed = func is Tensor.__getitem__ and any(isinstance(leaf, list) for leaf in _entries(args[1]))
             by_data = func in _GATHERS and (listed or any(not leaf.is_floating_point() for leaf in leaves))
         if by_data or (func not in _SLOTS and any(map(self._is_gathered, leaves))):
-            for tensor in tree_leaves(out):
-                if isinstance(tensor, Tensor) and tensor.is_floating_point():
+            for tensor in _tensors(out):
+                if tensor.is_floating_point():
                     self._gathered[id(tensor)] = weakref.ref(tensor)
 
     def _is_gathered(self, leaf: Any) -> bool:
@@ -318,7 +317,7 @@ class Capture(TorchFunctionMode):
     def _before_samples(self, args: Any, kwargs: Any, found: list[Reference]) -> bool:
         """Whether a call is of parameters alone, or of them and tensors that no parameter went into."""
         mine = {id(r.tensor) for r in found}
-        others = (leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and id(leaf) not in mine)
+        others = (leaf for leaf in _tensors((args, kwargs)) if id(leaf) not in mine)
         return torch.is_grad_enabled() and not any(leaf.requires_grad for leaf in others)
 
     def _uncovered(
@@ -333,8 +332,8 @@ class Capture(TorchFunctionMode):
 
         with _kept(self._keepers[-1]) if alone else nullcontext():
             out = make(stand_ins[id(found[0].tensor)])
-        written = tree_leaves((args, kwargs)) if out is None else tree_leaves(out)  # t[...] = parameter returns nothing
-        outputs = [o for o in written if isinstance(o, Tensor) and o.requires_grad]
+        written = _tensors((args, kwargs) if out is None else out)  # t[...] = parameter returns nothing
+        outputs = [o for o in written if o.requires_grad]
         if len(found) == 1 and outputs and not found[0].made and all(self._is_part(o, found[0].tracked) for o in outputs):
             for o in outputs:
                 window = Window.of(o, found[0].tracked.parameter)
@@ -504,9 +503,20 @@ def _with_samples(N: int, shape: torch.Size) -> tuple[int, ...]:
     return (N, *(shape[1:] if shape[:1] == (1,) else shape))
 
 
+def _tensors(tree: Any) -> Iterator[Tensor]:
+    """Those in what a function is given, or gives back."""
+    if isinstance(tree, Tensor):
+        yield tree
+    elif isinstance(tree, (tuple, list)):
+        for branch in tree:
+            yield from _tensors(branch)
+    elif isinstance(tree, dict):
+        yield from _tensors(tuple(tree.values()))
+
+
 def _complex(given: Any) -> bool:
     """Whether complex numbers are among them: a rule's gradients are of real ones."""
-    return any(isinstance(leaf, Tensor) and leaf.is_complex() for leaf in tree_leaves(given))
+    return any(tensor.is_complex() for tensor in _tensors(given))
 
 
 def _entries(index: Any) -> tuple[Any, ...]:
@@ -542,7 +552,7 @@ def _own(out: Tensor, given: Any) -> Tensor:
     if base is None:
         return out.clone() if out.is_leaf and out.requires_grad else out
     whole = base.numel() == out.numel() and base.is_contiguous() and out.is_contiguous()  # as of a linear map of sequences
-    mine = all(base is not leaf and base is not leaf._base for leaf in tree_leaves(given) if isinstance(leaf, Tensor))
+    mine = all(base is not leaf and base is not leaf._base for leaf in _tensors(given))
     return base if whole and mine else out.clone()
 
 

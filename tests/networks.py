@@ -278,6 +278,15 @@ def _norm_with_statistics(norm):
     return norm.eval()
 
 
+def _in_place(m, x):
+    y = m.first(x).tanh() + 1
+    y *= m.s
+    y -= m.b
+    y[..., 1:].mul_(m.s[1:]).div_(m.t)
+    y /= m.t
+    return m.head(y)
+
+
 def _tied(*, bias=False, scale=1.0):
     model = Wrapped(
         lambda m, x: m.head(torch.tanh(m.inner(m.wte(x) * scale))),
@@ -501,6 +510,10 @@ COVERED |= {
     ),
     "differences": (
         lambda: Wrapped(lambda m, x: m.head(torch.tanh((x - m.b) * torch.rsub(x, m.b) + m.b)) - m.c, b=parameter(I), c=parameter(C), head=nn.Linear(I, C)),
+        sequences,
+    ),
+    "in-place": (
+        lambda: Wrapped(_in_place, b=parameter(D), s=parameter(D), t=parameter(1), first=nn.Linear(I, D), head=nn.Linear(D, C)),
         sequences,
     ),
     "quotients": (

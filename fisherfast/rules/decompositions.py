@@ -78,6 +78,18 @@ def _lerp(input, end, weight):
     return torch.add(input, weight * torch.sub(end, input))
 
 
+def _in_place(function):
+    def written(input, other, **options):
+        return input.copy_(function(input.clone(), other, **options))  # the backward pass needs what was there
+
+    return written
+
+
+decomposes(Tensor.mul_, Tensor.__imul__)(_in_place(torch.mul))
+decomposes(Tensor.sub_, Tensor.__isub__)(_in_place(torch.sub))
+decomposes(Tensor.div_, Tensor.__itruediv__)(_in_place(torch.div))
+
+
 @decomposes(F.scaled_dot_product_attention)
 def _attention(query, key, value, attn_mask=None, *arguments, **options):
     """A bias of the scores gets every sample's axis where it is used."""
