@@ -15,7 +15,7 @@ from __future__ import annotations
 import itertools
 import sys
 import weakref
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -26,14 +26,35 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from fisherfast.layout import Kind, Layout
+from fisherfast.layout import Layout
 from fisherfast.rules import DECOMPOSITIONS, RULES, Form, Part, Use, Window, part
 from fisherfast.tracked import Made, Reference, Tracked
 from fisherfast.train_mode import CHANCE, refuse_chance, unwrapped
 
 Hooks = tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]
 Key = tuple[str, Window | None, int]  # parameter, part of it, number among the uses of that part
-Site = tuple[str, int]  # of a covered call: its first parameter, and its number among the calls of that one
+
+
+@dataclass(frozen=True)
+class Site:
+    """A covered call that no sample seems to come into, by its function and what it is given of parameters: in every forward pass."""
+
+    structure: int
+    lengths: frozenset[int] = field(compare=False)  # of the axes of what it is given beside parameters
+
+    def may_hold(self, N: int) -> bool:
+        """Whether some of that may hold N samples that autograd does not follow, as a model's inputs do."""
+        return any(length % N == 0 for length in self.lengths if length)
+
+
+@dataclass(frozen=True, eq=False)
+class Decisions:
+    """What is in force in a forward pass, also where a part of it runs again in the backward pass."""
+
+    exploring: bool
+    num_samples: int | None
+    early: dict[Site, str]  # calls that no sample comes into, and why what they make is followed as a parameter is
+    ways: dict[str, tuple[bool, bool, bool]]  # of each parameter; see ``Tracked.ways``
 
 
 @dataclass
@@ -46,6 +67,7 @@ class CallUse:
     inputs: tuple[int, ...] = ()  # which tensors they are: a number for each; autograd sees to it that nobody changes them
     key: Key = ("", None, 0)
     gathered: bool = False  # its rows were chosen by what the data holds
+    differentiated: bool = True  # whether autograd can differentiate it, too
 
     @property
     def window(self) -> Window | None:
@@ -60,7 +82,8 @@ class Call:
     index: int
     capture: Capture
     shape: torch.Size  # of the output
-    site: Site | None = None  # while exploring, and if no sample came in here
+    under: Decisions
+    site: Site | None = None  # if no sample came in here
     viewed: bool = False  # whether the tap is on what the output is a view of
     uses: list[CallUse] = field(default_factory=list)
     counted: bool = False  # whether its samples are in num_samples already: a second backward pass is another draw
@@ -116,8 +139,7 @@ class Capture(TorchFunctionMode):
         self.anchor = torch.zeros((), device=self.device, requires_grad=True)
         self.layouts: dict[Key, Layout] = {}
         self.listener: Listener | None = None
-        # Calls that no sample comes into, and why what they make is followed as a parameter is.
-        self._early: dict[Site, str] = {}
+        self._early: dict[Site, str] = {}  # see ``Decisions``; from the next forward pass on
         self._counter, self._numbers = itertools.count(), itertools.count()
         self._eager: list[AbstractContextManager[None]] = []
         self._keepers: list[Hooks | None] = []  # what autograd's saved tensors went through when the mode was entered
@@ -141,15 +163,34 @@ class Capture(TorchFunctionMode):
         ``exploring``: stand-ins keep autograd's own path to every parameter open beside the tap. ``num_samples``: of the
         batch, where known; needed to expand. ``offsets``: where packed samples begin and end.
         """
-        self.num_samples, self.offsets, self._exploring = num_samples, offsets, exploring
+        self.offsets = offsets
         for tracked in self.tracked.values():
             tracked.begin(exploring)
-        self._made: dict[str, Made] = {}  # of parameters, in this forward pass
-        self._visits: Counter[str] = Counter()  # covered calls, by their first parameter, and what was made of some, by how
+        ways = {tracked.name: tracked.ways for tracked in self.tracked.values()}
+        self._now = Decisions(exploring, num_samples, dict(self._early), ways)
         self._gathered: dict[int, weakref.ref[Tensor]] = {}
         self._seen = WeakTensorKeyDictionary()  # inputs of calls, numbered
         # Views are held while they are known by their id, which Python would give to another tensor.
         self._references = {id(t.parameter): Reference(t.parameter, t) for t in self.tracked.values()}
+
+    @contextmanager
+    def again(self, root: Tensor) -> Iterator[None]:
+        """Where parts of the forward pass behind ``root`` run again: under the decisions that were in force in it."""
+        first = next(filter(None, map(self._call_of, graph(root))), None)
+        then, now = self._now if first is None else first.under, self._now
+        if then is now:
+            yield
+            return
+        self._set(then)
+        try:
+            yield
+        finally:
+            self._set(now)
+
+    def _set(self, decisions: Decisions) -> None:
+        self._now = decisions
+        for name, tracked in self.tracked.items():
+            tracked.ways = decisions.ways[name]
 
     @property
     def narrow(self) -> bool:
@@ -158,23 +199,24 @@ class Capture(TorchFunctionMode):
         cast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16
         return cast or any(t.parameter.dtype == torch.float16 for t in self.tracked.values())
 
-    def followed(self, name: str) -> Tracked:
-        """The parameter of this name, or what the last forward pass made of parameters."""
-        return self._made[name] if name in self._made else self.tracked[name]
+    def followed(self, root: Tensor) -> dict[str, Tracked]:
+        """The parameters, and what was made of them and used on the way to ``root``, by name."""
+        return {**self.tracked, **{use.tracked.name: use.tracked for call, _ in self.calls(root) for use in call.uses}}
 
-    def follow_further(self, root: Tensor, names: Container[str], reason: str) -> set[str]:
-        """From the next forward pass on, follow what is made of these, by calls that no sample comes into, as parameters; those of
-        which something is made that was not followed yet.
+    def follow_further(self, root: Tensor, names: Container[str], reason: str) -> bool:
+        """From the next forward pass on, follow what is made of these, by calls that no sample comes into, as parameters; whether
+        there are such calls behind ``root``.
         """
-        followed = set()
-        for call, _ in self.calls(root):
-            mine = {use.tracked.name for use in call.uses}
-            if call.site is not None and call.site not in self._early and all(name in names for name in mine):
-                self._early[call.site] = reason
-                followed |= mine
-        if followed:  # what is made of parameters is numbered, and will have other numbers
+        calls = [call for call, _ in self.calls(root) if all(use.tracked.name in names for use in call.uses)]
+        sites = {call.site for call in calls if call.site is not None}
+        if sites - self._early.keys():  # what is made of parameters is numbered, and will have other numbers
             self.layouts = {key: layout for key, layout in self.layouts.items() if key[0] in self.tracked}
-        return followed
+        self._early.update((site, reason) for site in sites)
+        return bool(sites)
+
+    def outdated(self, root: Tensor) -> bool:
+        """Whether the forward pass behind ``root`` came before something was decided that has been in force since."""
+        return any(call.site in self._early for call, _ in self.calls(root))
 
     def forget(self, name: str) -> None:
         """Stop tracking a parameter."""
@@ -232,9 +274,9 @@ class Capture(TorchFunctionMode):
         if uses is None:
             return self._uncovered(func, args, kwargs, found, f"no rule for {_name(func)}")
         found = [r for r in found if any(use.parameter is r.tensor for use in uses)]
-        site = self._site(args, kwargs, found)
-        if site in self._early:
-            return self._uncovered(func, args, kwargs, found, self._early[site])
+        site = self._site(func, args, kwargs, found)
+        if site in self._now.early:
+            return self._uncovered(func, args, kwargs, found, self._now.early[site])
         stand_ins = {id(r.tensor): r.stand_in(r.tracked.differentiated) for r in found}
         args, kwargs = _replaced(args, stand_ins), _replaced(kwargs, stand_ins)
         out = func(*args, **kwargs)
@@ -302,17 +344,13 @@ class Capture(TorchFunctionMode):
             reference.tracked.give_up(f"no rule for {_name(func)} of what is made of it")
         return uses
 
-    def _site(self, args: Any, kwargs: Any, found: list[Reference]) -> Site | None:
-        """Of a covered call, where it matters: if no sample comes into it.
-
-        By a parameter, where it is of one: such calls are seen, and numbered, whatever is followed of what parameters make.
-        """
-        if not (self._exploring or self._early):
+    def _site(self, func: Any, args: Any, kwargs: Any, found: list[Reference]) -> Site | None:
+        """Of a covered call, where it matters: if no sample comes into it."""
+        if not (self._now.exploring or self._now.early) or not self._before_samples(args, kwargs, found):
             return None
-        name = next((r.tracked.name for r in found if not isinstance(r.tracked, Made)), found[0].tracked.name)
-        site = (name, self._visits[name])
-        self._visits[name] += 1
-        return site if self._before_samples(args, kwargs, found) else None
+        mine = {id(r.tensor) for r in found}
+        others = [tensor for tensor in _tensors((args, kwargs)) if id(tensor) not in mine]
+        return Site(_structure(func, found), frozenset(itertools.chain(*(tensor.shape for tensor in others))))
 
     def _before_samples(self, args: Any, kwargs: Any, found: list[Reference]) -> bool:
         """Whether a call is of parameters alone, or of them and tensors that no parameter went into."""
@@ -353,15 +391,12 @@ class Capture(TorchFunctionMode):
     def _make(self, func: Any, outputs: list[Tensor], found: list[Reference], reason: str) -> None:
         """Follow what a call has made of parameters alone as parameters."""
         sources = tuple({t.name: t for r in found for t in r.tracked.sources}.values())
-        lost = any(t.looped for t in sources)
+        lost = not all(t.caught for t in sources)
         for source in sources:
             source.give_up(reason) if lost else source.chain(reason)
         for out in outputs:
             if not lost and id(out) not in self._references:
-                what = f"what {_name(func)} makes of {' and '.join(t.name for t in sources)}"
-                self._visits[what] += 1
-                name = f"{what} ({self._visits[what]})"  # the same in every batch
-                self._made[name] = made = Made(name, out, sources)
+                made = Made(_name(func), out, sources, _structure(func, found))
                 self._references[id(out)] = Reference(out, made, version=out._version)
 
     def _is_part(self, out: Tensor, tracked: Tracked) -> bool:
@@ -379,10 +414,10 @@ class Capture(TorchFunctionMode):
         caught = [(use, r) for use, r in zip(uses, references, strict=True) if r.tracked.caught]
         if not caught:
             return out
-        if self.num_samples is not None and any(r.tracked.expanding for _, r in caught):
-            out = out.expand(_with_samples(self.num_samples, out.shape))
+        if self._now.num_samples is not None and any(r.tracked.expanding for _, r in caught):
+            out = out.expand(_with_samples(self._now.num_samples, out.shape))
         saved: list[Tensor] = []
-        call = Call(next(self._counter), self, out.shape, site)
+        call = Call(next(self._counter), self, out.shape, self._now, site)
         for use, reference in caught:
             picks = []
             for tensor in use.inputs:
@@ -391,46 +426,51 @@ class Capture(TorchFunctionMode):
                 picks.append(next(i for i, s in enumerate(saved) if s is tensor))
             form = use.form if reference.window is None else part(use.form, reference.window, reference.tracked.parameter)
             inputs = tuple(self._seen.setdefault(tensor, next(self._numbers)) for tensor in use.inputs)
-            call.uses.append(CallUse(reference.tracked, form, tuple(picks), inputs, gathered=gathered))
+            differentiated = reference.tracked.differentiated
+            call.uses.append(
+                CallUse(reference.tracked, form, tuple(picks), inputs, gathered=gathered, differentiated=differentiated)
+            )
         saved = [tensor.detach() if id(tensor) in self._references else tensor for tensor in saved]
-        self._learn_num_samples(call, out)
         tapped = _Tap.apply(_own(out, given), self.anchor, call, *saved)
         call.viewed = tapped.shape != out.shape
         return tapped.view(out.shape) if call.viewed else tapped
-
-    def _learn_num_samples(self, call: Call, out: Tensor) -> None:
-        # Around a user's own forward nobody says how many samples the batch has; an earlier layer of known layout does.
-        use = call.uses[0]
-        layout = self.layouts.get((use.tracked.name, use.window, 0))
-        if self.num_samples is None and layout is not None and layout.kind is Kind.AXIS:
-            self.num_samples = out.shape[layout.axis]
 
     # -- the graph behind a loss
 
     def calls(self, root: Tensor) -> list[tuple[Call, Any]]:
         """The taps that ``root`` depends on, in the order of the forward pass, each with its autograd node.
 
-        Read off the graph, so a forward pass that is never differentiated counts for nothing. Also numbers the uses of
-        each parameter, or part of one, in this order: the number is the last entry of a use's key. A parameter with a use that
-        was not caught, because no function shows it, goes to the fallback.
+        Read off the graph, so a forward pass that is never differentiated counts for nothing. Also numbers what was made of
+        parameters, and the uses of each, or of a part of one, in this order: the number is the last entry of a use's key. A
+        parameter with a use that was not caught, because no function shows it, goes to the fallback; one of which something was
+        made and used is in the chain rule, whatever was decided since.
         """
         found = []
         uncaught = {id(leaf): t for t in self.tracked.values() for leaf in (t.outer, t.parameter)}
         for node in graph(root, closed=True):
-            call = getattr(node, "call", None)
-            if isinstance(call, Call) and call.capture is self:
+            if (call := self._call_of(node)) is not None:
                 found.append((call, node))
             hidden = uncaught.get(id(getattr(node, "variable", None)))
             if hidden is not None:
                 hidden.give_up("a use that no torch function shows")
         found.sort(key=lambda pair: pair[0].index)
         numbers: defaultdict[tuple[str, Window | None], int] = defaultdict(int)
+        made: defaultdict[str, list[Made]] = defaultdict(list)
         for call, _ in found:
             for use in call.uses:
+                one = use.tracked
+                if isinstance(one, Made) and all(one is not other for other in made[one.kind]):
+                    made[one.kind].append(one)
+                    one.name = f"{one.kind} ({len(made[one.kind])})"
+                    one.chain(one.reason)
                 which = (use.tracked.name, use.window)
                 use.key = (*which, numbers[which])
                 numbers[which] += 1
         return found
+
+    def _call_of(self, node: Any) -> Call | None:
+        call = getattr(node, "call", None)
+        return call if isinstance(call, Call) and call.capture is self else None
 
     def only_broadcast(self, root: Tensor, name: str) -> bool:
         """Whether all that ``root`` makes of a parameter's uses is sums and products that have the sample axis in front, where a
@@ -525,6 +565,10 @@ def _entries(index: Any) -> tuple[Any, ...]:
 
 def _name(func: Any) -> str:
     return getattr(func, "__name__", str(func))
+
+
+def _structure(func: Any, found: list[Reference]) -> int:
+    return hash((_name(func), *((r.tracked.structure, r.window) for r in found)))
 
 
 def _keeps_derivative(func: Any, args: Any, out: Any) -> bool:

@@ -12,6 +12,7 @@ from collections import Counter, defaultdict
 from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, combinations
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -103,6 +104,7 @@ class Passes:
     def __init__(self, capture: Capture, collectors: Sequence[Collector]) -> None:
         self.capture, self.collectors = capture, collectors
         self._separate = any(collector.separate for collector in collectors)
+        self._combine: set[tuple[Any, ...]] = set()  # the ways in which a parameter was used several times that combine
         self.locator = Locator(capture)
         self._underflow: dict[str, tuple[int | Tensor, int]] = {}  # of each parameter: subnormal float16 gradients, and all
 
@@ -184,16 +186,20 @@ class Passes:
         found = torch.stack(list(leaks.values())).tolist() if leaks else []
         return suspects | {key for key, leaking in zip(leaks, found, strict=True) if leaking}
 
-    def route_mixed_forms(self, root: Tensor) -> None:
+    def route_mixed_forms(self, calls: Sequence[Call]) -> None:
         """Of parameters that are used in forms which do not combine, sum the sample gradients over the uses."""
         uses: defaultdict[str, list[CallUse]] = defaultdict(list)
-        for call, _ in self.capture.calls(root):
+        for call in calls:
             for use in call.uses:
                 uses[use.tracked.name].append(use)
-        for mine in uses.values():
-            reason = None if mine[0].tracked.in_chain else _conflict(mine)
-            if reason is not None:
-                mine[0].tracked.chain(reason)
+        for name, mine in uses.items():
+            ways = (name, frozenset((use.window, use.form) for use in mine), len(mine))
+            if len(mine) > 1 and ways not in self._combine and not mine[0].tracked.in_chain:
+                reason = _conflict(mine)
+                if reason is None:
+                    self._combine.add(ways)
+                else:
+                    mine[0].tracked.chain(reason)
 
     # -- counting
 
@@ -203,6 +209,7 @@ class Passes:
         ``every``: see ``Locator.begin``. Returns the calls that the root depends on.
         """
         calls = [call for call, _ in self.capture.calls(root)]
+        self.route_mixed_forms(calls)
         groups: defaultdict[Group, list[CallUse]] = defaultdict(list)
         for call in calls:
             for use in call.uses:
@@ -275,7 +282,7 @@ class Passes:
                     f"{group[0]}: its {len(expected)} uses must each be visited once by the backward pass, got {visited[group]} "
                     "visits; part of the graph was cut or replaced after the forward pass. Nothing of this batch is trusted"
                 )
-        self._hand_over_chained(batch, one.scale, number)
+        self._hand_over_chained(batch, one, number)
 
     def _fold(self, batch: _Batch, one: Pass, call: Call, g: Tensor, saved: tuple[Tensor, ...], tagged: Container[Key]) -> bool:
         """Add a pass to a call's others; False where they cannot be added up, or its rows are being looked at."""
@@ -312,7 +319,7 @@ class Passes:
         for collector in self.collectors:
             collector.add(tracked, form, rows, scale, number)
 
-    def _hand_over_chained(self, batch: _Batch, scale: float, number: int) -> None:
+    def _hand_over_chained(self, batch: _Batch, one: Pass, number: int) -> None:
         """The sample gradients that are sums over the uses of a parameter and of what is made of it, some samples at a time."""
         tracked = [t for t in self.capture.tracked.values() if t.chained]
         if not tracked:
@@ -324,13 +331,14 @@ class Passes:
             sums = {t.name: _zeros(last - first, t.detached) for t in tracked}
             for made, form, rows in batch.chained:
                 with self.capture.aside():
-                    gradients = form.gradients(rows.samples(first, last), made.parameter.shape).to(made.parameter.dtype)
+                    gradients = form.gradients(rows.samples(first, last), made.parameter.shape) * one.loss_scale
+                    gradients = gradients.to(made.parameter.dtype)
                 for n, gradient in enumerate(gradients):
                     for source, pulled in zip(made.sources, made.pull(gradient), strict=True):
                         if source.name in sums:
-                            sums[source.name][n] += pulled
+                            sums[source.name][n] += one.unscaled(pulled)
             for which in tracked:
-                self.hand_over_gradients(which, sums[which.name], first, scale, number)
+                self.hand_over_gradients(which, sums[which.name], first, one.scale, number)
         batch.chained.clear()
 
     def _count_underflow(self, use: CallUse, g: Tensor) -> None:
@@ -371,7 +379,7 @@ class Passes:
         self.capture.listener = listener
         try:
             # Gradient checkpointing runs parts of the forward pass again, and they must be caught again.
-            with torch._C._EnableTorchFunction(), self.capture:
+            with self.capture.again(root), torch._C._EnableTorchFunction(), self.capture:
                 return _run_backward((root,), (cotangent,), keep, False, tuple(inputs), True, accumulate_grad=False)
         finally:
             self.capture.listener = None

@@ -37,6 +37,11 @@ class Tracked:
         return (self,)
 
     @property
+    def structure(self) -> int:
+        """A number for how it is made, the same in every forward pass."""
+        return hash(self.name)
+
+    @property
     def in_chain(self) -> bool:
         """Whether its uses are summed, sample by sample, for a parameter in the chain rule."""
         return any(source.chained for source in self.sources)
@@ -56,6 +61,15 @@ class Tracked:
         self.follow()
         self.caught, self.expanding = not self.looped, self.expand
         self.differentiated = exploring or self.expand or not self.caught
+
+    @property
+    def ways(self) -> tuple[bool, bool, bool]:
+        """The decisions that are in force."""
+        return self.caught, self.differentiated, self.expanding
+
+    @ways.setter
+    def ways(self, ways: tuple[bool, bool, bool]) -> None:
+        self.caught, self.differentiated, self.expanding = ways
 
     def follow(self) -> None:
         """Have the stand-ins share the parameter's memory, also where somebody gave it another (``parameter.data = ...``)."""
@@ -82,8 +96,10 @@ class Made(Tracked):
     For the uses that follow it is a parameter, of this forward pass: its sample gradients are those of its sources, by the chain rule.
     """
 
-    def __init__(self, name: str, tensor: Tensor, sources: tuple[Tracked, ...]) -> None:
-        self.name, self.parameter, self._sources = name, tensor, sources
+    def __init__(self, by: str, tensor: Tensor, sources: tuple[Tracked, ...], structure: int) -> None:
+        self.kind = self.name = f"what {by} makes of {' and '.join(t.name for t in sources)}"  # the name is numbered later
+        self.parameter, self._sources, self._structure = tensor, sources, structure
+        self.reason = sources[0].fallback or ""  # why these are in the chain
         self.outer, self.detached = tensor, tensor.detach()
         self.leaf = Door.apply(tensor) if any(t.differentiated for t in sources) else tensor
         self.fallback, self.chained, self.expand = "made of parameters", False, False
@@ -95,6 +111,11 @@ class Made(Tracked):
         """See ``Tracked``."""
         return self._sources
 
+    @property
+    def structure(self) -> int:
+        """See ``Tracked``."""
+        return self._structure
+
     def follow(self) -> None:
         """See ``Tracked``: it is nobody's to move."""
 
@@ -102,6 +123,11 @@ class Made(Tracked):
         """See ``Tracked``."""
         for source in self.sources:
             source.give_up(reason)
+
+    def chain(self, reason: str) -> None:
+        """See ``Tracked``."""
+        for source in self.sources:
+            source.chain(reason)
 
     def pull(self, gradient: Tensor) -> list[Tensor]:
         """See ``Tracked``. The graph is kept."""

@@ -134,7 +134,7 @@ def test_outputs_of_linear_maps_of_sequences_are_not_copied():
             assert not {(2, 7, 5), (2, 7, 4)} & set(copies.shapes)
 
 
-def test_a_linear_map_without_samples_is_expanded_from_the_second_batch_on():
+def test_a_linear_map_without_samples_is_followed_from_the_second_batch_on():
     table = torch.randn(1, 7, 2).double()
     model = networks.Wrapped(
         lambda m, x: m.head(torch.tanh(m.first(x) + m.inner(table))),
@@ -146,7 +146,7 @@ def test_a_linear_map_without_samples_is_expanded_from_the_second_batch_on():
             stats.backward(per_sample_loss(model, x, y))
     result = stats.result()
     assert oracle.error(result.diagonal(dtype=torch.float64), oracle.diagonal(model, batches, oracle.cross_entropy)) < EXACT
-    assert result.coverage["inner.weight"] == "linear_sq_", result.coverage
+    assert result.coverage.ways["inner.weight"] == "chain", result.coverage
 
 
 def test_a_view_of_an_input_is_copied_before_it_is_written():

@@ -18,6 +18,7 @@ from fisherfast.accumulator import Accumulator, RunningSum
 from fisherfast.capture import graph
 from fisherfast.fisher.run import Run
 from fisherfast.passes import Passes
+from fisherfast.tracked import Made
 
 STRUCTURES = ["diagonal", "kfac", "ekfac"]
 MANY = 227  # samples: no factor of the networks has seen fewer rows than a third of its columns
@@ -256,7 +257,8 @@ def saved_by_the_graph(model, batch):
     begin = Passes.run
 
     def reading(self, root, *more, **options):
-        made = [one.parameter for one in self.capture._made.values()]  # of parameters: behind them the graph is kept as well
+        used = [use.tracked for call, _ in self.capture.calls(root) for use in call.uses]
+        made = [one.parameter for one in used if isinstance(one, Made)]  # of parameters: behind them the graph is kept as well
         tensors = [root]
         for node in itertools.chain(*map(graph, [root, *made])):
             fields = [getattr(node, field) for field in dir(node) if field.startswith("_saved_")]

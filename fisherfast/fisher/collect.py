@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fisherfast.capture import Key, Tracked
+from fisherfast.capture import Key
 from fisherfast.collector import Samples
 from fisherfast.fisher.protocol import Provenance
 from fisherfast.fisher.run import Run, model_name
@@ -65,8 +65,7 @@ class collect:
         self._loss_scale = loss_scale
         self._run = Run(model, structures, Provenance(fisher_type=fisher_type, model=model_name(model)), allow_missing)
         self._explored = False  # whether the parameters' forms are known, and samples were told apart at least once
-        # In the fallback for the batch at hand; from the next on each is to be expanded (True), or followed further.
-        self._postponed: dict[str, bool] = {}
+        self._postponed: set[str] = set()  # in the fallback for the batch at hand, to be followed further from the next on
 
     def __enter__(self) -> collect:
         self._run.capture.__enter__()
@@ -85,9 +84,9 @@ class collect:
             self._check(loss)
             N = loss.shape[0]
             run.check_finite(loss, "the loss")
-            if not self._explored:
+            if not self._explored or capture.outdated(loss):
                 self._explore(loss)
-            self._check_fallback()
+            self._check_fallback(loss)
             with run.transaction(Samples(N)):
                 looped = bool(run.looped)
                 calls = run.passes.run(loss, [self._pass(torch.ones_like(loss))], 1, keep=looped or retain_graph)
@@ -98,8 +97,8 @@ class collect:
             run.num_samples += N if fresh else 0
             run.num_positions += N if fresh else 0
             run.batches += 1
-            for name, expand in self._postponed.items():
-                capture.tracked[name].expand, capture.tracked[name].fallback = expand, None
+            for name in self._postponed:
+                capture.tracked[name].fallback = None
                 run.ops[name] = f"loop: {NO_AXIS}, in the first batches"
             self._postponed.clear()
             capture.begin(exploring=not self._explored)
@@ -123,9 +122,9 @@ class collect:
     def _explore(self, loss: Tensor) -> None:
         """First batches: which parameters are reached, in which forms, and where their sample axis is."""
         run = self._run
-        run.check_reached(loss)
+        if not run.batches:
+            run.check_reached(loss)
         run.note_uses(loss)
-        run.passes.route_mixed_forms(loss)
         if loss.shape[0] > 1:
             findings = run.passes.probe(loss, torch.ones_like(loss))
             self._route_mixing(loss, findings, sorted(mixing(findings, run.capture.tracked)))
@@ -134,35 +133,36 @@ class collect:
     def _route_mixing(self, loss: Tensor, findings: dict[Key, Finding], names: list[str]) -> None:
         """Parameters without a sample axis where they are used.
 
-        The forward pass is the user's and cannot be run again: loop over this batch's samples, and from the next on expand them, or
-        follow them to where a sample comes in, if one of the two may help.
+        The forward pass is the user's and cannot be run again: loop over this batch's samples, and follow what is made of them from
+        the next on, if there is more to follow. In a later batch an axis may be as long as the batch by chance.
         """
         capture = self._run.capture
+        followed = capture.followed(loss)
+        calls = [call for call, _ in capture.calls(loss)]
+        free = {use.key for call in calls if call.site and not call.site.may_hold(len(loss)) for use in call.uses}
+        with_axis = {key[0] for key, one in findings.items() if one.mixes_samples and one.had_sample_axis and key not in free}
         for name in names:
-            if not (capture.followed(name).expand or capture.followed(name).in_chain):
-                _refuse_statistics(name, [f for key, f in findings.items() if key[0] == name and f.mixes_samples])
-        mixed = {name: capture.followed(name) for name in names}
-        broadcast = {name for name, t in mixed.items() if not (t.expand or t.in_chain) and capture.only_broadcast(loss, name)}
-        followed = capture.follow_further(loss, mixed.keys() - broadcast, NO_AXIS)
-        for name, one in mixed.items():
-            one.expand = False
-            if name in broadcast | followed and not any(source.looped for source in one.sources):
-                self._postpone(one, expand=name in broadcast)
-            else:
-                one.give_up(NO_AXIS)
-
-    def _postpone(self, tracked: Tracked, expand: bool) -> None:
-        for source in tracked.sources:
+            if name in with_axis and not self._run.batches:
+                raise ValueError(
+                    f"{name}: a row must belong to one sample, got rows that depend on several; batch statistics and contrastive losses "
+                    "have no per-sample gradient. If this is a table that has no sample axis but is as long as the batch, use ff.fisher, "
+                    "which can tell, or another batch size"
+                )
+        further = capture.follow_further(loss, set(names) - with_axis, NO_AXIS)
+        for source in {source.name: source for name in names for source in followed[name].sources}.values():
+            if further and not source.looped:
+                self._postponed.add(source.name)
             source.give_up(NO_AXIS)
-            self._postponed[source.name] = expand
 
-    def _check_fallback(self) -> None:
-        tracked = self._run.capture.tracked
-        late = [name for name in self._run.looped if not tracked[name].differentiated]
+    def _check_fallback(self, loss: Tensor) -> None:
+        """Raise ValueError if a parameter is to be differentiated by autograd, and is used where that is cut off."""
+        calls = self._run.capture.calls(loss)
+        cut = {source.name for call, _ in calls for use in call.uses if not use.differentiated for source in use.tracked.sources}
+        late = [name for name in self._run.looped if name in cut]
         if late:
             raise ValueError(
                 f"{late[0]}: its uses must be those of the first batch, got a function without a rule in a later one "
-                f"({tracked[late[0]].fallback}); use ff.fisher, or begin with a batch that shows all uses"
+                f"({self._run.capture.tracked[late[0]].fallback}); use ff.fisher, or begin with a batch that shows all uses"
             )
 
     def _loop(self, loss: Tensor) -> None:
@@ -183,13 +183,3 @@ class collect:
         """The only result, where one structure was asked for."""
         (result,) = self.results()
         return result
-
-
-def _refuse_statistics(name: str, findings: list[Finding]) -> None:
-    """Raise ValueError if rows that depend on several samples have an axis for them."""
-    if any(finding.had_sample_axis for finding in findings):
-        raise ValueError(
-            f"{name}: a row must belong to one sample, got rows that depend on several; batch statistics and contrastive losses "
-            "have no per-sample gradient. If this is a table that has no sample axis but is as long as the batch, use ff.fisher, "
-            "which can tell, or another batch size"
-        )

@@ -278,7 +278,7 @@ class Measurement:
             else:
                 self.run.check_reached(values)
             self.run.note_uses(values)
-            self.run.passes.route_mixed_forms(values)
+            self.run.passes.route_mixed_forms([call for call, _ in self.capture.calls(values)])
             self._explored = True
         if few.N > 1:
             mixing = self._probe(values)
@@ -295,7 +295,9 @@ class Measurement:
         return mixing(self.run.passes.probe(values, cotangent), self.capture.tracked)
 
     def _resolve(self, few: Batch, values: Tensor, mixing: set[str]) -> None:
-        """Parameters without a sample axis where they are used: expand there if that works, else the fallback."""
+        """Parameters without a sample axis where they are used: expand them there, else follow them to where a sample comes in,
+        else the fallback.
+        """
         for n in range(few.N):
             alone = self._values(few.cut(n, n + 1))
             together = values[n : n + 1, : alone.shape[1]] if few.offsets is not None else values[n : n + 1]
@@ -305,22 +307,18 @@ class Measurement:
                     f"{float((alone - together).detach().abs().max()):.2g}); rows that mix samples reach {sorted(mixing)[:3]}. Batch "
                     "statistics and contrastive losses have no per-sample gradient"
                 )
-        for name in self._still_mixing(few, values, mixing):
-            self.capture.followed(name).give_up(NO_AXIS)
-
-    def _still_mixing(self, few: Batch, values: Tensor, mixing: set[str]) -> set[str]:
-        """Expand parameters to the samples where they are used, or follow them to where a sample comes in; those for which
-        neither helps.
-        """
         if few.offsets is None:  # packed samples have no axis to expand to
             mixing = self._not_expanded(few, values, mixing)
         while mixing and self.capture.follow_further(values, mixing, NO_AXIS):
             values = self._values(few)
             mixing = self._probe(values)
-        return mixing
+        followed = self.capture.followed(values)
+        for name in mixing:
+            followed[name].give_up(NO_AXIS)
 
     def _not_expanded(self, few: Batch, values: Tensor, mixing: set[str]) -> set[str]:
-        tracked = [self.capture.followed(name) for name in mixing]
+        followed = self.capture.followed(values)
+        tracked = [followed[name] for name in mixing]
         for one in tracked:
             one.expand = not one.in_chain and self.capture.only_broadcast(values, one.name)
         try:

@@ -40,7 +40,7 @@ def _matmul(input, other):
 def _stacked(x: Tensor, weight: Tensor, product):
     """``product`` of matrices ``[..., G, *, *]`` and those of a weight ``[G, *, *]``, or of either with one of the other."""
     G, of_x = len(weight), x.shape[-3]
-    if G > _MOST_MATRICES or (1 not in (G, of_x) and G != of_x):
+    if not 0 < G <= _MOST_MATRICES or (1 not in (G, of_x) and G != of_x):
         return NotImplemented
     if G == 1:
         return product(x, weight.squeeze(0))
@@ -108,7 +108,7 @@ def _terms(equation: str, operands: Sequence[Tensor]) -> list[str]:
         same = len(its) == operand.dim() and all(
             sizes.setdefault(name, size) == size for name, size in zip(its, operand.shape, strict=True)
         )
-        if not same or len(set(its)) < len(its):
+        if not same or len(set(its)) < len(its) or not operand.numel():
             return []
     return terms if len(set(terms[-1])) == len(terms[-1]) and set(terms[-1]) <= sizes.keys() else []
 
@@ -125,12 +125,15 @@ def _pair(a: Tensor, of_a: str, b: Tensor, of_b: str, output: str):
     columns = [name for name in of_weight if name not in shared]
     sizes = dict(zip(of_x + of_weight, x.shape + weight.shape, strict=True))
     of_rows, of_each, inner, outer = ([sizes[name] for name in names] for names in (rows, each, summed, columns))
+    rounded = torch.is_autocast_enabled(x.device.type)  # einsum's products of matrices are, and no others
+    if rounded and not summed:
+        return NotImplemented
     x = _ordered(x, of_x, rows + each + summed)
-    if each and not columns and not torch.is_autocast_enabled(x.device.type):  # which would round the product of matrices
+    if each and not columns and not rounded:
         result = x * _ordered(weight, of_weight, each + summed)
         result = result.flatten(len(rows + each)).sum(-1) if summed else result
-        return _ordered(result, "".join(rows + each), output)
-    x = x.reshape(*of_rows, math.prod(of_each), math.prod(inner)) if each else x.reshape(*of_rows, math.prod(inner))
+        return _ordered(result, "".join(rows + each), output).contiguous()
+    x = x.reshape([*of_rows, *([math.prod(of_each)] if each else []), math.prod(inner)])
     if not each:
         if of_weight == "".join(columns + summed):
             result = F.linear(x, weight.reshape(math.prod(outer), math.prod(inner)))
@@ -144,7 +147,7 @@ def _pair(a: Tensor, of_a: str, b: Tensor, of_b: str, output: str):
         if result is NotImplemented:
             return NotImplemented
         result = result.squeeze(-2)
-    return _ordered(result.reshape(*of_rows, *of_each, *outer), "".join(rows + each + columns), output)
+    return _ordered(result.reshape([*of_rows, *of_each, *outer]), "".join(rows + each + columns), output).contiguous()
 
 
 def _summed(tensor: Tensor, axes: str, needed: str) -> tuple[Tensor, str]:

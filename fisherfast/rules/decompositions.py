@@ -48,6 +48,8 @@ def _bilinear(input1, input2, weight, bias=None):
 
 @decomposes(torch.bmm, Tensor.bmm)
 def _bmm(input, mat2):
+    if not len(input):
+        return NotImplemented
     return torch.stack([torch.mm(x, w) for x, w in zip(input.unbind(0), mat2.unbind(0), strict=True)])
 
 
@@ -63,12 +65,15 @@ def _grouped_mm(input, mat2, *, offs=None, bias=None, out_dtype=None):
 
 @decomposes(torch.baddbmm, Tensor.baddbmm)
 def _baddbmm(input, batch1, batch2, *, beta=1, alpha=1):
-    product = _bmm(batch1, batch2)
-    return torch.add(input if beta == 1 else beta * input, product if alpha == 1 else alpha * product)
+    product = torch.bmm(batch1, batch2)
+    sums = torch.add(input if beta == 1 else beta * input, product if alpha == 1 else alpha * product)
+    return sums.to(product.dtype)  # that of autocast, where it is on
 
 
 @decomposes(torch.addcmul, Tensor.addcmul)
-def _addcmul(input, tensor1, tensor2, *, value=1):
+def _addcmul(input, tensor1, tensor2, *third, value=1):
+    if third:  # the old order, a value first
+        return NotImplemented
     product = tensor1 * tensor2
     return torch.add(input, product if value == 1 else value * product)
 

@@ -239,10 +239,14 @@ def _one_size(images: list[Tensor]) -> list[Tensor]:
 
 @dataclass(frozen=True)
 class Elementwise(Form):
-    """A parameter that multiplies or is added under broadcasting; ``prepare`` recomputes x from what was saved."""
+    """A parameter that multiplies or is added under broadcasting; ``prepare`` recomputes x from what was saved.
+
+    ``negative``: it is subtracted.
+    """
 
     shape: tuple[int, ...]
     prepare: Callable[[Tensor], Tensor] | None = field(default=None, compare=False)
+    negative: bool = False
     op = "scale_sq_"
 
     def rows(self, g: Tensor, inputs: tuple[Tensor, ...]) -> Rows:
@@ -251,7 +255,7 @@ class Elementwise(Form):
         if inputs:
             (x,) = inputs if self.prepare is None else (self.prepare(inputs[0]),)
             x = self._flat(like(x, g.dtype, g.shape))
-        return Rows(x, self._flat(g))
+        return Rows(x, self._flat(-g if self.negative else g))
 
     def _flat(self, tensor: Tensor) -> Tensor:
         if len(self.shape) == 1 and self.shape[0] == tensor.shape[-1]:

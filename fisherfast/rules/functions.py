@@ -29,7 +29,12 @@ def _addmm(input, mat1, mat2, *, beta=1, alpha=1):
         yield Use(input, Elementwise(tuple(input.shape)))
 
 
-@rule(torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__)
+@rule(torch.mm, Tensor.mm)
+def _mm(input, mat2):
+    yield from _matmul(input, mat2)
+
+
+@rule(torch.matmul, Tensor.matmul, Tensor.__matmul__)
 def _matmul(input, other):
     if other.dim() == 2:
         yield Use(other, MatMul(transposed=True), (input,))
@@ -172,22 +177,23 @@ def _add(input, other, *, alpha=1):
 def _sub(input, other, *, alpha=1):
     if isinstance(input, Tensor) and isinstance(other, Tensor) and alpha == 1:
         yield Use(input, Elementwise(tuple(input.shape)))
-        yield Use(other, Elementwise(tuple(other.shape), _minus_one), (other,))
-
-
-def _minus_one(subtracted: Tensor) -> Tensor:
-    return torch.full_like(subtracted, -1)
+        yield Use(other, Elementwise(tuple(other.shape), negative=True))
 
 
 @rule(torch.div, torch.divide, torch.true_divide, Tensor.div, Tensor.divide, Tensor.true_divide, Tensor.__truediv__)
 def _div(input, other, *, rounding_mode=None):
     if isinstance(input, Tensor) and isinstance(other, Tensor) and rounding_mode is None:
-        yield Use(input, Elementwise(tuple(input.shape), torch.reciprocal), (other,))
-        yield Use(other, Elementwise(tuple(other.shape), partial(_by_divisor, divisor=other.detach())), (input,))
+        dtype = torch.promote_types(torch.result_type(input, other), torch.float32)
+        yield Use(input, Elementwise(tuple(input.shape), partial(_reciprocal, dtype)), (other,))
+        yield Use(other, Elementwise(tuple(other.shape), partial(_by_divisor, other.detach().to(dtype))), (input,))
 
 
-def _by_divisor(x: Tensor, divisor: Tensor) -> Tensor:
-    return -wide(x) / wide(divisor).square()
+def _reciprocal(dtype: torch.dtype, x: Tensor) -> Tensor:
+    return x.to(dtype).reciprocal()
+
+
+def _by_divisor(divisor: Tensor, x: Tensor) -> Tensor:
+    return -(x.to(divisor.dtype) / divisor / divisor)
 
 
 @rule(torch.rsub)
