@@ -146,7 +146,8 @@ class Capture(TorchFunctionMode):
         self.begin(exploring=True)
 
     def __enter__(self) -> Capture:
-        self._keepers.append(torch._C._autograd._top_saved_tensors_default_hooks(True))
+        outermost = not self._keepers  # inside, they are those of a part of the model
+        self._keepers.append(torch._C._autograd._top_saved_tensors_default_hooks(True) if outermost else self._keepers[-1])
         self._eager.append(_eager())
         self._eager[-1].__enter__()
         super().__enter__()

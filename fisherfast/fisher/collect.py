@@ -126,7 +126,7 @@ class collect:
             run.check_reached(loss)
         run.note_uses(loss)
         if loss.shape[0] > 1:
-            findings = run.passes.probe(loss, torch.ones_like(loss))
+            findings = run.passes.probe(loss, self._pass(torch.ones_like(loss)).cotangent)
             self._route_mixing(loss, findings, sorted(mixing(findings, run.capture.tracked)))
             self._explored = not self._postponed
 

@@ -63,6 +63,8 @@ def _tensordot(a, b, dims=2, out=None):
     of_a, of_b = (
         [axis % t.dim() for axis in ([axes] if isinstance(axes, int) else axes)] for axes, t in zip(dims, (a, b), strict=True)
     )
+    if not of_a:
+        return NotImplemented
     names = string.ascii_letters[: a.dim() + b.dim()]
     first, second = names[: a.dim()], list(names[a.dim() :])
     for axis_a, axis_b in zip(of_a, of_b, strict=True):

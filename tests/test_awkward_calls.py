@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Functions with rules, called in unusual ways: the model computes what it would, and the squares are autograd's."""
+
+import oracle
+import pytest
+import torch
+import torch.nn.functional as F
+from networks import Wrapped, parameter
+
+import fisherfast as ff
+
+D, C = 4, 3
+EXACT = 1e-12
+
+
+def changed_in_place(w, x):
+    made = w.exp() * 1.0
+    y = x - made
+    made.mul_(2)
+    return y
+
+
+def of_rows(w, x):
+    return torch.stack([torch.einsum("i,ij,j->", r, w.diag(), r) for r in x]).unsqueeze(1) * x
+
+
+CALLS = {
+    "uint8 by a weight": lambda w, x: (x.abs() * 50).to(torch.uint8) / w.exp(),
+    "bool by a weight": lambda w, x: (x > 0) / w.exp(),
+    "a weight by integers": lambda w, x: w / (x.abs() * 5 + 1).long(),
+    "a weight by float32": lambda w, x: w / (x.float().abs() + 1),
+    "a weight by a table": lambda w, x: x * (w / torch.tensor([1, 3, 7, 11])),
+    "quotients beyond the square's range": lambda w, x: x * 1e180 / (w.exp() * 1e180) + (x.relu() * 1e-180) / (w.exp() * 1e-180),
+    "a quotient by names": lambda w, x: torch.div(input=x, other=w.exp()),
+    "a rounded quotient": lambda w, x: x * w + torch.div(x, 2 + w.exp(), rounding_mode="floor"),
+    "a difference with a factor": lambda w, x: torch.sub(x, w, alpha=2),
+    "a reversed difference": lambda w, x: torch.rsub(w, x, alpha=3),
+    "a product of numbers": lambda w, x: x * torch.einsum("d,d->", w, w),
+    "a product of numbers by tensordot": lambda w, x: x * torch.tensordot(w, w, 1),
+    "everything summed": lambda w, x: x * torch.tensordot(w.diag(), torch.eye(D, dtype=w.dtype)),
+    "numbers on the way": lambda w, x: torch.einsum("d,dc,b,nb->nb", w, w.diag(), w, x),
+    "of one row at a time": of_rows,
+    "a result that is viewed": lambda w, x: (
+        x + torch.einsum("nabc,c->nba", x.view(-1, 2, 1, 2), w[:2]).view(len(x), -1).sum(1, keepdim=True)
+    ),
+    "a list of operands": lambda w, x: torch.einsum("nd,d->nd", [x, w]),
+    "axes as numbers": lambda w, x: torch.einsum(x, [0, 1], w, [1], [0, 1]),
+    "a repeated axis": lambda w, x: torch.einsum("nd,dd->nd", x, w.diag()),
+    "an axis of one": lambda w, x: torch.einsum("nd,d->nd", x, w[:1]),
+    "more matrices than are taken one by one": lambda w, x: (
+        x[:, :1].expand(-1, 70).unsqueeze(-1).unsqueeze(-1) @ w[:1].expand(70).view(70, 1, 1)
+    ).flatten(1)[:, :D],
+    "no matrices": lambda w, x: x * w + torch.matmul(x[:, :0, None, None], w[:0].view(0, 1, 1)).sum(),
+    "by the name of the second": lambda w, x: torch.mm(x, mat2=w.diag()),
+    "changed in place afterwards": changed_in_place,
+    "broadcast together": lambda w, x: torch.sub(*torch.broadcast_tensors(w, x)),
+    "mixed together": lambda w, x: torch.lerp(*torch.broadcast_tensors(w, x, x)),
+    "sums of numbers": lambda w, x: x * (w.sum() + w.exp().sum()),
+    "written through a view": lambda w, x: (x * 1.0)[:, 1:].mul_(w[1:]).sub_(w[:-1]).repeat(1, 2)[:, :D],
+}
+
+
+def model_of(call):
+    return Wrapped(lambda m, x: F.linear(call(m.w, x).to(m.v.dtype).relu(), m.v), w=parameter(D), v=parameter(C, D))
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_squares_and_outputs(name):
+    model = model_of(CALLS[name]).double()
+    batches = [(torch.randn(n, D, dtype=torch.float64), torch.randint(C, (n,))) for n in (7, 5, 1, 6)]
+    expected = oracle.diagonal(model, batches, oracle.cross_entropy)
+    result = ff.fisher(model, batches, fisher_type="empirical", progress=False)
+    assert oracle.error(result.diagonal(dtype=torch.float64), expected) < EXACT
+    outputs = []
+    with ff.collect(model, ff.Diagonal(), fisher_type="empirical") as stats:
+        for x, y in batches:
+            outputs.append(model(x))
+            stats.backward(F.cross_entropy(outputs[-1], y, reduction="none"))
+    for (x, _), output in zip(batches, outputs, strict=True):
+        assert torch.allclose(output, model(x), rtol=1e-13, atol=1e-13)
+    assert oracle.error(stats.result().diagonal(dtype=torch.float64), expected) < EXACT
+
+
+@pytest.mark.parametrize(
+    "equation", ["nd,d->nd", "nd,d->dn", "nd,d->n", "nd,c->ndc", "nd,cd->nc", "nd,->nd", "nd,d,d->nd", "nd,de->ne", "ntd,td->nt"]
+)
+def test_products_have_the_dtype_of_autocast(equation):
+    terms = equation.split("->")[0].split(",")
+    size = {"n": 7, "d": D, "c": 2, "e": D, "t": 5}
+    weights = [parameter(*(size[name] for name in term)) for term in terms[1:]]
+    model = Wrapped(
+        lambda m, x: m.seen.append(torch.einsum(equation, x, *m.ws)) or F.linear(x.flatten(1)[:, :D] + m.seen[-1].sum(), m.v),
+        ws=torch.nn.ParameterList(weights), v=parameter(C, D),
+    )  # fmt: skip
+    model.seen = []
+    x = torch.randn(*(size[name] for name in terms[0]))
+    with torch.autocast("cpu", torch.bfloat16):
+        model(x)
+        with ff.collect(model, ff.Diagonal(), fisher_type="empirical"):
+            model(x)
+    plain, captured = model.seen
+    assert (captured.dtype, captured.shape) == (plain.dtype, plain.shape)
+
+
+def test_baddbmm_has_the_dtype_of_autocast():
+    w, x = parameter(1, D, D), torch.randn(1, 7, D)
+    model = Wrapped(lambda m, x: torch.baddbmm(x, x, m.w), w=w)
+    with torch.autocast("cpu", torch.bfloat16):
+        plain = model(x)
+        with ff.collect(model, ff.Diagonal(), fisher_type="empirical"):
+            captured = model(x)
+    assert captured.dtype == plain.dtype == torch.bfloat16
