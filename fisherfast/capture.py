@@ -217,7 +217,7 @@ class Capture(TorchFunctionMode):
 
     def outdated(self, root: Tensor) -> bool:
         """Whether the forward pass behind ``root`` came before something was decided that has been in force since."""
-        return any(call.site in self._early for call, _ in self.calls(root))
+        return bool(self._early) and any(call.site in self._early for call, _ in self.calls(root))
 
     def forget(self, name: str) -> None:
         """Stop tracking a parameter."""

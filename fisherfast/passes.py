@@ -192,14 +192,16 @@ class Passes:
         for call in calls:
             for use in call.uses:
                 uses[use.tracked.name].append(use)
-        for name, mine in uses.items():
-            ways = (name, frozenset((use.window, use.form) for use in mine), len(mine))
-            if len(mine) > 1 and ways not in self._combine and not mine[0].tracked.in_chain:
-                reason = _conflict(mine)
-                if reason is None:
-                    self._combine.add(ways)
-                else:
-                    mine[0].tracked.chain(reason)
+        several = {name: mine for name, mine in uses.items() if len(mine) > 1 and not mine[0].tracked.in_chain}
+        for name, mine in several.items():
+            ways = (name, len(mine), frozenset((use.window, use.form) for use in mine))
+            if ways in self._combine:
+                continue
+            reason = _conflict(mine)
+            if reason is None:
+                self._combine.add(ways)
+            else:
+                mine[0].tracked.chain(reason)
 
     # -- counting
 

@@ -156,9 +156,12 @@ class collect:
 
     def _check_fallback(self, loss: Tensor) -> None:
         """Raise ValueError if a parameter is to be differentiated by autograd, and is used where that is cut off."""
-        calls = self._run.capture.calls(loss)
-        cut = {source.name for call, _ in calls for use in call.uses if not use.differentiated for source in use.tracked.sources}
-        late = [name for name in self._run.looped if name in cut]
+        looped = self._run.looped
+        if not looped:
+            return
+        uses = [use for call, _ in self._run.capture.calls(loss) for use in call.uses]
+        cut = {source.name for use in uses if not use.differentiated for source in use.tracked.sources}
+        late = [name for name in looped if name in cut]
         if late:
             raise ValueError(
                 f"{late[0]}: its uses must be those of the first batch, got a function without a rule in a later one "
