@@ -27,7 +27,7 @@ from fisherfast.fisher.gram import Gram
 from fisherfast.fisher.kfac import KFAC, KFACFisher
 from fisherfast.fisher.labelling import Labelling
 from fisherfast.fisher.requests import Diagonal
-from fisherfast.fisher.run import Run, model_name
+from fisherfast.fisher.run import Explored, Run, model_name
 from fisherfast.fisher.structure import Structure
 from fisherfast.layout import PROBED
 from fisherfast.likelihood import Likelihood, Predictions
@@ -88,10 +88,9 @@ def fisher(
     refuse_train_mode(model)
     path = None if checkpoint is None else Path(checkpoint)
 
-    def measurement(structures: tuple[Structure, ...]) -> Measurement:
-        return Measurement(
-            model, structures, labelling, sample_offset, output, loss_scale, allow_missing, transactional=checkpoint is not None
-        )
+    def measurement(structures: tuple[Structure, ...], known: Explored | None = None) -> Measurement:
+        transactional = checkpoint is not None
+        return Measurement(model, structures, labelling, sample_offset, output, loss_scale, allow_missing, transactional, known)
 
     if any(map(needs_basis, structures)):
         if path is not None:
@@ -101,13 +100,13 @@ def fisher(
             )
         twice = ReadTwice(data, "fisher")
 
-        def first_pass() -> KFACFisher:  # whose sums are gone when it returns
+        def first_pass() -> tuple[KFACFisher, Explored]:  # whose sums are gone when it returns
             factors = measurement((next(factors_first(asked) for asked in structures if needs_basis(asked)),))
             (basis,) = factors.over(twice.first(factors.batches(data, progress, "Factors")), None)
-            return basis
+            return basis, factors.run.explored
 
-        basis = first_pass()
-        corrected = measurement(tuple(_based(asked, basis) for asked in structures))
+        basis, known = first_pass()
+        corrected = measurement(tuple(_based(asked, basis) for asked in structures), known)
         results = corrected.over(twice.again(corrected.batches(data, progress, "Fisher")), None)
     else:
         once = measurement(structures)
@@ -145,16 +144,25 @@ class Measurement:
     """One call of ``fisher``: feeds batches, turns the likelihood into passes, and loops over samples where it must."""
 
     def __init__(
-        self, model, structures, labelling: Labelling, sample_offset, output, loss_scale, allow_missing, transactional
+        self,
+        model,
+        structures,
+        labelling: Labelling,
+        sample_offset,
+        output,
+        loss_scale,
+        allow_missing,
+        transactional,
+        known: Explored | None = None,
     ) -> None:
         self.model, self.labelling = unwrapped(model), labelling
         self.sample_offset, self.output, self.loss_scale = sample_offset, output, loss_scale
         self.provenance = labelling.provenance(model_name(model))
-        self.run = Run(model, structures, self.provenance, allow_missing, transactional)
+        self.run = Run(model, structures, self.provenance, allow_missing, transactional, known)
         self.capture = self.run.capture
         self._sample_gradients = SampleGradients(model, output)
         self.run.without_vmap(None)
-        self._explored = self._probed = False
+        self._explored = self._probed = known is not None
 
     # -- the data set
 

@@ -8,6 +8,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from fisherfast.fisher.engine import Engine
 from fisherfast.fisher.memory import Held, check
 from fisherfast.fisher.protocol import Provenance
 from fisherfast.fisher.structure import Structure
+from fisherfast.locator import Locator
 from fisherfast.passes import Passes
 from fisherfast.tracked import Tracked
 from fisherfast.train_mode import unwrapped
@@ -37,8 +39,19 @@ class Interrupted(KeyboardInterrupt):
     fisher: Any
 
 
+@dataclass(frozen=True)
+class Explored:
+    """What a run has found out about its model, for another one over the same data."""
+
+    capture: Capture
+    locator: Locator
+    shown: list[list[Call]]
+    missing: dict[str, str]
+    sizes: dict[str, int]
+
+
 class Run:
-    """The state of one measurement."""
+    """The state of one measurement; ``known``: what an earlier one has found out."""
 
     def __init__(
         self,
@@ -47,27 +60,31 @@ class Run:
         provenance: Provenance,
         allow_missing: bool,
         transactional: bool = False,
+        known: Explored | None = None,
     ) -> None:
         for structure in structures:
             structure.check(provenance.fisher_type)
         self.structures = tuple(structures)
-        self.capture = Capture(model)
+        self.capture = Capture(model) if known is None else known.capture
         own = [structure.collector(self.capture, transactional) for structure in self.structures]
         served = [structure for structure, mine in zip(self.structures, own, strict=True) if mine is None]
         self.engine = Engine(self.capture, served, transactional) if served else None
         self.sources: list[Any] = [mine or self.engine for mine in own]  # of each structure
         self.collectors = list({id(source): source for source in self.sources}.values())
-        self.passes = Passes(self.capture, self.collectors)
+        self.passes = Passes(self.capture, self.collectors, None if known is None else known.locator)
         self.provenance = provenance
         self.allow_missing = allow_missing
         self.num_samples = self.num_positions = self.batches = 0
-        self.missing: dict[str, str] = {}
+        self.missing: dict[str, str] = {} if known is None else dict(known.missing)
         self.ops: dict[str, str] = {}
         self._no_vmap: str | None = "the forward pass is yours and runs once"  # why the fallback loops over samples
-        self._sizes = {name: t.parameter.numel() for name, t in self.capture.tracked.items()}
+        self._sizes = {name: t.parameter.numel() for name, t in self.capture.tracked.items()} if known is None else known.sizes
         self._watch = Stopwatch(self.capture.device)
         self._fits = False  # whether the sums were found to
         self._counted: list[Call] = []  # the calls of the batch counted last
+        self._shown: list[list[Call]] = []  # to the collectors
+        for calls in [] if known is None else known.shown:
+            self._show(calls)
 
     def check_reached(self, root: Tensor) -> None:
         """After a first forward pass: raise, or record, parameters that the loss does not depend on."""
@@ -90,7 +107,10 @@ class Run:
 
     def note_uses(self, root: Tensor) -> None:
         """Show the collectors how the parameters are used, and remember which op serves each, for the coverage report."""
-        calls = [call for call, _ in self.capture.calls(root)]
+        self._show([call for call, _ in self.capture.calls(root)])
+
+    def _show(self, calls: list[Call]) -> None:
+        self._shown.append(calls)
         for collector in self.collectors:
             collector.explore(calls)
         forms: defaultdict[str, dict[str, None]] = defaultdict(dict)
@@ -98,6 +118,11 @@ class Run:
             for use in call.uses:
                 forms[use.tracked.name][use.form.op] = None
         self.ops.update((name, " + ".join(ops)) for name, ops in forms.items())
+
+    @property
+    def explored(self) -> Explored:
+        """What it has found out about the model."""
+        return Explored(self.capture, self.passes.locator, self._shown, self.missing, self._sizes)
 
     def holds(self, passes: int) -> list[Held]:
         """What the collectors take, once the model is explored, with batches of so many backward passes."""
