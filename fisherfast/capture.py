@@ -581,7 +581,7 @@ def _kept(by: Hooks | None) -> AbstractContextManager[Any]:
     """Where the graph keeps its tensors as it did around the model: gradient checkpointing inside it would run its part of the model
     again for each sample.
     """
-    return torch.autograd.graph.saved_tensors_hooks(*(by or (_same, _same)))
+    return torch.autograd.graph.saved_tensors_hooks(*(by or (Tensor.detach, _same)))  # itself, an output would hold what holds it
 
 
 def _same(saved: Any) -> Any:

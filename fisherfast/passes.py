@@ -101,11 +101,11 @@ def one_position(rows: Rows) -> bool:
 class Passes:
     """Runs backward passes on the graphs of one capture."""
 
-    def __init__(self, capture: Capture, collectors: Sequence[Collector], locator: Locator | None = None) -> None:
+    def __init__(self, capture: Capture, collectors: Sequence[Collector]) -> None:
         self.capture, self.collectors = capture, collectors
         self._separate = any(collector.separate for collector in collectors)
         self._combine: set[tuple[Any, ...]] = set()  # the ways in which a parameter was used several times that combine
-        self.locator = locator or Locator(capture)
+        self.locator = Locator(capture)
         self._underflow: dict[str, tuple[int | Tensor, int]] = {}  # of each parameter: subnormal float16 gradients, and all
 
     @property

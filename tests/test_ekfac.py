@@ -363,3 +363,33 @@ def test_few_rows_of_a_float32_model_keep_the_trace():
     model, x, y = nn.Sequential(nn.Linear(101, 97), nn.Tanh(), nn.Linear(97, 83)), torch.randn(9, 101), torch.randint(0, 83, (9,))
     E, D = (measure(model, [(x, y)], s) for s in ("ekfac", "diagonal"))
     assert E.blocks[0].U.shape[2] == 9 and E.trace() == pytest.approx(D.trace(), rel=1e-5)
+
+
+def test_ekfacs_of_one_run_have_one_basis():
+    with pytest.raises(ValueError, match="EKFACs of one run must have one basis"):
+        ff.fisher(
+            networks.mlp(),
+            [networks.double_vectors()],
+            (ff.EKFAC(), ff.EKFAC(max_factor_dim=8)),
+            fisher_type="empirical",
+            progress=False,
+        )
+
+
+@pytest.mark.parametrize("form", ["scaled", "prompt", "bias"])
+def test_tables_after_a_first_batch_of_one_sample(form):
+    """Where few rows are looked up, the table is expanded to the samples, and has the block that was planned before."""
+
+    def forward(m, x):
+        if form == "scaled":
+            return m.head((x + 2 * m.p(torch.arange(6))).mean(1).tanh())
+        if form == "prompt":
+            return m.head(torch.cat([m.p(torch.arange(2)).expand(len(x), 2, 4), x], 1).mean(1).tanh())
+        return m.head(((x @ x.mT + m.b(torch.arange(36).view(6, 6) % 6)[..., 0]).softmax(-1) @ x).mean(1))
+
+    parts = {"p": nn.Embedding(6, 4)} if form != "bias" else {"b": nn.Embedding(6, 1)}
+    model = networks.Wrapped(forward, **parts, head=nn.Linear(4, 3)).double()
+    batches = [(torch.randn(n, 6, 4).double(), torch.randint(3, (n,))) for n in (1, 3, 5, 2)]
+    expected = ff.fisher(model, batches, fisher_type="empirical", progress=False)
+    result = ff.fisher(model, batches, "ekfac", fisher_type="empirical", progress=False)
+    assert result.trace() == pytest.approx(expected.trace(), rel=1e-12)

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What functions make of parameters alone, around a forward pass that is the user's: batches of every size, in any order."""
 
+import gc
+
 import networks
 import oracle
 import pytest
@@ -242,3 +244,20 @@ def test_overlapping_parts_that_a_later_batch_shows():
     result = collected(model, batches)
     later = iter([False] * 14 + [True] * 14)
     assert is_right(result, model, batches)
+
+
+@pytest.mark.parametrize("function", [torch.tanh, lambda w: w.softmax(-1), torch.sin], ids=["tanh", "softmax", "sin"])
+def test_what_is_made_of_parameters_is_let_go(function):
+    """Of a function whose output autograd saves, too: the output must not hold what holds it."""
+    model = Wrapped(lambda m, x: m.head(F.linear(x, function(m.w))), w=parameter(37, D), head=nn.Linear(37, C))
+    batches = [(torch.randn(5, D), torch.randint(C, (5,))) for _ in range(4)]
+
+    def alive():
+        gc.collect()
+        return sum(type(one) is torch.Tensor and one.shape == (37, D) for one in gc.get_objects())
+
+    before = alive()
+    for structure in networks.STRUCTURES:
+        ff.fisher(model, batches, structure, fisher_type="empirical", progress=False)
+    collected(model, batches)
+    assert alive() == before

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rows whose place the data decide although no index tensor says so: the layout of the first batch is not that of the next."""
 
+import networks
 import pytest
 import torch
 import torch.nn.functional as F
@@ -195,3 +196,22 @@ def test_rows_are_told_apart_under_a_loss_scale():
     batches = [((x.float(), lengths), y) for (x, lengths), y in batches]
     one, scaled = (ff.fisher(model, batches, fisher_type="empirical", progress=False, loss_scale=s) for s in (1.0, 2.0**10))
     assert scaled.trace() == pytest.approx(one.trace(), rel=1e-6)
+
+
+@pytest.mark.parametrize("structure", ["kfac", "ekfac"])
+def test_an_expert_that_the_first_samples_do_not_ask_has_a_block_too(structure):
+    experts = nn.ModuleList([nn.Linear(3, 5), nn.Linear(3, 5)])
+
+    def forward(m, x):
+        which = x[:, 0] > 0
+        out = x.new_zeros(len(x), 5)
+        for k, expert in enumerate(m.experts):
+            if bool((which == k).any()):
+                out = out.index_put((torch.nonzero(which == k).flatten(),), expert(x[which == k]))
+        return m.head(out.tanh())
+
+    model = networks.Wrapped(forward, experts=experts, head=nn.Linear(5, 4)).double()
+    x, y = torch.randn(32, 3).double(), torch.randint(4, (32,))
+    x = x[x[:, 0].argsort()]
+    result = ff.fisher(model, [(x, y)], structure, fisher_type="empirical", progress=False)
+    assert {block.place.name for block in result.blocks} == {"experts.0.weight", "experts.1.weight", "head.weight"}

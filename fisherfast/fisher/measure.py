@@ -98,10 +98,15 @@ def fisher(
                 "fisher: checkpoint must be None for 'ekfac', which reads the data twice, got a path; measure 'kfac' with a "
                 "checkpoint, then (ff.EKFAC(basis=kfac),) with another"
             )
+        first = {factors_first(asked) for asked in structures if needs_basis(asked)}
+        if len(first) > 1:
+            raise ValueError(
+                "fisher: EKFACs of one run must have one basis, got different max_factor_dim or max_exact_dim; give each a run of its own"
+            )
         twice = ReadTwice(data, "fisher")
 
         def first_pass() -> tuple[KFACFisher, Explored]:  # whose sums are gone when it returns
-            factors = measurement((next(factors_first(asked) for asked in structures if needs_basis(asked)),))
+            factors = measurement(tuple(first))
             (basis,) = factors.over(twice.first(factors.batches(data, progress, "Factors")), None)
             return basis, factors.run.explored
 
@@ -279,13 +284,13 @@ class Measurement:
         few = batch.cut(0, min(batch.N, PROBED))
         values = self._values(few)
         if not self._explored:
+            self.run.note_uses(values)
             if few.N < batch.N and self.run.passes.reached(values) < self.capture.tracked.keys():
                 everything = self._values(batch)  # an expert may be none of the few samples'
                 self.run.check_reached(everything)
                 self.run.note_uses(everything)
             else:
                 self.run.check_reached(values)
-            self.run.note_uses(values)
             self.run.passes.route_mixed_forms([call for call, _ in self.capture.calls(values)])
             self._explored = True
         if few.N > 1:
@@ -327,8 +332,10 @@ class Measurement:
     def _not_expanded(self, few: Batch, values: Tensor, mixing: set[str]) -> set[str]:
         followed = self.capture.followed(values)
         tracked = [followed[name] for name in mixing]
+        uses = [use for call, _ in self.capture.calls(values) for use in call.uses]
+        tables = {use.tracked.name for use in uses if use.form.op == "embedding_sq_"}  # of which few rows are looked up
         for one in tracked:
-            one.expand = not one.in_chain and self.capture.only_broadcast(values, one.name)
+            one.expand = not one.in_chain and (one.name in tables or self.capture.only_broadcast(values, one.name))
         try:
             expanded = self._values(few)
             mixing = self._probe(expanded) if _close(expanded, values) else mixing

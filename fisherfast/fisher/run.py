@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fisherfast._error import NonFiniteError
 from fisherfast._precision import wide_dtype
 from fisherfast._warning import FisherWarning
-from fisherfast.capture import Call, Capture
+from fisherfast.capture import Call, Capture, Key
 from fisherfast.collector import Samples
 from fisherfast.fisher.counts import Counts
 from fisherfast.fisher.coverage import OPS, Coverage, Stopwatch
@@ -25,7 +25,6 @@ from fisherfast.fisher.engine import Engine
 from fisherfast.fisher.memory import Held, check
 from fisherfast.fisher.protocol import Provenance
 from fisherfast.fisher.structure import Structure
-from fisherfast.locator import Locator
 from fisherfast.passes import Passes
 from fisherfast.tracked import Tracked
 from fisherfast.train_mode import unwrapped
@@ -44,8 +43,8 @@ class Explored:
     """What a run has found out about its model, for another one over the same data."""
 
     capture: Capture
-    locator: Locator
-    shown: list[list[Call]]
+    scattered: set[Key]
+    calls: list[Call]
     missing: dict[str, str]
     sizes: dict[str, int]
 
@@ -71,7 +70,7 @@ class Run:
         self.engine = Engine(self.capture, served, transactional) if served else None
         self.sources: list[Any] = [mine or self.engine for mine in own]  # of each structure
         self.collectors = list({id(source): source for source in self.sources}.values())
-        self.passes = Passes(self.capture, self.collectors, None if known is None else known.locator)
+        self.passes = Passes(self.capture, self.collectors)
         self.provenance = provenance
         self.allow_missing = allow_missing
         self.num_samples = self.num_positions = self.batches = 0
@@ -82,9 +81,10 @@ class Run:
         self._watch = Stopwatch(self.capture.device)
         self._fits = False  # whether the sums were found to
         self._counted: list[Call] = []  # the calls of the batch counted last
-        self._shown: list[list[Call]] = []  # to the collectors
-        for calls in [] if known is None else known.shown:
-            self._show(calls)
+        self._shown: list[Call] = []  # to the collectors, last
+        if known is not None:
+            self.passes.locator.scattered |= known.scattered
+            self._show(known.calls)
 
     def check_reached(self, root: Tensor) -> None:
         """After a first forward pass: raise, or record, parameters that the loss does not depend on."""
@@ -110,7 +110,7 @@ class Run:
         self._show([call for call, _ in self.capture.calls(root)])
 
     def _show(self, calls: list[Call]) -> None:
-        self._shown.append(calls)
+        self._shown = calls
         for collector in self.collectors:
             collector.explore(calls)
         forms: defaultdict[str, dict[str, None]] = defaultdict(dict)
@@ -122,7 +122,7 @@ class Run:
     @property
     def explored(self) -> Explored:
         """What it has found out about the model."""
-        return Explored(self.capture, self.passes.locator, self._shown, self.missing, self._sizes)
+        return Explored(self.capture, self.passes.locator.scattered, self._shown, self.missing, self._sizes)
 
     def holds(self, passes: int) -> list[Held]:
         """What the collectors take, once the model is explored, with batches of so many backward passes."""
