@@ -39,7 +39,10 @@ def is_right(result, model, batches):
 
 def of(f, **parts):
     """A network ``head(f(self, inner(x)))`` in float64."""
-    forward = lambda m, x: m.head(torch.tanh(f(m, m.inner(x))).mean(1))  # noqa: E731
+
+    def forward(m, x):
+        return m.head(torch.tanh(f(m, m.inner(x))).mean(1))
+
     return Wrapped(forward, inner=nn.Linear(D, D), head=nn.Linear(D, C), **parts).double()
 
 
@@ -102,7 +105,7 @@ def test_forward_passes_before_the_backward_passes_of_others(name, order):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_forward_pass_that_was_kept_for_long(name):
-    """It is refused, or right: never wrong in silence."""
+    """Its graph is older than what was decided since."""
     model, batches = MODELS[name](), [batch(7) for _ in range(7)]
     with ff.collect(model, ff.Diagonal(), fisher_type="empirical") as stats:
         kept = losses(model, *batches[0])

@@ -339,7 +339,7 @@ class Measurement:
         try:
             expanded = self._values(few)
             mixing = self._probe(expanded) if _close(expanded, values) else mixing
-        except Exception:  # whatever the model says to such a shape: this use cannot be expanded
+        except Exception:  # the model is anybody's, and may say anything to such a shape: this use cannot be expanded
             pass
         for one in tracked:
             one.expand = one.expand and one.name not in mixing

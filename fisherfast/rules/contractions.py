@@ -31,7 +31,7 @@ def _matmul(input, other):
     if other.dim() == 1 and input.dim() > 1:
         return torch.matmul(input, other.unsqueeze(-1)).squeeze(-1)
     if _is_weight(other) and other.dim() == 3 and input.dim() >= 3:
-        return _stacked(input, other, lambda x, w: torch.matmul(x, w))
+        return _stacked(input, other, torch.matmul)
     if _is_weight(input) and input.dim() == 3 and other.dim() >= 3:
         return _stacked(other, input, lambda x, w: torch.matmul(w, x))
     return NotImplemented
@@ -145,7 +145,7 @@ def _pair(a: Tensor, of_a: str, b: Tensor, of_b: str, output: str):
         stack = _ordered(weight, of_weight, each + summed + columns).reshape(
             math.prod(of_each), math.prod(inner), math.prod(outer)
         )
-        result = _stacked(x.unsqueeze(-2), stack, lambda some, w: torch.matmul(some, w))
+        result = _stacked(x.unsqueeze(-2), stack, torch.matmul)
         if result is NotImplemented:
             return NotImplemented
         result = result.squeeze(-2)
