@@ -6,8 +6,8 @@
 
 namespace fisherfast {
 
-// On Intel processors with AVX-512: torch brings MKL, which is at its best there. On AMD's MKL takes a slower path for AVX2,
-// and the tiles are twice as fast.
+// On Intel processors with AVX-512: torch brings MKL, which is at its best there. On AMD's MKL takes a slower path for AVX2
+// whose sums depend on the number of threads, and the tiles are faster.
 bool uses_blas();
 
 // Rows so many elements apart.

@@ -10,7 +10,7 @@
 
 #if defined(__x86_64__)
 #pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,prfchw")
 namespace fisherfast::avx512 {
 constexpr int kVectorBytes = 64, kBlockRows = 8, kBlockVectors = 3;
 #include FISHERFAST_KERNEL

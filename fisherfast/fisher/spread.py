@@ -32,6 +32,7 @@ class Spread:
     def __init__(self, layers: Sequence[str], sums: Tensor) -> None:
         self.layers, self._sums = tuple(layers), sums
         self._waiting: list[Tensor] = []  # samples without weights that are not in the sums yet
+        self._held = 0  # numbers in them
 
     @property
     def sums(self) -> Tensor:
@@ -43,6 +44,7 @@ class Spread:
     def _take_waiting(self) -> None:
         t = _with_whole(torch.cat(self._waiting, 1))
         self._waiting.clear()
+        self._held = 0
         count, one, two = torch.full_like(t[:, 0], t.shape[1]), t.sum(1), t.square().sum(1)
         self._sums += torch.stack([count, count, one, one, two])
 
@@ -55,7 +57,8 @@ class Spread:
         """Take samples, in place: ``values [layers, N]`` are their ``t_n``, which stay as they are. Returns self."""
         if weight is None:
             self._waiting.append(values)
-            if sum(waiting.numel() for waiting in self._waiting) > self._PATIENCE:
+            self._held += values.numel()
+            if self._held > self._PATIENCE:
                 self._take_waiting()
         else:
             t, w = _with_whole(values), weight.double()
