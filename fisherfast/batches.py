@@ -64,7 +64,7 @@ class Batch:
         N = tensors[0].shape[0]
         if N == 0:
             raise ValueError(f"data: a batch must hold at least one sample, got inputs of shape {tuple(tensors[0].shape)}")
-        targets = None if targets is None else _moved(torch.as_tensor(targets), device)
+        targets = None if targets is None else _targets(targets, device)
         if targets is not None and (targets.dim() == 0 or targets.shape[0] != N):
             raise ValueError(f"data: inputs and targets must hold the same samples, got {N} and targets {tuple(targets.shape)}")
         return cls(inputs, targets, mask, N, _weight(weight, N, device))
@@ -77,7 +77,7 @@ class Batch:
             raise ValueError(
                 f"data: the offsets of packed samples must rise from 0 to M, inputs being [1, M], got {bounds[:8]} and inputs {rows}"
             )
-        targets = None if targets is None else _moved(torch.as_tensor(targets), device)
+        targets = None if targets is None else _targets(targets, device)
         if targets is not None and targets.shape[:2] != (1, bounds[-1]):
             raise ValueError(f"data: the targets of packed samples must be [1, {bounds[-1]}], got {tuple(targets.shape)}")
         N = len(bounds) - 1
@@ -168,6 +168,17 @@ def _picked(result: Any, output: Output) -> Any:
     if output is not None:
         return result[output] if isinstance(result, Mapping) else getattr(result, output)
     return getattr(result, "logits", result)
+
+
+def _targets(values: Any, device: torch.device) -> Tensor:
+    try:
+        tensor = torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError) as error:  # of text, of None, of rows of several lengths
+        of = f" of {type(values[0]).__name__}" if isinstance(values, (list, tuple)) and values else ""
+        raise TypeError(
+            f"data: targets must be numbers, got {type(values).__name__}{of} ({error}); number the classes, pad what differs in length"
+        ) from error
+    return _moved(tensor, device)
 
 
 def _weight(weight: Any, N: int, device: torch.device) -> Tensor | None:

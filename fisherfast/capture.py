@@ -14,11 +14,10 @@ from __future__ import annotations
 
 import itertools
 import sys
-import weakref
 from collections import defaultdict
 from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,87 +25,15 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from fisherfast._nested import replaced, tensors
+from fisherfast.calls import Call, CallUse, Decisions, Key, Site, Tap, graph
+from fisherfast.chosen_rows import ChosenRows
 from fisherfast.layout import Layout
-from fisherfast.rules import DECOMPOSITIONS, RULES, Form, Part, Use, Window, part
+from fisherfast.rules import DECOMPOSITIONS, RULES, Use, Window, part
 from fisherfast.tracked import Made, Reference, Tracked
 from fisherfast.train_mode import CHANCE, refuse_chance, unwrapped
 
 Hooks = tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]
-Key = tuple[str, Window | None, int]  # parameter, part of it, number among the uses of that part
-
-
-@dataclass(frozen=True)
-class Site:
-    """A covered call that no sample seems to come into, by its function and what it is given of parameters: in every forward pass."""
-
-    structure: int
-    lengths: frozenset[int] = field(compare=False)  # of the axes of what it is given beside parameters
-
-    def may_hold(self, N: int) -> bool:
-        """Whether some of that may hold N samples that autograd does not follow, as a model's inputs do."""
-        return any(length % N == 0 for length in self.lengths if length)
-
-
-@dataclass(frozen=True, eq=False)
-class Decisions:
-    """What is in force in a forward pass, also where a part of it runs again in the backward pass."""
-
-    exploring: bool
-    num_samples: int | None
-    early: dict[Site, str]  # calls that no sample comes into, and why what they make is followed as a parameter is
-    ways: dict[str, tuple[bool, bool, bool]]  # of each parameter; see ``Tracked.ways``
-
-
-@dataclass
-class CallUse:
-    """One tracked parameter in one caught call; ``picks`` are the positions of its inputs among the call's saved ones."""
-
-    tracked: Tracked
-    form: Form
-    picks: tuple[int, ...]
-    inputs: tuple[int, ...] = ()  # which tensors they are: a number for each; autograd sees to it that nobody changes them
-    key: Key = ("", None, 0)
-    gathered: bool = False  # its rows were chosen by what the data holds
-    differentiated: bool = True  # whether autograd can differentiate it, too
-
-    @property
-    def window(self) -> Window | None:
-        """The part of the parameter that is used; None for all of it."""
-        return self.form.window if isinstance(self.form, Part) else None
-
-
-@dataclass
-class Call:
-    """One caught call: its place in the forward pass and the uses that share its tap."""
-
-    index: int
-    capture: Capture
-    shape: torch.Size  # of the output
-    under: Decisions
-    site: Site | None = None  # if no sample came in here
-    viewed: bool = False  # whether the tap is on what the output is a view of
-    uses: list[CallUse] = field(default_factory=list)
-    counted: bool = False  # whether its samples are in num_samples already: a second backward pass is another draw
-
-
-class _Tap(torch.autograd.Function):
-    """The identity on a call's output; in the backward pass, shows g and the saved inputs to the capture's listener."""
-
-    @staticmethod
-    def forward(ctx: Any, out: Tensor, anchor: Tensor, call: Call, *saved: Tensor) -> Tensor:
-        ctx.call = call
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*saved)
-        ctx.mark_dirty(out)  # the same tensor, not a view of it: an in-place activation may follow
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor | None) -> tuple[Tensor | None, ...]:
-        saved, call = ctx.saved_tensors, ctx.call  # once: a checkpointed tensor can be unpacked only once
-        call.capture.heard(call, g, saved)  # also of no gradient at all: a visit counts
-        return (g, None, None, *(None for _ in saved))
-
-
 Listener = Callable[[Call, Tensor | None, tuple[Tensor, ...]], None]
 
 
@@ -169,7 +96,7 @@ class Capture(TorchFunctionMode):
             tracked.begin(exploring)
         ways = {tracked.name: tracked.ways for tracked in self.tracked.values()}
         self._now = Decisions(exploring, num_samples, dict(self._early), ways)
-        self._gathered: dict[int, weakref.ref[Tensor]] = {}
+        self._chosen = ChosenRows()
         self._seen = WeakTensorKeyDictionary()  # inputs of calls, numbered
         # Views are held while they are known by their id, which Python would give to another tensor.
         self._references = {id(t.parameter): Reference(t.parameter, t) for t in self.tracked.values()}
@@ -259,8 +186,7 @@ class Capture(TorchFunctionMode):
             out = func(*args, **kwargs)
             for reference in found:
                 reference.tracked.follow()
-            if self._gathered or func in _GATHERS or func in _SLOTS:
-                self._follow_rows(func, args, kwargs, out)
+            self._chosen.follow(func, args, kwargs, out)
             return out
         if getattr(func, "__name__", "") == "__get__" and not isinstance(func(*args, **kwargs), Tensor):
             return func(*args, **kwargs)
@@ -279,33 +205,13 @@ class Capture(TorchFunctionMode):
         if site in self._now.early:
             return self._uncovered(func, args, kwargs, found, self._now.early[site])
         stand_ins = {id(r.tensor): r.stand_in(r.tracked.differentiated) for r in found}
-        args, kwargs = _replaced(args, stand_ins), _replaced(kwargs, stand_ins)
+        args, kwargs = replaced(args, stand_ins), replaced(kwargs, stand_ins)
         out = func(*args, **kwargs)
-        gathered = bool(self._gathered) and any(map(self._is_gathered, _tensors((args, kwargs))))
+        gathered = bool(self._chosen) and any(tensor in self._chosen for tensor in tensors((args, kwargs)))
         tapped = self._tapped(out, uses, gathered, (args, kwargs), site)
         if gathered:
-            self._gathered[id(tapped)] = weakref.ref(tapped)
+            self._chosen.add(tapped)
         return tapped
-
-    def _follow_rows(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
-        """Keep track of the tensors whose rows were chosen by data: their place does not tell whose they are."""
-        if func in _SCATTERS:
-            return
-        leaves = list(_tensors((args, kwargs)))
-        if func in _SLOTS:
-            by_data = any(not leaf.is_floating_point() and leaf.dtype != torch.bool for leaf in leaves[1:])
-            out = args[0] if out is None else out
-        else:
-            listed = func is Tensor.__getitem__ and any(isinstance(leaf, list) for leaf in _entries(args[1]))
-            by_data = func in _GATHERS and (listed or any(not leaf.is_floating_point() for leaf in leaves))
-        if by_data or (func not in _SLOTS and any(map(self._is_gathered, leaves))):
-            for tensor in _tensors(out):
-                if tensor.is_floating_point():
-                    self._gathered[id(tensor)] = weakref.ref(tensor)
-
-    def _is_gathered(self, leaf: Any) -> bool:
-        known = self._gathered.get(id(leaf))
-        return known is not None and known() is leaf
 
     def _found(self, items: Iterable[Any]) -> list[Reference]:
         found = []
@@ -350,13 +256,13 @@ class Capture(TorchFunctionMode):
         if not (self._now.exploring or self._now.early) or not self._before_samples(args, kwargs, found):
             return None
         mine = {id(r.tensor) for r in found}
-        others = [tensor for tensor in _tensors((args, kwargs)) if id(tensor) not in mine]
+        others = [tensor for tensor in tensors((args, kwargs)) if id(tensor) not in mine]
         return Site(_structure(func, found), frozenset(itertools.chain(*(tensor.shape for tensor in others))))
 
     def _before_samples(self, args: Any, kwargs: Any, found: list[Reference]) -> bool:
         """Whether a call is of parameters alone, or of them and tensors that no parameter went into."""
         mine = {id(r.tensor) for r in found}
-        others = (leaf for leaf in _tensors((args, kwargs)) if id(leaf) not in mine)
+        others = (leaf for leaf in tensors((args, kwargs)) if id(leaf) not in mine)
         return torch.is_grad_enabled() and not any(leaf.requires_grad for leaf in others)
 
     def _uncovered(
@@ -367,11 +273,11 @@ class Capture(TorchFunctionMode):
 
         def make(tensor: Tensor) -> Any:
             mine = {**stand_ins, id(found[0].tensor): tensor}
-            return func(*_replaced(args, mine), **_replaced(kwargs, mine))
+            return func(*replaced(args, mine), **replaced(kwargs, mine))
 
         with _kept(self._keepers[-1]) if alone else nullcontext():
             out = make(stand_ins[id(found[0].tensor)])
-        written = _tensors((args, kwargs) if out is None else out)  # t[...] = parameter returns nothing
+        written = tensors((args, kwargs) if out is None else out)  # t[...] = parameter returns nothing
         outputs = [o for o in written if o.requires_grad]
         if len(found) == 1 and outputs and not found[0].made and all(self._is_part(o, found[0].tracked) for o in outputs):
             for o in outputs:
@@ -432,7 +338,7 @@ class Capture(TorchFunctionMode):
                 CallUse(reference.tracked, form, tuple(picks), inputs, gathered=gathered, differentiated=differentiated)
             )
         saved = [tensor.detach() if id(tensor) in self._references else tensor for tensor in saved]
-        tapped = _Tap.apply(_own(out, given), self.anchor, call, *saved)
+        tapped = Tap.apply(_own(out, given), self.anchor, call, *saved)
         call.viewed = tapped.shape != out.shape
         return tapped.view(out.shape) if call.viewed else tapped
 
@@ -497,41 +403,6 @@ class Capture(TorchFunctionMode):
         return None
 
 
-def graph(root: Tensor, closed: bool = False) -> Iterator[Any]:
-    """All autograd nodes behind ``root``; ``closed``: but what lies behind doors (``Door``)."""
-    seen, stack = set(), [root.grad_fn]
-    while stack:
-        node: Any = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if type(node).__name__ == "CheckpointFunctionBackward":
-            raise ValueError(
-                "model: gradient checkpointing must be torch's with use_reentrant=False, got use_reentrant=True, which hides the layers "
-                "from autograd; pass use_reentrant=False (Hugging Face: gradient_checkpointing_kwargs)"
-            )
-        yield node
-        if closed and hasattr(node, "door"):
-            continue
-        stack.extend(parent for parent, _ in node.next_functions)
-
-
-_GATHERS = {
-    *(Tensor.__getitem__, Tensor.index_select, Tensor.gather, Tensor.masked_select, Tensor.take_along_dim),
-    *(torch.index_select, torch.gather, torch.masked_select, torch.take_along_dim, torch._pack_padded_sequence),
-    *(torch.repeat_interleave, Tensor.repeat_interleave),
-}
-
-
-def _both(*names: str) -> set[Any]:
-    """Functions and methods of these names, in place too."""
-    every = (name + end for name in names for end in ("", "_"))
-    return {getattr(owner, name) for name in every for owner in (torch, Tensor) if hasattr(owner, name)}
-
-
-# Sums into places put rows of the same sample together, back where samples are; slots are filled as the data has it.
-_SCATTERS = _both("index_add", "scatter_add", "scatter", "masked_scatter", "scatter_reduce") | {torch._pad_packed_sequence}
-_SLOTS = _both("index_copy", "index_put") | {Tensor.__setitem__}
 _COPIES = {
     *(getattr(Tensor, name) for name in ("to", "type", "type_as", "float", "double", "half", "bfloat16", "contiguous", "clone")),
     torch.clone,
@@ -544,24 +415,9 @@ def _with_samples(N: int, shape: torch.Size) -> tuple[int, ...]:
     return (N, *(shape[1:] if shape[:1] == (1,) else shape))
 
 
-def _tensors(tree: Any) -> Iterator[Tensor]:
-    """Those in what a function is given, or gives back."""
-    if isinstance(tree, Tensor):
-        yield tree
-    elif isinstance(tree, (tuple, list)):
-        for branch in tree:
-            yield from _tensors(branch)
-    elif isinstance(tree, dict):
-        yield from _tensors(tuple(tree.values()))
-
-
 def _complex(given: Any) -> bool:
     """Whether complex numbers are among them: a rule's gradients are of real ones."""
-    return any(tensor.is_complex() for tensor in _tensors(given))
-
-
-def _entries(index: Any) -> tuple[Any, ...]:
-    return index if isinstance(index, tuple) else (index,)
+    return any(tensor.is_complex() for tensor in tensors(given))
 
 
 def _name(func: Any) -> str:
@@ -597,7 +453,7 @@ def _own(out: Tensor, given: Any) -> Tensor:
     if base is None:
         return out.clone() if out.is_leaf and out.requires_grad else out
     whole = base.numel() == out.numel() and base.is_contiguous() and out.is_contiguous()  # as of a linear map of sequences
-    mine = all(base is not leaf and base is not leaf._base for leaf in _tensors(given))
+    mine = all(base is not leaf and base is not leaf._base for leaf in tensors(given))
     return base if whole and mine else out.clone()
 
 
@@ -605,13 +461,3 @@ def _eager() -> AbstractContextManager[None]:
     """Compiled functions run as they are written: what is compiled already is not seen by a mode."""
     compiled = "torch._dynamo" in sys.modules  # importing it takes a second, and only then can anything be compiled
     return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
-
-
-def _replaced(tree: Any, stand_ins: dict[int, Tensor]) -> Any:
-    if isinstance(tree, Tensor):
-        return stand_ins.get(id(tree), tree)
-    if isinstance(tree, dict):
-        return {key: _replaced(value, stand_ins) for key, value in tree.items()}
-    if type(tree) in (tuple, list):
-        return type(tree)(_replaced(item, stand_ins) for item in tree)
-    return tree

@@ -9,8 +9,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from fisherfast.capture import Call, Tracked
+from fisherfast.calls import Call
 from fisherfast.rules import Form, Rows, Window
+from fisherfast.tracked import Tracked
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 from fisherfast.batches import Batch, Output
-from fisherfast.capture import Tracked
+from fisherfast.tracked import Tracked
 from fisherfast.train_mode import unwrapped
 
 _BUDGET = 2**28  # bytes of sample gradients at a time

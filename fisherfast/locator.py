@@ -9,7 +9,8 @@ from collections.abc import Container, Iterable
 import torch
 from torch import Tensor
 
-from fisherfast.capture import CallUse, Capture, Key
+from fisherfast.calls import CallUse, Key
+from fisherfast.capture import Capture
 from fisherfast.layout import PROBED, UNKNOWN, Finding, Gathered, Kind, Layout, Sightings
 from fisherfast.rules import Rows
 

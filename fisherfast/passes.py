@@ -18,11 +18,13 @@ import torch
 from torch import Tensor
 
 from fisherfast._precision import wide, wide_dtype
-from fisherfast.capture import Call, CallUse, Capture, Key, Listener, Tracked, graph
+from fisherfast.calls import Call, CallUse, Key, graph
+from fisherfast.capture import Capture, Listener
 from fisherfast.collector import Collector
 from fisherfast.layout import PROBED, Finding, Sightings, Tags
 from fisherfast.locator import Locator
 from fisherfast.rules import Form, Rows, Window, combines, joined
+from fisherfast.tracked import Tracked
 
 Group = tuple[str, Window | None]  # a parameter, or a part of it
 _MOST_CHAINED, _CHAINED_BYTES = 16, 2**26  # samples, and bytes of their gradients, at a time

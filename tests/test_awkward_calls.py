@@ -110,3 +110,14 @@ def test_baddbmm_has_the_dtype_of_autocast():
         with ff.collect(model, ff.Diagonal(), fisher_type="empirical"):
             captured = model(x)
     assert captured.dtype == plain.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("function", [lambda w, x: x * w, lambda w, x: x.abs() ** w], ids=["rule", "fallback"])
+def test_hooks_on_parameters_are_not_called(function):
+    torch.manual_seed(0)
+    x, y = torch.randn(5, D, dtype=torch.float64), torch.arange(5) % C
+    plain, hooked = (model_of(function).double() for _ in range(2))
+    hooked.load_state_dict(plain.state_dict())
+    hooked.w.register_hook(lambda g: pytest.fail("the gradient of a parameter is never formed"))
+    expected, got = (ff.fisher(model, [(x, y)], fisher_type="empirical", progress=False).diagonal() for model in (plain, hooked))
+    assert all(torch.equal(got[name], expected[name]) for name in expected)

@@ -255,6 +255,24 @@ def test_rejects_prior_scale(bad):
         vectors(prior_scale={"w": bad})
 
 
+@pytest.mark.parametrize("bad", [1e-200, 1e200])
+def test_rejects_a_prior_scale_whose_square_is_no_number(bad):
+    with pytest.raises(ValueError, match=r"prior_scale must be above 1e-150 and below 1e\+150, which have squares, got"):
+        vectors(prior_scale=bad)
+
+
+def test_tensors_without_axes_are_numbers():
+    one = {"prior_scale": 0.1, "beta": 1e-3, "loss": 0.2}
+    expected = vectors(**one)
+    got = vectors(**{name: torch.tensor(value, dtype=torch.float64) for name, value in one.items()})
+    assert got.nats == expected.nats and got.complexity == expected.complexity
+    assert all(type(getattr(got, name)) is float for name in one)
+    by_name = vectors(prior_scale={"w": torch.tensor(0.1, dtype=torch.float64)})
+    assert by_name.prior_scale == {"w": 0.1} and type(by_name.prior_scale["w"]) is float
+    with pytest.raises(ValueError, match="beta must be a finite number > 0, got tensor"):
+        vectors(beta=torch.ones(1))
+
+
 @pytest.mark.parametrize("bad", [0, -1e-3, math.inf, math.nan])
 def test_rejects_beta(bad):
     with pytest.raises(ValueError, match="beta must be a finite number > 0"):

@@ -313,6 +313,9 @@ def test_samples_that_depend_on_each_other_are_refused():
         ([(torch.zeros(2, 3), None)], {"structure": "full"}, ValueError, "structure must be one of"),
         ([(torch.zeros(2, 3), None)], {"draws": 0}, ValueError, "draws must be"),
         ([(torch.zeros(2, 3), None)], {"draws": 2, "fisher_type": "exact"}, ValueError, "draws must be"),
+        ([(torch.zeros(2, 3), None)], {"seed": 10**22}, ValueError, r"seed must be at least -2\*\*63 and below 2\*\*63, got"),
+        ([(torch.zeros(2, 3), ["cat", "dog"])], {}, TypeError, "targets must be numbers, got list of str .*number the classes"),
+        ([(torch.zeros(2, 3), [[0], [0, 1]])], {}, TypeError, "targets must be numbers, got list of list .*pad what differs"),
     ],
 )
 def test_rejects(data, options, kind, message):

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fisherfast as ff
 from fisherfast.accumulator import Accumulator, RunningSum
-from fisherfast.capture import graph
+from fisherfast.calls import graph
 from fisherfast.fisher.run import Run
 from fisherfast.passes import Passes
 from fisherfast.tracked import Made

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from fisherfast.accumulator import Accumulator
-from fisherfast.capture import Call, Capture, Tracked
+from fisherfast.calls import Call
+from fisherfast.capture import Capture
 from fisherfast.collector import Cost, Samples
 from fisherfast.fisher import units
 from fisherfast.fisher.block_sums import BlockSums, DiagonalSums, GradientSums, WeightSums
@@ -25,6 +26,7 @@ from fisherfast.fisher.memory import Held
 from fisherfast.fisher.units import Unit
 from fisherfast.passes import in_parts
 from fisherfast.rules import Convolution, Form, Lookup, MatMul, Rows, Window
+from fisherfast.tracked import Tracked
 
 
 class BlockCollector:

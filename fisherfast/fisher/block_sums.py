@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from fisherfast.accumulator import Accumulator, RunningSum
-from fisherfast.capture import Tracked
 from fisherfast.collector import Samples
 from fisherfast.fisher.few_rows import FewRows
 from fisherfast.fisher.kronecker import Place
 from fisherfast.fisher.memory import Held
 from fisherfast.ops.gram import gram_
 from fisherfast.rules import Form, Rows
+from fisherfast.tracked import Tracked
 
 _BAND = 256  # rows that are mirrored at a time: what is copied stays in the caches
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fisherfast.capture import Key
+from fisherfast.calls import Key
 from fisherfast.collector import Samples
 from fisherfast.fisher.protocol import Provenance
 from fisherfast.fisher.run import Run, model_name

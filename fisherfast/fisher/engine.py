@@ -11,7 +11,8 @@ from torch import Tensor
 
 from fisherfast._precision import wide, wide_dtype
 from fisherfast.accumulator import Accumulator, RunningSum
-from fisherfast.capture import Call, Capture, Tracked
+from fisherfast.calls import Call
+from fisherfast.capture import Capture
 from fisherfast.collector import Cost, Samples
 from fisherfast.fisher import ghost
 from fisherfast.fisher.memory import Held
@@ -20,6 +21,7 @@ from fisherfast.fisher.spread import Spread
 from fisherfast.fisher.structure import Structure
 from fisherfast.passes import in_parts
 from fisherfast.rules import Form, Rows, Window
+from fisherfast.tracked import Tracked
 
 
 class Engine:

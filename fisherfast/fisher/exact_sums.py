@@ -9,13 +9,13 @@ from typing import Any
 from torch import Tensor
 
 from fisherfast._precision import wide
-from fisherfast.capture import Tracked
 from fisherfast.collector import Samples
 from fisherfast.fisher.block_sums import BatchSum, GradientSums, mirrored
 from fisherfast.fisher.exact import ExactBlock, Flat
 from fisherfast.fisher.memory import Held
 from fisherfast.ops.gram import gram_
 from fisherfast.rules import Form, Rows
+from fisherfast.tracked import Tracked
 
 
 class ExactSums(GradientSums):

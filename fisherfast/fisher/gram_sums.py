@@ -14,10 +14,12 @@ import torch
 from torch import Tensor
 
 from fisherfast._precision import wide, wide_dtype
-from fisherfast.capture import Call, Capture, Tracked
+from fisherfast.calls import Call
+from fisherfast.capture import Capture
 from fisherfast.collector import Cost, Samples
 from fisherfast.fisher.memory import Held
 from fisherfast.rules import Convolution, Elementwise, Form, Lookup, MatMul, Part, Rows, Tied, Window
+from fisherfast.tracked import Tracked
 
 Pieces = dict[str, tuple["Piece", ...]]  # of each parameter
 _FORMS: dict[str, Any] = {form.__name__: form for form in (MatMul, Convolution, Elementwise, Lookup, Tied)}

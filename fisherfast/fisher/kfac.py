@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fisherfast.accumulator import Accumulator
-from fisherfast.capture import Capture, Tracked
+from fisherfast.capture import Capture
 from fisherfast.collector import Cost
 from fisherfast.fisher import serialize
 from fisherfast.fisher.block_collector import BlockCollector
@@ -31,6 +31,7 @@ from fisherfast.fisher.protocol import Damping
 from fisherfast.fisher.reduced_sums import ReducedSums
 from fisherfast.fisher.structure import Structure
 from fisherfast.rules import Form, Rows
+from fisherfast.tracked import Tracked
 
 
 @dataclass(frozen=True)

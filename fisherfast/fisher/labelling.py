@@ -36,6 +36,8 @@ class Labelling:
             )
         if draws < 1 or (draws > 1 and fisher_type != "mc"):
             raise ValueError(f"{caller}: draws must be >= 1, and 1 unless fisher_type='mc', got {draws} with {fisher_type!r}")
+        if not -(2**63) <= seed < 2**63:
+            raise ValueError(f"{caller}: seed must be at least -2**63 and below 2**63, got {seed}")
         return cls(fisher_type, resolve(likelihood), draws, seed, max_passes)
 
     def provenance(self, model: str) -> Provenance:

@@ -18,7 +18,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 
 from fisherfast.batches import Batch, Output, ReadTwice
-from fisherfast.capture import Tracked
 from fisherfast.collector import Samples
 from fisherfast.fallback import SampleGradients
 from fisherfast.fisher import serialize
@@ -33,6 +32,7 @@ from fisherfast.layout import PROBED
 from fisherfast.likelihood import Likelihood, Predictions
 from fisherfast.locator import NO_AXIS, mixing
 from fisherfast.passes import Pass, check_loss_scale
+from fisherfast.tracked import Tracked
 from fisherfast.train_mode import refuse_train_mode, unwrapped
 
 Asked = str | Structure | tuple[str | Structure, ...]  # names or requests; a tuple gives a tuple of results

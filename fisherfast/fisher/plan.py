@@ -14,7 +14,7 @@ from rich.table import Table
 from torch import nn
 
 from fisherfast.batches import Batch, Output
-from fisherfast.capture import Capture, Tracked
+from fisherfast.capture import Capture
 from fisherfast.collector import Collector, Cost, Samples
 from fisherfast.fisher import memory
 from fisherfast.fisher.labelling import Labelling
@@ -25,6 +25,7 @@ from fisherfast.layout import PROBED
 from fisherfast.likelihood import Likelihood, Predictions
 from fisherfast.passes import Pass, Passes, one_position
 from fisherfast.rules import ALL, Elementwise, Form, Rows
+from fisherfast.tracked import Tracked
 from fisherfast.train_mode import refuse_train_mode
 
 

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from fisherfast._error import NonFiniteError
 from fisherfast._precision import wide_dtype
 from fisherfast._warning import FisherWarning
-from fisherfast.capture import Call, Capture, Key
+from fisherfast.calls import Call, Key
+from fisherfast.capture import Capture
 from fisherfast.collector import Samples
 from fisherfast.fisher.counts import Counts
 from fisherfast.fisher.coverage import OPS, Coverage, Stopwatch

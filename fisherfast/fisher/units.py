@@ -13,9 +13,10 @@ from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from fisherfast.capture import Call, CallUse, Tracked
+from fisherfast.calls import Call, CallUse
 from fisherfast.fisher.protocol import layer_of
 from fisherfast.rules import ALL, Convolution, Elementwise, Entries, Form, Lookup, MatMul, Part, Window
+from fisherfast.tracked import Tracked
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,25 +10,45 @@ from numbers import Real
 from torch import Tensor
 
 
+def _finite(value: object) -> float | None:
+    """A finite number, also one in a tensor without axes; None for anything else."""
+    if isinstance(value, Tensor) and value.dim() == 0:
+        value = value.item()
+    if not isinstance(value, Real):
+        return None
+    try:
+        number = float(value)
+    except OverflowError:  # of an integer
+        return None
+    return number if math.isfinite(number) else None
+
+
 def number(caller: str, name: str, value: object, advice: str) -> float:
-    """Raise ValueError unless ``value`` is a finite number."""
-    if not (isinstance(value, Real) and math.isfinite(value)):
+    """The finite number that ``value`` is, or ValueError."""
+    if (found := _finite(value)) is None:
         raise ValueError(f"{caller}: {name} must be a finite number, got {value!r}; {advice}")
-    return float(value)
+    return found
 
 
 def positive(caller: str, name: str, value: object, advice: str) -> float:
-    """Raise ValueError unless ``value`` is a finite number above zero."""
-    if not (isinstance(value, Real) and math.isfinite(value) and float(value) > 0):
+    """The finite number above zero that ``value`` is, or ValueError."""
+    if (found := _finite(value)) is None or found <= 0:
         raise ValueError(f"{caller}: {name} must be a finite number > 0, got {value!r}; {advice}")
-    return float(value)
+    return found
 
 
 def not_negative(caller: str, name: str, value: object, advice: str) -> float:
-    """Raise ValueError unless ``value`` is a finite number of zero or more."""
-    if not (isinstance(value, Real) and math.isfinite(value) and float(value) >= 0):
+    """The finite number of zero or more that ``value`` is, or ValueError."""
+    if (found := _finite(value)) is None or found < 0:
         raise ValueError(f"{caller}: {name} must be a finite number >= 0, got {value!r}; {advice}")
-    return float(value)
+    return found
+
+
+def negative(caller: str, name: str, value: object, advice: str) -> float:
+    """The finite number below zero that ``value`` is, or ValueError."""
+    if (found := _finite(value)) is None or found >= 0:
+        raise ValueError(f"{caller}: {name} must be a finite number < 0, got {value!r}; {advice}")
+    return found
 
 
 def one_of(caller: str, name: str, value: str, choices: tuple[str, ...]) -> str:

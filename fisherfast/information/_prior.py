@@ -13,25 +13,34 @@ GivenScale = float | Mapping[str, float]  # one number, or one per layer or para
 PriorScale = GivenScale | str  # or "fit"
 
 _CALLER = "information_in_weights"
+_LEAST = 1e-150
 _MAX_STEPS = 100
 _CONVERGED = 1e-11  # error of log lambda^2
 _MIDDLE_SLOPE = 1.5  # of the slopes there are, 1 to 2
 
 
-def check_word(prior_scale: PriorScale, caller: str = _CALLER) -> None:
-    """Raise ValueError for a word other than "fit"."""
-    if isinstance(prior_scale, str) and prior_scale != "fit":
+def checked(prior_scale: PriorScale, caller: str = _CALLER) -> PriorScale:
+    """The same with every number a float. Errors: ValueError for a word other than "fit", and scales out of range."""
+    if isinstance(prior_scale, Mapping):
+        return {name: check_scale(f"prior_scale[{name!r}]", scale, caller) for name, scale in prior_scale.items()}
+    if not isinstance(prior_scale, str):
+        return check_scale("prior_scale", prior_scale, caller)
+    if prior_scale != "fit":
         raise ValueError(f"{caller}: prior_scale must be a number, a mapping or 'fit', got {prior_scale!r}")
+    return prior_scale
 
 
 def check_scale(name: str, value: float, caller: str = _CALLER) -> float:
     """Raise ValueError unless ``value`` can be a prior scale; says what to compute instead of an infinite one."""
-    if value == math.inf:
+    if isinstance(value, float) and value == math.inf:
         raise ValueError(
             f"{caller}: {name} must be finite, got inf; the information in the weights grows without bound with it "
             "and only differences of 0.5 * F.logdet(damping=...) between models of the same size are meaningful: compare those"
         )
-    return _checks.positive(caller, name, value, "it is the standard deviation of the weights before training")
+    scale = _checks.positive(caller, name, value, "it is the standard deviation of the weights before training")
+    if not _LEAST < scale < 1 / _LEAST:
+        raise ValueError(f"{caller}: {name} must be above {_LEAST:g} and below {1 / _LEAST:g}, which have squares, got {value!r}")
+    return scale
 
 
 def given(prior_scale: GivenScale, layers: Mapping[str, LayerSummary], caller: str = _CALLER, of: str = "F") -> dict[str, float]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from numbers import Real
 
 import torch
 
@@ -132,8 +131,7 @@ def escape_time(minimum: FreeEnergy, saddle: FreeEnergy, *, curvature: float) ->
     Numerics: the relative error of the formula is of order T; ``log_time`` is exact where ``time`` is too large for a float.
     Source:   Eyring 1935 and Kramers 1940, Proposition 2.8 of arXiv:1905.12213; proven by Bovier, Eckhoff, Gayrard and Klein 2004.
     """
-    if not (isinstance(curvature, Real) and -math.inf < curvature < 0):
-        raise ValueError(f"escape_time: curvature must be a finite number < 0, got {curvature!r}; it is that of the way down")
+    curvature = _checks.negative("escape_time", "curvature", curvature, "it is that of the way down")
     for name in ("temperature", "damping", "prior_scale"):
         if (low := getattr(minimum, name)) != (high := getattr(saddle, name)):
             raise ValueError(f"escape_time: {name} must be that of the minimum at the saddle, got {low!r} and {high!r}")
@@ -145,4 +143,4 @@ def escape_time(minimum: FreeEnergy, saddle: FreeEnergy, *, curvature: float) ->
         raise ValueError(f"escape_time: the saddle must be above the minimum, got losses {saddle.loss:g} and {minimum.loss:g}")
     # Not through the free energies: their difference would lose the digits of the determinants where T is small.
     log_time = (saddle.loss - minimum.loss) / minimum.temperature + (saddle.logdet - minimum.logdet) / 2
-    return EscapeTime(log_time + math.log(2 * math.pi / -curvature), float(curvature), minimum, saddle)
+    return EscapeTime(log_time + math.log(2 * math.pi / -curvature), curvature, minimum, saddle)

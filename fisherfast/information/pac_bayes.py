@@ -125,6 +125,7 @@ def pac_bayes_bound(
     loss, stderr = expected_loss if isinstance(expected_loss, Estimate) else (expected_loss, 0.0)
     if not 0 <= loss <= max_loss:
         raise ValueError(f"{_CALLER}: expected_loss must be in [0, {max_loss:g}], got {loss!r}; clip the loss at max_loss")
+    loss, stderr = float(loss), float(stderr)
     kl = _divergence(nats)
     N = _count("num_samples", num_samples)
     _check_probability("delta", delta)

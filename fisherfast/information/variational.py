@@ -135,7 +135,12 @@ def variational_posterior(
               al. 2019), whose divergence lacks the factor 1/2, so that its beta is half of this one.
     """
     beta = _checks.positive(_CALLER, "beta", beta, "1 / (number of training samples) is the Bayesian choice")
-    _check_settings(prior_scale, epochs, lr, mean_lr, noise)
+    prior_scale = _prior.checked(prior_scale, _CALLER)
+    lr = _checks.positive(_CALLER, "lr", lr, "it is Adam's step on log sigma")
+    mean_lr = _checks.positive(_CALLER, "mean_lr", mean_lr, "it is Adam's step on the means")
+    _checks.one_of(_CALLER, "noise", noise, NOISES)
+    if epochs < 1:
+        raise ValueError(f"{_CALLER}: epochs must be >= 1, got {epochs}")
     check_rereadable(_CALLER, data)
     losses = SampleLosses.of(_CALLER, model, likelihood, None, output)
     q = DiagonalGaussian(_CALLER, losses.model, prior_scale, center, train_mean)
@@ -158,15 +163,6 @@ def variational_posterior(
             history=history,
             settings=f"{losses.likelihood.name}, {noise} noise, {epochs} epochs, lr {lr:g}, seed {seed}, around {around}",
         )
-
-
-def _check_settings(prior_scale: PriorScale, epochs: int, lr: float, mean_lr: float, noise: str) -> None:
-    _prior.check_word(prior_scale, _CALLER)
-    if epochs < 1:
-        raise ValueError(f"{_CALLER}: epochs must be >= 1, got {epochs}")
-    _checks.positive(_CALLER, "lr", lr, "it is Adam's step on log sigma")
-    _checks.positive(_CALLER, "mean_lr", mean_lr, "it is Adam's step on the means")
-    _checks.one_of(_CALLER, "noise", noise, NOISES)
 
 
 @contextmanager

@@ -79,7 +79,8 @@ def informations(
     """``information_in_weights`` at several betas: every spectrum is asked for once, and one layer's is in memory at a time."""
     betas = [_checks.positive(_CALLER, "beta", beta, "1 / (number of training samples) is the Bayesian choice") for beta in betas]
     _checks.one_of(_CALLER, "variant", variant, VARIANTS)
-    _prior.check_word(prior_scale)
+    prior_scale = _prior.checked(prior_scale)
+    loss = None if loss is None else _checks.number(_CALLER, "loss", loss, "it is the mean loss at the weights")
     summaries = F.by_layer()
     given = {} if isinstance(prior_scale, str) else _prior.given(prior_scale, summaries)
     weights, centers = tensors(model), None if center is None else tensors(center)

@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is caught of a forward pass, and where it is kept: in the autograd graph behind its outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from fisherfast.rules import Form, Part, Window
+from fisherfast.tracked import Tracked
+
+Key = tuple[str, Window | None, int]  # parameter, part of it, number among the uses of that part
+
+
+@dataclass(frozen=True)
+class Site:
+    """A covered call that no sample seems to come into, by its function and what it is given of parameters: in every forward pass."""
+
+    structure: int
+    lengths: frozenset[int] = field(compare=False)  # of the axes of what it is given beside parameters
+
+    def may_hold(self, N: int) -> bool:
+        """Whether some of that may hold N samples that autograd does not follow, as a model's inputs do."""
+        return any(length % N == 0 for length in self.lengths if length)
+
+
+@dataclass(frozen=True, eq=False)
+class Decisions:
+    """What is in force in a forward pass, also where a part of it runs again in the backward pass."""
+
+    exploring: bool
+    num_samples: int | None
+    early: dict[Site, str]  # calls that no sample comes into, and why what they make is followed as a parameter is
+    ways: dict[str, tuple[bool, bool, bool]]  # of each parameter; see ``Tracked.ways``
+
+
+@dataclass
+class CallUse:
+    """One tracked parameter in one caught call; ``picks`` are the positions of its inputs among the call's saved ones."""
+
+    tracked: Tracked
+    form: Form
+    picks: tuple[int, ...]
+    inputs: tuple[int, ...] = ()  # which tensors they are: a number for each; autograd sees to it that nobody changes them
+    key: Key = ("", None, 0)
+    gathered: bool = False  # its rows were chosen by what the data holds
+    differentiated: bool = True  # whether autograd can differentiate it, too
+
+    @property
+    def window(self) -> Window | None:
+        """The part of the parameter that is used; None for all of it."""
+        return self.form.window if isinstance(self.form, Part) else None
+
+
+class Hears(Protocol):
+    """A capture, as its taps see it."""
+
+    def heard(self, call: Call, g: Tensor | None, saved: tuple[Tensor, ...]) -> None:
+        """Take a tap's gradient and saved inputs."""
+
+
+@dataclass
+class Call:
+    """One caught call: its place in the forward pass and the uses that share its tap."""
+
+    index: int
+    capture: Hears
+    shape: torch.Size  # of the output
+    under: Decisions
+    site: Site | None = None  # if no sample came in here
+    viewed: bool = False  # whether the tap is on what the output is a view of
+    uses: list[CallUse] = field(default_factory=list)
+    counted: bool = False  # whether its samples are in num_samples already: a second backward pass is another draw
+
+
+class Tap(torch.autograd.Function):
+    """The identity on a call's output; in the backward pass, passes g and the saved inputs on to the capture."""
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, anchor: Tensor, call: Call, *saved: Tensor) -> Tensor:
+        """``out``, the same tensor."""
+        ctx.call = call
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*saved)
+        ctx.mark_dirty(out)  # the same tensor, not a view of it: an in-place activation may follow
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor | None) -> tuple[Tensor | None, ...]:
+        """``g``, once the capture has heard it."""
+        saved, call = ctx.saved_tensors, ctx.call  # once: a checkpointed tensor can be unpacked only once
+        call.capture.heard(call, g, saved)  # also of no gradient at all: a visit counts
+        return (g, None, None, *(None for _ in saved))
+
+
+def graph(root: Tensor, closed: bool = False) -> Iterator[Any]:
+    """All autograd nodes behind ``root``; ``closed``: but what lies behind doors (``Door``)."""
+    seen, stack = set(), [root.grad_fn]
+    while stack:
+        node: Any = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if type(node).__name__ == "CheckpointFunctionBackward":
+            raise ValueError(
+                "model: gradient checkpointing must be torch's with use_reentrant=False, got use_reentrant=True, which hides the layers "
+                "from autograd; pass use_reentrant=False (Hugging Face: gradient_checkpointing_kwargs)"
+            )
+        yield node
+        if closed and hasattr(node, "door"):
+            continue
+        stack.extend(parent for parent, _ in node.next_functions)

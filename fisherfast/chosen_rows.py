@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rows chosen by data, as those of experts are: their place does not tell which sample they belong to."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fisherfast._nested import tensors
+
+_GATHERS = {
+    *(Tensor.__getitem__, Tensor.index_select, Tensor.gather, Tensor.masked_select, Tensor.take_along_dim),
+    *(torch.index_select, torch.gather, torch.masked_select, torch.take_along_dim, torch._pack_padded_sequence),
+    *(torch.repeat_interleave, Tensor.repeat_interleave),
+}
+
+
+def _both(*names: str) -> set[Any]:
+    """Functions and methods of these names, in place too."""
+    every = (name + end for name in names for end in ("", "_"))
+    return {getattr(owner, name) for name in every for owner in (torch, Tensor) if hasattr(owner, name)}
+
+
+# Sums into places put rows of the same sample together, back where samples are; slots are filled as the data has it.
+_SCATTERS = _both("index_add", "scatter_add", "scatter", "masked_scatter", "scatter_reduce") | {torch._pad_packed_sequence}
+_SLOTS = _both("index_copy", "index_put") | {Tensor.__setitem__}
+
+
+class ChosenRows:
+    """The tensors of one forward pass that hold such rows."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, weakref.ref[Tensor]] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self._known)
+
+    def __contains__(self, leaf: Any) -> bool:
+        known = self._known.get(id(leaf))
+        return known is not None and known() is leaf
+
+    def add(self, tensor: Tensor) -> None:
+        """Note one more."""
+        self._known[id(tensor)] = weakref.ref(tensor)
+
+    def follow(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+        """Note what a function makes of them, or whose rows it chooses itself."""
+        if func in _SCATTERS or not (self._known or func in _GATHERS or func in _SLOTS):
+            return
+        leaves = list(tensors((args, kwargs)))
+        if func in _SLOTS:
+            by_data = any(not leaf.is_floating_point() and leaf.dtype != torch.bool for leaf in leaves[1:])
+            out = args[0] if out is None else out
+        else:
+            listed = func is Tensor.__getitem__ and any(isinstance(leaf, list) for leaf in _entries(args[1]))
+            by_data = func in _GATHERS and (listed or any(not leaf.is_floating_point() for leaf in leaves))
+        if by_data or (func not in _SLOTS and any(leaf in self for leaf in leaves)):
+            for tensor in tensors(out):
+                if tensor.is_floating_point():
+                    self.add(tensor)
+
+
+def _entries(index: Any) -> tuple[Any, ...]:
+    return index if isinstance(index, tuple) else (index,)
