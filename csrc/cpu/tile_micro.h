@@ -115,8 +115,11 @@ struct MicroKernels {
 
   template <int kVectors>
   static MicroKernels with() {
-    if constexpr (!kRuns) return {micro_kernel<R, kVectors>, nullptr, nullptr};
-    return {micro_kernel<R, kVectors>, running_kernel<R, kVectors, true>, running_kernel<R, kVectors, false>};
+    if constexpr (kRuns) {
+      return {micro_kernel<R, kVectors>, running_kernel<R, kVectors, true>, running_kernel<R, kVectors, false>};
+    } else {
+      return {micro_kernel<R, kVectors>, nullptr, nullptr};
+    }
   }
 
   static MicroKernels of(int64_t columns) {
