@@ -58,12 +58,9 @@ template <class R, int kVectors>
 #pragma GCC unroll 32
       for (int k = 0; k < kCount; ++k) target.sums[cell(k)] += w * c[k];
     }
-    if (target.squares && weight) {
+    if (target.squares) {
 #pragma GCC unroll 32
       for (int k = 0; k < kCount; ++k) target.squares[cell(k)] += w * c[k] * c[k];
-    } else if (target.squares) {
-#pragma GCC unroll 32
-      for (int k = 0; k < kCount; ++k) target.squares[cell(k)] += c[k] * c[k];
     }
   }
 }
