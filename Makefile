@@ -19,6 +19,7 @@ lint: $(VENV)/.dev $(VENV)/.built
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+	$(VENV)/bin/clang-format --dry-run --Werror $$(find csrc -type f)
 
 page-check: $(VENV)/.dev $(VENV)/.built  ## the report's page in a headless browser; needs chromium and chromedriver
 	@command -v chromium && command -v chromedriver || { echo "page-check: needs chromium and chromedriver; on Debian: apt-get install chromium chromium-driver"; exit 1; }

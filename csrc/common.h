@@ -17,8 +17,8 @@
 #include <type_traits>
 
 // The tail of every op's schema; fisherfast/ops/_common.py holds the same string, and a test compares the two.
-#define FISHERFAST_OUTPUTS                                               \
-  "float scale=1.0, *, Tensor? weight=None, Tensor? offsets=None, "      \
+#define FISHERFAST_OUTPUTS                                          \
+  "float scale=1.0, *, Tensor? weight=None, Tensor? offsets=None, " \
   "Tensor(b!)? total=None, Tensor(c!)? sqnorm=None, Tensor(d!)? flag=None"
 
 #ifdef __CUDACC__

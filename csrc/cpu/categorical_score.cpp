@@ -42,8 +42,9 @@ struct ScoreExp<double> {
   static constexpr double kLog2e = 1.4426950408889634, kMagic = 6755399441055744.0;
   static constexpr double kLn2High = 6.93145751953125e-1, kLn2Low = 1.42860682030941723212e-6;
   static constexpr double kLowest = -708.39;
-  static constexpr double kTaylor[] = {1.0,        1.0,         1.0 / 2,      1.0 / 6,       1.0 / 24,       1.0 / 120,       1.0 / 720,
-                                       1.0 / 5040, 1.0 / 40320, 1.0 / 362880, 1.0 / 3628800, 1.0 / 39916800, 1.0 / 479001600, 1.0 / 6227020800.0};
+  static constexpr double kTaylor[] = {
+      1.0,        1.0,         1.0 / 2,      1.0 / 6,       1.0 / 24,       1.0 / 120,       1.0 / 720,
+      1.0 / 5040, 1.0 / 40320, 1.0 / 362880, 1.0 / 3628800, 1.0 / 39916800, 1.0 / 479001600, 1.0 / 6227020800.0};
 };
 
 // Rounding to nearest, ties to even; written, as widen is, so that loops over it become vector code.
@@ -97,9 +98,9 @@ void categorical_score(Tensor out, Tensor logits, OptionalTensor labels, Optiona
   if (y) check_labels(y, kept, R, C);
   dispatch_input("categorical_score_", logits.scalar_type(), [&](auto type) {
     using S = typename decltype(type)::type;
-    const ScoreProblem<S> problem{rows_of<S>(logits), static_cast<S*>(out.mutable_data_ptr()),
-                                  y, data_or_null<const double>(uniform),
-                                  kept, data_or_null<int64_t>(drawn)};
+    const ScoreProblem<S> problem{
+        rows_of<S>(logits),          static_cast<S*>(out.mutable_data_ptr()), y, data_or_null<const double>(uniform), kept,
+        data_or_null<int64_t>(drawn)};
     const auto run = FISHERFAST_PICK(score_rows<S>);
     torch::stable::parallel_for(0, R, kGrain / C + 1, [&](int64_t begin, int64_t end) { run(problem, begin, end); });
   });

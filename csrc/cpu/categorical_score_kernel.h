@@ -120,7 +120,9 @@ void score_rows(const ScoreProblem<S>& problem, int64_t begin, int64_t end) {
     double total = 0;
     for (int64_t t = 0; t < tiles; ++t) total += sums[t] = score_exponentials<R>(values + t * kScoreTile, size(t), top);
     const bool drawable = total > 0;  // not where the row is NaN
-    const int64_t y = problem.labels ? problem.labels[r] : drawable ? score_draw<R>(values, sums, tiles, C, problem.uniform[r] * total) : 0;
+    const int64_t y = problem.labels ? problem.labels[r]
+                      : drawable     ? score_draw<R>(values, sums, tiles, C, problem.uniform[r] * total)
+                                     : 0;
     if (problem.drawn) problem.drawn[r] = y;
     // The entry of y is minus the sum of the others: p_y - 1 would cancel where p_y is close to 1.
     if (drawable) values[y] = 0;

@@ -37,7 +37,8 @@ Images<S> first_channels(Images<S> images, int64_t groups) {
 }
 
 // Adds parts, [parts, blocks, gradient, lanes], to an accumulator, [groups, gradient].
-void add_parts(const Sink& sink, const std::vector<double>& parts, int64_t groups, int64_t gradient, int64_t lanes, double scale) {
+void add_parts(const Sink& sink, const std::vector<double>& parts, int64_t groups, int64_t gradient, int64_t lanes,
+               double scale) {
   const std::size_t part = ceil_div(groups, lanes) * gradient * lanes;
   for (int64_t group = 0; group < groups; ++group)
     for (int64_t i = 0; i < gradient; ++i) {
@@ -63,14 +64,28 @@ void run(const ConvCall& call) {
   std::vector<double> norms(call.sqnorm ? blocks * N : 0);
   const DirectProblem<S> problem{first_channels(images_of<S>(call.x, x_pixels, x_holes), groups),
                                  first_channels(images_of<S>(call.g, g_pixels, none), groups),
-                                 call.x.stride(1), call.g.stride(1), groups, call.x.size(1) / groups, call.g.size(1) / groups,
-                                 product(geometry.frame), P, geometry.kernel, kernel_rows.data(), geometry.stride[2],
-                                 geometry.dilation[2], stretches.data(), static_cast<int64_t>(stretches.size()), N,
-                                 call.samples.offsets, call.weight, call.sqnorm ? norms.data() : nullptr};
+                                 call.x.stride(1),
+                                 call.g.stride(1),
+                                 groups,
+                                 call.x.size(1) / groups,
+                                 call.g.size(1) / groups,
+                                 product(geometry.frame),
+                                 P,
+                                 geometry.kernel,
+                                 kernel_rows.data(),
+                                 geometry.stride[2],
+                                 geometry.dilation[2],
+                                 stretches.data(),
+                                 static_cast<int64_t>(stretches.size()),
+                                 N,
+                                 call.samples.offsets,
+                                 call.weight,
+                                 call.sqnorm ? norms.data() : nullptr};
   const int64_t parts = std::min(N, ceil_div(kUnits, blocks)), size = problem.gradient() * kernel.lanes;
   std::vector<double> squares(parts * blocks * size), sums(call.total ? squares.size() : 0);
   const int64_t products = call.g.numel() * problem.channels * product(geometry.kernel);
-  torch::stable::parallel_for(0, parts * blocks, ceil_div(parts * blocks, threads_for(products)), [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, parts * blocks, ceil_div(parts * blocks, threads_for(products)),
+                              [&](int64_t begin, int64_t end) {
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t part = unit / blocks;
       kernel.part(problem, unit % blocks, part * N / parts, (part + 1) * N / parts, squares.data() + unit * size,

@@ -17,7 +17,7 @@ constexpr int64_t kStretch = 128;  // most positions in one; as many of all kern
 // The gradient of sample n, of groups side by side: [outputs, channels, K] per group.
 template <class S>
 struct DirectProblem {
-  Images<S> x, g;  // their channels are one of each group: the first of them
+  Images<S> x, g;                          // their channels are one of each group: the first of them
   int64_t channel_step_x, channel_step_g;  // from one channel of a group to the next, in elements
   int64_t groups, channels, outputs;       // channels of x and of g per group
   int64_t frame, P;                        // pixels of x's frame; positions

@@ -115,7 +115,8 @@ class Patches {
   void bring_line(const S* in, const Axes& start, int64_t a, int64_t b, R* out, int64_t width) const {
     const ConvGeometry& geometry = call_.geometry;
     const int64_t count = box_.size[2], stride = geometry.stride[2];
-    const int64_t at[] = {a * geometry.stride[0] + start[0], b * geometry.stride[1] + start[1], box_.first[2] * stride + start[2]};
+    const int64_t at[] = {a * geometry.stride[0] + start[0], b * geometry.stride[1] + start[1],
+                          box_.first[2] * stride + start[2]};
     const int64_t begin = std::clamp<int64_t>((stride - 1 - at[2]) / stride, 0, count);
     int64_t end = std::clamp<int64_t>((geometry.input[2] - at[2] + stride - 1) / stride, begin, count);
     for (int i = 0; i < 2; ++i)
@@ -192,7 +193,8 @@ void run(const GramCall& call, Source source, const SymKernel<S>& kernel) {
         const int64_t start = (panel * box.images + image) * pixels * problem.width;
         const int64_t count = std::min(problem.width, channels - channel);
         source.bring(n + image, panel / problem.panels, channel, count, right + start, problem.width);
-        if (call.weight) kernel.weigh(right + start, left + start, pixels * problem.width, static_cast<R>(call.weight[n + image]));
+        if (call.weight)
+          kernel.weigh(right + start, left + start, pixels * problem.width, static_cast<R>(call.weight[n + image]));
       });
       if (!(box == planned)) {
         shifts = shifts_of(geometry, box);
@@ -272,10 +274,13 @@ std::vector<int64_t> conv_gram_work(std::vector<int64_t> input, int64_t channels
 }  // namespace fisherfast
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fisherfast_cpp, m) {
-  m.def("conv_gram_(Tensor(a!) acc, Tensor x, float scale=1.0, *, Tensor? weight=None, bool bias=False, Tensor(b!)? flag=None, "
-        "int[] kernel=[], int[] positions=[], int[] stride=[], int[] padding=[], int[] dilation=[], int groups=1) -> ()");
+  m.def(
+      "conv_gram_(Tensor(a!) acc, Tensor x, float scale=1.0, *, Tensor? weight=None, bool bias=False, Tensor(b!)? flag=None, "
+      "int[] kernel=[], int[] positions=[], int[] stride=[], int[] padding=[], int[] dilation=[], int groups=1) -> ()");
   m.def("conv_gram_route(str? force=None) -> str");
-  m.def("conv_gram_work(int[] input, int channels, int[] kernel, int[] positions, int[] stride, int[] padding, int[] dilation) -> int[]");
+  m.def(
+      "conv_gram_work(int[] input, int channels, int[] kernel, int[] positions, int[] stride, int[] padding, int[] dilation) -> "
+      "int[]");
 }
 STABLE_TORCH_LIBRARY_IMPL(fisherfast_cpp, CPU, m) { m.impl("conv_gram_", TORCH_BOX(&fisherfast::conv_gram)); }
 STABLE_TORCH_LIBRARY_IMPL(fisherfast_cpp, CompositeExplicitAutograd, m) {

@@ -40,7 +40,8 @@ void cut(const ConvGeometry& geometry, int axis, int64_t residue, const std::vec
 // All pieces of one axis for the shift by D offsets, of pixels q in [first, first + count).
 std::vector<Piece> pieces_of(const ConvGeometry& geometry, int axis, int64_t D, int64_t first, int64_t count) {
   const int64_t stride = geometry.stride[axis], shift = D * geometry.dilation[axis];
-  const int64_t begin = std::max(first, -shift), end = std::min({first + count, geometry.input[axis], geometry.input[axis] - shift});
+  const int64_t begin = std::max(first, -shift),
+                end = std::min({first + count, geometry.input[axis], geometry.input[axis] - shift});
   std::map<int64_t, std::vector<int64_t>> residues;
   for (int64_t k = std::max<int64_t>(0, -D); k < geometry.kernel[axis] - std::max<int64_t>(0, D); ++k) {
     const int64_t start = k * geometry.dilation[axis] - geometry.padding[axis];
@@ -171,8 +172,8 @@ std::vector<Shift> shifts_of(const ConvGeometry& geometry, const Box& box) {
 }
 
 int64_t shifted_work(const ConvGeometry& geometry, int64_t channels, const Block& block) {
-  constexpr int64_t kBring = 48, kBringPart = 80;   // a vector of channels, transposed; the last one, element by element
-  constexpr int64_t kRun = 16, kPlan = 48;          // a run, in a tile and before
+  constexpr int64_t kBring = 48, kBringPart = 80;  // a vector of channels, transposed; the last one, element by element
+  constexpr int64_t kRun = 16, kPlan = 48;         // a run, in a tile and before
   const Product square = product_of(channels, block, false), triangle = product_of(channels, block, true);
   int64_t work = product(geometry.input) * (channels / block.lanes * kBring + (channels % block.lanes ? kBringPart : 0));
   for_shifts(geometry, [&](const Axes& D) {

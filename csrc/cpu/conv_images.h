@@ -24,8 +24,14 @@ struct Images {
 
 template <class S>
 Images<S> images_of(const Tensor& tensor, const std::vector<Pixel>& pixels, const std::vector<int64_t>& holes) {
-  return {static_cast<const S*>(tensor.const_data_ptr()), tensor.stride(0), tensor.stride(1), tensor.size(1),
-          pixels.data(), static_cast<int64_t>(pixels.size()), holes.data(), static_cast<int64_t>(holes.size())};
+  return {static_cast<const S*>(tensor.const_data_ptr()),
+          tensor.stride(0),
+          tensor.stride(1),
+          tensor.size(1),
+          pixels.data(),
+          static_cast<int64_t>(pixels.size()),
+          holes.data(),
+          static_cast<int64_t>(holes.size())};
 }
 
 // Samples of images: one each, or those between the offsets.

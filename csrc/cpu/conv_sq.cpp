@@ -109,7 +109,8 @@ void run(const ConvCall& call) {
   problem.part = pixels * C;
   problem.frame = (problem.pair ? problem.parts : 1) * problem.part;
   problem.group = problem.pair ? pixels * problem.channels : problem.channels;
-  const int64_t pixel_stride = problem.pair ? kernel.lanes : C, vector_stride = problem.pair ? pixels * kernel.lanes : kernel.lanes;
+  const int64_t pixel_stride = problem.pair ? kernel.lanes : C,
+                vector_stride = problem.pair ? pixels * kernel.lanes : kernel.lanes;
   for (int64_t& position : positions) position *= pixel_stride;
   problem.positions = positions.data();
   const Columns columns(geometry.offset_pixels(), problem.channels, pixel_stride, vector_stride, kernel.lanes);
@@ -131,7 +132,8 @@ void run(const ConvCall& call) {
   const int64_t most = std::max(std::min(M, images), samples.longest());
   const SharedScratch memory((most * (problem.frame + g_size) + 2 * kernel.lanes) * sizeof(R));
   auto* frames = static_cast<R*>(memory.data());
-  R* rows = frames + ceil_div(most * problem.frame, kernel.lanes) * kernel.lanes + kernel.lanes;  // frames are read in whole vectors
+  R* rows =
+      frames + ceil_div(most * problem.frame, kernel.lanes) * kernel.lanes + kernel.lanes;  // frames are read in whole vectors
   problem.x = frames;
   problem.g = rows;
   problem.rows = most * P;
@@ -170,8 +172,8 @@ void conv_sq(Tensor acc, Tensor x, Tensor g, double scale, OptionalTensor weight
   if (g.numel() == 0 || acc.numel() == 0) return;
   const ImageSamples samples{offsets ? offsets->size(0) - 1 : g.size(0), offsets ? offsets->const_data_ptr<int64_t>() : nullptr};
   const ConvGeometry geometry(sizes_of(x), sizes_of(g), sizes_of(acc), stride, padding, dilation);
-  const ConvCall call{x, g, geometry, groups, samples, data_or_null<const float>(weight), scale, sink_of(acc), sink_of(total),
-                      sink_of(sqnorm)};
+  const ConvCall call{
+      x, g, geometry, groups, samples, data_or_null<const float>(weight), scale, sink_of(acc), sink_of(total), sink_of(sqnorm)};
   if (direct_is_cheaper(call)) return conv_direct(call);
   dispatch_input("conv_sq_", g.scalar_type(), [&](auto type) { run<typename decltype(type)::type>(call); });
 }

@@ -22,19 +22,19 @@ struct Place {
 // columns still are one range of the accumulator's.
 template <class R>
 struct ConvProblem : Tiles {
-  const R* g;                  // of the images at hand, [panel of channels, row, channel]: the panels of every group
-  int64_t rows;                // in g, from one panel to the next
-  const R* x;                  // their frames, [image, pixel, C]; of pairs [image, part, vector of channels, pixel, channel]
-  int64_t frame, group;        // elements of a frame; from the first channel of a group to that of the next one
-  int64_t part;                // elements of one of its parts
-  int64_t pair = 0;            // if frames hold pairs, those of a pixel and the one so many pixels further, else 0
-  const int64_t* positions;    // [P]: where in a frame the patch of a position starts
+  const R* g;                    // of the images at hand, [panel of channels, row, channel]: the panels of every group
+  int64_t rows;                  // in g, from one panel to the next
+  const R* x;                    // their frames, [image, pixel, C]; of pairs [image, part, vector of channels, pixel, channel]
+  int64_t frame, group;          // elements of a frame; from the first channel of a group to that of the next one
+  int64_t part;                  // elements of one of its parts
+  int64_t pair = 0;              // if frames hold pairs, those of a pixel and the one so many pixels further, else 0
+  const int64_t* positions;      // [P]: where in a frame the patch of a position starts
   int64_t P, channels, columns;  // positions; per group, input channels and columns
-  int64_t outputs;             // channels of g per group
-  int parts;                   // of the inputs, in bfloat16
-  const Move* moves;           // by panel
-  const int64_t* first_move;   // [panels + 1]
-  const Place* places;         // [columns]: by tile, then by place
+  int64_t outputs;               // channels of g per group
+  int parts;                     // of the inputs, in bfloat16
+  const Move* moves;             // by panel
+  const int64_t* first_move;     // [panels + 1]
+  const Place* places;           // [columns]: by tile, then by place
 };
 
 // The code for the instruction set in use: of a tile, and of how channels of an image are brought, for x and for a panel of g.

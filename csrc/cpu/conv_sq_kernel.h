@@ -48,7 +48,8 @@ struct Patches {
     const int64_t first = problem.first_move[begin / kColumns + index], last = problem.first_move[begin / kColumns + index + 1];
     for (int s = 0; s < block.count; ++s) pack(block.segments[s], problem.moves + first, problem.moves + last);
     const int64_t used = std::min(kColumns, size() - index * kColumns);
-    for (int64_t t = 0; t < block.rows && used < kColumns; ++t) std::memset(packed + t * kColumns + used, 0, (kColumns - used) * sizeof(R));
+    for (int64_t t = 0; t < block.rows && used < kColumns; ++t)
+      std::memset(packed + t * kColumns + used, 0, (kColumns - used) * sizeof(R));
     return {packed, kColumns};
   }
 
@@ -208,8 +209,8 @@ void bring_panel(const ConvProblem<compute_t<S>>&, const Images<S>& images, int6
 }
 
 #if defined(FISHERFAST_AMX)
-// A vector of channels as words of the pair of a pixel and the one that the next position looks at, which a row of a tile consists
-// of: what nine offsets of a kernel look at is split once.
+// A vector of channels as words of the pair of a pixel and the one that the next position looks at, which a row of a tile
+// consists of: what nine offsets of a kernel look at is split once.
 template <class S>
 void bring_pairs(const ConvProblem<float>& problem, const Images<S>& images, int64_t n, int64_t first, int64_t count, float* out,
                  int64_t pixel_stride) {

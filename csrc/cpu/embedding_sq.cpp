@@ -69,8 +69,8 @@ void sort_by_id(std::vector<Use>& uses, int64_t V) {
   }
 }
 
-void embedding_sq(Tensor acc, Tensor ids, Tensor g, double scale, OptionalTensor weight, OptionalTensor offsets, OptionalTensor total,
-                  OptionalTensor sqnorm, OptionalTensor flag, int64_t padding_idx) {
+void embedding_sq(Tensor acc, Tensor ids, Tensor g, double scale, OptionalTensor weight, OptionalTensor offsets,
+                  OptionalTensor total, OptionalTensor sqnorm, OptionalTensor flag, int64_t padding_idx) {
   const Samples samples = samples_of(g, offsets);
   check_offsets(samples);
   std::vector<Use> uses = uses_of(ids, samples);
@@ -82,8 +82,9 @@ void embedding_sq(Tensor acc, Tensor ids, Tensor g, double scale, OptionalTensor
   SliceNorms norms(sqnorm, samples.N, D);
   dispatch_input("embedding_sq_", g.scalar_type(), [&](auto type) {
     using S = typename decltype(type)::type;
-    const EmbeddingProblem<S> problem{rows_of<S>(g), samples, uses.data(), data_or_null<const float>(weight), sink_of(acc),
-                                      sink_of(total), scale, sqnorm ? &norms : nullptr, padding_idx};
+    const EmbeddingProblem<S> problem{rows_of<S>(g), samples,        uses.data(), data_or_null<const float>(weight),
+                                      sink_of(acc),  sink_of(total), scale,       sqnorm ? &norms : nullptr,
+                                      padding_idx};
     const auto part = FISHERFAST_PICK(embedding_part<S>);
     for_slices(1, D, samples.M * D, [&](int64_t, int64_t begin, int64_t end) { part(problem, begin, end); });
   });

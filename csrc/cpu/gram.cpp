@@ -18,17 +18,15 @@ namespace {
 
 constexpr int64_t kLeastBlock = 16, kLargestWidth = 528;
 constexpr int64_t kFlush = 16;
-constexpr int64_t kNarrow = 256;                        // with more columns there are tiles enough
+constexpr int64_t kNarrow = 256;  // with more columns there are tiles enough
 constexpr int64_t kRowsOfShare = 2048, kMostShares = 32;
 
 // Shares of the rows, where the accumulator is too small to be shared out itself.
-int64_t shares_of(int64_t M, int64_t D) {
-  return D > kNarrow ? 1 : std::clamp<int64_t>(M / kRowsOfShare, 1, kMostShares);
-}
+int64_t shares_of(int64_t M, int64_t D) { return D > kNarrow ? 1 : std::clamp<int64_t>(M / kRowsOfShare, 1, kMostShares); }
 
 // The multiply-adds until the last thread is done, if each takes the next tile when it is free.
 int64_t time_of(int64_t D, int64_t width, int64_t block, int64_t threads) {
-  constexpr int64_t kOperandCost = 15;   // bringing an operand's element to the core, in multiply-adds
+  constexpr int64_t kOperandCost = 15;  // bringing an operand's element to the core, in multiply-adds
   const int64_t waste = block / 2 + 4;  // register blocks reach over the diagonal
   const int64_t side = ceil_div(D, width);
   std::vector<int64_t> busy(threads, 0);
@@ -120,7 +118,6 @@ void gram(Tensor acc, Tensor x, double scale, OptionalTensor weight, bool bias, 
 }  // namespace fisherfast
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fisherfast_cpp, m) {
-  m.def(
-      "gram_(Tensor(a!) acc, Tensor x, float scale=1.0, *, Tensor? weight=None, bool bias=False, Tensor(b!)? flag=None) -> ()");
+  m.def("gram_(Tensor(a!) acc, Tensor x, float scale=1.0, *, Tensor? weight=None, bool bias=False, Tensor(b!)? flag=None) -> ()");
 }
 STABLE_TORCH_LIBRARY_IMPL(fisherfast_cpp, CPU, m) { m.impl("gram_", TORCH_BOX(&fisherfast::gram)); }

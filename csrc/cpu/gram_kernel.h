@@ -17,11 +17,13 @@ struct Columns : Operand<S, kPanel<compute_t<S>, kRead>> {
   static constexpr int64_t kWidth = kPanel<R, kRead>;
   using Base = Operand<S, kWidth>;
   const Samples& pieces;
-  int64_t all;  // columns with that of ones
+  int64_t all;                 // columns with that of ones
   R* const* lender = nullptr;  // another operand's panels, which are the same
 
   Columns(const GramProblem<S>& problem, const Samples& pieces, int64_t begin, int64_t end, const float* row_weight)
-      : Base{problem.x, problem.layout, begin, std::min(end, problem.x.width), false, row_weight}, pieces(pieces), all(end - begin) {}
+      : Base{problem.x, problem.layout, begin, std::min(end, problem.x.width), false, row_weight},
+        pieces(pieces),
+        all(end - begin) {}
 
   int64_t size() const { return all; }
   int64_t panels() const { return (all + kRead - 1) / kRead; }

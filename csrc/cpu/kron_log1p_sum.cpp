@@ -19,8 +19,8 @@ std::vector<double> widened(const Tensor& vector, double scale) {
 }
 
 void kron_log1p_sum(Tensor acc, Tensor a, Tensor b, double c) {
-  constexpr int64_t kRows = 64;       // of a tile of kLog1pRun columns, whose sums do not depend on the number of threads
-  constexpr int64_t kGrain = 16384;   // products below which a second thread does not pay
+  constexpr int64_t kRows = 64;      // of a tile of kLog1pRun columns, whose sums do not depend on the number of threads
+  constexpr int64_t kGrain = 16384;  // products below which a second thread does not pay
   if (a.numel() == 0 || b.numel() == 0) return;
   if (a.numel() > b.numel()) std::swap(a, b);
   const std::vector<double> factors = widened(a, c), values = widened(b, 1.0);

@@ -139,7 +139,8 @@ std::vector<double> outer_norms(const LinearProblem<S>& problem) {
 template <class S, class Stopped>
 void outer_products(const LinearProblem<S>& problem, const Sink& sqnorm, const Stopped& stopped) {
   const std::vector<double> norms = sqnorm ? outer_norms(problem) : std::vector<double>();
-  const bool finite = sqnorm && !problem.weight && std::all_of(norms.begin(), norms.end(), [](double norm) { return std::isfinite(norm); });
+  const bool finite =
+      sqnorm && !problem.weight && std::all_of(norms.begin(), norms.end(), [](double norm) { return std::isfinite(norm); });
   if (!finite && stopped()) return;
   for (std::size_t n = 0; n < norms.size(); ++n) add_to(sqnorm, n, norms[n]);
   product(problem, problem.squares, true);
@@ -157,8 +158,8 @@ void linear_sq(Tensor acc, Tensor x, Tensor g, double scale, OptionalTensor weig
   if (!any) return;
   dispatch_input("linear_sq_", g.scalar_type(), [&](auto type) {
     using S = typename decltype(type)::type;
-    LinearProblem<S> problem{{samples, data_or_null<const float>(weight), {sink_of(acc), scale}, {sink_of(total), 1.0}},
-                             rows_of<S>(g), rows_of<S>(x)};
+    LinearProblem<S> problem{
+        {samples, data_or_null<const float>(weight), {sink_of(acc), scale}, {sink_of(total), 1.0}}, rows_of<S>(g), rows_of<S>(x)};
     if (by_norms) {
       outer_products(problem, sink_of(sqnorm), not_finite);
     } else {

@@ -28,7 +28,8 @@ class Lines {
     while (begin < end) {
       const int64_t start = begin % line_.size, count = std::min(end - begin, line_.size - start);
       int64_t offset = start * line_.stride, rest = begin / line_.size;
-      for (auto axis = axes_.rbegin(); axis != axes_.rend(); rest /= axis->size, ++axis) offset += rest % axis->size * axis->stride;
+      for (auto axis = axes_.rbegin(); axis != axes_.rend(); rest /= axis->size, ++axis)
+        offset += rest % axis->size * axis->stride;
       body(offset, count, line_.stride);
       begin += count;
     }

@@ -51,8 +51,10 @@ struct MatrixPlace {
 
   template <class Tile, class R>
   void add_cell(const Tile& tile, int64_t row, int64_t column, const Target<R>& cell) const {
-    visit(tile, tile.work.squares, row, column, [&](const auto& window, double scale) { window.add(reinterpret_cast<R*>(cell.squares), scale); });
-    visit(tile, tile.work.sums, row, column, [&](const auto& window, double scale) { window.add(reinterpret_cast<R*>(cell.sums), scale); });
+    visit(tile, tile.work.squares, row, column,
+          [&](const auto& window, double scale) { window.add(reinterpret_cast<R*>(cell.squares), scale); });
+    visit(tile, tile.work.sums, row, column,
+          [&](const auto& window, double scale) { window.add(reinterpret_cast<R*>(cell.sums), scale); });
   }
 
   template <class Tile>

@@ -36,7 +36,8 @@ struct Operand {
   // A panel as it lies in the input, if its rows follow each other there and are widened fast; else null.
   Matrix<S> source(const Block& block, int64_t index) const {
     const bool follows = block.count == 1 || rows.even(samples);
-    if (std::is_same_v<S, Half> || squared || row_weight || rows.stride_d != 1 || (index + 1) * kWidth > size() || !follows) return {};
+    if (std::is_same_v<S, Half> || squared || row_weight || rows.stride_d != 1 || (index + 1) * kWidth > size() || !follows)
+      return {};
     return {row(block.segments[0]) + index * kWidth, rows.stride_t};
   }
 

@@ -59,8 +59,8 @@ Parts parts_of(const ScaleProblem<S>& problem, bool wants_sums) {
   return parts;
 }
 
-void scale_sq(Tensor acc, OptionalTensor x, Tensor g, double scale, OptionalTensor weight, OptionalTensor offsets, OptionalTensor total,
-              OptionalTensor sqnorm, OptionalTensor flag) {
+void scale_sq(Tensor acc, OptionalTensor x, Tensor g, double scale, OptionalTensor weight, OptionalTensor offsets,
+              OptionalTensor total, OptionalTensor sqnorm, OptionalTensor flag) {
   const Samples samples = samples_of(g, offsets);
   if (raised(flag)) return;
   check_offsets(samples);

@@ -33,7 +33,8 @@ void for_slices(int64_t parts, int64_t D, int64_t elements, const Body& body) {
 // |sample gradient|^2, summed within slices by the threads that own them and over slices at the end: in one order always.
 class SliceNorms {
  public:
-  SliceNorms(const OptionalTensor& sqnorm, int64_t N, int64_t D) : sink_(sink_of(sqnorm)), N_(N), norms_(sink_ ? N * slices_of(D) : 0) {}
+  SliceNorms(const OptionalTensor& sqnorm, int64_t N, int64_t D)
+      : sink_(sink_of(sqnorm)), N_(N), norms_(sink_ ? N * slices_of(D) : 0) {}
 
   // Columns [begin, end) of a part of sample n's gradient: norm(d, count) is that of count of them, the first being begin + d;
   // begin is the start of a slice. The caller computes it: its code is that of the instruction set in use.

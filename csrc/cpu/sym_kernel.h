@@ -42,13 +42,18 @@ struct SymTile {
   int64_t rows, columns;
 
   SymTile(const SymProblem<R>& problem, int64_t group, int64_t row, int64_t panel)
-      : problem(problem), group(group), row(row), column(panel * problem.width),
-        rows(std::min<int64_t>(kSymRows, problem.channels - row)), columns(std::min(problem.width, problem.channels - column)) {}
+      : problem(problem),
+        group(group),
+        row(row),
+        column(panel * problem.width),
+        rows(std::min<int64_t>(kSymRows, problem.channels - row)),
+        columns(std::min(problem.width, problem.channels - column)) {}
 
   bool is_bias() const { return row >= problem.channels; }
 
   const R* panel(const R* operand, int64_t channel) const {
-    return operand + (group * problem.panels + channel / problem.width) * problem.pixels * problem.width + channel % problem.width;
+    return operand + (group * problem.panels + channel / problem.width) * problem.pixels * problem.width +
+           channel % problem.width;
   }
 
   void run() const {

@@ -19,8 +19,8 @@ int64_t cache_scale() {
 }
 
 // The cheapest of the few ways to cut rows x columns into tiles that fit: time is that of the busiest worker.
-Tiling cheapest(int64_t rows, int64_t columns, int64_t block_rows, int64_t block_columns, int64_t max_rows,
-                int64_t max_columns, int64_t workers) {
+Tiling cheapest(int64_t rows, int64_t columns, int64_t block_rows, int64_t block_columns, int64_t max_rows, int64_t max_columns,
+                int64_t workers) {
   constexpr int64_t kOperandCost = 10;  // bringing an operand's element to the core, in multiply-adds
   const int64_t more = std::min<int64_t>(workers, 16);
   const int64_t row_blocks = ceil_div(rows, block_rows), column_blocks = ceil_div(columns, block_columns);
@@ -46,7 +46,8 @@ Tiling cheapest(int64_t rows, int64_t columns, int64_t block_rows, int64_t block
 bool matrix_registers_pay(const Samples& samples, int64_t rows, int64_t columns, int64_t least_products) {
   constexpr int64_t kStep = 32;
   const int64_t mean = samples.M / std::max<int64_t>(samples.N, 1);
-  return isa() == Isa::amx && 10 * mean >= 7 * ceil_div(mean, kStep) * kStep && rows * columns >= least_products * (rows + columns);
+  return isa() == Isa::amx && 10 * mean >= 7 * ceil_div(mean, kStep) * kStep &&
+         rows * columns >= least_products * (rows + columns);
 }
 
 int64_t threads_for(int64_t products) {

@@ -20,12 +20,14 @@ namespace fisherfast {
 // digits: one chain over thousands of fp32 terms would lose some.
 constexpr int64_t kDepth = 128;  // most rows multiplied in one go; that many of 48 columns of x stay in L1
 constexpr int64_t kRun = 32;     // most samples in one go
-constexpr int64_t kMaxTileRows = 256, kMaxTileColumns = 528;  // about half of a 1 MiB L2 in fp32
+constexpr int64_t kMaxTileRows = 256, kMaxTileColumns = 528;    // about half of a 1 MiB L2 in fp32
 constexpr int64_t kTallTileRows = 512, kTallTileColumns = 264;  // where columns cost more than rows
 
 // How many bfloat16 numbers add up to one of an input.
 template <class S>
-constexpr int bfloat16_parts = std::is_same_v<S, BFloat16> ? 1 : std::is_same_v<S, Half> ? 2 : 3;
+constexpr int bfloat16_parts = std::is_same_v<S, BFloat16> ? 1
+                               : std::is_same_v<S, Half>   ? 2
+                                                           : 3;
 
 // An accumulator and the factor of what is added to it.
 struct Output {
@@ -46,8 +48,8 @@ struct Tiles {
   Samples samples;
   const float* weight;  // [N] or null
   Output squares, sums;
-  int64_t longest = 0;       // most rows of a sample
-  double* norms = nullptr;   // [tiles, N] or null: every tile has its own row
+  int64_t longest = 0;      // most rows of a sample
+  double* norms = nullptr;  // [tiles, N] or null: every tile has its own row
   Tiling tiling{};
   int64_t flush_every = 32;  // blocks added up in a tile before it goes to the accumulator
 };

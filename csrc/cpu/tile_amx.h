@@ -3,8 +3,8 @@
 // 16 x 16 sums in fp32 and take 32 rows of bfloat16 operands in one instruction.
 //
 // bf16x6, the arithmetic of the Triton kernels: a float is the sum of three bfloat16 numbers of 8 bits each, exactly. Of the nine
-// products of such parts the six largest are taken; what is left out is some 2^-25 of the product, less than its rounding in fp32.
-// Inputs in bfloat16 have one part, in float16 two.
+// products of such parts the six largest are taken; what is left out is some 2^-25 of the product, less than its rounding in
+// fp32. Inputs in bfloat16 have one part, in float16 two.
 
 constexpr int kCells = kBlockRows * kBlockVectors;
 constexpr int64_t kStep = 32, kChain = 128;
@@ -52,7 +52,8 @@ void split_step(const S* in, int64_t stride, int64_t rows, int halves, uint16_t*
       transpose<float>(even);
       transpose<float>(odd);
 #pragma GCC unroll 16
-      for (int column = 0; column < 16; ++column) split_pairs<kCount>(even[column], odd[column], tiles + half * 16 + column, kPart);
+      for (int column = 0; column < 16; ++column)
+        split_pairs<kCount>(even[column], odd[column], tiles + half * 16 + column, kPart);
     }
   } else {
     for (int64_t pair = 0; pair < 16; ++pair)
@@ -86,7 +87,8 @@ bool bring_parts(const X&, const Block&, int64_t, int, uint16_t*) {
   return false;
 }
 
-// A sample's products in a cell block, on their way to the cells: some vectors at a time, while the next ones are being multiplied.
+// A sample's products in a cell block, on their way to the cells: some vectors at a time, while the next ones are being
+// multiplied.
 struct Results {
   Floats c[kCells];
   int done = kCells;
@@ -110,7 +112,8 @@ struct Results {
       if (to.sums) to.sums[done] += weight * value;
       if (to.squares) to.squares[done] += weight * value * value;
     }
-    if (done == kCells && to.norms && !unfinished) *norm += sum_of_lanes<float>((squares[0] + squares[1]) + (squares[2] + squares[3]));
+    if (done == kCells && to.norms && !unfinished)
+      *norm += sum_of_lanes<float>((squares[0] + squares[1]) + (squares[2] + squares[3]));
   }
 
   void finish() { add(kCells); }
@@ -172,7 +175,8 @@ struct Multiplier {
     const auto source = g.source(block, 0);
     const int64_t in_place = source.data ? g.size() / kBlockRows : 0;
     if (in_place) split<true>(source, g.parts(), block, in_place, 2, left_data(0));
-    for (int64_t p = in_place; p < g.panels(); ++p) split<true>(g.panel(block, p), g.parts(), block, 1, halves(g, p), left_data(p));
+    for (int64_t p = in_place; p < g.panels(); ++p)
+      split<true>(g.panel(block, p), g.parts(), block, 1, halves(g, p), left_data(p));
   }
 
   void bring_right(const Block& block, int64_t index) {

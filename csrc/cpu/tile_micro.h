@@ -7,8 +7,8 @@ constexpr bool kPacksAhead = true;
 
 #include "cpu/tile_rows.h"
 
-// c = the product of a segment's rows: kRows columns of g by kVectors vectors of x. Here and below, every loop over c is unrolled, or
-// GCC keeps c in memory.
+// c = the product of a segment's rows: kRows columns of g by kVectors vectors of x. Here and below, every loop over c is
+// unrolled, or GCC keeps c in memory.
 template <class R, int kRows, int kVectors>
 [[gnu::always_inline]] inline void multiply_rows(Matrix<R> g, Matrix<R> x, const Segment& segment, typename Lanes<R>::Vector* c) {
   using Vector = typename Lanes<R>::Vector;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Compiled by each_isa.h as a part of tile_amx.h: the instructions of AMX. In assembler, since GCC's own functions for them do not
-// say which memory they read and write.
+// Compiled by each_isa.h as a part of tile_amx.h: the instructions of AMX. In assembler, since GCC's own functions for them do
+// not say which memory they read and write.
 //
 // Registers 0 to 3 hold the cells, two rows of two; 4 and 5 the left operand's halves, 6 and 7 the right one's.
 
@@ -47,4 +47,3 @@ inline void store_cells(Floats* cells) {
   asm volatile("tilestored %%tmm2, (%0,%1,1)" ::"r"(cells + 16 * kBlockVectors), "r"(kStride) : "memory");
   asm volatile("tilestored %%tmm3, (%0,%1,1)" ::"r"(cells + 16 * kBlockVectors + 1), "r"(kStride) : "memory");
 }
-

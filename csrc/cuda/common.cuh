@@ -40,8 +40,8 @@ class Device {
 #endif
   }
 
-  // Every launch of the library: raises the shared memory limit where needed and reports what the launch reports. `cluster` blocks
-  // that follow one another along x form a cluster.
+  // Every launch of the library: raises the shared memory limit where needed and reports what the launch reports. `cluster`
+  // blocks that follow one another along x form a cluster.
   template <typename Params>
   void launch(void (*kernel)(Params), dim3 grid, int threads, const Params& params, int shared_bytes = 0, int cluster = 1) const {
     constexpr int kDefaultSharedLimit = 48 * 1024;

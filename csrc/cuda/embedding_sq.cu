@@ -46,15 +46,16 @@ void embedding_sq(Tensor acc, Tensor ids, Tensor g, double scale, OptionalTensor
   if (samples.M == 0 || g.size(g.dim() - 1) == 0) return;
 
   const Tensor unsorted = torch::stable::new_empty(ids, {samples.M});
-  const KeyParams keys{samples, ids.const_data_ptr<int64_t>(), ids.stride(0), ids.stride(ids.dim() - 1), V, padding_idx,
-                       unsorted.mutable_data_ptr<int64_t>()};
+  const KeyParams keys{samples,     ids.const_data_ptr<int64_t>(),       ids.stride(0), ids.stride(ids.dim() - 1), V,
+                       padding_idx, unsorted.mutable_data_ptr<int64_t>()};
   device.launch(keys_kernel, dim3(std::min<int64_t>(ceil_div(samples.M, kThreads), 2048)), kThreads, keys);
   const auto [sorted, order] = stable_sort(unsorted);
   dispatch_input("embedding_sq_", g.scalar_type(), [&, &sorted = sorted, &order = order](auto type) {
     using In = typename decltype(type)::type;
     const int64_t *run_keys = sorted.const_data_ptr<int64_t>(), *run_order = order.const_data_ptr<int64_t>();
-    const RunParams<In> runs{samples, rows_of<In>(g), run_keys, run_order, V, data_or_null<float>(weight),
-                             data_or_null<int32_t>(flag), scale, output(acc), output(total), nullptr};
+    const RunParams<In> runs{
+        samples, rows_of<In>(g), run_keys,      run_order, V, data_or_null<float>(weight), data_or_null<int32_t>(flag),
+        scale,   output(acc),    output(total), nullptr};
     launch_runs(device, runs, acc, sqnorm);
   });
 }

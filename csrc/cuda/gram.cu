@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// gram_ on NVIDIA GPUs: which kernel runs, over how many blocks. The kernels are in gram_wgmma.cuh and gram_mma.cuh (16-bit inputs
-// without weights, on Hopper and elsewhere) and gram_fma.cuh (all others).
+// gram_ on NVIDIA GPUs: which kernel runs, over how many blocks. The kernels are in gram_wgmma.cuh and gram_mma.cuh (16-bit
+// inputs without weights, on Hopper and elsewhere) and gram_fma.cuh (all others).
 #include "cuda/common.cuh"
 #include "cuda/gram_fma.cuh"
 #include "cuda/gram_mma.cuh"
@@ -10,7 +10,8 @@
 namespace fisherfast {
 namespace {
 
-// launch(params) runs a kernel over the shares, which add to a workspace, if there are several; a second kernel adds them up, in order.
+// launch(params) runs a kernel over the shares, which add to a workspace, if there are several; a second kernel adds them up, in
+// order.
 template <typename In, typename Launch>
 void run_shares(const Device& device, const Tensor& acc, GramParams<In> p, int64_t shares, Launch launch) {
   using Real = compute_t<In>;
@@ -50,7 +51,8 @@ void run(const Device& device, const Tensor& acc, GramParams<In> p, int64_t N) {
     if (!p.weight && in_boxes(p.x, N, p.T) && device.has_wgmma()) {
       using Wide = WgmmaTile<In, 192>;
       using Narrow = WgmmaTile<In, 128>;
-      const int64_t I = p.x.width, wide = upper_tiles<Wide>(tiles_of<Wide>(I, I)), narrow = upper_tiles<Narrow>(tiles_of<Narrow>(I, I));
+      const int64_t I = p.x.width, wide = upper_tiles<Wide>(tiles_of<Wide>(I, I)),
+                    narrow = upper_tiles<Narrow>(tiles_of<Narrow>(I, I));
       if (choose_width(wide, narrow, device.multiprocessors()) == Wide::kTileI) return run_wgmma<Wide>(device, acc, p, N);
       return run_wgmma<Narrow>(device, acc, p, N);
     }

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // The kernels of gram: acc[i,j] += scale * sum_m w_m x[m,i] x[m,j] for j >= i.
 //
-// A block owns a tile of the upper triangle and walks its share of the rows, in stages. grid = (tiles, shares). The leading tile of a
-// row, the one that holds its first element of the diagonal, takes along its part of the column of ones that a bias needs.
+// A block owns a tile of the upper triangle and walks its share of the rows, in stages. grid = (tiles, shares). The leading tile
+// of a row, the one that holds its first element of the diagonal, takes along its part of the column of ones that a bias needs.
 //
 // Floor: M I^2 FLOPs; bytes: x once, the upper half of acc read and written once. As tiled, with side = ceil(I / kTile): side
 // (side + 1) / 2 tiles of 2 M kTile^2 FLOPs each; x is read about side times, mostly from L2: kTile FLOPs an element loaded.
@@ -59,16 +59,14 @@ struct GramBlock {
     bias = leads && p.D > p.x.width;
     corner = bias && i0 == 0;
   }
-  __device__ const In* row(const Stage<kRows>& stage) const {
-    return p.x.data + stage.n * p.x.stride_n + stage.t * p.x.stride_t;
-  }
+  __device__ const In* row(const Stage<kRows>& stage) const { return p.x.data + stage.n * p.x.stride_n + stage.t * p.x.stride_t; }
   __device__ const float* weight(const Stage<kRows>& stage) const {
     return p.weight ? p.weight + static_cast<int64_t>(stage.n) * p.T + stage.t : nullptr;
   }
   __device__ bool ends(int stage, int rows) const { return stage + 1 == end || (stage + 1 - begin) % (rows / kRows) == 0; }
 
-  // Adds to the kOwned elements that each(visit) hands to visit(i, j, value) what the stages up to this one, since the last flush, have
-  // given.
+  // Adds to the kOwned elements that each(visit) hands to visit(i, j, value) what the stages up to this one, since the last
+  // flush, have given.
   template <int kOwned, typename Inside, typename Each>
   __device__ void add(int stage, const Inside& inside, const Each& each) const {
     if (p.partial) {
@@ -90,7 +88,8 @@ struct GramBlock {
   // One thread of the block: the corner, sum_m w_m.
   __device__ void add_count(double count) const {
     const int last = p.D - 1;
-    if (corner) add<1>(begin, [](int, int) { return true; }, [&](const auto& visit) { visit(last, last, static_cast<Real>(count)); });
+    if (corner)
+      add<1>(begin, [](int, int) { return true; }, [&](const auto& visit) { visit(last, last, static_cast<Real>(count)); });
   }
 };
 

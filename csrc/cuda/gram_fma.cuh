@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// gram by fused multiply-adds: float32 and float64 inputs, any strides, and 16-bit inputs with weights, whose products are not rounded
-// to 16 bits.
+// gram by fused multiply-adds: float32 and float64 inputs, any strides, and 16-bit inputs with weights, whose products are not
+// rounded to 16 bits.
 #pragma once
 
 #include "cuda/gram.cuh"

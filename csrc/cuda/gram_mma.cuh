@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// gram for 16-bit inputs without weights, by tensor cores: mma.sync with float sums. A tile on the diagonal loads x once, for both
-// operands.
+// gram for 16-bit inputs without weights, by tensor cores: mma.sync with float sums. A tile on the diagonal loads x once, for
+// both operands.
 #pragma once
 
 #include "cuda/gram.cuh"

@@ -22,8 +22,15 @@ void kron_log1p_sum(Tensor acc, Tensor a, Tensor b, double c) {
     dispatch_accumulator("kron_log1p_sum", b.scalar_type(), [&](auto type_b) {
       using A = typename decltype(type_a)::type;
       using B = typename decltype(type_b)::type;
-      const KronParams<A, B> params{static_cast<const A*>(a.const_data_ptr()), static_cast<const B*>(b.const_data_ptr()), rows,
-                                    b.numel(), a.stride(0), b.stride(0), share, c, sums};
+      const KronParams<A, B> params{static_cast<const A*>(a.const_data_ptr()),
+                                    static_cast<const B*>(b.const_data_ptr()),
+                                    rows,
+                                    b.numel(),
+                                    a.stride(0),
+                                    b.stride(0),
+                                    share,
+                                    c,
+                                    sums};
       device.launch(kron_sums_kernel<A, B>, dim3(across, shares), kThreads, params);
     });
   });

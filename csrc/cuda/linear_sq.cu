@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// linear_sq_ on NVIDIA GPUs: which kernel runs, over how many blocks. The kernels are in linear_sq_wgmma.cuh and linear_sq_mma.cuh
-// (16-bit inputs, on Hopper and elsewhere) and linear_sq_fma.cuh (float32, float64, and T = 1, whose squares are never rounded to
-// 16 bits).
+// linear_sq_ on NVIDIA GPUs: which kernel runs, over how many blocks. The kernels are in linear_sq_wgmma.cuh and
+// linear_sq_mma.cuh (16-bit inputs, on Hopper and elsewhere) and linear_sq_fma.cuh (float32, float64, and T = 1, whose squares
+// are never rounded to 16 bits).
 #include "cuda/common.cuh"
 #include "cuda/linear_sq_fma.cuh"
 #include "cuda/linear_sq_mma.cuh"
@@ -82,7 +82,8 @@ struct Launch<WgmmaTraits<In, kTileI, kTotal>> {
 
 // Launches over ranges of samples; where there are several, their partial tiles are added by a second kernel, in order.
 template <typename Traits>
-void launch_splits(const Device& device, const Arguments& a, LinearSqParams<typename Traits::In> p, const Launch<Traits>& launch) {
+void launch_splits(const Device& device, const Arguments& a, LinearSqParams<typename Traits::In> p,
+                   const Launch<Traits>& launch) {
   using Real = compute_t<typename Traits::In>;
   const int64_t N = p.samples.N;
   p.samples_per_split = static_cast<int>(ceil_div(N, choose_splits(launch.blocks(), N, device.multiprocessors())));

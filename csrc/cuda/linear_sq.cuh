@@ -22,10 +22,10 @@ struct LinearSqParams {
   const int32_t* flag;
   double scale;
   Output acc, total;
-  void* partial;   // Real [splits, outputs, O, I], zeros; null for one split, which adds to acc and total itself
-  double* norms;   // [N, tiles]: every tile's share of |c_n|^2, or null
+  void* partial;  // Real [splits, outputs, O, I], zeros; null for one split, which adds to acc and total itself
+  double* norms;  // [N, tiles]: every tile's share of |c_n|^2, or null
   int samples_per_split;
-  bool squared;    // pooled kernel only: multiply squares of x and g, not their values
+  bool squared;  // pooled kernel only: multiply squares of x and g, not their values
 };
 
 // A block adds its tile to the outputs after this many samples: the float sums of squares stay short, hence accurate.
@@ -58,8 +58,8 @@ struct Walk {
   }
 };
 
-// Adds a thread's kOwned elements of squares and, with kTotal, of totals to the outputs, or to what add_partials will add to them, and
-// starts both again. each(visit) calls visit(o, i, square, total).
+// Adds a thread's kOwned elements of squares and, with kTotal, of totals to the outputs, or to what add_partials will add to
+// them, and starts both again. each(visit) calls visit(o, i, square, total).
 template <bool kTotal, int kOwned, typename In, typename Each>
 __device__ void emit(const LinearSqParams<In>& p, const Each& each) {
   using Real = compute_t<In>;

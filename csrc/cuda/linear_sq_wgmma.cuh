@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// linear_sq for 16-bit inputs on Hopper: one warpgroup copies, two multiply. While one of the two squares what its sample gave, the
-// other has products under way.
+// linear_sq for 16-bit inputs on Hopper: one warpgroup copies, two multiply. While one of the two squares what its sample gave,
+// the other has products under way.
 #pragma once
 
 #include "cuda/linear_sq.cuh"
@@ -17,7 +17,9 @@ struct WgmmaTraits : WgmmaTile<In, kTileI> {
 };
 
 // Packed samples are one to the copy engine.
-inline Samples boxed_samples(const Samples& samples) { return samples.offsets ? Samples{1, samples.M, samples.M, nullptr} : samples; }
+inline Samples boxed_samples(const Samples& samples) {
+  return samples.offsets ? Samples{1, samples.M, samples.M, nullptr} : samples;
+}
 
 template <typename In>
 struct LinearSqWgmmaParams {

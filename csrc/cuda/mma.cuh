@@ -16,8 +16,7 @@ inline __device__ uint32_t shared_address(const void* pointer) {
 
 // Copies `bytes` (0 to 16) of the 16 and fills the rest with zeros. Both addresses must be multiples of 16.
 inline __device__ void cp_async_16(void* shared, const void* global, int bytes) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global), "r"(bytes)
-               : "memory");
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global), "r"(bytes) : "memory");
 }
 
 inline __device__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }

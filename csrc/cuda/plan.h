@@ -41,8 +41,8 @@ struct UpperTile {
   static FISHERFAST_PLAN int64_t first(int64_t column) { return column * (column + 1) / 2; }
 };
 
-// The tiles of a matrix for clusters of blocks, which take tiles below one another: in strips of kStrip columns, row by row in each,
-// so that those that run at the same time share operands in L2. The last row of clusters may reach beyond the matrix.
+// The tiles of a matrix for clusters of blocks, which take tiles below one another: in strips of kStrip columns, row by row in
+// each, so that those that run at the same time share operands in L2. The last row of clusters may reach beyond the matrix.
 struct StripTile {
   int row, column;
 };
@@ -60,9 +60,9 @@ struct TileGrid {
   }
 };
 
-// The width of a Hopper tile of 128 rows: 192 or 128. A row of either takes so many clocks, by the bytes it needs from L2 (2 (128 +
-// width / 2) at 32 a clock and multiprocessor: an estimate, nothing measured), which is more than shared memory and products need.
-// The wider tile does more with them, and wastes more where the matrix or the device does not divide by it.
+// The width of a Hopper tile of 128 rows: 192 or 128. A row of either takes so many clocks, by the bytes it needs from L2 (2 (128
+// + width / 2) at 32 a clock and multiprocessor: an estimate, nothing measured), which is more than shared memory and products
+// need. The wider tile does more with them, and wastes more where the matrix or the device does not divide by it.
 inline int choose_width(int64_t tiles_of_192, int64_t tiles_of_128, int64_t multiprocessors) {
   const auto clocks = [&](int64_t tiles, int64_t of_a_row) {
     const double waves = static_cast<double>(tiles) / static_cast<double>(multiprocessors);

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The small kernels around the ops: input checks that need no host synchronisation, and sums of partial results in a fixed order. All
-// are bound by memory: each reads its input once.
+// The small kernels around the ops: input checks that need no host synchronisation, and sums of partial results in a fixed order.
+// All are bound by memory: each reads its input once.
 #pragma once
 
 #undef NDEBUG  // device assertions are part of the ops' contract

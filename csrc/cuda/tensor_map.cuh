@@ -26,9 +26,9 @@ TensorMap tensor_map(const Rows<In>& x, int64_t N, int64_t T, int rows) {
   const cuuint32_t box[3] = {kBoxFeatures, static_cast<cuuint32_t>(rows), 1}, every[3] = {1, 1, 1};
   TensorMap map;
   const CUresult result =
-      encode(&map, kBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 3, const_cast<In*>(x.data), sizes,
-             strides, box, every, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
-             CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+      encode(&map, kBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 3, const_cast<In*>(x.data),
+             sizes, strides, box, every, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+             CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   STD_TORCH_CHECK(result == CUDA_SUCCESS, "cuTensorMapEncodeTiled: refused [", N, ", ", T, ", ", x.width, "] with strides (",
                   x.stride_n, ", ", x.stride_t, ", 1), error ", static_cast<int>(result));
   return map;

@@ -32,8 +32,8 @@ struct FmaTile {
 };
 
 // One thread's part of a [kRows, kTile] tile on its way from global to shared memory: a feature, every kStep-th row.
-// The raw elements wait in registers while the block multiplies; only put() looks at them. With kScaled it squares them, if asked,
-// and multiplies them by the weights of their rows.
+// The raw elements wait in registers while the block multiplies; only put() looks at them. With kScaled it squares them, if
+// asked, and multiplies them by the weights of their rows.
 template <typename Tile, int kTile, bool kScaled>
 struct Prefetch {
   using In = typename Tile::In;

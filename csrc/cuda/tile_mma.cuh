@@ -43,8 +43,8 @@ __device__ int swizzled(int row, int vector) {
 
 // Copies features [feature, feature + kTile) of `count` rows from `first` on, and zeros in the place of what is not there.
 template <typename Tile, int kTile>
-__device__ void load_tile(uint16_t* shared, const Rows<typename Tile::In>& rows, bool aligned, const uint16_t* first,
-                          int count, int feature) {
+__device__ void load_tile(uint16_t* shared, const Rows<typename Tile::In>& rows, bool aligned, const uint16_t* first, int count,
+                          int feature) {
   for (int v = threadIdx.x; v < Tile::kRows * kTile / kVector; v += Tile::kThreads) {
     const int row = v / (kTile / kVector), vector = v % (kTile / kVector);
     const int f = feature + vector * kVector;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// A block's tile of left^T right for 16-bit inputs on Hopper: one warpgroup has boxes of rows copied into shared memory, a ring of
-// stages ahead; two others multiply what has arrived, each its half of the tile's rows.
+// A block's tile of left^T right for 16-bit inputs on Hopper: one warpgroup has boxes of rows copied into shared memory, a ring
+// of stages ahead; two others multiply what has arrived, each its half of the tile's rows.
 #pragma once
 
 #include "cuda/device.cuh"
@@ -11,18 +11,19 @@ namespace fisherfast {
 
 // The tile [128, kTileI] and the stages of kRows rows in front of it.
 //
-// Registers: 65,536 for 384 threads are 168 each at the launch; the copying warpgroup gives back all but 24, and the multiplying ones
-// take 240. A product of 64 x kTileI takes kTileI / 2 of them: 96 for it and 96 for a sum beside it leave 48 at kTileI = 192;
-// 3 x 64 leave as many at 128. At 256, 128 + 128 are more than there are.
-// Clocks for a row, at kTileI = 128 | 192: products 8 | 12 (2,048 multiply-adds a clock and multiprocessor); shared memory 10 | 13
-// (128 bytes a clock: each warpgroup reads 2 (64 + kTileI) bytes, the copies write 2 (128 + kTileI)). L2: see choose_width.
+// Registers: 65,536 for 384 threads are 168 each at the launch; the copying warpgroup gives back all but 24, and the multiplying
+// ones take 240. A product of 64 x kTileI takes kTileI / 2 of them: 96 for it and 96 for a sum beside it leave 48 at kTileI =
+// 192; 3 x 64 leave as many at 128. At 256, 128 + 128 are more than there are. Clocks for a row, at kTileI = 128 | 192: products
+// 8 | 12 (2,048 multiply-adds a clock and multiprocessor); shared memory 10 | 13 (128 bytes a clock: each warpgroup reads 2 (64 +
+// kTileI) bytes, the copies write 2 (128 + kTileI)). L2: see choose_width.
 template <typename In_, int kTileI_>
 struct WgmmaTile {
   using In = In_;
   static constexpr int kTileO = 128, kTileI = kTileI_, kRows = 64;
-  static constexpr int kMultipliers = kTileO / 64, kThreads = (kMultipliers + 1) * kWarpgroup;  // the copying warpgroup is the last
+  static constexpr int kMultipliers = kTileO / 64,
+                       kThreads = (kMultipliers + 1) * kWarpgroup;  // the copying warpgroup is the last
   static constexpr int kCopyRegisters = 24, kMultiplyRegisters = 240;
-  static constexpr int kOwned = kTileI / 2;        // elements of the tile a thread owns
+  static constexpr int kOwned = kTileI / 2;          // elements of the tile a thread owns
   static constexpr int kBox = kRows * kBoxFeatures;  // elements
   static constexpr int kStage = kRows * (kTileO + kTileI);
   static constexpr int kStages = 200 * 1024 / (2 * kStage);
@@ -85,10 +86,10 @@ struct Stages {
     cluster_sync();
   }
 
-  // One thread: has the rows from (n, t) on copied. The blocks of a cluster have the right operand in common: each copies its share of
-  // the rows, to all of them.
-  __device__ void load(Ring<Tile::kStages> ring, const TensorMap& left, int left_feature, const TensorMap& right, int right_feature,
-                       int t, int n) {
+  // One thread: has the rows from (n, t) on copied. The blocks of a cluster have the right operand in common: each copies its
+  // share of the rows, to all of them.
+  __device__ void load(Ring<Tile::kStages> ring, const TensorMap& left, int left_feature, const TensorMap& right,
+                       int right_feature, int t, int n) {
     uint16_t* box = boxes[ring.stage];
     Barrier& barrier = full[ring.stage];
     empty[ring.stage].wait(ring.parity ^ 1);
@@ -109,10 +110,14 @@ struct Stages {
   template <bool kStart>
   __device__ void multiply(float (&c)[Tile::kOwned], Ring<Tile::kStages> ring, int rows) {
     switch ((rows + 15) / 16) {  // a branch between two products would end the group after each
-      case 1: return multiply_steps<kStart, 1>(c, ring.stage);
-      case 2: return multiply_steps<kStart, 2>(c, ring.stage);
-      case 3: return multiply_steps<kStart, 3>(c, ring.stage);
-      default: return multiply_steps<kStart, 4>(c, ring.stage);
+      case 1:
+        return multiply_steps<kStart, 1>(c, ring.stage);
+      case 2:
+        return multiply_steps<kStart, 2>(c, ring.stage);
+      case 3:
+        return multiply_steps<kStart, 3>(c, ring.stage);
+      default:
+        return multiply_steps<kStart, 4>(c, ring.stage);
     }
   }
 
@@ -128,8 +133,8 @@ struct Stages {
     named_sync(1, Tile::kMultipliers * kWarpgroup);
   }
 
-  // A multiplying warpgroup: waits until at most kPending of its stages are being multiplied, the one given not among them, and tells
-  // all who copy into it.
+  // A multiplying warpgroup: waits until at most kPending of its stages are being multiplied, the one given not among them, and
+  // tells all who copy into it.
   template <int kPending>
   __device__ void release_after(int stage) {
     wgmma_wait<kPending>();
@@ -141,7 +146,9 @@ struct Stages {
   template <bool kStart, int kSteps>
   __device__ void multiply_steps(float (&c)[Tile::kOwned], int stage) const {
     static_assert(16 * kSteps <= Tile::kRows, "a stage has no more rows");
-    const uint16_t *const left = boxes[stage] + threadIdx.x / kWarpgroup * Tile::kBox, *const right = boxes[stage] + Tile::kMultipliers * Tile::kBox;
+    const uint16_t *const left = boxes[stage] + threadIdx.x / kWarpgroup * Tile::kBox, *const right =
+                                                                                           boxes[stage] +
+                                                                                           Tile::kMultipliers * Tile::kBox;
     const uint64_t a = operand(left, 0), b = operand(right, 2 * Tile::kBox);
     wgmma_fence();
     wgmma<typename Tile::In, Tile::kOwned, kStart>(c, a, b);

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The instructions of Hopper (sm_90a) behind the warpgroup kernels: barriers in shared memory, the bulk copy engine, products of a
-// warpgroup, clusters, register budgets. Nothing here knows what is computed with them.
+// The instructions of Hopper (sm_90a) behind the warpgroup kernels: barriers in shared memory, the bulk copy engine, products of
+// a warpgroup, clusters, register budgets. Nothing here knows what is computed with them.
 #pragma once
 
 #include <cuda.h>
@@ -20,7 +20,7 @@ namespace fisherfast {
 
 using TensorMap = CUtensorMap;  // where a tensor [n, t, feature] lies, and the box of it that one copy takes
 
-constexpr int kWarpgroup = 128;  // threads
+constexpr int kWarpgroup = 128;   // threads
 constexpr int kBoxFeatures = 64;  // 128 bytes, the widest row that the copy engine swizzles
 
 // The first byte of the block's dynamic shared memory at a multiple of 1024, as swizzled boxes want it.
@@ -80,7 +80,8 @@ inline __device__ void load_box(void* shared, const TensorMap& map, Barrier& bar
 }
 
 // The same into every block of the cluster whose bit is set, in the same place, for the barrier in the same place.
-inline __device__ void load_box(void* shared, const TensorMap& map, Barrier& barrier, int feature, int t, int n, uint16_t blocks) {
+inline __device__ void load_box(void* shared, const TensorMap& map, Barrier& barrier, int feature, int t, int n,
+                                uint16_t blocks) {
   asm volatile(
       "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
       "[%0], [%1, {%3, %4, %5}], [%2], %6;" ::"r"(shared_address(shared)),
@@ -119,8 +120,8 @@ __device__ void take_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
-// An operand whose rows are boxes: [features / 64][t][64] from a multiple of 1024 bytes on, swizzled, so many bytes from one block of
-// 64 features to the next. The product runs over t; 16 rows are 2048 bytes further.
+// An operand whose rows are boxes: [features / 64][t][64] from a multiple of 1024 bytes on, swizzled, so many bytes from one
+// block of 64 features to the next. The product runs over t; 16 rows are 2048 bytes further.
 inline __device__ uint64_t operand(const void* boxes, int box_bytes) {
   constexpr uint64_t kSwizzle128 = 1ull << 62, kEightRows = 8 * 128;
   const auto field = [](uint64_t bytes) { return bytes >> 4 & 0x3fff; };
@@ -128,7 +129,8 @@ inline __device__ uint64_t operand(const void* boxes, int box_bytes) {
 }
 constexpr uint64_t kNextRows = 16 * 128 >> 4;  // to add to an operand
 
-// Before the first product after registers of c were touched; closes a group of products; waits until at most kPending are under way.
+// Before the first product after registers of c were touched; closes a group of products; waits until at most kPending are under
+// way.
 inline __device__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 inline __device__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 template <int kPending>
@@ -136,39 +138,41 @@ __device__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
-// c += a^T b for a [16, 64], b [16, 2 kHalf] of type T and c [64, 2 kHalf] in float, spread over the warpgroup. To start, c = a^T b, whatever
-// c was: then its registers are free until here.
+// c += a^T b for a [16, 64], b [16, 2 kHalf] of type T and c [64, 2 kHalf] in float, spread over the warpgroup. To start, c = a^T
+// b, whatever c was: then its registers are free until here.
 template <typename T, int kHalf, bool kStart>
 __device__ void wgmma(float (&c)[kHalf], uint64_t a, uint64_t b);
 
-#define FISHERFAST_C0 \
+#define FISHERFAST_C0                                                                                              \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, " \
   "%24, %25, %26, %27, %28, %29, %30, %31"
-#define FISHERFAST_C32 \
+#define FISHERFAST_C32                                                                                               \
   ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, " \
   "%54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-#define FISHERFAST_C64 \
+#define FISHERFAST_C64                                                                                               \
   ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, %84, %85, " \
   "%86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
 
 #define FISHERFAST_F8(how, i) \
   how(c[i]), how(c[i + 1]), how(c[i + 2]), how(c[i + 3]), how(c[i + 4]), how(c[i + 5]), how(c[i + 6]), how(c[i + 7])
-#define FISHERFAST_F32(how, i) FISHERFAST_F8(how, i), FISHERFAST_F8(how, i + 8), FISHERFAST_F8(how, i + 16), FISHERFAST_F8(how, i + 24)
-// The number behind the operands says whether c counts; the ones at the end that both operands are transposed, those before that neither
-// is negated.
-#define FISHERFAST_WGMMA(T, type, kHalf, kStart, counts, shape, registers, A, B, ...)                                \
-  template <>                                                                                                        \
-  inline __device__ void wgmma<T, kHalf, kStart>(float (&c)[kHalf], uint64_t a, uint64_t b) {                         \
-    asm volatile("{\n.reg .pred counts;\nsetp.ne.b32 counts, " counts ", 0;\n"                                       \
-                 "wgmma.mma_async.sync.aligned." shape ".f32." type "." type " {" registers "}, " A ", " B          \
-                 ", counts, 1, 1, 1, 1;\n}"                                                                         \
-                 : __VA_ARGS__                                                                                       \
-                 : "l"(a), "l"(b));                                                                                  \
+#define FISHERFAST_F32(how, i) \
+  FISHERFAST_F8(how, i), FISHERFAST_F8(how, i + 8), FISHERFAST_F8(how, i + 16), FISHERFAST_F8(how, i + 24)
+// The number behind the operands says whether c counts; the ones at the end that both operands are transposed, those before that
+// neither is negated.
+#define FISHERFAST_WGMMA(T, type, kHalf, kStart, counts, shape, registers, A, B, ...)                      \
+  template <>                                                                                              \
+  inline __device__ void wgmma<T, kHalf, kStart>(float (&c)[kHalf], uint64_t a, uint64_t b) {              \
+    asm volatile("{\n.reg .pred counts;\nsetp.ne.b32 counts, " counts                                      \
+                 ", 0;\n"                                                                                  \
+                 "wgmma.mma_async.sync.aligned." shape ".f32." type "." type " {" registers "}, " A ", " B \
+                 ", counts, 1, 1, 1, 1;\n}"                                                                \
+                 : __VA_ARGS__                                                                             \
+                 : "l"(a), "l"(b));                                                                        \
   }
-#define FISHERFAST_WGMMA_64(T, type, kStart, counts, how)                                                                       \
-  FISHERFAST_WGMMA(T, type, 64, kStart, counts, "m64n128k16", FISHERFAST_C0 FISHERFAST_C32, "%64", "%65", FISHERFAST_F32(how, 0), \
-                   FISHERFAST_F32(how, 32))
-#define FISHERFAST_WGMMA_96(T, type, kStart, counts, how)                                                                   \
+#define FISHERFAST_WGMMA_64(T, type, kStart, counts, how)                                                 \
+  FISHERFAST_WGMMA(T, type, 64, kStart, counts, "m64n128k16", FISHERFAST_C0 FISHERFAST_C32, "%64", "%65", \
+                   FISHERFAST_F32(how, 0), FISHERFAST_F32(how, 32))
+#define FISHERFAST_WGMMA_96(T, type, kStart, counts, how)                                                                \
   FISHERFAST_WGMMA(T, type, 96, kStart, counts, "m64n192k16", FISHERFAST_C0 FISHERFAST_C32 FISHERFAST_C64, "%96", "%97", \
                    FISHERFAST_F32(how, 0), FISHERFAST_F32(how, 32), FISHERFAST_F32(how, 64))
 
