@@ -15,3 +15,8 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
 def wide(tensor: Tensor) -> Tensor:
     """The tensor in that precision."""
     return tensor.to(wide_dtype(tensor.dtype))
+
+
+def wide_name(dtype: torch.dtype) -> str:
+    """What that precision is called, as ``"float32"``: for files."""
+    return str(wide_dtype(dtype)).removeprefix("torch.")

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fisherfast._precision import wide_name
 from fisherfast.accumulator import Accumulator
 from fisherfast.calls import Call
 from fisherfast.capture import Capture
@@ -238,5 +239,8 @@ def _place(unit: Unit, bias: Unit | None, input_of: str | None) -> Place:
     groups = form.groups if isinstance(form, Convolution) else 1
     transposed = isinstance(form, Lookup) or (isinstance(form, (MatMul, Convolution)) and form.transposed)
     op = {"conv_sq_": "conv_gram_", "embedding_sq_": "counts"}.get(form.op, "gram_")
-    place = Place(unit.tracked.name, None, groups, transposed, op, input_of=input_of, weight_part=unit.entries)
+    precision = wide_name(unit.tracked.parameter.dtype)
+    place = Place(
+        unit.tracked.name, None, groups, transposed, op, input_of=input_of, weight_part=unit.entries, precision=precision
+    )
     return place if bias is None else replace(place, bias=bias.tracked.name, bias_part=bias.entries)

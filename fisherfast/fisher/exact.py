@@ -40,7 +40,8 @@ class ExactBlock:
     @functools.cached_property
     def _spectral(self) -> tuple[Tensor, Tensor]:
         values, vectors = torch.linalg.eigh(finite(self.moments.mean(), self.place.weight, "its exact block"))
-        return positive(values), vectors
+        noise = len(values) * self.place.eps**2  # squares of what rounding left of a row in a direction in which it has nothing
+        return positive(values, noise), vectors
 
     def __matmul__(self, v: Tensor) -> Tensor:
         """The block times a matrix ``[1, 1, D]``."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fisherfast._precision import wide
+from fisherfast._precision import wide, wide_name
 from fisherfast.collector import Samples
 from fisherfast.fisher.block_sums import BatchSum, GradientSums, mirrored
 from fisherfast.fisher.exact import ExactBlock, Flat
@@ -22,7 +22,7 @@ class ExactSums(GradientSums):
     """The sums of one exact block; see ``BlockSums``."""
 
     def __init__(self, tracked: Tracked) -> None:
-        self.place, self._shape = Flat(tracked.name), tuple(tracked.parameter.shape)
+        self.place, self._shape = Flat(tracked.name, precision=wide_name(tracked.parameter.dtype)), tuple(tracked.parameter.shape)
         D = tracked.parameter.numel()
         self.moments = BatchSum((D, D), tracked.parameter)
         self.sums = (self.moments,)

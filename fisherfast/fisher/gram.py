@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fisherfast._precision import wide_dtype
 from fisherfast.capture import Capture
 from fisherfast.fisher import _arguments, _logdet, _pooling, serialize
 from fisherfast.fisher._plot import Plotted
@@ -61,7 +62,8 @@ class GramFisher(Plotted, Measured):
     Scale:    a mean over samples, as every Fisher's. ``damping`` is Tikhonov, ``F + damping I``; by layer it is exact too.
     Errors:   ValueError for vectors and dampings that do not fit, for systems that are not damped everywhere, and for
               ``all_reduce``.
-    Numerics: float64 from the rows on; eigenvalues below ``M 2^-52`` of the largest are rounding and count as zero.
+    Numerics: float64 from the rows on; eigenvalues below ``M 2^-46`` of the largest (``M 2^-52`` of float64 rows) are rounding and
+              count as zero.
     Source:   Amari 1998; the dual: Karakida, Akaho & Amari 2019 (arXiv:1806.01316), section 3.
     """
 
@@ -128,7 +130,9 @@ class GramFisher(Plotted, Measured):
     def _values(self) -> Tensor:
         """The eigenvalues that may differ from zero, largest first."""
         values = torch.linalg.eigvalsh(self.dual()).flip(0)[: self.num_parameters]
-        return torch.where(values > len(values) * torch.finfo(torch.float64).eps * values[:1], values, 0.0)
+        dtypes = {wide_dtype(piece.rows.g.dtype) for pieces in self.pieces.values() for piece in pieces}
+        noise = max([torch.finfo(torch.float64).eps, *(torch.finfo(dtype).eps ** 2 for dtype in dtypes)])
+        return torch.where(values > len(values) * noise * values[:1], values, 0.0)
 
     def diagonal(self, *, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
         """``{name: tensor}`` shaped like the parameters."""

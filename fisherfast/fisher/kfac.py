@@ -124,7 +124,8 @@ class KFACFisher(BlockFisher[KroneckerBlock | ExactBlock]):
               approximation otherwise. ``damping`` is Tikhonov, ``F + damping I``, one number per block.
     Errors:   ValueError, naming the entry, for vectors and dampings that do not fit, singular systems, and pooling of what was
               measured in different ways.
-    Numerics: float64 sums and arithmetic; eigenvalues below zero, which are rounding, count as zero.
+    Numerics: float64 sums and arithmetic; a factor has as many positive eigenvalues as its rows have independent columns, up to
+              rounding in the precision they were multiplied in; the others count as zero.
     Source:   Martens & Grosse 2015 (arXiv:1503.05671); Grosse & Martens 2016 (arXiv:1602.01407) for convolutions; "expand":
               Eschenhagen et al. 2023 (arXiv:2311.00636).
     """
@@ -150,11 +151,11 @@ class KFACFisher(BlockFisher[KroneckerBlock | ExactBlock]):
 
         Errors:   ValueError, naming the layer, if a factor is singular.
         """
-        products = {}
+        products, dampings = {}, self._damping_of("inverse", damping)
         for block in self.factored(damping).blocks:
             if isinstance(block, KroneckerBlock):
                 try:
-                    products[block.place] = block.inverse(dtype)
+                    products[block.place] = block.inverse(dtype, damped=dampings[block.place.weight] > 0)
                 except torch.linalg.LinAlgError as error:
                     raise ValueError(
                         f"inverse: factors must be regular, got a singular one of {block.place.weight!r}; pass a larger damping"

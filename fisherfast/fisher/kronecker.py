@@ -21,13 +21,16 @@ from fisherfast.accumulator import Accumulator
 from fisherfast.ops.kron_log1p_sum import kron_log1p_sum
 from fisherfast.rules import ALL, Entries
 
+_GRAM_NOISE = 4  # eps of the products' dtype: what is zero in a Gram matrix came out as 0.65 at most, of 5 to 2,000 columns
+
 
 @dataclass(frozen=True)
 class Place:
     """Which numbers a block is over, and how they are a matrix ``[groups, O, D]``: the bias is its last column.
 
     ``transposed``: the weight is stored ``[I, O]``, as an embedding table, a Conv1D of Hugging Face or a transposed convolution.
-    ``weight_part``, ``bias_part``: the entries of a packed parameter that the block is over; all, unless said.
+    ``weight_part``, ``bias_part``: the entries of a packed parameter that the block is over; all, unless said. ``precision``: the
+    dtype in which rows were multiplied, which tells an eigenvalue from rounding; sums may be kept in a wider one.
     """
 
     weight: str
@@ -39,6 +42,7 @@ class Place:
     input_of: str | None = None  # the block before it, by name, that multiplies the same inputs, whose factor A is this one's too
     weight_part: Entries = ALL
     bias_part: Entries = ALL
+    precision: str = "float32"
 
     @property
     def name(self) -> str:
@@ -49,6 +53,11 @@ class Place:
     def names(self) -> tuple[str, ...]:
         """The parameters."""
         return tuple(self.parts)
+
+    @property
+    def eps(self) -> float:
+        """Of ``precision``."""
+        return torch.finfo(getattr(torch, self.precision)).eps
 
     @property
     def parts(self) -> dict[str, Entries]:
@@ -78,8 +87,8 @@ class Place:
 
     @classmethod
     def from_state(cls, fields: list[Any]) -> Self:
-        """The place of these values, in order; the parts are the last ones, which older files do not have."""
-        return cls(*fields[:7], *map(Entries, fields[7:]))
+        """The place of these values, in order; older files do not have the last ones."""
+        return cls(*fields[:7], *map(Entries, fields[7:9]), *fields[9:])
 
 
 def _put(values: Tensor, where: Tensor) -> None:
@@ -106,19 +115,23 @@ class KroneckerBlock:
 
     @functools.cached_property
     def _values_of_A(self) -> Tensor:
-        return _eigenvalues(self.finite(self.mean_of_A(), "input")) if self.leader is None else self.leader._values_of_A
+        return (
+            _eigenvalues(self.finite(self.mean_of_A(), "input"), self.place.eps)
+            if self.leader is None
+            else self.leader._values_of_A
+        )
 
     @functools.cached_property
     def _values_of_B(self) -> Tensor:
-        return _eigenvalues(self.finite(self.B.mean(), "output"))
+        return _eigenvalues(self.finite(self.B.mean(), "output"), self.place.eps)
 
     @functools.cached_property
     def _eigen_of_A(self) -> tuple[Tensor, Tensor | None]:
-        return _eigen(self.finite(self.mean_of_A(), "input")) if self.leader is None else self.leader._eigen_of_A
+        return _eigen(self.finite(self.mean_of_A(), "input"), self.place.eps) if self.leader is None else self.leader._eigen_of_A
 
     @functools.cached_property
     def _eigen_of_B(self) -> tuple[Tensor, Tensor | None]:
-        return _eigen(self.finite(self.B.mean(), "output"))
+        return _eigen(self.finite(self.B.mean(), "output"), self.place.eps)
 
     def changed(self) -> None:
         """The sums have changed: what was computed from them is void."""
@@ -203,8 +216,10 @@ class KroneckerBlock:
         A, B = (Accumulator(_shifted(f, shift), 1.0) for f, shift in zip(self.factors(), shifts, strict=True))
         return KroneckerBlock(dataclasses.replace(self.place, input_of=None), A, B)  # pi is B's too: nothing is shared
 
-    def inverse(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """The inverses of A and B. Errors: torch.linalg.LinAlgError if one is singular."""
+    def inverse(self, dtype: torch.dtype, damped: bool) -> tuple[Tensor, Tensor]:
+        """The inverses of A and B. Errors: torch.linalg.LinAlgError if one is singular, which Cholesky does not see under rounding."""
+        if not damped and not all(bool((values > 0).all()) for values in (self._values_of_A, self._values_of_B)):
+            raise torch.linalg.LinAlgError("an eigenvalue is zero but for rounding")
         A, B = self.finite(self.mean_of_A(), "input"), self.finite(self.B.mean(), "output")
         return _inverse(A).to(dtype), _inverse(B).to(dtype)
 
@@ -259,18 +274,35 @@ def _inverse(factor: Tensor) -> Tensor:
     return 1 / factor if factor.dim() == 2 else torch.cholesky_inverse(torch.linalg.cholesky(factor))
 
 
-def positive(values: Tensor) -> Tensor:
-    """Eigenvalues ``[..., D]`` of a matrix without those that are zero but for rounding, of either sign, as where rows are few."""
-    noise = values.shape[-1] * torch.finfo(values.dtype).eps * values.amax(-1, keepdim=True)
-    return torch.where(values > noise, values, 0.0)
+def positive(values: Tensor, noise: float) -> Tensor:
+    """Eigenvalues ``[..., D]`` of a matrix without those that are zero but for rounding, of either sign.
+
+    ``noise``: of its entries, as a share of the largest eigenvalue; that of the decomposition is D eps.
+    """
+    noise = max(noise, values.shape[-1] * torch.finfo(values.dtype).eps)
+    return torch.where(values > noise * values.amax(-1, keepdim=True), values, 0.0)
 
 
-def _eigenvalues(factor: Tensor) -> Tensor:
-    return factor if factor.dim() == 2 else positive(torch.linalg.eigvalsh(factor))
+def _of_full_rank(values: Tensor, gram: Tensor, eps: float) -> Tensor:
+    """Eigenvalues ``[G, D]``, rising, of Gram matrices, as many of them positive as the rows have independent columns.
+
+    Scaling columns changes no rank, but rounding is in proportion to them: it is told from small columns at unit diagonals.
+    """
+    noise = _GRAM_NOISE * eps
+    if bool((positive(values, noise) > 0).all()):
+        return values
+    roots = gram.diagonal(dim1=1, dim2=2).sqrt()
+    scales = torch.where(roots > 0, 1 / roots, 0.0)
+    correlations = torch.linalg.eigvalsh(scales.unsqueeze(2) * gram * scales.unsqueeze(1))
+    return values.clamp_min(0.0).where(positive(correlations, noise) > 0, 0.0)  # both rise
 
 
-def _eigen(factor: Tensor) -> tuple[Tensor, Tensor | None]:
+def _eigenvalues(factor: Tensor, eps: float) -> Tensor:
+    return factor if factor.dim() == 2 else _of_full_rank(torch.linalg.eigvalsh(factor), factor, eps)
+
+
+def _eigen(factor: Tensor, eps: float) -> tuple[Tensor, Tensor | None]:
     if factor.dim() == 2:
         return factor, None
     values, vectors = torch.linalg.eigh(factor)
-    return positive(values), vectors
+    return _of_full_rank(values, factor, eps), vectors
