@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 _OURS = ("labels", "sample_weight", "sample_offsets")  # keys of a dict batch that are not passed to the model
+IGNORED = -100  # torch's and Hugging Face's ignore_index, of a likelihood that has none
 Output = str | Callable[[Any], Tensor] | None
 
 
@@ -125,8 +126,11 @@ class Batch:
         """A number that another batch, or the same samples in another order, has with no more than chance 2**-60."""
         return hash(tuple((tuple(t.shape), t.dtype, _digest(t)) for t in self.tensors()))
 
-    def unpacked(self, output: Tensor, ignore_index: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Output, targets and mask with the sample axis first: packed samples are spread to ``[N, L, ...]``, L the longest."""
+    def unpacked(self, output: Tensor, ignore_index: float = IGNORED) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Output, targets and mask with the sample axis first: packed samples are spread to ``[N, L, ...]``, L the longest.
+
+        What is past a sample's end has the label ``ignore_index``.
+        """
         if self.offsets is None:
             return output, self.targets, self.mask
         lengths = self.offsets.diff()
@@ -199,7 +203,7 @@ def _digest(tensor: Tensor) -> int:
     flat = tensor.detach().contiguous().view(-1)
     raw = flat.view(torch.uint8) if flat.dtype != torch.bool else flat.to(torch.uint8)
     words = torch.nn.functional.pad(raw, (0, -raw.numel() % 8)).view(torch.int64)
-    factors = torch.arange(1, 2 * words.numel(), 2, device=words.device) * -7046029254386353131  # odd: 2^64 / golden ratio
+    factors = (2 * torch.arange(words.numel(), device=words.device) + 1) * -7046029254386353131  # odd: 2^64 / golden ratio
     return int(((words ^ (words >> 29)) * factors).sum())
 
 

@@ -5,11 +5,25 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
-_DROPOUTS = {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout}
-CHANCE = {*_DROPOUTS, F.scaled_dot_product_attention, F.batch_norm, F.rrelu}
+# By function: where the probability and whether it trains are among the arguments, and what they are if they are not given.
+_DROPOUTS: dict[Any, tuple[int, int, float, bool]] = {
+    **dict.fromkeys((F.dropout, F.dropout1d, F.dropout2d, F.dropout3d), (1, 2, 0.5, True)),
+    **dict.fromkeys((F.alpha_dropout, F.feature_alpha_dropout), (1, 2, 0.5, False)),
+    **dict.fromkeys((torch.dropout, torch.dropout_, torch.feature_dropout, torch.feature_dropout_), (1, 2, 0.5, True)),
+    **dict.fromkeys(
+        (torch.alpha_dropout, torch.alpha_dropout_, torch.feature_alpha_dropout, torch.feature_alpha_dropout_), (1, 2, 0.5, True)
+    ),
+    torch.native_dropout: (1, 2, 0.5, True),
+    F.multi_head_attention_forward: (10, 13, 0.0, True),
+}
+_SLOPES = {F.rrelu: 3, torch.rrelu: 3, torch.rrelu_: 3}
+_STATISTICS = {F.batch_norm: 5, torch.batch_norm: 5, torch.native_batch_norm: 5}
+CHANCE = {*_DROPOUTS, F.scaled_dot_product_attention, *_SLOPES, *_STATISTICS}
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -45,20 +59,33 @@ def refuse_train_mode(model: nn.Module) -> None:
 
 def refuse_chance(func: Any, args: Any, kwargs: Any) -> None:
     """Raise ValueError if a call of one of these functions draws, or takes statistics of the batch."""
+
+    def given(name: str, place: int, otherwise: Any) -> Any:
+        return kwargs.get(name, args[place] if len(args) > place else otherwise)
+
     if func in _DROPOUTS:
-        probability = kwargs.get("p", args[1] if len(args) > 1 else 0.5)
-        training = kwargs.get("training", args[2] if len(args) > 2 else func not in (F.alpha_dropout, F.feature_alpha_dropout))
-        if training and probability > 0:
+        where, when, usual, trains = _DROPOUTS[func]
+        probability = given("dropout_p" if func is F.multi_head_attention_forward else "p", where, usual)
+        if given("train" if "train" in kwargs else "training", when, trains) and probability > 0:
             raise ValueError(
                 f"model: must not draw dropout, got {func.__name__}(p={probability}, training=True); call model.eval()"
             )
     elif func is F.scaled_dot_product_attention:
-        probability = kwargs.get("dropout_p", args[4] if len(args) > 4 else 0.0)
-        if probability > 0:
+        if (probability := given("dropout_p", 4, 0.0)) > 0:
             raise ValueError(f"model: must not draw dropout, got attention with dropout_p={probability}; call model.eval()")
-    elif func is F.rrelu:
-        if kwargs.get("training", args[3] if len(args) > 3 else False):
+    elif func in _SLOPES:
+        if given("training", _SLOPES[func], False):
             raise ValueError("model: must not draw slopes, got rrelu(training=True); call model.eval()")
-    elif func is F.batch_norm:
-        if kwargs.get("training", args[5] if len(args) > 5 else False):
-            raise ValueError("model: must not use batch statistics, got batch_norm(training=True); call model.eval()")
+    elif func in _STATISTICS and given("training", _STATISTICS[func], False):
+        raise ValueError("model: must not use batch statistics, got batch_norm(training=True); call model.eval()")
+
+
+class WithoutChance(TorchFunctionMode):
+    """Where a model runs that no capture looks at: the same calls are refused."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run ``func``."""
+        kwargs = kwargs or {}
+        if func in CHANCE:
+            refuse_chance(func, args, kwargs)
+        return func(*args, **kwargs)

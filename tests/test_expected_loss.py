@@ -253,3 +253,10 @@ def test_refuses_a_likelihood_without_losses():
     net, (x, y) = network(), labelled()
     with pytest.raises(ValueError, match=r"likelihood must have losses\(predictions\), got .*; add it, or pass loss="):
         ff.expected_loss(posterior_of(net), net, [(x, y)], Scores())
+
+
+def test_logits_that_are_nan_are_not_right():
+    logits = torch.tensor([[math.nan, 0.0], [1.0, 0.0]])
+    assert str(ff.zero_one(logits, torch.tensor([0, 0])).tolist()) == "[nan, 0.0]"
+    several = torch.stack([logits, logits.flip(0)])
+    assert str(ff.zero_one(several, torch.tensor([[-100, 0], [0, -100]])).tolist()) == "[0.0, 0.0]"

@@ -504,3 +504,14 @@ def test_refuses_a_large_covariance_term(monkeypatch):
     ff.input_fisher(net, torch.randn(1, 3, dtype=DOUBLE), F, beta=0.1)
     with pytest.raises(ValueError, match=r"units\^2 times dim x must be <= 11 for both terms, got 2\^2 x 3; choose fewer"):
         ff.input_fisher(net, torch.randn(1, 3, dtype=DOUBLE), F, beta=0.1, terms="both")
+
+
+def test_an_activation_is_what_its_layer_returned_whatever_is_done_to_it_in_place():
+    first, last = nn.Linear(4, 3).double(), nn.Linear(3, 3).double()
+    plain, in_place = nn.Sequential(first, nn.ReLU(), last), nn.Sequential(first, nn.ReLU(inplace=True), last)
+    x, options = torch.randn(5, 4).double(), {"layer": "0", "beta": 0.1, "prior_scale": 1.0}
+    F = measured(plain, x)
+    one, other = (ff.input_fisher(net, x, F, **options).trace() for net in (plain, in_place))
+    assert torch.equal(one, other) and bool((one > 0).all())
+    one, other = (ff.activation_noise(net, x, F, **options) for net in (plain, in_place))
+    assert torch.equal(one.mean, other.mean) and torch.equal(one.covariance, other.covariance) and bool((one.mean < 0).any())

@@ -532,3 +532,44 @@ def test_the_example_of_the_documentation():
     torch.testing.assert_close(torch.cat([d.flatten() for d in empirical.values()]), expected, rtol=1e-4, atol=1e-6)
     exact, mc = scope["exact"].trace(), scope["F"].trace()
     assert abs(mc - exact) <= 5 * scope["F"].stderr("trace")
+
+
+def test_an_output_like_its_attention_mask_is_ambiguous():
+    model, x = nn.Sequential(nn.Linear(2, 1), nn.Flatten(1)), torch.randn(2, 5, 2)
+
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = model
+
+        def forward(self, x, attention_mask):
+            return self.inner(x)
+
+    mask = torch.tensor([[1, 1, 0, 0, 0], [1] * 5])
+    with pytest.raises(ValueError, match=r"output \(2, 5\) is ambiguous beside an attention mask"):
+        ff.fisher(Masked(), [{"x": x, "attention_mask": mask}], likelihood="gaussian", progress=False)
+    ff.fisher(Masked(), [{"x": x, "attention_mask": torch.ones_like(mask)}], likelihood="gaussian", progress=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_sigma_is_not_rounded_to_the_default_dtype(dtype):
+    z, y = torch.zeros(1, 1, dtype=torch.float64), torch.ones(1, 1, dtype=torch.float64)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        loss = float(ff.Gaussian(0.3).losses(predictions(ff.Gaussian(0.3), z, y)))
+    finally:
+        torch.set_default_dtype(before)
+    assert loss == pytest.approx(0.5 / 0.09 + torch.tensor(0.3).double().log().item() + 0.9189385332046727, rel=1e-7)
+
+
+@pytest.mark.parametrize("wrong", [[0.5, 1.0], "1", None, torch.ones(0), torch.ones(1, 1), 0.0, float("nan")], ids=str)
+def test_sigma_is_a_number_or_a_tensor(wrong):
+    with pytest.raises(ValueError, match="sigma must be positive and finite"):
+        ff.Gaussian(wrong)
+
+
+@pytest.mark.parametrize("wrong", [ff.Categorical, None, "softmax"], ids=str)
+def test_what_is_no_likelihood(wrong):
+    with pytest.raises(ValueError, match="likelihood: must be one of"):
+        ff.fisher(nn.Linear(3, 2), [(torch.randn(4, 3), None)], likelihood=wrong, progress=False)

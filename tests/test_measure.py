@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import networks
+import numpy as np
 import oracle
 import pytest
 import torch
@@ -403,3 +404,46 @@ def test_killed_process_resumes_to_the_same_numbers(tmp_path):
     resumed, whole = run(tmp_path / "a", 99), run(tmp_path / "b", 99)
     assert resumed.returncode == 0, resumed.stderr
     assert resumed.stdout == whole.stdout and resumed.stdout.startswith("35 ")
+
+
+class Stream(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        for n in range(6):
+            yield torch.full((3,), float(n)), n % 2
+
+
+@pytest.mark.parametrize("structure", ["diagonal", "ekfac"])
+def test_a_loader_without_a_length(structure):
+    data = torch.utils.data.DataLoader(Stream(), batch_size=2)
+    assert ff.fisher(torch.nn.Linear(3, 2), data, structure, "empirical").num_samples == 6
+
+
+@pytest.mark.parametrize("name", ["seed", "draws", "sample_offset", "max_passes"])
+def test_counts_are_integers_of_any_kind(name, tmp_path):
+    model, data = torch.nn.Linear(3, 2), [(torch.randn(4, 3), None)]
+    results = []
+    for number in (2, np.int64(2), torch.tensor(2)):
+        results.append(ff.fisher(model, data, progress=False, **{name: number}))
+        results[-1].save(tmp_path / "f.safetensors")
+    assert len({F.trace() for F in results}) == 1
+    for wrong in (1.5, "2", None):
+        with pytest.raises(ValueError, match=f"fisher: {name} must be an integer, got"):
+            ff.fisher(model, data, progress=False, **{name: wrong})
+
+
+def test_a_checkpoint_needs_its_folder(tmp_path):
+    with pytest.raises(ValueError, match="checkpoint must be a file in a folder that exists"):
+        ff.fisher(torch.nn.Linear(3, 2), [(torch.randn(4, 3), None)], checkpoint=tmp_path / "no" / "f", progress=False)
+
+
+def test_a_second_pass_compares_what_is_empty():
+    class Takes(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = torch.nn.Linear(3, 2)
+
+        def forward(self, x, nothing):
+            return self.layer(x)
+
+    data = [((torch.randn(4, 3), torch.empty(4, 0)), None)]
+    assert ff.fisher(Takes(), data, "ekfac", progress=False).num_samples == 4

@@ -113,3 +113,25 @@ def test_rejects_offsets_that_do_not_cover_the_rows(offsets):
     batch = {**packed([5, 3, 7], "sample_offsets"), "sample_offsets": torch.tensor(offsets)}
     with pytest.raises(ValueError, match="offsets of packed samples must rise from 0 to M"):
         ff.fisher(Positions(), [batch], progress=False)
+
+
+@pytest.mark.parametrize("likelihood", [ff.Gaussian(0.5), ff.Bernoulli()], ids=str)
+def test_one_output_a_position_needs_no_axis_of_its_own(likelihood):
+    """``[1, M]`` says the same as ``[1, M, 1]``: what is past a short sample's end is not counted."""
+    layer, x, y = nn.Linear(3, 1).double(), torch.randn(1, 7, 3).double(), torch.rand(1, 7).double()
+    inputs = {"input": x, "sample_offsets": torch.tensor([0, 2, 7])}
+    flat, deep = nn.Sequential(layer, nn.Flatten(1)), layer
+    for options in ({"fisher_type": "exact"}, {"fisher_type": "empirical"}):
+        one = ff.fisher(flat, [inputs | {"labels": y}], likelihood=likelihood, progress=False, **options)
+        other = ff.fisher(deep, [inputs | {"labels": y.unsqueeze(-1)}], likelihood=likelihood, progress=False, **options)
+        assert one.num_positions == other.num_positions == 7
+        assert one.trace() == pytest.approx(other.trace(), rel=1e-12)
+    losses = [ff.mean_loss(m, [inputs | {"labels": t}], likelihood) for m, t in ((flat, y), (deep, y.unsqueeze(-1)))]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-12)
+
+
+def test_what_a_loss_of_your_own_sees_past_a_samples_end_is_minus_100():
+    model, ids = nn.Embedding(5, 4), torch.randint(0, 5, (1, 7))
+    batch = {"input": ids, "labels": torch.zeros_like(ids), "sample_offsets": torch.tensor([0, 2, 7])}
+    model.weight.data.zero_()[:, 1] = 1.0  # always wrong
+    assert ff.mean_loss(model, [batch], ff.Categorical(ignore_index=-1), loss=ff.zero_one) == 1.0

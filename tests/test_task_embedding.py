@@ -270,3 +270,11 @@ def test_task_distance_refuses():
         ff.task_distances(torch.ones(2, 3), torch.ones(2))
     with pytest.raises(ValueError, match="task_distances: must be finite"):
         ff.task_distances(torch.ones(2, 2) / 0, torch.ones(2))
+
+
+@pytest.mark.parametrize("option", ["layers", "skip"])
+def test_one_name_is_no_collection_of_names(option):
+    model = nn.Sequential(*[nn.Linear(3, 3) for _ in range(11)])
+    F = ff.fisher(model, [(torch.randn(6, 3), None)], progress=False)
+    with pytest.raises(ValueError, match=rf"{option} must be a collection of layer names, got the text '10'"):
+        ff.task_embedding(F, model, **{option: "10"})

@@ -105,3 +105,22 @@ def test_squares_that_overflow_in_a_staged_batch_are_dropped(tmp_path):
     with pytest.raises(ff.NonFiniteError) as caught:
         ff.fisher(model, [(x, y), (large, y)], fisher_type="empirical", progress=False, checkpoint=tmp_path / "c")
     assert caught.value.fisher.trace() == pytest.approx(before.trace())
+
+
+def test_ctrl_c_between_the_passes_of_a_block_has_the_result():
+    model, x, y = nn.Linear(4, 3), torch.randn(5, 4), torch.randint(0, 3, (5,))
+    with pytest.raises(ff.Interrupted) as caught, ff.collect(model, "diagonal") as stats:
+        stats.backward(nn.functional.cross_entropy(model(x), y, reduction="none"))
+        raise KeyboardInterrupt
+    assert caught.value.fisher.num_samples == 5
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_warning_made_an_error_has_the_result():
+    model = nn.Linear(4, 3).half()
+    data = [(torch.full((8, 4), 1.0).half(), torch.zeros(8, dtype=torch.int64))]
+    model.weight.data.zero_()
+    model.bias.data.copy_(torch.tensor([10.5, 0, 0]))
+    with pytest.raises(ff.FisherWarning) as caught:
+        ff.fisher(model, data, fisher_type="empirical", progress=False)
+    assert caught.value.fisher.num_samples == 8

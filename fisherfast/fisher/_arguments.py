@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -13,6 +14,14 @@ from fisherfast.accumulator import Accumulator
 from fisherfast.fisher.protocol import Damping, Vector, layer_of
 
 _SHOWN = 5
+
+
+def whole(caller: str, name: str, value: object) -> int:
+    """The integer that ``value`` is, of Python, numpy or a tensor without axes. Errors: ValueError."""
+    try:
+        return operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise ValueError(f"{caller}: {name} must be an integer, got {value!r}") from None
 
 
 def listed(names: Iterable[str]) -> str:

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from fisherfast.calls import Key
 from fisherfast.collector import Samples
+from fisherfast.fisher.asked import requests
 from fisherfast.fisher.protocol import Provenance
-from fisherfast.fisher.run import Run, model_name
+from fisherfast.fisher.run import Interrupted, Run, model_name
 from fisherfast.fisher.structure import Structure
 from fisherfast.layout import Finding
 from fisherfast.likelihood import FISHER_TYPES
@@ -51,7 +52,7 @@ class collect:
     def __init__(
         self,
         model: nn.Module,
-        *structures: Structure,
+        *structures: str | Structure,
         fisher_type: str = "empirical",
         loss_scale: float = 1.0,
         allow_missing: bool = False,
@@ -60,10 +61,11 @@ class collect:
             raise ValueError(f"collect: fisher_type must be one of {list(FISHER_TYPES)}, got {fisher_type!r}")
         if not structures:
             raise ValueError("collect: must be given what to collect, got nothing; for example collect(model, ff.Diagonal())")
+        asked = requests("collect", structures)
         check_loss_scale("collect", loss_scale)
         refuse_train_mode(model)
         self._loss_scale = loss_scale
-        self._run = Run(model, structures, Provenance(fisher_type=fisher_type, model=model_name(model)), allow_missing)
+        self._run = Run(model, asked, Provenance(fisher_type=fisher_type, model=model_name(model)), allow_missing)
         self._explored = False  # whether the parameters' forms are known, and samples were told apart at least once
         self._postponed: set[str] = set()  # in the fallback for the batch at hand, to be followed further from the next on
 
@@ -73,8 +75,12 @@ class collect:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._run.capture.__exit__(kind, error, trace)
-        self._run.warn_of_underflow()
-        if error is not None and not hasattr(error, "fisher") and isinstance(error, Exception):
+        if error is None:
+            with self._run.rescue():
+                self._run.warn_of_underflow()
+        elif isinstance(error, KeyboardInterrupt) and not isinstance(error, Interrupted):
+            raise self._run.interrupted(error) from error
+        elif isinstance(error, Exception) and not hasattr(error, "fisher"):
             self._run.attach(error)
 
     def backward(self, loss: Tensor, retain_graph: bool = False) -> None:
@@ -107,6 +113,8 @@ class collect:
         return Pass(samples * self._loss_scale, loss_scale=self._loss_scale)
 
     def _check(self, loss: Tensor) -> None:
+        if not isinstance(loss, Tensor):
+            raise TypeError(f"collect: the loss must be a vector [N], got {type(loss).__name__}")
         if loss.dim() != 1:
             raise ValueError(
                 f"collect: the loss must be a vector [N], one negative log-likelihood per sample, got shape {tuple(loss.shape)}; "

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fisherfast.batches import Batch
+from fisherfast.fisher import _arguments
 from fisherfast.fisher.protocol import Provenance
 from fisherfast.likelihood import FISHER_TYPES, Likelihood, Predictions, predictions_of, resolve, stored_name
 from fisherfast.passes import Pass
@@ -34,6 +35,8 @@ class Labelling:
             raise ValueError(
                 f"{caller}: fisher_type must be one of {list(FISHER_TYPES)} (or 'type-2' for 'exact'), got {fisher_type!r}"
             )
+        draws, seed = _arguments.whole(caller, "draws", draws), _arguments.whole(caller, "seed", seed)
+        max_passes = _arguments.whole(caller, "max_passes", max_passes)
         if draws < 1 or (draws > 1 and fisher_type != "mc"):
             raise ValueError(f"{caller}: draws must be >= 1, and 1 unless fisher_type='mc', got {draws} with {fisher_type!r}")
         if not -(2**63) <= seed < 2**63:

@@ -11,6 +11,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from fisherfast.fisher import _arguments
+
 
 class Operator(Protocol):
     """What products are taken with: every Fisher, and ``FisherOperator``."""
@@ -86,6 +88,7 @@ def spectral_density(
     Numerics: the recurrence in ``dtype``, the quadrature in float64; the same seed gives the same probes on every device.
     Source:   Golub & Meurant 1993 for the quadrature; Hutchinson 1990 for the signs.
     """
+    probes, steps = (_arguments.whole("spectral_density", name, n) for name, n in (("probes", probes), ("steps", steps)))
     if probes < 1 or steps < 1:
         raise ValueError(f"spectral_density: probes and steps must be >= 1, got {probes} and {steps}")
     size = F.num_parameters

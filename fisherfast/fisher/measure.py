@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sized
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -20,10 +20,9 @@ from torch import Tensor, nn
 from fisherfast.batches import Batch, Output, ReadTwice
 from fisherfast.collector import Samples
 from fisherfast.fallback import SampleGradients
-from fisherfast.fisher import serialize
-from fisherfast.fisher.ekfac import EKFAC
-from fisherfast.fisher.gram import Gram
-from fisherfast.fisher.kfac import KFAC, KFACFisher
+from fisherfast.fisher import _arguments, serialize
+from fisherfast.fisher.asked import Asked, factors_first, needs_basis, requests, with_basis
+from fisherfast.fisher.kfac import KFACFisher
 from fisherfast.fisher.labelling import Labelling
 from fisherfast.fisher.requests import Diagonal
 from fisherfast.fisher.run import Explored, Run, model_name
@@ -35,8 +34,6 @@ from fisherfast.passes import Pass, check_loss_scale
 from fisherfast.tracked import Tracked
 from fisherfast.train_mode import refuse_train_mode, unwrapped
 
-Asked = str | Structure | tuple[str | Structure, ...]  # names or requests; a tuple gives a tuple of results
-_STRUCTURES: dict[str, type[Structure]] = {"diagonal": Diagonal, "kfac": KFAC, "ekfac": EKFAC, "gram": Gram}
 _CHECKPOINT_SECONDS = 60.0
 
 
@@ -84,9 +81,12 @@ def fisher(
     """
     structures = requests("fisher", structure)
     labelling = Labelling.of("fisher", fisher_type, likelihood, draws, seed, max_passes)
+    sample_offset = _arguments.whole("fisher", "sample_offset", sample_offset)
     check_loss_scale("fisher", loss_scale)
     refuse_train_mode(model)
     path = None if checkpoint is None else Path(checkpoint)
+    if path is not None and not path.parent.is_dir():
+        raise ValueError(f"fisher: checkpoint must be a file in a folder that exists, got {path}; make the folder first")
 
     def measurement(structures: tuple[Structure, ...], known: Explored | None = None) -> Measurement:
         transactional = checkpoint is not None
@@ -111,38 +111,12 @@ def fisher(
             return basis, factors.run.explored
 
         basis, known = first_pass()
-        corrected = measurement(tuple(_based(asked, basis) for asked in structures), known)
+        corrected = measurement(tuple(with_basis(asked, basis) for asked in structures), known)
         results = corrected.over(twice.again(corrected.batches(data, progress, "Fisher")), None)
     else:
         once = measurement(structures)
         results = once.over(once.batches(data, progress, "Fisher"), path)
     return results if isinstance(structure, tuple) else results[0]
-
-
-def requests(caller: str, structure: Asked) -> tuple[Structure, ...]:
-    """What is asked for. Errors: ValueError."""
-    several = structure if isinstance(structure, tuple) else (structure,)
-    asked = [_STRUCTURES[one]() if isinstance(one, str) and one in _STRUCTURES else one for one in several]
-    known = tuple(one for one in asked if isinstance(one, Structure))
-    if not known or len(known) < len(asked):
-        raise ValueError(
-            f"{caller}: structure must be one of {sorted(_STRUCTURES)}, a request such as ff.KFAC(), or a tuple of these, got {structure!r}"
-        )
-    return known
-
-
-def needs_basis(asked: Structure) -> TypeGuard[EKFAC]:
-    """Whether a pass over the data has to find its basis first."""
-    return isinstance(asked, EKFAC) and asked.basis is None
-
-
-def factors_first(asked: Structure) -> Structure:
-    """The request of that first pass; any other request is its own."""
-    return KFAC(asked.max_factor_dim, asked.max_exact_dim, keep_rows=True) if needs_basis(asked) else asked
-
-
-def _based(asked: Structure, basis: KFACFisher) -> Structure:
-    return replace(asked, basis=basis) if needs_basis(asked) else asked
 
 
 class Measurement:
@@ -200,7 +174,7 @@ class Measurement:
             finally:
                 if checkpoint is not None and self.run.num_samples:
                     self._write(checkpoint)
-        self.run.warn_of_underflow()
+            self.run.warn_of_underflow()
         return self.run.results()
 
     def _resume(self, checkpoint: Path | None) -> int:
@@ -411,13 +385,21 @@ def _close(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and float((a - b).detach().abs().max()) <= tolerance
 
 
+def _length(data: Iterable[Any]) -> int | None:
+    """Batches, where that is known: a DataLoader has a length that fails for a data set that has none."""
+    try:
+        return len(data) if isinstance(data, Sized) else None
+    except TypeError:
+        return None
+
+
 def _shown(data: Iterable[Any], progress: bool, what: str) -> Iterator[Any]:
     """The batches, with a progress bar on a terminal."""
     if not progress:
         yield from data
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    total = len(data) if isinstance(data, Sized) else None
+    total = _length(data)
     with Progress(*columns, transient=True) as bar:
         task = bar.add_task(what, total=total)
         for item in data:

@@ -17,7 +17,7 @@ from fisherfast.fisher.labelling import Labelling
 from fisherfast.fisher.protocol import Vector
 from fisherfast.fisher.run import model_name
 from fisherfast.likelihood import Likelihood
-from fisherfast.train_mode import refuse_train_mode, unwrapped
+from fisherfast.train_mode import WithoutChance, refuse_train_mode, unwrapped
 
 
 class FisherOperator:
@@ -56,7 +56,12 @@ class FisherOperator:
         refuse_train_mode(model)
         if iter(data) is data:
             raise ValueError("FisherOperator: data must be read again for every product, got an iterator; pass a list of batches")
-        self._model, self._data, self._output, self._first = unwrapped(model), data, output, sample_offset
+        self._model, self._data, self._output, self._first = (
+            unwrapped(model),
+            data,
+            output,
+            _arguments.whole("FisherOperator", "sample_offset", sample_offset),
+        )
         self._parameters = {name: p for name, p in unwrapped(model).named_parameters() if p.requires_grad}
         if not self._parameters:
             raise ValueError("FisherOperator: model must have a parameter that asks for a gradient, got none")
@@ -101,7 +106,9 @@ class FisherOperator:
         """``sum_n w_n E_y[s_n s_n^T v]`` of one batch whose first sample is number ``first``; a parameter out of reach is left out."""
         self._labelling.check(batch)
         with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
-            predictions = self._labelling.predictions(batch, batch.feed(self._model, self._output), first)
+            with WithoutChance():
+                output = batch.feed(self._model, self._output)
+            predictions = self._labelling.predictions(batch, output, first)
             values = predictions.values
             if not bool(values.detach().isfinite().all()):
                 raise NonFiniteError("FisherOperator: the model's output must be finite, got others")

@@ -17,8 +17,9 @@ from fisherfast.batches import Batch, Output
 from fisherfast.capture import Capture
 from fisherfast.collector import Collector, Cost, Samples
 from fisherfast.fisher import memory
+from fisherfast.fisher.asked import Asked, factors_first, needs_basis, requests
 from fisherfast.fisher.labelling import Labelling
-from fisherfast.fisher.measure import Asked, Measurement, factors_first, needs_basis, requests
+from fisherfast.fisher.measure import Measurement
 from fisherfast.fisher.memory import Held, in_words
 from fisherfast.fisher.units import apart
 from fisherfast.layout import PROBED

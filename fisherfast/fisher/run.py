@@ -235,12 +235,16 @@ class Run:
             with self.timed(OPS):
                 yield
         except KeyboardInterrupt as interrupt:
-            error = Interrupted(*interrupt.args)
-            self.attach(error)
-            raise error from interrupt
+            raise self.interrupted(interrupt) from interrupt
         except Exception as error:
             self.attach(error)
             raise
+
+    def interrupted(self, interrupt: KeyboardInterrupt) -> Interrupted:
+        """A Ctrl-C that carries the result so far."""
+        error = Interrupted(*interrupt.args)
+        self.attach(error)
+        return error
 
     def attach(self, error: BaseException) -> None:
         """Have the error carry the result so far."""

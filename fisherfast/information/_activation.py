@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from fisherfast.batches import Batch, Output
 from fisherfast.fisher import Fisher
 from fisherfast.information import _checks
-from fisherfast.train_mode import refuse_train_mode, unwrapped
+from fisherfast.train_mode import WithoutChance, refuse_train_mode, unwrapped
 
 MAX_NUMBERS = 2**28  # of what is held of one sample: 2 GiB in float64
 _CHUNK_NUMBERS = 2**24  # of what one vectorised backward pass makes
@@ -72,7 +72,8 @@ class Activation:
             # Batch.feed finds the tensor among what the model returns; the call is functional_call's.
             found.append(Batch((x.unsqueeze(0),), None, None, 1).feed(self._bound(weights), self._output))
         else:
-            hook = self._module.register_forward_hook(lambda module, inputs, result: found.append(result))
+            # A copy: an in-place activation may follow.
+            hook = self._module.register_forward_hook(lambda module, inputs, result: found.append(_copied(result)))
             try:
                 self._bound(weights)(x.unsqueeze(0))
             finally:
@@ -89,7 +90,10 @@ class Activation:
 
     def _bound(self, weights: Mapping[str, Tensor]) -> Any:
         def call(*inputs: Tensor) -> Any:
-            with sdpa_kernel(SDPBackend.MATH):  # the attention whose backward pass can be vectorised and has a derivative
+            with (
+                WithoutChance(),
+                sdpa_kernel(SDPBackend.MATH),
+            ):  # the attention whose backward pass can be vectorised and has a derivative
                 return torch.func.functional_call(self._root, dict(weights), inputs)
 
         return call
@@ -133,3 +137,7 @@ class Activation:
 
         found = torch.func.jacrev(products, chunk_size=max(1, _CHUNK_NUMBERS // (D * sum(self._sizes))))(x)
         return found.detach().double().flatten(2)
+
+
+def _copied(result: Any) -> Any:
+    return result.clone() if isinstance(result, Tensor) else result

@@ -14,8 +14,8 @@ from torch.func import functional_call
 
 from fisherfast._error import NonFiniteError
 from fisherfast.batches import Batch, Output
-from fisherfast.likelihood import Likelihood, predictions_of, resolve, unpacked
-from fisherfast.train_mode import refuse_train_mode, unwrapped
+from fisherfast.likelihood import Likelihood, predictions_of, resolve
+from fisherfast.train_mode import WithoutChance, refuse_train_mode, unwrapped
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -52,12 +52,13 @@ class SampleLosses:
         """``[N]``: each sample's loss where the parameters named in ``weights`` are replaced; differentiable in them."""
 
         def replaced(*args: Any, **kwargs: Any) -> Any:
-            return functional_call(self.model, dict(weights), args, kwargs)
+            with WithoutChance():
+                return functional_call(self.model, dict(weights), args, kwargs)
 
         output = batch.feed(replaced, self.output)
         if self.loss is None:
             return self.likelihood.losses(predictions_of(self.likelihood, batch, output))
-        spread, targets, _ = unpacked(self.likelihood, batch, output)
+        spread, targets, _ = batch.unpacked(output)
         assert targets is not None
         each = self.loss(spread, targets)
         if not isinstance(each, Tensor) or each.shape != (batch.N,):

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fisherfast.batches import Output
+from fisherfast.fisher import _arguments
 from fisherfast.fisher.lanczos import Estimate
 from fisherfast.information import _checks
 from fisherfast.information._losses import Loss, SampleLosses, check_rereadable
@@ -52,6 +54,7 @@ def expected_loss(
               float32 or wider, means in float64. The standard error is over draws (nan of a single one), not over samples.
     Source:   the first term of Definition 2.1 of arXiv:1905.12213.
     """
+    draws = _arguments.whole("expected_loss", "draws", draws)
     if draws < 1:
         raise ValueError(f"expected_loss: draws must be >= 1, got {draws}")
     check_rereadable("expected_loss", data)
@@ -93,7 +96,7 @@ def zero_one(output: Tensor, targets: Tensor) -> Tensor:
     """``[N]``: 1 where the largest logit is not the label's, 0 where it is; the share of wrong labels of several.
 
     Shapes:   output ``[N, C]`` or ``[N, L, C]``, targets ``[N]`` or ``[N, L]`` integers; -100 is not counted.
-    Scale:    between 0 and 1; 0 for a sample without a counted label.
+    Scale:    between 0 and 1; 0 for a sample without a counted label, NaN for one with logits that are NaN.
     Errors:   ValueError for shapes that do not fit.
     """
     if output.dim() < 2 or targets.shape != output.shape[:-1]:
@@ -102,4 +105,5 @@ def zero_one(output: Tensor, targets: Tensor) -> Tensor:
         )
     counted = (targets != -100).flatten(1) if targets.dim() > 1 else (targets != -100).unsqueeze(1)
     wrong = (output.argmax(-1) != targets).reshape(counted.shape) & counted
-    return wrong.sum(1) / counted.sum(1).clamp_min(1)
+    unknown = output.isnan().any(-1).reshape(counted.shape) & counted  # argmax takes NaN for the largest
+    return (wrong.sum(1) / counted.sum(1).clamp_min(1)).masked_fill(unknown.any(1), math.nan)

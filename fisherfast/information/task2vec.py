@@ -124,6 +124,9 @@ def _averaged(
 ) -> dict[str, Tensor]:
     """The chosen parameters, averaged over each filter."""
     known = _grouped(diagonal)
+    for what, given in (("layers", layers), ("skip", skip)):
+        if isinstance(given, str):
+            raise ValueError(f"{_CALLER}: {what} must be a collection of layer names, got the text {given!r}; pass [{given!r}]")
     if unknown := sorted({*skip, *(layers or ())} - set(known)):
         raise ValueError(f"{_CALLER}: layers and skip must name layers that were measured, got {unknown}; layers: {list(known)}")
     model = unwrapped(model)

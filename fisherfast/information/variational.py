@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from fisherfast._error import NonFiniteError
 from fisherfast.batches import Batch, Output
+from fisherfast.fisher import _arguments
 from fisherfast.information import _checks, _prior
 from fisherfast.information._diagonal_gaussian import DiagonalGaussian
 from fisherfast.information._local_noise import LocalNoise
@@ -139,6 +140,7 @@ def variational_posterior(
     lr = _checks.positive(_CALLER, "lr", lr, "it is Adam's step on log sigma")
     mean_lr = _checks.positive(_CALLER, "mean_lr", mean_lr, "it is Adam's step on the means")
     _checks.one_of(_CALLER, "noise", noise, NOISES)
+    epochs = _arguments.whole(_CALLER, "epochs", epochs)
     if epochs < 1:
         raise ValueError(f"{_CALLER}: epochs must be >= 1, got {epochs}")
     check_rereadable(_CALLER, data)
@@ -228,4 +230,4 @@ def _noisy_loss(
         each = losses.of_batch(batch, weights)
     if batch.weight is None:
         return each.mean()
-    return (batch.weight * each).sum() / batch.weight.sum()
+    return (batch.weight * each).sum() / batch.weight.sum().clamp_min(torch.finfo(each.dtype).tiny)  # of no weight: 0

@@ -6,7 +6,7 @@ score of a label y at z is known in closed form, so no loss is built: labels of 
 the columns of a square root of the output Hessian all become cotangents of z, and backward passes do the rest.
 """
 
-from fisherfast.likelihood.batch import predictions_of, unpacked
+from fisherfast.likelihood.batch import predictions_of
 from fisherfast.likelihood.bernoulli import Bernoulli
 from fisherfast.likelihood.categorical import Categorical, CausalLM
 from fisherfast.likelihood.gaussian import Gaussian
@@ -27,5 +27,4 @@ __all__ = [
     "predictions_of",
     "resolve",
     "stored_name",
-    "unpacked",
 ]

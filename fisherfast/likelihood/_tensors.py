@@ -21,7 +21,7 @@ def batch_mismatch(name: str, output: Tensor, targets: Tensor) -> ValueError:
 
 def existing_positions(output: Tensor, mask: Tensor | None) -> Tensor | None:
     """The attention mask as which positions of ``output`` [N, L, ...] count; None where it is not one."""
-    return (mask != 0) if mask is not None and output.dim() > 2 and mask.shape == output.shape[:2] else None
+    return (mask != 0) if mask is not None and output.dim() > 1 and mask.shape == output.shape[:2] else None
 
 
 def real_valued(name: str, output: Tensor, targets: Tensor | None, mask: Tensor | None, sample: Tensor) -> Predictions:
@@ -50,8 +50,11 @@ def tiled(tensor: Tensor, values: Tensor) -> Tensor:
     return tensor.to(values).expand(1) if tensor.dim() == 0 else tensor.to(values).repeat(values.shape[-1] // len(tensor))
 
 
-def check_weights(name: str, what: str, tensor: Tensor | None, symbols: str) -> None:
-    if tensor is not None and (tensor.dim() > 1 or not bool((torch.isfinite(tensor) & (tensor >= 0)).all())):
+def check_weights(name: str, what: str, tensor: Tensor | None, symbols: str, axes: tuple[int, ...]) -> None:
+    if tensor is None:
+        return
+    fits = isinstance(tensor, Tensor) and tensor.dim() in axes
+    if not fits or not bool((torch.isfinite(tensor) & (tensor >= 0)).all()):
         raise ValueError(f"{name}: {what} must be {symbols}, finite and not negative, got {tensor}")
 
 

@@ -6,18 +6,22 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fisherfast.batches import Batch
+from fisherfast.batches import IGNORED, Batch
 from fisherfast.likelihood.protocol import Likelihood, Predictions
-
-_IGNORED = -100  # torch's and Hugging Face's ignore_index, for a likelihood that has none
-
-
-def unpacked(likelihood: Likelihood, batch: Batch, output: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Output, targets and mask with the sample axis first; a label past a packed sample's end is one that is not counted."""
-    return batch.unpacked(output, getattr(likelihood, "ignore_index", _IGNORED))
 
 
 def predictions_of(likelihood: Likelihood, batch: Batch, output: Tensor, start: int = 0) -> Predictions:
-    """What the output says of a batch whose first sample is number ``start`` of the run."""
+    """What the output says of a batch whose first sample is number ``start`` of the run.
+
+    Errors:   ValueError for an output ``[N, K]`` beside an attention mask ``[N, K]`` that leaves something out.
+    """
     sample = torch.arange(start, start + batch.N, device=output.device)
-    return likelihood.predictions(*unpacked(likelihood, batch, output), sample)
+    unpacked = batch.unpacked(output, getattr(likelihood, "ignore_index", IGNORED))
+    predictions = likelihood.predictions(*unpacked, sample)
+    if batch.offsets is None and batch.mask is not None and batch.mask.shape == output.shape == predictions.counted.shape:
+        if not bool(batch.mask.all()):
+            raise ValueError(
+                f"{likelihood.name}: an output {tuple(output.shape)} is ambiguous beside an attention mask of that shape: return "
+                "[N, L, 1], targets alike, if its second axis is positions, [N, 1, K] if it is the outputs of a sample"
+            )
+    return predictions

@@ -42,7 +42,7 @@ class Bernoulli:
     pos_weight: Tensor | None = None
 
     def __post_init__(self) -> None:
-        check_weights(self.name, "pos_weight", self.pos_weight, "[K]")
+        check_weights(self.name, "pos_weight", self.pos_weight, "[K] or []", (0, 1))
 
     @property
     def name(self) -> str:

@@ -42,7 +42,7 @@ class Categorical:
     label_smoothing: float = 0.0
 
     def __post_init__(self) -> None:
-        check_weights(self.name, "class_weight", self.class_weight, "[C]")
+        check_weights(self.name, "class_weight", self.class_weight, "[C]", (1,))
         if not 0 <= self.label_smoothing <= 1:
             raise ValueError(f"{self.name}: label_smoothing must lie in [0, 1], got {self.label_smoothing}")
 

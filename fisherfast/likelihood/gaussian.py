@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -32,9 +33,13 @@ class Gaussian:
     sigma: float | Tensor = 1.0
 
     def __post_init__(self) -> None:
-        sigma = torch.as_tensor(self.sigma)
-        if sigma.dim() > 1 or not bool(((sigma > 0) & torch.isfinite(sigma)).all()):
-            raise ValueError(f"gaussian: sigma must be positive and finite, one number or [K], got {self.sigma}")
+        sigma = self.sigma
+        if isinstance(sigma, Tensor):
+            valid = sigma.dim() <= 1 and sigma.numel() > 0 and bool(((sigma > 0) & torch.isfinite(sigma)).all())
+        else:
+            valid = isinstance(sigma, Real) and 0 < sigma < math.inf
+        if not valid:
+            raise ValueError(f"gaussian: sigma must be positive and finite, one number or a tensor [K], got {sigma}")
 
     @property
     def name(self) -> str:
@@ -45,7 +50,7 @@ class Gaussian:
 
     def predictions(self, output: Tensor, targets: Tensor | None, mask: Tensor | None, sample: Tensor) -> Predictions:
         """See ``Likelihood``."""
-        check_last("gaussian", "sigma", torch.as_tensor(self.sigma), output)
+        check_last("gaussian", "sigma", self.sigma if isinstance(self.sigma, Tensor) else None, output)
         return real_valued(self.name, output, targets, mask, sample)
 
     def _sigma(self, values: Tensor) -> Tensor | float:
@@ -61,7 +66,7 @@ class Gaussian:
         """See ``Likelihood``: ``(z - y)^2 / (2 sigma^2) + log sigma + log(2 pi) / 2``, added up."""
         assert predictions.targets is not None
         z = predictions.values.to(wide_dtype(predictions.values))
-        sigma = torch.as_tensor(self._sigma(z)).to(z)
+        sigma = torch.as_tensor(self._sigma(z), dtype=z.dtype, device=z.device)
         each = ((z - predictions.targets.to(z.dtype)) / sigma).square() / 2 + sigma.log() + math.log(2 * math.pi) / 2
         return each.masked_fill(~predictions.counted, 0.0).sum(1)
 

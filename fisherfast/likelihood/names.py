@@ -17,11 +17,11 @@ _BY_NAME: dict[str, Any] = {"categorical": Categorical, "bernoulli": Bernoulli, 
 
 def resolve(likelihood: str | Likelihood) -> Likelihood:
     """A likelihood from its name; objects pass through."""
-    if not isinstance(likelihood, str):
+    if not (likelihood is None or isinstance(likelihood, str | type)):
         return likelihood
     if likelihood not in _BY_NAME:
         raise ValueError(f"likelihood: must be one of {sorted(_BY_NAME)} or a likelihood object, got {likelihood!r}")
-    return _BY_NAME[likelihood]()
+    return _BY_NAME[likelihood]()  # type: ignore[index]
 
 
 def stored_name(likelihood: Likelihood, fisher_type: str) -> str:

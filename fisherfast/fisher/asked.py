@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a caller asks for: structures by name or by request, and which of them read the data twice."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TypeGuard
+
+from fisherfast.fisher.ekfac import EKFAC
+from fisherfast.fisher.gram import Gram
+from fisherfast.fisher.kfac import KFAC, KFACFisher
+from fisherfast.fisher.requests import Diagonal
+from fisherfast.fisher.structure import Structure
+
+Asked = str | Structure | tuple[str | Structure, ...]  # names or requests; a tuple gives a tuple of results
+_STRUCTURES: dict[str, type[Structure]] = {"diagonal": Diagonal, "kfac": KFAC, "ekfac": EKFAC, "gram": Gram}
+
+
+def requests(caller: str, structure: Asked) -> tuple[Structure, ...]:
+    """What is asked for. Errors: ValueError."""
+    several = structure if isinstance(structure, tuple) else (structure,)
+    asked = [_STRUCTURES[one]() if isinstance(one, str) and one in _STRUCTURES else one for one in several]
+    known = tuple(one for one in asked if isinstance(one, Structure))
+    if not known or len(known) < len(asked):
+        raise ValueError(
+            f"{caller}: structure must be one of {sorted(_STRUCTURES)}, a request such as ff.KFAC(), or a tuple of these, got {structure!r}"
+        )
+    return known
+
+
+def needs_basis(asked: Structure) -> TypeGuard[EKFAC]:
+    """Whether a pass over the data has to find its basis first."""
+    return isinstance(asked, EKFAC) and asked.basis is None
+
+
+def factors_first(asked: Structure) -> Structure:
+    """The request of that first pass; any other request is its own."""
+    return KFAC(asked.max_factor_dim, asked.max_exact_dim, keep_rows=True) if needs_basis(asked) else asked
+
+
+def with_basis(asked: Structure, basis: KFACFisher) -> Structure:
+    """The request of the second pass."""
+    return replace(asked, basis=basis) if needs_basis(asked) else asked
