@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fisherfast.calls import CallUse, Key
 from fisherfast.capture import Capture
-from fisherfast.layout import PROBED, UNKNOWN, Finding, Gathered, Kind, Layout, Sightings
+from fisherfast.layout import PROBED, UNKNOWN, Finding, Gathered, Kind, Layout
 from fisherfast.rules import Rows
 
 NO_AXIS = "no sample axis where it is used"  # why a parameter whose rows are of several samples is covered otherwise
@@ -91,12 +91,12 @@ class Locator:
             return rows.each(lambda t: layout.packed(t, features), offsets * each)
         return rows.each(lambda t: layout.samples_first(t, N, features))
 
-    def gathered(self, use: CallUse, rows: Rows, N: int, sightings: Sightings) -> Rows:
-        """Rows whose owners the tags tell: ``[N, T, ...]`` if they turn out to have a layout, else packed with offsets.
+    def gathered(self, use: CallUse, rows: Rows, N: int, numbers: Tensor) -> Rows:
+        """Rows of the samples ``numbers``: ``[N, T, ...]`` if they turn out to have a layout, else packed with offsets.
 
         Errors: ValueError, naming the parameter, for rows of several samples, and for a layout that held in batches nobody looked at.
         """
-        finding = Finding.of(sightings.numbers(rows.g, use.form.features), N, self._capture.offsets)
+        finding = Finding.of(numbers, N, self._capture.offsets)
         if finding.mixes_samples:
             raise ValueError(
                 f"{use.tracked.name}: a row must belong to one sample, got rows that depend on several: batch statistics, a "
@@ -119,13 +119,18 @@ class Locator:
         lead = rows.g.shape[: rows.g.dim() - use.form.features]
         return self._packed(use, rows, torch.full(lead, UNKNOWN, device=rows.g.device), N) if self._every else None
 
-    def alone(self, use: CallUse, rows: Rows) -> Rows:
-        """Rows of a batch of one sample; those chosen by the data may be of padding, and are left out as in any other batch."""
+    def alone(self, use: CallUse, rows: Rows, numbers: Tensor | None) -> Rows:
+        """Rows of a batch of one sample; those chosen by the data may be of padding, and are left out as in any other batch.
+
+        ``numbers``: which are not, if that is known of all passes.
+        """
         if self._every or not use.gathered:
             return self.samples_first(use, rows, 1)
-        features = use.form.features
-        alive = (rows.g != 0).flatten(rows.g.dim() - features).any(-1) if features else rows.g != 0
-        return self._packed(use, rows, torch.where(alive, 0, UNKNOWN), 1)
+        if numbers is None:
+            features = use.form.features
+            alive = (rows.g != 0).flatten(rows.g.dim() - features).any(-1) if features else rows.g != 0
+            numbers = torch.where(alive, 0, UNKNOWN)
+        return self._packed(use, rows, numbers, 1)
 
     def _packed(self, use: CallUse, rows: Rows, numbers: Tensor, N: int) -> Rows:
         gathered = Gathered(numbers, N, self._every)

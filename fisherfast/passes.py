@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, combinations
 from typing import Any
@@ -21,7 +21,7 @@ from fisherfast._precision import wide, wide_dtype
 from fisherfast.calls import Call, CallUse, Key, graph
 from fisherfast.capture import Capture, Listener
 from fisherfast.collector import Collector
-from fisherfast.layout import PROBED, Finding, Sightings, Tags
+from fisherfast.layout import PROBED, UNKNOWN, Finding, Sightings, Tags
 from fisherfast.locator import Locator
 from fisherfast.rules import Form, Rows, Window, combines, joined
 from fisherfast.tracked import Tracked
@@ -85,6 +85,9 @@ class _Batch:
     groups: dict[Group, list[CallUse]]
     unlocated: set[Key]
     again: set[Key]  # uses whose layout is known, to be looked at once more
+    owners: dict[
+        Key, Tensor
+    ]  # of uses whose rows several passes share: the sample of each row that has a gradient in any of them
     folds: bool  # whether passes over one position may be added up
     folded: dict[int, _Folded | None] = field(default_factory=dict)  # by the call's index; None: one that cannot be
     chained: list[tuple[Tracked, Form, Rows]] = field(default_factory=list)  # uses of one pass whose sample gradients are summed
@@ -131,20 +134,24 @@ class Passes:
         N = root.shape[0]
         tags = Tags(N, few, self.capture.narrow)
         inside = (torch.arange(N, device=root.device) < tags.few).view(-1, *(1,) * (cotangent.dim() - 1))
-        cotangent = cotangent * inside
-        sightings = self._tag(root, Pass(cotangent), tags)
+        one = Pass(cotangent * inside)
+        numbers = self._numbers(root, one, self._tag(root, one, tags))
+        findings = {key: Finding.of(found, N, self.capture.offsets) for key, found in numbers.items()}
+        self.locator.learn(findings)
+        return findings
+
+    def _numbers(self, root: Tensor, one: Pass, sightings: Mapping[Key, Sightings]) -> dict[Key, Tensor]:
+        """Of each use that tagged passes saw, the sample of every row: the same pass without tags."""
         numbers: dict[Key, Tensor] = {}
 
         def listen(call: Call, g: Tensor | None, saved: tuple[Tensor, ...]) -> None:
             for use in call.uses:
-                if g is not None:
-                    rows = _rows(use, g, saved)
+                if g is not None and use.key in sightings:
+                    rows = _rows(use, one.unscaled(g), saved)
                     numbers[use.key] = sightings[use.key].numbers(rows.g, use.form.features)
 
-        self._backward(root, cotangent, listen, keep=True)
-        findings = {key: Finding.of(found, N, self.capture.offsets) for key, found in numbers.items()}
-        self.locator.learn(findings)
-        return findings
+        self._backward(root, one.cotangent, listen, keep=True)
+        return numbers
 
     def _tag(self, root: Tensor, one: Pass, tags: Tags, keys: set[Key] | None = None) -> dict[Key, Sightings]:
         """The tagged passes: what they show of each use, or of those named."""
@@ -207,10 +214,19 @@ class Passes:
 
     # -- counting
 
-    def run(self, root: Tensor, passes: Iterable[Pass], count: int, keep: bool = False, every: bool = True) -> list[Call]:
+    def run(
+        self,
+        root: Tensor,
+        passes: Iterable[Pass],
+        count: int,
+        keep: bool = False,
+        every: bool = True,
+        support: Pass | None = None,
+    ) -> list[Call]:
         """Back-propagate ``count`` passes and hand each parameter's rows, all its uses joined, to the collectors.
 
-        ``every``: see ``Locator.begin``. Returns the calls that the root depends on.
+        ``every``: see ``Locator.begin``. ``support``: a pass in which every row has a gradient that has one in any of several: rows
+        chosen by the data are those of all passes, in each of them. Returns the calls that the root depends on.
         """
         calls = [call for call, _ in self.capture.calls(root)]
         self.route_mixed_forms(calls)
@@ -228,7 +244,12 @@ class Passes:
                     collector.expect(tracked, windows[name])
         N = root.shape[0]
         unlocated, again = self.locator.begin(chain.from_iterable(groups.values()), N, every)
-        batch = _Batch(root, groups, unlocated, again, count > 1 and not self._separate)
+        owners: dict[Key, Tensor] = {}
+        if support is not None and count > 1 and not every:
+            chosen = {use.key for uses in groups.values() for use in uses if N == 1 and use.gathered}
+            owners = self._owners(root, support, unlocated | again | chosen)
+            again -= owners.keys()
+        batch = _Batch(root, groups, unlocated, again, owners, count > 1 and not self._separate)
         for number, one in enumerate(passes):
             self._run_one(batch, one, number, keep or number + 1 < count)
         with self.capture.aside():
@@ -237,6 +258,15 @@ class Passes:
                     self._hand_over(use.tracked, use.form, use.form.oriented(self.locator.samples_first(use, rows, N)), 1.0, 0)
         return calls
 
+    def _owners(self, root: Tensor, support: Pass, keys: set[Key]) -> dict[Key, Tensor]:
+        """The samples of the rows of these uses, where any has a gradient."""
+        if not keys:
+            return {}
+        N = root.shape[0]
+        tags = Tags(N, N, self.capture.narrow, support.loss_scale > 1)
+        numbers = self._numbers(root, support, self._tag(root, support, tags, keys))
+        return {key: found for key, found in numbers.items() if bool((found != UNKNOWN).any())}
+
     def _run_one(self, batch: _Batch, one: Pass, number: int, keep: bool) -> None:
         visited: defaultdict[Group, int] = defaultdict(int)
         waiting: defaultdict[Group, list[tuple[Form, Rows]]] = defaultdict(list)
@@ -244,11 +274,13 @@ class Passes:
         again = batch.again if number == 0 else set()
         if again and Tags(batch.N, batch.N, self.capture.narrow).passes > 1:
             again = self._leaking(batch, one, again)
-        tagged = (batch.unlocated & self.locator.scattered) | again
+        tagged = ((batch.unlocated & self.locator.scattered) | again) - batch.owners.keys()
         sightings = self._tag_all(batch, one, tagged) if tagged else {}
 
         def listen(call: Call, g: Tensor | None, saved: tuple[Tensor, ...]) -> None:
-            folded = g is not None and batch.folds and self._fold(batch, one, call, g, saved, sightings)
+            folded = (
+                g is not None and batch.folds and self._fold(batch, one, call, g, saved, sightings.keys() | batch.owners.keys())
+            )
             for use in call.uses:
                 group = use.key[:2]
                 if group not in batch.groups:
@@ -259,10 +291,12 @@ class Passes:
                     if folded:
                         continue
                     rows = _rows(use, one.unscaled(g), saved)
-                    if use.key in sightings:
-                        waiting[group].append((use.form, self.locator.gathered(use, rows, batch.N, sightings[use.key])))
-                    elif batch.N == 1:
-                        waiting[group].append((use.form, self.locator.alone(use, rows)))
+                    if batch.N == 1:
+                        waiting[group].append((use.form, self.locator.alone(use, rows, batch.owners.get(use.key))))
+                    elif use.key in batch.owners:
+                        waiting[group].append((use.form, self.locator.gathered(use, rows, batch.N, batch.owners[use.key])))
+                    elif use.key in sightings:
+                        waiting[group].append((use.form, self._gathered(batch, use, rows, sightings)))
                     elif use.key not in batch.unlocated:
                         waiting[group].append((use.form, self.locator.samples_first(use, rows, batch.N)))
                     elif bool((g != 0).any()):
@@ -277,7 +311,7 @@ class Passes:
             sightings = self._tag_all(batch, one, {use.key for uses in held.values() for use, _ in uses})
         with self.capture.aside():
             for group, uses in held.items():
-                rows = [(use.form, self.locator.gathered(use, r, batch.N, sightings[use.key])) for use, r in uses]
+                rows = [(use.form, self._gathered(batch, use, r, sightings)) for use, r in uses]
                 self._joined(batch, group, waiting[group] + rows, one.scale, number)
         batch.unlocated |= batch.again & self.locator.scattered
         for group, expected in batch.groups.items():
@@ -287,6 +321,9 @@ class Passes:
                     "visits; part of the graph was cut or replaced after the forward pass. Nothing of this batch is trusted"
                 )
         self._hand_over_chained(batch, one, number)
+
+    def _gathered(self, batch: _Batch, use: CallUse, rows: Rows, sightings: Mapping[Key, Sightings]) -> Rows:
+        return self.locator.gathered(use, rows, batch.N, sightings[use.key].numbers(rows.g, use.form.features))
 
     def _fold(self, batch: _Batch, one: Pass, call: Call, g: Tensor, saved: tuple[Tensor, ...], tagged: Container[Key]) -> bool:
         """Add a pass to a call's others; False where they cannot be added up, or its rows are being looked at."""

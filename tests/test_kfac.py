@@ -327,3 +327,21 @@ def test_what_lies_below_the_diagonal_is_mirrored(shape):
     matrix = torch.randn(shape).double()
     expected = matrix.triu() + matrix.triu(1).mT
     assert torch.equal(mirrored(Accumulator(matrix.clone(), 1.0)).sum, expected)
+
+
+def test_what_does_not_fit_float32_is_refused_by_all_that_reads_it():
+    model, x = nn.Linear(3, 2), torch.full((4, 3), 1e20)
+    K = ff.fisher(model, [(x, None)], "kfac", progress=False)
+    v = torch.ones(K.num_parameters)
+    for read in (K.trace, K.diagonal, K.factors, K.logdet, K.by_layer, lambda: K @ v, lambda: K.solve(v, damping=1.0)):
+        with pytest.raises(ValueError, match=r"'?weight'?: its input factor must be finite"):
+            read()
+
+
+@pytest.mark.parametrize("structure", ["diagonal", "kfac", "ekfac", "gram"])
+def test_dampings_and_draws_out_of_range(structure):
+    F = ff.fisher(nn.Linear(3, 2), [(torch.randn(4, 3), None)], structure, progress=False)
+    with pytest.raises(ValueError, match=r"damping must be 0 or at least 2\.23e-308"):
+        F.logdet(1e-310)
+    with pytest.raises(ValueError, match="sample: n must be >= 0, got -1"):
+        F.sample(-1, damping=0.1)

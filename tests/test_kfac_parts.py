@@ -6,7 +6,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import measure
+from networks import Wrapped, measure
 from oracle import close
 from safetensors import safe_open
 from test_kfac import hooked_factors
@@ -439,3 +439,36 @@ def test_blocks_must_make_a_parameter_up():
     for blocks in (fisher.blocks[1:], (*fisher.blocks, fisher.blocks[0])):
         with pytest.raises(ValueError, match="blocks must cover every parameter once"):
             ff.KFACFisher(blocks, fisher.diagonals, fisher._counts, fisher.shapes)
+
+
+VIEWED = {
+    "another order of the kernel's axes": ((4, 2, 2, 3), (4, 2, 3, 2), F.conv2d, (6, 2, 5, 5)),
+    "a matrix as a kernel of one": ((3, 5), (3, 5, 1), F.conv1d, (6, 5, 4)),
+    "a matrix as a depthwise kernel": ((3, 3), (3, 1, 3), lambda x, w: F.conv1d(x, w, groups=3), (6, 3, 7)),
+    "a matrix as a kernel": ((4, 6), (4, 2, 3), F.conv1d, (6, 2, 7)),
+    "one axis more": ((4, 2, 3), (4, 2, 3, 1), F.conv2d, (6, 2, 7, 4)),
+    "a kernel of one as a matrix": ((4, 5, 1, 1), (4, 5), F.linear, (6, 5)),
+}
+
+
+@pytest.mark.parametrize("name", VIEWED)
+def test_a_view_of_a_weight_has_the_block_of_what_it_is_viewed_as(name):
+    shape, view, function, inputs = VIEWED[name]
+    weight, data = torch.randn(shape).double(), [(torch.randn(inputs).double(), None)]
+    viewed = Wrapped(lambda m, x: function(x, m.w.view(view)).flatten(1), w=nn.Parameter(weight.clone()))
+    plain = Wrapped(lambda m, x: function(x, m.w).flatten(1), w=nn.Parameter(weight.view(view).clone()))
+    for asked in (ff.KFAC(), ff.KFAC(sharing="reduce"), "ekfac", "gram"):
+        one, other = (ff.fisher(m, data, asked, "exact", "gaussian", progress=False) for m in (viewed, plain))
+        assert one.trace() == pytest.approx(other.trace(), rel=1e-12)
+        assert close(one.diagonal(**DOUBLE)["w"].view(view), other.diagonal(**DOUBLE)["w"], 1e-12)
+
+
+@pytest.mark.parametrize("structure", ["kfac", "ekfac"])
+def test_a_bias_that_all_outputs_share_has_a_block_of_its_own(structure):
+    model = Wrapped(
+        lambda m, x: F.linear(x, m.w, m.b), w=nn.Parameter(torch.randn(3, 5).double()), b=nn.Parameter(torch.ones(1).double())
+    )
+    K, G = ff.fisher(model, [(torch.randn(8, 5).double(), None)], (structure, "gram"), "exact", "gaussian", progress=False)
+    assert len(K.eigenvalues()) == K.num_parameters == 16
+    assert close(K.diagonal(**DOUBLE)["b"], G.diagonal(**DOUBLE)["b"], 1e-12)
+    assert K.solve(torch.ones(16).double(), damping=0.1).shape == (16,)

@@ -215,3 +215,40 @@ def test_an_expert_that_the_first_samples_do_not_ask_has_a_block_too(structure):
     x = x[x[:, 0].argsort()]
     result = ff.fisher(model, [(x, y)], structure, fisher_type="empirical", progress=False)
     assert {block.place.name for block in result.blocks} == {"experts.0.weight", "experts.1.weight", "head.weight"}
+
+
+class Routed(nn.Module):
+    """Each position goes to one of two experts; without a residual, so that a pass through one position is nothing to the others."""
+
+    def __init__(self):
+        super().__init__()
+        self.experts, self.head = nn.ModuleList([nn.Linear(I, D), nn.Linear(I, D)]), nn.Linear(D, 2)
+
+    def forward(self, input_ids, attention_mask):
+        x = input_ids.flatten(0, 1)
+        which, out = x[:, 0] > 0, x.new_zeros(len(x), D)
+        for k, expert in enumerate(self.experts):
+            mine = ((which == k) & (attention_mask.flatten() > 0)).nonzero().flatten()
+            out = out.index_put((mine,), expert(x[mine]).tanh())
+        return self.head(out).unflatten(0, input_ids.shape[:2])
+
+
+@pytest.mark.parametrize("size", [1, 2, 6])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("lengths", [(T,) * 6, (5, 2, 4, 1, 3, 5)], ids=["whole", "padded"])
+def test_inputs_are_those_of_all_passes(lengths, weighted, size):
+    """A pass of the exact Fisher goes through one position of each sample; factor A is of all that any pass goes through."""
+    model, lengths = Routed().double(), torch.tensor(lengths)
+    x = torch.randn(6, T, I).double()
+    mask = (torch.arange(T) < lengths[:, None]).long()
+    weight = torch.rand(6) + 0.5 if weighted else torch.ones(6)
+    whole = {"input_ids": x, "attention_mask": mask} | ({"sample_weight": weight} if weighted else {})
+    batches = [{k: v[first : first + size] for k, v in whole.items()} for first in range(0, 6, size)]
+    K, E, G = ff.fisher(model, batches, ("kfac", "ekfac", "gram"), "exact", progress=False)
+    assert E.trace() == pytest.approx(G.trace(), rel=1e-9)
+    rows, w = x[mask > 0], weight.double().repeat_interleave(lengths)
+    for k in range(2):
+        mine = (rows[:, 0] > 0) == k
+        ones = torch.cat([rows[mine], torch.ones(int(mine.sum()), 1).double()], 1)
+        (block,) = (b for b in K.blocks if b.place.name == f"experts.{k}.weight")
+        assert torch.allclose(block.A.sum[0], (ones * w[mine, None]).T @ ones, rtol=1e-6, atol=1e-9)

@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import measure
+from networks import Wrapped, measure
 from oracle import close
 from safetensors import safe_open
 from torch import nn
@@ -81,7 +81,8 @@ def test_they_are_added_stored_and_decomposed_once(monkeypatch):
     assert blocks["q.weight"].A is blocks["k.weight"].A is blocks["v.weight"].A is not blocks["gate.weight"].A
     monkeypatch.setattr(torch.linalg, "eigvalsh", lambda F: decomposed.update([F.shape[-1]]) or values(F))
     K.logdet(0.1)
-    assert decomposed == {4: 2, 3: 1, 7: 5, 8: 1}  # A of q, k, v and B of the head; A of gate and back; B; A of the head
+    # A of q, k, v and B of the head; A of gate and back; B; A of the head; and again the three that are singular, at unit diagonals.
+    assert decomposed == {4: 2 + 1, 3: 1, 7: 5 + 2, 8: 1}
 
 
 @pytest.mark.parametrize("structure", ["kfac", "ekfac"])
@@ -217,3 +218,18 @@ def test_it_has_them_after_a_checkpoint_too(tmp_path):
     whole = measure(model, Batches(model, "k", x, y), "kfac")
     v = torch.randn(whole.num_parameters).double()
     assert close(resumed @ v, whole @ v, EXACT)
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_data_sets_of_which_one_shares_inputs_pool(first):
+    """Where a batch left a layer out, its factor A became its own."""
+    model = Wrapped(lambda m, x: m.a(x) + m.b(x) if x[0, 0] > 0 else m.a(x), a=nn.Linear(5, 3), b=nn.Linear(5, 3)).double()
+    x = torch.randn(3, 4, 5).double()
+    x[:, 0, 0] = torch.tensor([1.0, -1.0, 1.0])
+    data = [(one, torch.randint(0, 3, (4,))) for one in x]
+    parts = [data[:1], data[1:][::-1]]
+    parts = parts[::-1] if first else parts
+    one, other = (ff.fisher(model, part, "kfac", "empirical", progress=False) for part in parts)
+    whole = ff.fisher(model, parts[0] + parts[1], "kfac", "empirical", progress=False)
+    assert (one + other).trace() == pytest.approx(whole.trace(), rel=1e-12)
+    assert (one + other).logdet(0.1) == pytest.approx(whole.logdet(0.1), rel=1e-9)

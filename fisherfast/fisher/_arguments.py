@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 import operator
+import sys
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -83,7 +84,16 @@ def _checked_damping(method: str, what: str, damping: float) -> float:
     value = float(damping)
     if not (math.isfinite(value) and value >= 0):
         raise ValueError(f"{method}: {what} must be a finite number >= 0, got {value}")
+    if 0 < value < sys.float_info.min:
+        raise ValueError(f"{method}: {what} must be 0 or at least {sys.float_info.min:.3g}, whose inverse is finite, got {value}")
     return value
+
+
+def draws(method: str, n: int) -> int:
+    """A number of draws. Errors: ValueError."""
+    if (count := whole(method, "n", n)) < 0:
+        raise ValueError(f"{method}: n must be >= 0, got {n}")
+    return count
 
 
 def check_mean(name: str, mean: Tensor) -> None:

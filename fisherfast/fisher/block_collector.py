@@ -107,7 +107,7 @@ class BlockCollector:
         for name, tracked in self._tracked.items():
             for unit in by_parameter[name]:
                 place = _place(unit, bias_of.get(unit.name), input_of.get(unit.name))
-                sums[unit.name] = self.new_block(place, unit.form, unit.entries.of(tracked.parameter), sums)
+                sums[unit.name] = self.new_block(place, unit.form, unit.tensor, sums)
             if name not in self._parts:
                 small = tracked.parameter.numel() <= self._max_exact_dim
                 sums[name] = ExactSums(tracked) if small else DiagonalSums(tracked)

@@ -234,6 +234,7 @@ class BlockFisher(Plotted, Measured, Generic[_Block]):
         self, n: int, *, damping: Damping = 0.0, generator: torch.Generator | None = None, dtype: torch.dtype = torch.float32
     ) -> dict[str, Tensor]:
         """``n`` draws from ``N(0, (F + damping I)^-1)``, {name: [n, *shape]}. Errors: ValueError if that is singular."""
+        n = _arguments.draws("sample", n)
         draws: dict[str, list[Tensor]] = {name: [] for name in self.names}
         source = self._device if generator is None else generator.device
         for _ in range(n):
@@ -291,7 +292,8 @@ class BlockFisher(Plotted, Measured, Generic[_Block]):
 
         Errors: ValueError on every rank alike, before anything is added, if the ranks measured different things.
         """
-        _pooling.check_ranks(self._identity(), group, self._device)
+        inputs = {block.place.name: block.place.input_of for block in self.blocks}  # whose sums are sent once
+        _pooling.check_ranks(self._identity() | {"shared inputs": inputs}, group, self._device)
         for block in sorted(self.blocks, key=lambda block: block.place.name):
             for accumulator in block.accumulators():
                 accumulator.all_reduce(group)

@@ -121,8 +121,18 @@ class EigenSums(WeightSums):
         return EigenBlock(self.kronecker, self.U, self.V, self.values.running.snapshot())
 
     def restore(self, block: EigenBlock) -> None:
-        """See ``BlockSums``."""
-        self.values.running.restore(block.values)
+        """See ``BlockSums``. Errors: ValueError unless the block's basis is of the same factors."""
+        pairs = zip((block.kronecker.A, block.kronecker.B), (self.kronecker.A, self.kronecker.B), strict=True)
+        if block.values.shape != (self.place.groups, *self._size) or not all(torch.equal(a.sum, b.sum) for a, b in pairs):
+            raise ValueError(
+                f"{self.place.name}: a checkpoint of EKFAC must go on in the basis it began with, got another; give the same "
+                "ff.EKFAC(basis=...), or remove the file"
+            )
+        self.U, self.V = block.U, block.V  # to the last bit
+        self._take(block.values)
+
+    def _take(self, values: Accumulator) -> None:
+        self.values.running.restore(values)
 
     def add(self, form: Form, rows: Rows, scale: float, number: int, samples: Samples, staged: bool) -> None:
         """See ``BlockSums``."""
@@ -237,8 +247,8 @@ class _OfTable(EigenSums):
     def block(self, made: Mapping[str, Any]) -> EigenBlock:
         return EigenBlock(self.kronecker, self.U, self.V, _transposed(self.values.running.snapshot()))
 
-    def restore(self, block: EigenBlock) -> None:
-        self.values.running.restore(_transposed(block.values))
+    def _take(self, values: Accumulator) -> None:
+        self.values.running.restore(_transposed(values))
 
     def _add_rows(self, acc: Tensor, rows: Rows, scale: float, weight: Tensor | None) -> None:
         assert isinstance(self.form, Lookup)
@@ -338,6 +348,10 @@ class EigenCollector(BlockCollector):
         if of is None or replace(of.place, sharing=place.sharing, input_of=place.input_of) != place:
             raise ValueError(
                 f"{place.name}: EKFAC's basis must be of this model, used in this way ({place}), got {of and of.place}"
+            )
+        if (found := (of.B.shape[1], of.A.shape[1])) != (sizes := place.sizes(weight)):
+            raise ValueError(
+                f"{place.name}: EKFAC's basis must be of a matrix [O, D] = {sizes}, got one of {found}; measure this model's"
             )
         kind = _OfImages if isinstance(form, Convolution) else _OfTable if isinstance(form, Lookup) else _OfMatrix
         return kind(form, weight, of, None if of.place.input_of is None else made[of.place.input_of])

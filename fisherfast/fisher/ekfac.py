@@ -38,6 +38,8 @@ class EKFAC(Structure):
                 "EKFAC: basis must be a KFACFisher where the data pass once, got None; measure ff.KFAC() first, or use "
                 "ff.fisher(model, data, structure='ekfac'), which reads the data twice"
             )
+        if not isinstance(self.basis, KFACFisher):
+            raise ValueError(f"EKFAC: basis must be a KFACFisher, got {type(self.basis).__name__}; measure ff.KFAC()")
         basis = {block.place.name: block for block in self.basis.blocks if isinstance(block, KroneckerBlock)}
         return EigenCollector(capture, basis, transactional, self.max_exact_dim)
 

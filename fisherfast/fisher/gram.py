@@ -207,6 +207,7 @@ class GramFisher(Plotted, Measured):
 
         A draw x of ``N(0, D^-1)`` is corrected as if ``G x + noise = 0`` had been observed (Matheron's rule).
         """
+        n = _arguments.draws("sample", n)
         dampings = _arguments.damping_by_name("sample", damping, self.names)
         self._check_damped("sample", dampings)
         source = self._device if generator is None else generator.device

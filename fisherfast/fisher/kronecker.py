@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Self
 
 import torch
@@ -42,7 +42,7 @@ class Place:
     input_of: str | None = None  # the block before it, by name, that multiplies the same inputs, whose factor A is this one's too
     weight_part: Entries = ALL
     bias_part: Entries = ALL
-    precision: str = "float32"
+    precision: str = field(default="float32", compare=False)
 
     @property
     def name(self) -> str:
@@ -68,6 +68,12 @@ class Place:
     def labels(self) -> tuple[str, ...]:
         """What the parameters, or their parts, are called."""
         return tuple(part.named(parameter) for parameter, part in self.parts.items())
+
+    def sizes(self, weight: Tensor) -> tuple[int, int]:
+        """O and D, where ``weight`` is the parameter or the part of it."""
+        rows, columns = weight.shape[0] // self.groups, math.prod(weight.shape[1:])
+        O, D = (columns, rows) if self.transposed else (rows, columns)
+        return O, D + (self.bias is not None)
 
     def matrix(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """The matrix of a vector by names."""
@@ -141,7 +147,8 @@ class KroneckerBlock:
 
     def __matmul__(self, v: Tensor) -> Tensor:
         """``B v A`` of a matrix ``[G, O, D]``."""
-        return _times(_times(v, self.mean_of_A()).mT, self.B.mean()).mT
+        A, B = self.factors()
+        return _times(_times(v, A).mT, B).mT
 
     def spectrally(self, v: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
         """``function`` of the block, by its eigenvalues ``[G, O, D]``, times a matrix."""
@@ -172,16 +179,18 @@ class KroneckerBlock:
         return self.A.mean(dtype) if self.A.weight else self.A.nearest(dtype).clone()
 
     def factors(self, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
-        """A and B, means."""
-        return self.mean_of_A(dtype), self.B.mean(dtype)
+        """A and B, means. Errors: ValueError, naming the weight, if one is not finite."""
+        return self.finite(self.mean_of_A(dtype), "input"), self.finite(self.B.mean(dtype), "output")
 
     def accumulators(self) -> list[Accumulator]:
         """What samples add to; a shared factor is its leader's."""
         return [self.A, self.B] if self.leader is None else [self.B]
 
     def pooled(self, other: KroneckerBlock, made: Mapping[str, Any]) -> KroneckerBlock:
-        """The block of both data sets."""
-        return KroneckerBlock.following(self.place, lambda: self.A + other.A, self.B + other.B, made)
+        """The block of both data sets; its factor A is its own where only one of them had it from another weight."""
+        shared = self.place.input_of == other.place.input_of
+        place = self.place if shared else dataclasses.replace(self.place, input_of=None)
+        return KroneckerBlock.following(place, lambda: self.A + other.A, self.B + other.B, made)
 
     @classmethod
     def following(
@@ -193,7 +202,7 @@ class KroneckerBlock:
 
     def identity(self) -> list[Any]:
         """What must be equal for pooling to mean anything."""
-        return [*self.place.labels, self.place.sharing, self.place.input_of, list(self.A.shape), list(self.B.shape)]
+        return [*self.place.labels, self.place.sharing, list(self.A.shape), list(self.B.shape)]
 
     def logdet(self, damping: float) -> tuple[float, int]:
         """``sum log(a_i b_j + damping)`` and how many of these are ``log 0``, which are left out."""
@@ -220,7 +229,7 @@ class KroneckerBlock:
         """The inverses of A and B. Errors: torch.linalg.LinAlgError if one is singular, which Cholesky does not see under rounding."""
         if not damped and not all(bool((values > 0).all()) for values in (self._values_of_A, self._values_of_B)):
             raise torch.linalg.LinAlgError("an eigenvalue is zero but for rounding")
-        A, B = self.finite(self.mean_of_A(), "input"), self.finite(self.B.mean(), "output")
+        A, B = self.factors()
         return _inverse(A).to(dtype), _inverse(B).to(dtype)
 
     def describe(self) -> str:
@@ -289,9 +298,9 @@ def _of_full_rank(values: Tensor, gram: Tensor, eps: float) -> Tensor:
     Scaling columns changes no rank, but rounding is in proportion to them: it is told from small columns at unit diagonals.
     """
     noise = _GRAM_NOISE * eps
-    if bool((positive(values, noise) > 0).all()):
-        return values
-    roots = gram.diagonal(dim1=1, dim2=2).sqrt()
+    large, roots = positive(values, noise), gram.diagonal(dim1=1, dim2=2).sqrt()
+    if bool(((large > 0).sum(1) == (roots > 0).sum(1)).all()):  # columns of zeros are all that is missing, if any are
+        return large
     scales = torch.where(roots > 0, 1 / roots, 0.0)
     correlations = torch.linalg.eigvalsh(scales.unsqueeze(2) * gram * scales.unsqueeze(1))
     return values.clamp_min(0.0).where(positive(correlations, noise) > 0, 0.0)  # both rise

@@ -34,9 +34,7 @@ class KroneckerSums(WeightSums):
         leader: KroneckerSums | None = None,
     ) -> None:
         self.place, self.form = place, form
-        rows, columns = weight.shape[0] // place.groups, math.prod(weight.shape[1:])
-        O, D = (columns, rows) if place.transposed else (rows, columns)
-        D += place.bias is not None
+        O, D = place.sizes(weight)
         self._kernel = weight.shape[2:]
         counts = isinstance(form, Lookup)  # of every row of a table: the factor of inputs that are one-hot is diagonal
         if D > max_factor_dim and not counts:

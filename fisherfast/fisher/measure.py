@@ -159,6 +159,7 @@ class Measurement:
                 number = -1
                 for number, batch in enumerate(batches):
                     if number < done:
+                        self._look(batch)  # as the run did before it stopped
                         continue
                     self.batch(batch)
                     if checkpoint is not None and time.monotonic() - written > _CHECKPOINT_SECONDS:
@@ -217,8 +218,7 @@ class Measurement:
     def batch(self, batch: Batch) -> None:
         """Add one batch."""
         self.labelling.check(batch)
-        if not self._explored or (not self._probed and batch.N > 1):
-            self.explore(batch)
+        self._look(batch)
         output, predictions = self.forward(batch)
         count = self.labelling.num_passes(predictions)
         if predictions.values.grad_fn is None:
@@ -228,7 +228,8 @@ class Measurement:
         padded = predictions.num_positions < 0.8 * predictions.counted.numel()
         with self.run.transaction(Samples(batch.N, count, batch.weight, padded, batch.mask)):
             every = batch.weight is None and (batch.mask is None or bool(batch.mask.all()))
-            self.run.passes.run(predictions.values, self._passes(predictions.detached()), count, every=every)
+            support = None if every or count == 1 else self._support(predictions.detached())
+            self.run.passes.run(predictions.values, self._passes(predictions.detached()), count, every=every, support=support)
             self._fall_back(batch, output, predictions)
         self.run.num_samples += batch.N
         self.run.num_positions += predictions.num_positions
@@ -251,7 +252,21 @@ class Measurement:
         for one in self.labelling.passes(predictions):
             yield Pass(one.cotangent * self.loss_scale, one.scale, self.loss_scale) if self.loss_scale != 1 else one
 
+    def _support(self, predictions: Predictions) -> Pass:
+        """A gradient at the output wherever something is counted: random numbers, whose sums do not vanish by chance."""
+        values, counted = predictions.values, predictions.counted
+        if counted.shape == values.shape[:2]:
+            counted = counted.view(*counted.shape, *[1] * (values.dim() - 2))
+        else:  # one for all outputs of a sample
+            counted = counted.view(len(values), *[1] * (values.dim() - 1))
+        return Pass(_noise(values) * counted * self.loss_scale, loss_scale=self.loss_scale)
+
     # -- finding out how the model uses its parameters
+
+    def _look(self, batch: Batch) -> None:
+        """Explore the first batch, and the first of several samples."""
+        if not self._explored or (not self._probed and batch.N > 1):
+            self.explore(batch)
 
     def explore(self, batch: Batch) -> None:
         """On a few samples: what is reached, in which forms, where the sample axis is; expands or loops where it has to."""
@@ -277,9 +292,7 @@ class Measurement:
         return self.forward(few, exploring=True)[1].values
 
     def _probe(self, values: Tensor) -> set[str]:
-        generator = torch.Generator().manual_seed(0)
-        cotangent = torch.randn(values.shape, generator=generator).to(values.device, values.dtype)
-        return mixing(self.run.passes.probe(values, cotangent), self.capture.tracked)
+        return mixing(self.run.passes.probe(values, _noise(values)), self.capture.tracked)
 
     def _resolve(self, few: Batch, values: Tensor, mixing: set[str]) -> None:
         """Parameters without a sample axis where they are used: expand them there, else follow them to where a sample comes in,
@@ -377,6 +390,10 @@ def _check_cut(alone: Tensor, together: Tensor) -> None:
         "data: inputs whose first axis is as long as the batch must hold its samples, got one that does not: the first sample alone "
         "has another output than in its batch; pass such an input as [1, ...], or expanded to [N, ...]"
     )
+
+
+def _noise(like: Tensor) -> Tensor:
+    return torch.randn(like.shape, generator=torch.Generator().manual_seed(0)).to(like.device, like.dtype)
 
 
 def _close(a: Tensor, b: Tensor) -> bool:

@@ -13,6 +13,8 @@ from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from torch import Tensor
+
 from fisherfast.calls import Call, CallUse
 from fisherfast.fisher.protocol import layer_of
 from fisherfast.rules import ALL, Convolution, Elementwise, Entries, Form, Lookup, MatMul, Part, Window
@@ -37,6 +39,17 @@ class Unit:
     def name(self) -> str:
         """What it is called."""
         return self.entries.named(self.tracked.name)
+
+    @property
+    def tensor(self) -> Tensor:
+        """As the calls have it: a view of the parameter may have other axes."""
+        parameter = self.tracked.detached
+        return parameter if self.window is None else self.window.of_tensor(parameter)
+
+    @property
+    def outputs(self) -> int:
+        """Of a weight."""
+        return self.tensor.shape[1 if isinstance(self.form, MatMul) and self.form.transposed else 0]
 
 
 def apart(form: Form) -> tuple[Form, Window | None]:
@@ -92,11 +105,14 @@ def _unused(stack: Sequence[Unit], extent: int) -> list[Unit]:
 
 
 def _joined(weights: Sequence[Unit], biases: Sequence[Unit]) -> dict[str, Unit]:
-    """The bias that is added wherever a weight is used, and nowhere else; one in parts joins weights of one layer, or none."""
+    """The bias that is added wherever a weight is used, and nowhere else, a number to each output; one in parts joins weights of one
+    layer, or none.
+    """
     # The outputs of a transposed convolution are not positions of its inputs: its bias is in no column.
     beside = [unit for unit in weights if not (isinstance(unit.form, Convolution) and unit.form.transposed)]
     by_key = {(unit.key, unit.tracked.expand): unit for unit in reversed(biases)}
-    found = {unit: by_key[key] for unit in beside if (key := (unit.key, unit.tracked.expand)) in by_key}
+    pairs = ((unit, by_key.get((unit.key, unit.tracked.expand))) for unit in beside)
+    found = {unit: bias for unit, bias in pairs if bias is not None and bias.tensor.numel() == unit.outputs}
     layers: defaultdict[str, list[str]] = defaultdict(list)
     for unit, bias in found.items():
         layers[bias.tracked.name].append(layer_of(unit.tracked.name))

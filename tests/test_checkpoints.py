@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A run that goes on from a checkpoint knows of its model what the first one found out, and ends as one that was never stopped."""
+
+import pytest
+import torch
+from networks import Wrapped
+from torch import nn
+
+import fisherfast as ff
+
+I, C, N = 5, 3, 4
+STRUCTURES = ["diagonal", "kfac", "ekfac", "gram"]
+
+
+def branching():
+    """The second layer works for some batches only, and the third for none."""
+
+    def forward(m, x):
+        y = m.a(x)
+        return y + m.b(x) if x[0, 0] > 0 else y
+
+    return Wrapped(forward, a=nn.Linear(I, C), b=nn.Linear(I, C), unused=nn.Linear(2, 2)).double()
+
+
+def merged():
+    """Nothing in a batch of one sample tells that a weight is made of two."""
+    return Wrapped(lambda m, x: x @ (m.w + m.p @ m.q).T, w=parameter(C, I), p=parameter(C, 2), q=parameter(2, I)).double()
+
+
+def parameter(*shape):
+    return nn.Parameter(torch.randn(shape))
+
+
+def batches(signs):
+    inputs = [torch.randn(n, I).double() for n in (N, N, 1)]
+    for x, sign in zip(inputs, signs, strict=True):
+        x[0, 0] = sign
+    return [(x, torch.randint(0, C, (len(x),))) for x in inputs]
+
+
+def stopping(data, after):
+    yield from data[:after]
+    raise RuntimeError("stopped")
+
+
+def asked_for(structure, model, data, **options):
+    if structure != "ekfac":
+        return structure
+    return ff.EKFAC(basis=ff.fisher(model, data, "kfac", "empirical", progress=False, **options))
+
+
+MODELS = {"branching": (branching, (1, -1, 1), {"allow_missing": True}), "merged": (merged, (1, 1, 1), {})}
+
+
+@pytest.mark.parametrize("after", [1, 2, 3])
+@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("name", MODELS)
+def test_it_ends_as_if_it_had_not_been_stopped(name, structure, after, tmp_path):
+    make, signs, options = MODELS[name]
+    model, data = make(), batches(signs)
+    asked = asked_for(structure, model, data, **options)
+
+    def run(data, **more):
+        return ff.fisher(model, data, asked, "empirical", progress=False, **options, **more)
+
+    whole, path = run(data), tmp_path / "run.safetensors"
+    with pytest.raises(RuntimeError, match="stopped"):
+        run(stopping(data, after), checkpoint=path)
+    for _ in range(2):  # and once more, when there is nothing left to do
+        again = run(data, checkpoint=path)
+        assert again.names == whole.names and again.num_samples == whole.num_samples == 2 * N + 1
+        assert dict(again.coverage) == dict(whole.coverage)
+        assert again.trace() == pytest.approx(whole.trace(), rel=1e-12)
+        assert again.logdet(0.1) == pytest.approx(whole.logdet(0.1), rel=1e-9)
+
+
+def test_ekfac_goes_on_in_its_basis_only(tmp_path):
+    model, data = nn.Linear(I, C).double(), batches((1, 1, 1))
+    own, other = (ff.fisher(model, part, "kfac", "empirical", progress=False) for part in (data, batches((1, 1, 1))))
+    whole = ff.fisher(model, data, ff.EKFAC(basis=own), "empirical", progress=False)
+    path = tmp_path / "run.safetensors"
+    with pytest.raises(RuntimeError, match="stopped"):
+        ff.fisher(model, stopping(data, 2), ff.EKFAC(basis=own), "empirical", checkpoint=path, progress=False)
+    with pytest.raises(ValueError, match="must go on in the basis it began with"):
+        ff.fisher(model, data, ff.EKFAC(basis=other), "empirical", checkpoint=path, progress=False)
+    own.save(tmp_path / "basis.safetensors")
+    again = ff.EKFAC(basis=ff.load(tmp_path / "basis.safetensors"))
+    assert ff.fisher(model, data, again, "empirical", checkpoint=path, progress=False).logdet(0.1) == whole.logdet(0.1)
+
+
+@pytest.mark.parametrize(
+    ("basis", "message"),
+    [
+        (
+            lambda: ff.fisher(nn.Linear(I + 1, C), [(torch.randn(4, I + 1), None)], "kfac", progress=False),
+            r"of a matrix \[O, D\]",
+        ),
+        (lambda: ff.fisher(nn.Linear(I, C), [(torch.randn(4, I), None)], progress=False), "must be a KFACFisher"),
+    ],
+    ids=["another size", "no KFAC"],
+)
+def test_a_basis_of_something_else(basis, message):
+    with pytest.raises(ValueError, match=message):
+        ff.fisher(nn.Linear(I, C), [(torch.randn(4, I), None)], ff.EKFAC(basis=basis()), progress=False)
