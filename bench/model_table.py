@@ -48,7 +48,7 @@ def measure() -> dict:
     warnings.simplefilter("ignore")
     rows = [_row(name, architecture) for name, architecture in architectures.ARCHITECTURES.items()]
     machine = {**bench_measure.machine(), "transformers": transformers.__version__}
-    return {"machine": machine, "rows": rows}
+    return {"date": time.strftime("%Y-%m-%d"), "machine": machine, "rows": rows}
 
 
 def _row(name: str, architecture) -> dict:
@@ -130,12 +130,13 @@ def _marked(batch, marks):
 def render() -> str:
     """The page, from the results of every machine."""
     parts = [HEAD]
-    for path in sorted(page.RESULTS.glob(f"cpu-*/{FILE}")):
-        run = json.loads(path.read_text())
+    runs = [json.loads(path.read_text()) for path in sorted(page.RESULTS.glob(f"cpu-*/{FILE}"))]
+    for place, run in enumerate(sorted(runs, key=lambda run: run.get("date", ""), reverse=True)):
         machine = run["machine"]
+        older = " An earlier version: some architectures went other ways, and cost more." if place else ""
         parts.append(
             f"## {machine['cpu']}, {machine['isa']}, {machine['threads']} threads\n\ncommit {machine['commit']}, torch "
-            f"{machine['versions']['torch']}, transformers {machine['transformers']}\n\n"
+            f"{machine['versions']['torch']}, transformers {machine['transformers']}.{older}\n\n"
             "| architecture | parameters | covered | error | ratio | without a rule | why |\n| :-- | --: | --: | --: | --: | --: | :-- |\n"
             + "".join(
                 f"| {r['name']} | {r['parameters']:,} | {r['covered']:.0%} | {r['error']:.0e} | {r['ratio']:.2f} | "

@@ -21,7 +21,8 @@ HEAD = """\
 # Performance
 
 Written by `make bench` from the files in `bench/results/`; edit neither. How each number is taken is in `bench/README.md`.
-Every result was compared with a float64 oracle before it was timed: a wrong result has no number.
+Every result was compared with a float64 oracle before it was timed: a wrong result has no number. *meant to take* is the ratio that we
+aim for (`bench/models.py`); what misses it is listed under *Where we lose*, machine by machine.
 """
 QUANTITIES = {
     "diagonal": """\

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""fisherfast: the Fisher information of large networks at the cost of a training step, and the information in their weights."""
+"""fisherfast: the Fisher information of large networks at about the cost of a training step, and the information in their weights.
+
+``ff.fisher`` is the function; of the package of that name one imports: ``from fisherfast.fisher import Fisher``.
+"""
 
 from fisherfast import ops, rules
 from fisherfast._backend import BackendError, backend
@@ -28,13 +31,18 @@ from fisherfast.fisher.plan import Plan, plan
 from fisherfast.fisher.requests import Diagonal, GradientMoments, PerSampleNorm
 from fisherfast.fisher.run import Interrupted
 from fisherfast.information import (
+    ActivationNoise,
     Bound,
     Comparison,
     Complexity,
     EffectiveDimension,
+    EffectiveInformation,
     EscapeTime,
     FreeEnergy,
+    GaussianPosterior,
     Information,
+    InputFisher,
+    LayerInformation,
     PathStability,
     Posterior,
     RateDistortion,
@@ -75,6 +83,7 @@ from fisherfast.rules import rule
 __all__ = [
     "EKFAC",
     "KFAC",
+    "ActivationNoise",
     "BackendError",
     "Bernoulli",
     "Bound",
@@ -87,6 +96,7 @@ __all__ = [
     "DiagonalFisher",
     "EKFACFisher",
     "EffectiveDimension",
+    "EffectiveInformation",
     "EscapeTime",
     "Estimate",
     "FisherFileError",
@@ -94,12 +104,15 @@ __all__ = [
     "FisherWarning",
     "FreeEnergy",
     "Gaussian",
+    "GaussianPosterior",
     "GradientMoments",
     "Gram",
     "GramFisher",
     "Information",
+    "InputFisher",
     "Interrupted",
     "KFACFisher",
+    "LayerInformation",
     "LogLikelihood",
     "NonFiniteError",
     "PathStability",

@@ -56,6 +56,8 @@ class Capture(TorchFunctionMode):
         if len(devices) > 1:
             raise ValueError(f"model: parameters must be on one device, got {devices}; move the model to one of them")
         self.device = named[0][1].device
+        if self.device.type == "meta":
+            raise ValueError("model: parameters must hold numbers, got meta tensors; load the weights first")
         self.tracked = {name: Tracked(name, p) for name, p in named}
         names = {id(t.parameter): t.name for t in self.tracked.values()}
         self.aliases = {

@@ -285,7 +285,7 @@ def test_imports_go_down_only(file):
     name = module_name(file)
     if name == "fisherfast":
         return  # the public names, free to gather from every floor
-    assert name.split(".")[1] in FLOORS, f"{name} has no floor; give it one here and in docs/design.md"
+    assert name.split(".")[1] in FLOORS, f"{name} has no floor; give it one here and in CONTRIBUTING.md"
     inside = [i for i in imported(file) if i.split(".")[0] == "fisherfast"]
     assert [i for i in inside if floor_of(i) > floor_of(name)] == []
 

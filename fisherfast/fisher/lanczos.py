@@ -84,6 +84,7 @@ def spectral_density(
     ``dtype``, ``device``: of the vectors, of which one probe keeps ``steps + 1``; all are orthogonalised against all, twice.
 
     Shapes:   see ``SpectralDensity``.
+    Scale:    eigenvalues in F's units; their masses add up to ``F.num_parameters``.
     Errors:   ValueError unless there is at least one probe and one step.
     Numerics: the recurrence in ``dtype``, the quadrature in float64; the same seed gives the same probes on every device.
     Source:   Golub & Meurant 1993 for the quadrature; Hutchinson 1990 for the signs.

@@ -77,7 +77,7 @@ def fisher(
               one and before a sum is allocated, if the sums and the result do not fit: ``ff.plan`` tells beforehand.
     Numerics: gradients in the model's precision, squares in float32 or wider, sums over samples with 48 bits or more. Labels are a
               function of (seed, sample number, position, draw) alone.
-    Source:   Achille, Paolini, Soatto 2019 (arXiv:1905.12213), Preliminaries; columns of the exact Fisher: docs/design.md.
+    Source:   Achille, Paolini, Soatto 2019 (arXiv:1905.12213), Preliminaries; columns of the exact Fisher: docs/semantics.md.
     """
     structures = requests("fisher", structure)
     labelling = Labelling.of("fisher", fisher_type, likelihood, draws, seed, max_passes)

@@ -142,7 +142,7 @@ def load(path: str | os.PathLike[str], device: str = "cpu") -> Any:
 
 
 def load_with_extra(path: str | os.PathLike[str], device: str = "cpu") -> tuple[Any, dict[str, str]]:
-    """``load`` and the ``extra`` strings given to ``save``: what a checkpoint needs to go on."""
+    """``load`` and the ``extra`` strings given to ``save``: what a checkpoint needs to go on. Errors: as ``load``."""
     path = Path(path)
     if path.is_dir():
         raise _bad(path, "it is a folder")

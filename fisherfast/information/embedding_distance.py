@@ -63,7 +63,8 @@ def _check_precisions(kind: str, *precisions: Tensor) -> None:
     """Raise ValueError for what is no Gaussian; "cosine" takes precisions of 0."""
     rule = ">= 0" if kind == "cosine" else "> 0"
     for p in precisions:
-        if bad := int((p < 0).sum() if kind == "cosine" else (p <= 0).sum()):
+        good = p.isfinite() & ((p >= 0) if kind == "cosine" else (p > 0))
+        if bad := int((~good).sum()):
             raise ValueError(
                 f"{_CALLER}: {kind!r} needs precisions {rule}, got {bad} of {len(p)} that are not; pass damping = beta / lambda^2"
             )

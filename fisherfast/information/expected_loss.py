@@ -79,7 +79,16 @@ def mean_loss(
     loss: Loss | None = None,
     output: Output = None,
 ) -> float:
-    """``(1/N) sum_n loss(w, n)`` at the model's own weights, or with those in ``weights`` instead; see ``expected_loss``."""
+    """``(1/N) sum_n loss(w, n)`` at the model's own weights, or with those in ``weights`` instead.
+
+    ``loss``: a function of output and targets that gives ``[N]``, instead of the likelihood's ``-log p``.
+
+    Shapes:   data yields batches with labels, as for ``ff.fisher``; ``weights`` {name: tensor shaped like the parameter}.
+    Scale:    a mean over samples, weighted if the batches are; nats for a likelihood.
+    Errors:   as ``expected_loss``.
+    Numerics: the forward pass in the model's precision, losses in float32 or wider, the mean in float64.
+    Source:   the first term of Definition 2.1 of arXiv:1905.12213, without noise.
+    """
     replaced = weights or {}
     _check_model("mean_loss", model, replaced)
     return SampleLosses.of("mean_loss", model, likelihood, loss, output).mean(data, replaced, "without noise")
@@ -98,6 +107,8 @@ def zero_one(output: Tensor, targets: Tensor) -> Tensor:
     Shapes:   output ``[N, C]`` or ``[N, L, C]``, targets ``[N]`` or ``[N, L]`` integers; -100 is not counted.
     Scale:    between 0 and 1; 0 for a sample without a counted label, NaN for one with logits that are NaN.
     Errors:   ValueError for shapes that do not fit.
+    Numerics: exact: a count over a count, in torch's default dtype; of equal logits the first is the largest.
+    Source:   the 0-1 loss, which PAC-Bayes bounds are usually stated for.
     """
     if output.dim() < 2 or targets.shape != output.shape[:-1]:
         raise ValueError(

@@ -31,6 +31,8 @@ def image_tangents(
               the middle of the far edge); outside the image is 0.
     Source:   tangent vectors of Simard et al. 1992, "Tangent Prop".
     """
+    if not x.is_floating_point():
+        raise ValueError(f"image_tangents: x must be floating, got {x.dtype}; convert the images as the model takes them")
     if shape is None and x.dim() != 4:
         raise ValueError(f"image_tangents: x must be [N, C, H, W], got {tuple(x.shape)}; pass shape=(C, H, W) for flat images")
     sizes = tuple(x.shape[1:]) if shape is None else tuple(shape)

@@ -50,7 +50,7 @@ def task_distance(joint: float | Any, alone: float | Any) -> float:
     Numerics: a difference of floats.
     Source:   Achille, Mbeng, Paolini and Soatto 2019 (arXiv:1904.03292).
     """
-    for name in ("beta", "prior_scale", "centered"):
+    for name in ("beta", "prior_scale", "centered", "variant"):
         one, other = (getattr(information, name, None) for information in (joint, alone))
         if one != other:
             raise ValueError(f"task_distance: both must be of one {name}, got {one!r} and {other!r}")

@@ -10,6 +10,7 @@ singular Fisher costs nothing where it is flat. The formulas as printed are the 
 from __future__ import annotations
 
 import math
+import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -86,6 +87,9 @@ def informations(
     weights, centers = tensors(model), None if center is None else tensors(center)
     excluded = _check_names(F, model, weights)
     _check_center(F, weights, centers)
+    for beta in betas:
+        if max(given.values(), default=0.0) ** 2 / beta > sys.float_info.max / 4:
+            raise ValueError(f"{_CALLER}: prior_scale^2 / beta must be finite, got beta = {beta} with {max(given.values())}")
     scales = [dict(given) for _ in betas]
     measured: list[dict[str, LayerInformation]] = [{} for _ in betas]
     for layer, blocks in _blocks_by_layer(F, summaries, weights, centers):

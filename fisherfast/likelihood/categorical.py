@@ -33,7 +33,7 @@ class Categorical:
     Scale:    a sum over the labels of a sample, never divided by their number or by ``class_weight``.
     Errors:   ValueError for shapes that do not fit or are ambiguous, labels out of range, and settings out of range.
     Numerics: ``categorical_score_``: float32 or wider whatever the output's dtype. The columns of "exact" in float64.
-    Source:   the score of the softmax; columns: docs/design.md.
+    Source:   the score of the softmax; columns: docs/semantics.md.
     """
 
     axis: int = -1
