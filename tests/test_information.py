@@ -261,6 +261,11 @@ def test_rejects_a_prior_scale_whose_square_is_no_number(bad):
         vectors(prior_scale=bad)
 
 
+def test_rejects_a_price_so_low_that_its_ratio_to_the_prior_is_no_number():
+    with pytest.raises(ValueError, match=r"prior_scale\^2 / beta must be finite, got beta = 1e-100 with 1e\+140"):
+        vectors(prior_scale=1e140, beta=1e-100)
+
+
 def test_tensors_without_axes_are_numbers():
     one = {"prior_scale": 0.1, "beta": 1e-3, "loss": 0.2}
     expected = vectors(**one)

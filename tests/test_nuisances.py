@@ -71,6 +71,7 @@ def test_functions_are_differentiated_where_nothing_moves():
         (torch.zeros(3, 16), {"shape": (4, 4)}, "x must hold images"),
         (torch.zeros(1, 1, 4, 4), {"names": ["shear"]}, r"names must be among .*, got \['shear'\]"),
         (torch.zeros(1, 1, 4, 4), {"names": []}, r"names must be among .*, got \[\]"),
+        (torch.zeros(1, 1, 4, 4, dtype=torch.uint8), {}, r"x must be floating, got torch\.uint8"),
     ],
 )
 def test_refuses(x, options, message):

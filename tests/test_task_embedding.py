@@ -233,6 +233,8 @@ def test_embedding_refuses():
         (embedding(1.0), {}, r"both must be of the same filters, differ in \['w'\]"),
         (embedding(0.0, 1.0), {"kind": "kl"}, "'kl' needs precisions > 0, got 1 of 2 that are not; pass damping"),
         (embedding(-1.0, 1.0), {}, "'cosine' needs precisions >= 0, got 1 of 2 that are not"),
+        (embedding(math.nan, 1.0), {}, "'cosine' needs precisions >= 0, got 1 of 2 that are not"),
+        (embedding(math.inf, 1.0), {"kind": "kl"}, "'kl' needs precisions > 0, got 1 of 2 that are not"),
     ],
 )
 def test_distance_refuses(other, options, message):
@@ -261,6 +263,9 @@ def test_task_distance_of_informations():
     other = ff.information_in_weights(F, weights[0], prior_scale=1.0, beta=0.2, variant="paper")
     with pytest.raises(ValueError, match=r"task_distance: both must be of one beta, got 0.2 and 0.1"):
         ff.task_distance(other, first)
+    exact = ff.information_in_weights(F, weights[0], prior_scale=1.0, beta=0.1)
+    with pytest.raises(ValueError, match="task_distance: both must be of one variant, got 'exact' and 'paper'"):
+        ff.task_distance(exact, first)
 
 
 def test_task_distance_refuses():

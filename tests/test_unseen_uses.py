@@ -202,6 +202,11 @@ def test_parameters_without_real_numbers_are_named(parameter, kind):
         ff.fisher(model, [(torch.randn(N, I), None)], progress=False)
 
 
+def test_a_model_without_numbers_is_refused():
+    with pytest.raises(ValueError, match="model: parameters must hold numbers, got meta tensors"):
+        ff.fisher(nn.Linear(I, C, device="meta"), [(torch.randn(N, I), None)], progress=False)
+
+
 def test_a_model_that_differentiates_inside_its_forward_pass_is_refused():
     class Forces(nn.Module):
         def __init__(self):
