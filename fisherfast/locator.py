@@ -122,7 +122,7 @@ class Locator:
     def alone(self, use: CallUse, rows: Rows, numbers: Tensor | None) -> Rows:
         """Rows of a batch of one sample; those chosen by the data may be of padding, and are left out as in any other batch.
 
-        ``numbers``: which are not, if that is known of all passes.
+        ``numbers``: the rows' samples, ``UNKNOWN`` of padding, if found for all passes.
         """
         if self._every or not use.gathered:
             return self.samples_first(use, rows, 1)

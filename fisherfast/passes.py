@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, combinations
 from typing import Any
@@ -85,9 +85,7 @@ class _Batch:
     groups: dict[Group, list[CallUse]]
     unlocated: set[Key]
     again: set[Key]  # uses whose layout is known, to be looked at once more
-    owners: dict[
-        Key, Tensor
-    ]  # of uses whose rows several passes share: the sample of each row that has a gradient in any of them
+    owners: dict[Key, Tensor]  # whose each row is, in any pass
     folds: bool  # whether passes over one position may be added up
     folded: dict[int, _Folded | None] = field(default_factory=dict)  # by the call's index; None: one that cannot be
     chained: list[tuple[Tracked, Form, Rows]] = field(default_factory=list)  # uses of one pass whose sample gradients are summed
@@ -221,12 +219,12 @@ class Passes:
         count: int,
         keep: bool = False,
         every: bool = True,
-        support: Pass | None = None,
+        support: Callable[[], Pass] | None = None,
     ) -> list[Call]:
         """Back-propagate ``count`` passes and hand each parameter's rows, all its uses joined, to the collectors.
 
-        ``every``: see ``Locator.begin``. ``support``: a pass in which every row has a gradient that has one in any of several: rows
-        chosen by the data are those of all passes, in each of them. Returns the calls that the root depends on.
+        ``every``: see ``Locator.begin``. ``support``: makes a pass that gives a gradient to every row that any of several passes gives
+        one; rows chosen by the data are those, in each of them. Returns the calls that the root depends on.
         """
         calls = [call for call, _ in self.capture.calls(root)]
         self.route_mixed_forms(calls)
@@ -245,9 +243,10 @@ class Passes:
         N = root.shape[0]
         unlocated, again = self.locator.begin(chain.from_iterable(groups.values()), N, every)
         owners: dict[Key, Tensor] = {}
-        if support is not None and count > 1 and not every:
+        if support is not None and count > 1:
             chosen = {use.key for uses in groups.values() for use in uses if N == 1 and use.gathered}
-            owners = self._owners(root, support, unlocated | again | chosen)
+            shared = unlocated | (set() if every else again | chosen)
+            owners = self._owners(root, support(), shared) if shared else {}
             again -= owners.keys()
         batch = _Batch(root, groups, unlocated, again, owners, count > 1 and not self._separate)
         for number, one in enumerate(passes):
@@ -260,12 +259,11 @@ class Passes:
 
     def _owners(self, root: Tensor, support: Pass, keys: set[Key]) -> dict[Key, Tensor]:
         """The samples of the rows of these uses, where any has a gradient."""
-        if not keys:
-            return {}
         N = root.shape[0]
         tags = Tags(N, N, self.capture.narrow, support.loss_scale > 1)
         numbers = self._numbers(root, support, self._tag(root, support, tags, keys))
-        return {key: found for key, found in numbers.items() if bool((found != UNKNOWN).any())}
+        known = torch.stack([(found != UNKNOWN).any() for found in numbers.values()]).tolist() if numbers else []
+        return {key: found for (key, found), some in zip(numbers.items(), known, strict=True) if some}
 
     def _run_one(self, batch: _Batch, one: Pass, number: int, keep: bool) -> None:
         visited: defaultdict[Group, int] = defaultdict(int)
@@ -278,9 +276,7 @@ class Passes:
         sightings = self._tag_all(batch, one, tagged) if tagged else {}
 
         def listen(call: Call, g: Tensor | None, saved: tuple[Tensor, ...]) -> None:
-            folded = (
-                g is not None and batch.folds and self._fold(batch, one, call, g, saved, sightings.keys() | batch.owners.keys())
-            )
+            folded = g is not None and batch.folds and self._fold(batch, one, call, g, saved, sightings)
             for use in call.uses:
                 group = use.key[:2]
                 if group not in batch.groups:
@@ -296,7 +292,7 @@ class Passes:
                     elif use.key in batch.owners:
                         waiting[group].append((use.form, self.locator.gathered(use, rows, batch.N, batch.owners[use.key])))
                     elif use.key in sightings:
-                        waiting[group].append((use.form, self._gathered(batch, use, rows, sightings)))
+                        waiting[group].append((use.form, self._gathered(batch.N, use, rows, sightings)))
                     elif use.key not in batch.unlocated:
                         waiting[group].append((use.form, self.locator.samples_first(use, rows, batch.N)))
                     elif bool((g != 0).any()):
@@ -311,7 +307,7 @@ class Passes:
             sightings = self._tag_all(batch, one, {use.key for uses in held.values() for use, _ in uses})
         with self.capture.aside():
             for group, uses in held.items():
-                rows = [(use.form, self._gathered(batch, use, r, sightings)) for use, r in uses]
+                rows = [(use.form, self._gathered(batch.N, use, r, sightings)) for use, r in uses]
                 self._joined(batch, group, waiting[group] + rows, one.scale, number)
         batch.unlocated |= batch.again & self.locator.scattered
         for group, expected in batch.groups.items():
@@ -322,12 +318,12 @@ class Passes:
                 )
         self._hand_over_chained(batch, one, number)
 
-    def _gathered(self, batch: _Batch, use: CallUse, rows: Rows, sightings: Mapping[Key, Sightings]) -> Rows:
-        return self.locator.gathered(use, rows, batch.N, sightings[use.key].numbers(rows.g, use.form.features))
+    def _gathered(self, N: int, use: CallUse, rows: Rows, sightings: Mapping[Key, Sightings]) -> Rows:
+        return self.locator.gathered(use, rows, N, sightings[use.key].numbers(rows.g, use.form.features))
 
     def _fold(self, batch: _Batch, one: Pass, call: Call, g: Tensor, saved: tuple[Tensor, ...], tagged: Container[Key]) -> bool:
         """Add a pass to a call's others; False where they cannot be added up, or its rows are being looked at."""
-        if any(use.key in tagged for use in call.uses):
+        if any(use.key in tagged or use.key in batch.owners for use in call.uses):
             return False
         if call.index not in batch.folded:
             batch.folded[call.index] = _Folded(call, saved) if self._can_fold(batch, call, g, saved) else None

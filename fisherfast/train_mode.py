@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-# By function: where the probability and whether it trains are among the arguments, and what they are if they are not given.
+# By function: the positions of the probability and of the training flag, and their defaults.
 _DROPOUTS: dict[Any, tuple[int, int, float, bool]] = {
     **dict.fromkeys((F.dropout, F.dropout1d, F.dropout2d, F.dropout3d), (1, 2, 0.5, True)),
     **dict.fromkeys((F.alpha_dropout, F.feature_alpha_dropout), (1, 2, 0.5, False)),
@@ -23,7 +23,7 @@ _DROPOUTS: dict[Any, tuple[int, int, float, bool]] = {
 }
 _SLOPES = {F.rrelu: 3, torch.rrelu: 3, torch.rrelu_: 3}
 _STATISTICS = {F.batch_norm: 5, torch.batch_norm: 5, torch.native_batch_norm: 5}
-CHANCE = {*_DROPOUTS, F.scaled_dot_product_attention, *_SLOPES, *_STATISTICS}
+CHANCE = {*_DROPOUTS, F.gumbel_softmax, F.scaled_dot_product_attention, *_SLOPES, *_STATISTICS}
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -66,10 +66,13 @@ def refuse_chance(func: Any, args: Any, kwargs: Any) -> None:
     if func in _DROPOUTS:
         where, when, usual, trains = _DROPOUTS[func]
         probability = given("dropout_p" if func is F.multi_head_attention_forward else "p", where, usual)
-        if given("train" if "train" in kwargs else "training", when, trains) and probability > 0:
+        training = given("train" if "train" in kwargs else "training", when, trains)
+        if training is not False and probability > 0:  # None, of native_dropout, is True
             raise ValueError(
                 f"model: must not draw dropout, got {func.__name__}(p={probability}, training=True); call model.eval()"
             )
+    elif func is F.gumbel_softmax:
+        raise ValueError("model: must not draw, got gumbel_softmax; there is no Fisher of one draw")
     elif func is F.scaled_dot_product_attention:
         if (probability := given("dropout_p", 4, 0.0)) > 0:
             raise ValueError(f"model: must not draw dropout, got attention with dropout_p={probability}; call model.eval()")

@@ -102,3 +102,14 @@ def test_ekfac_goes_on_in_its_basis_only(tmp_path):
 def test_a_basis_of_something_else(basis, message):
     with pytest.raises(ValueError, match=message):
         ff.fisher(nn.Linear(I, C), [(torch.randn(4, I), None)], ff.EKFAC(basis=basis()), progress=False)
+
+
+@pytest.mark.parametrize("structure", ["diagonal", "kfac", "gram"])
+def test_a_resumed_run_that_fails_at_once_says_why(structure, tmp_path):
+    model, data, path = branching(), batches((1, -1, 1)), tmp_path / "run.safetensors"
+    options = {"fisher_type": "empirical", "allow_missing": True, "checkpoint": path, "progress": False}
+    whole = ff.fisher(model, data, structure, **options)
+    before = path.read_bytes()
+    with pytest.raises(RuntimeError, match="stopped") as caught:
+        ff.fisher(model, stopping(data, 0), structure, **options)
+    assert caught.value.fisher.trace() == whole.trace() and path.read_bytes() == before

@@ -183,7 +183,7 @@ def test_refuses():
     X, y, net, F, scale, _ = regression()
     with pytest.raises(ValueError, match="method must be one of"):
         vectors(method="exact")
-    with pytest.raises(ValueError, match="loss must be finite, got nan"):
+    with pytest.raises(ValueError, match="loss must be a finite number, got nan"):
         vectors(loss=math.nan)
     with pytest.raises(ValueError, match=r"loss must be given .*, got no data and a dict"):
         vectors(loss=None)

@@ -573,3 +573,20 @@ def test_sigma_is_a_number_or_a_tensor(wrong):
 def test_what_is_no_likelihood(wrong):
     with pytest.raises(ValueError, match="likelihood: must be one of"):
         ff.fisher(nn.Linear(3, 2), [(torch.randn(4, 3), None)], likelihood=wrong, progress=False)
+
+
+@pytest.mark.parametrize("length", [2, 3])
+def test_a_mask_without_zeros_says_nothing_whatever_its_length(length):
+    """Two outputs of a sample, beside inputs of two positions or three."""
+
+    class Reads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(3, 2)
+
+        def forward(self, x, attention_mask):
+            return self.layer(x.mean(1))
+
+    own = ff.LogLikelihood(lambda z, y: -(z - y).square().sum(1, keepdim=True), name="own")
+    batch = {"x": torch.randn(4, length, 3), "attention_mask": torch.ones(4, length), "labels": torch.randn(4, 2)}
+    assert ff.fisher(Reads(), [batch], "diagonal", "empirical", own, progress=False).num_positions == 4

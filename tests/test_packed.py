@@ -133,5 +133,5 @@ def test_one_output_a_position_needs_no_axis_of_its_own(likelihood):
 def test_what_a_loss_of_your_own_sees_past_a_samples_end_is_minus_100():
     model, ids = nn.Embedding(5, 4), torch.randint(0, 5, (1, 7))
     batch = {"input": ids, "labels": torch.zeros_like(ids), "sample_offsets": torch.tensor([0, 2, 7])}
-    model.weight.data.zero_()[:, 1] = 1.0  # always wrong
-    assert ff.mean_loss(model, [batch], ff.Categorical(ignore_index=-1), loss=ff.zero_one) == 1.0
+    model.weight.data.zero_()[:, 0] = 1.0  # always right: what is past an end could only be wrong
+    assert ff.mean_loss(model, [batch], ff.Categorical(ignore_index=-1), loss=ff.zero_one) == 0.0

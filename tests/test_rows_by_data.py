@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rows whose place the data decide although no index tensor says so: the layout of the first batch is not that of the next."""
 
+import copy
+
 import networks
 import pytest
 import torch
@@ -244,7 +246,7 @@ def test_inputs_are_those_of_all_passes(lengths, weighted, size):
     weight = torch.rand(6) + 0.5 if weighted else torch.ones(6)
     whole = {"input_ids": x, "attention_mask": mask} | ({"sample_weight": weight} if weighted else {})
     batches = [{k: v[first : first + size] for k, v in whole.items()} for first in range(0, 6, size)]
-    K, E, G = ff.fisher(model, batches, ("kfac", "ekfac", "gram"), "exact", progress=False)
+    K, E, G, R = ff.fisher(model, batches, ("kfac", "ekfac", "gram", ff.KFAC(sharing="reduce")), "exact", progress=False)
     assert E.trace() == pytest.approx(G.trace(), rel=1e-9)
     rows, w = x[mask > 0], weight.double().repeat_interleave(lengths)
     for k in range(2):
@@ -252,3 +254,18 @@ def test_inputs_are_those_of_all_passes(lengths, weighted, size):
         ones = torch.cat([rows[mine], torch.ones(int(mine.sum()), 1).double()], 1)
         (block,) = (b for b in K.blocks if b.place.name == f"experts.{k}.weight")
         assert torch.allclose(block.A.sum[0], (ones * w[mine, None]).T @ ones, rtol=1e-6, atol=1e-9)
+        (block,) = (b for b in R.blocks if b.place.name == f"experts.{k}.weight")
+        sample = torch.arange(6).repeat_interleave(lengths)[mine]
+        means = torch.stack([ones[sample == n].mean(0) for n in sample.unique()])
+        assert torch.allclose(block.A.sum[0], (means * weight[sample.unique(), None].double()).T @ means, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("loss_scale", [2.0**15, 2.0**16])
+@pytest.mark.parametrize("fisher_type, draws", [("mc", 2), ("exact", 1)])
+def test_what_finds_the_rows_of_all_passes_fits_float16_where_the_passes_do(loss_scale, fisher_type, draws):
+    model, batches = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3)), [torch.randn(6, 5) for _ in range(3)]
+    half, options = copy.deepcopy(model).half(), {"fisher_type": fisher_type, "draws": draws, "progress": False}
+    weight = torch.ones(6)
+    narrow = ff.fisher(half, [(x.half(), None, weight) for x in batches], loss_scale=loss_scale, **options)
+    exact = ff.fisher(model.double(), [(x.double(), None, weight) for x in batches], **options)
+    assert narrow.trace() == pytest.approx(exact.trace(), rel=0.05 if fisher_type == "exact" else 0.5)

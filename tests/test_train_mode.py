@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whatever draws, or looks across samples, is refused: by every function that runs a model, in every spelling torch has for it."""
+"""Dropout, random slopes and batch statistics are refused by every function that runs a model, in each spelling torch has for them."""
 
 import pytest
 import torch
@@ -29,6 +29,8 @@ CALLS = {
     "torch.alpha_dropout": lambda m, h: torch.alpha_dropout(h, 0.5, True),
     "torch.feature_dropout": lambda m, h: torch.feature_dropout(h.unsqueeze(-1), 0.5, True).squeeze(-1),
     "torch.native_dropout": lambda m, h: torch.native_dropout(h, 0.5, True)[0],
+    "torch.native_dropout of None": lambda m, h: torch.native_dropout(h, 0.5, None)[0],
+    "F.gumbel_softmax": lambda m, h: F.gumbel_softmax(h),
     "attention": attention,
     "torch.rrelu": lambda m, h: torch.rrelu(h, training=True),
     "torch.rrelu_": lambda m, h: torch.rrelu_(h * 1, training=True),

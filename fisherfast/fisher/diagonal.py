@@ -112,7 +112,8 @@ class DiagonalFisher(Measured, Plotted):
     def _counted(self, name: str) -> Accumulator:
         if self._sums[name].weight == 0:
             raise ValueError(
-                f"DiagonalFisher: {name!r} has counted no samples of a weight > 0; the weights were all zero, or the run ended before its first backward pass"
+                f"DiagonalFisher: {name!r} has counted no samples of a weight > 0; the weights were all zero, or the run ended "
+                "before its first backward pass"
             )
         return self._sums[name]
 

@@ -48,7 +48,9 @@ class EigenBlock:
         """Those of the block, ``[G, q, r]``, without those of directions of the inputs or outputs in which there is only rounding."""
         values = self.values.mean()
         noise = values.amax((1, 2), keepdim=True) * (_PROJECTION_NOISE * self.place.eps) ** 2
-        return values.where((values.amax(1, keepdim=True) > noise) & (values.amax(2, keepdim=True) > noise), 0.0)
+        of_inputs = noise * _shares(self.U, self.kronecker.mean_of_A()).unsqueeze(1)
+        of_outputs = noise * _shares(self.V, self.kronecker.B.mean()).unsqueeze(2)
+        return values.where((values.amax(1, keepdim=True) > of_inputs) & (values.amax(2, keepdim=True) > of_outputs), 0.0)
 
     def _into(self, v: Tensor) -> Tensor:
         """A matrix ``[G, O, D]`` in the basis, ``[G, q, r]``."""
@@ -202,3 +204,14 @@ def _eigenvectors(matrices: Tensor) -> Tensor:
     if matrices.dtype != torch.float64 and bool(failed.any()):
         vectors[failed] = torch.linalg.eigh(matrices[failed].double()).eigenvectors.to(matrices.dtype)
     return vectors
+
+
+def _shares(basis: Tensor | None, factor: Tensor) -> Tensor:
+    """The squares that a projection on each vector of a basis ``[G, D, r]`` is a sum of, as a share of the largest: its rounding's.
+
+    Zero where there is no basis: nothing is projected.
+    """
+    if basis is None:
+        return factor.new_zeros(1, 1)
+    squares = basis.double().square().mT @ factor.diagonal(dim1=1, dim2=2).unsqueeze(2)
+    return (squares / squares.amax(1, keepdim=True).clamp_min(torch.finfo(squares.dtype).tiny)).squeeze(2)

@@ -68,7 +68,8 @@ class EKFACFisher(BlockFisher[EigenBlock | ExactBlock]):
     Scale:    a mean over samples, as every Fisher's. ``damping`` is Tikhonov, ``F + damping I``, one number per block.
     Errors:   as ``KFACFisher``'s; ``+`` and ``all_reduce`` refuse other bases than the same, bit by bit.
     Numerics: eigenvectors in the model's precision, float32 or wider; float64 sums and arithmetic; directions all of whose
-              eigenvalues are below ``(256 eps)^2`` of the block's largest are rounding and count as zero.
+              eigenvalues are below ``(256 eps)^2`` of the block's largest, in proportion to what they are made of, are rounding and
+              count as zero.
     Source:   George et al. 2018 (arXiv:1806.03884), Proposition 3.1 and Algorithm 1.
     """
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fisherfast.accumulator import Accumulator
 from fisherfast.fisher import _logdet
-from fisherfast.fisher.kronecker import Place, finite, positive
+from fisherfast.fisher.kronecker import Place, coarser, finite, of_full_rank
 
 
 @dataclass(frozen=True)
@@ -39,9 +39,9 @@ class ExactBlock:
 
     @functools.cached_property
     def _spectral(self) -> tuple[Tensor, Tensor]:
-        values, vectors = torch.linalg.eigh(finite(self.moments.mean(), self.place.weight, "its exact block"))
-        noise = len(values) * self.place.eps**2  # squares of what rounding left of a row in a direction in which it has nothing
-        return positive(values, noise), vectors
+        moments = finite(self.moments.mean(), self.place.weight, "its exact block")
+        values, vectors = torch.linalg.eigh(moments)
+        return of_full_rank(values, moments, self.place.eps), vectors
 
     def __matmul__(self, v: Tensor) -> Tensor:
         """The block times a matrix ``[1, 1, D]``."""
@@ -81,7 +81,7 @@ class ExactBlock:
 
     def pooled(self, other: ExactBlock, made: Mapping[str, Any]) -> ExactBlock:
         """The block of both data sets."""
-        return ExactBlock(self.place, self.moments + other.moments)
+        return ExactBlock(coarser(self.place, other.place), self.moments + other.moments)
 
     def identity(self) -> list[Any]:
         """What must be equal for pooling to mean anything."""

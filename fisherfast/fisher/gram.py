@@ -62,7 +62,7 @@ class GramFisher(Plotted, Measured):
     Scale:    a mean over samples, as every Fisher's. ``damping`` is Tikhonov, ``F + damping I``; by layer it is exact too.
     Errors:   ValueError for vectors and dampings that do not fit, for systems that are not damped everywhere, and for
               ``all_reduce``.
-    Numerics: float64 from the rows on; eigenvalues below ``M 2^-46`` of the largest (``M 2^-52`` of float64 rows) are rounding and
+    Numerics: float64 from the rows on; eigenvalues below ``min(M, P) 2^-46`` of the largest (2^-52 of float64 rows) are rounding and
               count as zero.
     Source:   Amari 1998; the dual: Karakida, Akaho & Amari 2019 (arXiv:1806.01316), section 3.
     """

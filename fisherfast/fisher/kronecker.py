@@ -12,7 +12,7 @@ import functools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -97,6 +97,9 @@ class Place:
         return cls(*fields[:7], *map(Entries, fields[7:9]), *fields[9:])
 
 
+_Place = TypeVar("_Place", bound=Place)
+
+
 def _put(values: Tensor, where: Tensor) -> None:
     where.copy_(values.reshape(where.shape))
 
@@ -121,11 +124,9 @@ class KroneckerBlock:
 
     @functools.cached_property
     def _values_of_A(self) -> Tensor:
-        return (
-            _eigenvalues(self.finite(self.mean_of_A(), "input"), self.place.eps)
-            if self.leader is None
-            else self.leader._values_of_A
-        )
+        if self.leader is not None:
+            return self.leader._values_of_A
+        return _eigenvalues(self.finite(self.mean_of_A(), "input"), self.place.eps)
 
     @functools.cached_property
     def _values_of_B(self) -> Tensor:
@@ -133,7 +134,9 @@ class KroneckerBlock:
 
     @functools.cached_property
     def _eigen_of_A(self) -> tuple[Tensor, Tensor | None]:
-        return _eigen(self.finite(self.mean_of_A(), "input"), self.place.eps) if self.leader is None else self.leader._eigen_of_A
+        if self.leader is not None:
+            return self.leader._eigen_of_A
+        return _eigen(self.finite(self.mean_of_A(), "input"), self.place.eps)
 
     @functools.cached_property
     def _eigen_of_B(self) -> tuple[Tensor, Tensor | None]:
@@ -189,7 +192,8 @@ class KroneckerBlock:
     def pooled(self, other: KroneckerBlock, made: Mapping[str, Any]) -> KroneckerBlock:
         """The block of both data sets; its factor A is its own where only one of them had it from another weight."""
         shared = self.place.input_of == other.place.input_of
-        place = self.place if shared else dataclasses.replace(self.place, input_of=None)
+        place = coarser(self.place, other.place)
+        place = place if shared else dataclasses.replace(place, input_of=None)
         return KroneckerBlock.following(place, lambda: self.A + other.A, self.B + other.B, made)
 
     @classmethod
@@ -223,7 +227,9 @@ class KroneckerBlock:
         pi = torch.where((a > 0) & (b > 0), a / b, 1.0).sqrt()
         shifts = (pi * damping**0.5, damping**0.5 / pi)
         A, B = (Accumulator(_shifted(f, shift), 1.0) for f, shift in zip(self.factors(), shifts, strict=True))
-        return KroneckerBlock(dataclasses.replace(self.place, input_of=None), A, B)  # pi is B's too: nothing is shared
+        # pi is B's too: nothing is shared. A shift is no rounding.
+        precision = "float64" if damping else self.place.precision
+        return KroneckerBlock(dataclasses.replace(self.place, input_of=None, precision=precision), A, B)
 
     def inverse(self, dtype: torch.dtype, damped: bool) -> tuple[Tensor, Tensor]:
         """The inverses of A and B. Errors: torch.linalg.LinAlgError if one is singular, which Cholesky does not see under rounding."""
@@ -283,35 +289,36 @@ def _inverse(factor: Tensor) -> Tensor:
     return 1 / factor if factor.dim() == 2 else torch.cholesky_inverse(torch.linalg.cholesky(factor))
 
 
-def positive(values: Tensor, noise: float) -> Tensor:
-    """Eigenvalues ``[..., D]`` of a matrix without those that are zero but for rounding, of either sign.
-
-    ``noise``: of its entries, as a share of the largest eigenvalue; that of the decomposition is D eps.
-    """
-    noise = max(noise, values.shape[-1] * torch.finfo(values.dtype).eps)
-    return torch.where(values > noise * values.amax(-1, keepdim=True), values, 0.0)
-
-
-def _of_full_rank(values: Tensor, gram: Tensor, eps: float) -> Tensor:
-    """Eigenvalues ``[G, D]``, rising, of Gram matrices, as many of them positive as the rows have independent columns.
+def of_full_rank(values: Tensor, gram: Tensor, eps: float) -> Tensor:
+    """Eigenvalues ``[..., D]``, rising, of Gram matrices, as many of them positive as the rows have independent columns.
 
     Scaling columns changes no rank, but rounding is in proportion to them: it is told from small columns at unit diagonals.
     """
-    noise = _GRAM_NOISE * eps
-    large, roots = positive(values, noise), gram.diagonal(dim1=1, dim2=2).sqrt()
-    if bool(((large > 0).sum(1) == (roots > 0).sum(1)).all()):  # columns of zeros are all that is missing, if any are
-        return large
+    large, roots = _large(values, eps), gram.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt()
+    if bool((large.sum(-1) == (roots > 0).sum(-1)).all()):  # columns of zeros are all that is missing, if any are
+        return values.where(large, 0.0)
     scales = torch.where(roots > 0, 1 / roots, 0.0)
-    correlations = torch.linalg.eigvalsh(scales.unsqueeze(2) * gram * scales.unsqueeze(1))
-    return values.clamp_min(0.0).where(positive(correlations, noise) > 0, 0.0)  # both rise
+    correlations = torch.linalg.eigvalsh(scales.unsqueeze(-1) * gram * scales.unsqueeze(-2))
+    return values.clamp_min(0.0).where(_large(correlations, eps), 0.0)  # both rise
+
+
+def _large(values: Tensor, eps: float) -> Tensor:
+    """Which eigenvalues ``[..., D]`` are more than the rounding of the products and of the decomposition, relative to the largest."""
+    noise = max(_GRAM_NOISE * eps, values.shape[-1] * torch.finfo(values.dtype).eps)
+    return values > noise * values.amax(-1, keepdim=True)
+
+
+def coarser(one: _Place, other: _Place) -> _Place:
+    """The place whose products were the less precise."""
+    return one if one.eps >= other.eps else other
 
 
 def _eigenvalues(factor: Tensor, eps: float) -> Tensor:
-    return factor if factor.dim() == 2 else _of_full_rank(torch.linalg.eigvalsh(factor), factor, eps)
+    return factor if factor.dim() == 2 else of_full_rank(torch.linalg.eigvalsh(factor), factor, eps)
 
 
 def _eigen(factor: Tensor, eps: float) -> tuple[Tensor, Tensor | None]:
     if factor.dim() == 2:
         return factor, None
     values, vectors = torch.linalg.eigh(factor)
-    return _of_full_rank(values, factor, eps), vectors
+    return of_full_rank(values, factor, eps), vectors

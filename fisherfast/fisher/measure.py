@@ -173,7 +173,7 @@ class Measurement:
                 if not self.run.num_samples:
                     raise ValueError("fisher: data must yield at least one batch, got none; was the iterator used up?")
             finally:
-                if checkpoint is not None and self.run.num_samples:
+                if checkpoint is not None and self.run.batches > done:
                     self._write(checkpoint)
             self.run.warn_of_underflow()
         return self.run.results()
@@ -228,8 +228,9 @@ class Measurement:
         padded = predictions.num_positions < 0.8 * predictions.counted.numel()
         with self.run.transaction(Samples(batch.N, count, batch.weight, padded, batch.mask)):
             every = batch.weight is None and (batch.mask is None or bool(batch.mask.all()))
-            support = None if every or count == 1 else self._support(predictions.detached())
-            self.run.passes.run(predictions.values, self._passes(predictions.detached()), count, every=every, support=support)
+            detached = predictions.detached()
+            support = partial(self._support, detached)
+            self.run.passes.run(predictions.values, self._passes(detached), count, every=every, support=support)
             self._fall_back(batch, output, predictions)
         self.run.num_samples += batch.N
         self.run.num_positions += predictions.num_positions
@@ -253,13 +254,10 @@ class Measurement:
             yield Pass(one.cotangent * self.loss_scale, one.scale, self.loss_scale) if self.loss_scale != 1 else one
 
     def _support(self, predictions: Predictions) -> Pass:
-        """A gradient at the output wherever something is counted: random numbers, whose sums do not vanish by chance."""
-        values, counted = predictions.values, predictions.counted
-        if counted.shape == values.shape[:2]:
-            counted = counted.view(*counted.shape, *[1] * (values.dim() - 2))
-        else:  # one for all outputs of a sample
-            counted = counted.view(len(values), *[1] * (values.dim() - 1))
-        return Pass(_noise(values) * counted * self.loss_scale, loss_scale=self.loss_scale)
+        """A pass that gives a gradient to all that any pass of the batch gives one, and is no larger than they."""
+        cotangent = _noise(predictions.values)
+        largest = cotangent.abs().amax().clamp_min(1e-4) * predictions.values[0].numel() ** 0.5
+        return Pass(cotangent / largest * predictions.everywhere() * self.loss_scale, loss_scale=self.loss_scale)
 
     # -- finding out how the model uses its parameters
 

@@ -56,12 +56,8 @@ class FisherOperator:
         refuse_train_mode(model)
         if iter(data) is data:
             raise ValueError("FisherOperator: data must be read again for every product, got an iterator; pass a list of batches")
-        self._model, self._data, self._output, self._first = (
-            unwrapped(model),
-            data,
-            output,
-            _arguments.whole("FisherOperator", "sample_offset", sample_offset),
-        )
+        self._model, self._data, self._output = unwrapped(model), data, output
+        self._first = _arguments.whole("FisherOperator", "sample_offset", sample_offset)
         self._parameters = {name: p for name, p in unwrapped(model).named_parameters() if p.requires_grad}
         if not self._parameters:
             raise ValueError("FisherOperator: model must have a parameter that asks for a gradient, got none")

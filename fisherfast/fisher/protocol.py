@@ -57,7 +57,7 @@ class LayerSummary:
 class Spectrum:
     """The eigenvalues of one block: every product of one entry of each factor, over ``divisor``, and ``zeros`` that are zero.
 
-    Shapes:   factors 1-D, float64 (of a short run's diagonal float32): ``(f,)`` of a diagonal, ``(b, a)`` of a Kronecker block
+    Shapes:   factors 1-D: ``(f,)`` of a diagonal, ``(b, a)`` of a Kronecker block
               ``B (x) A``; the block has ``prod(len(factor)) + zeros`` eigenvalues, which is ``num_parameters``. ``parameters`` are those that it is over: a
               packed one is in the spectra of all its parts.
     Scale:    a diagonal's f are its sums, and ``divisor`` the samples in them: read factors only. Of a short run they are in float32,

@@ -101,10 +101,13 @@ class Run:
                 "Calls inside an already compiled model are not seen: pass the model itself"
             )
         for name in lost:
-            self.missing[name] = "missing: the loss does not depend on it"
-            self.capture.forget(name)
-            for collector in self.collectors:
-                collector.forget(name)
+            self._leave_out(name, "missing: the loss does not depend on it")
+
+    def _leave_out(self, name: str, why: str) -> None:
+        self.missing[name] = why
+        self.capture.forget(name)
+        for collector in self.collectors:
+            collector.forget(name)
 
     def note_uses(self, root: Tensor) -> None:
         """Show the collectors how the parameters are used, and remember which op serves each, for the coverage report."""
@@ -137,6 +140,9 @@ class Run:
         """Go on from a checkpoint: one earlier result for each structure."""
         first, self._fits = before[0], True
         self.num_samples, self.num_positions, self.batches = first.num_samples, first.num_positions, first.batches
+        for name, how in first.coverage.items():
+            if how.startswith("missing"):
+                self._leave_out(name, how)
         for structure, source, result in zip(self.structures, self.sources, before, strict=True):
             structure.restore(source, result)
 

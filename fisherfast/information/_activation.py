@@ -90,10 +90,8 @@ class Activation:
 
     def _bound(self, weights: Mapping[str, Tensor]) -> Any:
         def call(*inputs: Tensor) -> Any:
-            with (
-                WithoutChance(),
-                sdpa_kernel(SDPBackend.MATH),
-            ):  # the attention whose backward pass can be vectorised and has a derivative
+            # The attention whose backward pass can be vectorised and has a derivative.
+            with WithoutChance(), sdpa_kernel(SDPBackend.MATH):
                 return torch.func.functional_call(self._root, dict(weights), inputs)
 
         return call

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -129,9 +128,7 @@ class LossSource:
         if given is None:
             data, network = self._runnable(model, "loss must be given (the mean loss at the weights), or measured on")
             return mean_loss(network, data, self.likelihood, output=self.output)
-        if not math.isfinite(given):
-            raise ValueError(f"{self.caller}: loss must be finite, got {given}; it is the mean loss at the weights")
-        return float(given)
+        return _checks.number(self.caller, "loss", given, "it is the mean loss at the weights")
 
     def complexity(self, info: Information, loss: float, model: Weights) -> Complexity:
         """The complexity at nats that are known."""

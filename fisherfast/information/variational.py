@@ -230,4 +230,4 @@ def _noisy_loss(
         each = losses.of_batch(batch, weights)
     if batch.weight is None:
         return each.mean()
-    return (batch.weight * each).sum() / batch.weight.sum().clamp_min(torch.finfo(each.dtype).tiny)  # of no weight: 0
+    return (batch.weight * each).sum() / batch.weight.sum().clamp_min(torch.finfo(batch.weight.dtype).tiny)  # of no weight: 0

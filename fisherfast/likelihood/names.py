@@ -17,11 +17,11 @@ _BY_NAME: dict[str, Any] = {"categorical": Categorical, "bernoulli": Bernoulli, 
 
 def resolve(likelihood: str | Likelihood) -> Likelihood:
     """A likelihood from its name; objects pass through."""
-    if not (likelihood is None or isinstance(likelihood, str | type)):
-        return likelihood
-    if likelihood not in _BY_NAME:
+    if isinstance(likelihood, str) and likelihood in _BY_NAME:
+        return _BY_NAME[likelihood]()
+    if likelihood is None or isinstance(likelihood, str | type):
         raise ValueError(f"likelihood: must be one of {sorted(_BY_NAME)} or a likelihood object, got {likelihood!r}")
-    return _BY_NAME[likelihood]()  # type: ignore[index]
+    return likelihood
 
 
 def stored_name(likelihood: Likelihood, fisher_type: str) -> str:

@@ -52,6 +52,12 @@ class Predictions:
         """The number of labels of the sample that has most."""
         return int(self.counted.sum(1).max())
 
+    def everywhere(self) -> Tensor:
+        """``counted`` as a mask of ``values``, which it broadcasts to."""
+        if self.counted.shape == self.values.shape[:2]:
+            return self.counted.view(*self.counted.shape, *[1] * (self.values.dim() - 2))
+        return self.counted.view(len(self.values), *[1] * (self.values.dim() - 1))  # one for all outputs of a sample
+
     def turns(self) -> Iterator[tuple[tuple[Tensor, Tensor], Tensor]]:
         """Each sample's first counted label, then each one's second, ...: their index ``(n, label)``, and which samples have one.
 
