@@ -351,3 +351,10 @@ def test_refuses():
         net.bias[0] = math.nan
     with pytest.raises(ValueError, match=r"weights must be finite, got others in \['bias'\]"):
         train()
+
+
+def test_a_batch_of_no_weight_teaches_nothing():
+    model, x, y = nn.Linear(3, 2).double(), torch.randn(20, 3).double(), torch.randint(0, 2, (20,))
+    options = {"beta": 0.1, "prior_scale": 1.0, "epochs": 3}
+    q = ff.variational_posterior(model, [(x, y), (x, y, torch.zeros(20))], **options)
+    assert all(bool(v.isfinite().all()) for v in q.std.values())
