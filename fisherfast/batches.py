@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -102,6 +102,16 @@ class Batch:
             inputs = tuple(part(value) for value in self.inputs)
         return Batch(inputs, part(self.targets), part(self.mask), stop - start, part(self.weight))
 
+    def copied(self) -> Batch:
+        """With inputs of its own, for a model that writes into them."""
+
+        def copy(value: Any) -> Any:
+            return value.clone() if isinstance(value, Tensor) else value
+
+        if isinstance(self.inputs, dict):
+            return replace(self, inputs={key: copy(value) for key, value in self.inputs.items()})
+        return replace(self, inputs=tuple(copy(value) for value in self.inputs))
+
     def _cut_packed(self, start: int, stop: int, offsets: Tensor) -> Batch:
         assert isinstance(self.inputs, dict)
         M, first, last = int(offsets[-1]), int(offsets[start]), int(offsets[stop])
@@ -121,6 +131,10 @@ class Batch:
         """All that it holds."""
         inputs = self.inputs.values() if isinstance(self.inputs, dict) else self.inputs
         return [t for t in (*inputs, self.targets, self.weight, self.offsets) if isinstance(t, Tensor)]
+
+    def versions(self) -> list[int]:
+        """How often each has been written to, where that is counted."""
+        return [t._version for t in self.tensors() if not t.is_inference()]
 
     def fingerprint(self) -> int:
         """A number that another batch, or the same samples in another order, has with no more than chance 2**-60."""

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from fisherfast.rules import Form, Part, Window
-from fisherfast.tracked import Tracked
+from fisherfast.tracked import Bare, Tracked
 
-Key = tuple[str, Window | None, int]  # parameter, part of it, number among the uses of that part
+Key = tuple[str, Window | None, int, int]  # parameter, part of it, number among the uses of that part, and how many they are
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Decisions:
     exploring: bool
     num_samples: int | None
     early: dict[Site, str]  # calls that no sample comes into, and why what they make is followed as a parameter is
-    ways: dict[str, tuple[bool, bool, bool]]  # of each parameter; see ``Tracked.ways``
+    ways: dict[str, tuple[bool, bool, Bare | None]]  # of each parameter; see ``Tracked.ways``
 
 
 @dataclass
@@ -46,7 +46,7 @@ class CallUse:
     form: Form
     picks: tuple[int, ...]
     inputs: tuple[int, ...] = ()  # which tensors they are: a number for each; autograd sees to it that nobody changes them
-    key: Key = ("", None, 0)
+    key: Key = ("", None, 0, 0)
     gathered: bool = False  # its rows were chosen by what the data holds
     differentiated: bool = True  # whether autograd can differentiate it, too
 

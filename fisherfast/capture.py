@@ -12,6 +12,8 @@ autograd can differentiate, for the fallback. The model itself is never touched:
 
 from __future__ import annotations
 
+import functools
+import inspect
 import itertools
 import sys
 from collections import defaultdict
@@ -30,7 +32,7 @@ from fisherfast.calls import Call, CallUse, Decisions, Key, Site, Tap, graph
 from fisherfast.chosen_rows import ChosenRows
 from fisherfast.layout import Layout
 from fisherfast.rules import DECOMPOSITIONS, RULES, Use, Window, part
-from fisherfast.tracked import Made, Reference, Tracked
+from fisherfast.tracked import Bare, Made, Reference, Tracked
 from fisherfast.train_mode import CHANCE, refuse_chance, unwrapped
 
 Hooks = tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]
@@ -93,7 +95,7 @@ class Capture(TorchFunctionMode):
         ``exploring``: stand-ins keep autograd's own path to every parameter open beside the tap. ``num_samples``: of the
         batch, where known; needed to expand. ``offsets``: where packed samples begin and end.
         """
-        self.offsets = offsets
+        self.offsets, self.doubtful = offsets, False
         for tracked in self.tracked.values():
             tracked.begin(exploring)
         ways = {tracked.name: tracked.ways for tracked in self.tracked.values()}
@@ -194,7 +196,7 @@ class Capture(TorchFunctionMode):
             return func(*args, **kwargs)
         if torch._C._are_functorch_transforms_active():  # whose tensors a tap cannot see through
             return self._uncovered(func, args, kwargs, found, "a transform of torch.func", alone=False)
-        if func in DECOMPOSITIONS and torch.is_grad_enabled():
+        if func in DECOMPOSITIONS and torch.is_grad_enabled() and _fits(func, args, kwargs):
             with self:
                 out = DECOMPOSITIONS[func](*args, **kwargs)
             if out is not NotImplemented:
@@ -242,7 +244,11 @@ class Capture(TorchFunctionMode):
         """
         if func not in RULES or not torch.is_grad_enabled() or _complex((args, kwargs)):
             return None
-        uses = [u for u in RULES[func](*args, **kwargs) if id(u.parameter) in self._references]
+        try:
+            declared = RULES[func](*args, **kwargs)  # a generator: nothing in it has run yet
+        except TypeError:
+            return None  # not the form that the rule is written for: ``out=``, or arguments of old
+        uses = [u for u in declared if id(u.parameter) in self._references]
         covered = [id(u.parameter) for u in uses]
         others = [r for r in found if id(r.tensor) not in covered]
         if not uses or len(covered) != len(found) - len(others):
@@ -285,7 +291,7 @@ class Capture(TorchFunctionMode):
             for o in outputs:
                 window = Window.of(o, found[0].tracked.parameter)
                 self._references[id(o)] = Reference(o, found[0].tracked, window, version=o._version)
-        elif len(found) == 1 and outputs and _keeps_derivative(func, args, out):
+        elif len(found) == 1 and outputs and _keeps_derivative(func, args, kwargs, out):
             made = (*found[0].made, make)
             self._references[id(out)] = replace(found[0], tensor=out, made=made, version=out._version)
         elif outputs and alone and out is not None:
@@ -323,8 +329,10 @@ class Capture(TorchFunctionMode):
         caught = [(use, r) for use, r in zip(uses, references, strict=True) if r.tracked.caught]
         if not caught:
             return out
-        if self._now.num_samples is not None and any(r.tracked.expanding for _, r in caught):
-            out = out.expand(_with_samples(self._now.num_samples, out.shape))
+        bare = next(filter(None, (r.tracked.expanding for _, r in caught)), None)
+        if self._now.num_samples is not None and bare is not None:
+            self.doubtful |= bare.doubts(out.shape, self._now.num_samples)
+            out = out.expand(bare.with_samples(self._now.num_samples, out.shape))
         saved: list[Tensor] = []
         call = Call(next(self._counter), self, out.shape, self._now, site)
         for use, reference in caught:
@@ -350,7 +358,7 @@ class Capture(TorchFunctionMode):
         """The taps that ``root`` depends on, in the order of the forward pass, each with its autograd node.
 
         Read off the graph, so a forward pass that is never differentiated counts for nothing. Also numbers what was made of
-        parameters, and the uses of each, or of a part of one, in this order: the number is the last entry of a use's key. A
+        parameters, and the uses of each, or of a part of one, in this order: a use's key ends with its number, and with how many there are. A
         parameter with a use that was not caught, because no function shows it, goes to the fallback; one of which something was
         made and used is in the chain rule, whatever was decided since.
         """
@@ -372,9 +380,13 @@ class Capture(TorchFunctionMode):
                     made[one.kind].append(one)
                     one.name = f"{one.kind} ({len(made[one.kind])})"
                     one.chain(one.reason)
+                numbers[use.tracked.name, use.window] += 1
+        seen: defaultdict[tuple[str, Window | None], int] = defaultdict(int)
+        for call, _ in found:
+            for use in call.uses:
                 which = (use.tracked.name, use.window)
-                use.key = (*which, numbers[which])
-                numbers[which] += 1
+                use.key = (*which, seen[which], numbers[which])
+                seen[which] += 1
         return found
 
     def _call_of(self, node: Any) -> Call | None:
@@ -393,7 +405,7 @@ class Capture(TorchFunctionMode):
         consumed = ((node, outputs[parent]) for node in nodes for parent, _ in node.next_functions if parent in outputs)
         return all(
             type(node).__name__ in {"AddBackward0", "SubBackward0", "MulBackward0"}
-            and len(node._input_metadata[0].shape) == len(_with_samples(1, call.shape))
+            and len(node._input_metadata[0].shape) == len(Bare.of(call.shape).with_samples(1, call.shape))
             for node, call in consumed
         )
 
@@ -412,9 +424,18 @@ _COPIES = {
 _SUMS = {torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__}
 
 
-def _with_samples(N: int, shape: torch.Size) -> tuple[int, ...]:
-    """The shape of a use's output once it is expanded: with an axis of samples in front, for which it may have a place."""
-    return (N, *(shape[1:] if shape[:1] == (1,) else shape))
+@functools.cache
+def _signature(func: Any) -> inspect.Signature:
+    return inspect.signature(DECOMPOSITIONS[func])
+
+
+def _fits(func: Any, args: Any, kwargs: Any) -> bool:
+    """Whether a call has the form that its decomposition is written for: not ``out=``, no arguments of old."""
+    try:
+        _signature(func).bind(*args, **kwargs)
+    except TypeError:
+        return False
+    return True
 
 
 def _complex(given: Any) -> bool:
@@ -430,9 +451,10 @@ def _structure(func: Any, found: list[Reference]) -> int:
     return hash((_name(func), *((r.tracked.structure, r.window) for r in found)))
 
 
-def _keeps_derivative(func: Any, args: Any, out: Any) -> bool:
+def _keeps_derivative(func: Any, args: Any, kwargs: Any, out: Any) -> bool:
     """Whether a function of one parameter changes its dtype, its place in memory, or its values by a constant, only."""
-    return isinstance(out, Tensor) and (func in _COPIES or (func in _SUMS and all(isinstance(a, (int, float)) for a in args[1:])))
+    constant = all(isinstance(a, (int, float)) for a in (*args[1:], *kwargs.values()))
+    return isinstance(out, Tensor) and (func in _COPIES or (func in _SUMS and constant))
 
 
 def _kept(by: Hooks | None) -> AbstractContextManager[Any]:

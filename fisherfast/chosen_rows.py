@@ -17,6 +17,8 @@ _GATHERS = {
     *(torch.repeat_interleave, Tensor.repeat_interleave),
 }
 
+_JOINS = {torch.cat, torch.concat, torch.concatenate}
+
 
 def _both(*names: str) -> set[Any]:
     """Functions and methods of these names, in place too."""
@@ -48,10 +50,12 @@ class ChosenRows:
 
     def follow(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
         """Note what a function makes of them, or whose rows it chooses itself."""
-        if func in _SCATTERS or not (self._known or func in _GATHERS or func in _SLOTS):
+        if func in _SCATTERS or not (self._known or func in _GATHERS or func in _SLOTS or func in _JOINS):
             return
         leaves = list(tensors((args, kwargs)))
-        if func in _SLOTS:
+        if func in _JOINS:
+            by_data = _of_many_lengths(leaves, out)
+        elif func in _SLOTS:
             by_data = any(not leaf.is_floating_point() and leaf.dtype != torch.bool for leaf in leaves[1:])
             out = args[0] if out is None else out
         else:
@@ -65,3 +69,12 @@ class ChosenRows:
 
 def _entries(index: Any) -> tuple[Any, ...]:
     return index if isinstance(index, tuple) else (index,)
+
+
+def _of_many_lengths(parts: list[Tensor], out: Tensor) -> bool:
+    """Whether tensors of several lengths were put one after the other along the first axis, as samples of their own lengths are.
+
+    More than two: a token put before others is no sample.
+    """
+    lengths = [part.shape[0] for part in parts if part.dim()]
+    return len(lengths) > 2 and len(set(lengths)) > 1 and sum(lengths) == out.shape[0]

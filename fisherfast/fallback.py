@@ -44,7 +44,7 @@ class SampleGradients:
         chunk = max(1, min(batch.N, _MOST, _BUDGET // max(size, 1)))
         if self.reason is None:
             try:
-                first = self._chunk(batch.cut(0, chunk), cotangent[:chunk], tracked)
+                first = self._chunk(batch.cut(0, chunk).copied(), cotangent[:chunk], tracked)
             except (RuntimeError, ValueError, TypeError, NotImplementedError, IndexError) as error:
                 if isinstance(error, torch.OutOfMemoryError):
                     raise
@@ -61,7 +61,7 @@ class SampleGradients:
         yield 0, first
         for start in range(chunk, batch.N, chunk):
             stop = min(start + chunk, batch.N)
-            yield start, self._chunk(batch.cut(start, stop), cotangent[start:stop], tracked)
+            yield start, self._chunk(batch.cut(start, stop).copied(), cotangent[start:stop], tracked)
 
     def _chunk(self, batch: Batch, cotangent: Tensor, tracked: list[Tracked]) -> dict[str, Tensor]:
         frozen = {name: p.detach() for name, p in self._model.named_parameters()}

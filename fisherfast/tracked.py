@@ -13,6 +13,31 @@ from torch import Tensor
 from fisherfast.rules import Window
 
 
+@dataclass(frozen=True)
+class Bare:
+    """What a use looks like that has no sample axis: so many axes, the first of which may be there for it, of length 1."""
+
+    axes: int
+    has_place: bool
+
+    @classmethod
+    def of(cls, shape: torch.Size) -> Bare:
+        """Of an output that is known to have none."""
+        return cls(len(shape), shape[:1] == (1,))
+
+    def with_samples(self, N: int, shape: torch.Size) -> tuple[int, ...]:
+        """The shape of a use's output with an axis of samples in front: where it lacks one."""
+        if len(shape) != self.axes:
+            return tuple(shape)
+        if self.has_place:
+            return (N, *shape[1:]) if shape[0] == 1 else tuple(shape)
+        return (N, *shape)
+
+    def doubts(self, shape: torch.Size, N: int) -> bool:
+        """Whether what looks as if it had none may have one: an axis as long as the batch."""
+        return len(shape) == self.axes and not self.has_place and shape[:1] == (N,) and N > 1
+
+
 class Tracked:
     """A parameter that asks for a gradient, its stand-ins, and how it is covered.
 
@@ -28,8 +53,9 @@ class Tracked:
         self.chained = (
             False  # whether all its uses are caught nonetheless: sample gradients are sums over them, by the chain rule
         )
-        self.expand = False  # give it a sample axis where it is used
-        self.caught, self.differentiated, self.expanding = True, False, False  # these decisions, as in force in this forward pass
+        self.expand: Bare | None = None  # give it a sample axis where it is used without one
+        self.expanding: Bare | None = None
+        self.caught, self.differentiated = True, False  # these three as in force in this forward pass
 
     @property
     def sources(self) -> tuple[Tracked, ...]:
@@ -60,15 +86,15 @@ class Tracked:
         """Bring into force, for a forward pass, what was decided since the last one."""
         self.follow()
         self.caught, self.expanding = not self.looped, self.expand
-        self.differentiated = exploring or self.expand or not self.caught
+        self.differentiated = exploring or self.expand is not None or not self.caught
 
     @property
-    def ways(self) -> tuple[bool, bool, bool]:
+    def ways(self) -> tuple[bool, bool, Bare | None]:
         """The decisions that are in force."""
         return self.caught, self.differentiated, self.expanding
 
     @ways.setter
-    def ways(self, ways: tuple[bool, bool, bool]) -> None:
+    def ways(self, ways: tuple[bool, bool, Bare | None]) -> None:
         self.caught, self.differentiated, self.expanding = ways
 
     def follow(self) -> None:
@@ -102,8 +128,8 @@ class Made(Tracked):
         self.reason = sources[0].fallback or ""  # why these are in the chain
         self.outer, self.detached = tensor, tensor.detach()
         self.leaf = Door.apply(tensor) if any(t.differentiated for t in sources) else tensor
-        self.fallback, self.chained, self.expand = "made of parameters", False, False
-        self.caught, self.expanding = all(t.caught for t in sources), False
+        self.fallback, self.chained, self.expand = "made of parameters", False, None
+        self.caught, self.expanding = all(t.caught for t in sources), None
         self.differentiated = any(t.differentiated for t in sources)
 
     @property

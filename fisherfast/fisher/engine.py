@@ -15,6 +15,7 @@ from fisherfast.calls import Call
 from fisherfast.capture import Capture
 from fisherfast.collector import Cost, Samples
 from fisherfast.fisher import ghost
+from fisherfast.fisher._columns import Columns
 from fisherfast.fisher.memory import Held
 from fisherfast.fisher.protocol import layer_of
 from fisherfast.fisher.spread import Spread
@@ -46,7 +47,7 @@ class Engine:
         self._measures_spread = any(s.spread for s in structures)
         self._spread: Spread | None = None
         self._arrange(list(parameters))
-        self._values: list[Tensor] = []  # [layers or 1, N] of each batch, where they are kept
+        self._values: Columns | None = None  # [layers or 1, N] of all batches, where they are kept
         self._last: tuple[Tensor, int, Tensor | None] | None = None  # the last batch's sum over draws, draws, weight
         self._lost = False  # a draw came when its batch was no longer the last one: per-sample values are not known
         self._scratch = torch.zeros(0, device=capture.device)
@@ -265,8 +266,13 @@ class Engine:
         if self._spread is not None and self._last is not None:
             self._spread.add(self._last[0] / self._last[1], self._last[2])
         if self.keeps and self._last is not None:
-            self._values.append(self._last_kept())
+            self._keep(self._last_kept())
         self._last = None
+
+    def _keep(self, values: Tensor) -> None:
+        if self._values is None:
+            self._values = Columns(len(values), values.device)
+        self._values.add(values)
 
     def _last_kept(self) -> Tensor:
         assert self._last is not None
@@ -288,7 +294,8 @@ class Engine:
             return None
         rows = len(self.layers) if self.keeps == "layers" else 1
         nothing = torch.zeros(rows, 0, dtype=torch.float64, device=self._device)
-        return torch.cat([nothing, *self._values, *([] if self._last is None else [self._last_kept()])], dim=1)
+        before = nothing if self._values is None else self._values.tensor
+        return torch.cat([before, nothing if self._last is None else self._last_kept()], dim=1)
 
     # -- going on from a checkpoint
 
@@ -309,7 +316,8 @@ class Engine:
 
     def restore_norms(self, before: Tensor) -> None:
         """Start from these kept norms."""
-        self._values = [before]
+        self._values = None
+        self._keep(before)
 
 
 def _weights(weight: Tensor | None, n: int) -> tuple[float, float]:

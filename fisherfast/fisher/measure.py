@@ -31,7 +31,7 @@ from fisherfast.layout import PROBED
 from fisherfast.likelihood import Likelihood, Predictions
 from fisherfast.locator import NO_AXIS, mixing
 from fisherfast.passes import Pass, check_loss_scale
-from fisherfast.tracked import Tracked
+from fisherfast.tracked import Bare, Tracked
 from fisherfast.train_mode import refuse_train_mode, unwrapped
 
 _CHECKPOINT_SECONDS = 60.0
@@ -240,14 +240,31 @@ class Measurement:
         """Run the model on a batch whose first sample is number ``first`` of the current one: its output, and what that says."""
         with torch.enable_grad():
             output = self._output_of(batch, exploring)
+            if self.capture.doubtful and not exploring:
+                self._check_expanded(batch, output)
             predictions = self.labelling.predictions(batch, output, self.sample_offset + self.run.num_samples + first)
         self.run.check_finite(predictions.values, "the model's output")
         return output, predictions
 
+    def _check_expanded(self, batch: Batch, output: Tensor) -> None:
+        """A use was given a sample axis whose first axis is as long as the batch, and may hold the samples: compare with fewer."""
+        few = batch.cut(0, min(batch.N - 1, PROBED)).copied()
+        with torch.no_grad():
+            alone = few.feed(self.model, self.output)
+        if not _close(alone, output[: few.N]):
+            raise ValueError(
+                f"model: what has no sample axis in one batch must not have one in another of as many positions as samples, got {batch.N} "
+                "of both; give batches of another size"
+            )
+
     def _output_of(self, batch: Batch, exploring: bool) -> Tensor:
         self.capture.begin(exploring, batch.N, batch.offsets)
+        fed = batch.copied() if exploring or self.run.writes_inputs else batch  # they are fed again
+        before = fed.versions()
         with self.capture, torch.enable_grad():
-            return batch.feed(self.model, self.output)
+            output = fed.feed(self.model, self.output)
+        self.run.writes_inputs |= fed.versions() != before
+        return output
 
     def _passes(self, predictions: Predictions) -> Iterator[Pass]:
         for one in self.labelling.passes(predictions):
@@ -317,17 +334,19 @@ class Measurement:
     def _not_expanded(self, few: Batch, values: Tensor, mixing: set[str]) -> set[str]:
         followed = self.capture.followed(values)
         tracked = [followed[name] for name in mixing]
-        uses = [use for call, _ in self.capture.calls(values) for use in call.uses]
-        tables = {use.tracked.name for use in uses if use.form.op == "embedding_sq_"}  # of which few rows are looked up
+        uses = [(call, use) for call, _ in self.capture.calls(values) for use in call.uses]
+        tables = {use.tracked.name for _, use in uses if use.form.op == "embedding_sq_"}  # of which few rows are looked up
+        bare = {one.name: {Bare.of(call.shape) for call, use in uses if use.tracked is one} for one in tracked}
         for one in tracked:
-            one.expand = not one.in_chain and (one.name in tables or self.capture.only_broadcast(values, one.name))
+            can = not one.in_chain and (one.name in tables or self.capture.only_broadcast(values, one.name))
+            one.expand = next(iter(bare[one.name])) if can and len(bare[one.name]) == 1 else None
         try:
             expanded = self._values(few)
             mixing = self._probe(expanded) if _close(expanded, values) else mixing
         except Exception:  # the model is anybody's, and may say anything to such a shape: this use cannot be expanded
             pass
         for one in tracked:
-            one.expand = one.expand and one.name not in mixing
+            one.expand = None if one.name in mixing else one.expand
         return mixing
 
     # -- the fallback, for what no rule covers. Labels and columns come from the whole batch's output, so that every parameter

@@ -48,6 +48,7 @@ class Explored:
     calls: list[Call]
     missing: dict[str, str]
     sizes: dict[str, int]
+    writes_inputs: bool
 
 
 class Run:
@@ -76,6 +77,7 @@ class Run:
         self.allow_missing = allow_missing
         self.num_samples = self.num_positions = self.batches = 0
         self.missing: dict[str, str] = {} if known is None else dict(known.missing)
+        self.writes_inputs = known is not None and known.writes_inputs  # in its forward pass
         self.ops: dict[str, str] = {}
         self._no_vmap: str | None = "the forward pass is yours and runs once"  # why the fallback loops over samples
         self._sizes = {name: t.parameter.numel() for name, t in self.capture.tracked.items()} if known is None else known.sizes
@@ -126,7 +128,7 @@ class Run:
     @property
     def explored(self) -> Explored:
         """What it has found out about the model."""
-        return Explored(self.capture, self.passes.locator.scattered, self._shown, self.missing, self._sizes)
+        return Explored(self.capture, self.passes.locator.scattered, self._shown, self.missing, self._sizes, self.writes_inputs)
 
     def holds(self, passes: int) -> list[Held]:
         """What the collectors take, once the model is explored, with batches of so many backward passes."""

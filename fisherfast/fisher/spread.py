@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fisherfast.fisher._columns import Columns
+
 
 class Spread:
     """Five sums over samples for each layer and for the whole, from which the standard errors of their traces follow.
@@ -31,8 +33,7 @@ class Spread:
 
     def __init__(self, layers: Sequence[str], sums: Tensor) -> None:
         self.layers, self._sums = tuple(layers), sums
-        self._waiting: list[Tensor] = []  # samples without weights that are not in the sums yet
-        self._held = 0  # numbers in them
+        self._waiting = Columns(len(self.layers), sums.device)  # samples without weights that are not in the sums yet
 
     @property
     def sums(self) -> Tensor:
@@ -42,9 +43,8 @@ class Spread:
         return self._sums
 
     def _take_waiting(self) -> None:
-        t = _with_whole(torch.cat(self._waiting, 1))
+        t = _with_whole(self._waiting.tensor)
         self._waiting.clear()
-        self._held = 0
         count, one, two = torch.full_like(t[:, 0], t.shape[1]), t.sum(1), t.square().sum(1)
         self._sums += torch.stack([count, count, one, one, two])
 
@@ -56,9 +56,8 @@ class Spread:
     def add(self, values: Tensor, weight: Tensor | None) -> Spread:
         """Take samples, in place: ``values [layers, N]`` are their ``t_n``, which stay as they are. Returns self."""
         if weight is None:
-            self._waiting.append(values)
-            self._held += values.numel()
-            if self._held > self._PATIENCE:
+            self._waiting.add(values)
+            if len(self._waiting) * len(self.layers) > self._PATIENCE:
                 self._take_waiting()
         else:
             t, w = _with_whole(values), weight.double()

@@ -17,6 +17,8 @@ from fisherfast.rules.table import Use, rule
 
 @rule(F.linear)
 def _linear(input, weight, bias=None):
+    if weight.dim() < 2:
+        return  # a vector gives one output, without an axis
     yield Use(weight, MatMul(), (input,))
     if bias is not None:
         yield Use(bias, Elementwise(tuple(bias.shape)))

@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a later batch does in another way than the first: tables with and without a sample axis, uses left out, inputs written to."""
+
+import gc
+import resource
+
+import pytest
+import torch
+import torch.nn.functional as F
+from networks import Wrapped
+from torch import nn
+
+import fisherfast as ff
+
+V, D, C = 13, 11, 4
+
+
+class Positions(nn.Module):
+    """A position table, looked up by ``places``, of ids ``[N, T]``; mean over positions unless ``each``."""
+
+    def __init__(self, places, each=False):
+        super().__init__()
+        self.places, self.each = places, each
+        self.tokens, self.positions, self.head = nn.Embedding(V, D), nn.Embedding(20, D), nn.Linear(D, C)
+
+    def forward(self, ids):
+        h = (self.tokens(ids) + self.positions(self.places(ids))).tanh()
+        return self.head(h if self.each else h.mean(1))
+
+
+def by_padding(ids):
+    """As many models do: only a padded batch needs positions of its own."""
+    mask = ids != 0
+    return torch.arange(ids.shape[1]) if bool(mask.all()) else (mask.cumsum(1) - 1).clamp_min(0)
+
+
+def whole(N, T):
+    return torch.randint(1, V, (N, T))
+
+
+def padded(N, T):
+    ids = whole(N, T)
+    ids[0, T // 2 :] = 0
+    return ids
+
+
+def by_batch_and_by_sample(model, batches, **options):
+    likelihood = ff.Categorical(axis=-1)
+    alone = [tuple(t[n : n + 1] for t in batch) for batch in batches for n in range(len(batch[0]))]
+    return (ff.fisher(model, data, likelihood=likelihood, progress=False, **options) for data in (batches, alone))
+
+
+def same(one, other):
+    assert (one.num_samples, one.num_positions) == (other.num_samples, other.num_positions)
+    for name, expected in other.diagonal(dtype=torch.float64).items():
+        assert torch.allclose(one.diagonal(dtype=torch.float64)[name], expected, rtol=1e-9, atol=1e-12), name
+
+
+@pytest.mark.parametrize("fisher_type", ["exact", "empirical", "mc"])
+def test_a_table_that_a_later_batch_looks_up_for_every_sample(fisher_type):
+    model = Positions(by_padding).double()
+    batches = [(ids, torch.randint(0, C, (4,))) for ids in (whole(4, 5), whole(4, 5), padded(4, 5), whole(4, 3), padded(4, 6))]
+    same(*by_batch_and_by_sample(model, batches, fisher_type=fisher_type))
+
+
+@pytest.mark.parametrize("lengths", [(5, 3, 1), (5, 1), (4, 1, 4), (1, 5), (1, 4)], ids=str)
+@pytest.mark.parametrize("each", [False, True])
+def test_sequences_of_length_one_are_sequences(lengths, each):
+    model = Positions(lambda ids: torch.arange(ids.shape[1]), each).double()
+    batches = [(whole(4, T), torch.randint(0, C, (4, T) if each else (4,))) for T in lengths]
+    same(*by_batch_and_by_sample(model, batches, fisher_type="exact"))
+
+
+def test_an_axis_as_long_as_the_batch_that_holds_its_samples_is_found_out():
+    """A first batch looks up ``[T, D]``, a later one ``[N, D]``: by its shape alone the one is the other."""
+
+    class Picks(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table, self.head = nn.Embedding(9, D), nn.Linear(D, C)
+
+        def forward(self, x, pick):
+            rows = self.table(pick)
+            return self.head((x + rows).tanh() if len(pick) == len(x) else (x.unsqueeze(1) + rows).tanh().mean(1))
+
+    first = ((torch.randn(4, D).double(), torch.arange(3)), torch.randint(0, C, (4,)))
+    later = ((torch.randn(5, D).double(), torch.randint(0, 9, (5,))), torch.randint(0, C, (5,)))
+    with pytest.raises(
+        ValueError, match=r"must not have one in another of as many positions as samples|must belong to one sample"
+    ):
+        ff.fisher(Picks().double(), [first, later], fisher_type="empirical", progress=False)
+
+
+class Skips(nn.Module):
+    """A weight is used sample by sample, and position by position; short inputs are not worth the first."""
+
+    def __init__(self):
+        super().__init__()
+        self.w, self.head = nn.Linear(3, D), nn.Linear(D, C)
+
+    def forward(self, x):
+        N, T = x.shape[:2]
+        h = self.w(x.reshape(-1, 3)).tanh().view(N, T, D) if T > 3 else 0
+        return self.head(h + self.w(x.transpose(0, 1).reshape(-1, 3)).sin().view(T, N, D).transpose(0, 1))
+
+
+@pytest.mark.parametrize("lengths", [(5, 5, 3), (5, 3, 5, 3), (3, 5, 5, 5, 3)], ids=str)
+def test_a_use_that_a_later_batch_leaves_out_lends_its_layout_to_no_other(lengths):
+    batches = [(torch.randn(5, T, 3).double(), torch.randint(0, C, (5, T))) for T in lengths]
+    same(*by_batch_and_by_sample(Skips().double(), batches, fisher_type="empirical"))
+
+
+class Joined(nn.Module):
+    """Sequences of their own lengths, cut and put one after the other by ``torch.cat``."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.head = nn.Linear(3, D), nn.Linear(D, C)
+
+    def forward(self, x, lengths):
+        rows = self.inner(torch.cat([one[:length] for one, length in zip(x, lengths.tolist(), strict=True)])).tanh()
+        return self.head(torch.stack([own.sum(0) for own in rows.split(lengths.tolist())]))
+
+
+def test_lengths_that_differ_only_where_no_look_is_due():
+    lengths = [[2, 2, 2]] * 4 + [[1, 3, 2], [3, 2, 1], [1, 1, 4]]
+    batches = [((torch.randn(3, 4, 3).double(), torch.tensor(one)), torch.randint(0, C, (3,))) for one in lengths]
+    alone = [((x[n : n + 1], own[n : n + 1]), y[n : n + 1]) for (x, own), y in batches for n in range(3)]
+    model = Joined().double()
+    same(*(ff.fisher(model, data, fisher_type="empirical", progress=False) for data in (batches, alone)))
+
+
+WRITERS = {
+    "an activation": lambda m, x: m.layer(F.elu(x, inplace=True)),
+    "a norm": lambda m, x: m.layer(x.sub_(0.5).div_(0.25)),
+    "a parameter": lambda m, x: m.layer(x.mul_(m.scale)),
+    "in the fallback": lambda m, x: m.layer(F.elu(x, inplace=True)).clamp(min=m.low),
+}
+
+
+@pytest.mark.parametrize("structure", ["diagonal", "ekfac"])
+@pytest.mark.parametrize("name", WRITERS)
+def test_inputs_that_the_model_writes_to_are_read_as_they_were(name, structure):
+    if name == "in the fallback" and structure == "ekfac":
+        structure = "kfac"
+    parts = {"layer": nn.Linear(3, C), "scale": nn.Parameter(torch.tensor([0.5, 1.0, 2.0])), "low": nn.Parameter(torch.zeros(C))}
+    used = ("layer", "scale") if name == "a parameter" else ("layer", "low") if name == "in the fallback" else ("layer",)
+    model = Wrapped(WRITERS[name], **{part: parts[part] for part in used}).double()
+    plain = Wrapped(
+        lambda m, x: WRITERS[name](m, x.clone()), **dict(model.named_children()), **dict(model.named_parameters(recurse=False))
+    )
+    x, y = torch.randn(7, 3).double(), torch.randint(0, C, (7,))
+    data = [(x[:4].clone(), y[:4]), (x[4:].clone(), y[4:])]
+    one, other = (ff.fisher(m, data, structure, "empirical", progress=False) for m in (model, plain))
+    assert one.trace() == pytest.approx(other.trace(), rel=1e-12)
+    assert torch.equal(torch.cat([data[0][0], data[1][0]]), x)  # and stay the caller's
+
+
+SPELLINGS = {
+    "expand": (lambda m, h: h * m.p.expand(size=(len(h), C)), lambda m, h: h * m.p),
+    "repeat": (lambda m, h: h * m.p.repeat(repeats=(len(h), 1)), lambda m, h: h * m.p),
+    "mul": (lambda m, h: torch.mul(h, m.p, out=None), lambda m, h: h * m.p),
+    "add": (lambda m, h: torch.add(h, m.p, out=None), lambda m, h: h + m.p),
+    "add of a tensor by name": (lambda m, h: torch.add(m.p, other=h, alpha=2), lambda m, h: m.p + 2 * h),
+    "linear of a vector": (lambda m, h: h + F.linear(h, m.p).unsqueeze(1), lambda m, h: h + (h @ m.p).unsqueeze(1)),
+}
+
+
+@pytest.mark.parametrize("name", SPELLINGS)
+@pytest.mark.parametrize("size", [1, 6])
+def test_calls_that_no_rule_is_written_for_are_right_too(name, size):
+    p, layer = nn.Parameter(torch.randn(C)), nn.Linear(3, C)
+    data = [(torch.randn(n, 3).double(), torch.randint(0, C, (n,))) for n in (size, 6)]
+    one, other = (
+        ff.fisher(
+            Wrapped(lambda m, x, f=f: f(m, m.layer(x)), p=p, layer=layer).double(), data, "diagonal", "empirical", progress=False
+        )
+        for f in SPELLINGS[name]
+    )
+    same(one, other)
+
+
+def test_memory_does_not_grow_with_the_batches():
+    model = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 256), nn.Tanh(), nn.Linear(256, C))
+    asked = (ff.Diagonal(), ff.PerSampleNorm(by_layer=True))
+
+    def grown(batches):
+        before = _resident()
+        data = ((torch.randn(16, 20, 64), torch.randint(0, C, (16, 20))) for _ in range(batches))
+        ff.fisher(model, data, asked, "empirical", progress=False)
+        gc.collect()
+        return _resident() - before
+
+    grown(100)
+    assert grown(600) < 60 * 2**20  # 96 MiB were left where each batch kept a tensor of its own
+
+
+def _resident():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * resource.getpagesize()
