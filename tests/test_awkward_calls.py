@@ -121,3 +121,22 @@ def test_hooks_on_parameters_are_not_called(function):
     hooked.w.register_hook(lambda g: pytest.fail("the gradient of a parameter is never formed"))
     expected, got = (ff.fisher(model, [(x, y)], fisher_type="empirical", progress=False).diagonal() for model in (plain, hooked))
     assert all(torch.equal(got[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("kind", [torch.nn.Embedding, torch.nn.EmbeddingBag])
+def test_frequencies_in_a_batch_are_no_part_of_a_gradient(kind):
+    """``scale_grad_by_freq`` is for optimizers; what it makes depends on who else is in the batch."""
+    ids, y = torch.randint(0, 5, (6, 3)), torch.randint(0, 4, (6,))
+    table = kind(5, 8, scale_grad_by_freq=True, **({} if kind is torch.nn.Embedding else {"mode": "sum"}))
+    head = torch.nn.Linear(8, 4)
+
+    net = Wrapped(lambda m, x: m.head(h if (h := m.table(x)).dim() == 2 else h.sum(1)), table=table, head=head).double()
+    expected = ff.fisher(
+        Wrapped(lambda m, x: m.head(F.embedding(x, m.table.weight).sum(1)), table=table, head=head).double(),
+        [(ids, y)], fisher_type="empirical", progress=False,
+    ).diagonal()["table.weight"]  # fmt: skip
+    assert torch.equal(ff.fisher(net, [(ids, y)], fisher_type="empirical", progress=False).diagonal()["table.weight"], expected)
+    with ff.collect(net, "diagonal") as stats:
+        for part in (slice(0, 2), slice(2, 6)):
+            stats.backward(F.cross_entropy(net(ids[part]), y[part], reduction="none"))
+    assert torch.allclose(stats.result().diagonal()["table.weight"], expected, rtol=1e-6)

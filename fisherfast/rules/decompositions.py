@@ -109,7 +109,7 @@ def _embedding_bag(
     input, weight, offsets=None, max_norm=None, norm_type=2.0, scale_grad_by_freq=False, mode="mean", sparse=False,
     per_sample_weights=None, include_last_offset=False, padding_idx=None,
 ):  # fmt: skip
-    if mode == "max" or max_norm is not None or scale_grad_by_freq:
+    if mode == "max" or max_norm is not None:  # scale_grad_by_freq: see the rule of F.embedding
         return NotImplemented
     rows = F.embedding(input, weight, padding_idx)
     counted = torch.ones_like(input, dtype=rows.dtype) if padding_idx is None else (input != padding_idx).to(rows.dtype)

@@ -46,7 +46,7 @@ def _matmul(input, other):
 
 @rule(F.embedding)
 def _embedding(input, weight, padding_idx=None, max_norm=None, norm_type=2.0, scale_grad_by_freq=False, sparse=False):
-    if max_norm is None and not scale_grad_by_freq:
+    if max_norm is None:  # scale_grad_by_freq changes what an optimizer is told, not the gradient of log p
         padding_idx = -1 if padding_idx is None else padding_idx % weight.shape[0]
         yield Use(weight, Lookup(padding_idx), (input,))
 
