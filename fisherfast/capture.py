@@ -100,7 +100,7 @@ class Capture(TorchFunctionMode):
             tracked.begin(exploring)
         ways = {tracked.name: tracked.ways for tracked in self.tracked.values()}
         self._now = Decisions(exploring, num_samples, dict(self._early), ways)
-        self._chosen = ChosenRows()
+        self._chosen = ChosenRows(num_samples)
         self._seen = WeakTensorKeyDictionary()  # inputs of calls, numbered
         # Views are held while they are known by their id, which Python would give to another tensor.
         self._references = {id(t.parameter): Reference(t.parameter, t) for t in self.tracked.values()}

@@ -17,7 +17,8 @@ _GATHERS = {
     *(torch.repeat_interleave, Tensor.repeat_interleave),
 }
 
-_JOINS = {torch.cat, torch.concat, torch.concatenate}
+_JOINS = {torch.cat, torch.concat, torch.concatenate, torch.vstack, torch.row_stack}
+_FEWEST = 4  # parts that are samples, where it is not known how many there are: a token or two put before others are none
 
 
 def _both(*names: str) -> set[Any]:
@@ -32,9 +33,10 @@ _SLOTS = _both("index_copy", "index_put") | {Tensor.__setitem__}
 
 
 class ChosenRows:
-    """The tensors of one forward pass that hold such rows."""
+    """The tensors of one forward pass that hold such rows; ``num_samples``: of the batch, where known."""
 
-    def __init__(self) -> None:
+    def __init__(self, num_samples: int | None) -> None:
+        self._num_samples = num_samples
         self._known: dict[int, weakref.ref[Tensor]] = {}
 
     def __bool__(self) -> bool:
@@ -54,7 +56,7 @@ class ChosenRows:
             return
         leaves = list(tensors((args, kwargs)))
         if func in _JOINS:
-            by_data = _of_many_lengths(leaves, out)
+            by_data = self._of_many_lengths(leaves, out)
         elif func in _SLOTS:
             by_data = any(not leaf.is_floating_point() and leaf.dtype != torch.bool for leaf in leaves[1:])
             out = args[0] if out is None else out
@@ -66,15 +68,15 @@ class ChosenRows:
                 if tensor.is_floating_point():
                     self.add(tensor)
 
+    def _of_many_lengths(self, parts: list[Tensor], out: Tensor) -> bool:
+        """Whether as many tensors as there are samples, of several lengths, were put one after the other: sequences of their own
+        lengths.
+        """
+        enough = len(parts) >= _FEWEST if self._num_samples is None else len(parts) == self._num_samples > 1
+        if not enough or out.dim() < 2 or any(part.dim() != out.dim() for part in parts):
+            return False
+        return any(len({part.shape[axis] for part in parts}) > 1 for axis in range(out.dim()))
+
 
 def _entries(index: Any) -> tuple[Any, ...]:
     return index if isinstance(index, tuple) else (index,)
-
-
-def _of_many_lengths(parts: list[Tensor], out: Tensor) -> bool:
-    """Whether tensors of several lengths were put one after the other along the first axis, as samples of their own lengths are.
-
-    More than two: a token put before others is no sample.
-    """
-    lengths = [part.shape[0] for part in parts if part.dim()]
-    return len(lengths) > 2 and len(set(lengths)) > 1 and sum(lengths) == out.shape[0]

@@ -168,8 +168,8 @@ class Sightings:
             looked_at |= tagged_sum > 0
             number += digit.long() * self.tags.base**k
         number = number.where(clean & (number < self.tags.few), MIXED)
-        if self.tags.narrow:  # rounded beyond recognition, and next to nothing
-            looked_at &= clean | (largest > _ROUNDED)
+        # Rounded beyond recognition, and next to nothing.
+        looked_at &= clean | (largest > (_ROUNDED if self.tags.narrow else 2.0**20 * torch.finfo(g.dtype).tiny))
         return number.where((total > 0) & looked_at, UNKNOWN)
 
 

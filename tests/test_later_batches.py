@@ -91,6 +91,28 @@ def test_an_axis_as_long_as_the_batch_that_holds_its_samples_is_found_out():
         ff.fisher(Picks().double(), [first, later], fisher_type="empirical", progress=False)
 
 
+class Encoder(nn.Module):
+    """Autograd or not, torch's encoder runs other kernels; a mask and a table of positions are inputs without samples."""
+
+    def __init__(self, dtype):
+        super().__init__()
+        self.tokens, self.positions = nn.Embedding(V, 16), nn.Embedding(20, 16)
+        layer = nn.TransformerEncoderLayer(16, 2, 24, dropout=0.0, batch_first=True)
+        self.encoder, self.head = nn.TransformerEncoder(layer, 3), nn.Linear(16, C)
+        self.to(dtype)
+
+    def forward(self, ids, places):
+        h = self.tokens(ids) + self.positions(places)
+        return self.head(self.encoder(h, src_key_padding_mask=ids == 0)).float()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_as_many_positions_as_samples_are_no_doubt_for_long(dtype):
+    batches = [((padded(N, T), torch.arange(T)), torch.randint(0, C, (N, T))) for N, T in ((4, 6), (6, 6), (5, 5))]
+    F = ff.fisher(Encoder(dtype).eval(), batches, fisher_type="empirical", progress=False)
+    assert F.num_positions == 24 + 36 + 25
+
+
 class Skips(nn.Module):
     """A weight is used sample by sample, and position by position; short inputs are not worth the first."""
 
@@ -111,22 +133,36 @@ def test_a_use_that_a_later_batch_leaves_out_lends_its_layout_to_no_other(length
 
 
 class Joined(nn.Module):
-    """Sequences of their own lengths, cut and put one after the other by ``torch.cat``."""
+    """Sequences of their own lengths, cut and put one after the other by ``join``."""
 
-    def __init__(self):
+    def __init__(self, join):
         super().__init__()
-        self.inner, self.head = nn.Linear(3, D), nn.Linear(D, C)
+        self.join, self.inner, self.head = join, nn.Linear(3, D), nn.Linear(D, C)
 
     def forward(self, x, lengths):
-        rows = self.inner(torch.cat([one[:length] for one, length in zip(x, lengths.tolist(), strict=True)])).tanh()
+        parts = [one[:length] for one, length in zip(x, lengths.tolist(), strict=True)]
+        rows = self.inner(self.join(parts)).tanh().view(-1, D)
         return self.head(torch.stack([own.sum(0) for own in rows.split(lengths.tolist())]))
 
 
-def test_lengths_that_differ_only_where_no_look_is_due():
-    lengths = [[2, 2, 2]] * 4 + [[1, 3, 2], [3, 2, 1], [1, 1, 4]]
-    batches = [((torch.randn(3, 4, 3).double(), torch.tensor(one)), torch.randint(0, C, (3,))) for one in lengths]
-    alone = [((x[n : n + 1], own[n : n + 1]), y[n : n + 1]) for (x, own), y in batches for n in range(3)]
-    model = Joined().double()
+JOINS = {
+    "cat": torch.cat,
+    "vstack": torch.vstack,
+    "along the second axis": lambda parts: torch.cat([part[None] for part in parts], 1),
+    "along the last": lambda parts: torch.cat([part.T for part in parts], dim=-1).T,
+}
+
+
+UNEVEN = {2: [1, 3], 3: [1, 2, 3], 5: [1, 3, 2, 1, 3]}  # of as many rows in all as two for each sample
+
+
+@pytest.mark.parametrize("N", UNEVEN)
+@pytest.mark.parametrize("name", JOINS)
+def test_lengths_that_differ_only_where_no_look_is_due(name, N):
+    lengths = [[2] * N] * 4 + [UNEVEN[N], UNEVEN[N][::-1]]
+    batches = [((torch.randn(N, 4, 3).double(), torch.tensor(one)), torch.randint(0, C, (N,))) for one in lengths]
+    alone = [((x[n : n + 1], own[n : n + 1]), y[n : n + 1]) for (x, own), y in batches for n in range(N)]
+    model = Joined(JOINS[name]).double()
     same(*(ff.fisher(model, data, fisher_type="empirical", progress=False) for data in (batches, alone)))
 
 
@@ -198,3 +234,25 @@ def test_memory_does_not_grow_with_the_batches():
 def _resident():
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * resource.getpagesize()
+
+
+def test_gradients_too_small_to_scale_are_nobodys():
+    """Where a float32 model is all but certain some rows' gradients are subnormal: tags are powers of two, and rounded."""
+    torch.manual_seed(0)
+    model = Wrapped(lambda m, x: 600 * m.last(m.first(x).tanh()), first=nn.Linear(4, 6), last=nn.Linear(6, 5))
+    x = torch.randn(8, 7, 4)
+    y = model(x).argmax(-1)
+    with ff.collect(model, "diagonal") as stats:
+        stats.backward(F.cross_entropy(model(x).transpose(1, 2), y, reduction="none").sum(1))
+    assert stats.result().num_samples == 8
+
+
+def test_a_model_that_begins_late_to_write_into_its_inputs():
+    def forward(m, x):
+        h = m.layer(x.mul_(0.5) if len(x) > 3 else x * 0.5)
+        return h.clamp(min=m.low)  # of which no rule knows: the fallback runs the model again
+
+    model = Wrapped(forward, layer=nn.Linear(3, C), low=nn.Parameter(torch.zeros(C)))
+    data = [(torch.randn(n, 3), torch.randint(0, C, (n,))) for n in (3, 5)]
+    with pytest.raises(ValueError, match="must not begin in a later batch to write into its inputs"):
+        ff.fisher(model, data, fisher_type="empirical", progress=False)

@@ -131,3 +131,13 @@ def test_a_file_and_a_sum_know_the_precision_of_what_they_are_of(structure, tmp_
 def test_files_that_say_no_precision_are_of_float32():
     assert Place.from_state(["w", None, 1, False, "gram_", "expand", None]).precision == "float32"
     assert Place("w", precision="float64").eps == torch.finfo(torch.float64).eps
+
+
+@pytest.mark.parametrize("structure", ["kfac", "ekfac"])
+@pytest.mark.parametrize("seed", range(12))
+def test_ranks_are_those_of_the_factors_whatever_the_scale_of_the_inputs(structure, seed):
+    torch.manual_seed(seed)
+    D, M, K = int(torch.randint(8, 30, ())), int(torch.randint(4, 30, ())), int(torch.randint(2, 6, ()))
+    layer, x = nn.Linear(D, K), torch.randn(M, D) * torch.logspace(0, -3, D)
+    F = ff.fisher(layer, [(x, None)], structure, "exact", progress=False)
+    assert int((F.eigenvalues() > 0).sum()) == min(M, D + 1) * (K - 1)

@@ -20,9 +20,8 @@ from fisherfast.fisher import _logdet
 from fisherfast.fisher.kronecker import KroneckerBlock, Place
 
 _CHUNK_BYTES = 2**24  # of matrices that are decomposed in one call
-_PROJECTION_NOISE = (
-    256  # eps of the largest projection: where A has no eigenvalue near zero, at most 50 came out, of 40 to 1,000 columns
-)
+# Eps of the largest projection that rounding leaves: of a basis of full rank, and where the factor is next to singular.
+_SPAN_NOISE, _NULL_NOISE = 256, 4096
 
 
 @dataclass(eq=False)
@@ -47,10 +46,20 @@ class EigenBlock:
     def _eigenvalues(self) -> Tensor:
         """Those of the block, ``[G, q, r]``, without those of directions of the inputs or outputs in which there is only rounding."""
         values = self.values.mean()
-        noise = values.amax((1, 2), keepdim=True) * (_PROJECTION_NOISE * self.place.eps) ** 2
-        of_inputs = noise * _shares(self.U, self.kronecker.mean_of_A()).unsqueeze(1)
-        of_outputs = noise * _shares(self.V, self.kronecker.B.mean()).unsqueeze(2)
-        return values.where((values.amax(1, keepdim=True) > of_inputs) & (values.amax(2, keepdim=True) > of_outputs), 0.0)
+        of_inputs = self._nothing(values.amax(1), self.U, lambda: self.kronecker.values_of_A)
+        of_outputs = self._nothing(values.amax(2), self.V, lambda: self.kronecker.values_of_B)
+        return values.masked_fill(of_inputs.unsqueeze(1) | of_outputs.unsqueeze(2), 0.0)
+
+    def _nothing(self, largest: Tensor, basis: Tensor | None, of_factor: Callable[[], Tensor]) -> Tensor:
+        """In which directions ``[G, r]`` there is only rounding, by the largest eigenvalue in each: those in which the factor that
+        the basis is of has nothing, and these data neither. In a basis of few rows' span, where there is next to nothing.
+        """
+        if basis is None:
+            return torch.zeros_like(largest, dtype=torch.bool)  # nothing was projected
+        of_span = basis.shape[1] > basis.shape[2]
+        most = (_SPAN_NOISE if of_span else _NULL_NOISE) * self.place.eps
+        small = largest <= most**2 * largest.amax(1, keepdim=True)
+        return small if of_span or not bool(small.any()) else small & (of_factor() == 0)
 
     def _into(self, v: Tensor) -> Tensor:
         """A matrix ``[G, O, D]`` in the basis, ``[G, q, r]``."""
@@ -204,14 +213,3 @@ def _eigenvectors(matrices: Tensor) -> Tensor:
     if matrices.dtype != torch.float64 and bool(failed.any()):
         vectors[failed] = torch.linalg.eigh(matrices[failed].double()).eigenvectors.to(matrices.dtype)
     return vectors
-
-
-def _shares(basis: Tensor | None, factor: Tensor) -> Tensor:
-    """The squares that a projection on each vector of a basis ``[G, D, r]`` is a sum of, as a share of the largest: its rounding's.
-
-    Zero where there is no basis: nothing is projected.
-    """
-    if basis is None:
-        return factor.new_zeros(1, 1)
-    squares = basis.double().square().mT @ factor.diagonal(dim1=1, dim2=2).unsqueeze(2)
-    return (squares / squares.amax(1, keepdim=True).clamp_min(torch.finfo(squares.dtype).tiny)).squeeze(2)

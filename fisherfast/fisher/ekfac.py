@@ -67,9 +67,8 @@ class EKFACFisher(BlockFisher[EigenBlock | ExactBlock]):
               basis's. Where fewer rows were seen than a third of a factor's columns, the basis is that of their span.
     Scale:    a mean over samples, as every Fisher's. ``damping`` is Tikhonov, ``F + damping I``, one number per block.
     Errors:   as ``KFACFisher``'s; ``+`` and ``all_reduce`` refuse other bases than the same, bit by bit.
-    Numerics: eigenvectors in the model's precision, float32 or wider; float64 sums and arithmetic; directions all of whose
-              eigenvalues are below ``(256 eps)^2`` of the block's largest, in proportion to what they are made of, are rounding and
-              count as zero.
+    Numerics: eigenvectors in the model's precision, float32 or wider; float64 sums and arithmetic; directions in
+              which the basis's factor has nothing, and the data next to nothing, count as zero.
     Source:   George et al. 2018 (arXiv:1806.03884), Proposition 3.1 and Algorithm 1.
     """
 

@@ -123,13 +123,15 @@ class KroneckerBlock:
         return finite(factor, self.place.name, f"its {side} factor")
 
     @functools.cached_property
-    def _values_of_A(self) -> Tensor:
+    def values_of_A(self) -> Tensor:
+        """The eigenvalues of A ``[G, D]``, rising; where A is diagonal its entries. What is zero but for rounding is zero."""
         if self.leader is not None:
-            return self.leader._values_of_A
+            return self.leader.values_of_A
         return _eigenvalues(self.finite(self.mean_of_A(), "input"), self.place.eps)
 
     @functools.cached_property
-    def _values_of_B(self) -> Tensor:
+    def values_of_B(self) -> Tensor:
+        """Those of B ``[G, O]``."""
         return _eigenvalues(self.finite(self.B.mean(), "output"), self.place.eps)
 
     @functools.cached_property
@@ -144,7 +146,7 @@ class KroneckerBlock:
 
     def changed(self) -> None:
         """The sums have changed: what was computed from them is void."""
-        for name in ("_values_of_A", "_values_of_B", "_eigen_of_A", "_eigen_of_B"):
+        for name in ("values_of_A", "values_of_B", "_eigen_of_A", "_eigen_of_B"):
             self.__dict__.pop(name, None)
         self.few_rows = (None, None)
 
@@ -174,7 +176,7 @@ class KroneckerBlock:
 
     def spectrum(self) -> tuple[tuple[Tensor, ...], int]:
         """The factors' eigenvalues ``(b, a)``; with groups all eigenvalues as one factor."""
-        a, b = self._values_of_A, self._values_of_B
+        a, b = self.values_of_A, self.values_of_B
         return ((b[0], a[0]) if len(a) == 1 else ((b.unsqueeze(2) * a.unsqueeze(1)).flatten(),)), 0
 
     def mean_of_A(self, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -210,7 +212,7 @@ class KroneckerBlock:
 
     def logdet(self, damping: float) -> tuple[float, int]:
         """``sum log(a_i b_j + damping)`` and how many of these are ``log 0``, which are left out."""
-        a, b = self._values_of_A, self._values_of_B
+        a, b = self.values_of_A, self.values_of_B
         if damping:
             sums = torch.zeros(2, dtype=torch.float64, device=a.device)
             for of_input, of_output in zip(a, b, strict=True):
@@ -233,7 +235,7 @@ class KroneckerBlock:
 
     def inverse(self, dtype: torch.dtype, damped: bool) -> tuple[Tensor, Tensor]:
         """The inverses of A and B. Errors: torch.linalg.LinAlgError if one is singular, which Cholesky does not see under rounding."""
-        if not damped and not all(bool((values > 0).all()) for values in (self._values_of_A, self._values_of_B)):
+        if not damped and not all(bool((values > 0).all()) for values in (self.values_of_A, self.values_of_B)):
             raise torch.linalg.LinAlgError("an eigenvalue is zero but for rounding")
         A, B = self.factors()
         return _inverse(A).to(dtype), _inverse(B).to(dtype)
