@@ -88,7 +88,7 @@ def points(axes: Any, values: Sequence[float]) -> None:
     if shown:
         exponents = [math.log10(value) for _, value in shown]
         axes.set_xscale("log")
-        axes.set_xlim(10 ** math.floor(min(exponents) - 0.1), 10 ** math.ceil(max(exponents) + 0.1))
+        axes.set_xlim(10.0 ** math.floor(min(exponents) - 0.1), 10.0 ** min(math.ceil(max(exponents) + 0.1), 308))
     axes.plot([value for _, value in shown], [row for row, _ in shown], "o", color=VERMILLION, markersize=7)
     for row, value in enumerate(values):
         at = {"xy": (value, row)} if value > 0 else {"xy": (0, row), "xycoords": ("axes fraction", "data")}

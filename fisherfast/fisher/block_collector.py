@@ -136,8 +136,8 @@ class BlockCollector:
             return
         sums = self._sums[name]
         sums.check(form)
-        sums.add(form, rows, scale, number, self._samples, self._waits(name))
-        sums.touch(self._samples)
+        with sums.main.visiting(self._samples.total_weight()):
+            sums.add(form, rows, scale, number, self._samples, self._waits(name))
         if isinstance(sums, WeightSums):
             transposed = isinstance(form, MatMul) and form.transposed
             outputs = [use.x if transposed else use.g for use in rows.uses or (rows,)]
@@ -150,8 +150,8 @@ class BlockCollector:
             raise ValueError(
                 f"{tracked.name}: must be used as in the first batch, got a use without a rule; begin with 2 samples or more"
             )
-        sums.add_gradients(gradients, first, scale, self._samples, self._waits(tracked.name))
-        sums.touch(self._samples)
+        with sums.main.visiting(self._samples.total_weight()):
+            sums.add_gradients(gradients, first, scale, self._samples, self._waits(tracked.name))
 
     def _waits(self, name: str) -> bool:
         """Whether what is added counts only with its whole batch: also of a parameter that comes part by part."""
@@ -184,7 +184,7 @@ class BlockCollector:
 
     def _touch(self, name: str) -> None:
         if name in self._sums:
-            self._sums[name].touch(self._samples)
+            self._sums[name].main.visited(self._samples.total_weight())
 
     def settle(self, complete: bool) -> list[str]:
         """See ``Collector``."""

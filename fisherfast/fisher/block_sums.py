@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -63,6 +64,16 @@ class BatchSum:
         """Note the weight of the batch."""
         self._weight = weight
 
+    @contextmanager
+    def visiting(self, weight: Tensor | float) -> Iterator[None]:
+        """Note the weight of what is added inside; not if that fails."""
+        before, self._weight = self._weight, weight
+        try:
+            yield
+        except Exception:
+            self._weight = before
+            raise
+
     def settle(self, whole: bool, alone: bool) -> None:
         """End the batch; ``whole``: it counts; ``alone``: this sum counts although the batch did not complete."""
         counts = whole or (alone and not self._waits)
@@ -95,8 +106,9 @@ class BlockSums(Protocol):
     def check(self, form: Form) -> None:
         """Raise ValueError if it is used in a form that it cannot take."""
 
-    def touch(self, samples: Samples) -> None:
-        """Count the batch's samples."""
+    @property
+    def main(self) -> BatchSum:
+        """The one in which every sample counts."""
 
     def end(self) -> None:
         """The batch is over."""
@@ -184,9 +196,10 @@ class DiagonalSums(GradientSums):
         weight = samples.weight_of(first, len(flat))
         add_squares(self.squares.target(staged).view(-1), flat, scale, weight, self.squares.flag)
 
-    def touch(self, samples: Samples) -> None:
-        """Count the batch."""
-        self.squares.visited(samples.total_weight())
+    @property
+    def main(self) -> BatchSum:
+        """See ``BlockSums``."""
+        return self.squares
 
 
 def mirrored(accumulator: Accumulator) -> Accumulator:

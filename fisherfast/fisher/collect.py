@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fisherfast.calls import Key
 from fisherfast.collector import Samples
+from fisherfast.fisher import interrupts
 from fisherfast.fisher.asked import requests
 from fisherfast.fisher.protocol import Provenance
 from fisherfast.fisher.run import Interrupted, Run, model_name
@@ -93,16 +94,17 @@ class collect:
             if not self._explored or capture.outdated(loss):
                 self._explore(loss)
             self._check_fallback(loss)
-            with run.transaction(Samples(N)):
-                looped = bool(run.looped)
-                calls = run.passes.run(loss, [self._pass(torch.ones_like(loss))], 1, keep=looped or retain_graph)
-                if looped:
-                    with run.timed("loop"):
-                        self._loop(loss)
-                fresh = run.fresh(calls)
-            run.num_samples += N if fresh else 0
-            run.num_positions += N if fresh else 0
-            run.batches += 1
+            with interrupts.put_off():  # a batch counts as a whole
+                with run.transaction(Samples(N)):
+                    looped = bool(run.looped)
+                    calls = run.passes.run(loss, [self._pass(torch.ones_like(loss))], 1, keep=looped or retain_graph)
+                    if looped:
+                        with run.timed("loop"):
+                            self._loop(loss)
+                    fresh = run.fresh(calls)
+                run.num_samples += N if fresh else 0
+                run.num_positions += N if fresh else 0
+                run.batches += 1
             for name in self._postponed:
                 capture.tracked[name].fallback = None
                 run.ops[name] = f"loop: {NO_AXIS}, in the first batches"

@@ -133,4 +133,4 @@ class Measured(Counted):
 
     def _identity(self) -> dict[str, Any]:
         """What must be equal for pooling to mean anything."""
-        return _pooling.identity(self.shapes, self.aliases, self.provenance)
+        return {"structure": type(self).__name__, **_pooling.identity(self.shapes, self.aliases, self.provenance)}

@@ -112,9 +112,10 @@ class EigenSums(WeightSums):
         """The shape in which the values are added up."""
         return q, r
 
-    def touch(self, samples: Samples) -> None:
+    @property
+    def main(self) -> BatchSum:
         """See ``BlockSums``."""
-        self.values.visited(samples.total_weight())
+        return self.values
 
     def block(self, made: Mapping[str, Any]) -> EigenBlock:
         """See ``BlockSums``."""

@@ -125,7 +125,17 @@ class Engine:
         if self._samples.padded and form.op == "linear_sq_" and rows.g.shape[-2] > 1:
             rows = rows.without_zeros()
         name, flag, sqnorm = tracked.name, self._flag[tracked.name], self._sqnorm(tracked.name, scale)
+        known = name in self._touched
         self._touched[name] = None
+        try:
+            self._accumulate(tracked, form, rows, scale, sqnorm, flag)
+        except Exception:
+            if not known:
+                del self._touched[name]
+            raise
+
+    def _accumulate(self, tracked: Tracked, form: Form, rows: Rows, scale: float, sqnorm: Tensor | None, flag: Tensor) -> None:
+        name = tracked.name
         if name in self.squares:
             acc = self._target(self.squares, self._staged_squares, name)
             total = self._total(name, scale) if self.totals else None

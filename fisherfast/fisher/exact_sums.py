@@ -60,9 +60,10 @@ class ExactSums(GradientSums):
         rows = wide(gradients).reshape(len(gradients), -1)
         gram_(self.moments.target(staged), rows, scale, weight=weight, flag=self.moments.flag)
 
-    def touch(self, samples: Samples) -> None:
-        """Count the batch."""
-        self.moments.visited(samples.total_weight())
+    @property
+    def main(self) -> BatchSum:
+        """See ``BlockSums``."""
+        return self.moments
 
     def block(self, made: Mapping[str, Any]) -> ExactBlock:
         """What was added, on memory of its own."""

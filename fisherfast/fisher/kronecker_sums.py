@@ -122,9 +122,10 @@ class KroneckerSums(WeightSums):
         """See ``BlockSums``."""
         self._inputs.end()
 
-    def touch(self, samples: Samples) -> None:
-        """Count the batch's samples."""
-        self.B.visited(samples.total_weight())
+    @property
+    def main(self) -> BatchSum:
+        """See ``BlockSums``."""
+        return self.B
 
     def add(self, form: Form, rows: Rows, scale: float, number: int, samples: Samples, staged: bool) -> None:
         """Take the rows of one pass; the inputs are those of all passes, and count once."""
@@ -139,23 +140,21 @@ class KroneckerSums(WeightSums):
         self, form: Convolution, rows: Rows, scale: float, weight: Tensor | None, A: Tensor | None, B: Tensor
     ) -> None:
         """Patches of one side at every pixel of the other: of the inputs, or of the gradients where it is transposed."""
-        inputs, gradients = self._add_patches, self._add_pixels
+        inputs, gradients, uses = self._add_patches, self._add_pixels, rows.uses or (rows,)
         if form.transposed:
             inputs, gradients = gradients, inputs
         if rows.uses:  # what a later use brings must be known before an earlier one is added
             of_x, of_g = (self.B, self.A) if form.transposed else (self.A, self.B)
             of_x.flag |= ~torch.isfinite(rows.inputs).all()
             of_g.flag |= ~torch.isfinite(rows.g).all()
-        positions: Tensor | float = 0.0
-        for use in rows.uses or (rows,):
-            each = weight if weight is None or use.offsets is None else weight.repeat_interleave(use.offsets.diff())
+        each = [weight if weight is None or use.offsets is None else weight.repeat_interleave(use.offsets.diff()) for use in uses]
+        counts = [len(use.g) if one is None else one.sum(dtype=torch.float64) for use, one in zip(uses, each, strict=True)]
+        positions = sum(count * math.prod(use.g.shape[2:]) for use, count in zip(uses, counts, strict=True))
+        for use, mine in zip(uses, each, strict=True):
             if A is not None:
-                inputs(self.A, A, form, use, 1.0, each)
-                count = len(use.g) if each is None else each.sum(dtype=torch.float64)
-                positions = positions + count * math.prod(use.g.shape[2:])
-            gradients(self.B, B, form, use, scale, each)
-        if A is not None:
-            self.A.visited(positions)
+                with self.A.visiting(positions):
+                    inputs(self.A, A, form, use, 1.0, mine)
+            gradients(self.B, B, form, use, scale, mine)
 
     def _add_patches(
         self, one: BatchSum, target: Tensor, form: Convolution, rows: Rows, scale: float, weight: Tensor | None
@@ -194,13 +193,13 @@ class KroneckerSums(WeightSums):
         self.B.add_outer(B[0], g, scale, weight=weight)
 
     def _add_inputs(self, x: Tensor, weight: Tensor | None, A: Tensor) -> None:
-        self.A.visited(math.prod(x.shape[:-1]) if weight is None else weight.sum(dtype=torch.float64))
-        if isinstance(self.form, Lookup):
-            counts = self._counted(x, weight).flatten().double()
-            # By sorting, on a GPU: bincount would wait for the device, and add in any order.
-            A[0] += counts.new_zeros(A.shape[1]).index_put_((x.flatten(),), counts, accumulate=True).to(A.dtype)
-        else:
-            self.A.add_outer(A[0], x, weight=weight, bias=self.place.bias is not None)
+        with self.A.visiting(math.prod(x.shape[:-1]) if weight is None else weight.sum(dtype=torch.float64)):
+            if isinstance(self.form, Lookup):
+                counts = self._counted(x, weight).flatten().double()
+                # By sorting, on a GPU: bincount would wait for the device, and add in any order.
+                A[0] += counts.new_zeros(A.shape[1]).index_put_((x.flatten(),), counts, accumulate=True).to(A.dtype)
+            else:
+                self.A.add_outer(A[0], x, weight=weight, bias=self.place.bias is not None)
 
     def _counted(self, ids: Tensor, weight: Tensor | None) -> Tensor:
         """The weights of the rows of a table that are looked up; the padding row has no gradient."""

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from fisherfast.batches import Batch, Output, ReadTwice
 from fisherfast.collector import Samples
 from fisherfast.fallback import SampleGradients
-from fisherfast.fisher import _arguments, serialize
+from fisherfast.fisher import _arguments, interrupts, serialize
 from fisherfast.fisher.asked import Asked, factors_first, needs_basis, requests, with_basis
 from fisherfast.fisher.kfac import KFACFisher
 from fisherfast.fisher.labelling import Labelling
@@ -156,10 +156,16 @@ class Measurement:
         written = time.monotonic()
         with self.run.rescue():
             try:
-                number = -1
+                number, read = -1, 0
                 for number, batch in enumerate(batches):
                     if number < done:
                         self._look(batch)  # as the run did before it stopped
+                        read += batch.N
+                        if number + 1 == done and read != self.run.num_samples:
+                            raise ValueError(
+                                f"fisher: data must come in the batches that {checkpoint} was made of, got {read} samples in the first "
+                                f"{done}, where it holds {self.run.num_samples}; give the same data, or remove the file"
+                            )
                         continue
                     self.batch(batch)
                     if checkpoint is not None and time.monotonic() - written > _CHECKPOINT_SECONDS:
@@ -226,15 +232,16 @@ class Measurement:
                 "model: the output must depend on the parameters through autograd, got one without a graph; is grad disabled?"
             )
         padded = predictions.num_positions < 0.8 * predictions.counted.numel()
-        with self.run.transaction(Samples(batch.N, count, batch.weight, padded, batch.mask)):
-            every = batch.weight is None and (batch.mask is None or bool(batch.mask.all()))
-            detached = predictions.detached()
-            support = partial(self._support, detached)
-            self.run.passes.run(predictions.values, self._passes(detached), count, every=every, support=support)
-            self._fall_back(batch, output, predictions)
-        self.run.num_samples += batch.N
-        self.run.num_positions += predictions.num_positions
-        self.run.batches += 1
+        with interrupts.put_off():  # a batch counts as a whole
+            with self.run.transaction(Samples(batch.N, count, batch.weight, padded, batch.mask)):
+                every = batch.weight is None and (batch.mask is None or bool(batch.mask.all()))
+                detached = predictions.detached()
+                support = partial(self._support, detached)
+                self.run.passes.run(predictions.values, self._passes(detached), count, every=every, support=support)
+                self._fall_back(batch, output, predictions)
+            self.run.num_samples += batch.N
+            self.run.num_positions += predictions.num_positions
+            self.run.batches += 1
 
     def forward(self, batch: Batch, exploring: bool = False, first: int = 0) -> tuple[Tensor, Predictions]:
         """Run the model on a batch whose first sample is number ``first`` of the current one: its output, and what that says."""

@@ -103,7 +103,7 @@ class FisherOperator:
         self._labelling.check(batch)
         with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
             with WithoutChance():
-                output = batch.feed(self._model, self._output)
+                output = batch.copied().feed(self._model, self._output)  # the data are read again for every product
             predictions = self._labelling.predictions(batch, output, first)
             values = predictions.values
             if not bool(values.detach().isfinite().all()):

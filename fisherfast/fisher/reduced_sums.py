@@ -62,9 +62,9 @@ class ReducedSums(KroneckerSums):
     def _add_means(self, x: Tensor, weight: Tensor | None, counts: Tensor, A: Tensor) -> None:
         """A sample without positions has no mean."""
         weight = counts.to(torch.float32) if weight is None else weight * counts
-        self.A.visited(weight.sum(dtype=torch.float64))
-        for k, mine in enumerate(self._by_group(x)):
-            self.A.add_outer(A[k], mine, weight=weight, bias=self.place.bias is not None)
+        with self.A.visiting(weight.sum(dtype=torch.float64)):
+            for k, mine in enumerate(self._by_group(x)):
+                self.A.add_outer(A[k], mine, weight=weight, bias=self.place.bias is not None)
 
     def _by_group(self, rows: Tensor) -> tuple[Tensor, ...]:
         return rows.unflatten(1, (self.place.groups, -1)).unbind(1)

@@ -100,6 +100,8 @@ def save(fisher: Storable, path: str | os.PathLike[str], extra: Mapping[str, str
     if path.is_dir():
         raise IsADirectoryError(f"save: path must be a file, got the folder {path}")
     tensors, fields = fisher.state()
+    if "__metadata__" in tensors:
+        raise ValueError("save: no parameter must be called '__metadata__', which safetensors keeps for itself; rename it")
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     metadata = {
         "format": FORMAT,

@@ -55,7 +55,7 @@ class SampleLosses:
             with WithoutChance():
                 return functional_call(self.model, dict(weights), args, kwargs)
 
-        output = batch.feed(replaced, self.output)
+        output = batch.copied().feed(replaced, self.output)  # the data are read again
         if self.loss is None:
             return self.likelihood.losses(predictions_of(self.likelihood, batch, output))
         spread, targets, _ = batch.unpacked(output)
