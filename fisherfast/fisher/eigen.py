@@ -20,7 +20,7 @@ from fisherfast.fisher import _logdet
 from fisherfast.fisher.kronecker import KroneckerBlock, Place
 
 _CHUNK_BYTES = 2**24  # of matrices that are decomposed in one call
-# Eps of the largest projection that rounding leaves: of a basis of full rank, and where the factor is next to singular.
+# Eps of the largest projection, below which there is next to nothing: in a basis of few rows' span, and where the basis's factor has nothing.
 _SPAN_NOISE, _NULL_NOISE = 256, 4096
 
 
