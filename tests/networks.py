@@ -37,6 +37,17 @@ def images(n=N):
     return torch.randn(n, 1, 6, 6), torch.randint(0, C, (n,))
 
 
+class BesideMask(nn.Module):
+    """A network of x alone, with an attention mask as a second input that it does not look at."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x, attention_mask):
+        return self.inner(x)
+
+
 class Wrapped(nn.Module):
     """A module from parts and a forward function ``f(self, x)``."""
 

@@ -5,7 +5,7 @@ import networks
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import measure
+from networks import BesideMask, measure
 from oracle import close
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -80,18 +80,13 @@ def test_padding_that_experts_see_counts_in_no_batch_size():
     for expert in model.experts:
         expert[0].bias.data.fill_(100.0)  # no unit is off, so what has no gradient is padding
 
-    class Masked(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.inner = model
-
-        def forward(self, x, attention_mask):
-            return self.inner(x)
-
     def batch(n):
         return {"x": x[n], "attention_mask": mask[n], "labels": y[n]}
 
-    found = [factor_of(Masked(), batches, "inner.experts.0.0") for batches in ([batch(slice(N))], [batch([n]) for n in range(N)])]
+    found = [
+        factor_of(BesideMask(model), batches, "inner.experts.0.0")
+        for batches in ([batch(slice(N))], [batch([n]) for n in range(N)])
+    ]
     rows = x[:, :4].flatten(0, 1)[model.chosen(x[:, :4].contiguous()) == 0]
     assert close(found[0], factor(rows), EXACT) and close(found[1], factor(rows), EXACT)
 

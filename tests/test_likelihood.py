@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from networks import BesideMask
 from torch import nn
 
 import fisherfast as ff
@@ -537,18 +538,10 @@ def test_the_example_of_the_documentation():
 def test_an_output_like_its_attention_mask_is_ambiguous():
     model, x = nn.Sequential(nn.Linear(2, 1), nn.Flatten(1)), torch.randn(2, 5, 2)
 
-    class Masked(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.inner = model
-
-        def forward(self, x, attention_mask):
-            return self.inner(x)
-
     mask = torch.tensor([[1, 1, 0, 0, 0], [1] * 5])
     with pytest.raises(ValueError, match=r"output \(2, 5\) is ambiguous beside an attention mask"):
-        ff.fisher(Masked(), [{"x": x, "attention_mask": mask}], likelihood="gaussian", progress=False)
-    ff.fisher(Masked(), [{"x": x, "attention_mask": torch.ones_like(mask)}], likelihood="gaussian", progress=False)
+        ff.fisher(BesideMask(model), [{"x": x, "attention_mask": mask}], likelihood="gaussian", progress=False)
+    ff.fisher(BesideMask(model), [{"x": x, "attention_mask": torch.ones_like(mask)}], likelihood="gaussian", progress=False)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)

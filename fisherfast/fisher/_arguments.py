@@ -7,6 +7,7 @@ import math
 import operator
 import sys
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,10 +18,10 @@ from fisherfast.fisher.protocol import Damping, Vector, layer_of
 _SHOWN = 5
 
 
-def whole(caller: str, name: str, value: object) -> int:
+def whole(caller: str, name: str, value: Any) -> int:
     """The integer that ``value`` is, of Python, numpy or a tensor without axes. Errors: ValueError."""
     try:
-        return operator.index(value)  # type: ignore[arg-type]
+        return operator.index(value)
     except TypeError:
         raise ValueError(f"{caller}: {name} must be an integer, got {value!r}") from None
 

@@ -148,8 +148,7 @@ class KroneckerSums(WeightSums):
             of_x.flag |= ~torch.isfinite(rows.inputs).all()
             of_g.flag |= ~torch.isfinite(rows.g).all()
         each = [weight if weight is None or use.offsets is None else weight.repeat_interleave(use.offsets.diff()) for use in uses]
-        counts = [len(use.g) if one is None else one.sum(dtype=torch.float64) for use, one in zip(uses, each, strict=True)]
-        positions = sum(count * math.prod(use.g.shape[2:]) for use, count in zip(uses, counts, strict=True))
+        positions = 0.0 if A is None else sum(_positions(use, mine) for use, mine in zip(uses, each, strict=True))
         for use, mine in zip(uses, each, strict=True):
             if A is not None:
                 with self.A.visiting(positions):
@@ -206,6 +205,11 @@ class KroneckerSums(WeightSums):
         assert isinstance(self.form, Lookup)
         counted = (ids.squeeze(-1) != self.form.padding_idx).to(torch.float32, memory_format=torch.contiguous_format)
         return counted if weight is None else weight * counted
+
+
+def _positions(images: Rows, weight: Tensor | None) -> Tensor | float:
+    """How many there are of all images, by their weights."""
+    return math.prod(images.g.shape[2:]) * (len(images.g) if weight is None else weight.sum(dtype=torch.float64))
 
 
 class Inputs:
