@@ -119,7 +119,7 @@ struct OrderedPlace {
   int64_t first, stride;  // of the accumulator's rows
   const Place *begin, *end;
 
-  bool holds(int64_t, int64_t) const { return true; }
+  int64_t outside(int64_t, int64_t) const { return 0; }
 
   template <class Tile>
   void prefetch(const Tile&, int64_t, int64_t) const {}

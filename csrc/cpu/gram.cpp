@@ -24,10 +24,10 @@ constexpr int64_t kRowsOfShare = 2048, kMostShares = 32;
 // Shares of the rows, where the accumulator is too small to be shared out itself.
 int64_t shares_of(int64_t M, int64_t D) { return D > kNarrow ? 1 : std::clamp<int64_t>(M / kRowsOfShare, 1, kMostShares); }
 
-// The multiply-adds until the last thread is done, if each takes the next tile when it is free.
-int64_t time_of(int64_t D, int64_t width, int64_t block, int64_t threads) {
+// The multiply-adds until the last thread is done, if each takes the next tile when it is free, and a row so many in vain on the
+// other side of the diagonal.
+int64_t time_of(int64_t D, int64_t width, int64_t waste, int64_t threads) {
   constexpr int64_t kOperandCost = 15;  // bringing an operand's element to the core, in multiply-adds
-  const int64_t waste = block / 2 + 4;  // register blocks reach over the diagonal
   const int64_t side = ceil_div(D, width);
   std::vector<int64_t> busy(threads, 0);
   for (int64_t index = 0; index < side * (side + 1) / 2; ++index) {
@@ -41,11 +41,11 @@ int64_t time_of(int64_t D, int64_t width, int64_t block, int64_t threads) {
 }
 
 // The width of the tiles, a multiple of the block: the fastest of the few ways to cut the accumulator.
-int64_t width_of(int64_t D, int64_t block, int64_t threads, int64_t largest) {
+int64_t width_of(int64_t D, int64_t block, int64_t waste, int64_t threads, int64_t largest) {
   const int64_t blocks = ceil_div(D, block), least_side = ceil_div(D, largest);
   int64_t best = 0, least = INT64_MAX;
   for (int64_t side = least_side; side <= std::min(blocks, least_side + std::min<int64_t>(threads, 16)); ++side) {
-    const int64_t width = ceil_div(blocks, side) * block, time = time_of(D, width, block, threads);
+    const int64_t width = ceil_div(blocks, side) * block, time = time_of(D, width, waste, threads);
     if (time < least) {
       least = time;
       best = width;
@@ -79,7 +79,8 @@ void run(GramProblem<S> problem) {
   const auto kernel = FISHERFAST_PICK_TILES(R, matrix_registers_pay(problem.samples, D, D), gram_kernel<S>);
   const int64_t largest = kLargestWidth * static_cast<int64_t>(sizeof(float)) / static_cast<int64_t>(sizeof(R));
   const int64_t block = std::lcm(kLeastBlock, std::lcm(kernel.block_rows, kernel.block_columns));
-  const int64_t width = width_of(D, block, std::max<int64_t>(1, threads / shares), largest);
+  const int64_t waste = (kernel.lanes + kernel.block_rows) / 2;
+  const int64_t width = width_of(D, block, waste, std::max<int64_t>(1, threads / shares), largest);
   problem.side = ceil_div(D, width);
   problem.tiling = {width, width, problem.side * (problem.side + 1) / 2, 1, shares};
   if (shares == 1) return run_tiles(problem, kernel, threads, {}, 0);

@@ -105,7 +105,7 @@ void tiled_product(LinearProblem<S> problem, const Output& out) {
   for (int64_t row = 0; row < N; row += kernel.chain) offsets.push_back(row);
   offsets.push_back(N);
   problem.samples = {static_cast<int64_t>(offsets.size()) - 1, 0, N, offsets.data()};
-  problem.flush_every = 2;  // a block holds only a few such samples
+  problem.flush_every = 8;  // a block holds only a few such samples
   problem.g.stride_t = problem.g.stride_n;
   problem.x.stride_t = problem.x.stride_n;
   problem.row_weight = std::exchange(problem.weight, nullptr);

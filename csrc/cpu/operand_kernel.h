@@ -66,14 +66,33 @@ struct Operand {
       R* to = place(panel) + offset;
       const int64_t count = std::min(kWidth, size() - panel * kWidth);
       // Loops of a constant length become vector code.
-      if (count == kWidth && squared) {
-        for (int64_t c = 0; c < kWidth; ++c) to[c] = widen(from[c * stride]) * widen(from[c * stride]) * w;
-      } else if (count == kWidth) {
-        for (int64_t c = 0; c < kWidth; ++c) to[c] = widen(from[c * stride]) * w;
+      if (count == kWidth) {
+        if (stride == 1) prefetch_line(from + rows.stride_t);
+        if (std::is_same_v<S, R> && stride == 1) {
+          pack_pieces(from, w, to);
+        } else if (squared) {
+          for (int64_t c = 0; c < kWidth; ++c) to[c] = widen(from[c * stride]) * widen(from[c * stride]) * w;
+        } else {
+          for (int64_t c = 0; c < kWidth; ++c) to[c] = widen(from[c * stride]) * w;
+        }
       } else {
         for (int64_t c = 0; c < count; ++c) to[c] = widen(from[c * stride]) * (squared ? widen(from[c * stride]) * w : w);
         for (int64_t c = count; c < kWidth; ++c) to[c] = 0;
       }
+    }
+  }
+
+  static void prefetch_line(const S* from) {
+    for (int64_t c = 0; c < kWidth; c += 64 / sizeof(S)) __builtin_prefetch(from + c);
+  }
+
+  // In vectors that the width is a multiple of: GCC takes a loop over so few numbers one by one.
+  void pack_pieces(const S* from, R w, R* to) const {
+    constexpr int64_t kPiece = std::gcd(kWidth, Lanes<R>::count);
+    typedef R Piece __attribute__((vector_size(kPiece * sizeof(R)), aligned(alignof(R)), may_alias));
+    for (int64_t c = 0; c < kWidth; c += kPiece) {
+      const Piece piece = *reinterpret_cast<const Piece*>(from + c);
+      *reinterpret_cast<Piece*>(to + c) = squared ? piece * piece * w : piece * w;
     }
   }
 };

@@ -197,8 +197,8 @@ struct Multiplier {
     by_parts(in, block, panels, halves, out);
   }
 
-  // A cell block: the given panel of the left operand by the right one at hand.
-  [[gnu::noinline]] void multiply(const Block& block, int64_t index, const float* weight, const Target<float>& to) {
+  // A cell block: the given panel of the left operand by the right one at hand; what lies outside is multiplied too.
+  [[gnu::noinline]] void multiply(const Block& block, int64_t index, int64_t, const float* weight, const Target<float>& to) {
     const uint16_t *left = left_data(index), *right = memory;
     for (int s = 0; s < block.count; ++s) {
       const Segment& segment = block.segments[s];

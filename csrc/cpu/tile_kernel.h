@@ -19,8 +19,8 @@ constexpr int64_t panel_size(int64_t width) {
   return kDepth * width + Lanes<R>::count;
 }
 
-// G and X bring the operands, panels of them for every block of rows; Place says which cells there are, by their first row and
-// end column, and takes them to the accumulators.
+// G and X bring the operands, panels of them for every block of rows; Place says which cells there are, by how many columns of
+// a block lie outside, the first ones of all its rows, and takes them to the accumulators.
 template <class R, class G, class X, class Place>
 struct Tile {
   using Real = R;
@@ -74,10 +74,11 @@ struct Tile {
       multiplier.bring_right(block, q);
       for (int64_t p = 0; p < g.panels(); ++p, cell += kCells) {
         const int64_t row = p * kBlockRows, column = q * Lanes<R>::columns;
-        if (!place.holds(row, column + kColumns)) continue;
+        const int64_t outside = place.outside(row, column);
+        if (outside >= kColumns) continue;
         const Target<R> to{at(target.squares, cell), at(target.sums, cell), at(target.carry, cell), target.norms};
         if (flush) place.prefetch(*this, row, column);
-        multiplier.multiply(block, p, work.weight, to);
+        multiplier.multiply(block, p, outside, work.weight, to);
         if (!flush) continue;
         add(last);  // its results may have come only now
         last = {row, column, to};

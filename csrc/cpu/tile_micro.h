@@ -133,7 +133,7 @@ struct Multiplier {
   const G& g;
   const X& x;
   Matrix<R> right{};
-  MicroKernels<R> kernels{};
+  int64_t columns = 0;  // of the right panel
 
   static int64_t size(int64_t) { return 0; }  // of its own copies of so many panels of the left operand and one of the right one
 
@@ -143,13 +143,17 @@ struct Multiplier {
 
   void bring_right(const Block& block, int64_t index) {
     right = x.panel(block, index);
-    kernels = MicroKernels<R>::of(x.size() - index * Lanes<R>::columns);
+    columns = x.size() - index * Lanes<R>::columns;
   }
 
-  // A cell block: the given panel of the left operand by the right one at hand. Where a block holds many samples, they are first
-  // added up among themselves.
-  void multiply(const Block& block, int64_t index, const float* weight, const Target<R>& to) const {
-    const Matrix<R> left = g.panel(block, index);
+  // A cell block: the given panel of the left operand by the right one at hand, but for the vectors that lie outside as a whole.
+  // Where a block holds many samples, they are first added up among themselves.
+  void multiply(const Block& block, int64_t index, int64_t outside, const float* weight, const Target<R>& cells) const {
+    const int64_t skipped = outside / Lanes<R>::count;
+    const auto kernels = MicroKernels<R>::of(std::min(columns, Lanes<R>::columns) - skipped * Lanes<R>::count);
+    const Matrix<R> left = g.panel(block, index), right{this->right.data + skipped * Lanes<R>::count, this->right.stride};
+    const auto inside = [=](Vector* vectors) { return vectors ? vectors + skipped : nullptr; };
+    const Target<R> to{inside(cells.squares), inside(cells.sums), inside(cells.carry), cells.norms};
     if (block.count == 1) return kernels.any(left, right, block, weight, to);
     if (kernels.squares && to.squares && !to.sums) return kernels.squares(left, right, block, weight, to);
     if (kernels.sums && to.sums && !to.squares) return kernels.sums(left, right, block, weight, to);
@@ -157,8 +161,8 @@ struct Multiplier {
     if (to.squares) clear(squares);
     if (to.sums) clear(sums);
     kernels.any(left, right, block, weight, {to.squares ? squares : nullptr, to.sums ? sums : nullptr, to.carry, to.norms});
-    for (int k = 0; k < kCells && to.squares; ++k) to.squares[k] += squares[k];
-    for (int k = 0; k < kCells && to.sums; ++k) to.sums[k] += sums[k];
+    for (int64_t k = 0; k < kCells - skipped && to.squares; ++k) to.squares[k] += squares[k];
+    for (int64_t k = 0; k < kCells - skipped && to.sums; ++k) to.sums[k] += sums[k];
   }
 
   // Not by {}: for so many bytes GCC writes rep stos, which is slow to start.
