@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from fisherfast._nested import replaced, tensors
@@ -46,6 +47,7 @@ class Capture(TorchFunctionMode):
         super().__init__()
         root = unwrapped(model)
         named = [(name, p) for name, p in root.named_parameters() if p.requires_grad]
+        _refuse_shards(root, named)
         for name, p in named:
             if not p.numel() or p.is_complex():
                 kind = "complex" if p.numel() else "empty"
@@ -415,6 +417,17 @@ class Capture(TorchFunctionMode):
             if any(s.is_floating_point() and not torch.isfinite(s).all() for s in node.saved_tensors):
                 return call.uses[0].tracked.name
         return None
+
+
+def _refuse_shards(model: nn.Module, named: list[tuple[str, nn.Parameter]]) -> None:
+    """Raise ValueError where a parameter is a share of one, or made of several tensors: it is not what functions receive."""
+    kinds = {type(p).__name__ for _, p in named if is_traceable_wrapper_subclass(p)}  # DTensor, and those of quantisation
+    kinds |= {type(module).__name__ for module in model.modules()} & {"FullyShardedDataParallel"}
+    if kinds:
+        raise ValueError(
+            f"model: parameters must be whole tensors of their own, got {' and '.join(sorted(kinds))}; measure the model before it is "
+            "sharded or quantised, with a share of the data on each rank, and pool with all_reduce"
+        )
 
 
 _COPIES = {

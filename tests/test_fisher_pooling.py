@@ -103,8 +103,21 @@ def two_layers_of_one_input(samples):
     return ff.fisher(model, [(x[samples], y[samples])], "kfac", "empirical", progress=False)
 
 
+def norms_of(samples, by_layer=True):
+    """The gradient norms of some of seven samples."""
+    torch.manual_seed(0)
+    model, x, y = (
+        nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 5)).double(),
+        torch.randn(7, 3).double(),
+        torch.randint(0, 5, (7,)),
+    )
+    with ff.collect(model, ff.PerSampleNorm(by_layer=by_layer), fisher_type="empirical") as stats:
+        stats.backward(nn.functional.cross_entropy(model(x[samples]), y[samples], reduction="none"))
+    return stats.result()
+
+
 RANK = """
-    from test_fisher_pooling import two_layers_of_one_input
+    from test_fisher_pooling import norms_of, two_layers_of_one_input
     import sys, torch, torch.distributed as dist
     from fisherfast.accumulator import Accumulator
     from fisherfast.fisher import DiagonalFisher, Provenance
@@ -135,6 +148,13 @@ RANK = """
     except ValueError as error:
         open(f"{folder}/structure{rank}", "w").write(str(error))
     two_layers_of_one_input(mine).all_reduce().save(f"{folder}/kfac{rank}")
+    norms = norms_of([slice(0, 2), slice(2, 7)][rank])
+    assert norms.all_reduce() is norms
+    norms.save(f"{folder}/norms{rank}")
+    try:
+        norms_of(mine, by_layer=bool(rank)).all_reduce()
+    except ValueError as error:
+        open(f"{folder}/layers{rank}", "w").write(str(error))
     dist.destroy_process_group()
 """
 
@@ -157,6 +177,10 @@ def test_all_reduce_equals_pooling(tmp_path):
         assert all(torch.equal(tensors[name], expected_tensors[name]) for name in expected.names)
         kind = ["mc", "empirical"][rank]
         K = load(tmp_path / f"kfac{rank}")
+        N, seven = load(tmp_path / f"norms{rank}"), norms_of(slice(None))
+        assert N.num_samples == 7 and N.squared_norms.equal(seven.squared_norms)
+        assert all(N.by_layer()[layer].equal(norms) for layer, norms in seven.by_layer().items())
+        assert (tmp_path / f"layers{rank}").read_text().startswith("all_reduce: all ranks must have the same structure; here ")
         v = torch.linspace(-1, 1, K.num_parameters).double()
         assert sum(block.place.input_of is not None for block in K.blocks) == 1
         torch.testing.assert_close(K @ v, whole @ v, rtol=1e-12, atol=1e-12)

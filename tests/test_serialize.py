@@ -191,6 +191,13 @@ def test_damaged_byte_never_changes_a_number(tmp_path):
     assert refused >= len(content) - 16
 
 
+def test_rejects_devices_that_are_not_here(tmp_path):
+    example().save(tmp_path / "f.safetensors")
+    for device in ("cuda:99", "gpu"):
+        with pytest.raises(ValueError, match=f"load: device must be one of this machine's, got '{device}' .*; pass 'cpu'"):
+            load(tmp_path / "f.safetensors", device=device)
+
+
 def test_failed_save_leaves_what_was_there(tmp_path, monkeypatch):
     path = tmp_path / "run.safetensors"
     example().save(path)

@@ -149,3 +149,25 @@ def test_a_data_parallel_wrapper_is_not_run(tmp_path):
             assert found.trace() == alone.trace() and set(found.shapes) == set(dict(model.named_parameters()))
     finally:
         dist.destroy_process_group()
+
+
+def test_a_sharded_model_is_refused(tmp_path):
+    """No rank has whole parameters, nor what functions receive."""
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+
+    def model():
+        return nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 4))
+
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        sharded = {
+            "DTensor": fully_shard(model(), mesh=init_device_mesh("cpu", (1,))),
+            "FullyShardedDataParallel": FullyShardedDataParallel(model(), device_id=torch.device("cpu")),
+        }
+        for kind, shards in sharded.items():
+            with pytest.raises(ValueError, match=f"must be whole tensors of their own, got {kind}; measure the model before"):
+                ff.fisher(shards, [(torch.randn(6, 3), torch.randint(4, (6,)))], progress=False)
+    finally:
+        dist.destroy_process_group()

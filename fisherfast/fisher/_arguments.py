@@ -101,6 +101,8 @@ def check_mean(name: str, mean: Tensor) -> None:
     """Raise TypeError or ValueError unless ``mean`` can be a mean of squares."""
     if not (isinstance(mean, Tensor) and mean.is_floating_point()):
         raise TypeError(f"DiagonalFisher: {name!r} must be a floating tensor, got {getattr(mean, 'dtype', type(mean).__name__)}")
+    if mean.layout != torch.strided:
+        raise TypeError(f"DiagonalFisher: {name!r} must be a dense tensor, got {mean.layout}; pass its to_dense()")
     if bad := int((~mean.isfinite()).sum()):
         raise ValueError(f"DiagonalFisher: {name!r} must be finite, got {bad} entries that are not")
     if negative := int((mean < 0).sum()):

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from fisherfast.fisher.protocol import Provenance
 from fisherfast.fisher.spread import Spread
@@ -75,6 +76,19 @@ def _digest(value: Any) -> int:
 def pooled_provenance(mine: Provenance, *, different: list[str]) -> Provenance:
     """The provenance of the whole: None for whichever of draws and seed is not one value."""
     return dataclasses.replace(mine, **dict.fromkeys(different))
+
+
+def gathered(rows: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """The columns of all ranks, ``[rows, columns of each]``, one rank after the other."""
+    count = torch.tensor(rows.shape[1], device=rows.device)
+    counts = [torch.zeros_like(count) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(counts, count, group=group)
+    columns = [int(one) for one in counts]
+    mine = rows.new_zeros(len(rows), max(columns))
+    mine[:, : rows.shape[1]] = rows
+    all_of_them = [torch.empty_like(mine) for _ in columns]
+    dist.all_gather(all_of_them, mine, group=group)
+    return torch.cat([one[:, :n] for one, n in zip(all_of_them, columns, strict=True)], dim=1)
 
 
 def reduced_spread(mine: Spread | None, group: dist.ProcessGroup | None, device: torch.device) -> Spread | None:

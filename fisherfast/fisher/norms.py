@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from fisherfast.fisher import _pooling, serialize
@@ -62,6 +63,23 @@ class SampleNorms(Counted):
             None if layers is None else {k: torch.cat([v, layers[k].to(device)]) for k, v in self.by_layer().items()},
             self._counts.pooled(other._counts),
         )
+
+    def all_reduce(self, group: dist.ProcessGroup | None = None) -> SampleNorms:
+        """Pool the data of all ranks of ``group``, in place on every rank; returns self. The samples come in the order of the ranks;
+        ``coverage`` stays the rank's own.
+
+        Errors: ValueError on every rank alike, before anything is added, if the ranks measured different things, or if which sample a
+        norm belongs to is no longer known on one of them.
+        """
+        known = "lost" if self._squared_norms is None else "known"
+        device = torch.device("cpu") if self._squared_norms is None else self._squared_norms.device
+        _pooling.check_ranks({**self._identity(), "squared_norms": known}, group, device)
+        rows = torch.stack([self.squared_norms, *(self._by_layer or {}).values()])
+        self._squared_norms, *layers = _pooling.gathered(rows, group)
+        if self._by_layer is not None:
+            self._by_layer = dict(zip(self._by_layer, layers, strict=True))
+        self._counts = self._counts.reduced(group, device)
+        return self
 
     def _identity(self) -> dict[str, Any]:
         layers = {} if self._by_layer is None else {"layers": list(self._by_layer)}

@@ -136,7 +136,7 @@ def load(path: str | os.PathLike[str], device: str = "cpu") -> Any:
     Shapes:   as saved.
     Scale:    as saved.
     Errors:   FileNotFoundError; FisherFileError (a ValueError) for a damaged, truncated or foreign file, and for one
-              written by a newer version.
+              written by a newer version; ValueError for a device that is not here.
     Numerics: bit-exact; a checksum over metadata and tensors is verified.
     Source:   the safetensors format.
     """
@@ -146,6 +146,7 @@ def load(path: str | os.PathLike[str], device: str = "cpu") -> Any:
 def load_with_extra(path: str | os.PathLike[str], device: str = "cpu") -> tuple[Any, dict[str, str]]:
     """``load`` and the ``extra`` strings given to ``save``: what a checkpoint needs to go on. Errors: as ``load``."""
     path = Path(path)
+    _check_device(device)
     if path.is_dir():
         raise _bad(path, "it is a folder")
     try:
@@ -160,6 +161,14 @@ def load_with_extra(path: str | os.PathLike[str], device: str = "cpu") -> tuple[
     fields = {field: json.loads(text) for field, text in metadata.items() if field not in _OWN}
     tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
     return _STRUCTURES[metadata["structure"]].from_state(tensors, fields), json.loads(metadata["extra"])
+
+
+def _check_device(device: str) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # the latter where torch was built without CUDA
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"load: device must be one of this machine's, got {str(device)!r} ({reason}); pass 'cpu'") from error
 
 
 def _check_readable(path: Path, metadata: Mapping[str, str]) -> None:
