@@ -113,6 +113,14 @@ def test_a_krylov_space_that_ends_early_ends_the_steps():
     assert density.logdet(1.0).value == pytest.approx(2 * math.log(3) + 2 * math.log(6))
 
 
+def test_the_rounding_of_zeros_is_no_eigenvalue():
+    values = torch.cat([torch.logspace(-2, 2, 50), torch.zeros(1950)]).double()
+    K = ff.DiagonalFisher({"w": values[torch.randperm(2000)]}, num_samples=1)
+    density = ff.spectral_density(K, probes=2, steps=64)
+    for damping in (1e-4, 1e-6, 1e-8):
+        assert density.logdet(damping).value == pytest.approx(K.logdet(damping), rel=1e-3)
+
+
 def test_any_fisher_has_a_density():
     model, (x, y) = mlp(), double_vectors()
     for structure in ("diagonal", "kfac", "ekfac", "gram"):

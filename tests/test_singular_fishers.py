@@ -74,6 +74,41 @@ def test_small_inputs_are_no_rounding(structure, name):
     assert exact.eigenvalues().min() < 1e-9 * exact.eigenvalues().max()
 
 
+@pytest.mark.parametrize("structure", ["kfac", "ekfac"])
+@pytest.mark.parametrize("scales", [(1, 1, 1, 1, 1e9), (1e-2, 1, 1e8, 1, 0.1), (1e-9,) * 5], ids=str)
+def test_small_eigenvalues_do_not_depend_on_the_order_of_the_inputs(structure, scales):
+    """LAPACK's rounding covers them where small rows come first; the bias's, of ones, is the last."""
+    torch.manual_seed(0)
+    size = torch.tensor(scales, dtype=torch.float64)
+    model, x = nn.Linear(5, 1).double(), torch.randn(300, 5).double() * size
+    model.weight.data /= size.max()
+    falling = nn.Linear(5, 1, bias=False).double()  # the same with the largest first, and the ones as an input
+    inputs = torch.cat([x, torch.ones(300, 1)], 1)
+    order = inputs.square().sum(0).argsort(descending=True)
+    falling.weight.data = torch.cat([model.weight.data, model.bias.data[:, None]], 1)[:, order]
+    found, expected = (
+        ff.fisher(m, [(rows, None)], structure, "exact", "bernoulli", progress=False).eigenvalues()
+        for m, rows in ((model, x), (falling, inputs[:, order]))
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+
+
+def test_a_basis_in_float32_has_the_small_columns_of_one_in_float64():
+    torch.manual_seed(3)
+    size = torch.tensor([1e-2, 1, 1e5, 1, 0.1]).double()
+    model, x = nn.Linear(5, 4).double(), torch.randn(300, 5).double() * size
+    model.weight.data /= size
+    narrow = nn.Linear(5, 4)
+    narrow.load_state_dict(model.state_dict())
+    bits = [
+        ff.information_in_weights(
+            ff.fisher(m, [(rows, None)], "ekfac", "exact", progress=False), m, prior_scale=10.0, beta=1 / 300
+        ).kl
+        for m, rows in ((model, x), (narrow, x.float()))
+    ]
+    assert bits[1] == pytest.approx(bits[0], rel=1e-4)
+
+
 def test_rows_that_are_looked_up_are_not_projected():
     """A token whose gradient is small beside the others' is in no sum with them."""
     model = nn.Sequential(nn.Embedding(3, 1), nn.Flatten(0))

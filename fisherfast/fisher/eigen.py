@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fisherfast.accumulator import Accumulator
-from fisherfast.fisher import _logdet
+from fisherfast.fisher import _graded, _logdet
 from fisherfast.fisher.kronecker import KroneckerBlock, Place
 
 _CHUNK_BYTES = 2**24  # of matrices that are decomposed in one call
@@ -158,9 +158,14 @@ def eigenbasis(factor: Tensor, rows: Tensor | None, dtype: torch.dtype) -> Tenso
         return None
     if rows is not None:
         return (_of_span(rows) if dtype == torch.float64 else _of_gram(rows)).unsqueeze(0)
-    largest = factor.diagonal(dim1=1, dim2=2).amax(1).clamp_min(torch.finfo(factor.dtype).tiny)
-    scaled = (factor / largest.view(-1, 1, 1)).to(dtype)
-    return torch.cat([_eigenvectors(some) for some in scaled.split(_at_a_time(scaled.shape[1], dtype))])
+    falls, order = _graded.falling(factor)
+    falls /= falls[:, :1, :1].clamp_min(torch.finfo(factor.dtype).tiny)
+    scaled = falls.to(dtype)
+    del falls
+    step = _at_a_time(scaled.shape[1], dtype)
+    return torch.cat(
+        [_graded.unsorted(_eigenvectors(some), by) for some, by in zip(scaled.split(step), order.split(step), strict=True)]
+    )
 
 
 def _at_a_time(D: int, dtype: torch.dtype) -> int:

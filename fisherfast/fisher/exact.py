@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fisherfast.accumulator import Accumulator
-from fisherfast.fisher import _logdet
+from fisherfast.fisher import _graded, _logdet
 from fisherfast.fisher.kronecker import Place, coarser, finite, of_full_rank
 
 
@@ -40,7 +40,7 @@ class ExactBlock:
     @functools.cached_property
     def _spectral(self) -> tuple[Tensor, Tensor]:
         moments = finite(self.moments.mean(), self.place.weight, "its exact block")
-        values, vectors = torch.linalg.eigh(moments)
+        values, vectors = _graded.eigh(moments)
         return of_full_rank(values, moments, self.place.eps), vectors
 
     def __matmul__(self, v: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from fisherfast.accumulator import Accumulator
+from fisherfast.fisher import _graded
 from fisherfast.ops.kron_log1p_sum import kron_log1p_sum
 from fisherfast.rules import ALL, Entries
 
@@ -316,11 +317,11 @@ def coarser(one: _Place, other: _Place) -> _Place:
 
 
 def _eigenvalues(factor: Tensor, eps: float) -> Tensor:
-    return factor if factor.dim() == 2 else of_full_rank(torch.linalg.eigvalsh(factor), factor, eps)
+    return factor if factor.dim() == 2 else of_full_rank(_graded.eigvalsh(factor), factor, eps)
 
 
 def _eigen(factor: Tensor, eps: float) -> tuple[Tensor, Tensor | None]:
     if factor.dim() == 2:
         return factor, None
-    values, vectors = torch.linalg.eigh(factor)
+    values, vectors = _graded.eigh(factor)
     return of_full_rank(values, factor, eps), vectors

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from fisherfast.fisher import _arguments
 
+_NOISE = 16  # eps of the recurrence's dtype, of the largest eigenvalue: what is zero comes out below
+
 
 class Operator(Protocol):
     """What products are taken with: every Fisher, and ``FisherOperator``."""
@@ -47,9 +49,11 @@ class SpectralDensity:
     Shapes:   nodes, masses float64 ``[probes, steps]``, masses of a probe sum to ``num_parameters``; where a probe needed fewer
               steps the rest have mass 0.
     Scale:    that of F's eigenvalues, a mean over samples.
-    Numerics: the largest nodes are the largest eigenvalues, to the precision of the products; negative nodes are rounding and
-              count as zero. With as many steps as F has distinct eigenvalues a probe's quadrature is exact, and only the
-              probes are random.
+    Numerics: the largest nodes are the largest eigenvalues, to the precision of the products. Nodes below 16 eps of the largest are
+              rounding and count as zero: eps of the recurrence's dtype, so that a smaller damping than that asks for float64. With
+              as many steps as F has distinct eigenvalues a probe's quadrature is exact, and only the probes are random. With fewer,
+              a log-determinant at a damping far below the smallest resolved node is too high: take steps until it stays.
+              Standard errors are of the probes alone, not of quadrature or rounding.
     Source:   Ubaru, Chen & Saad 2017, "Fast Estimation of tr(f(A)) via Stochastic Lanczos Quadrature".
     """
 
@@ -99,7 +103,7 @@ def spectral_density(
         signs = torch.randint(0, 2, (size,), generator=generator).to(device, dtype) * 2 - 1
         tridiagonal = _lanczos(F, signs / math.sqrt(size), min(steps, size))
         values, vectors = torch.linalg.eigh(tridiagonal)
-        nodes[probe, : len(values)] = values.clamp_min(0)
+        nodes[probe, : len(values)] = values.where(values > _NOISE * torch.finfo(dtype).eps * values[-1], 0.0)
         masses[probe, : len(values)] = size * vectors[0].square()
     return SpectralDensity(nodes, masses)
 
@@ -118,7 +122,7 @@ def _lanczos(F: Operator, start: Tensor, steps: int) -> Tensor:
             w = w - known.mT @ (known @ w)
         rest = float(w.norm())
         scale = max(scale, abs(float(matrix[k, k])), rest)
-        if k + 1 == steps or rest <= 16 * torch.finfo(w.dtype).eps * scale:
+        if k + 1 == steps or rest <= _NOISE * torch.finfo(w.dtype).eps * scale:
             return matrix[: k + 1, : k + 1]
         matrix[k, k + 1] = matrix[k + 1, k] = rest
         basis[k + 1] = w / rest

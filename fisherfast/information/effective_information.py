@@ -180,7 +180,7 @@ def _by_determinant(method: str, found: InputFisher, entropy: float | None) -> E
             f"{int(rank.min())} from {found.num_units} units; "
             + ("leave entropy out" if method == "spectrum" else "give fewer or other nuisances, or a layer with more units")
         )
-    each = (entropy or 0.0) + (found.logdet() - rank * math.log(2 * math.pi * math.e)) / 2
+    each = (entropy or 0.0) + (found.logdet() - rank.double() * math.log(2 * math.pi * math.e)) / 2
     return EffectiveInformation(*Estimate.of(each), method, entropy, None, each, found)
 
 
