@@ -187,11 +187,14 @@ _ROUNDED = 100 * torch.finfo(torch.float16).smallest_normal
 
 @dataclass(frozen=True)
 class Finding:
-    """What is known of one use's rows: the one layout that explains them, if there is one; else who owns each row."""
+    """What is known of one use's rows: the one layout that explains them, if there is one; else who owns each row, and all ``possible``
+    layouts.
+    """
 
     layout: Layout | None
     numbers: Tensor
     had_sample_axis: bool  # some axis is as long as there are samples
+    possible: tuple[Layout, ...] = ()
 
     @classmethod
     def of(cls, numbers: Tensor, N: int, offsets: Tensor | None = None) -> Finding:
@@ -201,7 +204,7 @@ class Finding:
         # Samples of one length lie as blocks too; in the next batch they may not.
         possible = [layout for layout in possible if layout.kind is Kind.PACKED] or possible
         known = bool((numbers != UNKNOWN).any())
-        return cls(possible[0] if known and len(possible) == 1 else None, numbers, N in lead)
+        return cls(possible[0] if known and len(possible) == 1 else None, numbers, N in lead, tuple(possible))
 
     @property
     def mixes_samples(self) -> bool:

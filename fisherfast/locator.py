@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Iterable
+from collections import Counter
+from collections.abc import Container, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -111,8 +112,16 @@ class Locator:
             return self._laid_out(layout, rows, N, use.form.features)
         if use.key not in self.scattered and before is not None:
             self._distrust(use, before)
+        if before is None and finding.possible and not use.gathered and use.key not in self.scattered:
+            # Too few rows have a gradient to tell.
+            return self._laid_out(self._likely(finding.possible), rows, N, use.form.features)
         self.scattered.add(use.key)
         return self._packed(use, rows, finding.numbers, N)
+
+    def _likely(self, possible: Sequence[Layout]) -> Layout:
+        """That of most other uses; whose the rows without a gradient are matters where a mask says which of them exist."""
+        others = Counter(self._capture.layouts.values())
+        return max(possible, key=lambda layout: others[layout])
 
     def without_gradient(self, use: CallUse, rows: Rows, N: int) -> Rows | None:
         """Rows none of which has a gradient, in the order of any samples; None if they may be padding."""
@@ -120,11 +129,13 @@ class Locator:
         return self._packed(use, rows, torch.full(lead, UNKNOWN, device=rows.g.device), N) if self._every else None
 
     def alone(self, use: CallUse, rows: Rows, numbers: Tensor | None) -> Rows:
-        """Rows of a batch of one sample; those chosen by the data may be of padding, and are left out as in any other batch.
+        """Rows of a batch of one sample; those chosen by the data may be of padding, and are left out as in any other batch, but
+        where they have a sample axis, as positions do that something chosen went into.
 
         ``numbers``: the rows' samples, ``UNKNOWN`` of padding, if found for all passes.
         """
-        if self._every or not use.gathered:
+        lead = rows.g.shape[: rows.g.dim() - use.form.features]
+        if self._every or not use.gathered or (len(lead) > 1 and lead[0] == 1):
             return self.samples_first(use, rows, 1)
         if numbers is None:
             features = use.form.features

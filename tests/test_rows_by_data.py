@@ -269,3 +269,49 @@ def test_what_finds_the_rows_of_all_passes_fits_float16_where_the_passes_do(loss
     narrow = ff.fisher(half, [(x.half(), None, weight) for x in batches], loss_scale=loss_scale, **options)
     exact = ff.fisher(model.double(), [(x.double(), None, weight) for x in batches], **options)
     assert narrow.trace() == pytest.approx(exact.trace(), rel=0.05 if fisher_type == "exact" else 0.5)
+
+
+@pytest.mark.parametrize("N, T", [(4, 5), (4, 9), (3, 7), (8, 17)])
+def test_rows_of_which_few_have_a_gradient_are_all_inputs(N, T):
+    """One position a sample has one, so samples as blocks and samples inside positions explain them alike; a mask says which exist."""
+
+    class First(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.head = nn.Linear(4, 5), nn.Linear(5, 3)
+
+        def forward(self, x, attention_mask=None):
+            return self.head(self.inner(x.reshape(-1, 4)).tanh().view(*x.shape[:2], 5)[:, 0])
+
+    model, x, mask = First().double(), torch.randn(N, T, 4).double(), torch.ones(N, T)
+    mask[1, -1] = 0
+    batch = {"x": x, "labels": torch.randint(3, (N,)), "attention_mask": mask}
+    A, _ = ff.fisher(model, [batch], "kfac", "empirical", progress=False).factors(dtype=torch.float64)["inner"]
+    rows = torch.cat([x, torch.ones(N, T, 1).double()], -1)[mask.bool()]
+    torch.testing.assert_close(A, rows.mT @ rows / len(rows), rtol=1e-5, atol=1e-6)
+
+
+def test_positions_that_looked_something_up_are_all_inputs_in_batches_of_one():
+    """A table of positions is no choice of rows: a padded sample by itself counts the rows that it counts among others."""
+
+    class Turned(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.tokens, self.inner, self.head = nn.Embedding(20, 4), nn.Linear(4, 5), nn.Linear(5, 20)
+            self.register_buffer("table", torch.randn(32, 4))
+
+        def forward(self, input_ids, attention_mask=None):
+            positions = torch.arange(input_ids.shape[1]).expand_as(input_ids)
+            return self.head(self.inner(self.tokens(input_ids) * self.table[positions]).tanh())
+
+    model, ids = Turned().double(), torch.randint(0, 20, (2, 6))
+    mask = (torch.arange(6) < 4).expand(2, 6).long()
+    together = {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+    alone = [{name: tensor[n : n + 1] for name, tensor in together.items()} for n in range(2)]
+    factors = [
+        ff.fisher(model, data, "kfac", "empirical", ff.CausalLM(), progress=False).factors(dtype=torch.float64)
+        for data in ([together], alone)
+    ]
+    for layer in ("inner", "head"):
+        for one, other in zip(factors[0][layer], factors[1][layer], strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-9)
