@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -137,8 +138,11 @@ class Batch:
         return [t._version for t in self.tensors() if not t.is_inference()]
 
     def fingerprint(self) -> int:
-        """A number that another batch, or the same samples in another order, has with no more than chance 2**-60."""
-        return hash(tuple((tuple(t.shape), t.dtype, _digest(t)) for t in self.tensors()))
+        """A number that another batch, or the same samples in another order, has with no more than chance 2**-60; the same in every
+        process.
+        """
+        described = " ".join(f"{tuple(t.shape)} {t.dtype} {_digest(t)}" for t in self.tensors())
+        return int.from_bytes(hashlib.blake2b(described.encode(), digest_size=8).digest(), "big")
 
     def unpacked(self, output: Tensor, ignore_index: float = IGNORED) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Output, targets and mask with the sample axis first: packed samples are spread to ``[N, L, ...]``, L the longest.

@@ -94,6 +94,8 @@ class Tap(torch.autograd.Function):
         """``g``, once the capture has heard it."""
         saved, call = ctx.saved_tensors, ctx.call  # once: a checkpointed tensor can be unpacked only once
         call.capture.heard(call, g, saved)  # also of no gradient at all: a visit counts
+        if g is not None and g.dim() and len(g) == 1 and not g.is_contiguous():
+            g = g.contiguous()  # torch 2.13's batch_norm in eval mode takes strides of one sample for others, on CPUs
         return (g, None, None, *(None for _ in saved))
 
 

@@ -16,6 +16,7 @@ import functools
 import inspect
 import itertools
 import sys
+import threading
 from collections import defaultdict
 from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -62,6 +63,9 @@ class Capture(TorchFunctionMode):
         self.device = named[0][1].device
         if self.device.type == "meta":
             raise ValueError("model: parameters must hold numbers, got meta tensors; load the weights first")
+        self._root = root
+        self._first = {id(p) for _, p in named}
+        self._forgotten: dict[int, str] = {}  # names of parameters that are no longer tracked
         self.tracked = {name: Tracked(name, p) for name, p in named}
         names = {id(t.parameter): t.name for t in self.tracked.values()}
         self.aliases = {
@@ -74,21 +78,19 @@ class Capture(TorchFunctionMode):
         self.listener: Listener | None = None
         self._early: dict[Site, str] = {}  # see ``Decisions``; from the next forward pass on
         self._counter, self._numbers = itertools.count(), itertools.count()
-        self._eager: list[AbstractContextManager[None]] = []
         self._keepers: list[Hooks | None] = []  # what autograd's saved tensors went through when the mode was entered
         self.begin(exploring=True)
 
     def __enter__(self) -> Capture:
         outermost = not self._keepers  # inside, they are those of a part of the model
         self._keepers.append(torch._C._autograd._top_saved_tensors_default_hooks(True) if outermost else self._keepers[-1])
-        self._eager.append(_eager())
-        self._eager[-1].__enter__()
+        _EAGER.take()
         super().__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
-        self._eager.pop().__exit__(*error)
+        _EAGER.give_back()
         self._keepers.pop()
 
     def begin(self, exploring: bool, num_samples: int | None = None, offsets: Tensor | None = None) -> None:
@@ -153,8 +155,19 @@ class Capture(TorchFunctionMode):
         return bool(self._early) and any(call.site in self._early for call, _ in self.calls(root))
 
     def forget(self, name: str) -> None:
-        """Stop tracking a parameter."""
-        del self._references[id(self.tracked.pop(name).parameter)]
+        """Stop tracking a parameter. Errors: ``calls`` raises ValueError for a root that it reaches."""
+        parameter = self.tracked.pop(name).parameter
+        del self._references[id(parameter)]
+        self._forgotten[id(parameter)] = name
+
+    def check_parameters(self) -> None:
+        """Raise ValueError if the model has got parameters since, new ones or others in the place of those it had."""
+        for name, p in self._root.named_parameters():
+            if p.requires_grad and id(p) not in self._first:
+                raise ValueError(
+                    f"model: its parameters must stay those that the measurement began with, got a new, replaced or unfrozen {name!r}; "
+                    "begin another measurement, or change numbers in place"
+                )
 
     def heard(self, call: Call, g: Tensor | None, saved: tuple[Tensor, ...]) -> None:
         """Pass a tap's gradient on to the listener of the current backward pass."""
@@ -186,7 +199,7 @@ class Capture(TorchFunctionMode):
         """Run ``func``; where it receives tracked parameters, with their stand-ins and a tap."""
         kwargs = kwargs or {}
         if func in CHANCE:
-            refuse_chance(func, args, kwargs)
+            refuse_chance(func, args, kwargs, lambda tensor: id(tensor) in self._references)
         found = self._found(args) + self._found(kwargs.values())
         if not found or getattr(func, "__name__", "") == "__set__":
             out = func(*args, **kwargs)
@@ -369,7 +382,13 @@ class Capture(TorchFunctionMode):
         for node in graph(root, closed=True):
             if (call := self._call_of(node)) is not None:
                 found.append((call, node))
-            hidden = uncaught.get(id(getattr(node, "variable", None)))
+            leaf = id(getattr(node, "variable", None))
+            if leaf in self._forgotten:
+                raise ValueError(
+                    f"{self._forgotten[leaf]}: must reach the loss in the first batch, or in none, got a later batch that it reaches; begin "
+                    "with a batch that reaches every parameter"
+                )
+            hidden = uncaught.get(leaf)
             if hidden is not None:
                 hidden.give_up("a use that no torch function shows")
         found.sort(key=lambda pair: pair[0].index)
@@ -494,7 +513,32 @@ def _own(out: Tensor, given: Any) -> Tensor:
     return base if whole and mine else out.clone()
 
 
-def _eager() -> AbstractContextManager[None]:
-    """Compiled functions run as they are written: what is compiled already is not seen by a mode."""
-    compiled = "torch._dynamo" in sys.modules  # importing it takes a second, and only then can anything be compiled
-    return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
+class _Eager:
+    """Compiled functions run as they are written: what is compiled already is not seen by a mode.
+
+    The stance is the process's: the first of several captures, of any threads, takes it, and the last gives back what was there.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._captures = threading.Lock(), 0
+        self._stance: AbstractContextManager[None] | None = None
+
+    def take(self) -> None:
+        """Until it is given back as often."""
+        with self._lock:
+            self._captures += 1
+            compiled = "torch._dynamo" in sys.modules  # importing it takes a second, and only then can anything be compiled
+            if compiled and self._stance is None:
+                self._stance = torch.compiler.set_stance("force_eager")
+                self._stance.__enter__()
+
+    def give_back(self) -> None:
+        """One of those that took it needs it no longer."""
+        with self._lock:
+            self._captures -= 1
+            if not self._captures and self._stance is not None:
+                self._stance.__exit__(None, None, None)
+                self._stance = None
+
+
+_EAGER = _Eager()

@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 # By function: the positions of the probability and of the training flag, and their defaults.
@@ -57,8 +58,15 @@ def refuse_train_mode(model: nn.Module) -> None:
         )
 
 
-def refuse_chance(func: Any, args: Any, kwargs: Any) -> None:
-    """Raise ValueError if a call of one of these functions draws, or takes statistics of the batch."""
+def _of_parameter(tensor: Tensor) -> bool:
+    return isinstance(tensor if tensor._base is None else tensor._base, nn.Parameter)
+
+
+def refuse_chance(func: Any, args: Any, kwargs: Any, is_parameter: Callable[[Tensor], bool] = _of_parameter) -> None:
+    """Raise ValueError if a call of one of these functions draws, or takes statistics of the batch.
+
+    ``is_parameter``: whether a tensor is a parameter or a view of one, whose statistics are the model's own.
+    """
 
     def given(name: str, place: int, otherwise: Any) -> Any:
         return kwargs.get(name, args[place] if len(args) > place else otherwise)
@@ -79,7 +87,7 @@ def refuse_chance(func: Any, args: Any, kwargs: Any) -> None:
     elif func in _SLOPES:
         if given("training", _SLOPES[func], False):
             raise ValueError("model: must not draw slopes, got rrelu(training=True); call model.eval()")
-    elif func in _STATISTICS and given("training", _STATISTICS[func], False):
+    elif func in _STATISTICS and given("training", _STATISTICS[func], False) and not is_parameter(given("input", 0, None)):
         raise ValueError("model: must not use batch statistics, got batch_norm(training=True); call model.eval()")
 
 

@@ -93,6 +93,12 @@ class collect:
             run.check_finite(loss, "the loss")
             if not self._explored or capture.outdated(loss):
                 self._explore(loss)
+            # Reading the graph also leaves to the fallback what is used where no function shows it.
+            if not capture.calls(loss) and not run.looped:
+                raise ValueError(
+                    "collect: the loss must depend on the model's parameters, got one that none of them reaches; run the model itself, "
+                    "not with other tensors in their place"
+                )
             self._check_fallback(loss)
             with interrupts.put_off():  # a batch counts as a whole
                 with run.transaction(Samples(N)):
@@ -115,6 +121,7 @@ class collect:
         return Pass(samples * self._loss_scale, loss_scale=self._loss_scale)
 
     def _check(self, loss: Tensor) -> None:
+        self._run.capture.check_parameters()
         if not isinstance(loss, Tensor):
             raise TypeError(f"collect: the loss must be a vector [N], got {type(loss).__name__}")
         if loss.dim() != 1:
@@ -194,5 +201,7 @@ class collect:
 
     def result(self) -> Any:
         """The only result, where one structure was asked for."""
-        (result,) = self.results()
-        return result
+        results = self.results()
+        if len(results) > 1:
+            raise ValueError(f"collect: result must be asked for where there is one structure, got {len(results)}; take results()")
+        return results[0]

@@ -142,6 +142,7 @@ class Measurement:
         self._sample_gradients = SampleGradients(model, output)
         self.run.without_vmap(None)
         self._explored = self._probed = known is not None
+        self._read: list[str] = []  # digests of the batches up to each, where there is a checkpoint
 
     # -- the data set
 
@@ -152,12 +153,14 @@ class Measurement:
 
     def over(self, batches: Iterable[Batch], checkpoint: Path | None) -> tuple[Any, ...]:
         """Measure all of them."""
-        done = self._resume(checkpoint)
+        done, before = self._resume(checkpoint)
         written = time.monotonic()
         with self.run.rescue():
             try:
                 number, read = -1, 0
                 for number, batch in enumerate(batches):
+                    if checkpoint is not None:
+                        self._read.append(self._read_so_far(batch))
                     if number < done:
                         self._look(batch)  # as the run did before it stopped
                         read += batch.N
@@ -165,6 +168,11 @@ class Measurement:
                             raise ValueError(
                                 f"fisher: data must come in the batches that {checkpoint} was made of, got {read} samples in the first "
                                 f"{done}, where it holds {self.run.num_samples}; give the same data, or remove the file"
+                            )
+                        if number + 1 == done and before not in (None, self._read[number]):
+                            raise ValueError(
+                                f"fisher: data must be those that {checkpoint} was made of, got others in the first {done} batches; turn off "
+                                "shuffling and random augmentation, or remove the file"
                             )
                         continue
                     self.batch(batch)
@@ -184,10 +192,17 @@ class Measurement:
             self.run.warn_of_underflow()
         return self.run.results()
 
-    def _resume(self, checkpoint: Path | None) -> int:
+    def _read_so_far(self, batch: Batch) -> str:
+        """A digest of all batches up to this one."""
+        before = self._read[-1] if self._read else ""
+        return hashlib.blake2b(f"{before} {batch.fingerprint()}".encode(), digest_size=8).hexdigest()
+
+    def _resume(self, checkpoint: Path | None) -> tuple[int, str | None]:
+        """How many batches the file holds, and their digest, where it says."""
         if checkpoint is None or not checkpoint.exists():
-            return 0
+            return 0, None
         read, extra = serialize.load_with_extra(checkpoint, device=str(self.capture.device))
+        digest = extra.pop("batches", None)
         before = read if isinstance(read, tuple) else (read,)
         if extra != self._settings() or before[0].provenance != self.provenance:
             raise ValueError(
@@ -195,11 +210,12 @@ class Measurement:
                 f"{self.provenance} {self._settings()}; remove the file or give another"
             )
         self.run.restore(before)
-        return before[0].batches
+        return before[0].batches, digest
 
     def _write(self, checkpoint: Path) -> None:
         results = self.run.results()
-        serialize.save(results[0] if len(results) == 1 else serialize.Several(results), checkpoint, extra=self._settings())
+        extra = {**self._settings(), "batches": self._read[self.run.batches - 1]}
+        serialize.save(results[0] if len(results) == 1 else serialize.Several(results), checkpoint, extra=extra)
 
     @functools.cached_property
     def _weights(self) -> str:
@@ -224,6 +240,7 @@ class Measurement:
     def batch(self, batch: Batch) -> None:
         """Add one batch."""
         self.labelling.check(batch)
+        self.capture.check_parameters()
         self._look(batch)
         output, predictions = self.forward(batch)
         count = self.labelling.num_passes(predictions)
@@ -298,11 +315,11 @@ class Measurement:
     def explore(self, batch: Batch) -> None:
         """On a few samples: what is reached, in which forms, where the sample axis is; expands or loops where it has to."""
         few = batch.cut(0, min(batch.N, PROBED))
-        values = self._values(few)
+        values, noted = self._values(few), few
         if not self._explored:
             self.run.note_uses(values)
             if few.N < batch.N and self.run.passes.reached(values) < self.capture.tracked.keys():
-                everything = self._values(batch)  # an expert may be none of the few samples'
+                everything, noted = self._values(batch), batch  # an expert may be none of the few samples'
                 self.run.check_reached(everything)
                 self.run.note_uses(everything)
             else:
@@ -312,7 +329,7 @@ class Measurement:
         if few.N > 1:
             mixing = self._probe(values)
             if mixing:
-                self._resolve(few, values, mixing)
+                self._resolve(few, values, mixing, noted)
             self._probed = True
 
     def _values(self, few: Batch) -> Tensor:
@@ -321,9 +338,9 @@ class Measurement:
     def _probe(self, values: Tensor) -> set[str]:
         return mixing(self.run.passes.probe(values, _noise(values)), self.capture.tracked)
 
-    def _resolve(self, few: Batch, values: Tensor, mixing: set[str]) -> None:
+    def _resolve(self, few: Batch, values: Tensor, mixing: set[str], noted: Batch) -> None:
         """Parameters without a sample axis where they are used: expand them there, else follow them to where a sample comes in,
-        else the fallback.
+        else the fallback. ``noted``: the samples whose uses the collectors were shown.
         """
         for n in range(few.N):
             alone = self._values(few.cut(n, n + 1))
@@ -336,12 +353,15 @@ class Measurement:
                 )
         if few.offsets is None:  # packed samples have no axis to expand to
             mixing = self._not_expanded(few, values, mixing)
+        further = False
         while mixing and self.capture.follow_further(values, mixing, NO_AXIS):
-            values = self._values(few)
+            values, further = self._values(few), True
             mixing = self._probe(values)
         followed = self.capture.followed(values)
         for name in mixing:
             followed[name].give_up(NO_AXIS)
+        if further:  # their uses are others now
+            self.run.note_uses(values if noted is few else self._values(noted))
 
     def _not_expanded(self, few: Batch, values: Tensor, mixing: set[str]) -> set[str]:
         followed = self.capture.followed(values)

@@ -132,7 +132,9 @@ def _group_norm(input, num_groups, weight=None, bias=None, eps=1e-5):
 
 @rule(F.batch_norm)
 def _batch_norm(input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5):
-    # With training=True it was refused already.
+    if training:  # of a parameter alone, as weight standardisation has it; of samples it was refused already
+        return
+
     def prepare(x: Tensor) -> Tensor:
         x = wide(x)
         mean, rstd = (t.view(-1, *(1,) * (x.dim() - 2)) for t in (running_mean, (running_var + eps).rsqrt()))
