@@ -84,6 +84,10 @@ class Capture(TorchFunctionMode):
     def __enter__(self) -> Capture:
         outermost = not self._keepers  # inside, they are those of a part of the model
         self._keepers.append(torch._C._autograd._top_saved_tensors_default_hooks(True) if outermost else self._keepers[-1])
+        if torch.is_inference_mode_enabled():
+            raise ValueError(
+                "model: must be measured outside torch.inference_mode(), which keeps no graph; torch.no_grad() is no obstacle"
+            )
         _EAGER.take()
         super().__enter__()
         return self

@@ -9,6 +9,7 @@ import linecache
 import math
 import shlex
 import sys
+import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
@@ -252,11 +253,15 @@ def _kept(out: Path | None = None, done: Path | None = None) -> Iterator[None]:
 
 
 def _folder(out: Path) -> None:
-    """Make the folder while nothing is lost if that fails."""
+    """Make the folder, and write to it, while nothing is lost if that fails."""
     try:
         out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out) as file:
+            file.write(b"0")
     except OSError as error:
-        raise typer.BadParameter(f"must be a folder that can be made, got {out}: {error.strerror}", param_hint="--out") from None
+        raise typer.BadParameter(
+            f"must be a folder that can be made and written to, got {out}: {error.strerror}", param_hint="--out"
+        ) from None
 
 
 def _ours(error: BaseException) -> bool:

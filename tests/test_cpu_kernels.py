@@ -41,6 +41,21 @@ def test_linear_sq_matches_float64(isa, shape):
     assert_gate(run(x, g), torch.einsum("nto,nti->noi", g, x).square().sum(0), exact)
 
 
+def test_linear_sq_of_many_samples_matches_float64(isa):
+    """The accumulator gets few of the sums of many blocks, each of few."""
+    x, g = torch.randn(60_000, 1, 10), torch.randn(60_000, 1, 3)
+    exact = torch.einsum("nto,nti->noi", g.double(), x.double()).square().sum(0)
+    assert_gate(run(x, g), torch.einsum("nto,nti->noi", g, x).square().sum(0), exact)
+
+
+@pytest.mark.parametrize("M", [38_913, 65_537, 98_500])  # so that of 19, 32 and 32 shares of the rows the last are empty
+def test_gram_of_rows_that_do_not_fill_all_shares_matches_float64(isa, M):
+    acc, x = torch.zeros(9, 9), torch.randn(M, 9)
+    with ff.backend("cpu"):
+        ff.ops.gram_(acc, x)
+    assert_gate(acc.triu(), (x.mT @ x).triu(), (x.double().mT @ x.double()).triu())
+
+
 def test_linear_sq_repeats_bit_by_bit(isa):
     x, g = torch.randn(13, 7, 19), torch.randn(13, 7, 23)
     assert torch.equal(run(x, g), run(x, g))

@@ -423,10 +423,14 @@ def test_the_faster_backend_is_chosen_and_a_draw_is_triton_s(tmp_path):
     wrong = [route("triton", 2e-4), {"route": "cuda", "error": 1.0, "passes": False}]
     one = [route("triton", 2e-4)]
     close = [route("triton", 2e-4), route("cuda", 1e-4, passes=False)]
-    ops = [measured(), *(measured(case=str(n), routes=routes) for n, routes in enumerate((draw, wrong, one, close)))]
+    other = [route("triton", 1e-4, passes=False), route("cuda", 2e-4)]
+    neither = [route("triton", 1e-4, passes=False), route("cuda", 2e-4, passes=False)]
+    cases = enumerate((draw, wrong, one, close, other, neither))
+    ops = [measured(), *(measured(case=str(n), routes=routes) for n, routes in cases)]
     table = choose.table([document(tmp_path, ops)])
     entries = table["9.0"]["ops"]["linear_sq_"]
-    assert [(e["case"], e["backend"]) for e in entries] == [("a", "cuda"), ("0", "triton")]
+    right = [("a", "cuda"), ("0", "triton"), ("1", "triton"), ("2", "triton"), ("3", "triton"), ("4", "cuda")]
+    assert [(e["case"], e["backend"]) for e in entries] == right
     assert entries[0]["seconds"] == {"triton": 2e-4, "cuda": 1e-4}
     assert table["9.0"]["source"] == "nvidia-abacus/2020-01-02.json"
     assert choose.table([document(tmp_path, [])]) == {}

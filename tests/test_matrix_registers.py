@@ -129,7 +129,7 @@ def test_linear_sq_of_single_positions(ops, dtype, N):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    ("M", "D", "bias", "weighted"), [(100, 128, 0, 0), (517, 163, 1, 0), (517, 160, 1, 1), (4500, 127, 0, 1)]
+    ("M", "D", "bias", "weighted"), [(100, 128, 0, 0), (517, 163, 1, 0), (517, 160, 1, 1), (4500, 127, 0, 1), (64, 127, 1, 0)]
 )
 def test_gram_matches_float64(ops, dtype, M, D, bias, weighted):
     x, w = torch.randn(M, D).to(dtype), torch.rand(M)

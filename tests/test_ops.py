@@ -579,6 +579,19 @@ def test_rejects(op, rule):
         getattr(ff.ops, op)(*args, **keywords)
 
 
+@pytest.mark.parametrize(
+    ("offsets", "message"),
+    [(torch.tensor([0, 9, 5, 9, 15])[::2], "offsets must be contiguous"), (torch.tensor([0]), "offsets must end with M = 15")],
+    ids=["strided", "no sample"],
+)
+@pytest.mark.parametrize("op", OP_NAMES)
+def test_rejects_offsets_that_kernels_would_misread(op, offsets, message):
+    case = problem(Target(op, "reference", "cpu"))
+    case = replace(case, first=case.first.flatten(0, 1), g=case.g.flatten(0, 1), offsets=offsets)
+    with pytest.raises(ValueError, match=message):
+        case.run("reference", case.outputs())
+
+
 @pytest.mark.parametrize("bounds", [[0, 9, 5, 15], [1, 5, 9, 15], [0, 5, 9, 14]], ids=["falls", "starts_late", "ends_early"])
 @every_target
 def test_rejects_offsets_that_do_not_cover_the_rows(target, bounds):

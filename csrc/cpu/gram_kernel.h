@@ -79,8 +79,9 @@ void gram_tile(const GramProblem<S>& problem, int64_t index) {
   const Tiling& tiling = problem.tiling;
   const int64_t D = problem.D, share = index / tiling.down, pieces = ceil_div(problem.samples.N, tiling.groups);
   Tiles work = problem;
-  work.samples.offsets += share * pieces;
-  work.samples.N = std::min(pieces, problem.samples.N - share * pieces);
+  const int64_t first = std::min(share * pieces, problem.samples.N);  // the last shares may be empty
+  work.samples.offsets += first;
+  work.samples.N = std::min(pieces, problem.samples.N - first);
   if (problem.partials) work.sums.sink.data = problem.partials + share * D * D;
   const TilePosition tile(index % tiling.down, problem.side);
   const int64_t i = tile.row * tiling.rows, j = tile.column * tiling.columns;

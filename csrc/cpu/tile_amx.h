@@ -173,7 +173,8 @@ struct Multiplier {
 
   void bring_left(const Block& block) const {
     const auto source = g.source(block, 0);
-    const int64_t in_place = source.data ? g.size() / kBlockRows : 0;
+    int64_t in_place = 0;  // panels that lie in the input as a whole: not one with a column of ones
+    while (in_place < g.panels() && g.source(block, in_place).data) ++in_place;
     if (in_place) split<true>(source, g.parts(), block, in_place, 2, left_data(0));
     for (int64_t p = in_place; p < g.panels(); ++p)
       split<true>(g.panel(block, p), g.parts(), block, 1, halves(g, p), left_data(p));

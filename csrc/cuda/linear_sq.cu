@@ -123,7 +123,8 @@ void run_samples(const Device& device, const Arguments& a) {
   if constexpr (sizeof(In) == 2) {
     const Samples boxed = boxed_samples(a.samples);
     const auto takes = [&](const Tensor& rows) { return in_boxes(rows_of<In>(rows), boxed.N, boxed.T); };
-    if (!device.has_wgmma() || !takes(a.x) || !takes(a.g)) return launch_samples<MmaTraits<In, kTotal>>(device, a);
+    const bool countable = a.samples.M <= INT32_MAX;  // the copy engine's coordinates are of 32 bits
+    if (!device.has_wgmma() || !countable || !takes(a.x) || !takes(a.g)) return launch_samples<MmaTraits<In, kTotal>>(device, a);
     if constexpr (!kTotal) {
       using Wide = WgmmaTraits<In, 192, false>;
       using Narrow = WgmmaTraits<In, 128, false>;

@@ -203,5 +203,7 @@ class collect:
         """The only result, where one structure was asked for."""
         results = self.results()
         if len(results) > 1:
-            raise ValueError(f"collect: result must be asked for where there is one structure, got {len(results)}; take results()")
+            raise ValueError(
+                f"collect: result must be asked for where there is one structure, got {len(results)}; take results()"
+            )
         return results[0]

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
@@ -190,6 +191,7 @@ class Measurement:
                 if checkpoint is not None and self.run.batches > done:
                     self._write(checkpoint)
             self.run.warn_of_underflow()
+            self.run.warn_of_no_labels()
         return self.run.results()
 
     def _read_so_far(self, batch: Batch) -> str:
@@ -466,7 +468,8 @@ def _shown(data: Iterable[Any], progress: bool, what: str) -> Iterator[Any]:
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     total = _length(data)
-    with Progress(*columns, transient=True) as bar:
+    console = Console(stderr=True)  # what the caller prints stays as it is
+    with Progress(*columns, transient=True, console=console, disable=not (console.is_terminal or console.is_jupyter)) as bar:
         task = bar.add_task(what, total=total)
         for item in data:
             yield item

@@ -181,6 +181,16 @@ class Run:
                 stacklevel=3,
             )
 
+    def warn_of_no_labels(self) -> None:
+        """At the end: say so if no position counted, so that all there is are zeros."""
+        if not self.num_positions:
+            warnings.warn(
+                f"data: some of the {self.num_samples} samples must have a label that counts, got none: all are ignored or masked, and the "
+                "Fisher is zero",
+                FisherWarning,
+                stacklevel=3,
+            )
+
     def _fallback(self, tracked: Tracked) -> str:
         reason = tracked.fallback
         if tracked.chained:
@@ -208,6 +218,8 @@ class Run:
             return
         name = self.capture.first_non_finite(values)
         where = f"the input of {name!r} is the first that is not finite" if name else "all inputs of parameters are finite"
+        bad = next((one.name for one in self.capture.tracked.values() if not one.detached.isfinite().all()), None)
+        where = where if bad is None else f"the parameter {bad!r} itself is not finite"
         raise NonFiniteError(
             f"batch {self.batches}: {what} must be finite, got NaN or infinity; {where}. Nothing of this batch was added"
         )

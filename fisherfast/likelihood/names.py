@@ -34,6 +34,6 @@ def stored_name(likelihood: Likelihood, fisher_type: str) -> str:
         warnings.warn(
             f"{likelihood.name}: {settings} change the loss, not p(y | x); fisher_type={fisher_type!r} does not look at them",
             FisherWarning,
-            stacklevel=4,  # the caller of ff.fisher
+            stacklevel=5,  # the caller of ff.fisher
         )
     return f"{likelihood.name}({settings})" if settings and fisher_type == "empirical" else likelihood.name

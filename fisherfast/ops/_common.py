@@ -71,6 +71,10 @@ def num_samples(op: str, offsets: Tensor) -> int:
     """Check the offsets of packed rows and return N."""
     require(offsets.dim() == 1 and offsets.shape[0] >= 1, lambda: f"{op}: offsets must be [N+1], got {shape(offsets)}")
     check_dtype(op, "offsets", offsets, (torch.int64,))
+    require(
+        offsets.is_contiguous(),
+        lambda: f"{op}: offsets must be contiguous, got strides {offsets.stride()}; pass offsets.contiguous()",
+    )
     return offsets.shape[0] - 1
 
 
@@ -80,7 +84,9 @@ def check_rows(op: str, g: Tensor, offsets: Tensor | None, feature: str) -> int:
         require(g.dim() == 3, lambda: f"{op}: g must be [N, T, {feature}], got {shape(g)}; T is 1 where there are no positions")
         return g.shape[0]
     require(g.dim() == 2, lambda: f"{op}: with offsets g must be [M, {feature}], got {shape(g)}")
-    return num_samples(op, offsets)
+    N = num_samples(op, offsets)
+    require(N > 0 or g.shape[0] == 0, lambda: f"{op}: offsets must end with M = {g.shape[0]}, got those of no sample")
+    return N
 
 
 def check_outputs(

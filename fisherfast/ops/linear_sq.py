@@ -49,8 +49,9 @@ def linear_sq_(
     Errors:   ValueError for shapes, strides or devices that do not fit; TypeError for dtypes; BackendError when a
               forced backend cannot run the call.
     Numerics: products, sums over t and squares in float32 (float64 for float64 inputs), whatever the input dtype; the
-              error against float64 is at most twice that of the plain float32 einsum. The order of sums is fixed, so
-              results repeat bit by bit on one machine. ``2 N T I O`` FLOPs, workspace independent of N.
+              error against float64 is at most twice that of the plain float32 einsum, of up to some 10^5 samples a call. The
+              order of sums is fixed, so results repeat bit by bit on one machine (float64 norms: with one number of threads).
+              ``2 N T I O`` FLOPs, workspace independent of N.
     Source:   Dangel, Kunstner, Hennig 2020 (BackPACK, arXiv:1912.10985), second moment; here without materialising.
     """
     if common.stopped(flag, x, g, weight):
