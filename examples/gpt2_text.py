@@ -1,9 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The diagonal Fisher of a GPT-2-shaped language model on real text, against a plain step and a loop over samples.
 
-A Hugging Face GPT-2 from its configuration (12 layers, d = 768, vocabulary 50,257), random weights, untied head: the head
-tied to the embedding goes through the loop over samples for that one tensor, so the untied model is the one that shows the
-kernels. The text is ``--data FILE``, by default the documentation that ships with Python.
+A Hugging Face GPT-2 from its configuration (12 layers, d = 768, vocabulary 50,257), random weights, untied head. The text is ``--data FILE``, by default the documentation that ships with Python.
 
 Each way runs in a process of its own, so that its peak memory is its own::
 

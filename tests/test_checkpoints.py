@@ -113,3 +113,21 @@ def test_a_resumed_run_that_fails_at_once_says_why(structure, tmp_path):
     with pytest.raises(RuntimeError, match="stopped") as caught:
         ff.fisher(model, stopping(data, 0), structure, **options)
     assert caught.value.fisher.trace() == whole.trace() and path.read_bytes() == before
+
+
+@pytest.mark.parametrize("structure", ["diagonal", "gram"])
+def test_other_data_of_the_same_sizes_are_refused(structure, tmp_path):
+    model, path = nn.Linear(I, C).double(), tmp_path / "checkpoint"
+    data = [(torch.randn(N, I).double(), torch.randint(0, C, (N,))) for _ in range(3)]
+    with pytest.raises(RuntimeError, match="stopped"):
+        ff.fisher(model, stopping(data, 2), structure, "empirical", checkpoint=path, progress=False)
+    for others in (data[::-1], [data[0], (data[1][0], data[1][1].flip(0)), data[2]]):
+        with pytest.raises(ValueError, match=r"data must be those that .* was made of, got others in the first 2 batches"):
+            ff.fisher(model, others, structure, "empirical", checkpoint=path, progress=False)
+    resumed = ff.fisher(model, data, structure, "empirical", checkpoint=path, progress=False)
+    assert resumed.trace() == pytest.approx(ff.fisher(model, data, structure, "empirical", progress=False).trace(), rel=1e-12)
+
+
+def test_a_progress_bar_is_no_output(capsys):
+    ff.fisher(nn.Linear(I, C).double(), [(torch.randn(N, I).double(), torch.randint(0, C, (N,)))])
+    assert capsys.readouterr().out == ""

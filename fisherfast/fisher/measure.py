@@ -70,6 +70,7 @@ def fisher(
     ``sample_offset`` is the number of the first sample: give each rank its own, so that no two share random numbers.
     ``checkpoint``: a file written every minute, on any error and at the end; if it exists, the run resumes after its
     batches and ends with the same numbers up to rounding (every batch is then staged, which takes one more tensor per parameter).
+    The data must yield the same batches again: without shuffling or random augmentation.
 
     Shapes:   the output has the sample axis first; see the likelihoods for the rest.
     Scale:    per sample, mean over samples; independent of loss reduction, batch size and number of devices.

@@ -134,6 +134,10 @@ def pac_bayes_bound(
         sample_delta = 0.0
     else:
         _check_probability("sample_delta", sample_delta)
+        if delta + sample_delta >= 1:
+            raise ValueError(
+                f"{_CALLER}: delta + sample_delta must be < 1, got {delta:g} + {sample_delta:g}; the bound holds for less"
+            )
         scaled, stderr = _largest(scaled, math.log(2 / sample_delta) / _count("draws", draws)), 0.0
     if method == "kl":
         if beta is not None:

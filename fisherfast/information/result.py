@@ -132,7 +132,8 @@ class Information:
 
     @torch.no_grad()
     def posterior_variance(self) -> dict[str, Tensor]:
-        """``Sigma = t / (f + t / lambda^2)`` by parameter: the variance of the noise each weight tolerates.
+        """``Sigma = t / (f + t / lambda^2)`` by parameter: the variance of the noise each weight tolerates; of blocks the variance of each weight
+        given the others, ``1 / (Sigma^-1)_ii``.
 
         Shapes:   like ``F.diagonal()``.
         Scale:    t = beta (exact) or beta / 2 (as printed).

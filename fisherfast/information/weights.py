@@ -47,7 +47,8 @@ def information_in_weights(
 
     ``model``        the weights w: the network F was measured on, or {parameter name: tensor}.
     ``prior_scale``  lambda, the prior's standard deviation: a number; {layer or parameter name: number}; or ``"fit"``, for
-                     each layer the value with the smallest Lagrangian, ``lambda^2 = (||w - c||^2 + tr Sigma) / k``.
+                     each layer the value with the smallest Lagrangian, ``lambda^2 = (||w - c||^2 + tr Sigma) / k``
+                     (of ``"paper"`` the Lagrangian as printed).
     ``beta``         1 / N is the Bayesian choice for N training samples; larger values keep coarser weights.
     ``center``       c: the initial or pre-trained weights, a network or {name: tensor}; 0 if not given.
     ``variant``      ``"exact"``, or ``"paper"`` for the formulas as printed: then ``.nats`` is the printed eq. 8 and ``.kl``
