@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import warnings
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fisherfast._warning import FisherWarning
 from fisherfast.calls import Key
 from fisherfast.collector import Samples
 from fisherfast.fisher import interrupts
@@ -93,12 +95,7 @@ class collect:
             run.check_finite(loss, "the loss")
             if not self._explored or capture.outdated(loss):
                 self._explore(loss)
-            # Reading the graph also leaves to the fallback what is used where no function shows it.
-            if not capture.calls(loss) and not run.looped:
-                raise ValueError(
-                    "collect: the loss must depend on the model's parameters, got one that none of them reaches; run the model itself, "
-                    "not with other tensors in their place"
-                )
+            self._check_caught(loss)
             self._check_fallback(loss)
             with interrupts.put_off():  # a batch counts as a whole
                 with run.transaction(Samples(N)):
@@ -135,6 +132,22 @@ class collect:
             raise ValueError(
                 "collect: the loss must depend on the model's parameters, got one without a graph; run the model in the block"
             )
+
+    def _check_caught(self, loss: Tensor) -> None:
+        """Leave to the fallback what is used where no function shows it; say so if that is all. Errors: ValueError if there is nothing."""
+        if self._run.capture.calls(loss):
+            return
+        if not self._run.looped:
+            raise ValueError(
+                "collect: the loss must depend on the model's parameters, got one that none of them reaches; run the model itself, "
+                "not with other tensors in their place"
+            )
+        warnings.warn(
+            "collect: the model should run in the block, got a loss in which no use of a parameter was caught; a loop over samples "
+            "differentiates them all, which is slow",
+            FisherWarning,
+            stacklevel=3,
+        )
 
     def _explore(self, loss: Tensor) -> None:
         """First batches: which parameters are reached, in which forms, and where their sample axis is."""
