@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import Tensor
@@ -20,12 +20,17 @@ def tensors(tree: Any) -> Iterator[Tensor]:
         yield from tensors(tuple(tree.values()))
 
 
+def mapped(tree: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """The same with what a function makes of each tensor."""
+    if isinstance(tree, Tensor):
+        return function(tree)
+    if isinstance(tree, dict):
+        return {key: mapped(value, function) for key, value in tree.items()}
+    if type(tree) in (tuple, list):
+        return type(tree)(mapped(item, function) for item in tree)
+    return tree
+
+
 def replaced(tree: Any, stand_ins: dict[int, Tensor]) -> Any:
     """The same with others in place of some, which are known by their id."""
-    if isinstance(tree, Tensor):
-        return stand_ins.get(id(tree), tree)
-    if isinstance(tree, dict):
-        return {key: replaced(value, stand_ins) for key, value in tree.items()}
-    if type(tree) in (tuple, list):
-        return type(tree)(replaced(item, stand_ins) for item in tree)
-    return tree
+    return mapped(tree, lambda tensor: stand_ins.get(id(tensor), tensor))

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fisherfast import _nested
+
 _OURS = ("labels", "sample_weight", "sample_offsets")  # keys of a dict batch that are not passed to the model
 IGNORED = -100  # torch's and Hugging Face's ignore_index, of a likelihood that has none
 Output = str | Callable[[Any], Tensor] | None
@@ -58,7 +60,7 @@ class Batch:
         else:
             inputs = tuple(_moved(value, device) for value in (inputs if isinstance(inputs, (tuple, list)) else (inputs,)))
             mask = None
-        tensors = [v for v in (inputs.values() if isinstance(inputs, dict) else inputs) if isinstance(v, Tensor) and v.dim()]
+        tensors = [tensor for tensor in _nested.tensors(inputs) if tensor.dim()]
         if not tensors:
             raise ValueError("data: a batch's inputs must hold a tensor with a sample axis, got none")
         if offsets is not None:
@@ -89,29 +91,26 @@ class Batch:
         """Whether an input's first axis holds the samples."""
         return self.offsets is None and isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == self.N
 
+    @property
+    def nested(self) -> bool:
+        """Whether samples lie deeper in the inputs than a function's own arguments."""
+        own = self.inputs.values() if isinstance(self.inputs, dict) else self.inputs
+        deeper = _nested.tensors([value for value in own if not isinstance(value, Tensor)])
+        return any(self.has_samples(tensor) for tensor in deeper)
+
     def cut(self, start: int, stop: int) -> Batch:
         """Samples ``start:stop``; tensors whose first axis is not the sample axis are kept whole."""
         if self.offsets is not None:
             return self._cut_packed(start, stop, self.offsets)
 
         def part(value: Any) -> Any:
-            return value[start:stop] if self.has_samples(value) else value
+            return _nested.mapped(value, lambda tensor: tensor[start:stop] if self.has_samples(tensor) else tensor)
 
-        if isinstance(self.inputs, dict):
-            inputs: Any = {key: part(value) for key, value in self.inputs.items()}
-        else:
-            inputs = tuple(part(value) for value in self.inputs)
-        return Batch(inputs, part(self.targets), part(self.mask), stop - start, part(self.weight))
+        return Batch(part(self.inputs), part(self.targets), part(self.mask), stop - start, part(self.weight))
 
     def copied(self) -> Batch:
         """With inputs of its own, for a model that writes into them."""
-
-        def copy(value: Any) -> Any:
-            return value.clone() if isinstance(value, Tensor) else value
-
-        if isinstance(self.inputs, dict):
-            return replace(self, inputs={key: copy(value) for key, value in self.inputs.items()})
-        return replace(self, inputs=tuple(copy(value) for value in self.inputs))
+        return replace(self, inputs=_nested.mapped(self.inputs, Tensor.clone))
 
     def _cut_packed(self, start: int, stop: int, offsets: Tensor) -> Batch:
         assert isinstance(self.inputs, dict)
@@ -130,8 +129,7 @@ class Batch:
 
     def tensors(self) -> list[Tensor]:
         """All that it holds."""
-        inputs = self.inputs.values() if isinstance(self.inputs, dict) else self.inputs
-        return [t for t in (*inputs, self.targets, self.weight, self.offsets) if isinstance(t, Tensor)]
+        return list(_nested.tensors((self.inputs, self.targets, self.weight, self.offsets)))
 
     def versions(self) -> list[int]:
         """How often each has been written to, where that is counted."""
@@ -226,7 +224,7 @@ def _digest(tensor: Tensor) -> int:
 
 
 def _moved(value: Any, device: torch.device) -> Any:
-    return value.to(device) if isinstance(value, Tensor) else value
+    return _nested.mapped(value, lambda tensor: tensor.to(device))
 
 
 class ReadTwice:

@@ -261,3 +261,26 @@ def test_a_model_that_begins_late_to_write_into_its_inputs():
     data = [(torch.randn(n, 3), torch.randint(0, C, (n,))) for n in (3, 5)]
     with pytest.raises(ValueError, match="must not begin in a later batch to write into its inputs"):
         ff.fisher(model, data, fisher_type="empirical", progress=False)
+
+
+class Several(nn.Module):
+    """Of a list of inputs, and distances from a table, which no rule is written for."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.table = nn.Linear(3, 4), nn.Parameter(torch.randn(3, 4))
+
+    def forward(self, pair, q):
+        return torch.cdist(self.first(pair[0]) * self.first(pair[1]).tanh() + q, self.table)
+
+
+@pytest.mark.parametrize("structure", ["diagonal", "kfac"])
+def test_inputs_in_lists(structure):
+    model, N = Several().double(), 7
+    pair, q, y = [torch.randn(N, 3).double() for _ in range(2)], torch.randn(N, 4).double(), torch.randint(0, 3, (N,))
+    whole = ff.fisher(model, [((pair, q), y)], structure, "empirical", progress=False)
+    single = [(([one[n : n + 1] for one in pair], q[n : n + 1]), y[n : n + 1]) for n in range(N)]
+    alone = ff.fisher(model, single, structure, "empirical", progress=False)
+    assert "vmap takes no nested inputs apart" in whole.coverage["table"]
+    for name, f in whole.diagonal(dtype=torch.float64).items():
+        torch.testing.assert_close(f, alone.diagonal(dtype=torch.float64)[name], rtol=1e-6, atol=1e-12)

@@ -398,6 +398,9 @@ class Measurement:
         if batch.offsets is not None:
             self.run.without_vmap("vmap cannot take packed samples apart")
             return False
+        if batch.nested:
+            self.run.without_vmap("vmap takes no nested inputs apart")
+            return False
         with self.run.timed("vmap"):
             for number, one in enumerate(self._passes(predictions.detached())):
                 (cotangent,) = torch.autograd.grad(predictions.values, output, one.cotangent, retain_graph=True)
