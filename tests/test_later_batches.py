@@ -281,6 +281,6 @@ def test_inputs_in_lists(structure):
     whole = ff.fisher(model, [((pair, q), y)], structure, "empirical", progress=False)
     single = [(([one[n : n + 1] for one in pair], q[n : n + 1]), y[n : n + 1]) for n in range(N)]
     alone = ff.fisher(model, single, structure, "empirical", progress=False)
-    assert "vmap takes no nested inputs apart" in whole.coverage["table"]
+    assert whole.coverage["table"].startswith("loop: ")
     for name, f in whole.diagonal(dtype=torch.float64).items():
         torch.testing.assert_close(f, alone.diagonal(dtype=torch.float64)[name], rtol=1e-6, atol=1e-12)
