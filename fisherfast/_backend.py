@@ -178,16 +178,16 @@ class Op:
                     f"Usable on {device}: {self.usable(device)}"
                 )
             return self._implementation(_forced)(*args, **kwargs)
-        for name in self._order(device, args):
+        for name in self._order(device, args, kwargs):
             problem = self._why_not(name, device, args, kwargs)
             if problem is None:
                 return self._implementation(name)(*args, **kwargs)
             self._warn_once(name, problem)
         raise AssertionError("unreachable: the reference runs everywhere")
 
-    def _order(self, device: str, args: tuple[Any, ...]) -> tuple[str, ...]:
+    def _order(self, device: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, ...]:
         order = _PREFERENCE.get(device, ("reference",))
-        faster = _choice.fastest(self.name, _choice.capability(args[0].device), args) if device == "cuda" else None
+        faster = _choice.fastest(self.name, _choice.capability(args[0].device), args, kwargs) if device == "cuda" else None
         return order if faster is None else tuple(dict.fromkeys((faster, *order)))
 
     def _warn_once(self, name: str, problem: str) -> None:

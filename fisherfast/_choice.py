@@ -6,7 +6,8 @@ has been measured, and the router's own order stands. A table is of one compute 
 
     {"9.0": {"device": ..., "source": ..., "ops": {op: [{"mode": ..., "extents": [[O, I], ...], "backend": ..., "seconds": {...}}]}}}
 
-This file knows nothing of what an op computes: a call is the dtype of its inputs and the shapes of its tensors.
+This file knows nothing of what an op computes: a call is the dtype of its inputs, the shapes of its tensors, and which of the optional
+tensors it has that other kernels may be for. Where no call with those was measured, the router's own order stands.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,8 @@ import torch
 
 PATH = Path(__file__).with_name("choice.json")
 _SHORT = {torch.bfloat16: "bf16", torch.float16: "bf16", torch.float32: "fp32", torch.float64: "fp64"}
+
+_OPTIONS = ("offsets", "total", "weight")
 
 Extents = tuple[tuple[int, ...], ...]
 
@@ -58,18 +62,24 @@ def preferred(op: str, capability: str) -> set[str]:
     return {one["backend"] for one in _measured(op, capability)}
 
 
-def fastest(op: str, capability: str, args: tuple[Any, ...]) -> str | None:
-    """The backend that was fastest at the nearest measured call of this op, mode and number of axes; None if there is none."""
+def options(kwargs: Mapping[str, Any]) -> tuple[str, ...]:
+    """The optional tensors of a call that its kernel may depend on."""
+    return tuple(name for name in _OPTIONS if kwargs.get(name) is not None)
+
+
+def fastest(op: str, capability: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str | None:
+    """The backend that was fastest at the nearest measured call of this op, mode, number of axes and options; None if there is none."""
     if not _measured(op, capability):
         return None
-    return _nearest(op, capability, mode(args), extents(args))
+    return _nearest(op, capability, mode(args), extents(args), options(kwargs))
 
 
 @functools.lru_cache(maxsize=4096)
-def _nearest(op: str, capability: str, mode: str, called: Extents) -> str | None:
+def _nearest(op: str, capability: str, mode: str, called: Extents, options: tuple[str, ...]) -> str | None:
     """Nearest by the sum of the logarithms of how many times each extent is larger or smaller."""
     axes = [len(shape) for shape in called]
-    alike = [one for one in _measured(op, capability) if one["mode"] == mode and [len(e) for e in one["extents"]] == axes]
+    same = [one for one in _measured(op, capability) if (one["mode"], tuple(one.get("options", ()))) == (mode, options)]
+    alike = [one for one in same if [len(e) for e in one["extents"]] == axes]
     nearest = min(alike, key=lambda one: _distance(one["extents"], called), default=None)
     return None if nearest is None else nearest["backend"]
 

@@ -468,17 +468,24 @@ def linear(N, T, I, O, dtype=torch.bfloat16):
 
 @pytest.mark.parametrize(("size", "faster"), [(32, "triton"), (40, "triton"), (200, "cuda"), (5000, "cuda")])
 def test_the_nearest_measured_call_decides(two_choices, size, faster):
-    assert _choice.fastest("linear_sq_", "9.0", linear(2, size // 4, size, 2 * size)) == faster
+    assert _choice.fastest("linear_sq_", "9.0", linear(2, size // 4, size, 2 * size), {}) == faster
 
 
 def test_what_was_not_measured_has_no_choice(two_choices):
     args = linear(2, 8, 32, 64)
     packed = (args[0], args[1].flatten(0, 1), args[2].flatten(0, 1))
-    assert _choice.fastest("linear_sq_", "8.0", args) is None
-    assert _choice.fastest("gram_", "9.0", args[:2]) is None
-    assert _choice.fastest("linear_sq_", "9.0", packed) is None
-    assert _choice.fastest("linear_sq_", "9.0", linear(2, 8, 32, 64, torch.float32)) is None
+    assert _choice.fastest("linear_sq_", "8.0", args, {}) is None
+    assert _choice.fastest("gram_", "9.0", args[:2], {}) is None
+    assert _choice.fastest("linear_sq_", "9.0", packed, {}) is None
+    assert _choice.fastest("linear_sq_", "9.0", linear(2, 8, 32, 64, torch.float32), {}) is None
     assert _choice.preferred("linear_sq_", "9.0") == {"triton", "cuda"} and _choice.preferred("linear_sq_", "8.0") == set()
+
+
+def test_options_that_were_not_measured_have_no_choice(two_choices):
+    """Other kernels are for them, which no measured call says anything of."""
+    for name in ("weight", "total", "offsets"):
+        assert _choice.fastest("linear_sq_", "9.0", linear(2, 80, 320, 640), {name: torch.ones(2)}) is None
+    assert _choice.fastest("linear_sq_", "9.0", linear(2, 80, 320, 640), {"flag": torch.ones(1), "weight": None}) == "cuda"
 
 
 def test_what_kfac_calls_has_a_choice(choose_from, monkeypatch):
@@ -486,29 +493,29 @@ def test_what_kfac_calls_has_a_choice(choose_from, monkeypatch):
     problem = problems.build("cpu", "gram_", "llama8b-in", "fp32", tiny=True)
     choose_from(measured(op="gram_", mode="fp32", extents=_choice.extents((problem.acc, *problem.inputs))))
     calls = []
-    monkeypatch.setattr(_backend.Op, "_order", lambda op, device, args: calls.append((op.name, args)) or ("reference",))
+    monkeypatch.setattr(_backend.Op, "_order", lambda op, device, *call: calls.append((op.name, *call)) or ("reference",))
     model = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.Linear(7, 3, bias=False))
     for x, y in (
         (torch.randn(2, 4, 5), torch.zeros(2, 4, dtype=torch.int64)),
         (torch.randn(2, 5), torch.zeros(2, dtype=torch.int64)),
     ):
         ff.fisher(model, [(x, y)], structure="kfac", fisher_type="empirical", progress=False)
-    called = [args for name, args in calls if name == "gram_"]
-    assert len(called) >= 8 and all(_choice.fastest("gram_", "9.0", args) == "cuda" for args in called)
+    called = [call for name, *call in calls if name == "gram_"]
+    assert len(called) >= 8 and all(_choice.fastest("gram_", "9.0", *call) == "cuda" for call in called)
 
 
 def test_the_router_takes_the_chosen_backend_first_and_then_the_others(two_choices, monkeypatch):
     monkeypatch.setattr(_choice, "capability", lambda device: "9.0")
     op = _backend.OPS["linear_sq_"]
-    assert op._order("cuda", linear(2, 80, 320, 640)) == ("cuda", "triton", "reference")
-    assert op._order("cuda", linear(2, 8, 32, 64)) == ("triton", "cuda", "reference")
-    assert op._order("cpu", linear(2, 80, 320, 640)) == ("cpu", "reference")
+    assert op._order("cuda", linear(2, 80, 320, 640), {}) == ("cuda", "triton", "reference")
+    assert op._order("cuda", linear(2, 8, 32, 64), {}) == ("triton", "cuda", "reference")
+    assert op._order("cpu", linear(2, 80, 320, 640), {}) == ("cpu", "reference")
 
 
 def test_without_measurements_triton_is_the_default(monkeypatch):
     monkeypatch.setattr(_choice, "table", dict)
     monkeypatch.setattr(_choice, "capability", lambda device: "9.0")
-    assert _backend.OPS["linear_sq_"]._order("cuda", linear(2, 8, 32, 64)) == ("triton", "cuda", "reference")
+    assert _backend.OPS["linear_sq_"]._order("cuda", linear(2, 8, 32, 64), {}) == ("triton", "cuda", "reference")
 
 
 def test_a_call_in_tf32_is_another_mode():
