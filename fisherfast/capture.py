@@ -64,7 +64,7 @@ class Capture(TorchFunctionMode):
         if self.device.type == "meta":
             raise ValueError("model: parameters must hold numbers, got meta tensors; load the weights first")
         self._root = root
-        self._first = {id(p) for _, p in named}
+        self._first = {id(p): p for _, p in named}  # held, so that no other gets the id of one
         self._forgotten: dict[int, str] = {}  # names of parameters that are no longer tracked
         self.tracked = {name: Tracked(name, p) for name, p in named}
         names = {id(t.parameter): t.name for t in self.tracked.values()}
@@ -82,12 +82,12 @@ class Capture(TorchFunctionMode):
         self.begin(exploring=True)
 
     def __enter__(self) -> Capture:
-        outermost = not self._keepers  # inside, they are those of a part of the model
-        self._keepers.append(torch._C._autograd._top_saved_tensors_default_hooks(True) if outermost else self._keepers[-1])
         if torch.is_inference_mode_enabled():
             raise ValueError(
                 "model: must be measured outside torch.inference_mode(), which keeps no graph; torch.no_grad() is no obstacle"
             )
+        outermost = not self._keepers  # inside, they are those of a part of the model
+        self._keepers.append(torch._C._autograd._top_saved_tensors_default_hooks(True) if outermost else self._keepers[-1])
         _EAGER.take()
         super().__enter__()
         return self
