@@ -186,5 +186,10 @@ def test_what_has_no_mean_is_refused():
     x, y = torch.randint(0, 11, (3, 5)), torch.randint(0, 4, (3, 5))
     with pytest.raises(ValueError, match="must have inputs whose mean is a row, got an embedding"):
         reduced(Tagger().double(), [{"input_ids": x, "attention_mask": torch.ones_like(x), "labels": y}])
+    for kind, limit, least in ((ff.KFAC, "max_factor_dim", 1), (ff.EKFAC, "max_exact_dim", 0), (ff.Gram, "max_rows", 1)):
+        with pytest.raises(ValueError, match=f"{kind.__name__}: {limit} must be >= {least}, got -1"):
+            kind(**{limit: -1})
+        with pytest.raises(ValueError, match=f"{kind.__name__}: {limit} must be an integer, got 'many'"):
+            kind(**{limit: "many"})
     with pytest.raises(ValueError, match="sharing must be 'expand' or 'reduce', got 'sum'"):
         ff.KFAC(sharing="sum")

@@ -26,6 +26,13 @@ def whole(caller: str, name: str, value: Any) -> int:
         raise ValueError(f"{caller}: {name} must be an integer, got {value!r}") from None
 
 
+def check_limits(caller: str, least: int, **limits: Any) -> None:
+    """Raise ValueError for a limit that is no integer, or below the least that makes sense."""
+    for name, limit in limits.items():
+        if whole(caller, name, limit) < least:
+            raise ValueError(f"{caller}: {name} must be >= {least}, got {limit}")
+
+
 def listed(names: Iterable[str]) -> str:
     """The first few names, and how many more there are."""
     names = sorted(names)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from fisherfast.capture import Capture
-from fisherfast.fisher import serialize
+from fisherfast.fisher import _arguments, serialize
 from fisherfast.fisher.block_fisher import BlockFisher, described
 from fisherfast.fisher.counts import Counts
 from fisherfast.fisher.eigen import EigenBlock
@@ -30,6 +30,10 @@ class EKFAC(Structure):
     basis: KFACFisher | None = None
     max_factor_dim: int = 16384
     max_exact_dim: int = 256
+
+    def __post_init__(self) -> None:
+        _arguments.check_limits("EKFAC", 1, max_factor_dim=self.max_factor_dim)
+        _arguments.check_limits("EKFAC", 0, max_exact_dim=self.max_exact_dim)
 
     def collector(self, capture: Capture, transactional: bool) -> EigenCollector:
         """See ``Structure``."""

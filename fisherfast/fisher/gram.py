@@ -35,6 +35,9 @@ class Gram(Structure):
 
     max_rows: int = 8192
 
+    def __post_init__(self) -> None:
+        _arguments.check_limits("Gram", 1, max_rows=self.max_rows)
+
     def collector(self, capture: Capture, transactional: bool) -> GramCollector:
         """See ``Structure``."""
         return GramCollector(capture, self.max_rows)

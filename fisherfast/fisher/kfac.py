@@ -18,7 +18,7 @@ from torch import Tensor
 from fisherfast.accumulator import Accumulator
 from fisherfast.capture import Capture
 from fisherfast.collector import Cost
-from fisherfast.fisher import serialize
+from fisherfast.fisher import _arguments, serialize
 from fisherfast.fisher.block_collector import BlockCollector
 from fisherfast.fisher.block_fisher import BlockFisher, described
 from fisherfast.fisher.counts import Counts
@@ -54,6 +54,8 @@ class KFAC(Structure):
     def __post_init__(self) -> None:
         if self.sharing not in ("expand", "reduce"):
             raise ValueError(f"KFAC: sharing must be 'expand' or 'reduce', got {self.sharing!r}")
+        _arguments.check_limits("KFAC", 1, max_factor_dim=self.max_factor_dim)
+        _arguments.check_limits("KFAC", 0, max_exact_dim=self.max_exact_dim)
 
     def collector(self, capture: Capture, transactional: bool) -> KroneckerCollector:
         """See ``Structure``."""
