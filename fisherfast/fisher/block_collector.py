@@ -65,7 +65,7 @@ class BlockCollector:
     def explore(self, calls: list[Call]) -> None:
         """See ``Collector``."""
         self._calls = calls
-        self._in_parts |= in_parts(calls)
+        self._in_parts = in_parts(calls)
 
     def forget(self, name: str) -> None:
         """See ``Collector``: nothing is planned yet."""

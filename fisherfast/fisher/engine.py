@@ -107,7 +107,7 @@ class Engine:
 
     def explore(self, calls: list[Call]) -> None:
         """See ``Collector``."""
-        self._in_parts |= in_parts(calls)
+        self._in_parts = in_parts(calls)
 
     def begin(self, samples: Samples) -> None:
         """See ``Collector``."""
