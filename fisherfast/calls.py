@@ -59,7 +59,7 @@ class CallUse:
 class Hears(Protocol):
     """A capture, as its taps see it."""
 
-    def heard(self, call: Call, g: Tensor | None, saved: tuple[Tensor, ...]) -> None:
+    def heard(self, call: Call, g: Tensor | None, saved: tuple[Tensor, ...]) -> Tensor | None:
         """Take a tap's gradient and saved inputs."""
 
 
@@ -93,9 +93,7 @@ class Tap(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor | None) -> tuple[Tensor | None, ...]:
         """``g``, once the capture has heard it."""
         saved, call = ctx.saved_tensors, ctx.call  # once: a checkpointed tensor can be unpacked only once
-        call.capture.heard(call, g, saved)  # also of no gradient at all: a visit counts
-        if g is not None and g.dim() and len(g) == 1 and not g.is_contiguous():
-            g = g.contiguous()  # torch 2.13's batch_norm in eval mode takes strides of one sample for others, on CPUs
+        g = call.capture.heard(call, g, saved)  # also of no gradient at all: a visit counts
         return (g, None, None, *(None for _ in saved))
 
 

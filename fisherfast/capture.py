@@ -166,15 +166,17 @@ class Capture(TorchFunctionMode):
 
     def check_parameters(self) -> None:
         """Raise ValueError if the model has got parameters since, new ones or others in the place of those it had."""
-        for name, p in self._root.named_parameters():
-            if p.requires_grad and id(p) not in self._first:
-                raise ValueError(
-                    f"model: its parameters must stay those that the measurement began with, got a new, replaced or unfrozen {name!r}; "
-                    "begin another measurement, or change numbers in place"
-                )
+        owned = (p for module in self._root.modules() for p in module._parameters.values() if p is not None)
+        if all(id(p) in self._first or not p.requires_grad for p in owned):
+            return
+        name = next(name for name, p in self._root.named_parameters() if p.requires_grad and id(p) not in self._first)
+        raise ValueError(
+            f"model: its parameters must stay those that the measurement began with, got a new, replaced or unfrozen {name!r}; "
+            "begin another measurement, or change numbers in place"
+        )
 
-    def heard(self, call: Call, g: Tensor | None, saved: tuple[Tensor, ...]) -> None:
-        """Pass a tap's gradient on to the listener of the current backward pass."""
+    def heard(self, call: Call, g: Tensor | None, saved: tuple[Tensor, ...]) -> Tensor | None:
+        """Pass a tap's gradient on to the listener of the current backward pass. Returns it for the model's own functions."""
         if self.listener is None:
             raise RuntimeError(
                 "model: captured layers must be differentiated by stats.backward(loss) or ff.fisher only, got another backward pass; in "
@@ -184,6 +186,8 @@ class Capture(TorchFunctionMode):
         with self.aside():
             shaped = None if g is None else g.reshape(call.shape)  # the tap may be on what the output is a view of
             self.listener(call, shaped, saved)
+            # torch 2.13's batch_norm in eval mode takes the strides of one sample for others, on CPUs.
+            return g.contiguous() if g is not None and g.shape[:1] == (1,) else g
 
     @contextmanager
     def aside(self) -> Iterator[None]:

@@ -220,13 +220,14 @@ class Passes:
         keep: bool = False,
         every: bool = True,
         support: Callable[[], Pass] | None = None,
+        calls: list[Call] | None = None,
     ) -> list[Call]:
         """Back-propagate ``count`` passes and hand each parameter's rows, all its uses joined, to the collectors.
 
         ``every``: see ``Locator.begin``. ``support``: makes a pass that gives a gradient to every row that any of several passes gives
-        one; rows chosen by the data are those, in each of them. Returns the calls that the root depends on.
+        one; rows chosen by the data are those, in each of them. ``calls``: that the root depends on, if they are known; they are returned.
         """
-        calls = [call for call, _ in self.capture.calls(root)]
+        calls = [call for call, _ in self.capture.calls(root)] if calls is None else calls
         self.route_mixed_forms(calls)
         groups: defaultdict[Group, list[CallUse]] = defaultdict(list)
         for call in calls:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fisherfast._warning import FisherWarning
-from fisherfast.calls import Key
+from fisherfast.calls import Call, Key
 from fisherfast.collector import Samples
 from fisherfast.fisher import interrupts
 from fisherfast.fisher.asked import requests
@@ -95,12 +95,12 @@ class collect:
             run.check_finite(loss, "the loss")
             if not self._explored or capture.outdated(loss):
                 self._explore(loss)
-            self._check_caught(loss)
+            calls = self._caught(loss)
             self._check_fallback(loss)
             with interrupts.put_off():  # a batch counts as a whole
                 with run.transaction(Samples(N)):
                     looped = bool(run.looped)
-                    calls = run.passes.run(loss, [self._pass(torch.ones_like(loss))], 1, keep=looped or retain_graph)
+                    run.passes.run(loss, [self._pass(torch.ones_like(loss))], 1, keep=looped or retain_graph, calls=calls)
                     if looped:
                         with run.timed("loop"):
                             self._loop(loss)
@@ -133,10 +133,14 @@ class collect:
                 "collect: the loss must depend on the model's parameters, got one without a graph; run the model in the block"
             )
 
-    def _check_caught(self, loss: Tensor) -> None:
-        """Leave to the fallback what is used where no function shows it; say so if that is all. Errors: ValueError if there is nothing."""
-        if self._run.capture.calls(loss):
-            return
+    def _caught(self, loss: Tensor) -> list[Call]:
+        """The calls behind a loss. What is used where no function shows it is left to the fallback, with a warning if that is all.
+
+        Errors: ValueError if there is nothing.
+        """
+        calls = [call for call, _ in self._run.capture.calls(loss)]
+        if calls:
+            return calls
         if not self._run.looped:
             raise ValueError(
                 "collect: the loss must depend on the model's parameters, got one that none of them reaches; run the model itself, "
@@ -148,6 +152,7 @@ class collect:
             FisherWarning,
             stacklevel=3,
         )
+        return calls
 
     def _explore(self, loss: Tensor) -> None:
         """First batches: which parameters are reached, in which forms, and where their sample axis is."""
