@@ -60,7 +60,7 @@ class Hears(Protocol):
     """A capture, as its taps see it."""
 
     def heard(self, call: Call, g: Tensor | None, saved: tuple[Tensor, ...]) -> Tensor | None:
-        """Take a tap's gradient and saved inputs."""
+        """Take a tap's gradient and saved inputs; the gradient that goes on."""
 
 
 @dataclass
