@@ -21,10 +21,10 @@ def tensors(tree: Any) -> Iterator[Tensor]:
 
 
 def mapped(tree: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    """The same with what a function makes of each tensor."""
+    """The same with what a function makes of each tensor, in plain dictionaries, lists and tuples; others are left as they are."""
     if isinstance(tree, Tensor):
         return function(tree)
-    if isinstance(tree, dict):
+    if type(tree) is dict:
         return {key: mapped(value, function) for key, value in tree.items()}
     if type(tree) in (tuple, list):
         return type(tree)(mapped(item, function) for item in tree)
@@ -33,4 +33,10 @@ def mapped(tree: Any, function: Callable[[Tensor], Tensor]) -> Any:
 
 def replaced(tree: Any, stand_ins: dict[int, Tensor]) -> Any:
     """The same with others in place of some, which are known by their id."""
-    return mapped(tree, lambda tensor: stand_ins.get(id(tensor), tensor))
+    if isinstance(tree, Tensor):
+        return stand_ins.get(id(tree), tree)
+    if isinstance(tree, dict):
+        return {key: replaced(value, stand_ins) for key, value in tree.items()}
+    if type(tree) in (tuple, list):
+        return type(tree)(replaced(item, stand_ins) for item in tree)
+    return tree

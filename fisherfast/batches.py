@@ -60,7 +60,10 @@ class Batch:
         else:
             inputs = tuple(_moved(value, device) for value in (inputs if isinstance(inputs, (tuple, list)) else (inputs,)))
             mask = None
-        tensors = [tensor for tensor in _nested.tensors(inputs) if tensor.dim()]
+        own = [v for v in (inputs.values() if isinstance(inputs, dict) else inputs) if isinstance(v, Tensor)]
+        tensors = [
+            tensor for tensor in (*own, *_nested.tensors(inputs)) if tensor.dim()
+        ]  # the first that the model is given as such
         if not tensors:
             raise ValueError("data: a batch's inputs must hold a tensor with a sample axis, got none")
         if offsets is not None:
@@ -139,7 +142,9 @@ class Batch:
         """A number that another batch, or the same samples in another order, has with no more than chance 2**-60; the same in every
         process.
         """
-        described = " ".join(f"{tuple(t.shape)} {t.dtype} {_digest(t)}" for t in self.tensors())
+        inputs = sorted(self.inputs.items()) if isinstance(self.inputs, dict) else self.inputs
+        every = _nested.tensors((inputs, self.targets, self.weight, self.offsets))
+        described = " ".join(f"{tuple(t.shape)} {t.dtype} {_digest(t)}" for t in every)
         return int.from_bytes(hashlib.blake2b(described.encode(), digest_size=8).digest(), "big")
 
     def unpacked(self, output: Tensor, ignore_index: float = IGNORED) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -216,6 +221,9 @@ def _weight(weight: Any, N: int, device: torch.device) -> Tensor | None:
 
 def _digest(tensor: Tensor) -> int:
     """The tensor's bytes, eight at a time, times odd numbers that do not repeat: on its device, in one read."""
+    if tensor.layout != torch.strided:
+        parts = tensor.detach().to_sparse_coo().coalesce()
+        return 3 * _digest(parts.indices()) + _digest(parts.values())
     flat = tensor.detach().contiguous().view(-1)
     raw = flat.view(torch.uint8) if flat.dtype != torch.bool else flat.to(torch.uint8)
     words = torch.nn.functional.pad(raw, (0, -raw.numel() % 8)).view(torch.int64)

@@ -17,6 +17,7 @@ import inspect
 import itertools
 import sys
 import threading
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -30,12 +31,13 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from fisherfast._nested import replaced, tensors
+from fisherfast._warning import FisherWarning
 from fisherfast.calls import Call, CallUse, Decisions, Key, Site, Tap, graph
 from fisherfast.chosen_rows import ChosenRows
 from fisherfast.layout import Layout
 from fisherfast.rules import DECOMPOSITIONS, RULES, Use, Window, part
 from fisherfast.tracked import Bare, Made, Reference, Tracked
-from fisherfast.train_mode import CHANCE, refuse_chance, unwrapped
+from fisherfast.train_mode import CHANCE, is_parameter, refuse_chance, unwrapped
 
 Hooks = tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]
 Listener = Callable[[Call, Tensor | None, tuple[Tensor, ...]], None]
@@ -86,9 +88,9 @@ class Capture(TorchFunctionMode):
             raise ValueError(
                 "model: must be measured outside torch.inference_mode(), which keeps no graph; torch.no_grad() is no obstacle"
             )
+        _EAGER.take()
         outermost = not self._keepers  # inside, they are those of a part of the model
         self._keepers.append(torch._C._autograd._top_saved_tensors_default_hooks(True) if outermost else self._keepers[-1])
-        _EAGER.take()
         super().__enter__()
         return self
 
@@ -159,7 +161,7 @@ class Capture(TorchFunctionMode):
         return bool(self._early) and any(call.site in self._early for call, _ in self.calls(root))
 
     def forget(self, name: str) -> None:
-        """Stop tracking a parameter. Errors: ``calls`` raises ValueError for a root that it reaches."""
+        """Stop tracking a parameter; ``calls`` warns of the first root that it reaches."""
         parameter = self.tracked.pop(name).parameter
         del self._references[id(parameter)]
         self._forgotten[id(parameter)] = name
@@ -169,11 +171,12 @@ class Capture(TorchFunctionMode):
         owned = (p for module in self._root.modules() for p in module._parameters.values() if p is not None)
         if all(id(p) in self._first or not p.requires_grad for p in owned):
             return
-        name = next(name for name, p in self._root.named_parameters() if p.requires_grad and id(p) not in self._first)
-        raise ValueError(
-            f"model: its parameters must stay those that the measurement began with, got a new, replaced or unfrozen {name!r}; "
-            "begin another measurement, or change numbers in place"
-        )
+        for name, p in self._root.named_parameters():  # which may be fewer than the modules have, by the model's own choice
+            if p.requires_grad and id(p) not in self._first:
+                raise ValueError(
+                    f"model: its parameters must stay those that the measurement began with, got a new, replaced or unfrozen {name!r}; "
+                    "begin another measurement, or change numbers in place"
+                )
 
     def heard(self, call: Call, g: Tensor | None, saved: tuple[Tensor, ...]) -> Tensor | None:
         """Pass a tap's gradient on to the listener of the current backward pass. Returns it for the model's own functions."""
@@ -207,7 +210,7 @@ class Capture(TorchFunctionMode):
         """Run ``func``; where it receives tracked parameters, with their stand-ins and a tap."""
         kwargs = kwargs or {}
         if func in CHANCE:
-            refuse_chance(func, args, kwargs, lambda tensor: id(tensor) in self._references)
+            refuse_chance(func, args, kwargs, lambda tensor: id(tensor) in self._references or is_parameter(tensor))
         found = self._found(args) + self._found(kwargs.values())
         if not found or getattr(func, "__name__", "") == "__set__":
             out = func(*args, **kwargs)
@@ -392,9 +395,11 @@ class Capture(TorchFunctionMode):
                 found.append((call, node))
             leaf = id(getattr(node, "variable", None))
             if leaf in self._forgotten:
-                raise ValueError(
-                    f"{self._forgotten[leaf]}: must reach the loss in the first batch, or in none, got a later batch that it reaches; begin "
-                    "with a batch that reaches every parameter"
+                warnings.warn(
+                    f"{self._forgotten.pop(leaf)}: should reach the loss in the first batch, or in none, got a later batch that it reaches; "
+                    "it is missing in the result. Begin with a batch that reaches every parameter",
+                    FisherWarning,
+                    stacklevel=4,
                 )
             hidden = uncaught.get(leaf)
             if hidden is not None:
@@ -534,11 +539,12 @@ class _Eager:
     def take(self) -> None:
         """Until it is given back as often."""
         with self._lock:
-            self._captures += 1
             compiled = "torch._dynamo" in sys.modules  # importing it takes a second, and only then can anything be compiled
             if compiled and self._stance is None:
-                self._stance = torch.compiler.set_stance("force_eager")
-                self._stance.__enter__()
+                stance = torch.compiler.set_stance("force_eager")
+                stance.__enter__()
+                self._stance = stance
+            self._captures += 1
 
     def give_back(self) -> None:
         """One of those that took it needs it no longer."""

@@ -28,6 +28,7 @@ class Locator:
     def __init__(self, capture: Capture) -> None:
         self._capture = capture
         self.batches = 0  # so far, this one included
+        self._positions: int | None = None  # as many as a mask says something of
         self._every = True  # whether every row counts as an input, also one without a gradient: there is no padding
         self.scattered: set[Key] = set()  # uses whose rows lie as the data has it (experts): tagged in every batch
         # Of the batches the last in which all rows were looked at, of layouts that are flat or not; and the one before it.
@@ -37,13 +38,14 @@ class Locator:
         """Keep the layouts that a probe found."""
         self._capture.layouts.update((key, found.layout) for key, found in findings.items() if found.layout is not None)
 
-    def begin(self, uses: Iterable[CallUse], N: int, every: bool) -> tuple[set[Key], set[Key]]:
+    def begin(self, uses: Iterable[CallUse], N: int, every: bool, positions: int | None = None) -> tuple[set[Key], set[Key]]:
         """Start a batch. Returns the uses whose rows have no known layout, and those whose rows have one that is to be looked at.
 
-        ``every``: its samples have no padding and no weights, so rows without a gradient may be any sample's inputs.
+        ``every``: its samples have no padding and no weights, so rows without a gradient may be any sample's inputs. ``positions``: as
+        many as the mask says something of.
         """
         self.batches += 1
-        self._every = every
+        self._every, self._positions = every, positions
         if N == 1:
             return set(), set()
         uses = list(uses)
@@ -130,12 +132,12 @@ class Locator:
 
     def alone(self, use: CallUse, rows: Rows, numbers: Tensor | None) -> Rows:
         """Rows of a batch of one sample; those chosen by the data may be of padding, and are left out as in any other batch, but
-        where they have a sample axis, as positions do that something chosen went into.
+        where they are the positions that the mask says something of, which something chosen went into.
 
         ``numbers``: the rows' samples, ``UNKNOWN`` of padding, if found for all passes.
         """
         lead = rows.g.shape[: rows.g.dim() - use.form.features]
-        if self._every or not use.gathered or (len(lead) > 1 and lead[0] == 1):
+        if self._every or not use.gathered or tuple(lead) == (1, self._positions):
             return self.samples_first(use, rows, 1)
         if numbers is None:
             features = use.form.features

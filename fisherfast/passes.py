@@ -219,12 +219,13 @@ class Passes:
         count: int,
         keep: bool = False,
         every: bool = True,
+        positions: int | None = None,
         support: Callable[[], Pass] | None = None,
         calls: list[Call] | None = None,
     ) -> list[Call]:
         """Back-propagate ``count`` passes and hand each parameter's rows, all its uses joined, to the collectors.
 
-        ``every``: see ``Locator.begin``. ``support``: makes a pass that gives a gradient to every row that any of several passes gives
+        ``every``, ``positions``: see ``Locator.begin``. ``support``: makes a pass that gives a gradient to every row that any of several passes gives
         one; rows chosen by the data are those, in each of them. ``calls``: that the root depends on, if they are known; they are returned.
         """
         calls = [call for call, _ in self.capture.calls(root)] if calls is None else calls
@@ -242,7 +243,7 @@ class Passes:
                 for collector in self.collectors:
                     collector.expect(tracked, windows[name])
         N = root.shape[0]
-        unlocated, again = self.locator.begin(chain.from_iterable(groups.values()), N, every)
+        unlocated, again = self.locator.begin(chain.from_iterable(groups.values()), N, every, positions)
         owners: dict[Key, Tensor] = {}
         if support is not None and count > 1:
             chosen = {use.key for uses in groups.values() for use in uses if N == 1 and use.gathered}

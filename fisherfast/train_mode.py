@@ -58,14 +58,15 @@ def refuse_train_mode(model: nn.Module) -> None:
         )
 
 
-def _of_parameter(tensor: Tensor) -> bool:
+def is_parameter(tensor: Tensor) -> bool:
+    """Whether it is one, or a view of one."""
     return isinstance(tensor if tensor._base is None else tensor._base, nn.Parameter)
 
 
-def refuse_chance(func: Any, args: Any, kwargs: Any, is_parameter: Callable[[Tensor], bool] = _of_parameter) -> None:
+def refuse_chance(func: Any, args: Any, kwargs: Any, known: Callable[[Tensor], bool] = is_parameter) -> None:
     """Raise ValueError if a call of one of these functions draws, or takes statistics of the batch.
 
-    ``is_parameter``: whether a tensor is a parameter or a view of one, whose statistics are the model's own.
+    ``known``: whether a tensor is a parameter or a view of one, whose statistics are the model's own.
     """
 
     def given(name: str, place: int, otherwise: Any) -> Any:
@@ -87,7 +88,7 @@ def refuse_chance(func: Any, args: Any, kwargs: Any, is_parameter: Callable[[Ten
     elif func in _SLOPES:
         if given("training", _SLOPES[func], False):
             raise ValueError("model: must not draw slopes, got rrelu(training=True); call model.eval()")
-    elif func in _STATISTICS and given("training", _STATISTICS[func], False) and not is_parameter(given("input", 0, None)):
+    elif func in _STATISTICS and given("training", _STATISTICS[func], False) and not known(given("input", 0, None)):
         raise ValueError("model: must not use batch statistics, got batch_norm(training=True); call model.eval()")
 
 

@@ -49,7 +49,7 @@ class BesideMask(nn.Module):
 
 
 class Wrapped(nn.Module):
-    """A module from parts and a forward function ``f(self, x)``."""
+    """A module from parts and a forward function ``f(self, *inputs)``."""
 
     def __init__(self, f, **parts):
         super().__init__()
@@ -57,9 +57,9 @@ class Wrapped(nn.Module):
         for name, part in parts.items():
             setattr(self, name, part)
 
-    def forward(self, x):
+    def forward(self, *inputs):
         """Call f."""
-        return self.f(self, x)
+        return self.f(self, *inputs)
 
 
 class Conv1D(nn.Module):

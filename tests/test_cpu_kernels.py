@@ -212,3 +212,17 @@ def test_avx512_accumulators_stay_in_registers(kernel, real):
     (body,) = instructions(tool, f"avx512::{kernel}<{real}, 3>")
     assert sum("vfmadd" in line and "zmm" in line for line in body) >= 24
     assert not [line for line in body if "zmm" in line and re.search(r"%r[sb]p\b", line)]
+
+
+def test_a_number_of_samples_that_the_data_decide_compiles(monkeypatch):
+    monkeypatch.setattr("torch._dynamo.config.capture_dynamic_output_shape_ops", True)
+    acc, x, g = torch.zeros(3, 5), torch.randn(10, 5), torch.randn(10, 3)
+
+    def squares(acc, owners):
+        _, counts = torch.unique_consecutive(owners, return_counts=True)
+        ff.ops.linear_sq_(acc, x, g, offsets=torch.cat([counts.new_zeros(1), counts.cumsum(0)]))
+
+    owners = torch.tensor([0, 0, 0, 1, 1, 2, 2, 2, 2, 5])
+    torch.compile(squares, fullgraph=True, backend="eager")(acc, owners)
+    exact = sum((g[owners == n].mT @ x[owners == n]).square() for n in owners.unique())
+    torch.testing.assert_close(acc, exact, rtol=1e-5, atol=1e-5)

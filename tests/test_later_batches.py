@@ -3,6 +3,7 @@
 
 import gc
 import resource
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -284,3 +285,28 @@ def test_inputs_in_lists(structure):
     assert whole.coverage["table"].startswith("loop: ")
     for name, f in whole.diagonal(dtype=torch.float64).items():
         torch.testing.assert_close(f, alone.diagonal(dtype=torch.float64)[name], rtol=1e-6, atol=1e-12)
+
+
+class Named(OrderedDict):
+    """As Hugging Face's outputs: with its keys as attributes."""
+
+    def __getattr__(self, name):
+        return self[name]
+
+
+def test_inputs_that_are_no_plain_dictionaries_stay_what_they_are():
+    model = Wrapped(lambda m, constant, x, named: m.layer(x + named.h + constant[0].sum()), layer=nn.Linear(3, 2)).double()
+    x, y = torch.randn(4, 3).double(), torch.randint(0, 2, (4,))
+    inputs = [torch.ones(5).double()], x, Named(h=torch.ones(3).double())
+    found = ff.fisher(model, [(inputs, y)], "diagonal", "empirical", progress=False)
+    plain = Wrapped(lambda m, x: m.layer(x + 6), layer=model.layer)
+    expected = ff.fisher(plain, [(x, y)], "diagonal", "empirical", progress=False)
+    assert found.num_samples == 4 and found.trace() == pytest.approx(expected.trace(), rel=1e-9)
+
+
+def test_sparse_inputs_have_a_checkpoint(tmp_path):
+    model = Wrapped(lambda m, x, a: m.layer(x) + torch.sparse.sum(a), layer=nn.Linear(3, 2)).double()
+    data = [((torch.randn(4, 3).double(), torch.eye(6).double().to_sparse()), torch.randint(0, 2, (4,))) for _ in range(2)]
+    once = ff.fisher(model, data, "diagonal", "empirical", progress=False)
+    again = ff.fisher(model, data, "diagonal", "empirical", progress=False, checkpoint=tmp_path / "checkpoint")
+    assert again.trace() == pytest.approx(once.trace(), rel=1e-6)

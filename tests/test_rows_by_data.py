@@ -315,3 +315,27 @@ def test_positions_that_looked_something_up_are_all_inputs_in_batches_of_one():
     for layer in ("inner", "head"):
         for one, other in zip(factors[0][layer], factors[1][layer], strict=True):
             torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-9)
+
+
+def test_chosen_rows_behind_an_axis_of_one_are_no_positions():
+    """An expert that gets its rows as a batch of one: those of padding are left out, in a batch of one sample too."""
+
+    class Expert(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Linear(4, 3)
+
+        def forward(self, x, attention_mask=None):
+            rows = x.flatten(0, 1)
+            chosen = (rows[:, 0] > 0).nonzero()[:, 0]
+            found = self.inner(rows[chosen].unsqueeze(0))[0]
+            return torch.zeros(len(rows), 3, dtype=x.dtype).index_add(0, chosen, found).unflatten(0, x.shape[:2])
+
+    model, x, mask = Expert().double(), torch.randn(1, 6, 4).double(), torch.tensor([[1, 1, 1, 1, 0, 0]])
+    x[0, :, 0] = torch.tensor([-1.0, 1, 1, 1, 1, 1])
+    batch = {"x": x, "attention_mask": mask, "labels": torch.randint(3, (1, 6)).masked_fill(mask == 0, -100)}
+    A, _ = ff.fisher(model, [batch], ff.KFAC(max_exact_dim=0), "empirical", "categorical", progress=False).factors(
+        dtype=torch.float64
+    )["inner"]
+    rows = torch.cat([x[0, 1:4], torch.ones(3, 1).double()], -1)
+    torch.testing.assert_close(A, rows.mT @ rows / 3, rtol=1e-5, atol=1e-6)

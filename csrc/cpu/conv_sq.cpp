@@ -115,6 +115,7 @@ void run(const ConvCall& call) {
   problem.positions = positions.data();
   const Columns columns(geometry.offset_pixels(), problem.channels, pixel_stride, vector_stride, kernel.lanes);
   problem.longest = samples.longest() * P;
+  problem.flush_every = blocks_per_flush(most_blocks({samples.N, 0, M * P, nullptr}), problem.flush_every);
 
   const int64_t panels = ceil_div(problem.outputs, kernel.block_rows), x_units = ceil_div(C, kernel.lanes);
   const int64_t g_size = groups * panels * kernel.block_rows * P;

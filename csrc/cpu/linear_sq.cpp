@@ -35,16 +35,11 @@ void run(LinearProblem<S> problem, const TileKernel<LinearProblem<S>>& kernel, c
   run_tiles(problem, kernel, threads, sqnorm, first_sample);
 }
 
-// After how many of so many blocks a tile goes to the accumulator: sums of about as many terms in both.
-int64_t balanced(int64_t blocks, int64_t least) {
-  return std::max(least, static_cast<int64_t>(std::sqrt(static_cast<double>(blocks))));
-}
-
 template <class S>
 void per_sample(LinearProblem<S> problem, const Sink& sqnorm) {
   const Samples all = problem.samples;
   for (int64_t n = 0; n < all.N; ++n) problem.longest = std::max(problem.longest, all.rows(n));
-  problem.flush_every = balanced(std::max(ceil_div(all.N, kRun), ceil_div(all.M, kDepth)), problem.flush_every);
+  problem.flush_every = blocks_per_flush(most_blocks(all), problem.flush_every);
   const auto kernel = kernel_of(problem, all);
   if (!sqnorm) return run(problem, kernel, sqnorm, 0);
   for (int64_t first = 0; first < all.N; first += kNormSamples) {
@@ -111,7 +106,7 @@ void tiled_product(LinearProblem<S> problem, const Output& out) {
   for (int64_t row = 0; row < N; row += kernel.chain) offsets.push_back(row);
   offsets.push_back(N);
   problem.samples = {static_cast<int64_t>(offsets.size()) - 1, 0, N, offsets.data()};
-  problem.flush_every = balanced(ceil_div(N, kDepth), 8);
+  problem.flush_every = blocks_per_flush(ceil_div(N, kDepth), 8);
   problem.g.stride_t = problem.g.stride_n;
   problem.x.stride_t = problem.x.stride_n;
   problem.row_weight = std::exchange(problem.weight, nullptr);

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <numeric>
@@ -71,6 +72,17 @@ bool matrix_registers_pay(const Samples& samples, int64_t rows, int64_t columns,
 
 // The threads that so many multiply-adds are worth.
 int64_t threads_for(int64_t products);
+
+// At least as many blocks as the samples are cut into, but for those that are longer than kDepth.
+inline int64_t most_blocks(const Samples& samples) {
+  return std::max(ceil_div(samples.N, kRun), 2 * ceil_div(samples.M, kDepth));
+}
+
+// After how many of B blocks a tile goes to the accumulator. F times in all leave a squared rounding of about F + B / F^2 times
+// that of one addition, the least for F near the cube root of B.
+inline int64_t blocks_per_flush(int64_t blocks, int64_t least) {
+  return std::max(least, static_cast<int64_t>(std::cbrt(static_cast<double>(blocks) * static_cast<double>(blocks))));
+}
 
 // Cuts a rows x columns accumulator of reals of so many bytes.
 Tiling plan(const Tiles& tiles, int64_t rows, int64_t columns, int64_t block_rows, int64_t block_columns, int64_t bytes,

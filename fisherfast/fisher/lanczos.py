@@ -103,7 +103,7 @@ def spectral_density(
         signs = torch.randint(0, 2, (size,), generator=generator).to(device, dtype) * 2 - 1
         tridiagonal = _lanczos(F, signs / math.sqrt(size), min(steps, size))
         values, vectors = torch.linalg.eigh(tridiagonal)
-        nodes[probe, : len(values)] = values.where(values > _NOISE * torch.finfo(dtype).eps * values[-1], 0.0)
+        nodes[probe, : len(values)] = values.masked_fill(values <= _NOISE * torch.finfo(dtype).eps * values[-1], 0.0)
         masses[probe, : len(values)] = size * vectors[0].square()
     return SpectralDensity(nodes, masses)
 

@@ -257,7 +257,9 @@ class Measurement:
                 every = batch.weight is None and (batch.mask is None or bool(batch.mask.all()))
                 detached = predictions.detached()
                 support = partial(self._support, detached)
-                self.run.passes.run(predictions.values, self._passes(detached), count, every=every, support=support)
+                positions = None if batch.mask is None or batch.mask.dim() != 2 else batch.mask.shape[1]
+                passes = self._passes(detached)
+                self.run.passes.run(predictions.values, passes, count, every=every, positions=positions, support=support)
                 self._fall_back(batch, output, predictions)
             self.run.num_samples += batch.N
             self.run.num_positions += predictions.num_positions

@@ -85,7 +85,7 @@ def check_rows(op: str, g: Tensor, offsets: Tensor | None, feature: str) -> int:
         return g.shape[0]
     require(g.dim() == 2, lambda: f"{op}: with offsets g must be [M, {feature}], got {shape(g)}")
     N = num_samples(op, offsets)
-    require(N > 0 or g.shape[0] == 0, lambda: f"{op}: offsets must end with M = {g.shape[0]}, got those of no sample")
+    require((N > 0) | (g.shape[0] == 0), lambda: f"{op}: offsets must end with M = {g.shape[0]}, got those of no sample")
     return N
 
 
