@@ -214,8 +214,7 @@ def test_avx512_accumulators_stay_in_registers(kernel, real):
     assert not [line for line in body if "zmm" in line and re.search(r"%r[sb]p\b", line)]
 
 
-def test_a_number_of_samples_that_the_data_decide_compiles(monkeypatch):
-    monkeypatch.setattr("torch._dynamo.config.capture_dynamic_output_shape_ops", True)
+def test_a_number_of_samples_that_the_data_decide_compiles():
     acc, x, g = torch.zeros(3, 5), torch.randn(10, 5), torch.randn(10, 3)
 
     def squares(acc, owners):
@@ -223,6 +222,7 @@ def test_a_number_of_samples_that_the_data_decide_compiles(monkeypatch):
         ff.ops.linear_sq_(acc, x, g, offsets=torch.cat([counts.new_zeros(1), counts.cumsum(0)]))
 
     owners = torch.tensor([0, 0, 0, 1, 1, 2, 2, 2, 2, 5])
-    torch.compile(squares, fullgraph=True, backend="eager")(acc, owners)
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        torch.compile(squares, fullgraph=True, backend="eager")(acc, owners)
     exact = sum((g[owners == n].mT @ x[owners == n]).square() for n in owners.unique())
     torch.testing.assert_close(acc, exact, rtol=1e-5, atol=1e-5)
