@@ -12,6 +12,26 @@ from ._common import interpreted, wide
 # For kernels that split a sum of products: about one program per multiprocessor.
 PRODUCT_PROGRAMS = 128
 
+# What the choice of tiles reckons with: an H200, seen here or from its data sheet, and the L2 a guess; to rank tiles, not to
+# predict.
+MULTIPROCESSORS = 132
+MATRIX_RATE = {2: 788e12, 4: 788e12 / 6, 8: 67e12}  # FLOP/s by bytes of a number; float32 takes six products of bfloat16
+L2_RATE = 7e12  # B/s from the L2 to all multiprocessors
+MEMORY_RATE = 4.3e12  # B/s
+LAUNCH = 3e-6  # s
+
+
+def product_seconds(programs: int, rows: int, high: int, wide: int, dtype: torch.dtype, workspace: int) -> float:
+    """How long so many programs might take, each a tile of ``high`` by ``wide`` summed over ``rows``; a pure function.
+
+    A multiprocessor runs its programs one after the other, each as fast as its products or its loads from the L2 let it. The
+    bytes of a ``workspace`` are written once and read once, by a launch of their own.
+    """
+    products = 2 * high * wide / MATRIX_RATE[dtype.itemsize]
+    loads = (high + wide) * dtype.itemsize / L2_RATE
+    one_after_the_other = triton.cdiv(programs, MULTIPROCESSORS) * rows * max(products, loads) * MULTIPROCESSORS
+    return one_after_the_other + (workspace > 0) * (LAUNCH + 2 * workspace / MEMORY_RATE)
+
 
 def fold_size(steps: int) -> int:
     """How many steps are added up in float32 registers before they are added to memory; a pure function.

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._autotune import Choice, best
 from ._common import add_to, architecture, long, power_of_two, raise_flag_, wide
 from ._conv import as_rows, block, channels_last, digits, geometry_of, image_strides, kernel_offset, largest_index, look
 from ._products import PRODUCT_PROGRAMS, dot, fold_size, precision
@@ -31,10 +32,19 @@ def why_not(
     return None
 
 
-def config(groups: int, C: int, K: int, bias: bool, M: int, dtype: torch.dtype, arch: int) -> tuple[dict[str, Any], int]:
-    """Tile sizes for each group's ``[K C + bias]^2`` and a GEMM over M rows, and in how many shares to split M; pure."""
+def candidates(groups: int, C: int, K: int, bias: bool, M: int, dtype: torch.dtype, arch: int) -> list[Choice]:
+    """Tile sizes for each group's ``[K C + bias]^2`` and a GEMM over M rows, and in how many shares to split M.
+
+    The likeliest best first: as large a tile as there are registers for, and the next smaller one. A pure function.
+    """
+    largest = 128 if dtype.itemsize == 2 and arch // 10 in (9, 10) else 64 if dtype.itemsize < 8 else 32
+    first = _candidate(largest, groups, C, K, bias, M, dtype, arch)
+    half = first[0]["BLOCK"] // 2
+    return [first, _candidate(half, groups, C, K, bias, M, dtype, arch)] if half >= 32 else [first]
+
+
+def _candidate(largest: int, groups: int, C: int, K: int, bias: bool, M: int, dtype: torch.dtype, arch: int) -> Choice:
     warpgroups = arch // 10 in (9, 10)
-    largest = 128 if dtype.itemsize == 2 and warpgroups else 64 if dtype.itemsize < 8 else 32
     BLOCK = block(K * C + bias, largest)
     divisor = C & -C
     if K > 1 and divisor >= 32:
@@ -231,28 +241,34 @@ def conv_gram_(
         C, K = x.shape[1] // groups, math.prod(geometry.kernel)
         if 0 in (N, T, D):
             return
-        computed = torch.promote_types(x.dtype, torch.float32)
-        multiplied = x.dtype if weight is None else computed
-        blocks, shares = config(groups, C, K, bias, N * T, multiplied, architecture(acc.device))
+        multiplied = x.dtype if weight is None else torch.promote_types(x.dtype, torch.float32)
         x = channels_last(x, C) if weight is None else x
-        steps = triton.cdiv(N * T, blocks["BLOCK_T"])
-        share = min(fold_size(steps), triton.cdiv(steps, shares))
-        tiles = triton.cdiv(D, blocks["BLOCK"])
-        partial = torch.zeros(
-            shares,
-            groups * upper_tiles(tiles),
-            blocks["BLOCK"] ** 2,
-            dtype=computed,
-            device=acc.device,
-        )
-        shape = (N, T, groups, max(C, 1), C * K)
-        grid = (groups * (tiles + 1) * triton.cdiv(tiles, 2), shares)
-        for begin in range(0, steps, share * shares):
-            _conv_gram_kernel[grid](
-                partial, x, weight, flag, shape, geometry, image_strides(x), begin, share, steps,
-                AXES=x.dim() - 2, BIAS=int(bias), PRECISION=precision(multiplied), **blocks,
-            )  # fmt: skip
-        BLOCK_I, BLOCK_J = power_of_two(D, 1, 8), power_of_two(D, 1, 64)
-        grid = (groups * triton.cdiv(D, BLOCK_I) * triton.cdiv(D, BLOCK_J),)
-        shape = (shares, groups, max(C, 1), K, D)
-        _fold_upper_kernel[grid](acc, partial, flag, shape, scale, BLOCK=blocks["BLOCK"], BLOCK_I=BLOCK_I, BLOCK_J=BLOCK_J)
+        sizes = (N, T, groups, C, K, int(bias))
+
+        def trial(choice: Choice) -> None:
+            _launch(torch.zeros_like(acc), x, scale, weight, flag, sizes, geometry, multiplied, choice)
+
+        choices = candidates(groups, C, K, bias, N * T, multiplied, architecture(acc.device))
+        key = (*sizes, *geometry, multiplied, weight is not None, precision(multiplied))
+        choice = best("conv_gram_", key, choices, trial, acc.device)
+        _launch(acc, x, scale, weight, flag, sizes, geometry, multiplied, choice)
+
+
+def _launch(acc, x, scale, weight, flag, sizes, geometry, multiplied, choice) -> None:
+    (N, T, G, C, K, BIAS), (blocks, shares) = sizes, choice
+    D, BLOCK = C * K + BIAS, blocks["BLOCK"]
+    steps = triton.cdiv(N * T, blocks["BLOCK_T"])
+    share = min(fold_size(steps), triton.cdiv(steps, shares))
+    tiles = triton.cdiv(D, BLOCK)
+    computed = torch.promote_types(x.dtype, torch.float32)
+    partial = torch.zeros(shares, G * upper_tiles(tiles), BLOCK**2, dtype=computed, device=acc.device)
+    shape = (N, T, G, max(C, 1), C * K)
+    grid = (G * (tiles + 1) * triton.cdiv(tiles, 2), shares)
+    for begin in range(0, steps, share * shares):
+        _conv_gram_kernel[grid](
+            partial, x, weight, flag, shape, geometry, image_strides(x), begin, share, steps,
+            AXES=x.dim() - 2, BIAS=BIAS, PRECISION=precision(multiplied), **blocks,
+        )  # fmt: skip
+    BLOCK_I, BLOCK_J = power_of_two(D, 1, 8), power_of_two(D, 1, 64)
+    grid = (G * triton.cdiv(D, BLOCK_I) * triton.cdiv(D, BLOCK_J),)
+    _fold_upper_kernel[grid](acc, partial, flag, (shares, G, max(C, 1), K, D), scale, BLOCK, BLOCK_I, BLOCK_J)

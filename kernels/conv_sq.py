@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._autotune import Choice, best
 from ._common import (
     add_both,
     architecture,
@@ -52,15 +53,22 @@ def why_not(acc: Tensor, x: Tensor, g: Tensor, scale: float = 1.0, *, stride=(),
     return None
 
 
-def config(
-    groups: int, O: int, C: int, K: int, N: int, T: int, dtype: torch.dtype, tiles: int, arch: int
-) -> tuple[dict[str, int], int]:
-    """Tile sizes for each group's ``[O, K C]`` and a GEMM over T positions, and in how many shares to split N; pure.
+def candidates(groups: int, O: int, C: int, K: int, N: int, T: int, dtype: torch.dtype, tiles: int, arch: int) -> list[Choice]:
+    """Tile sizes for each group's ``[O, K C]`` and a GEMM over T positions, and in how many shares to split N.
 
-    ``tiles`` is how many tiles are held in registers.
+    The likeliest best first: as large a tile as there are registers for, and the next smaller one. ``tiles`` is how many are
+    held in registers. A pure function.
     """
     # With a step or two a sample only another program hides the latency of loads: tiles that leave room for one.
     largest = 128 if dtype.itemsize == 2 and T > 128 else 64
+    first = _candidate(largest, groups, O, C, K, N, T, dtype, tiles, arch)
+    half = max(first[0]["BLOCK_O"], first[0]["BLOCK_I"]) // 2
+    return [first, _candidate(half, groups, O, C, K, N, T, dtype, tiles, arch)] if half >= 32 else [first]
+
+
+def _candidate(
+    largest: int, groups: int, O: int, C: int, K: int, N: int, T: int, dtype: torch.dtype, tiles: int, arch: int
+) -> Choice:
     BLOCK_O, BLOCK_I = block(O, largest), block(K * C, largest)
     divisor = C & -C
     if K > 1 and divisor >= 64:
@@ -348,24 +356,32 @@ def conv_sq_(
         raise_flag_(flag, as_rows(x), as_rows(g), weight)
         if 0 in (N, acc.numel(), x.numel(), g.numel()):
             return
-        _launch(acc, x, g, scale, weight, offsets, total, sqnorm, flag, geometry, groups, N)
+        O, C, K, T = acc.shape[0] // groups, acc.shape[1], math.prod(geometry.kernel), math.prod(geometry.positions)
+        sizes, arch, held = (groups, O, C, K, N, T), architecture(acc.device), tiles_held(acc, total)
+        direct = groups > 1 and O * C < 16
+        if not direct:
+            x = channels_last(x, C)
+            g = g if T % 16 == 0 and g.is_contiguous() else channels_last(g, O)
+        outputs, inputs = (acc, total, sqnorm, flag), (x, g, scale, weight, offsets, geometry, sizes, direct)
+
+        def trial(choice: Choice) -> None:
+            scratch = (None if out is None else torch.zeros_like(out) for out in outputs)
+            _launch(*scratch, *inputs, choice)
+
+        choices = [direct_config(groups * O * C, K, N, T, arch)] if direct else candidates(*sizes, x.dtype, held, arch)
+        key = (*sizes, *geometry, x.dtype, held, precision(x.dtype))
+        _launch(*outputs, *inputs, best("conv_sq_", key, choices, trial, acc.device))
 
 
-def _launch(acc, x, g, scale, weight, offsets, total, sqnorm, flag, geometry, G, N) -> None:
-    O, C, K, T = acc.shape[0] // G, acc.shape[1], math.prod(geometry.kernel), math.prod(geometry.positions)
+def _launch(acc, total, sqnorm, flag, x, g, scale, weight, offsets, geometry, sizes, direct, choice) -> None:
+    (G, O, C, K, N, T), (blocks, shares) = sizes, choice
     options: dict[str, Any]
-    if G > 1 and O * C < 16:
-        kernel = _conv_sq_direct_kernel
-        blocks, shares = direct_config(G * O * C, K, N, T, architecture(acc.device))
+    if direct:
+        kernel, options = _conv_sq_direct_kernel, {}
         tiles = triton.cdiv(G * O * C, blocks["BLOCK_E"]) * K
-        options = {}
     else:
-        kernel = _conv_sq_kernel
-        blocks, shares = config(G, O, C, K, N, T, x.dtype, tiles_held(acc, total), architecture(acc.device))
+        kernel, options = _conv_sq_kernel, {"PRECISION": precision(x.dtype)}
         tiles = G * triton.cdiv(O, blocks["BLOCK_O"]) * triton.cdiv(C * K, blocks["BLOCK_I"])
-        options = {"PRECISION": precision(x.dtype)}
-        x = channels_last(x, C)
-        g = g if T % 16 == 0 and g.is_contiguous() else channels_last(g, O)
     g = g.flatten(2)
 
     computed = torch.promote_types(x.dtype, torch.float32)
@@ -378,9 +394,9 @@ def _launch(acc, x, g, scale, weight, offsets, total, sqnorm, flag, geometry, G,
 
     squares, sums = workspace(acc), workspace(total)
     norms = None if sqnorm is None else torch.empty(tiles, N, device=acc.device, dtype=computed)
-    sizes = ((N, T, G, O, C, C * K), geometry, image_strides(x), g.stride())
-    arguments = (squares, sums, norms, x, g, weight, offsets, flag, *sizes, share, fold_size(share))
-    kernel[(tiles, shares)](*arguments, AXES=acc.dim() - 2, **options, **blocks)
+    shape = (N, T, G, O, C, C * K)
+    arguments = (squares, sums, norms, x, g, weight, offsets, flag, shape, geometry, image_strides(x), g.stride())
+    kernel[(tiles, shares)](*arguments, share, fold_size(share), AXES=acc.dim() - 2, **options, **blocks)
     _fold_columns_(acc, squares, scale, flag)
     if total is not None:
         _fold_columns_(total, sums, 1.0, flag)

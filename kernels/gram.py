@@ -14,8 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._autotune import Choice, best
 from ._common import add_to, architecture, long, power_of_two, raise_flag_, wide
-from ._products import PRODUCT_PROGRAMS, dot, fold_size, precision
+from ._products import PRODUCT_PROGRAMS, dot, fold_size, precision, product_seconds
 
 
 def why_not(acc: Tensor, x: Tensor, scale: float = 1.0, **_: Any) -> str | None:
@@ -25,18 +26,38 @@ def why_not(acc: Tensor, x: Tensor, scale: float = 1.0, **_: Any) -> str | None:
     return None
 
 
-def config(I: int, M: int, dtype: torch.dtype, arch: int) -> tuple[dict[str, int], tuple[int, int]]:
-    """Tile sizes for ``[I, I]`` and a GEMM over M rows; programs for the tiles, times shares of the rows. A pure function."""
-    BLOCK = power_of_two(I, 16, 128 if dtype.itemsize == 2 else 64)
+WORKSPACE = 2**26  # bytes
+
+
+def candidates(I: int, M: int, dtype: torch.dtype, arch: int) -> list[Choice]:
+    """Tile sizes for ``[I, I]`` and a GEMM over M rows, and in how many shares to split the rows, the likeliest best first.
+
+    A pure function. (Tiles below 64, where I is larger, do not pay: twice the bytes, and float64's spill.)
+    """
+    largest = power_of_two(I, 16, 128 if dtype.itemsize == 2 else 64)
+    return [_candidate(BLOCK, I, M, dtype, arch) for BLOCK in (largest, largest // 2) if BLOCK in (largest, 64)]
+
+
+def _candidate(BLOCK: int, I: int, M: int, dtype: torch.dtype, arch: int) -> Choice:
     BLOCK_M = power_of_two(M, 16, 64 if dtype.itemsize == 2 else 32)
-    # Half as wide as high where a square leaves no registers for addresses: without warpgroup instructions operands pass through
-    # them.
-    ACROSS = 2 if BLOCK >= (128 if arch // 10 in (9, 10) else 64) else 1
-    side = triton.cdiv(max(I, 1), BLOCK)
-    programs = ACROSS * side * (side + 1) // 2
-    shares = max(1, min(PRODUCT_PROGRAMS // programs, triton.cdiv(M, 4 * BLOCK_M)))
+    # Half as wide as high without warpgroup instructions, whose operands do not pass through registers.
+    ACROSS = 1 if arch // 10 in (9, 10) else 2 if BLOCK >= 64 else 1
     num_warps = 8 if BLOCK * BLOCK // ACROSS >= 64 * 64 else 4
-    return {"BLOCK": BLOCK, "ACROSS": ACROSS, "BLOCK_M": BLOCK_M, "num_warps": num_warps, "num_stages": 3}, (programs, shares)
+    blocks = {"BLOCK": BLOCK, "ACROSS": ACROSS, "BLOCK_M": BLOCK_M, "num_warps": num_warps, "num_stages": 3}
+    tiles = programs(I, blocks)
+
+    def seconds(shares: int) -> float:
+        workspace = shares * I * I // 2 * max(dtype.itemsize, 4) if shares > 1 else 0
+        return product_seconds(tiles * shares, triton.cdiv(M, shares), BLOCK, BLOCK // ACROSS, dtype, workspace)
+
+    most = min(PRODUCT_PROGRAMS, triton.cdiv(M, 4 * BLOCK_M), max(1, WORKSPACE // (4 * max(I, 1) ** 2)))
+    return blocks, min(range(1, most + 1), key=seconds)
+
+
+def programs(I: int, blocks: dict[str, int]) -> int:
+    """Programs for the tiles on and above the diagonal of ``[I, I]``."""
+    side = triton.cdiv(max(I, 1), blocks["BLOCK"])
+    return blocks["ACROSS"] * side * (side + 1) // 2
 
 
 @triton.jit
@@ -68,7 +89,13 @@ def _products(
                 right = tl.where((w != 0)[:, None], right, 0.0)
         products = dot(left, right, products, PRECISION)
         if SUMS:
-            sums += tl.sum(wide(left), 1)
+            if weight is None and x.dtype.element_ty.primitive_bitwidth == 16:
+                # Read once more, in another shape. Of rows that a warpgroup's product reads from shared memory and a sum from
+                # registers Triton keeps a buffer too few, and overwrites one while the product before still reads it.
+                again = _load_rows(x, i[None, :], m[:, None], T, strides, (i < I)[None, :] & inside[:, None])
+                sums += tl.sum(wide(again), 0)
+            else:
+                sums += tl.sum(wide(left), 1)
             count += w
     return products, sums, tl.sum(count)
 
@@ -85,12 +112,15 @@ def _gram_kernel(
     share,
     scale: tl.float64,
     BIAS: tl.constexpr,
+    WORKSPACE: tl.constexpr,
     BLOCK: tl.constexpr,
     ACROSS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Share s adds to ``acc[s]`` [D, D] the products of rows ``begin + s share`` to ``begin + (s + 1) share``, upper triangle.
+
+    A workspace need not be zero before the first launch, whose ``begin`` is 0.
 
     Tile:  [BLOCK, BLOCK / ACROSS] of [I, I] a program, BLOCK_M rows a step.
     FLOPs: M I^2, and a tile's for every BLOCK columns. Bytes: x read I / BLOCK times, mostly from L2; acc read and
@@ -107,39 +137,56 @@ def _gram_kernel(
     b = tl.where((b + 1) * (b + 2) // 2 <= tile, b + 1, b)
     a = tile - b * (b + 1) // 2
     row, column = long(a) * BLOCK, long(b) * BLOCK + part * (BLOCK // ACROSS)
-    down, across = tl.arange(0, BLOCK), tl.arange(0, BLOCK // ACROSS)
-    i, j = row + down, column + across
+    i, j = row + tl.arange(0, BLOCK), column + tl.arange(0, BLOCK // ACROSS)
     first = begin + tl.program_id(1) * share
     end = tl.minimum(first + share, M)
     out = acc + long(tl.program_id(1)) * D * D
+    known = begin > 0 if WORKSPACE else True
     if BIAS and a == b and part == 0:
         products, sums, count = _products(x, weight, T, I, strides, i, j, first, end, True, BLOCK_M, PRECISION)
-        add_to(out, i * D + I, sums, scale, i < I)
+        add_to(out, i * D + I, sums, scale, i < I, known)
         if a == 0:
-            last = out + long(D) * D - 1
-            tl.store(last, tl.load(last) + count.to(out.dtype.element_ty) * scale)
+            add_to(out, long(D) * D - 1, count, scale, True, known)
     else:
         products, sums, count = _products(x, weight, T, I, strides, i, j, first, end, False, BLOCK_M, PRECISION)
-    # Within a tile 32 bits are enough for an index; 64 for each element would not fit in the registers.
-    inside = (down[:, None] <= across[None, :] + (column - row).to(tl.int32)) & (across < (I - column).to(tl.int32))[None, :]
-    add_to(out + row * D + column, down[:, None] * D + across[None, :], products, scale, inside)
+    if BLOCK // ACROSS > 64:  # in halves: beside all of its products what is there before does not fit in the registers
+        HALF: tl.constexpr = BLOCK // ACROSS // 2
+        first_half, second_half = tl.split(tl.permute(tl.reshape(products, (BLOCK, 2, HALF)), (0, 2, 1)))
+        _add_upper(out, first_half, row, column, I, D, scale, known)
+        _add_upper(out, second_half, row, column + HALF, I, D, scale, known)
+    else:
+        _add_upper(out, products, row, column, I, D, scale, known)
 
 
 @triton.jit
-def _fold_upper_kernel(acc, partial, flag, S, D, scale: tl.float64, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr):
-    """``acc[i,j] += scale * sum_s partial[s,i,j]`` for ``j >= i``. One program: [BLOCK_I, BLOCK_J], all shares."""
+def _add_upper(out, products, row, column, I, D, scale, known):
+    """``out[row + a, column + b] += scale * products[a, b]`` on and above the diagonal, as ``add_to``."""
+    down, across = tl.arange(0, products.shape[0])[:, None], tl.arange(0, products.shape[1])[None, :]
+    # Within a tile 32 bits are enough for an index; 64 for each element would not fit in the registers.
+    inside = (down <= across + (column - row).to(tl.int32)) & (across < (I - column).to(tl.int32))
+    add_to(out + row * D + column, down * D + across, products, scale, inside, known)
+
+
+@triton.jit
+def _fold_upper_kernel(
+    acc, partial, flag, S, D, scale: tl.float64, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_S: tl.constexpr
+):
+    """``acc[i,j] += scale * sum_s partial[s,i,j]`` for ``j >= i``. One program: [BLOCK_I, BLOCK_J], all shares, BLOCK_S a step."""
     if flag is not None:
         if tl.load(flag) != 0:
             return
     if tl.program_id(0) * BLOCK_I >= (tl.program_id(1) + 1) * BLOCK_J:  # all of it is below the diagonal
         return
-    i = (long(tl.program_id(0)) * BLOCK_I + tl.arange(0, BLOCK_I))[:, None]
-    j = (long(tl.program_id(1)) * BLOCK_J + tl.arange(0, BLOCK_J))[None, :]
+    cell = tl.arange(0, BLOCK_I * BLOCK_J)
+    i = long(tl.program_id(0)) * BLOCK_I + cell // BLOCK_J
+    j = long(tl.program_id(1)) * BLOCK_J + cell % BLOCK_J
     inside = (j >= i) & (j < D)
-    values = tl.zeros([BLOCK_I, BLOCK_J], tl.float64)
-    for s in range(S):
-        values += tl.load(partial + (long(s) * D + i) * D + j, mask=inside, other=0.0)
-    add_to(acc, i * D + j, values, scale, inside)
+    values = tl.zeros([BLOCK_S, BLOCK_I * BLOCK_J], tl.float64)
+    for start in range(0, S, BLOCK_S):
+        s = long(start) + tl.arange(0, BLOCK_S)
+        index = (s * D * D)[:, None] + (i * D + j)[None, :]
+        values += tl.load(partial + index, mask=(s < S)[:, None] & inside[None, :], other=0.0)
+    add_to(acc, i * D + j, tl.sum(values, 0), scale, inside)
 
 
 def gram_(
@@ -161,20 +208,31 @@ def gram_(
         if M == 0 or D == 0:
             return
         dtype = x.dtype if weight is None else torch.promote_types(x.dtype, torch.float32)
-        blocks, grid = config(I, M, dtype, architecture(acc.device))
-        shares = grid[1]
-        steps = triton.cdiv(M, blocks["BLOCK_M"])
-        share = min(fold_size(steps), triton.cdiv(steps, shares)) * blocks["BLOCK_M"]
-        out, factor = acc, scale
-        if shares > 1:
-            out, factor = acc.new_zeros(shares, D, D, dtype=torch.promote_types(dtype, torch.float32)), 1.0
-        options = {"BIAS": bias, "PRECISION": precision(dtype), **blocks}
-        for begin in range(0, M, share * shares):
-            _gram_kernel[grid](out, x, weight, flag, (M, T, I, D), x.stride(), begin, share, factor, **options)
-        if shares > 1:
-            BLOCK_I, BLOCK_J = power_of_two(D, 1, 8), power_of_two(D, 1, 64)
-            cells = (triton.cdiv(D, BLOCK_I), triton.cdiv(D, BLOCK_J))
-            _fold_upper_kernel[cells](acc, out, flag, shares, D, scale, BLOCK_I, BLOCK_J)
+        sizes = (M, T, I, D)
+
+        def trial(choice: Choice) -> None:
+            _launch(torch.zeros_like(acc), x, scale, weight, bias, flag, sizes, dtype, choice)
+
+        choices = candidates(I, M, dtype, architecture(acc.device))
+        choice = best("gram_", (*sizes, dtype, weight is not None, precision(dtype)), choices, trial, acc.device)
+        _launch(acc, x, scale, weight, bias, flag, sizes, dtype, choice)
+
+
+def _launch(acc, x, scale, weight, bias, flag, sizes, dtype, choice) -> None:
+    (M, _, I, D), (blocks, shares) = sizes, choice
+    steps = triton.cdiv(M, blocks["BLOCK_M"])
+    share = min(fold_size(steps), triton.cdiv(steps, shares)) * blocks["BLOCK_M"]
+    out, factor = acc, scale
+    if shares > 1:
+        out, factor = acc.new_empty(shares, D, D, dtype=torch.promote_types(dtype, torch.float32)), 1.0
+    options = {"BIAS": bias, "WORKSPACE": shares > 1, "PRECISION": precision(dtype), **blocks}
+    for begin in range(0, M, share * shares):
+        _gram_kernel[(programs(I, blocks), shares)](out, x, weight, flag, sizes, x.stride(), begin, share, factor, **options)
+    if shares > 1:
+        BLOCK_I, BLOCK_J = power_of_two(D // 64, 1, 8), power_of_two(D, 1, 64)
+        BLOCK_S = power_of_two(shares, 1, min(16, 2048 // (BLOCK_I * BLOCK_J)))  # each step is waited for
+        cells = (triton.cdiv(D, BLOCK_I), triton.cdiv(D, BLOCK_J))
+        _fold_upper_kernel[cells](acc, out, flag, shares, D, scale, BLOCK_I, BLOCK_J, BLOCK_S)
 
 
 def _samples(x: Tensor) -> Tensor:

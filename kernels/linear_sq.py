@@ -29,7 +29,7 @@ from ._common import (
     sample_rows,
     wide,
 )
-from ._products import dot, fold_size, precision
+from ._products import dot, fold_size, precision, product_seconds
 from ._squares import add_sample, steps_of, tiles_held
 
 
@@ -44,29 +44,14 @@ class Work(NamedTuple):
     tiles: int
 
 
-# What the choice of tiles reckons with: an H200, seen here or from its data sheet, and the L2 a guess; to rank tiles, not to
-# predict.
-MULTIPROCESSORS = 132
-MATRIX_RATE = {2: 788e12, 4: 788e12 / 6, 8: 67e12}  # FLOP/s by bytes of a number; float32 takes six products of bfloat16
-L2_RATE = 7e12  # B/s from the L2 to all multiprocessors
-MEMORY_RATE = 4.3e12  # B/s
-LAUNCH = 3e-6  # s
 WORKSPACE = 2**26  # bytes
 
 
 def seconds(work: Work, BLOCK_O: int, BLOCK_I: int, shares: int) -> float:
-    """How long tiles of this size and shares of the samples might take; a pure function.
-
-    A multiprocessor runs its programs one after the other, each as fast as its products or its loads from the L2 let it.
-    """
-    width = work.dtype.itemsize
-    programs = triton.cdiv(work.O, BLOCK_O) * triton.cdiv(work.I, BLOCK_I) * shares
-    products = 2 * BLOCK_O * BLOCK_I / MATRIX_RATE[width]
-    loads = (BLOCK_O + BLOCK_I) * width / L2_RATE
-    rows = triton.cdiv(work.N, shares) * triton.cdiv(work.T, 16) * 16 * max(products, loads) * MULTIPROCESSORS
-    return triton.cdiv(programs, MULTIPROCESSORS) * rows + (shares > 1) * (
-        LAUNCH + 2 * workspace_bytes(work, shares) / MEMORY_RATE
-    )
+    """How long tiles of this size and shares of the samples might take; a pure function."""
+    tiles = triton.cdiv(work.O, BLOCK_O) * triton.cdiv(work.I, BLOCK_I)
+    rows = triton.cdiv(work.N, shares) * triton.cdiv(work.T, 16) * 16
+    return product_seconds(tiles * shares, rows, BLOCK_O, BLOCK_I, work.dtype, workspace_bytes(work, shares))
 
 
 def workspace_bytes(work: Work, shares: int) -> int:
@@ -75,7 +60,7 @@ def workspace_bytes(work: Work, shares: int) -> int:
 
 
 @functools.lru_cache(maxsize=4096)
-def candidates(work: Work, arch: int) -> list[tuple[dict[str, int], int]]:
+def candidates(work: Work, arch: int) -> list[Choice]:
     """Tile sizes and the samples of a share, the least time by ``seconds`` first; a pure function.
 
     Of equals the largest tile and the fewest shares.
@@ -100,7 +85,9 @@ def candidates(work: Work, arch: int) -> list[tuple[dict[str, int], int]]:
             "num_stages": 3,
         }
 
-    return [(blocks(BLOCK_O, BLOCK_I), triton.cdiv(work.N, share)) for BLOCK_O, BLOCK_I, share in tiles[:4]]
+    # With three tiles in registers, and operands that pass through them, ptxas spills for some of the others.
+    tiles = tiles[: 4 if warpgroups or work.tiles <= 2 else 1]
+    return [(blocks(BLOCK_O, BLOCK_I), triton.cdiv(work.N, share)) for BLOCK_O, BLOCK_I, share in tiles]
 
 
 @triton.jit

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
-from fisherfast.kernels import _autotune, linear_sq
+from fisherfast.kernels import _autotune, conv_gram, conv_sq, gram, linear_sq
 
 CHOICES = [({"BLOCK": size}, 3) for size in (128, 64, 32)]
 DEVICE = torch.device("cpu")
@@ -86,17 +86,43 @@ def test_a_file_that_is_not_ours_is_named(file, clock):
         best(clock)
 
 
-def test_trials_leave_the_outputs_alone(file, monkeypatch):
-    """Every candidate is run before the call, on outputs of its own; the result is exact whichever was chosen."""
+def times(monkeypatch):
+    """A clock by which the second candidate is the fastest; how many it has seen."""
     if not _autotune.triton.knobs.runtime.interpret:
         pytest.skip("on a GPU: the tensors here are the CPU's")
-    times = iter([2.0, 1.0, 3.0, 4.0])
+    seconds = iter([2.0, 1.0, 3.0, 4.0])
     ran = []
-    monkeypatch.setattr(_autotune, "_seconds", lambda run: (run(), ran.append(1), next(times))[-1])
+    monkeypatch.setattr(_autotune, "_seconds", lambda run: (run(), ran.append(1), next(seconds))[-1])
+    return ran
+
+
+@pytest.mark.parametrize("op", [linear_sq.linear_sq_, conv_sq.conv_sq_], ids=["linear_sq_", "conv_sq_"])
+def test_trials_of_squares_leave_the_outputs_alone(op, file, monkeypatch):
+    """Every candidate is run before the call, on outputs of its own; the result is exact whichever was chosen."""
+    ran = times(monkeypatch)
     x, g = (torch.randint(-2, 3, (2, 3, size)).float() for size in (70, 33))
-    acc, total, sqnorm = torch.ones(33, 70), torch.ones(33, 70), torch.ones(2)
-    linear_sq.linear_sq_(acc, x, g, 2.0, total=total, sqnorm=sqnorm, flag=torch.zeros(1, dtype=torch.int32))
     gradients = torch.einsum("nto,nti->noi", g, x)
+    acc, total, sqnorm = torch.ones(33, 70), torch.ones(33, 70), torch.ones(2)
+    monkeypatch.setattr(conv_sq, "PRODUCT_PROGRAMS", 1)  # else few programs take the smallest tile, and that alone
+    if op is conv_sq.conv_sq_:  # of kernels 1 wide, which read the same products from channels in front of the positions
+        x, g, acc, total = x.mT, g.mT, acc.unsqueeze(2), total.unsqueeze(2)
+    op(acc, x, g, 2.0, total=total, sqnorm=sqnorm, flag=torch.zeros(1, dtype=torch.int32))
     assert len(ran) > 1
-    assert torch.equal(acc, 1 + 2 * gradients.square().sum(0)) and torch.equal(total, 1 + gradients.sum(0))
+    assert torch.equal(acc.view(33, 70), 1 + 2 * gradients.square().sum(0))
+    assert torch.equal(total.view(33, 70), 1 + gradients.sum(0))
     assert torch.equal(sqnorm, 1 + gradients.square().sum((1, 2)))
+
+
+@pytest.mark.parametrize(("op", "weighted"), [("gram_", False), ("conv_gram_", False), ("conv_gram_", True)])
+def test_trials_of_gram_matrices_leave_the_output_alone(op, weighted, file, monkeypatch):
+    ran = times(monkeypatch)
+    monkeypatch.setattr(conv_gram, "PRODUCT_PROGRAMS", 1)  # as above
+    x, weight = torch.randint(-2, 3, (50, 100)).to(torch.bfloat16), torch.randint(0, 3, (50,)).float() if weighted else None
+    acc = torch.ones(101, 101)
+    if op == "gram_":
+        gram.gram_(acc, x, 2.0, weight=weight, bias=True)
+    else:
+        conv_gram.conv_gram_(acc.unsqueeze(0), x.unsqueeze(2), 2.0, weight=weight, bias=True, kernel=(1,), positions=(1,))
+    rows = torch.cat([x.float(), torch.ones(50, 1)], 1)
+    expected = 1 + 2 * (rows * (1 if weight is None else weight[:, None])).T @ rows
+    assert len(ran) > 1 and torch.equal(acc.triu(), expected.triu())

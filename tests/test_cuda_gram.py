@@ -266,11 +266,12 @@ def test_stages_hold_every_row_once(library, N, T):
 @pytest.mark.parametrize(
     ("tiles", "units", "multiprocessors"), [(1, 1, 132), (1, 1000, 132), (21, 64, 132), (528, 64, 132), (137, 50, 108)]
 )
-def test_splits_are_the_fewest_within_a_tenth_of_the_best(library, tiles, units, multiprocessors):
+@pytest.mark.parametrize("workspace", [0, 6])
+def test_splits_are_the_fewest_within_a_tenth_of_the_best(library, tiles, units, workspace, multiprocessors):
     def time(splits: int) -> int:
-        return math.ceil(tiles * splits / multiprocessors) * math.ceil(units / splits)
+        return math.ceil(tiles * splits / multiprocessors) * (math.ceil(units / splits) + workspace * (splits > 1))
 
-    chosen = library.splits(*map(ctypes.c_int64, (tiles, units, multiprocessors)))
+    chosen = library.splits(*map(ctypes.c_int64, (tiles, units, workspace, multiprocessors)))
     most = max(1, min(units, 4 * multiprocessors // tiles))
     best = min(map(time, range(1, most + 1)))
     assert 1 <= chosen <= most and 10 * time(chosen) <= 11 * best

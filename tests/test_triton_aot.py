@@ -84,6 +84,20 @@ def test_nothing_spills(compiled):
 
 
 @pytest.mark.slow
+def test_no_copy_overwrites_what_a_product_reads(compiled):
+    """Where products run beside the copies of steps to come, on Hopper."""
+    _, rows = compiled
+    assert [(row["call"], row["overwritten"]) for row in rows if row["overwritten"]] == []
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_what_autotuning_may_choose_does_not_spill(target, report):
+    rows = [row for row in report["others"] if row["target"] == f"sm_{target}"]
+    assert {row["call"].split()[0] for row in rows} == {"linear_sq", "gram", "conv_sq", "conv_gram"}
+    assert [row for row in rows if row["local_bytes"]] == []
+
+
+@pytest.mark.slow
 def test_matrix_units_are_used(compiled):
     target, rows = compiled
     # "small" and "groups" fill no more than Ampere's instructions.
@@ -190,23 +204,23 @@ def test_score_config(R, C, dtype):
         (1, 96, 48, 1, 784),
     ],
 )
-def test_conv_config(groups, O, C, K, T, N, tiles, dtype, arch):
-    """As ``test_linear_config``; the shares fill the chip when the tiles do not, and workspaces stay below 64 MiB."""
-    blocks, shares = conv_sq.config(groups, O, C, K, N, T, dtype, tiles, arch)
-    sizes = {name: blocks[f"BLOCK_{name}"] for name in "OIT"}
-    assert all(size >= 16 and size & (size - 1) == 0 for size in sizes.values())
-    assert all(sizes[name] < 2 * max(extent, 16) for name, extent in (("O", O), ("I", K * C), ("T", T)))
-    programs = groups * triton.cdiv(O, sizes["O"]) * triton.cdiv(K * C, sizes["I"])
-    assert programs * N >= _products.PRODUCT_PROGRAMS or max(sizes["O"], sizes["I"]) <= 32
-    assert 1 <= shares <= N and (shares == 1 or shares * programs <= 4 * _products.PRODUCT_PROGRAMS)
-    assert shares == 1 or shares * groups * O * C * K * max(dtype.itemsize, 4) <= 2**26
-    offsets = {column // C for column in range(min(sizes["I"], K * C))}
-    assert not blocks["ONE_OFFSET"] or len(offsets) == 1
+def test_conv_candidates(groups, O, C, K, T, N, tiles, dtype, arch):
+    """As ``test_linear_candidates``; the shares fill the chip when the tiles do not, and workspaces stay below 64 MiB."""
+    for blocks, shares in conv_sq.candidates(groups, O, C, K, N, T, dtype, tiles, arch):
+        sizes = {name: blocks[f"BLOCK_{name}"] for name in "OIT"}
+        assert all(size >= 16 and size & (size - 1) == 0 for size in sizes.values())
+        assert all(sizes[name] < 2 * max(extent, 16) for name, extent in (("O", O), ("I", K * C), ("T", T)))
+        programs = groups * triton.cdiv(O, sizes["O"]) * triton.cdiv(K * C, sizes["I"])
+        assert programs * N >= _products.PRODUCT_PROGRAMS or max(sizes["O"], sizes["I"]) <= 32
+        assert 1 <= shares <= N and (shares == 1 or shares * programs <= 4 * _products.PRODUCT_PROGRAMS)
+        assert shares == 1 or shares * groups * O * C * K * max(dtype.itemsize, 4) <= 2**26
+        offsets = {column // C for column in range(min(sizes["I"], K * C))}
+        assert not blocks["ONE_OFFSET"] or len(offsets) == 1
 
 
 @pytest.mark.parametrize(("C", "tile"), [(256, 128), (64, 64), (3, 128)])
 def test_conv_tiles_keep_to_one_kernel_offset_where_channels_allow(C, tile):
-    blocks, _ = conv_sq.config(1, 256, C, 9, 64, 1024, torch.bfloat16, 2, 90)
+    blocks, _ = conv_sq.candidates(1, 256, C, 9, 64, 1024, torch.bfloat16, 2, 90)[0]
     assert blocks["ONE_OFFSET"] == (C % 64 == 0)
     assert blocks["BLOCK_I"] == (tile if C > 3 else 32)
 
@@ -221,13 +235,20 @@ def test_conv_direct_config(pairs, K, N, T):
 @pytest.mark.parametrize("arch", TARGETS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize(("I", "M"), [(0, 5), (1, 1), (7, 100000), (576, 32768), (4096, 8192), (16384, 3)])
-def test_gram_config(I, M, dtype, arch):
-    """Tiles that tl.dot accepts, every upper tile once, shares of at least four steps, no more of them than fill the chip."""
-    blocks, (programs, shares) = gram.config(I, M, dtype, arch)
-    side = -(-max(I, 1) // blocks["BLOCK"])
-    assert programs == blocks["ACROSS"] * side * (side + 1) / 2
-    assert min(blocks["BLOCK"] // blocks["ACROSS"], blocks["BLOCK_M"]) >= 16
-    assert shares == 1 or (shares * programs <= _products.PRODUCT_PROGRAMS and M > 4 * blocks["BLOCK_M"] * (shares - 1))
+def test_gram_candidates(I, M, dtype, arch):
+    """Tiles that tl.dot accepts, every upper tile once, shares of at least four steps, a bounded workspace."""
+    for blocks, shares in gram.candidates(I, M, dtype, arch):
+        side = -(-max(I, 1) // blocks["BLOCK"])
+        assert gram.programs(I, blocks) == blocks["ACROSS"] * side * (side + 1) / 2
+        assert min(blocks["BLOCK"] // blocks["ACROSS"], blocks["BLOCK_M"]) >= 16
+        assert shares == 1 or (4 * shares * I * I <= gram.WORKSPACE and M > 4 * blocks["BLOCK_M"] * (shares - 1))
+
+
+@pytest.mark.parametrize("I", [512, 768, 1024, 2048, 4096])
+def test_gram_programs_leave_few_multiprocessors_idle(I):
+    blocks, shares = gram.candidates(I, 8192, torch.bfloat16, 90)[0]
+    programs = shares * gram.programs(I, blocks)
+    assert programs / (_products.MULTIPROCESSORS * -(-programs // _products.MULTIPROCESSORS)) > 0.75
 
 
 @pytest.mark.parametrize("arch", TARGETS)
@@ -235,16 +256,16 @@ def test_gram_config(I, M, dtype, arch):
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("M", [1, 1000, 10**7])
 @pytest.mark.parametrize(("groups", "C", "K"), [(1, 1, 1), (1, 3, 49), (1, 512, 9), (32, 4, 9), (1, 48, 1)])
-def test_conv_gram_config(groups, C, K, M, bias, dtype, arch):
-    """As ``test_conv_config``; a tile is square."""
-    blocks, shares = conv_gram.config(groups, C, K, bias, M, dtype, arch)
-    size, steps = blocks["BLOCK"], triton.cdiv(M, blocks["BLOCK_T"])
-    assert size >= 16 and size & (size - 1) == 0 and size < 2 * max(K * C + bias, 16)
-    assert blocks["BLOCK_T"] >= 16 and blocks["BLOCK_T"] < 2 * max(M, 16)
-    programs = groups * conv_gram.upper_tiles(triton.cdiv(K * C + bias, size))
-    assert programs * steps >= _products.PRODUCT_PROGRAMS or size <= 32
-    assert 1 <= shares <= steps and (shares == 1 or shares * programs <= 4 * _products.PRODUCT_PROGRAMS)
-    assert not blocks["ONE_OFFSET"] or K == 1 or C % size == 0
+def test_conv_gram_candidates(groups, C, K, M, bias, dtype, arch):
+    """As ``test_conv_candidates``; a tile is square."""
+    for blocks, shares in conv_gram.candidates(groups, C, K, bias, M, dtype, arch):
+        size, steps = blocks["BLOCK"], triton.cdiv(M, blocks["BLOCK_T"])
+        assert size >= 16 and size & (size - 1) == 0 and size < 2 * max(K * C + bias, 16)
+        assert blocks["BLOCK_T"] >= 16 and blocks["BLOCK_T"] < 2 * max(M, 16)
+        programs = groups * conv_gram.upper_tiles(triton.cdiv(K * C + bias, size))
+        assert programs * steps >= _products.PRODUCT_PROGRAMS or size <= 32
+        assert 1 <= shares <= steps and (shares == 1 or shares * programs <= 4 * _products.PRODUCT_PROGRAMS)
+        assert not blocks["ONE_OFFSET"] or K == 1 or C % size == 0
 
 
 @pytest.mark.parametrize("D", [1, 7, 128, 4096])

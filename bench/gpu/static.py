@@ -30,6 +30,7 @@ RESULTS = Path(__file__).with_name("kernels.json")
 PAGE = ROOT / "docs" / "gpu-kernels.md"
 CAPABILITIES = (90, 80, 100)  # the slowest to compile first
 NONE = "-"
+OF_OTHERS = ("call", "kernel", "target", "threads", "registers", "local_bytes")  # what is kept of autotuning's other candidates
 BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8, "int32": 4, "int64": 8, "bool": 1}
 
 # And of products: float32 ones are six of bfloat16; those of float64 have tensor cores too, twice as fast by the data sheet.
@@ -120,13 +121,13 @@ def least_seconds(work: Work) -> tuple[float, str]:
     return max((work.flops / LEADS[work.unit], work.unit), (work.bytes / LEADS["copy"], "copy"))
 
 
-def triton_rows(capability: int) -> list[dict]:
-    """Every Triton kernel of one target, from a process of its own."""
+def triton_rows(capability: int, *options: str) -> list[dict]:
+    """Every Triton kernel of one target, from a process of its own; ``--others``: those that autotuning would try."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {
         "PYTHONSAFEPATH": "1",
         "OMP_NUM_THREADS": "1",
     }
-    command = [sys.executable, TESTS / "compile_ahead.py", str(capability)]
+    command = [sys.executable, TESTS / "compile_ahead.py", str(capability), *options]
     run = subprocess.run(command, env=environment, capture_output=True, text=True)
     if run.returncode:
         raise RuntimeError(f"compile_ahead.py {capability} failed: {run.stderr[-4000:]}")
@@ -168,10 +169,12 @@ def measure() -> dict:
     with ThreadPoolExecutor(2) as pool:
         cuda = pool.submit(cuda_rows)
         triton_found = [row for rows in pool.map(triton_rows, CAPABILITIES) for row in rows]
+        others = [row for rows in pool.map(lambda target: triton_rows(target, "--others"), CAPABILITIES) for row in rows]
         return {
             "versions": {"torch": torch.__version__, "triton": triton.__version__, "nvcc": _nvcc_version()},
             "sha256": {folder: cost.sources_sha256(ROOT / folder) for folder in ("kernels", "csrc")},
             "triton": triton_found,
+            "others": [{key: row[key] for key in OF_OTHERS} for row in others if _own(row)],
             "cuda": cuda.result(),
         }
 
@@ -208,7 +211,7 @@ TRITON = """\
 ## Triton
 
 Compiled by Triton {triton} for sm_90, with registers and blocks at once for sm_80 and sm_100 beside it. A call is `op dtype shape`, as in
-`tests/compile_ahead.py`.
+`tests/compile_ahead.py`. Autotuning, where it is asked for, would also try {others} others for these calls and targets; none of them spills, either.
 """
 
 
@@ -220,7 +223,7 @@ def render(found: dict) -> str:
         [
             HEAD.format(leads=leads),
             f"torch {found['versions']['torch']}; sha256 of {hashes}.\n",
-            TRITON.format(**found["versions"]),
+            TRITON.format(**found["versions"], others=len(found["others"])),
             *_triton(found["triton"]),
             CUDA.format(**found["versions"]),
             _cuda(found["cuda"]),
@@ -228,8 +231,13 @@ def render(found: dict) -> str:
     )
 
 
+def _own(row: dict) -> bool:
+    """Whether it is a kernel of the op that was called, not of what happens around it."""
+    return row["kernel"].startswith(f"_{row['call'].split()[0]}_")
+
+
 def _triton(rows: list[dict]) -> list[str]:
-    own = [row for row in rows if row["kernel"].startswith(f"_{row['call'].split()[0]}_")]
+    own = [row for row in rows if _own(row)]
     parts = []
     for op in dict.fromkeys(row["call"].split()[0] for row in own):
         mine = [row for row in own if row["call"].split()[0] == op]

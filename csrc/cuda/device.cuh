@@ -23,15 +23,16 @@ struct Output {
 
 // out[row * stride + column] += scale * value for a thread's kOwned elements, which each(visit) hands to visit(row, column,
 // value), in the same order every time; those that are not inside(row, column) are left alone. Without `held` nothing was there
-// yet. Loads run ahead of the additions, up to 32 registers of them: one after the other, each would wait for memory by itself.
-template <int kOwned, typename Out, typename Inside, typename Each>
+// yet. Loads run ahead of the additions, up to kAhead registers of them: one after the other, each would wait for memory by
+// itself.
+template <int kOwned, int kAhead, typename Out, typename Inside, typename Each>
 __device__ void add_owned(Out* out, int64_t stride, double scale, bool held, const Inside& inside, const Each& each) {
-  constexpr int kAhead = 32 * sizeof(float) / sizeof(Out);
+  constexpr int kLoads = kAhead * sizeof(float) / sizeof(Out);
 #pragma unroll
-  for (int first = 0; first < kOwned; first += kAhead) {
-    Out before[kAhead] = {};
+  for (int first = 0; first < kOwned; first += kLoads) {
+    Out before[kLoads] = {};
     int k = 0;
-    const auto ahead = [&] { return first <= k && k < first + kAhead; };
+    const auto ahead = [&] { return first <= k && k < first + kLoads; };
     if (held) {
       each([&](int row, int column, auto) {
         if (ahead() && inside(row, column)) before[k - first] = out[row * stride + column];
@@ -46,14 +47,16 @@ __device__ void add_owned(Out* out, int64_t stride, double scale, bool held, con
   }
 }
 
-template <int kOwned, typename Inside, typename Each>
+template <int kOwned, int kAhead, typename Inside, typename Each>
 __device__ void add_owned(const Output& out, int64_t stride, double scale, const Inside& inside, const Each& each) {
   if (out.is_double) {
-    add_owned<kOwned>(static_cast<double*>(out.data), stride, scale, true, inside, each);
+    add_owned<kOwned, kAhead>(static_cast<double*>(out.data), stride, scale, true, inside, each);
   } else {
-    add_owned<kOwned>(static_cast<float*>(out.data), stride, scale, true, inside, each);
+    add_owned<kOwned, kAhead>(static_cast<float*>(out.data), stride, scale, true, inside, each);
   }
 }
+
+constexpr int kFewRegisters = 32;  // for loads ahead, where sums of several kinds fill the others
 
 constexpr int kVector = 8;  // 16-bit elements of 16 bytes
 

@@ -35,7 +35,8 @@ int64_t cut_rows(GramParams<typename Tile::In>& p, int64_t tiles, int64_t N, int
   constexpr int kStagesOfUnit = 128 / Tile::kRows;  // a share is a multiple of 128 rows
   p.stages = static_cast<int>(N * ceil_div(p.T, Tile::kRows));
   const int64_t units = ceil_div(p.stages, kStagesOfUnit);
-  const int64_t units_per_share = ceil_div(units, choose_splits(tiles, units, multiprocessors));
+  const int64_t detour = ceil_div(kWorkspaceRows<typename Tile::In>, 128);
+  const int64_t units_per_share = ceil_div(units, choose_splits(tiles, units, detour, multiprocessors));
   p.stages_per_share = static_cast<int>(units_per_share * kStagesOfUnit);
   return ceil_div(units, units_per_share);
 }
@@ -67,29 +68,30 @@ struct GramBlock {
 
   // Adds to the kOwned elements that each(visit) hands to visit(i, j, value) what the stages up to this one, since the last
   // flush, have given.
-  template <int kOwned, typename Inside, typename Each>
+  template <int kOwned, int kAhead, typename Inside, typename Each>
   __device__ void add(int stage, const Inside& inside, const Each& each) const {
     if (p.partial) {
       Real* const out = static_cast<Real*>(p.partial) + static_cast<int64_t>(blockIdx.y) * p.D * p.D;
-      add_owned<kOwned>(out, p.D, 1.0, stage - begin >= kFlushRows / kRows, inside, each);  // nobody has filled it with zeros
+      add_owned<kOwned, kAhead>(out, p.D, 1.0, stage - begin >= kFlushRows / kRows, inside,
+                                each);  // nobody has filled it with zeros
     } else {
-      add_owned<kOwned>(p.acc, p.D, p.scale, inside, each);
+      add_owned<kOwned, kAhead>(p.acc, p.D, p.scale, inside, each);
     }
   }
-  template <int kOwned, typename Each>
+  template <int kOwned, int kAhead = kFewRegisters, typename Each>
   __device__ void add_products(int stage, const Each& each) const {
     const int I = static_cast<int>(p.x.width);
-    add<kOwned>(stage, [&](int i, int j) { return i <= j && j < I; }, each);
+    add<kOwned, kAhead>(stage, [&](int i, int j) { return i <= j && j < I; }, each);
   }
   __device__ void add_sum(int stage, int i, Real value) const {
     const int I = static_cast<int>(p.x.width), last = p.D - 1;
-    add<1>(stage, [&](int i, int) { return i < I; }, [&](const auto& visit) { visit(i, last, value); });
+    add<1, 2>(stage, [&](int i, int) { return i < I; }, [&](const auto& visit) { visit(i, last, value); });
   }
   // One thread of the block: the corner, sum_m w_m.
   __device__ void add_count(double count) const {
     const int last = p.D - 1;
     if (corner)
-      add<1>(begin, [](int, int) { return true; }, [&](const auto& visit) { visit(last, last, static_cast<Real>(count)); });
+      add<1, 2>(begin, [](int, int) { return true; }, [&](const auto& visit) { visit(last, last, static_cast<Real>(count)); });
   }
 };
 

@@ -115,7 +115,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       Tile::for_each_owned([&](int, int, int e) { sums[e] += c[e]; });
 
       if (!block.ends(stage, kFlushRows)) continue;
-      block.template add_products<Tile::kOwned>(stage, [&](const auto& visit) {
+      block.template add_products<Tile::kOwned, Tile::kOwned>(stage, [&](const auto& visit) {
         Tile::for_each_owned([&](int i, int j, int e) { visit(i0 + i, j0 + j, sums[e]); });
       });
       Tile::for_each_owned([&](int, int, int e) { sums[e] = 0; });

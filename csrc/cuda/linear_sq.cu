@@ -85,8 +85,9 @@ template <typename Traits>
 void launch_splits(const Device& device, const Arguments& a, LinearSqParams<typename Traits::In> p,
                    const Launch<Traits>& launch) {
   using Real = compute_t<typename Traits::In>;
-  const int64_t N = p.samples.N;
-  p.samples_per_split = static_cast<int>(ceil_div(N, choose_splits(launch.blocks(), N, device.multiprocessors())));
+  const int64_t N = p.samples.N, rows = std::max<int64_t>(1, p.samples.M / N);  // of a sample
+  const int64_t detour = ceil_div(kWorkspaceRows<typename Traits::In>, rows);
+  p.samples_per_split = static_cast<int>(ceil_div(N, choose_splits(launch.blocks(), N, detour, device.multiprocessors())));
   const int splits = static_cast<int>(ceil_div(N, p.samples_per_split));
   if (splits == 1) return launch(device, p, 1);
   const int64_t extent = a.O() * a.I(), stride = Traits::kTotal ? 2 * extent : extent;

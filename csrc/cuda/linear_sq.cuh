@@ -60,7 +60,7 @@ struct Walk {
 
 // Adds a thread's kOwned elements of squares and, with kTotal, of totals to the outputs, or to what add_partials will add to
 // them, and starts both again. each(visit) calls visit(o, i, square, total).
-template <bool kTotal, int kOwned, typename In, typename Each>
+template <bool kTotal, int kOwned, int kAhead = kFewRegisters, typename In, typename Each>
 __device__ void emit(const LinearSqParams<In>& p, const Each& each) {
   using Real = compute_t<In>;
   const int64_t O = p.g.width, I = p.x.width;
@@ -69,11 +69,11 @@ __device__ void emit(const LinearSqParams<In>& p, const Each& each) {
   const auto totals = [&](const auto& visit) { each([&](int o, int i, Real&, Real& total) { visit(o, i, total); }); };
   if (p.partial) {
     Real* const out = static_cast<Real*>(p.partial) + blockIdx.z * (kTotal ? 2 : 1) * O * I;
-    add_owned<kOwned>(out, I, 1.0, true, inside, squares);
-    if constexpr (kTotal) add_owned<kOwned>(out + O * I, I, 1.0, true, inside, totals);
+    add_owned<kOwned, kAhead>(out, I, 1.0, true, inside, squares);
+    if constexpr (kTotal) add_owned<kOwned, kAhead>(out + O * I, I, 1.0, true, inside, totals);
   } else {
-    add_owned<kOwned>(p.acc, I, p.scale, inside, squares);
-    if constexpr (kTotal) add_owned<kOwned>(p.total, I, 1.0, inside, totals);
+    add_owned<kOwned, kAhead>(p.acc, I, p.scale, inside, squares);
+    if constexpr (kTotal) add_owned<kOwned, kAhead>(p.total, I, 1.0, inside, totals);
   }
   each([](int, int, Real& square, Real& total) { square = total = 0; });
 }

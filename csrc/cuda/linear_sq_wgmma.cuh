@@ -12,7 +12,8 @@ namespace fisherfast {
 template <typename In, int kTileI, bool kTotal_>
 struct WgmmaTraits : WgmmaTile<In, kTileI> {
   static constexpr bool kTotal = kTotal_;
-  static constexpr int kWarps = WgmmaTile<In, kTileI>::kMultipliers * 4;  // each stores its share of |c_n|^2
+  static constexpr int kWarps = WgmmaTile<In, kTileI>::kMultipliers * 4;                 // each stores its share of |c_n|^2
+  static constexpr int kAhead = kTotal ? kFewRegisters : WgmmaTile<In, kTileI>::kOwned;  // those of c, which has been squared
   static_assert(kTileI <= (kTotal ? 128 : 192), "sums and product stay in registers");
 };
 
@@ -27,6 +28,17 @@ struct LinearSqWgmmaParams {
   LinearSqParams<In> op;
   TileGrid tiles;
 };
+
+// The lines of acc that a block will add to, on their way into L2 by the copying warpgroup's warps that copy nothing.
+template <typename Traits>
+__device__ void prefetch_tile(const LinearSqParams<typename Traits::In>& p, int tile_o, int tile_i) {
+  constexpr int kIdle = kWarpgroup - 32, kBytes = 128;
+  const int element = p.acc.is_double ? 8 : 4, lines = Traits::kTileI * element / kBytes;
+  for (int line = threadIdx.x % kWarpgroup - 32; line < Traits::kTileO * lines; line += kIdle) {
+    const int64_t o = tile_o + line / lines, i = tile_i + line % lines * (kBytes / element);
+    if (o < p.g.width && i < p.x.width) prefetch_l2(static_cast<const char*>(p.acc.data) + (o * p.x.width + i) * element);
+  }
+}
 
 template <typename Traits>
 __global__ void __launch_bounds__(Traits::kThreads, 1)
@@ -49,6 +61,8 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
         const int n = offsets ? 0 : walk.n, t = walk.t + (offsets ? static_cast<int>(offsets[walk.n]) : 0);
         stages.load(ring, params.g, tile_o, params.x, tile_i, t, n);
       }
+    } else if (threadIdx.x % kWarpgroup >= 32 && !p.partial) {
+      prefetch_tile<Traits>(p, tile_o, tile_i);
     }
   } else {
     take_registers<Traits::kMultiplyRegisters>();
@@ -83,7 +97,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
         if (threadIdx.x % 32 == 0) p.norms[first + threadIdx.x / 32] = norm;
       }
       if (++samples % kSamplesPerFlush != 0 && walk.valid()) continue;
-      emit<Traits::kTotal, Traits::kOwned>(p, [&](const auto& visit) {
+      emit<Traits::kTotal, Traits::kOwned, Traits::kAhead>(p, [&](const auto& visit) {
         Traits::for_each_owned([&](int o, int i, int e) { visit(tile_o + o, tile_i + i, squares[e], totals[e]); });
       });
     }

@@ -75,7 +75,9 @@ int64_t gram(char dtype, const Call* call, void* acc, const void* x, const float
   });
 }
 
-int splits(int64_t tiles, int64_t units, int64_t multiprocessors) { return choose_splits(tiles, units, multiprocessors); }
+int splits(int64_t tiles, int64_t units, int64_t workspace, int64_t multiprocessors) {
+  return choose_splits(tiles, units, workspace, multiprocessors);
+}
 
 int width(int64_t wide, int64_t narrow, int64_t multiprocessors) { return choose_width(wide, narrow, multiprocessors); }
 

@@ -101,6 +101,8 @@ inline int cluster_size() { return static_cast<int>(emulator::cluster->blocks.si
 inline void cluster_sync() { emulator::wait(emulator::cluster->barrier, static_cast<int>(emulator::cluster->fibers.size())); }
 inline void named_sync(int barrier, int threads) { emulator::wait(emulator::block().barriers[barrier], threads); }
 
+inline void prefetch_l2(const void* address) { static_cast<void>(*static_cast<const volatile char*>(address)); }
+
 template <int kRegisters>
 void give_registers() {}
 template <int kRegisters>
