@@ -33,13 +33,14 @@ class Batch:
     offsets: Tensor | None = None
 
     @classmethod
-    def of(cls, item: Any, device: torch.device) -> Batch:
+    def of(cls, item: Any, device: torch.device, model: Callable[..., Any] | None = None) -> Batch:
         """From ``(inputs, targets)``, ``(inputs, targets, weights)`` or a dict (Hugging Face); moved to ``device``.
 
         A tuple of inputs is ``model(*x)``, a dict ``model(**x)``; targets may be None. A dict batch's ``labels`` are its
         targets, its ``sample_weight`` its weights, and neither is passed to the model. A sample of weight 2 counts as
         two: means become ``sum_n w_n (...) / sum_n w_n``. ``"sample_offsets"`` ``[N + 1]``, or Hugging Face's
-        ``"cu_seq_lens_q"``, say where samples packed into one row ``[1, M]`` begin and end.
+        ``"cu_seq_lens_q"``, say where samples packed into one row ``[1, M]`` begin and end. Where an encoder-decoder ``model``
+        is given labels alone, it is asked what they make its decoder read, as it would ask itself.
         """
         offsets = None
         if isinstance(item, Mapping):
@@ -48,6 +49,13 @@ class Batch:
             offsets = item.get("sample_offsets", item.get("cu_seq_lens_q"))
         elif isinstance(item, (tuple, list)) and len(item) in (2, 3):
             inputs, targets, weight = (*item, None)[:3]
+            if (
+                weight is not None and not torch.as_tensor(weight).is_floating_point()
+            ):  # a data set that yields each sample's index
+                raise TypeError(
+                    "data: the third entry of a batch is the weights of its samples and must be floating, got "
+                    f"{torch.as_tensor(weight).dtype}; leave it out, or pass weights as .float()"
+                )
         else:
             raise TypeError(
                 "data: a batch must be (inputs, targets), (inputs, targets, weights) or a dict, got "
@@ -56,16 +64,20 @@ class Batch:
             )
         if isinstance(inputs, Mapping):
             inputs = {key: _moved(value, device) for key, value in inputs.items()}
-            mask = inputs.get("attention_mask")
+            inputs |= _read_by_the_decoder(model, inputs, targets, device)
+            decodes = any(key.startswith("decoder_") for key in inputs)  # and its positions are the output's, not the encoder's
+            mask = inputs.get("decoder_attention_mask" if decodes else "attention_mask")
         else:
             inputs = tuple(_moved(value, device) for value in (inputs if isinstance(inputs, (tuple, list)) else (inputs,)))
             mask = None
-        own = [v for v in (inputs.values() if isinstance(inputs, dict) else inputs) if isinstance(v, Tensor)]
-        tensors = [
-            tensor for tensor in (*own, *_nested.tensors(inputs)) if tensor.dim()
-        ]  # the first that the model is given as such
+        given = inputs.values() if isinstance(inputs, dict) else inputs
+        own = [value for value in given if isinstance(value, Tensor)]
+        tensors = [tensor for tensor in (*own, *_nested.tensors(inputs)) if tensor.dim()]  # first what the model is given as such
         if not tensors:
-            raise ValueError("data: a batch's inputs must hold a tensor with a sample axis, got none")
+            raise ValueError(
+                f"data: a batch's inputs must hold a tensor with a sample axis, got {sorted({type(value).__name__ for value in given})}; "
+                "arrays become tensors by torch.as_tensor"
+            )
         if offsets is not None:
             return cls._of_packed(inputs, targets, weight, _moved(torch.as_tensor(offsets), device), device)
         N = tensors[0].shape[0]
@@ -73,7 +85,10 @@ class Batch:
             raise ValueError(f"data: a batch must hold at least one sample, got inputs of shape {tuple(tensors[0].shape)}")
         targets = None if targets is None else _targets(targets, device)
         if targets is not None and (targets.dim() == 0 or targets.shape[0] != N):
-            raise ValueError(f"data: inputs and targets must hold the same samples, got {N} and targets {tuple(targets.shape)}")
+            hint = "; is this a Dataset? pass a DataLoader over it" if targets.dim() == 0 else ""
+            raise ValueError(
+                f"data: inputs and targets must hold the same samples, got {N} and targets {tuple(targets.shape)}{hint}"
+            )
         return cls(inputs, targets, mask, N, _weight(weight, N, device))
 
     @classmethod
@@ -167,7 +182,12 @@ class Batch:
 
     def feed(self, model: Callable[..., Any], output: Output = None) -> Tensor:
         """The model's output tensor for this batch: the result itself, its ``.logits``, or what ``output`` picks."""
-        result = model(**self.inputs) if isinstance(self.inputs, dict) else model(*self.inputs)
+        try:
+            result = model(**self.inputs) if isinstance(self.inputs, dict) else model(*self.inputs)
+        except TypeError as error:
+            if isinstance(self.inputs, dict) and self.targets is None:
+                error.add_note(f"Of a dict batch the key 'labels' is held back, all others are the model's; got {[*self.inputs]}")
+            raise
         picked = _picked(result, output)
         if not isinstance(picked, Tensor):
             raise TypeError(
@@ -185,6 +205,16 @@ class Batch:
                 "give the log-likelihood's input per sample, or pick it with output="
             )
         return picked
+
+
+def _read_by_the_decoder(
+    model: Callable[..., Any] | None, inputs: Mapping[str, Any], targets: Any, device: torch.device
+) -> dict[str, Tensor]:
+    """A Hugging Face encoder-decoder's ``decoder_input_ids``, which it makes of labels that are kept from it here."""
+    prepare = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+    if prepare is None or targets is None or {"decoder_input_ids", "decoder_inputs_embeds"} & inputs.keys():
+        return {}
+    return {"decoder_input_ids": prepare(_targets(targets, device))}
 
 
 def _picked(result: Any, output: Output) -> Any:

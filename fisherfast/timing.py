@@ -65,7 +65,7 @@ def _plain(model: nn.Module, batches: Sequence[Any], likelihood: Likelihood) -> 
     device = next(model.parameters()).device
     for item in batches:
         model.zero_grad(set_to_none=True)
-        batch = Batch.of(item, device)
+        batch = Batch.of(item, device, model)
         predictions = predictions_of(likelihood, batch, batch.feed(model))
         labelled = predictions.detached()
         score = likelihood.sampled(labelled, 0, 0) if batch.targets is None else likelihood.empirical(labelled)

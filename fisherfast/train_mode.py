@@ -31,7 +31,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
     """The user's own module inside compile and data-parallel wrappers."""
     while True:
         inner = getattr(model, "_orig_mod", None)
-        if inner is None and isinstance(model, nn.parallel.DistributedDataParallel):
+        if inner is None and isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
             inner = model.module
         if inner is None:
             return model
@@ -39,7 +39,12 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def refuse_train_mode(model: nn.Module) -> None:
-    """Raise ValueError naming the modules whose train mode has no per-sample gradient: dropout and batch statistics."""
+    """Raise ValueError naming the modules whose train mode has no per-sample gradient: dropout and batch statistics.
+
+    And TypeError for what is no module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: must be a torch.nn.Module, got {type(model).__name__}; it comes first, then the data")
     culprits = [
         name
         for name, module in unwrapped(model).named_modules()

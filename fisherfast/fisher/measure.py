@@ -151,7 +151,7 @@ class Measurement:
     def batches(self, data: Iterable[Any], progress: bool, what: str) -> Iterator[Batch]:
         """What the data set yields, on the model's device."""
         for item in _shown(data, progress, what):
-            yield Batch.of(item, self.capture.device)
+            yield Batch.of(item, self.capture.device, self.model)
 
     def over(self, batches: Iterable[Batch], checkpoint: Path | None) -> tuple[Any, ...]:
         """Measure all of them."""

@@ -86,7 +86,7 @@ class FisherOperator:
         sums = {name: torch.zeros(shape, dtype=torch.float64, device=self.device) for name, shape in self.shapes.items()}
         samples, total = self._first, 0.0
         for item in self._data:
-            batch = Batch.of(item, self.device)
+            batch = Batch.of(item, self.device, self._model)
             for name, product in self._product(batch, along, samples).items():
                 sums[name] += product
             samples += batch.N

@@ -178,7 +178,7 @@ def plan(
     asked = tuple(map(factors_first, structures))
     measurement = Measurement(model, asked, labelling, 0, output, 1.0, allow_missing, checkpoint)
     run, capture = measurement.run, measurement.run.capture
-    whole = Batch.of(batch, capture.device)
+    whole = Batch.of(batch, capture.device, measurement.model)
     every = whole.N if num_samples is None else num_samples
     few = whole.cut(0, min(whole.N, PROBED))
     measurement.explore(whole)

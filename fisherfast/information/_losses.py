@@ -43,7 +43,7 @@ class SampleLosses:
         """What the data set yields, on the model's device, with labels. Errors: ValueError."""
         device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
         for item in data:
-            batch = Batch.of(item, device)
+            batch = Batch.of(item, device, self.model)
             if batch.targets is None:
                 raise ValueError(f"{self.caller}: data must have labels, got a batch without; a loss is of the data's labels")
             yield batch

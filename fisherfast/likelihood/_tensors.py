@@ -14,9 +14,12 @@ from fisherfast.likelihood.protocol import Predictions
 
 
 def batch_mismatch(name: str, output: Tensor, targets: Tensor) -> ValueError:
-    return ValueError(
-        f"{name}: targets do not fit the output, got targets {tuple(targets.shape)} and output {tuple(output.shape)}"
-    )
+    """Of shapes without the samples, of which a probe looks at a few only."""
+    got, wanted = ("[" + ", ".join(["N", *map(str, tensor.shape[1:])]) + "]" for tensor in (targets, output))
+    error = ValueError(f"{name}: targets do not fit the output, got targets {got} and output {wanted}")
+    if output.numel() == targets.numel():  # [N, 1] beside [N]
+        error.add_note("Where an axis of 1 is too many: targets.squeeze(-1), or output=lambda result: result.logits.squeeze(-1)")
+    return error
 
 
 def existing_positions(output: Tensor, mask: Tensor | None) -> Tensor | None:

@@ -77,8 +77,17 @@ class Categorical:
         if targets is not None and targets.shape != labels:
             error = batch_mismatch(self.name, output, targets)
             error.add_note("A class axis that is not last is given by likelihood=ff.Categorical(axis=...)")
+            if targets.shape == values.shape:
+                error.add_note("Labels are the numbers of the classes: of one-hot ones, targets.argmax(-1)")
+            elif targets.shape == (*labels, 1):
+                error.add_note("Labels have no class axis: targets.squeeze(-1)")
             raise error
         C = values.shape[-1]
+        if C < 2:
+            raise ValueError(
+                f"{self.name}: the class axis must hold at least 2 classes, got an output {tuple(output.shape)}; one logit for yes or "
+                "no is likelihood='bernoulli', one real number 'gaussian'"
+            )
         if self.class_weight is not None and len(self.class_weight) != C:
             raise ValueError(f"{self.name}: class_weight must be [C] = ({C},), got {tuple(self.class_weight.shape)}")
         values = values.reshape(N, math.prod(labels[1:]), C)

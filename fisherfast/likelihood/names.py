@@ -21,6 +21,11 @@ def resolve(likelihood: str | Likelihood) -> Likelihood:
         return _BY_NAME[likelihood]()
     if likelihood is None or isinstance(likelihood, str | type):
         raise ValueError(f"likelihood: must be one of {sorted(_BY_NAME)} or a likelihood object, got {likelihood!r}")
+    if not hasattr(likelihood, "predictions"):  # a loss of torch.nn, say
+        raise TypeError(
+            f"likelihood: must be one of {sorted(_BY_NAME)} or a likelihood object, got {type(likelihood).__name__}; of a cross entropy "
+            "that is 'categorical', of BCEWithLogitsLoss 'bernoulli', of MSELoss 'gaussian'"
+        )
     return likelihood
 
 
