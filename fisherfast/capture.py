@@ -37,7 +37,7 @@ from fisherfast.chosen_rows import ChosenRows
 from fisherfast.layout import Layout
 from fisherfast.rules import DECOMPOSITIONS, RULES, Use, Window, part
 from fisherfast.tracked import Bare, Made, Reference, Tracked
-from fisherfast.train_mode import CHANCE, is_parameter, refuse_chance, unwrapped
+from fisherfast.train_mode import CHANCE, is_parameter, refuse_chance, undivided, unwrapped
 
 Hooks = tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]
 Listener = Callable[[Call, Tensor | None, tuple[Tensor, ...]], None]
@@ -211,6 +211,7 @@ class Capture(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in CHANCE:
             refuse_chance(func, args, kwargs, lambda tensor: id(tensor) in self._references or is_parameter(tensor))
+        args, kwargs = undivided(func, args, kwargs)
         found = self._found(args) + self._found(kwargs.values())
         if not found or getattr(func, "__name__", "") == "__set__":
             out = func(*args, **kwargs)

@@ -18,7 +18,7 @@ from torch.func import functional_call, grad, vmap
 
 from fisherfast.batches import Batch, Output
 from fisherfast.tracked import Tracked
-from fisherfast.train_mode import unwrapped
+from fisherfast.train_mode import WithoutChance, unwrapped
 
 _BUDGET = 2**28  # bytes of sample gradients at a time
 _MOST = 16  # samples at a time: activations are held too
@@ -80,7 +80,8 @@ class SampleGradients:
         return vmap(grad(scalar), in_dims=(None, 0, 0))(parameters, tensors, cotangent)
 
     def _call(self, parameters: dict[str, Tensor], *inputs: Any, **named: Any) -> Any:
-        return functional_call(self._model, parameters, inputs, named)
+        with WithoutChance():
+            return functional_call(self._model, parameters, inputs, named)
 
 
 def _equal(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> bool:

@@ -97,6 +97,18 @@ def refuse_chance(func: Any, args: Any, kwargs: Any, known: Callable[[Tensor], b
         raise ValueError("model: must not use batch statistics, got batch_norm(training=True); call model.eval()")
 
 
+_BY_FREQUENCY = {F.embedding: 5, F.embedding_bag: 5}  # the positions of scale_grad_by_freq
+
+
+def undivided(func: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
+    """The arguments without ``scale_grad_by_freq``: what it makes is no gradient of log p."""
+    at = _BY_FREQUENCY.get(func)
+    if at is None:
+        return args, kwargs
+    args = (*args[:at], False, *args[at + 1 :]) if len(args) > at else args
+    return args, {name: False if name == "scale_grad_by_freq" else value for name, value in kwargs.items()}
+
+
 class WithoutChance(TorchFunctionMode):
     """Where a model runs that no capture looks at: the same calls are refused."""
 
@@ -105,4 +117,5 @@ class WithoutChance(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in CHANCE:
             refuse_chance(func, args, kwargs)
+        args, kwargs = undivided(func, args, kwargs)
         return func(*args, **kwargs)

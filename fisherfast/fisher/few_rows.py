@@ -57,4 +57,4 @@ class FewRows:
 
     def rows(self) -> Tensor | None:
         """All of them, or None if they were not few."""
-        return torch.cat(self._rows) if self._rows else None
+        return torch.cat(self._rows) if self._rows and any(map(len, self._rows)) else None

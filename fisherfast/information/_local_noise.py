@@ -15,10 +15,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 # Below this a variance is none: the square root has no derivative at 0, which an input of zeros reaches.
 _NONE = 1e-30
+
+
+class _Uses(TorchFunctionMode):
+    """How many calls that make a tensor take each parameter, by its id: a layer's own weight may be used elsewhere by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counted: Counter[int] = Counter()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run ``func``."""
+        result = func(*args, **(kwargs or {}))
+        if any(isinstance(leaf, Tensor) for leaf in tree_leaves(result)):
+            self.counted.update(id(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, nn.Parameter))
+        return result
 
 
 class LocalNoise:
@@ -37,12 +54,17 @@ class LocalNoise:
         calls: Counter[nn.Module] = Counter()
         handles = [module.register_forward_hook(lambda module, _inputs, _output: calls.update([module])) for module in candidates]
         try:
-            run()
+            with _Uses() as uses_of:
+                run()
         finally:
             for handle in handles:
                 handle.remove()
         # A layer whose weight is used elsewhere, or whose module is called again, needs the same noise in every use.
-        self._weights = {module: weight for module, weight in candidates.items() if calls[module] == 1}
+        self._weights = {
+            module: weight
+            for module, weight in candidates.items()
+            if calls[module] == 1 and all(uses_of.counted[id(p)] <= 1 for p in module.parameters(recurse=False))
+        }
         biases = {f"{weight.removesuffix('weight')}bias" for weight in self._weights.values()}
         self.names = {*self._weights.values(), *(biases & names)}
 

@@ -191,7 +191,9 @@ def _largest(q: float, c: float) -> float:
 def _coins(q: float, p: float) -> float:
     """``kl(q || p)`` for ``q < p < 1``."""
     ones = -q * math.log1p((p - q) / q) if q else 0.0
-    return ones - (1 - q) * math.log1p(-(p - q) / (1 - q))
+    share = (p - q) / (1 - q)  # may round to 1, where 1 - p does not to 0
+    zeros = math.log1p(-share) if share < 0.5 else math.log((1 - p) / (1 - q))
+    return ones - (1 - q) * zeros
 
 
 def _count(name: str, value: int) -> int:

@@ -355,7 +355,7 @@ class Tied(Form):
             add, E = (torch.where(flag == 0, t, 0.0) for t in (add, E))
         if sqnorm is not None:
             sqnorm[n] += add.sum((1, 2))
-        w = 1.0 if weight is None else weight[n].view(-1, 1, 1)
+        w = 1.0 if weight is None else weight[n].view(-1, 1, 1).to(dtype)
         # Unlike index_add_, index_put_ adds in a fixed order on a GPU too.
         acc.index_put_((ids,), (scale * w * add).to(acc.dtype), accumulate=True)
         if total is not None:
