@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def tensors(tree: Any) -> Iterator[Tensor]:
-    """All of them."""
+    """All tensors of a tree of tuples, lists and dictionaries, from left to right."""
     if isinstance(tree, Tensor):
         yield tree
     elif isinstance(tree, (tuple, list)):
@@ -21,7 +21,7 @@ def tensors(tree: Any) -> Iterator[Tensor]:
 
 
 def mapped(tree: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    """The same with what a function makes of each tensor, in plain dictionaries, lists and tuples; others are left as they are."""
+    """The tree with ``function(tensor)`` for each tensor in its plain dictionaries, lists and tuples; all else stays as it is."""
     if isinstance(tree, Tensor):
         return function(tree)
     if type(tree) is dict:
@@ -32,11 +32,5 @@ def mapped(tree: Any, function: Callable[[Tensor], Tensor]) -> Any:
 
 
 def replaced(tree: Any, stand_ins: dict[int, Tensor]) -> Any:
-    """The same with others in place of some, which are known by their id."""
-    if isinstance(tree, Tensor):
-        return stand_ins.get(id(tree), tree)
-    if isinstance(tree, dict):
-        return {key: replaced(value, stand_ins) for key, value in tree.items()}
-    if type(tree) in (tuple, list):
-        return type(tree)(replaced(item, stand_ins) for item in tree)
-    return tree
+    """The tree with stand-ins for some of its tensors: ``{id of a tensor: what takes its place}``."""
+    return mapped(tree, lambda tensor: stand_ins.get(id(tensor), tensor))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The precision in which things are computed: that of the model, but 16 bits become float32. No square is formed in fewer."""
+"""The precision of everything that is squared or summed: that of the model, but never below float32."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from torch import Tensor
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Of float16 and bfloat16 float32; any other type is its own."""
+    """float32 for float16 and bfloat16; every other dtype is returned as it is."""
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
 def wide(tensor: Tensor) -> Tensor:
-    """The tensor in that precision."""
+    """The tensor in its ``wide_dtype``; not copied if it is that already."""
     return tensor.to(wide_dtype(tensor.dtype))
 
 
 def wide_name(dtype: torch.dtype) -> str:
-    """What that precision is called, as ``"float32"``: for files."""
+    """The name of ``wide_dtype``, such as ``"float32"``: what files hold."""
     return str(wide_dtype(dtype)).removeprefix("torch.")

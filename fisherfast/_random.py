@@ -37,6 +37,10 @@ def uniform(seed: int, sample: Tensor, position: Tensor, draw: int, stream: int 
 
 
 def normal(seed: int, sample: Tensor, position: Tensor, draw: int) -> Tensor:
-    """Standard normal float64 numbers, of the broadcast shape of ``sample`` and ``position`` (Box-Muller)."""
-    radius = (-2.0 * uniform(seed, sample, position, draw).log()).sqrt()
-    return radius * (2.0 * math.pi * uniform(seed, sample, position, draw, stream=1)).cos()
+    """Standard normal float64 numbers, of the broadcast shape of ``sample`` and ``position``."""
+    return box_muller(uniform(seed, sample, position, draw), uniform(seed, sample, position, draw, stream=1))
+
+
+def box_muller(u: Tensor, v: Tensor) -> Tensor:
+    """Standard normal numbers, of the shape of two tensors of independent uniform numbers in (0, 1)."""
+    return (-2.0 * u.log()).sqrt() * (2.0 * math.pi * v).cos()

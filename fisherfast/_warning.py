@@ -1,6 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The library's own warning, below every floor that has something to say."""
+"""The library's own warning, and whom it is addressed to; on the lowest floor, because every other one may warn."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+
+_BETWEEN = {"contextlib", __package__, "torch"}  # packages whose frames may lie between a warning and who caused it
 
 
 class FisherWarning(UserWarning):
-    """A number is right but not what it may be taken for; the message says what it leaves out."""
+    """A number is right, but may be mistaken for another one; the message says what it leaves out."""
+
+
+def warn(message: str) -> None:
+    """Give a FisherWarning that points at the line of the user's by which the library was called, however deep it is found."""
+    level, frame = 2, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _BETWEEN:
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, FisherWarning, stacklevel=level)

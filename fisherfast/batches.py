@@ -42,26 +42,7 @@ class Batch:
         ``"cu_seq_lens_q"``, say where samples packed into one row ``[1, M]`` begin and end. Where an encoder-decoder ``model``
         is given labels alone, it is asked what they make its decoder read, as it would ask itself.
         """
-        offsets = None
-        if isinstance(item, Mapping):
-            inputs: Any = {key: value for key, value in item.items() if key not in _OURS}
-            targets, weight = item.get("labels"), item.get("sample_weight")
-            offsets = item.get("sample_offsets", item.get("cu_seq_lens_q"))
-        elif isinstance(item, (tuple, list)) and len(item) in (2, 3):
-            inputs, targets, weight = (*item, None)[:3]
-            if (
-                weight is not None and not torch.as_tensor(weight).is_floating_point()
-            ):  # a data set that yields each sample's index
-                raise TypeError(
-                    "data: the third entry of a batch is the weights of its samples and must be floating, got "
-                    f"{torch.as_tensor(weight).dtype}; leave it out, or pass weights as .float()"
-                )
-        else:
-            raise TypeError(
-                "data: a batch must be (inputs, targets), (inputs, targets, weights) or a dict, got "
-                f"{type(item).__name__}{f' of {len(item)}' if isinstance(item, (tuple, list)) else ''}; "
-                "wrap inputs without labels as (inputs, None)"
-            )
+        inputs, targets, weight, offsets = _parts(item)
         if isinstance(inputs, Mapping):
             inputs = {key: _moved(value, device) for key, value in inputs.items()}
             inputs |= _read_by_the_decoder(model, inputs, targets, device)
@@ -72,17 +53,17 @@ class Batch:
             mask = None
         given = inputs.values() if isinstance(inputs, dict) else inputs
         own = [value for value in given if isinstance(value, Tensor)]
-        tensors = [tensor for tensor in (*own, *_nested.tensors(inputs)) if tensor.dim()]  # first what the model is given as such
-        if not tensors:
+        first = next((tensor for tensor in (*own, *_nested.tensors(inputs)) if tensor.dim()), None)
+        if first is None:
             raise ValueError(
                 f"data: a batch's inputs must hold a tensor with a sample axis, got {sorted({type(value).__name__ for value in given})}; "
                 "arrays become tensors by torch.as_tensor"
             )
         if offsets is not None:
             return cls._of_packed(inputs, targets, weight, _moved(torch.as_tensor(offsets), device), device)
-        N = tensors[0].shape[0]
+        N = first.shape[0]
         if N == 0:
-            raise ValueError(f"data: a batch must hold at least one sample, got inputs of shape {tuple(tensors[0].shape)}")
+            raise ValueError(f"data: a batch must hold at least one sample, got inputs of shape {tuple(first.shape)}")
         targets = None if targets is None else _targets(targets, device)
         if targets is not None and (targets.dim() == 0 or targets.shape[0] != N):
             hint = "; is this a Dataset? pass a DataLoader over it" if targets.dim() == 0 else ""
@@ -172,9 +153,8 @@ class Batch:
         lengths = self.offsets.diff()
         position = torch.arange(int(lengths.max()), device=output.device)
         mask = position < lengths.unsqueeze(1)  # [N, L]
-        index = self.offsets[:-1].unsqueeze(1) + torch.minimum(
-            position, lengths.unsqueeze(1) - 1
-        )  # past its end, the sample's last
+        inside = torch.minimum(position, lengths.unsqueeze(1) - 1)  # past a sample's end, its last
+        index = self.offsets[:-1].unsqueeze(1) + inside
         targets = None if self.targets is None else self.targets[0][index]
         if targets is not None and not targets.is_floating_point():
             targets = targets.masked_fill(~mask, ignore_index)
@@ -205,6 +185,27 @@ class Batch:
                 "give the log-likelihood's input per sample, or pick it with output="
             )
         return picked
+
+
+def _parts(item: Any) -> tuple[Any, Any, Any, Any]:
+    """What a data set yields, as inputs, targets, weights and offsets; all but the inputs may be None."""
+    if isinstance(item, Mapping):
+        inputs = {key: value for key, value in item.items() if key not in _OURS}
+        offsets = item.get("sample_offsets", item.get("cu_seq_lens_q"))
+        return inputs, item.get("labels"), item.get("sample_weight"), offsets
+    if isinstance(item, (tuple, list)) and len(item) in (2, 3):
+        inputs, targets, weight = (*item, None)[:3]
+        if weight is not None and not torch.as_tensor(weight).is_floating_point():  # the samples' indices, say
+            raise TypeError(
+                "data: the third entry of a batch is the weights of its samples and must be floating, got "
+                f"{torch.as_tensor(weight).dtype}; leave it out, or pass weights as .float()"
+            )
+        return inputs, targets, weight, None
+    raise TypeError(
+        "data: a batch must be (inputs, targets), (inputs, targets, weights) or a dict, got "
+        f"{type(item).__name__}{f' of {len(item)}' if isinstance(item, (tuple, list)) else ''}; "
+        "wrap inputs without labels as (inputs, None)"
+    )
 
 
 def _read_by_the_decoder(
@@ -263,6 +264,15 @@ def _digest(tensor: Tensor) -> int:
 
 def _moved(value: Any, device: torch.device) -> Any:
     return _nested.mapped(value, lambda tensor: tensor.to(device))
+
+
+def check_rereadable(caller: str, data: Any) -> None:
+    """Raise ValueError for an iterator, which one reading uses up."""
+    if isinstance(data, Iterator):
+        raise ValueError(
+            f"{caller}: data must be readable several times, got {type(data).__name__}, which the first reading uses up; pass a "
+            "list of batches or a DataLoader"
+        )
 
 
 class ReadTwice:

@@ -18,13 +18,13 @@ Key = tuple[str, Window | None, int, int]  # parameter, part of it, number among
 
 @dataclass(frozen=True)
 class Site:
-    """A covered call that no sample seems to come into, by its function and what it is given of parameters: in every forward pass."""
+    """A covered call that no sample seems to enter, recognised in every forward pass by its function and its parameters."""
 
     structure: int
-    lengths: frozenset[int] = field(compare=False)  # of the axes of what it is given beside parameters
+    lengths: frozenset[int] = field(compare=False)  # of the axes of its other arguments
 
     def may_hold(self, N: int) -> bool:
-        """Whether some of that may hold N samples that autograd does not follow, as a model's inputs do."""
+        """Whether one of its other arguments may hold N samples after all: a model's inputs do, and autograd does not follow them."""
         return any(length % N == 0 for length in self.lengths if length)
 
 
@@ -34,7 +34,7 @@ class Decisions:
 
     exploring: bool
     num_samples: int | None
-    early: dict[Site, str]  # calls that no sample comes into, and why what they make is followed as a parameter is
+    early: dict[Site, str]  # calls that no sample enters and whose results are followed like parameters; and why they are
     ways: dict[str, tuple[bool, bool, Bare | None]]  # of each parameter; see ``Tracked.ways``
 
 
@@ -98,7 +98,7 @@ class Tap(torch.autograd.Function):
 
 
 def graph(root: Tensor, closed: bool = False) -> Iterator[Any]:
-    """All autograd nodes behind ``root``; ``closed``: but what lies behind doors (``Door``)."""
+    """All autograd nodes behind ``root``; ``closed``: without those behind a ``Door``."""
     seen, stack = set(), [root.grad_fn]
     while stack:
         node: Any = stack.pop()

@@ -15,9 +15,6 @@ from __future__ import annotations
 import functools
 import inspect
 import itertools
-import sys
-import threading
-import warnings
 from collections import defaultdict
 from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -30,8 +27,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from fisherfast._eager import EAGER
 from fisherfast._nested import replaced, tensors
-from fisherfast._warning import FisherWarning
+from fisherfast._warning import warn
 from fisherfast.calls import Call, CallUse, Decisions, Key, Site, Tap, graph
 from fisherfast.chosen_rows import ChosenRows
 from fisherfast.layout import Layout
@@ -88,7 +86,7 @@ class Capture(TorchFunctionMode):
             raise ValueError(
                 "model: must be measured outside torch.inference_mode(), which keeps no graph; torch.no_grad() is no obstacle"
             )
-        _EAGER.take()
+        EAGER.take()
         outermost = not self._keepers  # inside, they are those of a part of the model
         self._keepers.append(torch._C._autograd._top_saved_tensors_default_hooks(True) if outermost else self._keepers[-1])
         super().__enter__()
@@ -96,7 +94,7 @@ class Capture(TorchFunctionMode):
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
-        _EAGER.give_back()
+        EAGER.give_back()
         self._keepers.pop()
 
     def begin(self, exploring: bool, num_samples: int | None = None, offsets: Tensor | None = None) -> None:
@@ -194,7 +192,7 @@ class Capture(TorchFunctionMode):
 
     @contextmanager
     def aside(self) -> Iterator[None]:
-        """Where arithmetic is not the model's: no mode looks at it, no graph is made of it, no autocast rounds it."""
+        """For the library's own arithmetic: hidden from modes, without a graph, and not rounded by autocast."""
         kind = self.device.type
         rounds = torch.is_autocast_enabled(kind)
         with (
@@ -287,7 +285,7 @@ class Capture(TorchFunctionMode):
         return uses
 
     def _site(self, func: Any, args: Any, kwargs: Any, found: list[Reference]) -> Site | None:
-        """Of a covered call, where it matters: if no sample comes into it."""
+        """The site of a covered call that no sample enters; None if one does, or if nobody will ask for it."""
         if not (self._now.exploring or self._now.early) or not self._before_samples(args, kwargs, found):
             return None
         mine = {id(r.tensor) for r in found}
@@ -396,11 +394,9 @@ class Capture(TorchFunctionMode):
                 found.append((call, node))
             leaf = id(getattr(node, "variable", None))
             if leaf in self._forgotten:
-                warnings.warn(
+                warn(
                     f"{self._forgotten.pop(leaf)}: should reach the loss in the first batch, or in none, got a later batch that it reaches; "
                     "it is missing in the result. Begin with a batch that reaches every parameter",
-                    FisherWarning,
-                    stacklevel=4,
                 )
             hidden = uncaught.get(leaf)
             if hidden is not None:
@@ -525,35 +521,3 @@ def _own(out: Tensor, given: Any) -> Tensor:
     whole = base.numel() == out.numel() and base.is_contiguous() and out.is_contiguous()  # as of a linear map of sequences
     mine = all(base is not leaf and base is not leaf._base for leaf in tensors(given))
     return base if whole and mine else out.clone()
-
-
-class _Eager:
-    """Compiled functions run as they are written: what is compiled already is not seen by a mode.
-
-    The stance is the process's: the first of several captures, of any threads, takes it, and the last gives back what was there.
-    """
-
-    def __init__(self) -> None:
-        self._lock, self._captures = threading.Lock(), 0
-        self._stance: AbstractContextManager[None] | None = None
-
-    def take(self) -> None:
-        """Until it is given back as often."""
-        with self._lock:
-            compiled = "torch._dynamo" in sys.modules  # importing it takes a second, and only then can anything be compiled
-            if compiled and self._stance is None:
-                stance = torch.compiler.set_stance("force_eager")
-                stance.__enter__()
-                self._stance = stance
-            self._captures += 1
-
-    def give_back(self) -> None:
-        """One of those that took it needs it no longer."""
-        with self._lock:
-            self._captures -= 1
-            if not self._captures and self._stance is not None:
-                self._stance.__exit__(None, None, None)
-                self._stance = None
-
-
-_EAGER = _Eager()

@@ -18,7 +18,8 @@ _GATHERS = {
 }
 
 _JOINS = {torch.cat, torch.concat, torch.concatenate, torch.vstack, torch.row_stack}
-_FEWEST = 4  # parts that are samples, where it is not known how many there are: a token or two put before others are none
+# Where N is not known, so many joined parts are taken for samples; fewer may be a token or two put before the others.
+_FEWEST = 4
 
 
 def _both(*names: str) -> set[Any]:
@@ -47,11 +48,11 @@ class ChosenRows:
         return known is not None and known() is leaf
 
     def add(self, tensor: Tensor) -> None:
-        """Note one more."""
+        """Note that the rows of a tensor were chosen by data."""
         self._known[id(tensor)] = weakref.ref(tensor)
 
     def follow(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
-        """Note what a function makes of them, or whose rows it chooses itself."""
+        """Note the outputs of a function that is given such rows, or chooses rows by data itself."""
         if func in _SCATTERS or not (self._known or func in _GATHERS or func in _SLOTS or func in _JOINS):
             return
         leaves = list(tensors((args, kwargs)))

@@ -39,9 +39,9 @@ class Samples:
 
 @dataclass(frozen=True)
 class Cost:
-    """What rows of one pass take: FLOPs (products of matrices counted to the last one, the rest roughly), and bytes beside the sums.
+    """What taking the rows of one pass costs: FLOPs (exact for products of matrices, rough for the rest) and bytes beside the sums.
 
-    ``kept``: of what is there for good, with every batch more. ``scratch``: of what is needed meanwhile.
+    ``kept``: bytes that stay until the end of the run, and grow with every batch. ``scratch``: bytes that are needed meanwhile.
     """
 
     flops: int = 0
@@ -49,11 +49,11 @@ class Cost:
     scratch: int = 0
 
     def __add__(self, other: Cost) -> Cost:
-        """Of both, one after the other."""
+        """The cost of both, one after the other."""
         return Cost(self.flops + other.flops, self.kept + other.kept, max(self.scratch, other.scratch))
 
     def times(self, count: int) -> Cost:
-        """Of so many such rows, one after the other."""
+        """The cost of ``count`` such passes, one after the other."""
         return Cost(count * self.flops, count * self.kept, self.scratch if count else 0)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -25,11 +26,11 @@ _MOST = 16  # samples at a time: activations are held too
 
 
 class SampleGradients:
-    """Sample gradients by ``torch.func``; ``reason`` is why it cannot be used for this model, once that is known."""
+    """Sample gradients by ``torch.func``; ``problem`` is why it cannot be used for this model, once that is known."""
 
     def __init__(self, model: nn.Module, output: Output) -> None:
         self._model, self._output = unwrapped(model), output
-        self.reason: str | None = None
+        self.problem: str | None = None
         self._verified = False
 
     def __call__(
@@ -40,30 +41,28 @@ class SampleGradients:
         ``cotangent`` is the gradient at the model's output. ``check`` gives the first sample's gradients by autograd: what the
         first sample of a run must equal.
         """
-        size = sum(t.parameter.numel() * t.parameter.element_size() for t in tracked)
-        chunk = max(1, min(batch.N, _MOST, _BUDGET // max(size, 1)))
-        if self.reason is None:
-            try:
-                first = self._chunk(batch.cut(0, chunk).copied(), cotangent[:chunk], tracked)
-            except (RuntimeError, ValueError, TypeError, NotImplementedError, IndexError) as error:
-                if isinstance(error, torch.OutOfMemoryError):
-                    raise
-                self.reason = f"vmap cannot, {type(error).__name__}: {str(error).strip().partition('. ')[0]}"
-            else:
-                if not (self._verified or _equal({name: g[0] for name, g in first.items()}, check())):
-                    self.reason = "vmap does not give the model's own gradient"
-                self._verified = True
-        if self.reason is not None:
+        if self.problem is not None:
             return None
-        return self._rest(batch, cotangent, tracked, chunk, first)
+        size = sum(t.parameter.nbytes for t in tracked)
+        step = max(1, min(batch.N, _MOST, _BUDGET // max(size, 1)))
+        try:
+            first = self._chunk(batch, cotangent, tracked, 0, step)
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, ValueError, TypeError, NotImplementedError, IndexError) as error:
+            self.problem = f"vmap cannot, {type(error).__name__}: {str(error).strip().partition('. ')[0]}"
+            return None
+        if not self._verified and not _equal({name: g[0] for name, g in first.items()}, check()):
+            self.problem = "vmap does not give the model's own gradient"
+            return None
+        self._verified = True
+        rest = ((start, self._chunk(batch, cotangent, tracked, start, step)) for start in range(step, batch.N, step))
+        return chain([(0, first)], rest)
 
-    def _rest(self, batch, cotangent, tracked, chunk, first) -> Iterator[tuple[int, dict[str, Tensor]]]:
-        yield 0, first
-        for start in range(chunk, batch.N, chunk):
-            stop = min(start + chunk, batch.N)
-            yield start, self._chunk(batch.cut(start, stop).copied(), cotangent[start:stop], tracked)
-
-    def _chunk(self, batch: Batch, cotangent: Tensor, tracked: list[Tracked]) -> dict[str, Tensor]:
+    def _chunk(self, whole: Batch, cotangents: Tensor, tracked: list[Tracked], start: int, step: int) -> dict[str, Tensor]:
+        """The gradients of samples ``start, ..., start + step - 1``, or up to the last."""
+        stop = min(start + step, whole.N)
+        batch, cotangent = whole.cut(start, stop).copied(), cotangents[start:stop]
         frozen = {name: p.detach() for name, p in self._model.named_parameters()}
         parameters = {t.name: t.detached for t in tracked}
 

@@ -131,10 +131,10 @@ class Locator:
         return self._packed(use, rows, torch.full(lead, UNKNOWN, device=rows.g.device), N) if self._every else None
 
     def alone(self, use: CallUse, rows: Rows, numbers: Tensor | None) -> Rows:
-        """Rows of a batch of one sample; those chosen by the data may be of padding, and are left out as in any other batch, but
-        where they are the positions that the mask says something of, which something chosen went into.
+        """Rows of a batch of one sample. Rows that were chosen by the data and have no gradient may be padding: they are left out, as
+        in larger batches, unless the rows are the very positions that the mask is about.
 
-        ``numbers``: the rows' samples, ``UNKNOWN`` of padding, if found for all passes.
+        ``numbers``: the sample of each row, ``UNKNOWN`` for padding, where that was found for all passes together.
         """
         lead = rows.g.shape[: rows.g.dim() - use.form.features]
         if self._every or not use.gathered or tuple(lead) == (1, self._positions):

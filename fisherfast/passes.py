@@ -96,6 +96,11 @@ class _Batch:
         return self.root.shape[0]
 
 
+def _each_times(cotangent: Tensor, factors: Tensor) -> Tensor:
+    """The gradient at the root ``[N, ...]``, each sample's part of it times a number of ``[N]``."""
+    return cotangent * factors.view(-1, *(1,) * (cotangent.dim() - 1))
+
+
 def one_position(rows: Rows) -> bool:
     """Whether every sample has one: rows whose passes may be added up before they are squared."""
     return rows.offsets is None and rows.g.dim() == 3 and rows.g.shape[1] == 1
@@ -131,8 +136,7 @@ class Passes:
         """
         N = root.shape[0]
         tags = Tags(N, few, self.capture.narrow)
-        inside = (torch.arange(N, device=root.device) < tags.few).view(-1, *(1,) * (cotangent.dim() - 1))
-        one = Pass(cotangent * inside)
+        one = Pass(_each_times(cotangent, torch.arange(N, device=root.device) < tags.few))
         numbers = self._numbers(root, one, self._tag(root, one, tags))
         findings = {key: Finding.of(found, N, self.capture.offsets) for key, found in numbers.items()}
         self.locator.learn(findings)
@@ -162,12 +166,13 @@ class Passes:
                     if g is not None and (keys is None or use.key in keys):
                         sightings[use.key].see(_rows(use, one.unscaled(g), saved).g, use.form.features)
 
-            scaled = one.cotangent * factor.to(one.cotangent.dtype).view(-1, *(1,) * (one.cotangent.dim() - 1))
-            self._backward(root, scaled, listen, keep=True)
+            self._backward(root, _each_times(one.cotangent, factor.to(one.cotangent.dtype)), listen, keep=True)
         return sightings
 
-    def _tag_all(self, batch: _Batch, one: Pass, keys: set[Key]) -> dict[Key, Sightings]:
-        return self._tag(batch.root, one, Tags(batch.N, batch.N, self.capture.narrow, one.loss_scale > 1), keys)
+    def _tag_all(self, root: Tensor, one: Pass, keys: set[Key]) -> dict[Key, Sightings]:
+        """The tagged passes of all samples."""
+        N = root.shape[0]
+        return self._tag(root, one, Tags(N, N, self.capture.narrow, one.loss_scale > 1), keys)
 
     def _leaking(self, batch: _Batch, one: Pass, keys: set[Key]) -> set[Key]:
         """Those of the uses whose layout gives one half of the samples rows of the other: one pass without that half, where tags
@@ -188,8 +193,7 @@ class Passes:
                 left_out = out if rows.offsets is None else out.repeat_interleave(rows.offsets.diff())
                 leaks[use.key] = rows.g[left_out].any()
 
-        kept = one.cotangent * ~out.view(-1, *(1,) * (one.cotangent.dim() - 1))
-        self._backward(batch.root, kept, listen, keep=True)
+        self._backward(batch.root, _each_times(one.cotangent, ~out), listen, keep=True)
         found = torch.stack(list(leaks.values())).tolist() if leaks else []
         return suspects | {key for key, leaking in zip(leaks, found, strict=True) if leaking}
 
@@ -261,9 +265,7 @@ class Passes:
 
     def _owners(self, root: Tensor, support: Pass, keys: set[Key]) -> dict[Key, Tensor]:
         """The samples of the rows of these uses, where any has a gradient."""
-        N = root.shape[0]
-        tags = Tags(N, N, self.capture.narrow, support.loss_scale > 1)
-        numbers = self._numbers(root, support, self._tag(root, support, tags, keys))
+        numbers = self._numbers(root, support, self._tag_all(root, support, keys))
         known = torch.stack([(found != UNKNOWN).any() for found in numbers.values()]).tolist() if numbers else []
         return {key: found for (key, found), some in zip(numbers.items(), known, strict=True) if some}
 
@@ -275,7 +277,7 @@ class Passes:
         if again and Tags(batch.N, batch.N, self.capture.narrow).passes > 1:
             again = self._leaking(batch, one, again)
         tagged = ((batch.unlocated & self.locator.scattered) | again) - batch.owners.keys()
-        sightings = self._tag_all(batch, one, tagged) if tagged else {}
+        sightings = self._tag_all(batch.root, one, tagged) if tagged else {}
 
         def listen(call: Call, g: Tensor | None, saved: tuple[Tensor, ...]) -> None:
             folded = g is not None and batch.folds and self._fold(batch, one, call, g, saved, sightings)
@@ -289,24 +291,20 @@ class Passes:
                     if folded:
                         continue
                     rows = _rows(use, one.unscaled(g), saved)
-                    if batch.N == 1:
-                        waiting[group].append((use.form, self.locator.alone(use, rows, batch.owners.get(use.key))))
-                    elif use.key in batch.owners:
-                        waiting[group].append((use.form, self.locator.gathered(use, rows, batch.N, batch.owners[use.key])))
-                    elif use.key in sightings:
-                        waiting[group].append((use.form, self._gathered(batch.N, use, rows, sightings)))
-                    elif use.key not in batch.unlocated:
-                        waiting[group].append((use.form, self.locator.samples_first(use, rows, batch.N)))
-                    elif bool((g != 0).any()):
+                    located = self._located(batch, use, rows, sightings)
+                    if located is None and bool((g != 0).any()):
                         held[group].append((use, rows))
-                    elif (unowned := self.locator.without_gradient(use, rows, batch.N)) is not None:
-                        waiting[group].append((use.form, unowned))
+                        continue
+                    if located is None:
+                        located = self.locator.without_gradient(use, rows, batch.N)
+                    if located is not None:
+                        waiting[group].append((use.form, located))
                 if visited[group] == len(batch.groups[group]) and group not in held:
                     self._joined(batch, group, waiting.pop(group, []), one.scale, number)
 
         self._backward(batch.root, one.cotangent, listen, keep or bool(batch.unlocated))
         if held:
-            sightings = self._tag_all(batch, one, {use.key for uses in held.values() for use, _ in uses})
+            sightings = self._tag_all(batch.root, one, {use.key for uses in held.values() for use, _ in uses})
         with self.capture.aside():
             for group, uses in held.items():
                 rows = [(use.form, self._gathered(batch.N, use, r, sightings)) for use, r in uses]
@@ -319,6 +317,16 @@ class Passes:
                     "visits; part of the graph was cut or replaced after the forward pass. Nothing of this batch is trusted"
                 )
         self._hand_over_chained(batch, one, number)
+
+    def _located(self, batch: _Batch, use: CallUse, rows: Rows, sightings: Mapping[Key, Sightings]) -> Rows | None:
+        """Rows in the order of samples, by what is known of their use; None if nothing is known yet."""
+        if batch.N == 1:
+            return self.locator.alone(use, rows, batch.owners.get(use.key))
+        if use.key in batch.owners:
+            return self.locator.gathered(use, rows, batch.N, batch.owners[use.key])
+        if use.key in sightings:
+            return self._gathered(batch.N, use, rows, sightings)
+        return None if use.key in batch.unlocated else self.locator.samples_first(use, rows, batch.N)
 
     def _gathered(self, N: int, use: CallUse, rows: Rows, sightings: Mapping[Key, Sightings]) -> Rows:
         return self.locator.gathered(use, rows, N, sightings[use.key].numbers(rows.g, use.form.features))

@@ -15,18 +15,18 @@ from fisherfast.rules import Window
 
 @dataclass(frozen=True)
 class Bare:
-    """What a use looks like that has no sample axis: so many axes, the first of which may be there for it, of length 1."""
+    """The output of a use that has no sample axis: its number of axes, and whether the first one is a place for it, of length 1."""
 
     axes: int
     has_place: bool
 
     @classmethod
     def of(cls, shape: torch.Size) -> Bare:
-        """Of an output that is known to have none."""
+        """From the shape of an output that is known to have no sample axis."""
         return cls(len(shape), shape[:1] == (1,))
 
     def with_samples(self, N: int, shape: torch.Size) -> tuple[int, ...]:
-        """The shape of a use's output with an axis of samples in front: where it lacks one."""
+        """The shape of a use's output with N samples in front; as it is, if it has them already."""
         if len(shape) != self.axes:
             return tuple(shape)
         if self.has_place:
@@ -34,7 +34,7 @@ class Bare:
         return (N, *shape)
 
     def doubts(self, shape: torch.Size, N: int) -> bool:
-        """Whether what looks as if it had none may have one: an axis as long as the batch."""
+        """Whether an output that seems to lack the sample axis may have it: its first axis is as long as the batch."""
         return len(shape) == self.axes and not self.has_place and shape[:1] == (N,) and N > 1
 
 
@@ -50,9 +50,8 @@ class Tracked:
         self.detached = parameter.detach()
         self.leaf, self.outer = parameter.detach().requires_grad_(), parameter.detach().requires_grad_()
         self.fallback: str | None = None  # why no op covers it
-        self.chained = (
-            False  # whether all its uses are caught nonetheless: sample gradients are sums over them, by the chain rule
-        )
+        # Whether all its uses are caught nonetheless: sample gradients are sums over them, by the chain rule.
+        self.chained = False
         self.expand: Bare | None = None  # give it a sample axis where it is used without one
         self.expanding: Bare | None = None
         self.caught, self.differentiated = True, False  # these three as in force in this forward pass
@@ -79,7 +78,7 @@ class Tracked:
 
     @property
     def leaves(self) -> tuple[Tensor, Tensor, Tensor]:
-        """All by which autograd can reach it."""
+        """The tensors by which a graph can lead to it."""
         return self.leaf, self.outer, self.parameter
 
     def begin(self, exploring: bool) -> None:
@@ -103,16 +102,16 @@ class Tracked:
             self.detached.data = self.leaf.data = self.outer.data = self.parameter.data
 
     def give_up(self, reason: str) -> None:
-        """To the fallback; the first reason is the one that is told."""
+        """Leave it to the fallback; of several reasons the first is reported."""
         self.fallback, self.chained = self.fallback or reason, False
 
     def chain(self, reason: str) -> None:
-        """By the chain rule, unless it is in the fallback already."""
+        """Cover it by the chain rule, unless it is left to the fallback already."""
         if self.fallback is None:
             self.fallback, self.chained = reason, True
 
     def pull(self, gradient: Tensor) -> list[Tensor]:
-        """Gradients of the sources, of a gradient of it."""
+        """The gradients of its sources, from its own gradient."""
         return [gradient]
 
 
@@ -143,7 +142,7 @@ class Made(Tracked):
         return self._structure
 
     def follow(self) -> None:
-        """See ``Tracked``: it is nobody's to move."""
+        """See ``Tracked``: nobody can give it other memory."""
 
     def give_up(self, reason: str) -> None:
         """See ``Tracked``."""
@@ -163,11 +162,11 @@ class Made(Tracked):
 
 
 class Door(torch.autograd.Function):
-    """The identity on what was made of parameters, where a use of it is caught: what lies behind it is no uncaught use."""
+    """The identity on what was made of parameters, where a caught use begins: the graph behind it holds no uncaught use."""
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor) -> Tensor:
-        """A copy: of a view the next use could write nothing."""
+        """A copy, because torch forbids a later use to write into a view made here."""
         ctx.door = True
         ctx.set_materialize_grads(False)
         return tensor.clone()

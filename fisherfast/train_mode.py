@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from fisherfast._names import listed
+
 # By function: the positions of the probability and of the training flag, and their defaults.
 _DROPOUTS: dict[Any, tuple[int, int, float, bool]] = {
     **dict.fromkeys((F.dropout, F.dropout1d, F.dropout2d, F.dropout3d), (1, 2, 0.5, True)),
@@ -56,9 +58,8 @@ def refuse_train_mode(model: nn.Module) -> None:
         )
     ]
     if culprits:
-        shown = ", ".join(repr(name) for name in culprits[:5]) + (", ..." if len(culprits) > 5 else "")
         raise ValueError(
-            f"model: dropout and batch statistics must be off, got {len(culprits)} such modules in train mode ({shown}); "
+            f"model: dropout and batch statistics must be off, got {len(culprits)} such modules in train mode, {listed(culprits)}; "
             "call model.eval(). In train mode a sample has no gradient of its own"
         )
 

@@ -135,7 +135,7 @@ def test_dict_batches_and_several_inputs():
 def test_unused_parameters_are_named_or_recorded():
     model, x, y = networks.doubles("mlp-inplace-relu")
     model.register_parameter("idle", nn.Parameter(torch.ones(3)))
-    with pytest.raises(ValueError, match=r"1 of 5 that do not \('idle'\)"):
+    with pytest.raises(ValueError, match=r"1 of 5 that do not, \['idle'\]"):
         measure(model, [(x, y)])
     result = measure(model, [(x, y)], allow_missing=True)
     assert "idle" not in result.names and result.coverage["idle"].startswith("missing")

@@ -131,7 +131,7 @@ def test_any_fisher_has_a_density():
 
 def test_what_cannot_be_is_refused():
     model, (x, y) = mlp(), double_vectors()
-    with pytest.raises(ValueError, match="must be read again for every product, got an iterator"):
+    with pytest.raises(ValueError, match="data must be readable several times, got"):
         ff.FisherOperator(model, iter([(x, y)]))
     with pytest.raises(ValueError, match="needs the labels of the data"):
         ff.FisherOperator(model, [(x, None)], "empirical") @ torch.zeros(90).double()

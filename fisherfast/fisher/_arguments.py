@@ -12,10 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fisherfast._names import listed
 from fisherfast.accumulator import Accumulator
 from fisherfast.fisher.protocol import Damping, Vector, layer_of
-
-_SHOWN = 5
 
 
 def whole(caller: str, name: str, value: Any) -> int:
@@ -31,13 +30,6 @@ def check_limits(caller: str, least: int, **limits: Any) -> None:
     for name, limit in limits.items():
         if whole(caller, name, limit) < least:
             raise ValueError(f"{caller}: {name} must be >= {least}, got {limit}")
-
-
-def listed(names: Iterable[str]) -> str:
-    """The first few names, and how many more there are."""
-    names = sorted(names)
-    more = len(names) - _SHOWN
-    return str(names[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
 def split(method: str, v: Tensor | Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:

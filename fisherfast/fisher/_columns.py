@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Numbers of samples, batch after batch, in one tensor."""
+"""A few numbers for each sample, appended batch after batch to one tensor."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from torch import Tensor
 
 
 class Columns:
-    """Columns ``[rows, N]`` float64 that are added at the end, in memory that doubles when it is full.
+    """A float64 tensor ``[rows, N]`` to which columns are appended; its memory doubles when it is full.
 
-    A small tensor for each batch would lie between the large ones that batches free, and keep the heap from being given back.
+    One small tensor for each batch would be scattered among the large ones that batches free, and keep the heap from shrinking.
     """
 
     def __init__(self, rows: int, device: torch.device) -> None:

@@ -4,12 +4,11 @@
 from __future__ import annotations
 
 import math
-import warnings
 
 import torch
 from torch import Tensor
 
-from fisherfast._warning import FisherWarning
+from fisherfast._warning import warn
 from fisherfast.ops.log1p_sum import log1p_sum
 
 
@@ -25,6 +24,5 @@ def of_values(values: Tensor, others: int, damping: float) -> tuple[float, int]:
 
 def singular(zeros: int, of: int, what: str = "eigenvalues") -> float:
     """-inf, said to the caller of a Fisher's ``logdet``."""
-    message = f"logdet: {zeros} of {of} {what} of F + damping I are zero: -inf; pass damping > 0"
-    warnings.warn(message, FisherWarning, stacklevel=3)
+    warn(f"logdet: {zeros} of {of} {what} of F + damping I are zero: -inf; pass damping > 0")
     return -math.inf

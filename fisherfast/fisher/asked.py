@@ -29,12 +29,12 @@ def requests(caller: str, structure: Asked) -> tuple[Structure, ...]:
 
 
 def needs_basis(asked: Structure) -> TypeGuard[EKFAC]:
-    """Whether a pass over the data has to find its basis first."""
+    """Whether it is an EKFAC without a basis, which a first pass over the data has to find."""
     return isinstance(asked, EKFAC) and asked.basis is None
 
 
 def factors_first(asked: Structure) -> Structure:
-    """The request of that first pass; any other request is its own."""
+    """What the first pass over the data is asked for: the factors behind the basis of an EKFAC; any other request unchanged."""
     return KFAC(asked.max_factor_dim, asked.max_exact_dim, keep_rows=True) if needs_basis(asked) else asked
 
 

@@ -97,7 +97,7 @@ class BlockFisher(Plotted, Measured, Generic[_Block]):
         blocks: Sequence[_Block],
         diagonals: Mapping[str, Accumulator],
         counts: Counts,
-        shapes: Mapping[str, torch.Size],
+        shapes: Mapping[str, Sequence[int]],
     ) -> None:
         self.blocks, self.diagonals, self._counts = tuple(blocks), dict(diagonals), counts
         self.shapes: dict[str, torch.Size] = {name: torch.Size(shape) for name, shape in shapes.items()}
@@ -328,12 +328,7 @@ class BlockFisher(Plotted, Measured, Generic[_Block]):
             block = cls.block_types[kind].from_state(tensors, plain, blocks)
             blocks[block.place.name] = block
         diagonals = {name: Accumulator(tensors[name], weight) for name, weight in fields["weights"].items()}
-        return cls(
-            tuple(blocks.values()),
-            diagonals,
-            Counts.from_state(fields),
-            {name: torch.Size(shape) for name, shape in fields["shapes"].items()},
-        )
+        return cls(tuple(blocks.values()), diagonals, Counts.from_state(fields), fields["shapes"])
 
     def __repr__(self) -> str:
         return (

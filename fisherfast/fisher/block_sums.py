@@ -129,7 +129,18 @@ class BlockSums(Protocol):
         """Start from such a block."""
 
 
-class WeightSums:
+class BatchwiseSums:
+    """Those that keep nothing of a batch once it is over, and to which the ops add the rows as they are."""
+
+    def end(self) -> None:
+        """See ``BlockSums``: nothing is kept of a batch."""
+
+    def scratch(self, rows: Rows) -> int:
+        """See ``BlockSums``: the ops make nothing of the rows."""
+        return 0
+
+
+class WeightSums(BatchwiseSums):
     """Those of a block that is made of a weight's inputs and output gradients: in every batch they must be of one form."""
 
     place: Place
@@ -143,26 +154,12 @@ class WeightSums:
     def leave(self) -> None:
         """Have inputs of its own from the next batch on, if it shares those of another weight."""
 
-    def end(self) -> None:
-        """See ``BlockSums``: nothing is kept of a batch."""
 
-    def scratch(self, rows: Rows) -> int:
-        """See ``BlockSums``: the ops make nothing of them."""
-        return 0
-
-
-class GradientSums:
+class GradientSums(BatchwiseSums):
     """Those that are made of sample gradients: of any form, or from the fallback."""
 
     def check(self, form: Form) -> None:
-        """Any form will do."""
-
-    def end(self) -> None:
-        """See ``BlockSums``: nothing is kept of a batch."""
-
-    def scratch(self, rows: Rows) -> int:
-        """See ``BlockSums``: the ops make nothing of them."""
-        return 0
+        """See ``BlockSums``: any form will do."""
 
     def add_gradients(self, gradients: Tensor, first: int, scale: float, samples: Samples, staged: bool) -> None:
         """Take the gradients ``[n, *parameter]`` of samples ``first, ..., first + n - 1``."""

@@ -3,14 +3,13 @@
 
 from __future__ import annotations
 
-import warnings
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fisherfast._warning import FisherWarning
+from fisherfast._warning import warn
 from fisherfast.calls import Call, Key
 from fisherfast.collector import Samples
 from fisherfast.fisher import interrupts
@@ -146,11 +145,9 @@ class collect:
                 "collect: the loss must depend on the model's parameters, got one that none of them reaches; run the model itself, "
                 "not with other tensors in their place"
             )
-        warnings.warn(
+        warn(
             "collect: the model should run in the block, got a loss in which no use of a parameter was caught; a loop over samples "
             "differentiates them all, which is slow",
-            FisherWarning,
-            stacklevel=3,
         )
         return calls
 

@@ -19,7 +19,7 @@ from fisherfast.fisher.protocol import Provenance
 
 @dataclass(frozen=True)
 class Counts:
-    """What a run knows beside its sums, and every result carries."""
+    """How many samples were measured, how, and what covered each parameter; a part of every result."""
 
     num_samples: int
     num_positions: int
@@ -52,7 +52,7 @@ class Counts:
         return Counts(samples, positions, batches, provenance, self.coverage, self.aliases)
 
     def saying(self, rest: str, blocks: Mapping[str, str]) -> Counts:
-        """With what is kept of each parameter behind how it was covered: ``blocks`` of those that have one, ``rest`` of the others."""
+        """The same, with what is kept of each parameter added to its coverage: ``blocks`` for those in blocks, ``rest`` for the others."""
         known = self.coverage
         how = {name: way if ":" in way else f"{way}: {rest}" for name, way in known.items()} | dict(blocks)
         return dataclasses.replace(self, coverage=Coverage(how, known.sizes, known.seconds, known.underflow))

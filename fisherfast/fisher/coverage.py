@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-MISSING = "missing"
 OPS = "ops"  # the time that no other way claims: forward and backward passes with the ops inside them
 # Between ways, not between the words of a reason: what follows is an op's name or a way with its reason.
 _BETWEEN = re.compile(r" \+ (?=\w+_(?: \+ |$)|(?:chain|loop|vmap|missing):)")

@@ -51,8 +51,10 @@ class EigenBlock:
         return values.masked_fill(of_inputs.unsqueeze(1) | of_outputs.unsqueeze(2), 0.0)
 
     def _nothing(self, largest: Tensor, basis: Tensor | None, of_factor: Callable[[], Tensor]) -> Tensor:
-        """In which directions ``[G, r]`` there is only rounding, by the largest eigenvalue in each: those in which the factor that
-        the basis is of has nothing, and these data neither. In a basis of few rows' span, where there is next to nothing.
+        """The directions ``[G, r]`` in which there is only rounding; ``largest`` is the largest eigenvalue along each.
+
+        Those are the directions along which neither the factor behind the basis nor these data have anything. A basis of the span
+        of few rows has no such directions of the factor: there next to nothing in the data is enough.
         """
         if basis is None:
             return torch.zeros_like(largest, dtype=torch.bool)  # nothing was projected

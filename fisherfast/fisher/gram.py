@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar
@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fisherfast._names import listed
 from fisherfast._precision import wide_dtype
 from fisherfast.capture import Capture
 from fisherfast.fisher import _arguments, _logdet, _pooling, serialize
@@ -72,7 +73,7 @@ class GramFisher(Plotted, Measured):
 
     structure: ClassVar[str]
 
-    def __init__(self, pieces: Pieces, num_rows: int, weight: float, counts: Counts, shapes: Mapping[str, torch.Size]) -> None:
+    def __init__(self, pieces: Pieces, num_rows: int, weight: float, counts: Counts, shapes: Mapping[str, Sequence[int]]) -> None:
         self.pieces, self.num_rows, self.weight, self._counts = pieces, num_rows, weight, counts
         self.shapes: dict[str, torch.Size] = {name: torch.Size(shape) for name, shape in shapes.items()}
         self._last: tuple[dict[str, float], Tensor] | None = None  # dampings, and the Cholesky factor for them
@@ -179,7 +180,7 @@ class GramFisher(Plotted, Measured):
     @staticmethod
     def _check_damped(method: str, dampings: Mapping[str, float]) -> None:
         if undamped := [name for name, value in dampings.items() if not value]:
-            raise ValueError(f"{method}: damping must be > 0 for every parameter, got 0 for {_arguments.listed(undamped)}")
+            raise ValueError(f"{method}: damping must be > 0 for every parameter, got 0 for {listed(undamped)}")
 
     def __matmul__(self, v: Vector) -> Vector:
         """``F v``, in the dtype and on the device of v."""
@@ -272,8 +273,7 @@ class GramFisher(Plotted, Measured):
             name: tuple(Piece.from_state(mine(f"{name}.{k}."), plain) for k, plain in enumerate(plains))
             for name, plains in fields["pieces"].items()
         }
-        shapes = {name: torch.Size(shape) for name, shape in fields["shapes"].items()}
-        return cls(pieces, fields["num_rows"], fields["weight"], Counts.from_state(fields), shapes)
+        return cls(pieces, fields["num_rows"], fields["weight"], Counts.from_state(fields), fields["shapes"])
 
     def __repr__(self) -> str:
         return (

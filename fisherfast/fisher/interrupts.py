@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ctrl-C, which Python raises wherever it happens to be: between a sum and its count, too."""
+"""Ctrl-C, which Python raises wherever it happens to be, also between adding to a sum and counting what was added."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from types import FrameType
 
 @contextmanager
 def put_off() -> Iterator[None]:
-    """Have Ctrl-C wait until the block is over; a second one does not. Signals come to the main thread only."""
+    """Have Ctrl-C wait until the block is over; a second one does not wait. In other threads, which get no signals, it does nothing."""
     before = signal.getsignal(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread() or not callable(before):
         yield

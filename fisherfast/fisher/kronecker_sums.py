@@ -70,8 +70,12 @@ class KroneckerSums(WeightSums):
 
     def blank(self, made: Mapping[str, KroneckerBlock]) -> KroneckerBlock:
         """A block of these sizes on no memory."""
-        A, B = (Accumulator.zeros(one.running.shape, "meta") for one in self._factors)
+        A, B = self._blank_factors()
         return KroneckerBlock.following(self.place, lambda: A, B, made)
+
+    def _blank_factors(self) -> tuple[Accumulator, Accumulator]:
+        A, B = (Accumulator.zeros(one.running.shape, "meta") for one in self._factors)
+        return A, B
 
     def holds(self, staged: bool) -> Held:
         """See ``BlockSums``."""
@@ -79,8 +83,7 @@ class KroneckerSums(WeightSums):
         of_result = sum(one.running.nbytes for one in self.sums)
         D, O = (one.running.shape[1] for one in self._factors)
         smaller = f"pass max_factor_dim={O - 1}, which keeps B as its diagonal" if D < O and not self._vector else None
-        A, B = (Accumulator.zeros(one.running.shape, "meta") for one in self._factors)
-        what = KroneckerBlock(self.place, A, B).describe()
+        what = KroneckerBlock(self.place, *self._blank_factors()).describe()
         return Held(self.place.labels, what, of_sums, (of_sums,), self.place.op, smaller, result=of_result)
 
     def flops(self, form: Form, rows: Rows, number: int) -> int:

@@ -7,7 +7,7 @@ import functools
 import hashlib
 import os
 import time
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Sized
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -94,31 +94,38 @@ def fisher(
         transactional = checkpoint is not None
         return Measurement(model, structures, labelling, sample_offset, output, loss_scale, allow_missing, transactional, known)
 
-    if any(map(needs_basis, structures)):
-        if path is not None:
-            raise ValueError(
-                "fisher: checkpoint must be None for 'ekfac', which reads the data twice, got a path; measure 'kfac' with a "
-                "checkpoint, then (ff.EKFAC(basis=kfac),) with another"
-            )
-        first = {factors_first(asked) for asked in structures if needs_basis(asked)}
-        if len(first) > 1:
-            raise ValueError(
-                "fisher: EKFACs of one run must have one basis, got different max_factor_dim or max_exact_dim; give each a run of its own"
-            )
-        twice = ReadTwice(data, "fisher")
-
-        def first_pass() -> tuple[KFACFisher, Explored]:  # whose sums are gone when it returns
-            factors = measurement(tuple(first))
-            (basis,) = factors.over(twice.first(factors.batches(data, progress, "Factors")), None)
-            return basis, factors.run.explored
-
-        basis, known = first_pass()
-        corrected = measurement(tuple(with_basis(asked, basis) for asked in structures), known)
-        results = corrected.over(twice.again(corrected.batches(data, progress, "Fisher")), None)
-    else:
+    if not any(map(needs_basis, structures)):
         once = measurement(structures)
         results = once.over(once.batches(data, progress, "Fisher"), path)
+    elif path is None:
+        results = _in_two_passes(measurement, structures, data, progress)
+    else:
+        raise ValueError(
+            "fisher: checkpoint must be None for 'ekfac', which reads the data twice, got a path; measure 'kfac' with a "
+            "checkpoint, then (ff.EKFAC(basis=kfac),) with another"
+        )
     return results if isinstance(structure, tuple) else results[0]
+
+
+def _in_two_passes(
+    measurement: Callable[..., Measurement], structures: tuple[Structure, ...], data: Iterable[Any], progress: bool
+) -> tuple[Any, ...]:
+    """The results of structures some of which need a basis: a first pass over the data finds it."""
+    first = {factors_first(asked) for asked in structures if needs_basis(asked)}
+    if len(first) > 1:
+        raise ValueError(
+            "fisher: EKFACs of one run must have one basis, got different max_factor_dim or max_exact_dim; give each a run of its own"
+        )
+    twice = ReadTwice(data, "fisher")
+
+    def first_pass() -> tuple[KFACFisher, Explored]:  # whose sums are gone when it returns
+        factors = measurement(tuple(first))
+        (basis,) = factors.over(twice.first(factors.batches(data, progress, "Factors")), None)
+        return basis, factors.run.explored
+
+    basis, known = first_pass()
+    corrected = measurement(tuple(with_basis(asked, basis) for asked in structures), known)
+    return corrected.over(twice.again(corrected.batches(data, progress, "Fisher")), None)
 
 
 class Measurement:
@@ -126,14 +133,14 @@ class Measurement:
 
     def __init__(
         self,
-        model,
-        structures,
+        model: nn.Module,
+        structures: tuple[Structure, ...],
         labelling: Labelling,
-        sample_offset,
-        output,
-        loss_scale,
-        allow_missing,
-        transactional,
+        sample_offset: int,
+        output: Output,
+        loss_scale: float,
+        allow_missing: bool,
+        transactional: bool,
         known: Explored | None = None,
     ) -> None:
         self.model, self.labelling = unwrapped(model), labelling
@@ -142,7 +149,7 @@ class Measurement:
         self.run = Run(model, structures, self.provenance, allow_missing, transactional, known)
         self.capture = self.run.capture
         self._sample_gradients = SampleGradients(model, output)
-        self.run.without_vmap(None)
+        self.run.vmap_problem = None
         self._explored = self._probed = known is not None
         self._read: list[str] = []  # digests of the batches up to each, where there is a checkpoint
 
@@ -166,16 +173,8 @@ class Measurement:
                     if number < done:
                         self._look(batch)  # as the run did before it stopped
                         read += batch.N
-                        if number + 1 == done and read != self.run.num_samples:
-                            raise ValueError(
-                                f"fisher: data must come in the batches that {checkpoint} was made of, got {read} samples in the first "
-                                f"{done}, where it holds {self.run.num_samples}; give the same data, or remove the file"
-                            )
-                        if number + 1 == done and before not in (None, self._read[number]):
-                            raise ValueError(
-                                f"fisher: data must be those that {checkpoint} was made of, got others in the first {done} batches; turn off "
-                                "shuffling and random augmentation, or remove the file"
-                            )
+                        if number + 1 == done:
+                            self._check_resumed(checkpoint, done, read, before)
                         continue
                     self.batch(batch)
                     if checkpoint is not None and time.monotonic() - written > _CHECKPOINT_SECONDS:
@@ -214,6 +213,19 @@ class Measurement:
             )
         self.run.restore(before)
         return before[0].batches, digest
+
+    def _check_resumed(self, checkpoint: Path | None, done: int, read: int, before: str | None) -> None:
+        """Raise ValueError unless the first ``done`` batches, of ``read`` samples, are those that the file was made of."""
+        if read != self.run.num_samples:
+            raise ValueError(
+                f"fisher: data must come in the batches that {checkpoint} was made of, got {read} samples in the first "
+                f"{done}, where it holds {self.run.num_samples}; give the same data, or remove the file"
+            )
+        if before not in (None, self._read[-1]):
+            raise ValueError(
+                f"fisher: data must be those that {checkpoint} was made of, got others in the first {done} batches; turn off "
+                "shuffling and random augmentation, or remove the file"
+            )
 
     def _write(self, checkpoint: Path) -> None:
         results = self.run.results()
@@ -277,9 +289,8 @@ class Measurement:
 
     def _check_expanded(self, batch: Batch, output: Tensor) -> None:
         """A use was given a sample axis whose first axis is as long as the batch, and may hold the samples: compare without."""
-        alone = batch.copied().feed(
-            self.model, self.output
-        )  # the same shapes and mode of autograd: the same kernels and rounding
+        # The same shapes and mode of autograd: the same kernels and rounding.
+        alone = batch.copied().feed(self.model, self.output)
         if not _close(alone, output):
             raise ValueError(
                 f"model: what has no sample axis in one batch must not have one in another of as many positions as samples, got {batch.N} "
@@ -398,10 +409,10 @@ class Measurement:
     def _by_vmap(self, batch: Batch, output: Tensor, predictions: Predictions, tracked: list[Tracked]) -> bool:
         """Hand over several samples' gradients at a time; False, with nothing handed over, if that cannot be done."""
         if batch.offsets is not None:
-            self.run.without_vmap("vmap cannot take packed samples apart")
+            self.run.vmap_problem = "vmap cannot take packed samples apart"
             return False
         if batch.nested:
-            self.run.without_vmap("vmap takes no nested inputs apart")
+            self.run.vmap_problem = "vmap takes no nested inputs apart"
             return False
         with self.run.timed("vmap"):
             for number, one in enumerate(self._passes(predictions.detached())):
@@ -410,7 +421,7 @@ class Measurement:
                     batch, cotangent, tracked, partial(self._first, batch, output, cotangent, tracked)
                 )
                 if chunks is None:
-                    self.run.without_vmap(self._sample_gradients.reason)
+                    self.run.vmap_problem = self._sample_gradients.problem
                     return False
                 for first, gradients in chunks:
                     for which in tracked:

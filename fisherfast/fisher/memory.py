@@ -20,12 +20,15 @@ _MEMINFO = Path("/proc/meminfo")
 
 @dataclass(frozen=True)
 class Held:
-    """What a collector keeps for the parameters ``names``, or parts of them, which have their sums in common.
+    """What a collector keeps for the parameters ``names``, or parts of them, that share their sums.
 
-    ``holds``: what it is, in words. ``bytes``: of the sums at the end of a run; the result is made of the same memory. ``peaks``: of
-    what is allocated at the end of each pass over the data. ``way``: the op, where it is not that of the squares. ``smaller``: how
-    to hold less, where there is a way of its own. ``scratch``: of what each pass needs beside that for a moment, one block at a time.
-    ``result``: of the sums that are part of the result.
+    ``holds``: what that is, in words. ``way``: the op that adds to the sums, if it is not the one for squares. ``smaller``: the advice
+    how to hold less, if there is any for these sums. All sizes are in bytes:
+
+    * ``bytes``    the sums at the end of a run, of whose memory the result is made;
+    * ``peaks``    for each pass over the data, what is allocated at its end;
+    * ``scratch``  for each pass, what it needs beside that for a moment, one block at a time;
+    * ``result``   the sums that are part of the result.
     """
 
     names: tuple[str, ...]
@@ -43,7 +46,7 @@ class Held:
 
 
 def peak(held: Sequence[Held]) -> int:
-    """The most bytes that are allocated at a time; what needs fewer passes over the data than others is in the last ones."""
+    """The most bytes that are allocated at a time. Collectors that need fewer passes over the data than others join the last ones."""
     passes = zip_longest(*(reversed(one.peaks) for one in held), fillvalue=0)
     scratch = zip_longest(*(reversed(one.scratch) for one in held), fillvalue=0)
     return max((sum(sums) + max(more) for sums, more in zip(passes, scratch, strict=True)), default=0)

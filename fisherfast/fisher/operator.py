@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fisherfast._error import NonFiniteError
-from fisherfast.batches import Batch, Output
+from fisherfast._names import listed
+from fisherfast.batches import Batch, Output, check_rereadable
 from fisherfast.fisher import _arguments
 from fisherfast.fisher.labelling import Labelling
 from fisherfast.fisher.protocol import Vector
@@ -54,8 +55,7 @@ class FisherOperator:
     ) -> None:
         self._labelling = Labelling.of("FisherOperator", fisher_type, likelihood, draws, seed, max_passes)
         refuse_train_mode(model)
-        if iter(data) is data:
-            raise ValueError("FisherOperator: data must be read again for every product, got an iterator; pass a list of batches")
+        check_rereadable("FisherOperator", data)  # every product reads them
         self._model, self._data, self._output = unwrapped(model), data, output
         self._first = _arguments.whole("FisherOperator", "sample_offset", sample_offset)
         self._parameters = {name: p for name, p in unwrapped(model).named_parameters() if p.requires_grad}
@@ -95,7 +95,7 @@ class FisherOperator:
             raise ValueError("FisherOperator: data must hold samples of a weight > 0, got none")
         found = {name: (value / total).to(parts[name].device, parts[name].dtype) for name, value in sums.items()}
         if bad := [name for name, value in found.items() if not bool(value.isfinite().all())]:
-            raise NonFiniteError(f"FisherOperator: F v must be finite, got others in {_arguments.listed(bad)}")
+            raise NonFiniteError(f"FisherOperator: F v must be finite, got others in {listed(bad)}")
         return _arguments.like(v, found)
 
     def _product(self, batch: Batch, along: Mapping[str, Tensor], first: int) -> dict[str, Tensor]:

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -15,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from fisherfast._error import NonFiniteError
+from fisherfast._names import listed
 from fisherfast._precision import wide_dtype
-from fisherfast._warning import FisherWarning
+from fisherfast._warning import warn
 from fisherfast.calls import Call, Key
 from fisherfast.capture import Capture
 from fisherfast.collector import Samples
@@ -79,7 +79,8 @@ class Run:
         self.missing: dict[str, str] = {} if known is None else dict(known.missing)
         self.writes_inputs = known is not None and known.writes_inputs  # in its forward pass
         self.ops: dict[str, str] = {}
-        self._no_vmap: str | None = "the forward pass is yours and runs once"  # why the fallback loops over samples
+        # Why the fallback must loop over samples, or None while it can use vmap: whoever runs the fallback knows.
+        self.vmap_problem: str | None = "the forward pass is yours and runs once"
         self._sizes = {name: t.parameter.numel() for name, t in self.capture.tracked.items()} if known is None else known.sizes
         self._watch = Stopwatch(self.capture.device)
         self._fits = False  # whether the sums were found to
@@ -96,10 +97,9 @@ class Run:
         if not lost:
             return
         if len(lost) == len(self.capture.tracked) or not self.allow_missing:
-            shown = ", ".join(repr(name) for name in lost[:5]) + (", ..." if len(lost) > 5 else "")
             raise ValueError(
                 f"model: every parameter with requires_grad must reach the loss, got {len(lost)} of {len(self.capture.tracked)} that "
-                f"do not ({shown}); freeze them (requires_grad_(False)), or pass allow_missing=True to record them as missing. "
+                f"do not, {listed(lost)}; freeze them (requires_grad_(False)), or pass allow_missing=True to record them as missing. "
                 "Calls inside an already compiled model are not seen: pass the model itself"
             )
         for name in lost:
@@ -174,32 +174,24 @@ class Run:
         shares = {name: small / every for name, (small, every) in self.passes.underflow.items()}
         worst = max(shares, key=lambda name: shares[name], default="")
         if worst and shares[worst] > _MANY:
-            warnings.warn(
+            warn(
                 f"{worst}: float16 gradients must not underflow, got {shares[worst]:.1%} below {torch.finfo(torch.float16).tiny:.0e}, "
                 "where digits are lost; pass loss_scale=2**10 or larger, or use bfloat16. F.coverage.underflow counts them",
-                FisherWarning,
-                stacklevel=3,
             )
 
     def warn_of_no_labels(self) -> None:
         """At the end: say so if no position counted, so that all there is are zeros."""
         if not self.num_positions:
-            warnings.warn(
+            warn(
                 f"data: some of the {self.num_samples} samples must have a label that counts, got none: all are ignored or masked, and the "
                 "Fisher is zero",
-                FisherWarning,
-                stacklevel=3,
             )
 
     def _fallback(self, tracked: Tracked) -> str:
         reason = tracked.fallback
         if tracked.chained:
             return f"chain: {reason}"
-        return f"vmap: {reason}" if self._no_vmap is None else f"loop: {reason} ({self._no_vmap})"
-
-    def without_vmap(self, reason: str | None) -> None:
-        """Note why the fallback cannot use vmap, or None if it can."""
-        self._no_vmap = reason
+        return f"vmap: {reason}" if self.vmap_problem is None else f"loop: {reason} ({self.vmap_problem})"
 
     @property
     def looped(self) -> list[str]:

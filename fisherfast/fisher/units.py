@@ -48,7 +48,7 @@ class Unit:
 
     @property
     def outputs(self) -> int:
-        """Of a weight."""
+        """The number of outputs of a weight."""
         return self.tensor.shape[1 if isinstance(self.form, MatMul) and self.form.transposed else 0]
 
 
@@ -58,7 +58,7 @@ def apart(form: Form) -> tuple[Form, Window | None]:
 
 
 def of_weights(tracked: Mapping[str, Tracked], calls: Iterable[Call]) -> tuple[list[Unit], dict[str, Unit]]:
-    """The units that multiply, are looked up or slid over images, in the model's order; by their names, the biases that join them."""
+    """The units that multiply, are looked up or slid over images, in the model's order; and {name of a unit: the bias that joins it}."""
     uses: defaultdict[str, dict[Window | None, list[tuple[int, CallUse]]]] = defaultdict(dict)
     for call in calls:
         for use in call.uses:
@@ -105,8 +105,9 @@ def _unused(stack: Sequence[Unit], extent: int) -> list[Unit]:
 
 
 def _joined(weights: Sequence[Unit], biases: Sequence[Unit]) -> dict[str, Unit]:
-    """The bias that is added wherever a weight is used, and nowhere else, a number to each output; one in parts joins weights of one
-    layer, or none.
+    """For each weight the bias that is added wherever the weight is used, nowhere else, and one number to each output.
+
+    A bias that is used in parts joins its weights only if all parts do, and all those weights are of one layer.
     """
     # The outputs of a transposed convolution are not positions of its inputs: its bias is in no column.
     beside = [unit for unit in weights if not (isinstance(unit.form, Convolution) and unit.form.transposed)]
@@ -122,7 +123,7 @@ def _joined(weights: Sequence[Unit], biases: Sequence[Unit]) -> dict[str, Unit]:
 
 
 def same_inputs(weights: Iterable[Unit], with_bias: Container[str]) -> dict[str, str]:
-    """Of a weight that multiplies what another one before it multiplies (queries, keys and values), that other one."""
+    """``{weight: leader}``: the first weight that multiplies the same inputs, as that of the queries does for keys and values."""
     first: dict[Any, str] = {}
     shared = {}
     for unit in weights:

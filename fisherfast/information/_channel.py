@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fisherfast.fisher import Fisher
-from fisherfast.information import _checks, _prior
+from fisherfast.information import _checks, _conditions, _prior
 from fisherfast.information._prior import PriorScale
 from fisherfast.information.weights import information_in_weights
 
@@ -72,12 +72,8 @@ class Channel:
 
     def conditions(self) -> str:
         """Everything the numbers depend on, in one line."""
-        F = self.fisher
-        return (
-            f"{'output' if self.layer is None else f'layer {self.layer!r}'}, beta = {self.beta:.3g}, {self._prior_in_words()}, "
-            f"k = {F.num_parameters:,} weights, N = {F.num_samples:,} samples, "
-            f"Fisher {F.provenance.fisher_type or 'of unknown type'}, {F.structure}"
-        )
+        where = "output" if self.layer is None else f"layer {self.layer!r}"
+        return f"{where}, beta = {self.beta:.3g}, {self._prior_in_words()}, {_conditions.measured(self.fisher)}"
 
     def _prior_in_words(self) -> str:
         if not self.dampings:

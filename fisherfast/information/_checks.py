@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def _finite(value: object) -> float | None:
-    """A finite number, also one in a tensor without axes; None for anything else."""
+    """The value as a finite float, also if it is a tensor without axes; None if it is none."""
     if isinstance(value, Tensor) and value.dim() == 0:
         value = value.item()
     if not isinstance(value, Real):

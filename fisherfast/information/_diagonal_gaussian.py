@@ -9,11 +9,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from fisherfast._precision import wide_dtype
 from fisherfast.fisher import LayerSummary
 from fisherfast.fisher.protocol import layer_of
 from fisherfast.information import _checks, _prior, _series
 from fisherfast.information._prior import PriorScale
-from fisherfast.information.posterior import wide
 from fisherfast.information.weights import Weights, tensors
 
 _START = 0.1  # the first std, in units of the weights or the prior, whichever is smaller
@@ -50,14 +50,14 @@ class DiagonalGaussian:
         self._train_mean = train_mean
         starts = {name: self._start(layer, name) for layer in self._layers.values() for name in layer.parameters}
         self.log_stds = {
-            name: torch.full_like(p, math.log(starts[name]), dtype=wide(p)).requires_grad_()
+            name: torch.full_like(p, math.log(starts[name]), dtype=wide_dtype(p.dtype)).requires_grad_()
             for name, p in self._parameters.items()
             if starts[name]
         }
         if not self.log_stds:
             raise ValueError(f"{caller}: prior_scale must be a number where every layer is at its center, got 'fit'")
         self.means = {
-            name: p.to(wide(p), copy=True).requires_grad_() if train_mean and name in self.log_stds else p.clone()
+            name: p.to(wide_dtype(p.dtype), copy=True).requires_grad_() if train_mean and name in self.log_stds else p.clone()
             for name, p in self._parameters.items()
         }
 
@@ -72,7 +72,8 @@ class DiagonalGaussian:
         """The standard deviations, differentiable; zeros where there is no noise."""
         noisy = {name: log_std.exp() for name, log_std in self.log_stds.items()}
         return {
-            name: noisy[name] if name in noisy else torch.zeros_like(p, dtype=wide(p)) for name, p in self._parameters.items()
+            name: noisy[name] if name in noisy else torch.zeros_like(p, dtype=wide_dtype(p.dtype))
+            for name, p in self._parameters.items()
         }
 
     def weights(self, stds: Mapping[str, Tensor], elsewhere: set[str]) -> dict[str, Tensor]:

@@ -24,13 +24,3 @@ def sums_by_layer(
         scale = _prior.of_block(spectrum, scales, caller)
         sums[spectrum.layer] += _series.sum_over(spectrum, scale**2 / temperature, term)
     return {layer: math.fsum(parts) for layer, parts in sums.items()}
-
-
-def measured(F: Fisher) -> str:
-    """What was measured, and how: the part of an estimate's conditions that F brings."""
-    lacking = F.coverage.missing
-    without = f", without {', '.join(lacking)}, which it lacks" if lacking else ""
-    return (
-        f"k = {F.num_parameters:,} weights, N = {F.num_samples:,} samples, Fisher {F.provenance.fisher_type or 'of unknown type'}, "
-        f"{F.structure}{without}"
-    )

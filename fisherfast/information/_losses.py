@@ -85,12 +85,3 @@ class SampleLosses:
         if not total:
             raise ValueError(f"{self.caller}: data must hold samples of a weight > 0, got none; was the iterator used up?")
         return math.fsum(sums) / total
-
-
-def check_rereadable(caller: str, data: Any) -> None:
-    """Raise ValueError for an iterator, which one reading uses up."""
-    if isinstance(data, Iterator):
-        raise ValueError(
-            f"{caller}: data must be readable several times, got {type(data).__name__}, which the first reading uses up; pass a "
-            "list of batches or a DataLoader"
-        )

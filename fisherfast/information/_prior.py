@@ -20,7 +20,7 @@ _MIDDLE_SLOPE = 1.5  # of the slopes there are, 1 to 2
 
 
 def checked(prior_scale: PriorScale, caller: str = _CALLER) -> PriorScale:
-    """The same with every number a float. Errors: ValueError for a word other than "fit", and scales out of range."""
+    """The prior scale with every number as a float. Errors: ValueError for a word other than "fit", and for scales out of range."""
     if isinstance(prior_scale, Mapping):
         return {name: check_scale(f"prior_scale[{name!r}]", scale, caller) for name, scale in prior_scale.items()}
     if not isinstance(prior_scale, str):

@@ -11,7 +11,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from fisherfast.fisher._arguments import listed
+from fisherfast._names import listed
 from fisherfast.fisher.protocol import WHOLE
 from fisherfast.information.result import Information
 

@@ -10,10 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from fisherfast.batches import Output
+from fisherfast.batches import Output, check_rereadable
 from fisherfast.fisher import Fisher
 from fisherfast.information import _checks
-from fisherfast.information._losses import check_rereadable
 from fisherfast.information._prior import PriorScale
 from fisherfast.information.expected_loss import expected_loss, mean_loss
 from fisherfast.information.posterior import GaussianPosterior, Posterior

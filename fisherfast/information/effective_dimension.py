@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from fisherfast.fisher import Fisher
-from fisherfast.information import _checks, _directions, _prior
+from fisherfast.information import _checks, _conditions, _directions, _prior
 from fisherfast.information._prior import GivenScale
 from fisherfast.ops import _log1p
 
@@ -34,7 +34,7 @@ class EffectiveDimension:
     def conditions(self) -> str:
         """Everything it depends on, in one line."""
         scale = _prior.scale_in_words(self.prior_scale)
-        return f"beta = {self.beta:.3g}, prior scale {scale}, {_directions.measured(self.fisher)}"
+        return f"beta = {self.beta:.3g}, prior scale {scale}, {_conditions.measured_and_missing(self.fisher)}"
 
     def __str__(self) -> str:
         return f"{self.value:,.1f} directions decided by the data: {self.conditions()}"

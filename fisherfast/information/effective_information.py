@@ -112,7 +112,7 @@ def effective_information(
     Numerics: float64; mixtures by log-sum-exp.
     Source:   Definition 3.1 and eq. 10 of Achille, Paolini and Soatto (arXiv:1905.12213).
     """
-    _check_arguments(method, x, variant, terms, entropy, along, nuisance_scales, draws)
+    _check_arguments(method, variant, terms, entropy, along, nuisance_scales, draws)
     if method == "monte-carlo":
         z = Activation("effective_information", model, F, layer, units, output)
         channel = Channel.of("effective_information", model, F, layer, beta, prior_scale, damping)
@@ -138,7 +138,6 @@ def effective_information(
 
 def _check_arguments(
     method: str,
-    x: Tensor,
     variant: str,
     terms: str,
     entropy: float | None,

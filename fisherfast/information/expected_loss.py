@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fisherfast.batches import Output
+from fisherfast.batches import Output, check_rereadable
 from fisherfast.fisher import _arguments
 from fisherfast.fisher.lanczos import Estimate
 from fisherfast.information import _checks
-from fisherfast.information._losses import Loss, SampleLosses, check_rereadable
+from fisherfast.information._losses import Loss, SampleLosses
 from fisherfast.information.posterior import GaussianPosterior
 from fisherfast.information.weights import tensors
 from fisherfast.likelihood import Likelihood

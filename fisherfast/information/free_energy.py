@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 
 from fisherfast.fisher import Fisher
-from fisherfast.information import _checks, _directions, _prior
+from fisherfast.information import _checks, _conditions, _directions, _prior
 from fisherfast.information._prior import GivenScale
 
 
@@ -42,7 +42,7 @@ class FreeEnergy:
         regular = f"damping {self.damping:g}"
         if self.prior_scale is not None:
             regular = f"prior scale {_prior.scale_in_words(self.prior_scale)}"
-        source = "numbers given" if self.fisher is None else _directions.measured(self.fisher)
+        source = "numbers given" if self.fisher is None else _conditions.measured_and_missing(self.fisher)
         return f"loss = {self.loss:.4g}, T = {self.temperature:.3g}, {regular}, {source}"
 
     def __str__(self) -> str:

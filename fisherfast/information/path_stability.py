@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fisherfast.fisher import Fisher
-from fisherfast.information import _checks, _directions
+from fisherfast.information import _checks, _conditions
 from fisherfast.information.weights import Weights, tensors
 
 _CALLER = "path_stability"
@@ -57,7 +57,7 @@ class PathStability:
 
     def conditions(self) -> str:
         """Everything it depends on, in one line."""
-        return f"beta = {self.beta:.3g}, damping {self.damping:g}, {_directions.measured(self.fisher)}"
+        return f"beta = {self.beta:.3g}, damping {self.damping:g}, {_conditions.measured_and_missing(self.fisher)}"
 
     def __str__(self) -> str:
         return f"{self.nats:,.4g} nats apart, alignment {self.alignment:.3g}: {self.conditions()}"

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from fisherfast._precision import wide, wide_dtype
 from fisherfast.fisher import Fisher
 from fisherfast.information._prior import PriorScale
 from fisherfast.information.result import Information
@@ -58,7 +59,7 @@ class GaussianPosterior(ABC):
             generator = torch.Generator().manual_seed(seed)
         for _ in range(n):
             noise = self._noise(generator)
-            yield {name: mean.to(wide(mean)) + noise[name].to(mean.device) for name, mean in self.mean.items()}
+            yield {name: wide(mean) + noise[name].to(mean.device) for name, mean in self.mean.items()}
 
     @torch.no_grad()
     def sample(self, n: int, *, generator: torch.Generator | None = None, seed: int | None = None) -> dict[str, Tensor]:
@@ -70,13 +71,8 @@ class GaussianPosterior(ABC):
                   torch's global generator is used.
         """
         each = list(self.draws(n, generator=generator, seed=seed))
-        empty = {name: mean.new_zeros((0, *mean.shape), dtype=wide(mean)) for name, mean in self.mean.items()}
+        empty = {name: mean.new_zeros((0, *mean.shape), dtype=wide_dtype(mean.dtype)) for name, mean in self.mean.items()}
         return {name: torch.stack([draw[name] for draw in each]) if each else empty[name] for name in self.mean}
-
-
-def wide(tensor: Tensor) -> torch.dtype:
-    """float32, or float64 for a tensor in float64."""
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,7 +125,7 @@ class Posterior(GaussianPosterior):
         dtype = torch.float64 if any(mean.dtype == torch.float64 for mean in self.mean.values()) else torch.float32
         draw = info.fisher.sample(1, damping=dampings, generator=generator, dtype=dtype)
         factors = {name: math.sqrt(t) if scale else 0.0 for name, scale in info.prior_scales.items()}
-        return {name: draw[name][0].mul_(factors[name]).to(wide(mean)) for name, mean in self.mean.items()}
+        return {name: draw[name][0].mul_(factors[name]).to(wide_dtype(mean.dtype)) for name, mean in self.mean.items()}
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fisherfast.fisher import Fisher
 from fisherfast.fisher.protocol import WHOLE as WHOLE
-from fisherfast.information import _prior
+from fisherfast.information import _conditions, _prior
 from fisherfast.information._prior import PriorScale
 
 
@@ -162,11 +162,9 @@ class Information:
 
     def conditions(self) -> str:
         """Everything the nats depend on, in one line."""
-        F = self.fisher
         return (
             f"beta = {self.beta:.3g}, prior scale {self.prior_in_words()}, {self.variant} formulas, "
-            f"k = {self.parameters:,} weights, N = {F.num_samples:,} samples, "
-            f"Fisher {F.provenance.fisher_type or 'of unknown type'}, {F.structure}"
+            f"{_conditions.measured(self.fisher)}"
         )
 
     def __str__(self) -> str:

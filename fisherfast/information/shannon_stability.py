@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fisherfast.fisher import Fisher
-from fisherfast.information import _checks, _directions
+from fisherfast.information import _checks, _conditions
 from fisherfast.information.weights import VARIANTS
 
 _CALLER = "shannon_from_stability"
@@ -36,7 +36,7 @@ class StabilityInformation:
         """Everything it depends on, in one line."""
         return (
             f"beta = {self.beta:.3g}, data sets of d = {len(self.stability):,} numbers with entropy {self.entropy:.4g} nats, "
-            f"{self.variant} formula, {_directions.measured(self.fisher)}"
+            f"{self.variant} formula, {_conditions.measured_and_missing(self.fisher)}"
         )
 
     def __str__(self) -> str:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fisherfast.fisher import Fisher, LayerSummary
 from fisherfast.fisher.protocol import layer_of
-from fisherfast.information import _checks, _directions, _prior
+from fisherfast.information import _checks, _conditions, _prior
 from fisherfast.information._prior import GivenScale
 from fisherfast.train_mode import unwrapped
 
@@ -108,7 +108,9 @@ def task_embedding(
     Numerics: float64.
     Source:   Achille et al. 2019, Task2Vec (arXiv:1902.03545).
     """
-    return TaskEmbedding(_averaged(F.diagonal(dtype=torch.float64), model, layers, skip, norms), _directions.measured(F))
+    return TaskEmbedding(
+        _averaged(F.diagonal(dtype=torch.float64), model, layers, skip, norms), _conditions.measured_and_missing(F)
+    )
 
 
 def _grouped(tensors: Mapping[str, Tensor]) -> dict[str, LayerSummary]:

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from fisherfast._error import NonFiniteError
-from fisherfast.batches import Batch, Output
+from fisherfast.batches import Batch, Output, check_rereadable
 from fisherfast.fisher import _arguments
 from fisherfast.information import _checks, _prior
 from fisherfast.information._diagonal_gaussian import DiagonalGaussian
 from fisherfast.information._local_noise import LocalNoise
-from fisherfast.information._losses import SampleLosses, check_rereadable
+from fisherfast.information._losses import SampleLosses
 from fisherfast.information._prior import PriorScale
 from fisherfast.information.posterior import GaussianPosterior
 from fisherfast.information.weights import Weights

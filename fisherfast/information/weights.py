@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import math
 import sys
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from fisherfast.fisher import Fisher, FisherWarning, LayerSummary, Spectrum
+from fisherfast._warning import warn
+from fisherfast.fisher import Fisher, LayerSummary, Spectrum
 from fisherfast.information import _checks, _prior, _series
 from fisherfast.information._prior import PriorScale
 from fisherfast.information.result import Information, LayerInformation
@@ -150,8 +150,7 @@ def _check_names(F: Fisher, model: Weights, weights: Mapping[str, Tensor]) -> tu
         raise ValueError(f"{_CALLER}: F must cover every parameter of model, lacks {unknown}; leave them out")
     if excluded:
         message = f"{_CALLER}: the nats exclude parameters that the Fisher lacks: {list(excluded)}"
-        # Past this function, informations, its caller and that one's torch.no_grad: the line that asked for the information.
-        warnings.warn(message, FisherWarning, stacklevel=5)
+        warn(message)
     return excluded
 
 

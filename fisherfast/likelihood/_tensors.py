@@ -14,7 +14,7 @@ from fisherfast.likelihood.protocol import Predictions
 
 
 def batch_mismatch(name: str, output: Tensor, targets: Tensor) -> ValueError:
-    """Of shapes without the samples, of which a probe looks at a few only."""
+    """The error for targets of another shape than the output asks for, samples being N: a probe looks at a few only."""
     got, wanted = ("[" + ", ".join(["N", *map(str, tensor.shape[1:])]) + "]" for tensor in (targets, output))
     error = ValueError(f"{name}: targets do not fit the output, got targets {got} and output {wanted}")
     if output.numel() == targets.numel():  # [N, 1] beside [N]
@@ -28,6 +28,7 @@ def existing_positions(output: Tensor, mask: Tensor | None) -> Tensor | None:
 
 
 def real_valued(name: str, output: Tensor, targets: Tensor | None, mask: Tensor | None, sample: Tensor) -> Predictions:
+    """The predictions of a likelihood with one target for each number of the output: both as ``[N, K]``, K numbers a sample."""
     if targets is not None and targets.shape != output.shape:
         raise batch_mismatch(name, output, targets)
     values = output.reshape(output.shape[0], -1)
@@ -43,6 +44,7 @@ def real_valued(name: str, output: Tensor, targets: Tensor | None, mask: Tensor 
 
 
 def check_last(name: str, what: str, tensor: Tensor | None, output: Tensor) -> None:
+    """Raise ValueError unless a setting is one number, or has one for each entry of the output's last axis."""
     last = output.shape[-1] if output.dim() > 1 else 1
     if tensor is not None and tensor.dim() and len(tensor) != last:
         raise ValueError(f"{name}: {what} must be as long as the output's last axis, [{last}], got {tuple(tensor.shape)}")
@@ -54,6 +56,7 @@ def tiled(tensor: Tensor, values: Tensor) -> Tensor:
 
 
 def check_weights(name: str, what: str, tensor: Tensor | None, symbols: str, axes: tuple[int, ...]) -> None:
+    """Raise ValueError unless the weights of a loss are finite, not negative, and a tensor with one of these numbers of axes."""
     if tensor is None:
         return
     fits = isinstance(tensor, Tensor) and tensor.dim() in axes
@@ -62,10 +65,12 @@ def check_weights(name: str, what: str, tensor: Tensor | None, symbols: str, axe
 
 
 def counted_only(predictions: Predictions, score: Tensor) -> Tensor:
+    """The score in the output's dtype, zero where nothing is counted."""
     return score.masked_fill(~predictions.counted, 0.0).to(predictions.values.dtype)
 
 
 def unit_columns(predictions: Predictions, root: Tensor) -> Iterator[Tensor]:
+    """The columns ``root_k e_k`` of a diagonal square root, one for each counted output of a sample."""
     for at, exists in predictions.turns():
         column = torch.zeros_like(predictions.values)
         column[at] = (root[at] * exists).to(column.dtype)
@@ -78,7 +83,3 @@ def digest(tensor: Tensor) -> str:
     if len(values) <= 4:
         return str(values.tolist())
     return f"[{len(values)}]#{hashlib.sha256(values.numpy().tobytes()).hexdigest()[:8]}"
-
-
-def wide_dtype(values: Tensor) -> torch.dtype:
-    return torch.float64 if values.dtype == torch.float64 else torch.float32

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fisherfast import _random
+from fisherfast._precision import wide
 from fisherfast.likelihood._tensors import (
     check_last,
     check_weights,
@@ -18,7 +19,6 @@ from fisherfast.likelihood._tensors import (
     real_valued,
     tiled,
     unit_columns,
-    wide_dtype,
 )
 from fisherfast.likelihood.protocol import Predictions
 
@@ -80,7 +80,7 @@ class Bernoulli:
     def losses(self, predictions: Predictions) -> Tensor:
         """See ``Likelihood``: ``-w y log p - (1 - y) log(1 - p)``, added up."""
         assert predictions.targets is not None
-        z = predictions.values.to(wide_dtype(predictions.values))
+        z = wide(predictions.values)
         y = predictions.targets.masked_fill(~predictions.counted, 0).to(z.dtype)
         w = None if self.pos_weight is None else tiled(self.pos_weight, z)
         each = torch.nn.functional.binary_cross_entropy_with_logits(z, y, pos_weight=w, reduction="none")

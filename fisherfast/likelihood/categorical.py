@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from fisherfast import _random
-from fisherfast.likelihood._tensors import batch_mismatch, check_weights, digest, wide_dtype
+from fisherfast._precision import wide
+from fisherfast.likelihood._tensors import batch_mismatch, check_weights, digest
 from fisherfast.likelihood.protocol import Predictions
 from fisherfast.ops.categorical_score import categorical_score_
 
@@ -134,11 +135,11 @@ class Categorical:
     def losses(self, predictions: Predictions) -> Tensor:
         """See ``Likelihood``: the cross entropy, with ``class_weight`` and ``label_smoothing``."""
         assert predictions.targets is not None
-        values, labels = predictions.values, predictions.targets.masked_fill(~predictions.counted, _NO_LABEL)
+        values, labels = wide(predictions.values), predictions.targets.masked_fill(~predictions.counted, _NO_LABEL)
         each = torch.nn.functional.cross_entropy(
-            values.flatten(0, 1).to(wide_dtype(values)),
+            values.flatten(0, 1),
             labels.flatten(),
-            weight=None if self.class_weight is None else self.class_weight.to(values.device, wide_dtype(values)),
+            weight=None if self.class_weight is None else self.class_weight.to(values),
             ignore_index=_NO_LABEL,
             reduction="none",
             label_smoothing=self.label_smoothing,
@@ -148,12 +149,12 @@ class Categorical:
     def _weigh(self, score: Tensor, labels: Tensor, counted: Tensor) -> None:
         """``(1 - e) w_y (p - e_y) + (e / C) sum_c w_c (p - e_c)`` of ``score = p - e_y`` [L, C], in place."""
         C, e = score.shape[-1], self.label_smoothing
-        wide = score.to(wide_dtype(score))
-        w = wide.new_ones(C) if self.class_weight is None else self.class_weight.to(wide)
+        weighed = wide(score)
+        w = weighed.new_ones(C) if self.class_weight is None else self.class_weight.to(weighed)
         y = labels.where(counted, 0).unsqueeze(1)
         total = e / C * w.sum() * counted.unsqueeze(1)
-        wide.mul_((1 - e) * w[y] + total).sub_(e / C * w * counted.unsqueeze(1)).scatter_add_(1, y, total)
-        score.copy_(wide)
+        weighed.mul_((1 - e) * w[y] + total).sub_(e / C * w * counted.unsqueeze(1)).scatter_add_(1, y, total)
+        score.copy_(weighed)
 
     def sampled(self, predictions: Predictions, seed: int, draw: int) -> Tensor:
         """See ``Likelihood``: one uniform number a label, inverse CDF by a running sum with a float64 carry."""

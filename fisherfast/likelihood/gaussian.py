@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from fisherfast import _random
-from fisherfast.likelihood._tensors import check_last, counted_only, digest, real_valued, tiled, unit_columns, wide_dtype
+from fisherfast._precision import wide
+from fisherfast.likelihood._tensors import check_last, counted_only, digest, real_valued, tiled, unit_columns
 from fisherfast.likelihood.protocol import Predictions
 
 
@@ -65,7 +66,7 @@ class Gaussian:
     def losses(self, predictions: Predictions) -> Tensor:
         """See ``Likelihood``: ``(z - y)^2 / (2 sigma^2) + log sigma + log(2 pi) / 2``, added up."""
         assert predictions.targets is not None
-        z = predictions.values.to(wide_dtype(predictions.values))
+        z = wide(predictions.values)
         sigma = torch.as_tensor(self._sigma(z), dtype=z.dtype, device=z.device)
         each = ((z - predictions.targets.to(z.dtype)) / sigma).square() / 2 + sigma.log() + math.log(2 * math.pi) / 2
         return each.masked_fill(~predictions.counted, 0.0).sum(1)

@@ -3,10 +3,9 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
-from fisherfast._warning import FisherWarning
+from fisherfast._warning import warn
 from fisherfast.likelihood.bernoulli import Bernoulli
 from fisherfast.likelihood.categorical import Categorical
 from fisherfast.likelihood.gaussian import Gaussian
@@ -36,9 +35,5 @@ def stored_name(likelihood: Likelihood, fisher_type: str) -> str:
     """
     settings = getattr(likelihood, "loss_settings", "")
     if settings and fisher_type != "empirical":
-        warnings.warn(
-            f"{likelihood.name}: {settings} change the loss, not p(y | x); fisher_type={fisher_type!r} does not look at them",
-            FisherWarning,
-            stacklevel=5,  # the caller of ff.fisher
-        )
+        warn(f"{likelihood.name}: {settings} change the loss, not p(y | x); fisher_type={fisher_type!r} does not look at them")
     return f"{likelihood.name}({settings})" if settings and fisher_type == "empirical" else likelihood.name

@@ -44,8 +44,7 @@ class Draws:
 
     def normal(self, *shape: int) -> Tensor:
         """Standard normal numbers, ``[N, *shape]`` float64."""
-        u, v = self.uniform(*shape), self.uniform(*shape)
-        return (-2.0 * u.log()).sqrt() * (2.0 * math.pi * v).cos()
+        return _random.box_muller(self.uniform(*shape), self.uniform(*shape))
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,8 +15,8 @@ from torch import Tensor
 class Rows(NamedTuple):
     """One parameter's rows in one backward pass: x ``[N, T, ...]`` or None, g ``[N, T, ...]``; with offsets ``[M, ...]``.
 
-    ``lookup``: of a tied table, the rows of its use as an embedding. ``uses``: of images of several sizes, which x and g hold with
-    zeros around, those of each use as they are.
+    ``lookup``: for a tied table, the rows of its use as an embedding. ``uses``: for images of several sizes, the rows of each use by
+    itself; x and g hold the images brought to one size, with zeros around them.
     """
 
     x: Tensor | None

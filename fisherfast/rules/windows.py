@@ -56,7 +56,10 @@ class Window:
         return True
 
     def entries(self, shape: tuple[int, ...]) -> Entries | None:
-        """Which entries of a parameter of this shape it is, their own axes flattened or not; None if it is no such part."""
+        """The entries of the first axis of a parameter of this shape that it consists of; None if it is no whole number of them.
+
+        The other axes may be flattened.
+        """
         each, size = math.prod(shape[1:]), math.prod(self.shape)
         if not (shape and self.shape and size and self.dense) or self.start % each or size % each:
             return None
@@ -76,5 +79,5 @@ class Window:
         return whole.as_strided((len(whole), *self.shape), (whole.stride(0), *self.strides), self.start)
 
     def disjoint(self, other: Window) -> bool:
-        """Whether it is plain that the two have no element in common."""
+        """Whether the two certainly have no element in common: one ends before the other begins."""
         return self.end() <= other.start or other.end() <= self.start

@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compiled functions run as they are written while a capture is open: a mode does not see into code that is compiled already."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from contextlib import AbstractContextManager
+
+import torch
+
+
+class Eager:
+    """torch.compiler's stance "force_eager", held as long as any capture is open.
+
+    The stance belongs to the process: the first of several captures, in whatever threads, takes it, and the last gives back the
+    one that was there before.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._captures = threading.Lock(), 0
+        self._stance: AbstractContextManager[None] | None = None
+
+    def take(self) -> None:
+        """Hold the stance; each call needs one ``give_back``."""
+        with self._lock:
+            compiled = "torch._dynamo" in sys.modules  # importing it takes a second, and only then can anything be compiled
+            if compiled and self._stance is None:
+                stance = torch.compiler.set_stance("force_eager")
+                stance.__enter__()
+                self._stance = stance
+            self._captures += 1
+
+    def give_back(self) -> None:
+        """Undo one ``take``; the last one restores the stance that was there before."""
+        with self._lock:
+            self._captures -= 1
+            if not self._captures and self._stance is not None:
+                self._stance.__exit__(None, None, None)
+                self._stance = None
+
+
+EAGER = Eager()
