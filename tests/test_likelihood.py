@@ -418,7 +418,7 @@ def test_weights_weigh_the_mean(fisher_type):
 
 def test_batches_carry_and_cut_weights():
     x = torch.randn(N, 4)
-    batch = Batch.of((x, None, range(N)), torch.device("cpu"))
+    batch = Batch.of((x, None, torch.arange(float(N))), torch.device("cpu"))
     assert batch.weight.dtype == torch.float32 and batch.cut(2, 4).weight.tolist() == [2.0, 3.0]
     assert Batch.of((x, None), torch.device("cpu")).weight is None
     assert "sample_weight" not in Batch.of({"x": x, "sample_weight": torch.ones(N)}, torch.device("cpu")).inputs

@@ -57,8 +57,9 @@ class Labelling:
     def check(self, batch: Batch) -> None:
         """Raise ValueError for a batch without the labels that are needed."""
         if self.fisher_type == "empirical" and batch.targets is None:
+            where = f" the key 'labels', {[*batch.inputs]}" if isinstance(batch.inputs, dict) else ""
             raise ValueError(
-                "fisher: fisher_type='empirical' needs the labels of the data, got a batch without; use 'mc' or 'exact'"
+                f"fisher: fisher_type='empirical' needs the labels of the data, got a batch without{where}; use 'mc' or 'exact'"
             )
 
     def predictions(self, batch: Batch, output: Tensor, start: int) -> Predictions:
