@@ -28,7 +28,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from gpu import cost, record
+from gpu import cost, in_place, record
 
 ROOT = Path(__file__).parents[1]
 STAGE_SECONDS = 480
@@ -38,6 +38,7 @@ GRACE = 5  # seconds in which what is asked to end takes its record back, unless
 TRIES = 6  # processes of a bench: one that hangs, crashes or breaks the device is followed by another
 TAIL = 30  # lines of a process that failed are kept
 RESULTS = ROOT / "bench" / "results"
+BUILT = ROOT / "build" / "gpu-check-built.txt"  # of which sources this machine has a build
 
 
 class Command(NamedTuple):
@@ -45,12 +46,14 @@ class Command(NamedTuple):
 
     ``lasting``: once it has passed, it need not run again while the sources are the same. ``resuming``: a bench, which takes
     ``--seconds``, goes on behind what hung or crashed when it is run again, and says by ``ENDED`` that this is of no use.
+    ``building``: once it has passed, it need not run again on this machine while the sources are the same.
     """
 
     argv: list[str]
     environment: dict[str, str] = {}
     lasting: bool = False
     resuming: bool = False
+    building: bool = False
     instead: Command | None = None  # what the others can do with, where this one fails
 
     @property
@@ -68,11 +71,16 @@ class Ended(NamedTuple):
 
 
 def build() -> list[Command]:
-    """Compile for this GPU and install the checkout, from what is on the machine alone; without CUDA C++ there is still Triton."""
+    """Compile for this GPU and install the checkout, from what is on the machine alone.
+
+    Without CUDA C++ there is still Triton; and where even that cannot be installed, it is pip that fails, and nothing is.
+    """
     pip = [sys.executable, "-m", "pip", "install", "-v", "--no-build-isolation", "--no-deps", "--no-index", "-e", str(ROOT)]
     architecture = cost.architecture(torch.cuda.get_device_capability())
-    without = Command(pip, {"FISHERFAST_NATIVE": "cpu"})
-    return [Command(pip, {"FISHERFAST_NATIVE": "cuda", "TORCH_CUDA_ARCH_LIST": architecture}, instead=without)]
+    whole = {"FISHERFAST_NATIVE": "cuda", "TORCH_CUDA_ARCH_LIST": architecture}
+    inside = Command([sys.executable, str(ROOT / "bench" / "gpu" / "in_place.py")], whole, building=True)
+    without = Command(pip, {"FISHERFAST_NATIVE": "cpu"}, building=True, instead=inside)
+    return [Command(pip, whole, building=True, instead=without)]
 
 
 def test() -> list[Command]:
@@ -138,6 +146,11 @@ class Progress:
         self.passed: list[str] = known.get("passed", [])
         self.failed: dict[str, list[str]] = known.get("failed", {})  # with the last lines
 
+    def knows(self, command: Command) -> bool:
+        """Whether it need not run again: it has passed, or what it builds is here."""
+        here = command.building and BUILT.exists() and BUILT.read_text() == self.sources
+        return here or command.name in self.passed
+
     def add(self, command: Command, ended: Ended) -> None:
         """Note how a command ended."""
         self.failed.pop(command.name, None)
@@ -145,6 +158,9 @@ class Progress:
             self.failed[command.name] = ended.tail
         elif command.lasting:
             self.passed.append(command.name)
+        elif command.building:
+            BUILT.parent.mkdir(exist_ok=True)
+            BUILT.write_text(self.sources)
         known = {"sources": self.sources, "passed": self.passed, "failed": self.failed}
         self.path.write_text(json.dumps(known, indent=1) + "\n")
 
@@ -152,7 +168,8 @@ class Progress:
 def run(command: Command, seconds: float, log: TextIO) -> Ended:
     """Run one process, its output shown and logged; one that outlasts ``seconds`` is ended. A bench begins nothing in the last of them."""
     timed = ["--seconds", str(int(seconds - SPARE))] if command.resuming else []
-    environment = {**os.environ, "PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1", **command.environment}
+    found_here = {"PYTHONPATH": str(ROOT)} if in_place.KERNELS.is_symlink() else {}
+    environment = {**os.environ, "PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1", **found_here, **command.environment}
     try:
         process = subprocess.Popen(
             [*command.argv, *timed],
@@ -192,7 +209,7 @@ def say(line: str, log: TextIO) -> None:
 
 def passes(command: Command, deadline: float, progress: Progress, log: TextIO) -> bool:
     """Run a process, unless it has passed before, and what there is instead if it fails; whether one of them passed."""
-    if command.name in progress.passed:
+    if progress.knows(command):
         say(f"gpu-check: passed before: {command.name}", log)
         return True
     for _ in range(TRIES):

@@ -134,6 +134,12 @@ def test_running_sum_continues_from_a_snapshot_bit_by_bit(dtype, additions):
     assert torch.equal(first.snapshot().sum, second.snapshot().sum) and first.weight == second.weight
 
 
+def test_a_running_sum_goes_on_from_all_digits_of_a_file():
+    running, entries = RunningSum(torch.empty(2)), [2.0**30 + 1, -3.0 - 2.0**-30]
+    running.restore(accumulator(entries, 4))  # files may hold float64
+    assert_same(running.snapshot(), accumulator(entries, 4))
+
+
 def test_a_short_run_takes_one_tensor_and_a_snapshot_is_that_tensor():
     running = RunningSum(torch.empty(5))
     low = running.low.add_(1)

@@ -140,3 +140,23 @@ def test_frequencies_in_a_batch_are_no_part_of_a_gradient(kind):
         for part in (slice(0, 2), slice(2, 6)):
             stats.backward(F.cross_entropy(net(ids[part]), y[part], reduction="none"))
     assert torch.allclose(stats.result().diagonal()["table.weight"], expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("collects", [False, True])
+def test_frequencies_are_no_part_of_a_gradient_in_the_fallback_either(collects):
+    """``max_norm`` writes into the table: samples are run one by one."""
+    ids, y = torch.randint(0, 5, (6, 3)), torch.randint(0, 4, (6,))
+    table, head = torch.nn.Embedding(5, 8, max_norm=100.0, scale_grad_by_freq=True), torch.nn.Linear(8, 4)
+    net = Wrapped(lambda m, x: m.head(m.table(x).sum(1)), table=table, head=head).double()
+
+    def measured():
+        if not collects:
+            return ff.fisher(net, [(ids, y)], fisher_type="empirical", progress=False)
+        with ff.collect(net, "diagonal") as stats:
+            stats.backward(F.cross_entropy(net(ids), y, reduction="none"))
+        return stats.result()
+
+    divided = measured()
+    table.scale_grad_by_freq = False
+    assert "vmap" in divided.coverage["table.weight"] or "loop" in divided.coverage["table.weight"]
+    torch.testing.assert_close(divided.diagonal()["table.weight"], measured().diagonal()["table.weight"], rtol=1e-12, atol=0)

@@ -88,6 +88,16 @@ def test_ekfac_goes_on_in_its_basis_only(tmp_path):
     assert ff.fisher(model, data, again, "empirical", checkpoint=path, progress=False).logdet(0.1) == whole.logdet(0.1)
 
 
+def test_a_resumed_basis_has_no_part_of_the_rows(tmp_path):
+    model, path = nn.Linear(30, C).double(), tmp_path / "run.safetensors"
+    data = [(torch.randn(2, 30).double(), torch.randint(0, C, (2,))) for _ in range(2)]
+    with pytest.raises(RuntimeError, match="stopped"):
+        ff.fisher(model, stopping(data, 1), (ff.KFAC(keep_rows=True),), "empirical", checkpoint=path, progress=False)
+    (K,) = ff.fisher(model, data, (ff.KFAC(keep_rows=True),), "empirical", checkpoint=path, progress=False)
+    E, D = (ff.fisher(model, data, structure, "empirical", progress=False) for structure in (ff.EKFAC(basis=K), "diagonal"))
+    assert E.trace() == pytest.approx(D.trace(), rel=1e-11)
+
+
 @pytest.mark.parametrize(
     ("basis", "message"),
     [

@@ -169,6 +169,28 @@ def test_loss_given_is_not_measured():
     assert measured.loss == 5.0 and measured.expected_loss < 5.0
 
 
+class Pair(nn.Module):
+    """A layer's output beside another."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3, 2)
+
+    def forward(self, x):
+        return {"wanted": self.layer(x), "other": None}
+
+
+def test_takes_the_output_that_is_picked():
+    model, data = Pair().double(), [(torch.randn(5, 3).double(), torch.randint(0, 2, (5,)))]
+    F, G = (DiagonalFisher({n: torch.ones_like(p) for n, p in m.named_parameters()}, 5) for m in (model, model.layer))
+    options = {"prior_scale": 1.0, "beta": 0.1, "data": data, "method": "monte-carlo"}
+    one = ff.task_complexity(F, model, output="wanted", **options)
+    other = ff.task_complexity(G, model.layer, **options)
+    assert (one.loss, one.expected_loss) == (other.loss, other.expected_loss)
+    posterior = ff.optimal_posterior(F, model, prior_scale=1.0, beta=0.1)
+    assert ff.measured_complexity(posterior, model, data, output="wanted").expected_loss == one.expected_loss
+
+
 def test_states_its_conditions():
     text = str(vectors())
     for part in ("complexity 0.251931", "4.1 nats", "beta = 0.01", "k = 4", "N = 7", "exact formulas", "by formula"):
@@ -191,6 +213,9 @@ def test_refuses():
         ff.task_complexity(F, net, prior_scale=scale, beta=0.1, method="monte-carlo", loss=0.1)
     with pytest.raises(ValueError, match="data must be readable several times"):
         ff.task_complexity(F, net, prior_scale=scale, beta=0.1, method="monte-carlo", data=iter([(X, y)]), likelihood="gaussian")
+    posterior = ff.optimal_posterior(F, net, prior_scale=scale, beta=0.1)
+    with pytest.raises(ValueError, match="measured_complexity: data must be readable several times, got generator"):
+        ff.measured_complexity(posterior, net, (batch for batch in [(X, y)]), "gaussian")
     with pytest.raises(ValueError, match="beta must be a finite number > 0"):
         vectors(beta=0.0)
 

@@ -222,3 +222,22 @@ def test_rejects_means_of_nothing():
     for ask in (F.diagonal, F.trace, F.logdet, F.by_layer, F.eigenvalues, lambda: F @ torch.ones(3)):
         with pytest.raises(ValueError, match=r"'a\.w' has counted no samples"):
             ask()
+
+
+@pytest.mark.parametrize("counts", [{"num_samples": -1}, {"num_positions": -1}, {"batches": -1}], ids=str)
+def test_rejects_counts_below_zero(counts):
+    with pytest.raises(ValueError, match="counts must be >= 0"):
+        DiagonalFisher.from_accumulators(example().accumulators(), **({"num_samples": 2} | counts))
+
+
+def test_rejects_a_parameter_as_an_alias():
+    with pytest.raises(ValueError, match=r"aliases must map other names to .*, got 'scale': 'head\.weight'"):
+        example(aliases={"scale": "head.weight"})
+
+
+def test_rejects_one_tensor_under_two_names():
+    """Pooling in place would add to it twice."""
+    total = Accumulator.zeros((3,))
+    for other in (total, Accumulator(total.sum, 5)):
+        with pytest.raises(ValueError, match=r"'v' and 'w' hold one tensor; pass it once, with the other name in aliases"):
+            DiagonalFisher.from_accumulators({"v": total, "w": other}, num_samples=2)

@@ -130,6 +130,15 @@ def test_spectrum_below_the_dimension_of_x_is_relative():
         ff.effective_information(net, x, F, beta=0.05, entropy=1.0, **options)
 
 
+def test_one_input_that_z_does_not_tell_is_enough_to_refuse():
+    net = nn.Sequential(nn.Linear(1, 1, bias=False), nn.ReLU()).double()
+    net[0].weight.data.fill_(1.0)
+    F = ff.DiagonalFisher({"0.weight": torch.ones(1, 1, dtype=DOUBLE)}, 7)
+    x = torch.tensor([[1.0], [-1.0]], dtype=DOUBLE)
+    with pytest.raises(ValueError, match=r"z must tell all 1 numbers of the input apart for eq\. 10, got a Fisher of rank 0"):
+        ff.effective_information(net, x, F, method="spectrum", beta=0.1, prior_scale=1.0, entropy=1.0)
+
+
 def test_determinants_of_several_scales_of_the_fisher():
     # F_{z|x}(c F) = c F_{z|x}, so eq. 10 gains r/2 log c.
     net, x, _ = mlp(units=2)

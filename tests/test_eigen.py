@@ -129,6 +129,15 @@ def test_the_basis_of_few_rows_is_orthonormal_and_that_of_the_singular_vectors(m
     assert close((U.mT @ expected).diagonal().abs(), torch.ones(m).double(), 2e-6)
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_directions_just_above_what_is_dropped_are_orthonormal_to_float32(seed):
+    torch.manual_seed(seed)
+    left, right = (torch.linalg.qr(torch.randn(n, 61, dtype=torch.float64))[0] for n in (61, 199))
+    rows = (left * torch.logspace(0, math.log10(4e-6), 61, dtype=torch.float64) @ right.mT).float()  # 1e-11 is of the squares
+    U = eigen.eigenbasis((rows.mT @ rows).unsqueeze(0), rows, torch.float32)[0].double()
+    assert close(U.mT @ U, torch.eye(61).double(), 8 * torch.finfo(torch.float32).eps)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 def test_groups_are_decomposed_together_as_one_by_one(dtype, monkeypatch):
     kinds = ["random", "zero", "tiny", "rank one", "huge", "repeated", "random"]

@@ -284,6 +284,20 @@ def test_it_pools_in_one_basis_only_and_files_are_bit_exact(tmp_path):
     assert ff.load(tmp_path / "few.safetensors").logdet(0.1) == few.logdet(0.1)
 
 
+@pytest.mark.parametrize("side", ["inputs", "outputs"])
+def test_bases_that_differ_on_one_side_do_not_pool(side):
+    """Other inputs change A, and drawn labels B; of Gaussian outputs B is the identity whatever the inputs are."""
+    model, x = nn.Linear(5, 3).double(), torch.randn(2, 9, 5).double()
+    kind = {"inputs": ("exact", "gaussian"), "outputs": ("mc", "categorical")}[side]
+    which = {"inputs": ((x[0], 0), (x[1], 0)), "outputs": ((x[0], 0), (x[0], 1))}[side]
+    bases = [ff.fisher(model, [(inputs, None)], "kfac", *kind, seed=seed, progress=False) for inputs, seed in which]
+    one, other = (ff.fisher(model, [(x[0], None)], ff.EKFAC(basis=basis), *kind, progress=False) for basis in bases)
+    assert torch.equal(one.blocks[0].U, other.blocks[0].U) == (side == "outputs")
+    assert torch.equal(one.blocks[0].V, other.blocks[0].V) == (side == "inputs")
+    with pytest.raises(ValueError, match=r"one ff\.KFAC, given to ff\.EKFAC"):
+        one + other
+
+
 def test_the_basis_of_another_model_is_refused():
     K = measure(mlp(), [double_vectors()], "kfac")
     other = nn.Sequential(nn.Linear(3, 5, bias=False), nn.Tanh(), nn.Linear(5, 4)).double()

@@ -159,15 +159,20 @@ RANK = """
 """
 
 
-def test_all_reduce_equals_pooling(tmp_path):
+def run_ranks(script, folder):
+    """Two processes, which are given their rank and the folder."""
     environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.path.dirname(__file__)}
-    command = [sys.executable, "-c", textwrap.dedent(RANK)]
-    ranks = [subprocess.Popen([*command, str(rank), str(tmp_path)], env=environment) for rank in range(2)]
+    command = [sys.executable, "-c", textwrap.dedent(script)]
+    ranks = [subprocess.Popen([*command, str(rank), str(folder)], env=environment) for rank in range(2)]
     try:
         assert [process.wait(timeout=120) for process in ranks] == [0, 0]
     finally:
         for process in ranks:
             process.kill()
+
+
+def test_all_reduce_equals_pooling(tmp_path):
+    run_ranks(RANK, tmp_path)
     whole = two_layers_of_one_input(slice(None))
     expected = load(tmp_path / "alone0") + load(tmp_path / "alone1")
     for rank in range(2):
@@ -186,3 +191,30 @@ def test_all_reduce_equals_pooling(tmp_path):
         torch.testing.assert_close(K @ v, whole @ v, rtol=1e-12, atol=1e-12)
         assert (tmp_path / f"structure{rank}").read_text().startswith("all_reduce: all ranks must have the same structure; here ")
         assert (tmp_path / f"error{rank}").read_text() == f"all_reduce: all ranks must have the same fisher_type; here {kind!r}"
+
+
+RANK_WITH_ROWS = """
+    import sys, torch, torch.distributed as dist, fisherfast as ff
+    from torch import nn
+
+    rank, folder = int(sys.argv[1]), sys.argv[2]
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    torch.manual_seed(0)
+    model, x, y = nn.Linear(30, 3).double(), torch.randn(4, 30).double(), torch.tensor([0, 1, 2, 0])
+    options = {"fisher_type": "empirical", "progress": False}
+    mine = slice(2 * rank, 2 * rank + 2)
+    (K,) = ff.fisher(model, [(x[mine], y[mine])], (ff.KFAC(keep_rows=True),), **options)
+    v = torch.randn(K.num_parameters).double()
+    K.logdet(0.1), K.solve(v, 0.1)  # what is computed of the rank's own data, and the rows behind its factors, are void below
+    K.all_reduce()
+    whole = ff.fisher(model, [(x, y)], "kfac", **options)
+    torch.testing.assert_close(K.solve(v, 0.1), whole.solve(v, 0.1), rtol=1e-9, atol=1e-9)
+    assert abs(K.logdet(0.1) - whole.logdet(0.1)) < 1e-9 * abs(whole.logdet(0.1))
+    E, D = ff.fisher(model, [(x, y)], ff.EKFAC(basis=K), **options), ff.fisher(model, [(x, y)], **options)
+    assert abs(E.trace() - D.trace()) < 1e-9 * D.trace()
+    dist.destroy_process_group()
+"""
+
+
+def test_what_a_rank_knew_of_its_own_data_is_void_once_pooled(tmp_path):
+    run_ranks(RANK_WITH_ROWS, tmp_path)

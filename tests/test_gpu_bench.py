@@ -204,7 +204,7 @@ def test_tf32_is_allowed_inside_its_block_only():
 
 
 def test_the_device_waits_while_a_run_is_launched(monkeypatch):
-    """L2 flushed, then the device kept busy, and only then the clock: nothing but the run is between the events."""
+    """L2 full of what need not be written back, then the device kept busy, and only then the clock: nothing but the run is between the events."""
     done = []
 
     class Event:
@@ -218,7 +218,7 @@ def test_the_device_waits_while_a_run_is_launched(monkeypatch):
             return 2.0
 
     class Flush:
-        def zero_(self):
+        def amax(self):
             done.append("flush")
 
     monkeypatch.setattr(torch.cuda, "Event", Event)

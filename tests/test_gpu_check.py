@@ -261,6 +261,9 @@ def test_a_build_without_cuda_c_takes_the_place_of_one_that_fails(tmp_path, monk
     (command,) = check.build()
     assert command.environment == {"FISHERFAST_NATIVE": "cuda", "TORCH_CUDA_ARCH_LIST": "9.0a"}
     assert command.instead.environment == {"FISHERFAST_NATIVE": "cpu"} and command.instead.argv == command.argv
+    inside = command.instead.instead  # for a pip that installs nothing
+    assert inside.environment == command.environment and inside.argv[1].endswith("in_place.py")
+    monkeypatch.setattr(check, "BUILT", tmp_path / "build" / "built")
     code = "import os; native = os.environ['FISHERFAST_NATIVE']; print('nvcc:', native); raise SystemExit(native == os.environ['FAILING'])"
 
     def built(failing):
@@ -275,7 +278,40 @@ def test_a_build_without_cuda_c_takes_the_place_of_one_that_fails(tmp_path, monk
     ((name, tail),) = check.Progress(tmp_path / "progress").failed.items()
     assert name.startswith("FISHERFAST_NATIVE=cuda ") and tail == ["nvcc: cuda"]
     assert {"nvcc: cuda", "nvcc: cpu"} <= set((tmp_path / "log").read_text().splitlines())
+    check.BUILT.unlink()
     assert built("none") and not check.Progress(tmp_path / "progress").failed
+
+
+def test_a_build_is_not_repeated_on_the_machine_that_has_it(tmp_path, monkeypatch):
+    """On another one the sources may be the same, and what was built of them is not there."""
+    monkeypatch.setattr(check, "BUILT", tmp_path / "build" / "built")
+    ran = tmp_path / "ran"
+    command = check.Command([sys.executable, "-c", f"open({str(ran)!r}, 'a').write('built ')"], building=True)
+    monkeypatch.setitem(check.STAGES, "build", lambda: [command])
+
+    def run():
+        with (tmp_path / "log").open("w") as log:
+            return check.stage("build", 60, check.Progress(tmp_path / "progress"), log) and ran.read_text()
+
+    assert (run(), run()) == ("built ", "built ")
+    check.BUILT.unlink()
+    assert run() == "built built "
+    monkeypatch.setattr(check.cost, "sources_sha256", lambda folder: "other")
+    assert run() == "built built built "
+
+
+def test_packages_inside_the_checkout_are_found(tmp_path, monkeypatch):
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    monkeypatch.setattr(check.in_place, "KERNELS", tmp_path / "kernels")
+    command = check.Command([sys.executable, "-c", "import os; print(os.environ.get('PYTHONPATH'))"])
+
+    def path():
+        with (tmp_path / "log").open("w") as log:
+            return check.run(command, 60, log).tail
+
+    assert path() == ["None"]
+    check.in_place.KERNELS.symlink_to(tmp_path)
+    assert path() == [str(check.ROOT)]
 
 
 def test_a_stage_without_time_left_fails_and_says_so(tmp_path, monkeypatch):

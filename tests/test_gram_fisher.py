@@ -162,6 +162,15 @@ def test_a_file_gives_the_same_object(name, tmp_path):
     assert again.logdet(0.1) == G.logdet(0.1) and dict(again.coverage) == dict(G.coverage)
 
 
+@pytest.mark.parametrize("name", [name for name in networks.COVERED if name.startswith("tied")])
+def test_weights_and_draws_of_a_tied_table_have_all_their_digits(name):
+    """The trace of the diagonal, whose op adds the products of the uses, is that of the sample gradients themselves."""
+    model, x, _ = networks.doubles(name)
+    weight = torch.rand(len(x), dtype=torch.float64) + 0.1
+    G, D = (measure(model, [(x, None, weight)], structure, "mc", draws=3) for structure in ("gram", "diagonal"))
+    assert D.trace() == pytest.approx(G.trace(), rel=1e-12)
+
+
 def test_pooling_is_measuring_together(tmp_path):
     model, (x, y) = mlp(), double_vectors()
     A, B, whole = (

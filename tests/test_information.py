@@ -266,6 +266,15 @@ def test_rejects_a_price_so_low_that_its_ratio_to_the_prior_is_no_number():
         vectors(prior_scale=1e140, beta=1e-100)
 
 
+def test_an_eigenvalue_too_large_for_the_prior_is_named():
+    """lambda^2 f / beta overflows, though lambda^2 / beta does not: nan would be no measure."""
+    F = DiagonalFisher({"w": torch.tensor([1e20, 1.0, 0.0], dtype=torch.float64)}, 3)
+    with pytest.raises(ValueError, match=r"prior_scale\^2 f / beta must be finite for every eigenvalue f, got others in \['w'\]"):
+        information_in_weights(F, {"w": torch.zeros(3)}, prior_scale=1e140, beta=1e-9)
+    with pytest.raises(ValueError, match=r"prior_scale\^2 / beta must be finite, got beta = 5e-324"):
+        information_in_weights(F, {"w": torch.zeros(3)}, prior_scale=1e-10, beta=5e-324, variant="paper")
+
+
 def test_tensors_without_axes_are_numbers():
     one = {"prior_scale": 0.1, "beta": 1e-3, "loss": 0.2}
     expected = vectors(**one)

@@ -468,6 +468,13 @@ def test_fitted_prior_without_distance():
         ff.activation_noise(net, x, measured(net, x), beta=0.1, prior_scale="fit")
 
 
+def test_fitted_prior_without_curvature():
+    net, x = mlp()
+    F = ff.DiagonalFisher({name: torch.full_like(p, float(name[0] == "0")) for name, p in net.named_parameters()}, 7)
+    with pytest.raises(ValueError, match=r"a fitted prior_scale must be > 0 and finite, got others for \['2.weight', '2.bias'\]"):
+        ff.activation_noise(net, x, F, beta=0.1, prior_scale="fit")
+
+
 def test_refuses_train_mode_layers_and_sizes(monkeypatch):
     net, x = mlp()
     F = measured(net, x)

@@ -314,6 +314,25 @@ def test_a_batch_that_is_not_finite_adds_nothing():
     assert all(torch.equal(before[n], after[n]) for n in before)
 
 
+class Apart(nn.Module):
+    """A bias in another module than the weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 2, bias=False), nn.ParameterDict({"bias": nn.Parameter(torch.randn(2))})
+
+    def forward(self, x):
+        """Logits [N, 2]."""
+        return F.linear(x, self.a.weight, self.b["bias"])
+
+
+def test_a_bias_of_another_module_counts_to_the_layer_of_its_weight():
+    K = measure(Apart(), [(torch.randn(7, 3), None)], "kfac", "mc")
+    (layer,) = K.by_layer().values()
+    assert (layer.name, layer.parameters, layer.num_parameters) == ("a", ("a.weight", "b.bias"), 8)
+    assert layer.trace == pytest.approx(K.trace())
+
+
 def test_a_singular_system_says_so():
     K = measure(mlp(), [double_vectors(2)], "kfac")
     with pytest.warns(ff.FisherWarning, match="eigenvalues of F"):

@@ -91,6 +91,23 @@ def test_padding_that_experts_see_counts_in_no_batch_size():
     assert close(found[0], factor(rows), EXACT) and close(found[1], factor(rows), EXACT)
 
 
+def test_a_weight_used_twice_has_the_mask_of_each_use():
+    model = networks.Wrapped(
+        lambda m, x: m.head(m.square(m.square(x).tanh()).tanh()), square=nn.Linear(I, I), head=nn.Linear(I, C)
+    ).double()
+    lengths = (5, 2, 4)
+    x, y = torch.randn(3, 5, I).double(), torch.randint(C, (3, 5))
+    mask = torch.stack([torch.arange(5) < n for n in lengths]).long()
+    padded = {"x": x, "attention_mask": mask, "labels": y.masked_fill(mask == 0, -100)}
+    alone = [
+        {"x": x[n : n + 1, :k], "attention_mask": mask[n : n + 1, :k], "labels": y[n : n + 1, :k]} for n, k in enumerate(lengths)
+    ]
+    found, expected = (
+        measure(BesideMask(model), batches, "kfac").factors(dtype=torch.float64)["inner.square"] for batches in ([padded], alone)
+    )
+    assert all(close(one, other, EXACT) for one, other in zip(found, expected, strict=True))
+
+
 @pytest.mark.parametrize("structure", networks.STRUCTURES)
 def test_inputs_chosen_by_data_where_one_of_two_weights_has_no_gradient(structure):
     class Branches(nn.Module):

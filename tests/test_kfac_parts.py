@@ -472,3 +472,31 @@ def test_a_bias_that_all_outputs_share_has_a_block_of_its_own(structure):
     assert len(K.eigenvalues()) == K.num_parameters == 16
     assert close(K.diagonal(**DOUBLE)["b"], G.diagonal(**DOUBLE)["b"], 1e-12)
     assert K.solve(torch.ones(16).double(), damping=0.1).shape == (16,)
+
+
+class Chosen(nn.Module):
+    """Experts, each of which sees the rows that the data choose for it; the last of them sees none."""
+
+    def __init__(self):
+        super().__init__()
+        self.experts, self.head = nn.ModuleList(nn.Linear(E, E) for _ in range(3)), nn.Linear(E, C)
+
+    def forward(self, x):
+        """[N, C]."""
+        out, chosen = torch.zeros_like(x), (x[:, 0] > 0).long()
+        for number, expert in enumerate(self.experts):
+            mine = (chosen == number).nonzero()[:, 0]
+            out = out.index_add(0, mine, expert(x[mine]).tanh())
+        return self.head(out)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_an_expert_that_no_sample_chose_is_zero(dtype):
+    """In EKFAC, too, which has no row to make its basis of."""
+    model, x = Chosen().to(dtype), torch.randn(N, E, dtype=dtype)
+    diagonal, ekfac = (measure(model, [(x, None)], structure, "exact") for structure in ("diagonal", "ekfac"))
+    assert ekfac.by_layer()["experts.2"].trace == 0 and ekfac.trace() == pytest.approx(diagonal.trace(), rel=1e-5)
+    damping, P = 0.1, sum(p.numel() for p in model.experts[2].parameters())
+    others = float((ekfac.eigenvalues().double() + damping).log().sum())
+    assert ekfac.logdet(damping) == pytest.approx(others, rel=1e-6)
+    assert int((ekfac.eigenvalues() == 0).sum()) >= P

@@ -72,6 +72,14 @@ def test_samples_that_are_not_looked_at_stay_unknown():
     assert torch.equal(numbers(owner, 9, few=4), owner.where(owner < 4, UNKNOWN))
 
 
+def test_rows_of_samples_that_no_tag_looks_at_are_nobodys():
+    tags, rows, owner = Tags(9, 4), torch.rand(9, 3).add(0.5), torch.arange(9)
+    sightings = Sightings(tags)
+    for factor in tags.factors(CPU):
+        sightings.see(rows * factor.view(-1, 1).float(), 1)
+    assert torch.equal(sightings.numbers(rows, 1), owner.where(owner < 4, UNKNOWN))
+
+
 @settings(deadline=None)
 @given(N=st.integers(2, 9), T=st.integers(1, 9), kind=st.sampled_from(["NT", "TN", "N*T", "T*N"]), few=st.booleans())
 def test_every_layout_is_found_and_brings_samples_first(N, T, kind, few):
@@ -92,6 +100,13 @@ def test_images_keep_their_axes():
     assert torch.equal(
         Layout(0, Kind.SAMPLE_MINOR).samples_first(images, 3, features=3), images.view(2, 3, 2, 3, 4).transpose(0, 1)
     )
+
+
+def test_packed_rows_are_those_between_the_offsets():
+    offsets, owner = torch.tensor([0, 5, 6, 8]), torch.tensor([0] * 5 + [1] + [2] * 2)
+    layout = Layout(0, Kind.PACKED)
+    assert torch.equal(layout.sample_of_row((8,), 3, CPU, offsets), owner)
+    assert Finding.of(owner, 3, offsets).layout == layout
 
 
 def test_dead_rows_do_not_hide_the_layout():

@@ -2,6 +2,7 @@
 """Closed-form scores are autograd's, columns multiply out to the output Hessian, labels follow the model and their keys only,
 padding and batches change nothing, weights count samples."""
 
+import math
 import re
 import warnings
 from pathlib import Path
@@ -117,6 +118,14 @@ def test_columns_survive_saturated_probabilities():
     z = torch.tensor([[0.0, 800.0, 0.0, -800.0]], dtype=torch.float64)
     p = predictions(ff.Categorical(), z)
     assert all(torch.isfinite(c).all() for c in ff.Categorical().columns(p))
+
+
+def test_a_drawn_label_of_a_saturated_output_has_its_small_score():
+    score = ff.Bernoulli().sampled(
+        predictions(ff.Bernoulli(), torch.tensor([[60.0, -60.0]], dtype=torch.float64)), seed=0, draw=0
+    )
+    expected = torch.tensor([[-1.0, 1.0]], dtype=torch.float64) * math.exp(-60)
+    torch.testing.assert_close(score, expected, rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -133,6 +133,8 @@ def test_what_cannot_be_is_refused():
     model, (x, y) = mlp(), double_vectors()
     with pytest.raises(ValueError, match="data must be readable several times, got"):
         ff.FisherOperator(model, iter([(x, y)]))
+    with pytest.raises(ValueError, match=r"FisherOperator: sample_offset must be an integer, got 1\.5"):
+        ff.FisherOperator(model, [(x, y)], sample_offset=1.5)
     with pytest.raises(ValueError, match="needs the labels of the data"):
         ff.FisherOperator(model, [(x, None)], "empirical") @ torch.zeros(90).double()
     with pytest.raises(ValueError, match="at most max_passes = 2"):
@@ -149,3 +151,16 @@ def test_what_cannot_be_is_refused():
         density.logdet(0.0)
     with pytest.raises(ValueError, match="probes and steps must be >= 1"):
         ff.spectral_density(ff.FisherOperator(model, [(x, y)]), probes=0)
+
+
+def test_gradients_divided_by_frequency_are_no_gradients_of_the_likelihood():
+    """``scale_grad_by_freq`` serves optimizers: the operator's products are those of the Fisher without it, as the diagonal's are."""
+    model = torch.nn.Sequential(
+        torch.nn.Embedding(5, 3, scale_grad_by_freq=True), torch.nn.Flatten(), torch.nn.Linear(12, 2)
+    ).double()
+    data = [(torch.randint(0, 3, (6, 4)), None)]
+    O, F = ff.FisherOperator(model, data, "exact"), ff.fisher(model, data, "gram", "exact", progress=False)
+    v = torch.randn(F.num_parameters).double()
+    torch.testing.assert_close(O @ v, F @ v, rtol=1e-9, atol=1e-12)
+    model[0].scale_grad_by_freq = False
+    torch.testing.assert_close(O @ v, ff.FisherOperator(model, data, "exact") @ v, rtol=1e-12, atol=1e-14)

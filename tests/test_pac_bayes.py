@@ -59,6 +59,12 @@ def test_the_default_grid_depends_on_the_data_in_no_way():
     assert first.num_betas == second.num_betas
 
 
+@pytest.mark.parametrize("N", [1, 10, 500, 50_000, 10**7])
+def test_the_default_grid_reaches_the_largest_beta_that_can_be_best(N):
+    worst = pac_bayes_bound(1.0, 0.0, N)
+    assert 2 ** ((worst.num_betas - 1) / 2) >= worst.hindsight_beta
+
+
 @pytest.mark.parametrize("q", [0.0, 1e-9, 1e-3, 0.2, 0.5, 0.999])
 @pytest.mark.parametrize("nats", [0.0, 3.0, 1e4])
 def test_kl_solves_its_equation(q, nats):
@@ -77,6 +83,11 @@ def test_kl_of_no_loss_is_closed_form():
     assert pac_bayes_bound(1.0, 7.0, 300, method="kl").value == 1
 
 
+def test_the_largest_loss_is_a_vacuous_bound():
+    bound = pac_bayes_bound(3.0, 7.0, 300, method="kl", max_loss=3.0)
+    assert bound.value == 3.0 and bound.vacuous
+
+
 def test_kl_is_below_what_pinsker_gives():
     for loss in (0.01, 0.1, 0.4):
         c = (50 + math.log(2 * math.sqrt(1000) / 0.05)) / 1000
@@ -90,6 +101,11 @@ def test_a_scaled_loss_scales_the_bound(method):
     assert four.beta == one.beta
     if method == "mcallester":
         assert four.lagrangian_beta == 4 * one.beta / 1000
+
+
+def test_hindsight_is_of_the_scaled_loss():
+    one, four = (pac_bayes_bound(0.1 * m, 20.0, 1000, max_loss=m) for m in (1.0, 4.0))
+    assert four.hindsight_beta == pytest.approx(one.hindsight_beta, rel=1e-14)
 
 
 def thresholds(draws, N, flip=0.2, points=20):
@@ -194,6 +210,7 @@ def test_refuses_beta(bad):
         ({"delta": 1}, r"delta must be in \(0, 1\), got 1"),
         ({"draws": 0}, "draws must be an integer >= 1, got 0"),
         ({"draws": 5, "sample_delta": 2.0}, r"sample_delta must be in \(0, 1\), got 2.0"),
+        ({"draws": 5, "delta": 0.5, "sample_delta": 0.5}, r"delta \+ sample_delta must be < 1, got 0.5 \+ 0.5"),
         ({"num_samples": 0}, "num_samples must be an integer >= 1, got 0"),
         ({"nats": -1.0}, "nats must be a finite number >= 0, got -1.0"),
         ({"nats": math.inf}, "nats must be a finite number >= 0, got inf"),

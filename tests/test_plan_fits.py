@@ -128,6 +128,20 @@ def test_plan_rejects_as_the_call_does():
         ff.plan(nn.Sequential(nn.Dropout(), model), batch)
 
 
+def test_what_needs_fewer_passes_is_there_in_the_last():
+    two = memory.Held(("a",), "", 1, (10, 100), scratch=(9, 1))
+    one = memory.Held(("b",), "", 1, (50,), scratch=(7,))
+    assert memory.peak([two, one]) == memory.peak([one, two]) == 100 + 50 + 7  # scratch is of one block at a time
+
+
+def test_what_fits_exactly_fits():
+    held, cpu = [memory.Held(("w",), "", 40, (40,))], torch.device("cpu")
+    assert memory.refusal(held, 10, 50, cpu) is None
+    for free_bytes in (49, 40):
+        assert memory.refusal(held, 10, free_bytes, cpu).endswith("take smaller batches")
+    assert memory.refusal(held, 0, 39, cpu).endswith("measure its diagonal in a run of its own")
+
+
 # ---- free memory
 
 

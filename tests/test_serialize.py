@@ -191,6 +191,17 @@ def test_damaged_byte_never_changes_a_number(tmp_path):
     assert refused >= len(content) - 16
 
 
+@pytest.mark.parametrize(("said", "instead"), [(b'"F64"', b'"I64"'), (b"[5,3]", b"[3,5]")], ids=["dtype", "shape"])
+def test_rejects_damage_that_leaves_the_bytes_of_the_tensors(tmp_path, said, instead):
+    path = tmp_path / "run.safetensors"
+    DiagonalFisher({"w": torch.rand(5, 3)}, num_samples=7).save(path)
+    content = path.read_bytes()
+    assert content.count(said) == 1
+    path.write_bytes(content.replace(said, instead))
+    with pytest.raises(FisherFileError, match="checksum does not match"):
+        load(path)
+
+
 def test_rejects_devices_that_are_not_here(tmp_path):
     example().save(tmp_path / "f.safetensors")
     for device in ("cuda:99", "gpu"):

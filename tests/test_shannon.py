@@ -61,6 +61,13 @@ def test_limits_of_tables():
     assert ff.shannon_information(torch.eye(2), weights=[3, 1]).ceiling == pytest.approx(0.5623351446188083, rel=1e-14)
 
 
+def test_rounding_of_the_rows_sums_changes_nothing():
+    q = table(3, 5, seed=0)[0]
+    off = q * torch.tensor([[1 + 9e-7], [1 - 9e-7], [1.0]], dtype=torch.float64)
+    found, expected = (ff.shannon_information(rows).information.value for rows in (off, q))
+    assert found == pytest.approx(expected, rel=1e-12)
+
+
 def channel(scale, variance, points=161):
     """Data sets D ~ N(0, scale^2) on a grid, one run each, w | D ~ N(D, variance)."""
     D = torch.linspace(-6 * scale, 6 * scale, points, dtype=torch.float64)
@@ -123,6 +130,11 @@ def test_runs_that_say_nothing_and_everything():
     assert nothing.information.value == pytest.approx(0, abs=1e-12)
     everything = ff.shannon_information([[(1000.0 * i, 1.0)] for i in range(3)])
     assert everything.information.value == pytest.approx(everything.ceiling) == pytest.approx(math.log(3))
+
+
+def test_the_ceiling_of_runs_is_the_entropy_of_their_weights():
+    got = ff.shannon_information([[(0.0, 1.0)], [(1.0, 1.0)]], weights=[1, 3])
+    assert got.ceiling == pytest.approx(-(0.25 * math.log(0.25) + 0.75 * math.log(0.75)), rel=1e-14)
 
 
 def test_chunks_and_seeds(monkeypatch):

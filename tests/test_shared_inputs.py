@@ -233,3 +233,20 @@ def test_data_sets_of_which_one_shares_inputs_pool(first):
     whole = ff.fisher(model, parts[0] + parts[1], "kfac", "empirical", progress=False)
     assert (one + other).trace() == pytest.approx(whole.trace(), rel=1e-12)
     assert (one + other).logdet(0.1) == pytest.approx(whole.logdet(0.1), rel=1e-9)
+
+
+def test_a_batch_that_fails_half_way_lends_its_inputs_to_no_other():
+    model, (x, y) = Branches().double(), data()
+    model.head.requires_grad_(False)  # the op of queries, keys or values fails, when the others' inputs have not come
+    with ff.collect(model, ff.KFAC(), fisher_type="empirical") as stats:
+        for k, fails in enumerate((False, True, False)):
+            part = slice(2 * k, 2 * k + 2)
+            losses = F.cross_entropy(model(x[part]).flatten(0, 1), y[part].flatten(), reduction="none").view(-1, T).sum(1)
+            if fails:
+                with pytest.raises(ff.BackendError), ff.backend("cuda"):
+                    stats.backward(losses)
+            else:
+                stats.backward(losses)
+    K, expected = stats.result(), measure(model, [(x[:2], y[:2]), (x[4:], y[4:])], "kfac")
+    v = torch.randn(K.num_parameters).double()
+    assert sum(block.place.input_of is not None for block in K.blocks) == 2 and close(K @ v, expected @ v, EXACT)

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from networks import Wrapped
 from torch import nn
 
 import fisherfast as ff
@@ -41,6 +42,24 @@ def test_eigenvalues_that_differ_from_zero_are_as_many_as_the_factors_ranks_allo
     N, C = 32, 6
     F = measured(structure, dtype, (D, C), N=N, size=16)
     assert int((F.eigenvalues() > 0).sum()) == min(N, D + 1) * (C - 1)
+
+
+def test_the_zeros_of_every_group_are_counted():
+    model = nn.Sequential(nn.Conv1d(4, 6, 2, groups=2), nn.Flatten()).double()
+    F = ff.fisher(model, [(torch.randn(3, 4, 2).double(), None)], "kfac", "exact", "gaussian", progress=False)
+    zeros = int((F.eigenvalues() == 0).sum())
+    assert zeros == 2 * (5 - 3) * 3
+    with pytest.warns(ff.FisherWarning, match=f"{zeros} of {F.num_parameters} eigenvalues"):
+        assert F.logdet() == -math.inf
+
+
+def test_the_zeros_of_diagonals_are_counted():
+    """The block has a damping of its own, so that the one zero is of the vector, of which an entry is not used."""
+    model = Wrapped(lambda m, x: m.a(x) + m.c[:2], a=nn.Linear(4, 2), c=nn.Parameter(torch.randn(3))).double()
+    (F,) = ff.fisher(model, [(torch.randn(7, 4).double(), None)], (ff.KFAC(max_exact_dim=0),), "exact", progress=False)
+    assert list(F.diagonals) == ["c"]
+    with pytest.warns(ff.FisherWarning, match="1 of 13 eigenvalues of F . damping I are zero: -inf"):
+        assert F.logdet({"a": 0.1, "c": 0.0}) == -math.inf
 
 
 @DTYPES
@@ -141,6 +160,15 @@ def test_damping_in_the_factors_is_no_rounding():
     damped, (A, B) = K.factored(1e-8), K.inverse(1e-8, dtype=torch.float64)["0" if "0" in K.factors() else ""]
     O, D = len(B), len(A)
     assert damped.logdet() == pytest.approx(-float(D * B.slogdet()[1] + O * A.slogdet()[1]), rel=1e-6)
+
+
+def test_a_shift_below_the_rounding_of_float32_is_no_rounding():
+    model, x, s = nn.Linear(2, 1, bias=False), torch.randn(50, 1).expand(50, 2), 1e-8
+    K = ff.fisher(model, [(x, None)], "kfac", "exact", "gaussian", progress=False)
+    m = float(x[:, 0].double().square().mean())
+    pi = m**0.5  # the factors' traces over their sizes are m and 1
+    expected = math.log(2 * m + pi * s) + math.log(pi * s) + 2 * math.log(1 + s / pi)
+    assert K.factored(s**2).logdet() == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_file_has_the_precision(tmp_path):

@@ -394,15 +394,19 @@ def test_parts_pool_to_the_whole():
     assert all(close(v, whole[1].by_layer()[k], EXACT) for k, v in by_layer.by_layer().items())
     assert oracle.error(moments.variance(dtype=torch.float64), whole[3].variance(dtype=torch.float64)) < EXACT
     assert moments.noise_scale() == pytest.approx(whole[3].noise_scale(), rel=1e-9)
-    bare = ff.DiagonalFisher.from_accumulators(
-        a[0].accumulators(), num_samples=2, provenance=a[0].provenance, aliases=a[0].aliases
-    )
-    with pytest.raises(ValueError, match="was not recorded"):
-        (bare + b[0]).stderr("trace")
     other = measure(model, [(x, y)], (ff.PerSampleNorm(), ff.GradientMoments()))
     for mine, theirs in zip((norms, moments), other, strict=True):
         with pytest.raises(ValueError, match="same fisher_type"):
             mine + theirs
+
+
+def test_a_sum_with_a_fisher_that_recorded_no_spread_has_none():
+    model, x, y = networks.doubles("mlp-inplace-relu", 6)
+    a, b = (measure(model, [(x[s], y[s])], fisher_type="empirical") for s in (slice(0, 2), slice(2, 6)))
+    bare = ff.DiagonalFisher.from_accumulators(a.accumulators(), num_samples=2, provenance=a.provenance, aliases=a.aliases)
+    for pooled in (bare + b, b + bare):
+        with pytest.raises(ValueError, match="was not recorded"):
+            pooled.stderr("trace")
 
 
 def test_files_give_everything_back(tmp_path):

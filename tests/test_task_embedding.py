@@ -60,6 +60,12 @@ def test_a_filter_is_what_an_output_depends_on(name):
     torch.testing.assert_close(got.vector(), torch.stack(expected), rtol=1e-12, atol=0)
 
 
+def test_filters_of_a_bag():
+    values = torch.rand(7, 3).double()
+    got = ff.task_embedding(DiagonalFisher({"weight": values}, num_samples=3), nn.EmbeddingBag(7, 3))
+    torch.testing.assert_close(got.filters["weight"], values.mean(0), rtol=1e-12, atol=0)
+
+
 def network(seed=0):
     torch.manual_seed(seed)
     return nn.Sequential(

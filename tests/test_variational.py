@@ -358,3 +358,23 @@ def test_a_batch_of_no_weight_teaches_nothing():
     options = {"beta": 0.1, "prior_scale": 1.0, "epochs": 3}
     q = ff.variational_posterior(model, [(x, y), (x, y, torch.zeros(20))], **options)
     assert all(bool(v.isfinite().all()) for v in q.std.values())
+
+
+class Tied(nn.Module):
+    """An autoencoder whose decoder is its encoder's weight, by a function of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder = nn.Linear(3, 2, bias=False)
+
+    def forward(self, x):
+        """[N, 3]."""
+        return nn.functional.linear(self.encoder(x).tanh(), self.encoder.weight.T)
+
+
+def test_a_weight_that_a_function_uses_too_has_one_noise():
+    """Local noise would be the layer's alone, and a second use would see none."""
+    model, x = Tied().double(), torch.randn(16, 3).double()
+    options = {"beta": 0.01, "prior_scale": 1.0, "likelihood": "gaussian", "epochs": 3, "seed": 1}
+    one, other = (ff.variational_posterior(model, [(x, x)], noise=noise, **options) for noise in ("local", "weight"))
+    assert torch.equal(one.std["encoder.weight"], other.std["encoder.weight"])

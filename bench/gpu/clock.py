@@ -35,10 +35,9 @@ SIZES = {"cuda": Sizes(4 * 2**30, 8192, 4096), "cpu": Sizes(2**20, 64, 2)}
 def _events(run: Callable[[], object], rounds: int, flush: torch.Tensor) -> list[float]:
     pairs = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(rounds)]
     for start, end in pairs:
-        flush.zero_()  # several times the L2, outside the timed region
-        torch.cuda._sleep(
-            AHEAD_CYCLES
-        )  # or the events would be of the host: an op takes it longer to launch than many take to run
+        flush.amax()  # several times the L2, outside the timed region; read, since what is written would be written back inside it
+        # Or the events would be of the host: an op takes it longer to launch than many take to run.
+        torch.cuda._sleep(AHEAD_CYCLES)
         start.record()
         run()
         end.record()
@@ -60,7 +59,7 @@ def seconds(run: Callable[[], object], device: str) -> list[float]:
     if device == "cpu":
         return quantiles(_host(run, 3), n=4)
     l2 = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
-    flush = torch.empty(4 * l2, dtype=torch.int8, device="cuda")
+    flush = torch.zeros(l2, dtype=torch.int32, device="cuda")  # four times its bytes
     probe = median(_events(run, 3, flush))
     return quantiles(_events(run, max(5, min(ROUNDS, int(SECONDS / probe))), flush), n=4)
 

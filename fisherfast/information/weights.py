@@ -89,7 +89,7 @@ def informations(
     excluded = _check_names(F, model, weights)
     _check_center(F, weights, centers)
     for beta in betas:
-        if max(given.values(), default=0.0) ** 2 / beta > sys.float_info.max / 4:
+        if beta / 2 == 0 or max(given.values(), default=0.0) ** 2 / beta > sys.float_info.max / 4:
             raise ValueError(f"{_CALLER}: prior_scale^2 / beta must be finite, got beta = {beta} with {max(given.values())}")
     scales = [dict(given) for _ in betas]
     measured: list[dict[str, LayerInformation]] = [{} for _ in betas]
@@ -99,6 +99,12 @@ def informations(
             if isinstance(prior_scale, str):
                 mine |= dict.fromkeys(summaries[layer].parameters, _fitted(blocks, temperature))
             layers[layer] = _measure(summaries[layer], blocks, mine, temperature, variant)
+            if not math.isfinite(layers[layer].kl):
+                largest = max(mine[name] for name in summaries[layer].parameters)
+                raise ValueError(
+                    f"{_CALLER}: prior_scale^2 f / beta must be finite for every eigenvalue f, got others in {[*summaries[layer].parameters]} with beta = {beta} "
+                    f"and prior_scale = {largest}"
+                )
     return [
         Information(
             layers=_with_shares(layers, summaries),
