@@ -16,9 +16,12 @@ from ._common import long, power_of_two, wide
 
 def config(R: int, C: int, dtype: torch.dtype) -> dict[str, int]:
     """Rows and columns of a tile and its warps, for [R, C] logits; a pure function."""
-    BLOCK_C = power_of_two(C, 16, 512 if dtype == torch.float64 else 4096)
+    # Many warps walk a long row of 16 bits, so that few rows are under way and the L2 still has them for the second walk.
+    long_row = dtype.itemsize == 2 and C >= 2**14
+    BLOCK_C = power_of_two(C, 16, 512 if dtype == torch.float64 else 8192 if long_row else 4096)
     BLOCK_R = power_of_two(R, 1, max(1, 256 // BLOCK_C))
-    return {"BLOCK_R": BLOCK_R, "BLOCK_C": BLOCK_C, "num_warps": max(1, min(8, BLOCK_R * BLOCK_C // 128))}
+    of_a_thread = 4 if BLOCK_C < 1024 else 16
+    return {"BLOCK_R": BLOCK_R, "BLOCK_C": BLOCK_C, "num_warps": max(1, BLOCK_R * BLOCK_C // (32 * of_a_thread))}
 
 
 @triton.jit

@@ -15,10 +15,14 @@ from ._common import PROGRAMS, check_offsets, fold_, long, power_of_two, raise_f
 
 def config(N: int, T: int, D: int, dtype: torch.dtype) -> tuple[dict[str, int], int]:
     """Tile sizes for N samples of T rows of D columns, and in how many shares to split the samples; a pure function."""
-    BLOCK_D = power_of_two(D, 16, 64 if dtype == torch.float64 else 128)
-    BLOCK_T = power_of_two(T, 1, 32)
-    BLOCK_N = power_of_two(N, 1, 32 // BLOCK_T)
+    largest = power_of_two(D, 16, 64 if dtype == torch.float64 else 128)
+    rows = 32 if dtype.itemsize == 2 else 16  # of which several steps are on their way at a time
+    BLOCK_T = power_of_two(T, 1, rows)
+    BLOCK_N = power_of_two(N, 1, rows // BLOCK_T)
     steps = triton.cdiv(N, BLOCK_N)
+    # Narrow tiles where there are few samples to share: lines of 128 bytes are still whole.
+    narrow = next((size for size in (128, 64) if triton.cdiv(D, size) * steps >= PROGRAMS // 2), 64)
+    BLOCK_D = min(largest, narrow)
     wanted = triton.cdiv(PROGRAMS, triton.cdiv(D, BLOCK_D))
     # At most 32 steps a share: bounds the rounding of a long float32 sum.
     shares = min(steps, max(wanted, triton.cdiv(steps, 32)))
@@ -32,7 +36,7 @@ def _sample_gradients(x, g, offsets, n, N, T, d, D, x_strides, g_strides, BLOCK_
     rows = tl.where(n < N, rows, 0)
     products = tl.zeros([n.shape[0], BLOCK_T, d.shape[0]], tl.float64 if g.dtype.element_ty == tl.float64 else tl.float32)
     check = products
-    for start in range(0, tl.max(rows, 0), BLOCK_T):
+    for start in tl.range(0, tl.max(rows, 0), BLOCK_T, num_stages=4):
         t = long(start) + tl.arange(0, BLOCK_T)
         inside = (t[None, :] < rows[:, None])[:, :, None] & (d < D)[None, None, :]
         row = first[:, None] + t[None, :]
@@ -62,28 +66,30 @@ def _scale_sq_kernel(
     x_strides,
     g_strides,
     share,
+    columns,
     BLOCK_N: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     """``squares_out[s, d] = sum_n w_n c^2``, ``sums_out[s, d] = sum_n w_n c``, ``norms_out[block of d, n] = sum_d c^2``.
 
-    Tile:  columns of block 0 of the grid, samples ``s * share ... (s + 1) * share`` of block 1; c = sum_t g x.
+    Tile:  program ``s * columns + b`` has block b of the columns and samples ``s * share ... (s + 1) * share``; c = sum_t g x.
     FLOPs: 2 N T D. Bytes: g and x once, which also finds values that are not finite; workspaces 4 S D and 4 N D / BLOCK_D.
     """
     if flag is not None:
         if tl.load(flag) != 0:
             return
     N, T, D = shape
-    d = long(tl.program_id(0)) * BLOCK_D + tl.arange(0, BLOCK_D)
-    begin = tl.program_id(1) * share
+    block, part = tl.program_id(0) % columns, tl.program_id(0) // columns
+    d = long(block) * BLOCK_D + tl.arange(0, BLOCK_D)
+    begin = part * share
     squares = tl.zeros([BLOCK_N, BLOCK_D], squares_out.dtype.element_ty)
     sums = squares
     for step in range(begin, tl.minimum(begin + share, N), BLOCK_N):
         n = long(step) + tl.arange(0, BLOCK_N)
         c, check = _sample_gradients(x, g, offsets, n, N, T, d, D, x_strides, g_strides, BLOCK_T)
         if norms_out is not None:
-            tl.store(norms_out + long(tl.program_id(0)) * N + n, tl.sum(c * c, 1), mask=n < N)
+            tl.store(norms_out + long(block) * N + n, tl.sum(c * c, 1), mask=n < N)
         weighted = c
         if weight is not None:
             w = tl.load(weight + n, mask=n < N, other=0.0)[:, None]
@@ -95,7 +101,7 @@ def _scale_sq_kernel(
         squares += weighted * c
         if sums_out is not None:
             sums += weighted
-    at = long(tl.program_id(1)) * D + d
+    at = long(part) * D + d
     tl.store(squares_out + at, tl.sum(squares, 0), mask=d < D)
     if sums_out is not None:
         tl.store(sums_out + at, tl.sum(sums, 0), mask=d < D)
@@ -132,8 +138,8 @@ def scale_sq_(
         sums = None if total is None else workspace(shares, D)
         norms = None if sqnorm is None else workspace(columns, N)
         x_strides = (0, 0, 0) if x is None else rows_and_strides(x, offsets)
-        sizes = ((N, T, D), x_strides, rows_and_strides(g, offsets), share)
-        _scale_sq_kernel[(columns, shares)](squares, sums, norms, x, g, weight, offsets, flag, *sizes, **blocks)
+        sizes = ((N, T, D), x_strides, rows_and_strides(g, offsets), share, columns)
+        _scale_sq_kernel[(columns * shares,)](squares, sums, norms, x, g, weight, offsets, flag, *sizes, **blocks)
         fold_(acc, squares, scale, flag)
         if total is not None:
             fold_(total, sums, 1.0, flag)

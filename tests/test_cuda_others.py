@@ -191,6 +191,20 @@ def test_flag_is_raised_by_what_is_not_finite(library, dtype, bad):
     assert flag.item() == (bad is not None)
 
 
+@pytest.mark.parametrize("width", [7, 16, 300, 301])
+@pytest.mark.parametrize("where", [0, -2, -1, None])
+@every_dtype
+def test_flag_is_raised_by_rows_that_are_read_16_bytes_at_a_time(library, dtype, where, width):
+    """Rows that begin at multiples of 16 bytes, and what is left at their ends."""
+    buffer = torch.full((3, 5, 320), float("nan"), dtype=dtype)
+    x, flag = buffer[..., :width], torch.zeros(1, dtype=torch.int32)
+    x.fill_(1.0)
+    if where is not None:
+        x[2, 4, where] = float("nan")
+    call(library.raise_flag, letter(dtype), pointer(x), longs(*x.shape), longs(*x.stride()), pointer(flag))
+    assert flag.item() == (where is not None)
+
+
 @pytest.mark.parametrize(
     ("offsets", "problem"),
     [((0, 2, 2, 9), None), ((0, 3, 2, 9), "must rise"), ((1, 2, 3, 9), "start at 0"), ((0, 2, 3, 8), "end at M")],

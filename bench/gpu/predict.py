@@ -45,14 +45,16 @@ def share(op: str, mode: str, shape: dict[str, int], by: str) -> float:
     if op == "embedding_sq_":
         return 0.4  # the sort, and frequent tokens, which one program each walks alone
     if op == "categorical_score_":
-        return 0.8 if shape["C"] <= 2**14 else 0.57  # logits are read twice, from memory where a row is long
+        # Logits are read twice: where a row is long, from memory, unless the rows under way fit the L2, as those of 16 bits should.
+        return 0.8 if shape["C"] <= 2**14 or mode != "fp32" else 0.57
     if op.startswith("conv"):
         return (
             0.05 if shape.get("groups", 1) > 1 else 0.35
         )  # an address and a mask for every element; depthwise without tensor cores
     if by == "copy":
         return 0.85
-    return {"bf16": 0.6, "tf32": 0.55, "fp32 product": 0.35, "fp64": 0.6}[by]
+    # TF32 operands lie across the sum in memory: loaded 4 bytes at a time, transposed by the threads.
+    return {"bf16": 0.6, "tf32": 0.25, "fp32 product": 0.35, "fp64": 0.6}[by]
 
 
 def predictions() -> list[Prediction]:

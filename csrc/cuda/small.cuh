@@ -22,15 +22,36 @@ struct FlagParams {
   int32_t* flag;
 };
 
+// 16 bytes of a row.
+template <typename In>
+struct alignas(16) Vector {
+  static constexpr int kWidth = 16 / sizeof(In);
+  In values[kWidth];
+};
+
+// Whether every row begins at a multiple of 16 bytes, and its elements follow one another.
+template <typename In>
+FISHERFAST_HD bool in_whole_vectors(const FlagParams<In>& p) {
+  constexpr int kWidth = Vector<In>::kWidth;
+  return p.strides[2] == 1 && p.strides[0] % kWidth == 0 && p.strides[1] % kWidth == 0 &&
+         reinterpret_cast<uintptr_t>(p.data) % 16 == 0;
+}
+
 // One block per row, grid-strided. Blocks that see a bad value all store the same 1.
 template <typename In>
 __global__ void __launch_bounds__(kThreads) raise_flag_kernel(const __grid_constant__ FlagParams<In> p) {
+  constexpr int kWidth = Vector<In>::kWidth;
+  const auto is_bad = [](In value) { return !isfinite(static_cast<compute_t<In>>(value)); };
+  const int64_t vectors = in_whole_vectors(p) ? p.width / kWidth : 0;
   bool bad = false;
   for (int64_t row = blockIdx.x; row < p.sizes[0] * p.sizes[1]; row += gridDim.x) {
     const In* values = p.data + row / p.sizes[1] * p.strides[0] + row % p.sizes[1] * p.strides[1];
-    for (int64_t d = threadIdx.x; d < p.width; d += kThreads) {
-      bad |= !isfinite(static_cast<compute_t<In>>(values[d * p.strides[2]]));
+    for (int64_t v = threadIdx.x; v < vectors; v += kThreads) {
+      const Vector<In> vector = reinterpret_cast<const Vector<In>*>(values)[v];
+#pragma unroll
+      for (int e = 0; e < kWidth; ++e) bad |= is_bad(vector.values[e]);
     }
+    for (int64_t d = vectors * kWidth + threadIdx.x; d < p.width; d += kThreads) bad |= is_bad(values[d * p.strides[2]]);
   }
   if (bad) *p.flag = 1;
 }
