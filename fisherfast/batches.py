@@ -46,8 +46,7 @@ class Batch:
         if isinstance(inputs, Mapping):
             inputs = {key: _moved(value, device) for key, value in inputs.items()}
             inputs |= _read_by_the_decoder(model, inputs, targets, device)
-            decodes = any(key.startswith("decoder_") for key in inputs)  # and its positions are the output's, not the encoder's
-            mask = inputs.get("decoder_attention_mask" if decodes else "attention_mask")
+            mask = inputs.get("attention_mask")
         else:
             inputs = tuple(_moved(value, device) for value in (inputs if isinstance(inputs, (tuple, list)) else (inputs,)))
             mask = None
@@ -89,6 +88,13 @@ class Batch:
     def has_samples(self, value: Any) -> bool:
         """Whether an input's first axis holds the samples."""
         return self.offsets is None and isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == self.N
+
+    @property
+    def output_mask(self) -> Tensor | None:
+        """Which positions of the output there are: those of the decoder, where there is one."""
+        if isinstance(self.inputs, dict) and any(key.startswith("decoder_") for key in self.inputs):
+            return self.inputs.get("decoder_attention_mask")
+        return self.mask
 
     @property
     def nested(self) -> bool:
@@ -149,7 +155,7 @@ class Batch:
         What is past a sample's end has the label ``ignore_index``.
         """
         if self.offsets is None:
-            return output, self.targets, self.mask
+            return output, self.targets, self.output_mask
         lengths = self.offsets.diff()
         position = torch.arange(int(lengths.max()), device=output.device)
         mask = position < lengths.unsqueeze(1)  # [N, L]

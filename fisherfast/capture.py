@@ -37,6 +37,7 @@ from fisherfast.rules import DECOMPOSITIONS, RULES, Use, Window, part
 from fisherfast.tracked import Bare, Made, Reference, Tracked
 from fisherfast.train_mode import CHANCE, is_parameter, refuse_chance, undivided, unwrapped
 
+_GRAD = vars(torch._C.TensorBase)["grad"]
 Hooks = tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]
 Listener = Callable[[Call, Tensor | None, tuple[Tensor, ...]], None]
 
@@ -211,7 +212,7 @@ class Capture(TorchFunctionMode):
             refuse_chance(func, args, kwargs, lambda tensor: id(tensor) in self._references or is_parameter(tensor))
         args, kwargs = undivided(func, args, kwargs)
         found = self._found(args) + self._found(kwargs.values())
-        if not found or getattr(func, "__name__", "") == "__set__":
+        if not found or _without_a_graph(func):
             out = func(*args, **kwargs)
             for reference in found:
                 reference.tracked.follow()
@@ -483,6 +484,11 @@ def _fits(func: Any, args: Any, kwargs: Any) -> bool:
 def _complex(given: Any) -> bool:
     """Whether complex numbers are among them: a rule's gradients are of real ones."""
     return any(tensor.is_complex() for tensor in tensors(given))
+
+
+def _without_a_graph(func: Any) -> bool:
+    """Whether a call makes nothing to differentiate: an optimizer's step, what is set, and ``.grad`` of the parameter itself."""
+    return not torch.is_grad_enabled() or getattr(func, "__name__", "") == "__set__" or getattr(func, "__self__", None) is _GRAD
 
 
 def _name(func: Any) -> str:

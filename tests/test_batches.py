@@ -45,7 +45,8 @@ def test_positions_of_a_decoder_are_those_of_its_own_mask(kept):
     encoder[:, 5:], decoder[:, kept:] = 0, 0
     item = {"input_ids": ids, "attention_mask": encoder, "decoder_input_ids": tokens()}
     assert measure(Copies(), item, fisher_type="mc").num_positions == N * L
-    assert Batch.of({**item, "decoder_attention_mask": decoder}, CPU).mask.sum() == N * kept
+    batch = Batch.of({**item, "decoder_attention_mask": decoder}, CPU)
+    assert torch.equal(batch.output_mask, decoder) and torch.equal(batch.mask, encoder)
 
 
 def test_an_encoder_decoder_is_given_what_its_labels_make_it_read():

@@ -200,7 +200,7 @@ def test_summary_of_a_zero_fisher_has_no_share():
 
 def test_repr_says_what_was_measured():
     coverage = {"body.0.weight": "linear_sq_", "extra": "missing: no rule"}
-    F = example(provenance=Provenance("mc", "categorical", seed=0), coverage=coverage, num_positions=5000)
+    F = example(provenance=Provenance("mc", "categorical", draws=1, seed=0), coverage=coverage, num_positions=5000)
     expected = (
         "37 parameters in 4 tensors and 3 layers, 1,000 samples, 5,000 positions, "
         "fisher_type='mc', likelihood='categorical', draws=1, seed=0, 1 tensors missing"

@@ -238,7 +238,7 @@ def test_integer_weights_are_repeated_samples(chunks, passes):
 def test_weights_of_the_data_are_repeated_samples(name):
     model, x, y = networks.doubles(name, 6)
     times = torch.tensor([1, 3, 0, 2, 1, 2])
-    data = [(x[:4], y[:4], times[:4]), (x[4:], y[4:], times[4:])]
+    data = [(x[:4], y[:4], times[:4].float()), (x[4:], y[4:], times[4:].float())]
     repeated = (x.repeat_interleave(times, 0), y.repeat_interleave(times, 0))
     fisher, _, norms, moments = measure(model, data, WITH_MOMENTS, fisher_type="empirical")
     again, _, _, expected = measure(model, [repeated], WITH_MOMENTS, fisher_type="empirical")

@@ -254,3 +254,9 @@ def test_structures_by_name_and_by_request():
     one = ff.fisher(model, data, structure=ff.KFAC(), progress=False)
     assert isinstance(diagonal, ff.DiagonalFisher) and isinstance(kfac, ff.KFACFisher)
     assert one.trace() == kfac.trace()
+
+
+@pytest.mark.parametrize("what", [nn.Linear, nn.Linear(2, 2), "linear"], ids=["class", "module", "name"])
+def test_a_rule_is_of_a_function(what):
+    with pytest.raises(TypeError, match="rule: must be given functions, got"):
+        ff.rule(what)

@@ -14,11 +14,13 @@ from fisherfast.calls import Call, Key
 from fisherfast.collector import Samples
 from fisherfast.fisher import interrupts
 from fisherfast.fisher.asked import requests
+from fisherfast.fisher.labelling import known_type
 from fisherfast.fisher.protocol import Provenance
+from fisherfast.fisher.requests import Gradients
 from fisherfast.fisher.run import Interrupted, Run, model_name
 from fisherfast.fisher.structure import Structure
 from fisherfast.layout import Finding
-from fisherfast.likelihood import FISHER_TYPES
+from fisherfast.likelihood import Likelihood, resolve, stored_name
 from fisherfast.locator import NO_AXIS, mixing
 from fisherfast.passes import Pass, check_loss_scale
 from fisherfast.train_mode import refuse_train_mode
@@ -37,15 +39,19 @@ class collect:
     Shapes:   ``stats.backward`` takes the vector ``[N]`` of negative log-likelihoods, one per sample: for a sequence the sum
               over its positions.
     Scale:    the result is a mean over samples; the loss vector must not be averaged over anything.
-    Errors:   ValueError for a loss that is not such a vector, for parameters the loss does not depend on (unless
+    Errors:   ValueError for a loss that is not such a vector (a mean as ``[1]``, or ``[N]`` of losses over N, is one that cannot
+              be told from a vector), for parameters the loss does not depend on (unless
               ``allow_missing=True``), for dropout or batch statistics in train mode; NonFiniteError (``err.fisher`` keeps
               what came before) for NaN or infinity; MemoryError, at the first loss, if the sums and the result do not fit.
     Numerics: as the ops; sums over samples with 48 bits or more (``accumulator.RunningSum``).
     Source:   the empirical Fisher if the labels are the data's; the Fisher if you drew them from the model: say which with
-              ``fisher_type``, which is recorded and not checked.
+              ``fisher_type``. It and ``likelihood``, of which the losses are, are recorded and not checked; results pool with
+              those of ``ff.fisher`` where both are the same.
 
     Inside the block the weights are frozen where they are used: ``.grad``, ``requires_grad``, hooks and modes of the model
-    are not touched. ``loss_scale`` multiplies the gradients on their way through a float16 model and is taken out of their
+    are not touched. With ``gradients=True`` each ``stats.backward(losses)`` adds to ``.grad`` what ``losses.sum().backward()``
+    would (``reduction="mean"``: ``losses.mean()``), from the same products, once the batch is complete: a training step that
+    measures on its way. ``loss_scale`` multiplies the gradients on their way through a float16 model and is taken out of their
     squares; the loss itself is not scaled. A forward pass without a backward pass counts for nothing; several backward passes through one
     forward pass (``retain_graph=True``) are draws: they are averaged, and their samples counted once.
     ``result()`` may be asked for at any time and is made of the run's own memory; a run that goes on takes as much again.
@@ -56,18 +62,26 @@ class collect:
         model: nn.Module,
         *structures: str | Structure,
         fisher_type: str = "empirical",
+        likelihood: str | Likelihood | None = None,
+        gradients: bool = False,
+        reduction: str = "sum",
         loss_scale: float = 1.0,
         allow_missing: bool = False,
     ) -> None:
-        if fisher_type not in FISHER_TYPES:
-            raise ValueError(f"collect: fisher_type must be one of {list(FISHER_TYPES)}, got {fisher_type!r}")
+        fisher_type = known_type("collect", fisher_type)
+        name = None if likelihood is None else stored_name(resolve(likelihood), fisher_type)
         if not structures:
             raise ValueError("collect: must be given what to collect, got nothing; for example collect(model, ff.Diagonal())")
         asked = requests("collect", structures)
+        if reduction not in ("sum", "mean"):
+            raise ValueError(
+                f"collect: reduction must be 'sum' or 'mean', what .grad is filled with the gradient of, got {reduction!r}"
+            )
         check_loss_scale("collect", loss_scale)
         refuse_train_mode(model)
         self._loss_scale = loss_scale
-        self._run = Run(model, asked, Provenance(fisher_type=fisher_type, model=model_name(model)), allow_missing)
+        asked = (*asked, Gradients(reduction)) if gradients else asked
+        self._run = Run(model, asked, Provenance(fisher_type, name, draws=None, model=model_name(model)), allow_missing)
         self._explored = False  # whether the parameters' forms are known, and samples were told apart at least once
         self._postponed: set[str] = set()  # in the fallback for the batch at hand, to be followed further from the next on
 

@@ -31,8 +31,8 @@ class Engine:
     A batch of one backward pass goes into the running sums directly; if the pass stops half-way, each parameter's weight
     says what it has. A batch of several passes (columns of the exact Fisher, draws) means nothing until they are complete:
     it goes into staging tensors, one more per running sum, that are folded in, or dropped, at the end. So does, of any batch,
-    a parameter whose rows come part by part. ``transactional`` stages every batch, for checkpoints. What is per sample counts
-    only when its batch is complete.
+    a parameter whose rows come part by part. ``transactional`` stages every batch, for checkpoints, and so does a request that
+    fills ``.grad``. What is per sample counts only when its batch is complete.
     """
 
     def __init__(self, capture: Capture, structures: Sequence[Structure], transactional: bool = False) -> None:
@@ -41,9 +41,12 @@ class Engine:
         self.totals = {name: RunningSum(p) for name, p in parameters.items() if any(s.totals for s in structures)}
         self._copies = [sums for s in structures for sums, asked in ((self.squares, s.squares), (self.totals, s.totals)) if asked]
         self.squared_weights = dict.fromkeys(self.totals, 0.0)  # sum of w^2, where the sum of w is in the running sums
+        self._fills = next((s.fills for s in structures if s.fills), None)
+        self._parameters = parameters
         keeps = [s.keeps for s in structures]
         self.keeps = "layers" if "layers" in keeps else "whole" if "whole" in keeps else None
         self._transactional, self._device = transactional, capture.device
+        self._always_staged = transactional or self._fills is not None
         self._measures_spread = any(s.spread for s in structures)
         self._spread: Spread | None = None
         self._arrange(list(parameters))
@@ -78,13 +81,14 @@ class Engine:
 
     def holds(self, passes: int) -> list[Held]:
         """What batches of so many backward passes take; values of samples are not counted."""
-        staged = self._transactional or passes > 1
+        staged = self._always_staged or passes > 1
         held = [self._held(name, staged or name in self._in_parts) for name in self._flag]
         return [one.written() for one in held] if self._transactional else held
 
     def _held(self, name: str, staged: bool) -> Held:
         sums = [group[name] for group in (self.squares, self.totals) if name in group]
-        of_sums = sum(one.held(staged) for one in sums)
+        filled = self._parameters[name].numel() * wide_dtype(self._parameters[name].dtype).itemsize if self._fills else 0
+        of_sums = sum(one.held(staged) for one in sums) + filled
         kinds = [kind for kind, group in (("diagonal", self.squares), ("mean", self.totals)) if name in group]
         what = f"{' and '.join(kinds)} {list(sums[0].shape)}" if sums else "norms"
         of_results = sum(copied[name].nbytes for copied in self._copies)
@@ -103,7 +107,7 @@ class Engine:
     @property
     def separate(self) -> bool:
         """See ``Collector``: passes added up leave the sum of their squares, and no sum of gradients."""
-        return bool(self.totals)
+        return bool(self.totals or self._fills)
 
     def explore(self, calls: list[Call]) -> None:
         """See ``Collector``."""
@@ -111,7 +115,7 @@ class Engine:
 
     def begin(self, samples: Samples) -> None:
         """See ``Collector``."""
-        self._staged = self._transactional or samples.passes > 1
+        self._staged = self._always_staged or samples.passes > 1
         self._samples, self._again = samples, False
         self._batch_norms.clear()
 
@@ -136,9 +140,10 @@ class Engine:
 
     def _accumulate(self, tracked: Tracked, form: Form, rows: Rows, scale: float, sqnorm: Tensor | None, flag: Tensor) -> None:
         name = tracked.name
-        if name in self.squares:
-            acc = self._target(self.squares, self._staged_squares, name)
-            total = self._total(name, scale) if self.totals else None
+        if name in self.squares or self._fills:
+            asked = name in self.squares
+            acc = self._target(self.squares, self._staged_squares, name) if asked else self._scratch_like(tracked.parameter)
+            total = self._total(name, scale) if self.totals or self._fills else None
             form.accumulate(acc, rows, scale, weight=self._samples.weight, total=total, sqnorm=sqnorm, flag=flag)
         elif sqnorm is not None and ghost.applies(form, rows):
             norms = ghost.squared_norms(rows)
@@ -163,7 +168,7 @@ class Engine:
         weight = self._samples.weight_of(first, n)
         if name in self.squares:
             self._target(self.squares, self._staged_squares, name).add_(_weighted_sum(squares, weight), alpha=scale)
-        if name in self.totals:
+        if name in self.totals or self._fills:
             self._total(name, scale).add_(_weighted_sum(gradients, weight))
         if self._waits(name):
             self._touched[name] = None
@@ -195,9 +200,11 @@ class Engine:
             if whole or not (self._waits(name) or flagged[name]):
                 if name in self._staged_squares:
                     self.squares[name].low.add_(self._staged_squares[name])
-                if name in self._staged_totals:
+                if name in self._staged_totals and name in self.totals:
                     self.totals[name].low.add_(self._staged_totals[name], alpha=1 / self._samples.passes)
                 self._counted(name, *weights)
+        if whole and self._fills:
+            self._fill(divisor=self._samples.N if self._fills == "mean" else 1)
         for staged in (self._staged_squares, self._staged_totals):
             for name in self._touched.keys() & staged.keys():
                 staged[name].zero_()
@@ -206,6 +213,15 @@ class Engine:
         self._flags.zero_()
         self._touched.clear()
         return bad
+
+    def _fill(self, divisor: int) -> None:
+        """Add the batch's gradients to ``.grad``, as a backward pass of autograd's would."""
+        for name in self._touched.keys() & self._staged_totals.keys():
+            parameter, gradient = self._parameters[name], (self._staged_totals[name] / divisor).to(self._parameters[name].dtype)
+            if parameter.grad is None:
+                parameter.grad = gradient
+            else:
+                parameter.grad.add_(gradient)
 
     def _waits(self, name: str) -> bool:
         return self._staged or name in self._in_parts
@@ -234,7 +250,12 @@ class Engine:
             raise RuntimeError(
                 f"{name}: the passes of a batch must be draws of scale 1/{self._samples.passes}, got scale {scale}"
             )
-        return self._target(self.totals, self._staged_totals, name)
+        if not self._fills:
+            return self._target(self.totals, self._staged_totals, name)
+        if name not in self._staged_totals:
+            parameter = self._parameters[name]
+            self._staged_totals[name] = torch.zeros(parameter.shape, dtype=wide_dtype(parameter.dtype), device=self._device)
+        return self._staged_totals[name]
 
     def _sqnorm(self, name: str, scale: float) -> Tensor | None:
         """Where the batch's per-sample norms go: [N] of the parameter's layer, kept apart by scale until it ends."""

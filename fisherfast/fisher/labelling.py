@@ -16,6 +16,17 @@ from fisherfast.likelihood import FISHER_TYPES, Likelihood, Predictions, predict
 from fisherfast.passes import Pass
 
 
+def known_type(caller: str, fisher_type: str) -> str:
+    """The one of ``FISHER_TYPES`` that is meant. Errors: ValueError for any other."""
+    if fisher_type == "type-2":
+        return "exact"
+    if fisher_type not in FISHER_TYPES:
+        raise ValueError(
+            f"{caller}: fisher_type must be one of {list(FISHER_TYPES)} (or 'type-2' for 'exact'), got {fisher_type!r}"
+        )
+    return fisher_type
+
+
 @dataclass(frozen=True)
 class Labelling:
     """A likelihood, and where its labels come from: the data, draws, or the expectation over all of them."""
@@ -29,12 +40,7 @@ class Labelling:
     @classmethod
     def of(cls, caller: str, fisher_type: str, likelihood: str | Likelihood, draws: int, seed: int, max_passes: int) -> Labelling:
         """From what a caller says. Errors: ValueError."""
-        if fisher_type == "type-2":
-            fisher_type = "exact"
-        if fisher_type not in FISHER_TYPES:
-            raise ValueError(
-                f"{caller}: fisher_type must be one of {list(FISHER_TYPES)} (or 'type-2' for 'exact'), got {fisher_type!r}"
-            )
+        fisher_type = known_type(caller, fisher_type)
         draws, seed = _arguments.whole(caller, "draws", draws), _arguments.whole(caller, "seed", seed)
         max_passes = _arguments.whole(caller, "max_passes", max_passes)
         if draws < 1 or (draws > 1 and fisher_type != "mc"):

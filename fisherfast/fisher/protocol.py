@@ -38,7 +38,7 @@ class Provenance:
 
     fisher_type: str | None = None
     likelihood: str | None = None
-    draws: int | None = 1
+    draws: int | None = None
     seed: int | None = None
     model: str | None = None
 

@@ -78,6 +78,13 @@ class PerSampleNorm(Structure):
 
 
 @dataclass(frozen=True)
+class Gradients(Structure):
+    """What ``ff.collect(..., gradients=True)`` adds to what is asked for: the parameters' ``.grad``, and no result."""
+
+    fills: str = "sum"
+
+
+@dataclass(frozen=True)
 class GradientMoments(Structure):
     """Ask for mean and variance of the sample gradients, and the gradient noise scale; see the result, ``SampleMoments``.
 

@@ -202,7 +202,8 @@ class Run:
         """What has been accumulated so far, for each structure."""
         aliases = {alias: name for alias, name in self.capture.aliases.items() if name in self.capture.tracked}
         counts = Counts(self.num_samples, self.num_positions, self.batches, self.provenance, self.coverage, aliases)
-        return tuple(structure.result(source, counts) for structure, source in zip(self.structures, self.sources, strict=True))
+        asked = zip(self.structures, self.sources, strict=True)
+        return tuple(structure.result(source, counts) for structure, source in asked if structure.fills is None)
 
     def check_finite(self, values: Tensor, what: str) -> None:
         """Raise before the backward pass if the forward pass produced NaN or infinity, naming where it began."""

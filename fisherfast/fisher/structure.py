@@ -33,6 +33,11 @@ class Structure:
         """Which per-sample norms it needs: ``"whole"``, ``"layers"`` or None."""
         return None
 
+    @property
+    def fills(self) -> str | None:
+        """Whether the parameters' ``.grad`` is filled, with the sum over a batch or its mean: ``"sum"``, ``"mean"`` or None."""
+        return None
+
     def check(self, fisher_type: str | None) -> None:
         """Raise ValueError if it has no meaning for this kind of labels."""
 

@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``ff.collect(..., gradients=True)``: the step's gradients from the products that measure, as autograd has them."""
+
+import copy
+
+import networks
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import fisherfast as ff
+
+
+def losses(model, x, y):
+    """One per sample, of any of the networks."""
+    return F.cross_entropy(model(x).flatten(0, -2), y.flatten(), reduction="none").view(len(y), -1).sum(1)
+
+
+def gradients(model):
+    return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+
+
+def same(found, expected, **tolerance):
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], torch.zeros_like(found[name]) if gradient is None else gradient, **tolerance)
+
+
+@pytest.mark.parametrize("structure", ["diagonal", "kfac"])
+@pytest.mark.parametrize("name", networks.COVERED)
+def test_are_those_of_a_backward_pass(name, structure):
+    model, x, y = networks.doubles(name)
+    plain = copy.deepcopy(model)
+    losses(plain, x, y).sum().backward()
+    with ff.collect(model, structure, gradients=True) as stats:
+        stats.backward(losses(model, x, y))
+    same(gradients(model), gradients(plain), rtol=1e-9, atol=1e-12)
+    alone = ff.fisher(model, [(x, y)], structure, "empirical", progress=False)
+    assert stats.result().trace() == pytest.approx(alone.trace(), rel=1e-10)
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_add_to_what_is_there(reduction):
+    model, (x, y) = networks.mlp(), networks.double_vectors()
+    plain = copy.deepcopy(model)
+    with ff.collect(model, "diagonal", ff.GradientMoments(), gradients=True, reduction=reduction) as stats:
+        for part in (slice(0, 2), slice(2, 6)):
+            getattr(losses(plain, x[part], y[part]), reduction)().backward()
+            stats.backward(losses(model, x[part], y[part]))
+    same(gradients(model), gradients(plain), rtol=1e-10, atol=1e-13)
+    _, moments = stats.results()
+    mean = ff.fisher(model, [(x, y)], ff.GradientMoments(), "empirical", progress=False).mean(dtype=torch.float64)
+    same(moments.mean(dtype=torch.float64), mean, rtol=1e-10, atol=1e-13)
+
+
+def test_train_a_model_that_is_measured_on_its_way():
+    """Every step's weights are the next one's: the same path as without the measurement."""
+    model, (x, y), steps = networks.mlp(), networks.double_vectors(), 4
+    plain = copy.deepcopy(model)
+    paths = []
+    for one in (model, plain):
+        optimizer, path = torch.optim.SGD(one.parameters(), lr=0.1, momentum=0.9), []
+        with ff.collect(model, ff.PerSampleNorm(), gradients=True, reduction="mean") as stats:
+            for _ in range(steps):
+                optimizer.zero_grad()
+                loss = losses(one, x, y)
+                stats.backward(loss) if one is model else loss.mean().backward()
+                optimizer.step()
+                path.append(float(loss.mean()))
+        paths.append(path)
+        if one is model:
+            assert stats.result().num_samples == steps * len(x)
+    assert paths[0] == pytest.approx(paths[1], rel=1e-11) and paths[0][-1] < paths[0][0]
+
+
+def test_half_precision_gradients_come_without_the_factor():
+    model, x, y = nn.Linear(5, 3).half(), torch.randn(4, 5).half(), torch.randint(0, 3, (4,))
+    plain = copy.deepcopy(model)
+    F.cross_entropy(plain(x).float(), y, reduction="sum").backward()
+    with ff.collect(model, "diagonal", gradients=True, loss_scale=2.0**8) as stats:
+        stats.backward(F.cross_entropy(model(x).float(), y, reduction="none"))
+    assert model.weight.grad.dtype == torch.float16
+    same(gradients(model), gradients(plain), rtol=2e-3, atol=2e-3)
+
+
+def test_a_batch_that_fails_leaves_them_alone():
+    model, (x, y) = networks.mlp(), networks.double_vectors()
+    with ff.collect(model, "diagonal", gradients=True) as stats:
+        stats.backward(losses(model, x, y))
+        before = {name: g.clone() for name, g in gradients(model).items()}
+        bad = losses(model, x, y)
+        bad.register_hook(lambda g: g * float("nan"))
+        with pytest.raises(ff.NonFiniteError):
+            stats.backward(bad)
+        same(gradients(model), before, rtol=0, atol=0)
+        stats.backward(losses(model, x, y))
+    same(gradients(model), {name: 2 * g for name, g in before.items()}, rtol=1e-12, atol=0)
+
+
+def test_frozen_parameters_get_none_and_an_error_names_the_reductions():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3))
+    model[0].requires_grad_(False)
+    with ff.collect(model, "kfac", gradients=True) as stats:
+        stats.backward(F.cross_entropy(model(torch.randn(5, 4)), torch.zeros(5).long(), reduction="none"))
+    assert model[0].weight.grad is None and model[1].weight.grad is not None
+    with pytest.raises(ValueError, match="reduction must be 'sum' or 'mean'"):
+        ff.collect(model, "diagonal", gradients=True, reduction="none")
