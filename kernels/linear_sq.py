@@ -85,9 +85,9 @@ def candidates(work: Work, arch: int) -> list[Choice]:
             "num_stages": 3,
         }
 
-    # With three tiles in registers, and operands that pass through them, ptxas spills for some of the others.
-    tiles = tiles[: 4 if warpgroups or work.tiles <= 2 else 1]
-    return [(blocks(BLOCK_O, BLOCK_I), triton.cdiv(work.N, share)) for BLOCK_O, BLOCK_I, share in tiles]
+    found = [(blocks(BLOCK_O, BLOCK_I), triton.cdiv(work.N, share)) for BLOCK_O, BLOCK_I, share in tiles[:4]]
+    # Float32 is multiplied in parts, which are in registers, too: with four warps some tiles spill.
+    return found[:1] + [other for other in found[1:] if width != 4 or other[0]["num_warps"] == 8]
 
 
 @triton.jit

@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The recipes run as they are printed, and give what they say."""
+
+import math
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import fisherfast as ff
+
+PAGE = Path(__file__).parents[1] / "docs" / "recipes.md"
+
+
+@pytest.fixture(scope="module")
+def run():
+    names = {}
+    for block in re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL):
+        exec(compile(block, PAGE.name, "exec"), names)
+    return names
+
+
+def test_the_marginal_likelihood_is_the_task_complexity(run):
+    assert run["log_marginal_likelihood"] == pytest.approx(-run["N"] * run["information"].complexity, rel=1e-5)
+    dense = 64 * run["K"].eigenvalues().double() + 1.0
+    assert run["log_determinant"] == pytest.approx(float(dense.log().sum()), rel=1e-6)
+
+
+def test_the_penalty_has_no_gradient_where_the_weights_are(run):
+    model, penalty = run["model"], run["penalty"]
+    found = torch.autograd.grad(penalty(1.0), list(model.parameters()))
+    assert all(not g.any() for g in found) and penalty(1.0).item() == 0
+
+
+def test_samples_are_of_the_parameters_shapes(run):
+    shapes = {name: p.shape for name, p in run["model"].named_parameters()}
+    assert len(run["samples"]) == 5 and all({n: s.shape for n, s in draw.items()} == shapes for draw in run["samples"])
+
+
+def test_half_of_the_weights_are_kept(run):
+    kept = sum(int(mask.sum()) for mask in run["masks"].values())
+    assert kept == sum(p.numel() for p in run["model"].parameters()) // 2
+
+
+def test_parts_are_the_whole(run):
+    whole = ff.fisher(run["model"], run["loader"], "kfac", progress=False)
+    assert run["whole"].trace() == pytest.approx(whole.trace(), rel=1e-5)
+    diagonal = ff.fisher(run["model"], run["loader"], progress=False)
+    assert run["ekfac"].trace() == pytest.approx(diagonal.trace(), rel=1e-5)
+
+
+def test_the_noise_scale_is_of_the_losses(run):
+    assert math.isfinite(run["stats"].result().noise_scale()) and run["stats"].result().num_samples == 64
