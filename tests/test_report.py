@@ -56,7 +56,7 @@ def test_table_shows_every_layer_and_the_conditions():
 def test_table_fits_a_narrow_terminal():
     F, info = measured()
     assert all(len(line) <= 80 for line in shown(report.render(F, info), width=80).splitlines())
-    assert "…" not in shown(report.layer_table(info), width=80)
+    assert "…" not in shown(info.table(), width=80)
 
 
 def test_excluded_parameters_are_shown():
@@ -72,7 +72,7 @@ def test_excluded_parameters_are_shown():
 def test_a_parameter_of_the_model_itself_has_a_name():
     F = ff.DiagonalFisher({"scale": torch.ones(3)}, 7)
     info = ff.information_in_weights(F, {"scale": torch.ones(3)}, prior_scale=1.0, beta=0.1)
-    assert "(model)" in shown(report.layer_table(info))
+    assert "(model)" in shown(info.table())
 
 
 def test_files_can_be_read_back(tmp_path):
@@ -94,7 +94,7 @@ def test_files_can_be_read_back(tmp_path):
 def test_names_are_not_markup():
     F = ff.DiagonalFisher({"[red]a.w": torch.ones(3)}, 7)
     info = ff.information_in_weights(F, {"[red]a.w": torch.ones(3)}, prior_scale=1.0, beta=0.1)
-    assert "[red]a" in shown(report.layer_table(info))
+    assert "[red]a" in shown(info.table())
 
 
 def test_limits_of_a_fitted_prior_can_be_written(tmp_path):

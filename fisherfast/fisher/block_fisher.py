@@ -333,5 +333,5 @@ class BlockFisher(Plotted, Measured, Generic[_Block]):
     def __repr__(self) -> str:
         return (
             f"{type(self).__name__}({self.num_parameters:,} parameters in {len(self.blocks)} blocks and {len(self.diagonals)} diagonal tensors, "
-            f"{self.num_samples:,} samples, {self.provenance.fisher_type} labels)"
+            f"{self.num_samples:,} samples, {self.provenance})"
         )

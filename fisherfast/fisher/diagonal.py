@@ -7,7 +7,6 @@ different numbers of samples for different parameters, and each mean is right wi
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import operator
 from collections.abc import Iterator, Mapping
@@ -274,11 +273,10 @@ class DiagonalFisher(Measured, Plotted):
         return cls.from_accumulators(sums, provenance=provenance, coverage=coverage, spread=spread, **fields)
 
     def __repr__(self) -> str:
-        known = [f"{field}={value!r}" for field, value in dataclasses.asdict(self.provenance).items() if value is not None]
         excluded = len(self.coverage.missing)
         layers = len({layer_of(name) for name in self.names})
         return (
             f"DiagonalFisher({self.num_parameters:,} parameters in {len(self.names)} tensors and {layers} layers, "
-            f"{self.num_samples:,} samples, {self.num_positions:,} positions, {', '.join(known)}"
+            f"{self.num_samples:,} samples, {self.num_positions:,} positions, {self.provenance}"
             f"{f', {excluded} tensors missing' if excluded else ''})"
         )

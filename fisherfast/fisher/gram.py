@@ -278,7 +278,7 @@ class GramFisher(Plotted, Measured):
     def __repr__(self) -> str:
         return (
             f"GramFisher({self.num_parameters:,} parameters, {self.num_rows:,} sample gradients of {self.num_samples:,} samples, "
-            f"{self.provenance.fisher_type} labels)"
+            f"{self.provenance})"
         )
 
 

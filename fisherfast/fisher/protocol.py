@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
@@ -41,6 +41,10 @@ class Provenance:
     draws: int | None = None
     seed: int | None = None
     model: str | None = None
+
+    def __str__(self) -> str:
+        known = [f"{field.name}={getattr(self, field.name)!r}" for field in fields(self) if getattr(self, field.name) is not None]
+        return ", ".join(known)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 
 from fisherfast.fisher import Fisher
@@ -145,6 +147,18 @@ class Information:
         precisions = {name: t / scale**2 if scale else math.inf for name, scale in self.prior_scales.items()}
         return {name: t / (f + precisions[name]) for name, f in self.fisher.diagonal(dtype=torch.float64).items()}
 
+    def table(self) -> Table:
+        """One row per layer, and the total, for ``rich.print``."""
+        table = Table(title="Information in the weights, by layer", title_justify="left")
+        table.add_column("layer", overflow="fold")
+        for heading in ("parameters", "trace", "nats", "bits/parameter", "share"):
+            table.add_column(heading, justify="right", no_wrap=True)
+        for name, layer in self.by_layer().items():
+            table.add_row(Text(name or WHOLE), *_cells(layer))
+        table.add_section()
+        table.add_row("all", *_cells(self.total))
+        return table
+
     def plot(self, path: str | Path | None = None) -> Any:
         """Draw nats and Fisher trace by layer; returns the matplotlib figure, written to ``path`` if given.
 
@@ -170,3 +184,13 @@ class Information:
     def __str__(self) -> str:
         lacking = f"; excluded, because the Fisher lacks them: {', '.join(self.excluded)}" if self.excluded else ""
         return f"{self.nats:,.1f} nats ({self.bits:,.1f} bits) in the weights: {self.conditions()}{lacking}"
+
+
+def _cells(layer: LayerInformation) -> list[str]:
+    return [
+        f"{layer.parameters:,}",
+        f"{layer.trace:.3g}",
+        f"{layer.nats:,.1f}",
+        f"{layer.bits_per_parameter:.3g}",
+        f"{layer.share:.1%}",
+    ]

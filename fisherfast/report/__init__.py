@@ -15,10 +15,10 @@ from fisherfast.information import Information, RateDistortion
 from fisherfast.report.curve import rate_distortion
 from fisherfast.report.numbers import as_dict
 from fisherfast.report.page import page
-from fisherfast.report.text import MEANING, layer_table, render, summary
+from fisherfast.report.text import MEANING, render, summary
 from fisherfast.timing import TimeRatio
 
-__all__ = ["MEANING", "as_dict", "layer_table", "page", "rate_distortion", "render", "summary", "write_report"]
+__all__ = ["MEANING", "as_dict", "page", "rate_distortion", "render", "summary", "write_report"]
 
 
 def write_report(

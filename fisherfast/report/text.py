@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fisherfast.fisher import Fisher
-from fisherfast.information import WHOLE, Information, LayerInformation
+from fisherfast.information import Information
 from fisherfast.timing import TimeRatio
 
 MEANING = (
@@ -23,7 +23,7 @@ def render(F: Fisher, info: Information, ratio: TimeRatio | None = None) -> Grou
     lines.add_column(justify="right", style="bold")
     for line in summary(F, info, ratio).items():
         lines.add_row(*line)
-    return Group(lines, "", layer_table(info), Text(MEANING, style="dim"))
+    return Group(lines, "", info.table(), Text(MEANING, style="dim"))
 
 
 def summary(F: Fisher, info: Information, ratio: TimeRatio | None = None) -> dict[str, str]:
@@ -41,26 +41,3 @@ def summary(F: Fisher, info: Information, ratio: TimeRatio | None = None) -> dic
     if ratio is not None:
         lines["time"] = str(ratio)
     return lines
-
-
-def layer_table(info: Information) -> Table:
-    """One row per layer, and the total."""
-    table = Table(title="Information in the weights, by layer", title_justify="left")
-    table.add_column("layer", overflow="fold")
-    for heading in ("parameters", "trace", "nats", "bits/parameter", "share"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for name, layer in info.by_layer().items():
-        table.add_row(Text(name or WHOLE), *_cells(layer))
-    table.add_section()
-    table.add_row("all", *_cells(info.total))
-    return table
-
-
-def _cells(layer: LayerInformation) -> list[str]:
-    return [
-        f"{layer.parameters:,}",
-        f"{layer.trace:.3g}",
-        f"{layer.nats:,.1f}",
-        f"{layer.bits_per_parameter:.3g}",
-        f"{layer.share:.1%}",
-    ]
