@@ -151,6 +151,20 @@ def further_batch(model, x, y):
     return run
 
 
+@way("fisherfast: ff.collect, each further batch, and the step's gradients", package="fisherfast", mean=True)
+def further_batch_with_gradients(model, x, y):
+    stats = ff.collect(model, ff.Diagonal(), fisher_type="empirical", gradients=True)
+
+    def run():
+        model.zero_grad()
+        with stats:
+            stats.backward(loss_per_sample(model(x), y))
+        return lambda: stats.result().diagonal()
+
+    run()
+    return run
+
+
 @way("fisherfast: ff.collect, one batch from start to result", package="fisherfast", mean=True)
 def one_block(model, x, y):
     def run():
