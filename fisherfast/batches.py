@@ -170,9 +170,13 @@ class Batch:
         """The model's output tensor for this batch: the result itself, its ``.logits``, or what ``output`` picks."""
         try:
             result = model(**self.inputs) if isinstance(self.inputs, dict) else model(*self.inputs)
-        except TypeError as error:
+        except (TypeError, ValueError) as error:
             if isinstance(self.inputs, dict) and self.targets is None:
                 error.add_note(f"Of a dict batch the key 'labels' is held back, all others are the model's; got {[*self.inputs]}")
+            elif isinstance(self.inputs, dict) and getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+                error.add_note(
+                    f"The key 'labels' is held back: a model that makes its decoder_input_ids of them needs these, too; got {[*self.inputs]}"
+                )
             raise
         picked = _picked(result, output)
         if not isinstance(picked, Tensor):

@@ -77,6 +77,7 @@ class Capture(TorchFunctionMode):
         self.anchor = torch.zeros((), device=self.device, requires_grad=True)
         self.layouts: dict[Key, Layout] = {}
         self.listener: Listener | None = None
+        self._halves = False  # whether a use had a float16 output: autocast may be over when it is differentiated
         self._early: dict[Site, str] = {}  # see ``Decisions``; from the next forward pass on
         self._counter, self._numbers = itertools.count(), itertools.count()
         self._keepers: list[Hooks | None] = []  # what autograd's saved tensors went through when the mode was entered
@@ -138,7 +139,7 @@ class Capture(TorchFunctionMode):
         """Whether gradients pass through float16."""
         kind = self.device.type
         cast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16
-        return cast or any(t.parameter.dtype == torch.float16 for t in self.tracked.values())
+        return cast or self._halves or any(t.parameter.dtype == torch.float16 for t in self.tracked.values())
 
     def followed(self, root: Tensor) -> dict[str, Tracked]:
         """The parameters, and what was made of them and used on the way to ``root``, by name."""
@@ -355,6 +356,7 @@ class Capture(TorchFunctionMode):
         caught = [(use, r) for use, r in zip(uses, references, strict=True) if r.tracked.caught]
         if not caught:
             return out
+        self._halves |= out.dtype == torch.float16
         bare = next(filter(None, (r.tracked.expanding for _, r in caught)), None)
         if self._now.num_samples is not None and bare is not None:
             self.doubtful |= bare.doubts(out.shape, self._now.num_samples)

@@ -129,13 +129,13 @@ class Passes:
         variables = (getattr(node, "variable", None) for node in graph(root))
         return {leaves[id(variable)] for variable in variables if id(variable) in leaves}
 
-    def probe(self, root: Tensor, cotangent: Tensor, few: int = PROBED) -> dict[Key, Finding]:
+    def probe(self, root: Tensor, cotangent: Tensor, few: int = PROBED, large: bool = False) -> dict[Key, Finding]:
         """Tag the first ``few`` samples and find out which rows of each use are whose, and their layouts; keeps the graph.
 
         ``root`` and ``cotangent`` have the sample axis first.
         """
         N = root.shape[0]
-        tags = Tags(N, few, self.capture.narrow)
+        tags = Tags(N, few, self.capture.narrow, large)
         one = Pass(_each_times(cotangent, torch.arange(N, device=root.device) < tags.few))
         numbers = self._numbers(root, one, self._tag(root, one, tags))
         findings = {key: Finding.of(found, N, self.capture.offsets) for key, found in numbers.items()}

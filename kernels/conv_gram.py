@@ -7,6 +7,7 @@ last one. Rows are split into shares, each with a workspace of tiles; ``_fold_up
 where a pair of columns may have changed sides: the matrix is symmetric. The contract is in ``fisherfast.ops.conv_gram``.
 """
 
+import functools
 import math
 from typing import Any
 
@@ -32,6 +33,7 @@ def why_not(
     return None
 
 
+@functools.lru_cache(maxsize=4096)
 def candidates(groups: int, C: int, K: int, bias: bool, M: int, dtype: torch.dtype, arch: int) -> list[Choice]:
     """Tile sizes for each group's ``[K C + bias]^2`` and a GEMM over M rows, and in how many shares to split M.
 

@@ -9,6 +9,7 @@ split into shares, whose sums ``_fold_columns_kernel`` adds in acc's order (c, k
 all, would leave a matrix tile empty: those multiply element by element. The contract is in ``fisherfast.ops.conv_sq``.
 """
 
+import functools
 import math
 from typing import Any
 
@@ -53,6 +54,7 @@ def why_not(acc: Tensor, x: Tensor, g: Tensor, scale: float = 1.0, *, stride=(),
     return None
 
 
+@functools.lru_cache(maxsize=4096)
 def candidates(groups: int, O: int, C: int, K: int, N: int, T: int, dtype: torch.dtype, tiles: int, arch: int) -> list[Choice]:
     """Tile sizes for each group's ``[O, K C]`` and a GEMM over T positions, and in how many shares to split N.
 

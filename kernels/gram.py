@@ -7,6 +7,7 @@ order. The column of ones that a bias needs is a sum over the rows of x: program
 weights, one operand is multiplied by them in float32, and so both are float32. The contract is in ``fisherfast.ops.gram``.
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ def why_not(acc: Tensor, x: Tensor, scale: float = 1.0, **_: Any) -> str | None:
 WORKSPACE = 2**26  # bytes
 
 
+@functools.lru_cache(maxsize=4096)
 def candidates(I: int, M: int, dtype: torch.dtype, arch: int) -> list[Choice]:
     """Tile sizes for ``[I, I]`` and a GEMM over M rows, and in how many shares to split the rows, the likeliest best first.
 

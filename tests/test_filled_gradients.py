@@ -106,3 +106,65 @@ def test_frozen_parameters_get_none_and_an_error_names_the_reductions():
     assert model[0].weight.grad is None and model[1].weight.grad is not None
     with pytest.raises(ValueError, match="reduction must be 'sum' or 'mean'"):
         ff.collect(model, "diagonal", gradients=True, reduction="none")
+
+
+class Sometimes(nn.Module):
+    """A weight that is used where one says so."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.scale, self.head = nn.Linear(5, 4), nn.Parameter(torch.rand(4)), nn.Linear(4, 3)
+        self.scales = True
+
+    def forward(self, x):
+        h = self.first(x).tanh()
+        return self.head(h * self.scale if self.scales else h)
+
+
+def test_what_a_batch_does_not_use_keeps_none():
+    """Zeros would let weight decay and momentum move it."""
+    model, x, y = Sometimes().double(), torch.randn(6, 5).double(), torch.randint(0, 3, (6,))
+    plain = copy.deepcopy(model)
+    for one in (model, plain):
+        optimizer = torch.optim.AdamW(one.parameters(), lr=0.1)
+        with ff.collect(model, "diagonal", gradients=True) as stats:
+            for uses in (True, False, True, False):
+                one.scales = uses
+                optimizer.zero_grad()
+                loss = losses(one, x, y)
+                stats.backward(loss) if one is model else loss.sum().backward()
+                assert (one.scale.grad is None) is not uses
+                optimizer.step()
+    for mine, other in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-9, atol=1e-11)
+
+
+def test_lie_in_memory_as_their_parameters_do():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3)).to(memory_format=torch.channels_last)
+    with ff.collect(model, "diagonal", gradients=True) as stats:
+        loss = F.cross_entropy(model(torch.randn(5, 3, 6, 6)), torch.zeros(5).long(), reduction="none")
+        stats.backward(loss)
+    assert model[0].weight.stride() != torch.empty(4, 3, 3, 3).stride()
+    assert all(p.grad.stride() == p.stride() for p in model.parameters())
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_backward_outside_of_autocast_with_a_loss_scale(inside):
+    """Where torch recommends it: what was half there is half in the backward pass, too."""
+    model, x, y = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3)), torch.randn(7, 5), torch.randint(0, 3, (7,))
+    found = []
+    for scale in (1.0, 2.0**10, 2.0**14):
+        with ff.collect(model, "diagonal", loss_scale=scale) as stats:
+            with torch.autocast("cpu", torch.float16):
+                loss = F.cross_entropy(model(x).float(), y, reduction="none")
+                if inside:
+                    stats.backward(loss)
+            if not inside:
+                stats.backward(loss)
+        found.append(stats.result().trace())
+    assert found == pytest.approx(found[:1] * 3, rel=1e-2)
+
+
+def test_a_reduction_is_of_gradients():
+    with pytest.raises(ValueError, match="reduction must come with gradients=True"):
+        ff.collect(nn.Linear(2, 2), "diagonal", reduction="mean")

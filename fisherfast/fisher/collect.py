@@ -51,7 +51,8 @@ class collect:
     Inside the block the weights are frozen where they are used: ``.grad``, ``requires_grad``, hooks and modes of the model
     are not touched. With ``gradients=True`` each ``stats.backward(losses)`` adds to ``.grad`` what ``losses.sum().backward()``
     would (``reduction="mean"``: ``losses.mean()``), from the same products, once the batch is complete: a training step that
-    measures on its way. ``loss_scale`` multiplies the gradients on their way through a float16 model and is taken out of their
+    measures on its way. Hooks of parameters do not run, gradients of ranks are not averaged, those of embeddings are dense and not
+    divided by frequency. ``loss_scale`` multiplies the gradients on their way through a float16 model and is taken out of their
     squares; the loss itself is not scaled. A forward pass without a backward pass counts for nothing; several backward passes through one
     forward pass (``retain_graph=True``) are draws: they are averaged, and their samples counted once.
     ``result()`` may be asked for at any time and is made of the run's own memory; a run that goes on takes as much again.
@@ -80,7 +81,11 @@ class collect:
         check_loss_scale("collect", loss_scale)
         refuse_train_mode(model)
         self._loss_scale = loss_scale
-        asked = (*asked, Gradients(reduction)) if gradients else asked
+        if reduction != "sum" and not gradients:
+            raise ValueError(f"collect: reduction must come with gradients=True, which it is of, got {reduction!r} alone")
+        if gradients and isinstance(model, nn.parallel.DistributedDataParallel):
+            warn("collect: gradients=True fills .grad with this rank's gradients; all_reduce them before the optimizer's step")
+        self._fills, asked = gradients, (*asked, Gradients(reduction)) if gradients else asked
         self._run = Run(model, asked, Provenance(fisher_type, name, draws=None, model=model_name(model)), allow_missing)
         self._explored = False  # whether the parameters' forms are known, and samples were told apart at least once
         self._postponed: set[str] = set()  # in the fallback for the batch at hand, to be followed further from the next on
@@ -110,6 +115,9 @@ class collect:
                 self._explore(loss)
             calls = self._caught(loss)
             self._check_fallback(loss)
+            if self._fills and run.engine is not None:
+                uses = (use for call in calls for use in call.uses)
+                run.engine.reached = run.passes.reached(loss) | {source.name for use in uses for source in use.tracked.sources}
             with interrupts.put_off():  # a batch counts as a whole
                 with run.transaction(Samples(N)):
                     looped = bool(run.looped)
@@ -172,7 +180,7 @@ class collect:
             run.check_reached(loss)
         run.note_uses(loss)
         if loss.shape[0] > 1:
-            findings = run.passes.probe(loss, self._pass(torch.ones_like(loss)).cotangent)
+            findings = run.passes.probe(loss, self._pass(torch.ones_like(loss)).cotangent, large=self._loss_scale > 1)
             self._route_mixing(loss, findings, sorted(mixing(findings, run.capture.tracked)))
             self._explored = not self._postponed
 

@@ -43,6 +43,7 @@ class Engine:
         self.squared_weights = dict.fromkeys(self.totals, 0.0)  # sum of w^2, where the sum of w is in the running sums
         self._fills = next((s.fills for s in structures if s.fills), None)
         self._parameters = parameters
+        self.reached: set[str] = set()  # by the loss at hand: only these get a .grad
         keeps = [s.keeps for s in structures]
         self.keeps = "layers" if "layers" in keeps else "whole" if "whole" in keeps else None
         self._transactional, self._device = transactional, capture.device
@@ -87,13 +88,18 @@ class Engine:
 
     def _held(self, name: str, staged: bool) -> Held:
         sums = [group[name] for group in (self.squares, self.totals) if name in group]
-        filled = self._parameters[name].numel() * wide_dtype(self._parameters[name].dtype).itemsize if self._fills else 0
-        of_sums = sum(one.held(staged) for one in sums) + filled
+        of_sums = sum(one.held(staged) for one in sums) + self._filled(name)
         kinds = [kind for kind, group in (("diagonal", self.squares), ("mean", self.totals)) if name in group]
         what = f"{' and '.join(kinds)} {list(sums[0].shape)}" if sums else "norms"
         of_results = sum(copied[name].nbytes for copied in self._copies)
         copies = of_results - sum(one.nbytes for one in sums)  # of what several results are made of
         return Held((name,), what, of_sums, (of_sums + copies,), result=of_results)
+
+    def _filled(self, name: str) -> int:
+        """What ``.grad`` takes, and the batch's sum that it is filled from."""
+        parameter = self._parameters[name]
+        batch = 0 if name in self.totals else parameter.numel() * wide_dtype(parameter.dtype).itemsize
+        return (parameter.nbytes + batch) if self._fills else 0
 
     def cost(self, tracked: Tracked, form: Form, rows: Rows, number: int) -> Cost:
         """See ``Collector``."""
@@ -216,8 +222,9 @@ class Engine:
 
     def _fill(self, divisor: int) -> None:
         """Add the batch's gradients to ``.grad``, as a backward pass of autograd's would."""
-        for name in self._touched.keys() & self._staged_totals.keys():
-            parameter, gradient = self._parameters[name], (self._staged_totals[name] / divisor).to(self._parameters[name].dtype)
+        for name in self._touched.keys() & self._staged_totals.keys() & self.reached:
+            parameter = self._parameters[name]
+            gradient = torch.empty_like(parameter).copy_(self._staged_totals[name] / divisor)  # laid out as the parameter
             if parameter.grad is None:
                 parameter.grad = gradient
             else:

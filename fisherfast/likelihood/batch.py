@@ -3,12 +3,10 @@
 
 from __future__ import annotations
 
-import warnings
-
 import torch
 from torch import Tensor
 
-from fisherfast._warning import FisherWarning
+from fisherfast._warning import warn
 from fisherfast.batches import IGNORED, Batch
 from fisherfast.likelihood.categorical import Categorical
 from fisherfast.likelihood.protocol import Likelihood, Predictions
@@ -35,11 +33,9 @@ def predictions_of(likelihood: Likelihood, batch: Batch, output: Tensor, start: 
         mask = None
     predictions = likelihood.predictions(unpacked, targets, mask, sample)
     if start == 0 and type(likelihood) is Categorical and _are_the_inputs(predictions, batch):
-        warnings.warn(
+        warn(
             "categorical: the labels are the input_ids themselves, position by position, as if the model had to repeat what it reads; if "
             "it is a causal language model, pass likelihood=ff.CausalLM()",
-            FisherWarning,
-            stacklevel=2,
         )
     if ambiguous and mask is not None and predictions.counted.shape == output.shape:
         raise ValueError(
