@@ -74,6 +74,10 @@ def _device(text: str | None) -> str | None:
         raise typer.BadParameter(f"must be a device, as cpu or cuda:1, got {text!r}") from None
     if kind == "cuda" and not torch.cuda.is_available():
         raise typer.BadParameter(f"must be a device of this machine, got {text!r}; torch sees no GPU")
+    try:
+        torch.empty(0, device=text)
+    except (RuntimeError, AssertionError) as error:
+        raise typer.BadParameter(f"must be a device of this machine, got {text!r}: {str(error).splitlines()[0]}") from None
     return text
 
 
@@ -148,7 +152,8 @@ def info(
     _folder(out)
     with _kept(out):
         F = measure(batches, progress=True)
-    F.save(out / "fisher.safetensors")  # before anything else can fail
+    with _kept():
+        F.save(out / "fisher.safetensors")  # before anything else can fail
     with _kept(done=out / "fisher.safetensors"):
         beta = beta or 1 / F.num_samples
         information = ff.information_in_weights(F, network, prior_scale=prior_scale, beta=beta, center=base)
@@ -236,6 +241,8 @@ def _kept(out: Path | None = None, done: Path | None = None) -> Iterator[None]:
     try:
         yield
     except typer.BadParameter:
+        if done is not None:
+            typer.echo(f"the measured Fisher is kept in {done}", err=True)
         raise
     except (KeyboardInterrupt, Exception) as error:
         partial = getattr(error, "fisher", None)

@@ -18,15 +18,15 @@ from fisherfast.tracked import Tracked
 class Samples:
     """What there is to know of a batch before its backward passes.
 
-    ``weight`` ``[N]`` float32 or None; ``padded``: many positions have no gradient; ``exists`` ``[N, L]``: which positions
-    of a sequence there are, None if all.
+    ``weight`` ``[N]`` float32 or None; ``padded``: many positions have no gradient; ``exists``, each ``[N, L]``: which positions of
+    a sequence there are, of the inputs and of the output, where that is said.
     """
 
     N: int
     passes: int = 1
     weight: Tensor | None = None
     padded: bool = False
-    exists: Tensor | None = None
+    exists: tuple[Tensor, ...] = ()
 
     def total_weight(self) -> Tensor | float:
         """Of all samples; where there are weights on their device, so that nothing waits for it."""

@@ -23,7 +23,7 @@ def render() -> Group:
     lines = Table.grid(padding=(0, 2))
     lines.add_column(justify="right", style="bold")
     for line in facts().items():
-        lines.add_row(*line)
+        lines.add_row(*map(Text, line))
     return Group(lines, *(_backend_table(device, name) for device, name in devices().items()))
 
 

@@ -108,7 +108,8 @@ class Locator:
         before, offsets = self._capture.layouts.get(use.key), self._capture.offsets
         known = before is not None and before.explains(finding.numbers, N, offsets)
         layout = before if known else finding.layout
-        if layout is not None and (before is None or known or use.key in self.scattered):
+        fits = layout is not None and not self._may_be_padding(use, finding.numbers, N)
+        if layout is not None and fits and (before is None or known or use.key in self.scattered):
             if use.key not in self.scattered:
                 self._capture.layouts[use.key] = layout
             return self._laid_out(layout, rows, N, use.form.features)
@@ -120,15 +121,26 @@ class Locator:
         self.scattered.add(use.key)
         return self._packed(use, rows, finding.numbers, N)
 
+    def _may_be_padding(self, use: CallUse, numbers: Tensor, N: int) -> bool:
+        """Whether some of these rows, chosen by the data, may be padding: they have no gradient, and no mask is of them."""
+        if self._every or not use.gathered or numbers.numel() == N * (self._positions or 0):
+            return False
+        return bool((numbers == UNKNOWN).any())
+
     def _likely(self, possible: Sequence[Layout]) -> Layout:
         """That of most other uses; whose the rows without a gradient are matters where a mask says which of them exist."""
         others = Counter(self._capture.layouts.values())
         return max(possible, key=lambda layout: others[layout])
 
     def without_gradient(self, use: CallUse, rows: Rows, N: int) -> Rows | None:
-        """Rows none of which has a gradient, in the order of any samples; None if they may be padding."""
-        lead = rows.g.shape[: rows.g.dim() - use.form.features]
-        return self._packed(use, rows, torch.full(lead, UNKNOWN, device=rows.g.device), N) if self._every else None
+        """Rows none of which has a gradient, in the order of any samples, or as most others lie if a mask is of them; None if they may
+        be padding that no mask is of.
+        """
+        nobodys = torch.full(rows.g.shape[: rows.g.dim() - use.form.features], UNKNOWN, device=rows.g.device)
+        if self._every:
+            return self._packed(use, rows, nobodys, N)
+        possible = Finding.of(nobodys, N, self._capture.offsets).possible
+        return None if use.gathered or not possible else self._laid_out(self._likely(possible), rows, N, use.form.features)
 
     def alone(self, use: CallUse, rows: Rows, numbers: Tensor | None) -> Rows:
         """Rows of a batch of one sample. Rows that were chosen by the data and have no gradient may be padding: they are left out, as

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import reprlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -49,9 +50,14 @@ def _difference(a: Any, b: Any) -> str:
 def check_ranks(mine: Mapping[str, Any], group: dist.ProcessGroup | None, device: torch.device) -> None:
     """Raise ValueError, on every rank alike, unless the identities of all ranks are equal."""
     if different := differing_fields(mine, group, device):
-        raise ValueError(
-            f"all_reduce: all ranks must have the same {' and '.join(different)}; here {mine.get(different[0], sorted(mine))!r}"
-        )
+        here = reprlib.repr(mine.get(different[0], sorted(mine)))
+        raise ValueError(f"all_reduce: all ranks must have the same {' and '.join(different)}; here {here}")
+
+
+def check_structure(structure: str, group: dist.ProcessGroup | None, device: torch.device) -> None:
+    """Before a refusal: let the ranks that have something else to pool know of it, who would wait for this one."""
+    if dist.is_initialized():
+        check_ranks({"structure": structure}, group, device)
 
 
 def differing_fields(mine: Mapping[str, Any], group: dist.ProcessGroup | None, device: torch.device) -> list[str]:

@@ -50,7 +50,8 @@ class BlockCollector:
         self._followers: defaultdict[str, list[str]] = defaultdict(list)  # the weights that share another one's inputs
         self._in_parts: set[str] = set()
         self._weight_of: dict[str, str] = {}  # of a bias
-        self._counted: dict[str, int] = {}  # numbers in g of a weight with a bias, in this pass
+        self._with_bias: set[str] = set()
+        self._seen: dict[str, list[Tensor]] = {}  # g of a weight with a bias, until the bias comes
         self._before: tuple[list[Any], dict[str, Accumulator]] = ([], {})  # of a checkpoint
 
     def new_block(self, place: Place, form: Form, weight: Tensor, made: Mapping[str, Any]) -> BlockSums:
@@ -95,6 +96,7 @@ class BlockCollector:
             return
         weights, bias_of = units.of_weights(self._tracked, self._calls)
         self._weight_of = {bias.name: weight for weight, bias in bias_of.items()}
+        self._with_bias = set(bias_of)
         for unit in (*weights, *bias_of.values()):
             self._parts.setdefault(unit.tracked.name, {})[unit.window] = unit.name
         input_of = units.same_inputs(weights, bias_of)
@@ -129,7 +131,7 @@ class BlockCollector:
         """See ``Collector``."""
         name, form = self._unit(tracked, form)
         if name in self._weight_of:
-            if self._counted.pop(self._weight_of[name], None) != rows.g.numel():
+            if not _same_numbers(self._seen.pop(self._weight_of[name], None), rows.g):
                 raise ValueError(
                     f"{name}: must be used with {self._weight_of[name]!r} as in the first batch, got another use of it"
                 )
@@ -138,10 +140,10 @@ class BlockCollector:
         sums.check(form)
         with sums.main.visiting(self._samples.total_weight()):
             sums.add(form, rows, scale, number, self._samples, self._waits(name))
-        if isinstance(sums, WeightSums):
+        if name in self._with_bias:
             transposed = isinstance(form, MatMul) and form.transposed
             outputs = [use.x if transposed else use.g for use in rows.uses or (rows,)]
-            self._counted[name] = sum(tensor.numel() for tensor in outputs if tensor is not None)
+            self._seen[name] = [tensor for tensor in outputs if tensor is not None]
 
     def add_gradients(self, tracked: Tracked, gradients: Tensor, first: int, scale: float, number: int) -> None:
         """See ``Collector``."""
@@ -195,7 +197,7 @@ class BlockCollector:
             one.settle(whole=complete and not bad, alone=not flag)
         for sums in self._sums.values():
             sums.end()
-        self._counted.clear()
+        self._seen.clear()
         return bad
 
     def snapshot(self) -> tuple[list[Any], dict[str, Accumulator]]:
@@ -232,6 +234,15 @@ class BlockCollector:
             else:
                 sums.restore(blocks[name])
         self._before = ([], {})
+
+
+def _same_numbers(outputs: list[Tensor] | None, g: Tensor) -> bool:
+    """Whether a weight's use and its bias's are one: rows without a gradient may have been left out of one and not of the other, where
+    the weight's rows are whole images.
+    """
+    if outputs is None:
+        return False
+    return sum(t.numel() for t in outputs) == g.numel() or sum(int(t.count_nonzero()) for t in outputs) == int(g.count_nonzero())
 
 
 def _place(unit: Unit, bias: Unit | None, input_of: str | None) -> Place:

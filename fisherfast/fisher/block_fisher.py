@@ -281,9 +281,10 @@ class BlockFisher(Plotted, Measured, Generic[_Block]):
         if not isinstance(other, type(self)):
             return NotImplemented
         _pooling.check_same(self._identity(), other._identity())
+        theirs = {block.place.name: block for block in other.blocks}  # which may have come in another order
         blocks: dict[str, Any] = {}
-        for mine, its in zip(self.blocks, other.blocks, strict=True):
-            blocks[mine.place.name] = mine.pooled(its, blocks)
+        for mine in self.blocks:
+            blocks[mine.place.name] = mine.pooled(theirs[mine.place.name], blocks)
         diagonals = {name: one + other.diagonals[name] for name, one in self.diagonals.items()}
         return type(self)(tuple(blocks.values()), diagonals, self._counts.pooled(other._counts), self.shapes)
 

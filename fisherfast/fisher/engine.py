@@ -42,7 +42,7 @@ class Engine:
         self._copies = [sums for s in structures for sums, asked in ((self.squares, s.squares), (self.totals, s.totals)) if asked]
         self.squared_weights = dict.fromkeys(self.totals, 0.0)  # sum of w^2, where the sum of w is in the running sums
         self._fills = next((s.fills for s in structures if s.fills), None)
-        self._parameters = parameters
+        self._tracked = dict(capture.tracked)
         self.reached: set[str] = set()  # by the loss at hand: only these get a .grad
         keeps = [s.keeps for s in structures]
         self.keeps = "layers" if "layers" in keeps else "whole" if "whole" in keeps else None
@@ -97,7 +97,7 @@ class Engine:
 
     def _filled(self, name: str) -> int:
         """What ``.grad`` takes, and the batch's sum that it is filled from."""
-        parameter = self._parameters[name]
+        parameter = self._tracked[name].parameter
         batch = 0 if name in self.totals else parameter.numel() * wide_dtype(parameter.dtype).itemsize
         return (parameter.nbytes + batch) if self._fills else 0
 
@@ -223,7 +223,7 @@ class Engine:
     def _fill(self, divisor: int) -> None:
         """Add the batch's gradients to ``.grad``, as a backward pass of autograd's would."""
         for name in self._touched.keys() & self._staged_totals.keys() & self.reached:
-            parameter = self._parameters[name]
+            parameter = self._tracked[name].parameter
             gradient = torch.empty_like(parameter).copy_(self._staged_totals[name] / divisor)  # laid out as the parameter
             if parameter.grad is None:
                 parameter.grad = gradient
@@ -260,7 +260,7 @@ class Engine:
         if not self._fills:
             return self._target(self.totals, self._staged_totals, name)
         if name not in self._staged_totals:
-            parameter = self._parameters[name]
+            parameter = self._tracked[name].parameter
             self._staged_totals[name] = torch.zeros(parameter.shape, dtype=wide_dtype(parameter.dtype), device=self._device)
         return self._staged_totals[name]
 

@@ -248,7 +248,8 @@ class GramFisher(Plotted, Measured):
         return GramFisher(pieces, rows, weight, self._counts.pooled(other._counts), self.shapes)
 
     def all_reduce(self, group: dist.ProcessGroup | None = None) -> GramFisher:
-        """Refused: the rows of all ranks would have to be on every rank."""
+        """Refused, on every rank: the rows of all ranks would have to be on each of them."""
+        _pooling.check_structure(self.structure, group, self._device)
         raise ValueError("gram: all_reduce must have sums, got rows that differ on every rank; save each and add them with +")
 
     def state(self) -> serialize.State:

@@ -18,7 +18,7 @@ from torch import Tensor
 from fisherfast.accumulator import Accumulator
 from fisherfast.capture import Capture
 from fisherfast.collector import Cost
-from fisherfast.fisher import _arguments, serialize
+from fisherfast.fisher import _arguments, _pooling, serialize
 from fisherfast.fisher.block_collector import BlockCollector
 from fisherfast.fisher.block_fisher import BlockFisher, described
 from fisherfast.fisher.counts import Counts
@@ -173,7 +173,8 @@ class FactoredKFAC(KFACFisher):
         raise ValueError("+: both Fishers must be measurements, got one with damping in its factors; pool before F.factored")
 
     def all_reduce(self, group: Any = None) -> Any:
-        """Refused. Errors: ValueError."""
+        """Refused, on every rank. Errors: ValueError."""
+        _pooling.check_structure("damped factors", group, self._device)
         raise ValueError("all_reduce: F must be a measurement, got one with damping in its factors; pool before F.factored")
 
     def state(self) -> serialize.State:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -276,7 +276,7 @@ def _of_pixels(rows: Tensor, weight: Tensor | None) -> Tensor | None:
     return None if weight is None else weight.unsqueeze(1).expand(rows.shape[:2])
 
 
-def _of_positions(g: Tensor, weight: Tensor | None, exists: Tensor | None) -> Tensor | None:
+def _of_positions(g: Tensor, weight: Tensor | None, exists: Sequence[Tensor]) -> Tensor | None:
     """The weight of every row ``[N, T]``, and 0 where there is no position.
 
     A mask says something of these rows if it has their shape (a weight that is used several times has the positions of each
@@ -288,9 +288,11 @@ def _of_positions(g: Tensor, weight: Tensor | None, exists: Tensor | None) -> Te
     return mask.to(torch.float32) if weight is None else weight * mask
 
 
-def existing(g: Tensor, exists: Tensor | None) -> Tensor | None:
-    """Which rows ``[N, T]`` there are, where a mask says so."""
-    if exists is None or exists.dim() != 2 or g.dim() != 3 or not exists.shape[1] or g.shape[1] % exists.shape[1]:
+def existing(g: Tensor, exists: Sequence[Tensor]) -> Tensor | None:
+    """Which rows ``[N, T]`` there are, where a mask says so that leaves out no row with a gradient: of several the one with fewest."""
+    if not exists or g.dim() != 3:
         return None
-    mask = (exists != 0).repeat(1, g.shape[1] // exists.shape[1])
-    return None if bool(((g != 0).any(-1) & ~mask).any()) else mask
+    fitting = [m for m in exists if m.dim() == 2 and m.shape[0] == g.shape[0] and m.shape[1] and not g.shape[1] % m.shape[1]]
+    masks = [(mask != 0).repeat(1, g.shape[1] // mask.shape[1]) for mask in fitting]
+    alive = (g != 0).any(-1)
+    return min((mask for mask in masks if not bool((alive & ~mask).any())), key=lambda mask: int(mask.sum()), default=None)

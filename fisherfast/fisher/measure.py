@@ -125,7 +125,13 @@ def _in_two_passes(
 
     basis, known = first_pass()
     corrected = measurement(tuple(with_basis(asked, basis) for asked in structures), known)
-    return corrected.over(twice.again(corrected.batches(data, progress, "Fisher")), None)
+    try:
+        return corrected.over(twice.again(corrected.batches(data, progress, "Fisher")), None)
+    except (Exception, KeyboardInterrupt) as error:
+        if not corrected.run.num_samples:
+            error.fisher = basis  # type: ignore[union-attr]
+            error.add_note("fisherfast: no batch of the second pass counts; .fisher holds the factors of the first")
+        raise
 
 
 class Measurement:
@@ -151,6 +157,7 @@ class Measurement:
         self._sample_gradients = SampleGradients(model, output)
         self.run.vmap_problem = None
         self._explored = self._probed = known is not None
+        self._measured = hashlib.blake2b(" ".join(sorted(self.capture.tracked)).encode(), digest_size=8).hexdigest()
         self._read: list[str] = []  # digests of the batches up to each, where there is a checkpoint
 
     # -- the data set
@@ -187,9 +194,10 @@ class Measurement:
                     )
                 if not self.run.num_samples:
                     raise ValueError("fisher: data must yield at least one batch, got none; was the iterator used up?")
-            finally:
-                if checkpoint is not None and self.run.batches > done:
-                    self._write(checkpoint)
+            except BaseException as error:
+                self._write_if_newer(checkpoint, done, error)
+                raise
+            self._write_if_newer(checkpoint, done)
             self.run.warn_of_underflow()
             self.run.warn_of_no_labels()
         return self.run.results()
@@ -206,10 +214,12 @@ class Measurement:
         read, extra = serialize.load_with_extra(checkpoint, device=str(self.capture.device))
         digest = extra.pop("batches", None)
         before = read if isinstance(read, tuple) else (read,)
-        if extra != self._settings() or before[0].provenance != self.provenance:
+        settings = self._settings()
+        extra.setdefault("parameters", settings["parameters"])  # older files do not say
+        if extra != settings or before[0].provenance != self.provenance:
             raise ValueError(
                 f"fisher: {checkpoint} must be of the same measurement, got {before[0].provenance} {extra} instead of "
-                f"{self.provenance} {self._settings()}; remove the file or give another"
+                f"{self.provenance} {settings}; remove the file or give another"
             )
         self.run.restore(before)
         return before[0].batches, digest
@@ -226,6 +236,17 @@ class Measurement:
                 f"fisher: data must be those that {checkpoint} was made of, got others in the first {done} batches; turn off "
                 "shuffling and random augmentation, or remove the file"
             )
+
+    def _write_if_newer(self, checkpoint: Path | None, done: int, error: BaseException | None = None) -> None:
+        """At the end, or where an ``error`` ends the run, which a full disk must not hide."""
+        if checkpoint is None or self.run.batches <= done:
+            return
+        try:
+            self._write(checkpoint)
+        except OSError as problem:
+            if error is None:
+                raise
+            error.add_note(f"fisherfast: {checkpoint} holds what it held before: {problem}")
 
     def _write(self, checkpoint: Path) -> None:
         results = self.run.results()
@@ -247,6 +268,8 @@ class Measurement:
         return {
             "sample_offset": str(self.sample_offset),
             "weights": self._weights,
+            "parameters": self._measured,
+            **({} if self.output is None else {"output": self.output if isinstance(self.output, str) else "a function"}),
             **({} if asked == (Diagonal(),) else {"structure": ", ".join(map(repr, asked))}),
         }
 
@@ -264,9 +287,10 @@ class Measurement:
                 "model: the output must depend on the parameters through autograd, got one without a graph; is grad disabled?"
             )
         padded = predictions.num_positions < 0.8 * predictions.counted.numel()
+        masks = tuple({id(mask): mask for mask in (batch.mask, batch.output_mask) if mask is not None}.values())
         with interrupts.put_off():  # a batch counts as a whole
-            with self.run.transaction(Samples(batch.N, count, batch.weight, padded, batch.mask)):
-                every = batch.weight is None and (batch.mask is None or bool(batch.mask.all()))
+            with self.run.transaction(Samples(batch.N, count, batch.weight, padded, masks)):
+                every = batch.weight is None and all(bool(mask.all()) for mask in masks)
                 detached = predictions.detached()
                 support = partial(self._support, detached)
                 positions = None if batch.mask is None or batch.mask.dim() != 2 else batch.mask.shape[1]

@@ -82,7 +82,8 @@ class SampleNorms(Counted):
         return self
 
     def _identity(self) -> dict[str, Any]:
-        layers = {} if self._by_layer is None else {"layers": list(self._by_layer)}
+        measured = sorted(name for name, way in self.coverage.items() if not way.startswith("missing"))
+        layers = {"layers": None if self._by_layer is None else list(self._by_layer), "parameters": measured}
         return {**layers, **{f: getattr(self.provenance, f) for f in ("fisher_type", "likelihood", "model")}}
 
     def state(self) -> serialize.State:

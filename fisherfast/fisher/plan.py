@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from rich.table import Table
+from rich.text import Text
 from torch import nn
 
 from fisherfast.batches import Batch, Output
@@ -112,13 +113,15 @@ class Plan:
 
     def table(self) -> Table:
         """A line for each row, and the total."""
-        table = Table(title=f"Plan of {self.structure}", title_justify="left", caption=self._summary(), caption_justify="left")
+        table = Table(
+            title=f"Plan of {self.structure}", title_justify="left", caption=Text(self._summary()), caption_justify="left"
+        )
         for heading in ("parameters", "covered by", "held"):
             table.add_column(heading, overflow="fold")
         for heading in ("bytes", "FLOPs", "of a step"):
             table.add_column(heading, justify="right", no_wrap=True)
         for row in self.rows:
-            table.add_row("\n".join(row.names), row.way, row.holds, in_words(row.bytes), *self._work(row.flops))
+            table.add_row(*map(Text, ("\n".join(row.names), row.way, row.holds)), in_words(row.bytes), *self._work(row.flops))
         table.add_section()
         table.add_row("all", "", "", in_words(self.total_bytes), *self._work(self.flops))
         return table
@@ -130,7 +133,7 @@ class Plan:
         free = "an unknown amount" if self.free_bytes is None else in_words(self.free_bytes)
         passes = f"{self.passes} backward pass{'es' * (self.passes > 1)} a batch" + ", the data read twice" * (self.readings > 1)
         return (
-            f"{in_words(self.peak_bytes)} at most with the result, {in_words(self.activation_bytes)} of activations and "
+            f"{in_words(self.peak_bytes)} at most with the result, at least {in_words(self.activation_bytes)} of activations and "
             f"{in_words(self.scratch_bytes)} of scratch for a batch, {free} free: {'fits' if self.fits else 'does not fit'}; "
             f"{passes}; a batch takes {self.ratio:.2f} plain steps"
         )

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -70,7 +71,7 @@ class ReducedSums(KroneckerSums):
         return rows.unflatten(1, (self.place.groups, -1)).unbind(1)
 
 
-def _of_rows(form: Form, rows: Rows, exists: Tensor | None) -> Reduced:
+def _of_rows(form: Form, rows: Rows, exists: Sequence[Tensor]) -> Reduced:
     x, g = wide(rows.inputs), wide(rows.g)
     if isinstance(form, MatMul) and form.transposed:
         x, g = g, x  # the rows are as the parameter is stored

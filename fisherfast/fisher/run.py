@@ -20,6 +20,7 @@ from fisherfast._warning import warn
 from fisherfast.calls import Call, Key
 from fisherfast.capture import Capture
 from fisherfast.collector import Samples
+from fisherfast.fisher import interrupts
 from fisherfast.fisher.counts import Counts
 from fisherfast.fisher.coverage import OPS, Coverage, Stopwatch
 from fisherfast.fisher.engine import Engine
@@ -203,7 +204,8 @@ class Run:
         aliases = {alias: name for alias, name in self.capture.aliases.items() if name in self.capture.tracked}
         counts = Counts(self.num_samples, self.num_positions, self.batches, self.provenance, self.coverage, aliases)
         asked = zip(self.structures, self.sources, strict=True)
-        return tuple(structure.result(source, counts) for structure, source in asked if structure.fills is None)
+        with interrupts.put_off():  # sums are folded on the way
+            return tuple(structure.result(source, counts) for structure, source in asked if structure.fills is None)
 
     def check_finite(self, values: Tensor, what: str) -> None:
         """Raise before the backward pass if the forward pass produced NaN or infinity, naming where it began."""
@@ -263,7 +265,11 @@ class Run:
         """Have the error carry the result so far."""
         if not self._fits and isinstance(error, MemoryError):
             return  # a result, even of nothing, takes the memory that is not there
-        results = self.results()
+        try:
+            results = self.results()
+        except Exception as problem:  # no memory for what a result takes: what went wrong first is what counts
+            error.add_note(f"fisherfast: stopped in batch {self.batches}; what came before could not be kept: {problem}")
+            return
         error.fisher = results[0] if len(results) == 1 else results  # type: ignore[attr-defined]
         error.add_note(
             f"fisherfast: stopped in batch {self.batches}; the {self.num_samples} samples of the batches before are kept in .fisher"

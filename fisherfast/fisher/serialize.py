@@ -94,7 +94,7 @@ def save(fisher: Storable, path: str | os.PathLike[str], extra: Mapping[str, str
     Numerics: bit-exact.
     Source:   the safetensors format.
     """
-    path, extra = Path(path), dict(extra or {})
+    path, extra = Path(path).resolve(), dict(extra or {})  # a link stays one
     if not all(isinstance(text, str) for item in extra.items() for text in item):
         raise TypeError("save: extra must be {str: str}; encode other values as JSON")
     if path.is_dir():
@@ -116,12 +116,15 @@ def save(fisher: Storable, path: str | os.PathLike[str], extra: Mapping[str, str
 
 
 def _write_whole(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    temporary = path.with_name(f".{path.name[:200]}.{secrets.token_hex(4)}.tmp")
     temporary.touch()
     try:
         # safetensors makes its files readable to their owner only; a result should be as readable as any other file.
         mode = temporary.stat().st_mode
-        save_file(tensors, temporary, metadata)
+        try:
+            save_file(tensors, temporary, metadata)
+        except SafetensorError as error:  # a full disk
+            raise OSError(f"save: {path} must be written whole, got {error}; make room") from error
         temporary.chmod(mode)
         with temporary.open("rb") as file:
             os.fsync(file.fileno())

@@ -22,7 +22,7 @@ def render(F: Fisher, info: Information, ratio: TimeRatio | None = None) -> Grou
     lines = Table.grid(padding=(0, 2))
     lines.add_column(justify="right", style="bold")
     for line in summary(F, info, ratio).items():
-        lines.add_row(*line)
+        lines.add_row(*map(Text, line))
     return Group(lines, "", info.table(), Text(MEANING, style="dim"))
 
 

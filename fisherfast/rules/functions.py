@@ -53,7 +53,7 @@ def _embedding(input, weight, padding_idx=None, max_norm=None, norm_type=2.0, sc
 
 @rule(Tensor.__getitem__)
 def _rows_of(input, index):
-    if isinstance(index, Tensor) and index.dtype == torch.int64 and input.dim() == 2:
+    if isinstance(index, Tensor) and index.dtype == torch.int64 and index.dim() and input.dim() == 2:
         yield Use(input, Lookup(), (index % input.shape[0],))
 
 
