@@ -4,9 +4,11 @@
 import pytest
 import torch
 from networks import Wrapped
+from safetensors import SafetensorError
 from torch import nn
 
 import fisherfast as ff
+from fisherfast.fisher import serialize
 
 I, C, N = 5, 3, 4
 STRUCTURES = ["diagonal", "kfac", "ekfac", "gram"]
@@ -141,3 +143,37 @@ def test_other_data_of_the_same_sizes_are_refused(structure, tmp_path):
 def test_a_progress_bar_is_no_output(capsys):
     ff.fisher(nn.Linear(I, C).double(), [(torch.randn(N, I).double(), torch.randint(0, C, (N,)))])
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("structure", ["diagonal", "kfac", "gram", ff.PerSampleNorm()], ids=str)
+@pytest.mark.parametrize("freezes", [False, True])
+def test_a_checkpoint_is_of_the_same_parameters(structure, freezes, tmp_path):
+    model, data, path = nn.Sequential(nn.Linear(I, 4), nn.Linear(4, C)).double(), batches((1, 1, 1)), tmp_path / "c.safetensors"
+    model[0].weight.requires_grad_(freezes)
+    with pytest.raises(RuntimeError, match="stopped"):
+        ff.fisher(model, stopping(data, 2), (structure,), "empirical", checkpoint=path, progress=False)
+    model[0].weight.requires_grad_(not freezes)
+    with pytest.raises(ValueError, match="must be of the same measurement"):
+        ff.fisher(model, data, (structure,), "empirical", checkpoint=path, progress=False)
+
+
+def test_a_checkpoint_is_of_the_same_output(tmp_path):
+    model, data, path = nn.Linear(I, C).double(), batches((1, 1, 1)), tmp_path / "c.safetensors"
+    with pytest.raises(RuntimeError, match="stopped"):
+        ff.fisher(model, stopping(data, 2), "diagonal", "empirical", checkpoint=path, progress=False)
+    with pytest.raises(ValueError, match=r"must be of the same measurement.*a function"):
+        ff.fisher(model, data, "diagonal", "empirical", output=lambda z: -3 * z, checkpoint=path, progress=False)
+
+
+def test_a_full_disk_hides_no_other_error(tmp_path, monkeypatch):
+    def full(*_):
+        raise SafetensorError("I/O error: No space left on device")
+
+    model, data, path = nn.Linear(I, C).double(), batches((1, 1, 1)), tmp_path / "c.safetensors"
+    monkeypatch.setattr(serialize, "save_file", full)
+    with pytest.raises(RuntimeError, match="stopped") as caught:
+        ff.fisher(model, stopping(data, 2), "diagonal", "empirical", checkpoint=path, progress=False)
+    assert any("holds what it held before" in note and "No space left" in note for note in caught.value.__notes__)
+    with pytest.raises(OSError, match="must be written whole, got I/O error: No space left"):
+        ff.fisher(model, data, "diagonal", "empirical", checkpoint=path, progress=False)
+    assert not list(tmp_path.iterdir())

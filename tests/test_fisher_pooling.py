@@ -116,9 +116,57 @@ def norms_of(samples, by_layer=True):
     return stats.result()
 
 
+class Two(nn.Module):
+    """Two layers of one size, defined in either order."""
+
+    def __init__(self, names):
+        super().__init__()
+        for name in names:
+            setattr(self, name, nn.Linear(6, 6))
+
+    def forward(self, x):
+        """[N, 6]."""
+        return self.b(self.a(x).tanh())
+
+
+@pytest.mark.parametrize("structure", ["diagonal", "kfac", "ekfac"])
+def test_blocks_pool_by_name_whatever_the_order_of_the_parameters(structure):
+    x, y, models = torch.randn(8, 6).double(), torch.randint(0, 6, (8,)), [Two("ab").double(), Two("ba").double()]
+    models[1].load_state_dict(models[0].state_dict())
+    options = {"fisher_type": "empirical", "progress": False}
+    if structure == "ekfac":
+        basis = ff.fisher(models[0], [(x, y)], "kfac", **options)
+        structure = (ff.EKFAC(basis=basis),)
+        models[1] = models[0]  # a basis has the order of its parameters
+    parts = [
+        ff.fisher(model, [(x[s], y[s])], structure, **options)
+        for model, s in zip(models, (slice(0, 3), slice(3, 8)), strict=True)
+    ]
+    whole = ff.fisher(models[0], [(x, y)], structure, **options)
+    (first, second), whole = (
+        ((one[0] if isinstance(one, tuple) else one) for one in parts),
+        (whole[0] if isinstance(whole, tuple) else whole),
+    )
+    pooled, expected = (first + second).diagonal(dtype=torch.float64), whole.diagonal(dtype=torch.float64)
+    for name, diagonal in expected.items():
+        torch.testing.assert_close(pooled[name], diagonal, rtol=1e-6, atol=1e-9)
+
+
+def test_norms_of_other_parameters_do_not_pool():
+    layers, whole = norms_of(slice(0, 3)), norms_of(slice(3, 7), by_layer=False)
+    for one, other in ((layers, whole), (whole, layers)):
+        with pytest.raises(ValueError, match="must have the same layers"):
+            one + other
+    model, x, y = nn.Linear(3, 2), torch.randn(4, 3), torch.zeros(4).long()
+    every = ff.fisher(model, [(x, y)], ff.PerSampleNorm(), progress=False)
+    model.bias.requires_grad_(False)
+    with pytest.raises(ValueError, match="must have the same parameters"):
+        every + ff.fisher(model, [(x, y)], ff.PerSampleNorm(), progress=False)
+
+
 RANK = """
     from test_fisher_pooling import norms_of, two_layers_of_one_input
-    import sys, torch, torch.distributed as dist
+    import sys, torch, torch.distributed as dist, fisherfast as ff
     from fisherfast.accumulator import Accumulator
     from fisherfast.fisher import DiagonalFisher, Provenance
 
@@ -155,6 +203,11 @@ RANK = """
         norms_of(mine, by_layer=bool(rank)).all_reduce()
     except ValueError as error:
         open(f"{folder}/layers{rank}", "w").write(str(error))
+    try:  # what cannot be pooled says so to the other rank, too, which would wait for it
+        model, x, y = torch.nn.Linear(3, 2), torch.randn(4, 3), torch.zeros(4).long()
+        ff.fisher(model, [(x, y)], ["diagonal", "gram"][rank], progress=False).all_reduce()
+    except ValueError as error:
+        open(f"{folder}/gram{rank}", "w").write(str(error))
     dist.destroy_process_group()
 """
 
@@ -185,12 +238,14 @@ def test_all_reduce_equals_pooling(tmp_path):
         N, seven = load(tmp_path / f"norms{rank}"), norms_of(slice(None))
         assert N.num_samples == 7 and N.squared_norms.equal(seven.squared_norms)
         assert all(N.by_layer()[layer].equal(norms) for layer, norms in seven.by_layer().items())
-        assert (tmp_path / f"layers{rank}").read_text().startswith("all_reduce: all ranks must have the same structure; here ")
+        assert (tmp_path / f"layers{rank}").read_text().startswith("all_reduce: all ranks must have the same layers; here ")
         v = torch.linspace(-1, 1, K.num_parameters).double()
         assert sum(block.place.input_of is not None for block in K.blocks) == 1
         torch.testing.assert_close(K @ v, whole @ v, rtol=1e-12, atol=1e-12)
-        assert (tmp_path / f"structure{rank}").read_text().startswith("all_reduce: all ranks must have the same structure; here ")
+        assert (tmp_path / f"structure{rank}").read_text().startswith("all_reduce: all ranks must have the same layers; here ")
         assert (tmp_path / f"error{rank}").read_text() == f"all_reduce: all ranks must have the same fisher_type; here {kind!r}"
+    for rank in range(2):
+        assert "must have the same structure" in (tmp_path / f"gram{rank}").read_text()
 
 
 RANK_WITH_ROWS = """

@@ -3,6 +3,7 @@
 
 import gc
 import importlib
+import io
 import itertools
 import weakref
 
@@ -10,6 +11,7 @@ import networks
 import pytest
 import torch
 from networks import EVERY
+from rich.console import Console
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -391,3 +393,11 @@ def test_the_fallback_goes_through_the_network_once_more():
     planned = ff.plan(build(), data())
     (row,) = [row for row in planned.rows if row.names == ("w",)]
     assert names == {"w"} and row.way.startswith("vmap: ") and row.flops == planned.step_flops
+
+
+def test_names_that_look_like_markup_are_printed_as_they_are():
+    model = nn.ModuleDict({"[/a]": nn.Linear(3, 2)})
+    model.forward = lambda x: model["[/a]"](x)
+    console = Console(width=120, file=io.StringIO())
+    console.print(ff.plan(model, (torch.randn(4, 3), None)).table())
+    assert "[/a].weight" in console.file.getvalue()

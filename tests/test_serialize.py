@@ -258,3 +258,17 @@ def test_a_model_in_bfloat16_can_be_saved(structure, tmp_path):
     F = ff.fisher(model, data, structure, progress=False, checkpoint=tmp_path / "run.safetensors")
     F.save(tmp_path / "saved.safetensors")
     assert ff.load(tmp_path / "saved.safetensors").trace() == F.trace()
+
+
+def test_a_link_stays_one(tmp_path):
+    target, link = tmp_path / "target.safetensors", tmp_path / "link.safetensors"
+    example().save(target)
+    link.symlink_to(target)
+    DiagonalFisher({"w": torch.ones(3)}, num_samples=7).save(link)
+    assert link.is_symlink() and load(target).num_samples == 7
+
+
+def test_a_name_as_long_as_the_file_system_takes(tmp_path):
+    path = tmp_path / ("n" * 243 + ".safetensors")
+    example().save(path)
+    assert load(path).num_samples == example().num_samples

@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """A batch that fails leaves no trace: not in a parameter that comes part by part, not by squares that overflow."""
 
+import signal
+
 import pytest
 import torch
 from torch import nn
 
 import fisherfast as ff
+from fisherfast.accumulator import RunningSum
 
 ASKED = {
     "diagonal": "diagonal",
@@ -124,3 +127,41 @@ def test_a_warning_made_an_error_has_the_result():
     with pytest.raises(ff.FisherWarning) as caught:
         ff.fisher(model, data, fisher_type="empirical", progress=False)
     assert caught.value.fisher.num_samples == 8
+
+
+@pytest.mark.parametrize("structure", ["diagonal", "kfac"])
+def test_ctrl_c_waits_until_a_result_is_made(structure, monkeypatch):
+    """Half a fold of the sums would be in every later result."""
+    folded = []
+
+    def fold(sums):
+        if not folded:
+            signal.raise_signal(signal.SIGINT)
+        whole(sums)
+        folded.append(sums)
+
+    model, x, y = nn.Linear(4, 3), torch.randn(5, 4), torch.randint(0, 3, (5,))
+    with ff.collect(model, structure) as stats:
+        stats.backward(nn.functional.cross_entropy(model(x), y, reduction="none"))
+    whole = RunningSum.fold
+    monkeypatch.setattr(RunningSum, "fold", fold)
+    with pytest.raises(KeyboardInterrupt):
+        stats.result()
+    assert folded
+    assert stats.result().trace() == pytest.approx(measure(model, [(x, y)], structure).trace(), rel=1e-6)
+
+
+def test_an_error_survives_a_result_for_which_there_is_no_room(monkeypatch):
+    """The allocator's own error would hide what went wrong."""
+
+    def no_room(sums):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    def failing():
+        yield torch.randn(5, 4), torch.zeros(5).long()
+        monkeypatch.setattr(RunningSum, "snapshot", no_room)
+        raise OSError("the data are gone")
+
+    with pytest.raises(OSError, match="the data are gone") as caught:
+        ff.fisher(nn.Linear(4, 3), failing(), progress=False)
+    assert any("could not be kept: DefaultCPUAllocator" in note for note in caught.value.__notes__)
