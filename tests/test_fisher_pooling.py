@@ -242,7 +242,7 @@ def test_all_reduce_equals_pooling(tmp_path):
         v = torch.linspace(-1, 1, K.num_parameters).double()
         assert sum(block.place.input_of is not None for block in K.blocks) == 1
         torch.testing.assert_close(K @ v, whole @ v, rtol=1e-12, atol=1e-12)
-        assert (tmp_path / f"structure{rank}").read_text().startswith("all_reduce: all ranks must have the same layers; here ")
+        assert (tmp_path / f"structure{rank}").read_text().startswith("all_reduce: all ranks must have the same structure; here ")
         assert (tmp_path / f"error{rank}").read_text() == f"all_reduce: all ranks must have the same fisher_type; here {kind!r}"
     for rank in range(2):
         assert "must have the same structure" in (tmp_path / f"gram{rank}").read_text()
