@@ -31,8 +31,8 @@ class Engine:
     A batch of one backward pass goes into the running sums directly; if the pass stops half-way, each parameter's weight
     says what it has. A batch of several passes (columns of the exact Fisher, draws) means nothing until they are complete:
     it goes into staging tensors, one more per running sum, that are folded in, or dropped, at the end. So does, of any batch,
-    a parameter whose rows come part by part. ``transactional`` stages every batch, for checkpoints, and so does a request that
-    fills ``.grad``. What is per sample counts only when its batch is complete.
+    a parameter whose rows come part by part. ``transactional`` stages every batch, for checkpoints. What is per sample counts
+    only when its batch is complete, and ``.grad`` is filled only then.
     """
 
     def __init__(self, capture: Capture, structures: Sequence[Structure], transactional: bool = False) -> None:
@@ -47,7 +47,6 @@ class Engine:
         keeps = [s.keeps for s in structures]
         self.keeps = "layers" if "layers" in keeps else "whole" if "whole" in keeps else None
         self._transactional, self._device = transactional, capture.device
-        self._always_staged = transactional or self._fills is not None
         self._measures_spread = any(s.spread for s in structures)
         self._spread: Spread | None = None
         self._arrange(list(parameters))
@@ -82,7 +81,7 @@ class Engine:
 
     def holds(self, passes: int) -> list[Held]:
         """What batches of so many backward passes take; values of samples are not counted."""
-        staged = self._always_staged or passes > 1
+        staged = self._transactional or passes > 1
         held = [self._held(name, staged or name in self._in_parts) for name in self._flag]
         return [one.written() for one in held] if self._transactional else held
 
@@ -96,10 +95,11 @@ class Engine:
         return Held((name,), what, of_sums, (of_sums + copies,), result=of_results)
 
     def _filled(self, name: str) -> int:
-        """What ``.grad`` takes, and the batch's sum that it is filled from."""
+        """The batch's sum of gradients, which becomes ``.grad`` where that may be as wide."""
         parameter = self._tracked[name].parameter
-        batch = 0 if name in self.totals else parameter.numel() * wide_dtype(parameter.dtype).itemsize
-        return (parameter.nbytes + batch) if self._fills else 0
+        wide = wide_dtype(parameter.dtype)
+        of_grad = 0 if wide == parameter.dtype else parameter.nbytes
+        return parameter.numel() * wide.itemsize + of_grad if self._fills else 0
 
     def cost(self, tracked: Tracked, form: Form, rows: Rows, number: int) -> Cost:
         """See ``Collector``."""
@@ -121,7 +121,7 @@ class Engine:
 
     def begin(self, samples: Samples) -> None:
         """See ``Collector``."""
-        self._staged = self._always_staged or samples.passes > 1
+        self._staged = self._transactional or samples.passes > 1
         self._samples, self._again = samples, False
         self._batch_norms.clear()
 
@@ -161,6 +161,8 @@ class Engine:
     def add_gradients(self, tracked: Tracked, gradients: Tensor, first: int, scale: float, number: int) -> None:
         """See ``Collector``. Outside a staged batch every call is a transaction of its own."""
         name, n = tracked.name, len(gradients)
+        if self._fills:
+            self._in_parts.add(name)  # .grad is of whole batches
         gradients = wide(gradients)
         squares = gradients.square()
         norms = squares.reshape(n, -1).sum(1)
@@ -223,12 +225,13 @@ class Engine:
     def _fill(self, divisor: int) -> None:
         """Add the batch's gradients to ``.grad``, as a backward pass of autograd's would."""
         for name in self._touched.keys() & self._staged_totals.keys() & self.reached:
-            parameter = self._tracked[name].parameter
-            gradient = torch.empty_like(parameter).copy_(self._staged_totals[name] / divisor)  # laid out as the parameter
-            if parameter.grad is None:
-                parameter.grad = gradient
+            parameter, total = self._tracked[name].parameter, self._staged_totals[name].div_(divisor)
+            if parameter.grad is not None:
+                parameter.grad.add_(total)
+            elif (total.dtype, total.stride()) == (parameter.dtype, parameter.stride()):
+                parameter.grad = self._staged_totals.pop(name)
             else:
-                parameter.grad.add_(gradient)
+                parameter.grad = torch.empty_like(parameter).copy_(total)
 
     def _waits(self, name: str) -> bool:
         return self._staged or name in self._in_parts
