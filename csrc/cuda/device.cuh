@@ -23,8 +23,7 @@ struct Output {
 
 // out[row * stride + column] += scale * value for a thread's kOwned elements, which each(visit) hands to visit(row, column,
 // value), in the same order every time; those that are not inside(row, column) are left alone. Without `held` nothing was there
-// yet. Loads run ahead of the additions, up to kAhead registers of them: one after the other, each would wait for memory by
-// itself.
+// yet. Loads run ahead of the additions, up to kAhead registers of them: by itself, each would wait for memory.
 template <int kOwned, int kAhead, typename Out, typename Inside, typename Each>
 __device__ void add_owned(Out* out, int64_t stride, double scale, bool held, const Inside& inside, const Each& each) {
   constexpr int kLoads = kAhead * sizeof(float) / sizeof(Out);

@@ -72,8 +72,8 @@ struct GramBlock {
   __device__ void add(int stage, const Inside& inside, const Each& each) const {
     if (p.partial) {
       Real* const out = static_cast<Real*>(p.partial) + static_cast<int64_t>(blockIdx.y) * p.D * p.D;
-      add_owned<kOwned, kAhead>(out, p.D, 1.0, stage - begin >= kFlushRows / kRows, inside,
-                                each);  // nobody has filled it with zeros
+      const bool held = stage - begin >= kFlushRows / kRows;  // nobody has filled the workspace with zeros
+      add_owned<kOwned, kAhead>(out, p.D, 1.0, held, inside, each);
     } else {
       add_owned<kOwned, kAhead>(p.acc, p.D, p.scale, inside, each);
     }
