@@ -49,6 +49,7 @@ class SampleGradients:
             first = self._chunk(batch, cotangent, tracked, 0, step)
         except torch.OutOfMemoryError:
             raise
+        # Whatever torch.func raises where it cannot: the loop takes over, whose own error is the model's, and coverage says why.
         except (RuntimeError, ValueError, TypeError, NotImplementedError, IndexError) as error:
             self.problem = f"vmap cannot, {type(error).__name__}: {str(error).strip().partition('. ')[0]}"
             return None
