@@ -113,6 +113,16 @@ class Batch:
 
         return Batch(part(self.inputs), part(self.targets), part(self.mask), stop - start, part(self.weight))
 
+    def repeated(self, n: int) -> Batch:
+        """As many samples, all of them sample n; packed samples cannot be repeated."""
+
+        def copies(value: Any) -> Any:
+            return _nested.mapped(value, lambda tensor: tensor[[n] * self.N] if self.has_samples(tensor) else tensor)
+
+        return replace(
+            self, inputs=copies(self.inputs), targets=copies(self.targets), mask=copies(self.mask), weight=copies(self.weight)
+        )
+
     def copied(self) -> Batch:
         """With inputs of its own, for a model that writes into them."""
         return replace(self, inputs=_nested.mapped(self.inputs, Tensor.clone))

@@ -236,6 +236,7 @@ FLOORS = {
     "capture": 4,
     "chosen_rows": 4,
     "likelihood": 4,
+    "dependence": 4,
     "fallback": 4,
     "accumulator": 4,
     "batches": 4,

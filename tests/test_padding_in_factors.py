@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import fisherfast as ff
+from fisherfast.fisher import block_sums, kronecker_sums
 
 IGNORED = -100
 
@@ -173,3 +174,26 @@ def test_an_entry_at_a_place_that_is_a_tensor_is_a_part():
     for first in (1, 2):
         parts = ff.fisher(model, [(x[:first], y[:first]), (x[first:], y[first:])], "kfac", "empirical", progress=False)
         assert dict(parts.coverage) == dict(whole.coverage) and parts.trace() == pytest.approx(whole.trace(), rel=1e-6)
+
+
+@pytest.mark.parametrize("copied", [1, 1000, 2**25])
+@pytest.mark.parametrize("padded", [False, True])
+def test_padding_is_not_multiplied(copied, padded, monkeypatch):
+    """The factor is that of the tokens; neither padding nor a mask of ones makes rows weighted, which on a GPU takes 6 times as long."""
+    seen, multiply = [], block_sums.gram_
+
+    def spied(acc, rows, *more, weight=None, **options):
+        if rows.shape[-1] == 5 and acc.shape[0] == 6:  # inputs of the head, with the bias
+            seen.append((rows.shape[:-1].numel(), weight))
+        multiply(acc, rows, *more, weight=weight, **options)
+
+    monkeypatch.setattr(block_sums, "gram_", spied)
+    monkeypatch.setattr(kronecker_sums, "_COPIED", copied)
+    model, ids = Gated().eval(), torch.randint(1, 10, (4, 7))
+    mask = (torch.arange(7) < torch.tensor([7, 3, 1, 5]).unsqueeze(1)) if padded else torch.ones(4, 7, dtype=torch.bool)
+    batch = {"input_ids": ids, "attention_mask": mask.long(), "labels": torch.where(mask, ids % 4, IGNORED)}
+    found = factor(model, [batch], "head")
+    assert all(weight is None for _, weight in seen) and sum(rows for rows, _ in seen) == mask.sum()
+    h = model.table(ids)
+    inputs = F.pad(h + (ids[:, :1, None] % 2) * model.layer(h), (0, 1), value=1.0)[mask].double()
+    torch.testing.assert_close(found, inputs.mT @ inputs / mask.sum(), rtol=1e-5, atol=1e-6)

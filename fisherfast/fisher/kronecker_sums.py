@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,6 +19,8 @@ from fisherfast.fisher.kronecker import KroneckerBlock, Place
 from fisherfast.fisher.memory import Held, in_words
 from fisherfast.ops.conv_gram import conv_gram_
 from fisherfast.rules import Convolution, Form, Lookup, MatMul, Rows
+
+_COPIED = 2**25  # bytes of inputs without padding, at a time
 
 
 class KroneckerSums(WeightSums):
@@ -189,19 +191,23 @@ class KroneckerSums(WeightSums):
             x, g = g, x  # the rows are as the parameter is stored
         weight = _of_samples(rows, samples.weight)
         if A is not None:
-            self._add_inputs(x, _of_positions(g, weight, samples.exists), A)
+            self._add_inputs(x, weight, existing(g, samples.exists), A)
         if isinstance(self.form, Lookup):
             weight = self._counted(x, weight)
         self.B.add_outer(B[0], g, scale, weight=weight)
 
-    def _add_inputs(self, x: Tensor, weight: Tensor | None, A: Tensor) -> None:
-        with self.A.visiting(math.prod(x.shape[:-1]) if weight is None else weight.sum(dtype=torch.float64)):
+    def _add_inputs(self, x: Tensor, weight: Tensor | None, mask: Tensor | None, A: Tensor) -> None:
+        if mask is not None and (weight is not None or isinstance(self.form, Lookup)):
+            weight, mask = mask.to(torch.float32) if weight is None else weight * mask, None
+        counted = weight if mask is None else mask
+        with self.A.visiting(math.prod(x.shape[:-1]) if counted is None else counted.sum(dtype=torch.float64)):
             if isinstance(self.form, Lookup):
                 counts = self._counted(x, weight).flatten().double()
                 # By sorting, on a GPU: bincount would wait for the device, and add in any order.
                 A[0] += counts.new_zeros(A.shape[1]).index_put_((x.flatten(),), counts, accumulate=True).to(A.dtype)
-            else:
-                self.A.add_outer(A[0], x, weight=weight, bias=self.place.bias is not None)
+                return
+            for rows in (x,) if mask is None else _present(x, mask):
+                self.A.add_outer(A[0], rows, weight=weight, bias=self.place.bias is not None)
 
     def _counted(self, ids: Tensor, weight: Tensor | None) -> Tensor:
         """The weights of the rows of a table that are looked up; the padding row has no gradient."""
@@ -276,23 +282,25 @@ def _of_pixels(rows: Tensor, weight: Tensor | None) -> Tensor | None:
     return None if weight is None else weight.unsqueeze(1).expand(rows.shape[:2])
 
 
-def _of_positions(g: Tensor, weight: Tensor | None, exists: Sequence[Tensor]) -> Tensor | None:
-    """The weight of every row ``[N, T]``, and 0 where there is no position.
+def _present(x: Tensor, mask: Tensor) -> Iterator[Tensor]:
+    """The rows of ``x`` ``[N, T, I]`` that there are, without the others: padding takes no time, and 16-bit rows need no weights,
+    with which they are multiplied as float32. A few samples at a time, since a copy of all may be large.
+    """
+    few = max(1, _COPIED // max(x[:1].nbytes, 1))
+    for part, there in zip(x.split(few), mask.split(few), strict=True):
+        yield part.flatten(0, 1).index_select(0, there.flatten().nonzero().squeeze(1))
+
+
+def existing(g: Tensor, exists: Sequence[Tensor]) -> Tensor | None:
+    """Which rows ``[N, T]`` there are, if a mask leaves any out: of several the one with fewest.
 
     A mask says something of these rows if it has their shape (a weight that is used several times has the positions of each
     use, one after the other) and none that it leaves out has a gradient: a decoder may be as long as the encoder it is not of.
     """
-    mask = existing(g, exists)
-    if mask is None:
-        return weight
-    return mask.to(torch.float32) if weight is None else weight * mask
-
-
-def existing(g: Tensor, exists: Sequence[Tensor]) -> Tensor | None:
-    """Which rows ``[N, T]`` there are, where a mask says so that leaves out no row with a gradient: of several the one with fewest."""
     if not exists or g.dim() != 3:
         return None
     fitting = [m for m in exists if m.dim() == 2 and m.shape[0] == g.shape[0] and m.shape[1] and not g.shape[1] % m.shape[1]]
     masks = [(mask != 0).repeat(1, g.shape[1] // mask.shape[1]) for mask in fitting]
     alive = (g != 0).any(-1)
-    return min((mask for mask in masks if not bool((alive & ~mask).any())), key=lambda mask: int(mask.sum()), default=None)
+    found = min((mask for mask in masks if not bool((alive & ~mask).any())), key=lambda mask: int(mask.sum()), default=None)
+    return None if found is None or bool(found.all()) else found

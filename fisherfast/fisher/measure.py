@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sized
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from fisherfast.batches import Batch, Output, ReadTwice
 from fisherfast.collector import Samples
+from fisherfast.dependence import check_first, check_independent, same_but_rounding
 from fisherfast.fallback import SampleGradients
 from fisherfast.fisher import _arguments, interrupts, serialize
 from fisherfast.fisher.asked import Asked, factors_first, needs_basis, requests, with_basis
@@ -29,7 +31,7 @@ from fisherfast.fisher.requests import Diagonal
 from fisherfast.fisher.run import Explored, Run, model_name
 from fisherfast.fisher.structure import Structure
 from fisherfast.layout import PROBED
-from fisherfast.likelihood import Likelihood, Predictions
+from fisherfast.likelihood import Categorical, Likelihood, Predictions
 from fisherfast.locator import NO_AXIS, mixing
 from fisherfast.passes import Pass, check_loss_scale
 from fisherfast.tracked import Bare, Tracked
@@ -308,14 +310,15 @@ class Measurement:
             if self.capture.doubtful and not exploring:
                 self._check_expanded(batch, output)
             predictions = self.labelling.predictions(batch, output, self.sample_offset + self.run.num_samples + first)
-        self.run.check_finite(predictions.values, "the model's output")
+        masked = isinstance(self.labelling.likelihood, Categorical)
+        self.run.check_finite(predictions.values, "the model's output", -math.inf if masked else math.nan)
         return output, predictions
 
     def _check_expanded(self, batch: Batch, output: Tensor) -> None:
         """A use was given a sample axis whose first axis is as long as the batch, and may hold the samples: compare without."""
         # The same shapes and mode of autograd: the same kernels and rounding.
         alone = batch.copied().feed(self.model, self.output)
-        if not _close(alone, output):
+        if not same_but_rounding(alone, output):
             raise ValueError(
                 f"model: what has no sample axis in one batch must not have one in another of as many positions as samples, got {batch.N} "
                 "of both; give batches of another size"
@@ -382,15 +385,7 @@ class Measurement:
         """Parameters without a sample axis where they are used: expand them there, else follow them to where a sample comes in,
         else the fallback. ``noted``: the samples whose uses the collectors were shown.
         """
-        for n in range(few.N):
-            alone = self._values(few.cut(n, n + 1))
-            together = values[n : n + 1, : alone.shape[1]] if few.offsets is not None else values[n : n + 1]
-            if not _close(alone, together):
-                raise ValueError(
-                    f"model: samples must not depend on each other, but sample {n}'s output changes with its batch (by "
-                    f"{float((alone - together).detach().abs().max()):.2g}); rows that mix samples reach {sorted(mixing)[:3]}. Batch "
-                    "statistics and contrastive losses have no per-sample gradient"
-                )
+        check_independent(self._values, few, values, f"; rows that mix samples reach {sorted(mixing)[:3]}")
         if few.offsets is None:  # packed samples have no axis to expand to
             mixing = self._not_expanded(few, values, mixing)
         further = False
@@ -414,7 +409,7 @@ class Measurement:
             one.expand = next(iter(bare[one.name])) if can and len(bare[one.name]) == 1 else None
         try:
             expanded = self._values(few)
-            mixing = self._probe(expanded) if _close(expanded, values) else mixing
+            mixing = self._probe(expanded) if same_but_rounding(expanded, values) else mixing
         except Exception:  # the model is anybody's, and may say anything to such a shape: this use cannot be expanded
             pass
         for one in tracked:
@@ -456,13 +451,13 @@ class Measurement:
     def _first(self, batch: Batch, output: Tensor, cotangent: Tensor, tracked: list[Tracked]) -> dict[str, Tensor]:
         """The first sample's gradients by autograd."""
         alone = self._output_of(batch.cut(0, 1), exploring=True)
-        _check_cut(alone, output)
+        check_first(alone, output)
         gradients = self.run.passes.gradients(alone, tracked, cotangent[:1])
         return {which.name: gradient for which, gradient in zip(tracked, gradients, strict=True)}
 
     def _loop(self, batch: Batch, output: Tensor, predictions: Predictions, tracked: list[Tracked]) -> None:
         if batch.offsets is None:
-            _check_cut(self._output_of(batch.cut(0, 1), exploring=False), output)
+            check_first(self._output_of(batch.cut(0, 1), exploring=False), output)
         for n in range(batch.N):
             values = self.forward(batch.cut(n, n + 1), exploring=True, first=n)[1].values
             passes = self._passes(predictions.one(n))
@@ -471,27 +466,8 @@ class Measurement:
             self.run.passes.loop(values, tracked, n, passes)
 
 
-def _check_cut(alone: Tensor, together: Tensor) -> None:
-    """Raise ValueError if the first sample by itself is plainly another than in its batch: an input was cut that holds no samples."""
-    first = together[:1]
-    if alone.shape == first.shape:
-        apart, largest = float((alone - first).detach().abs().max()), float(first.detach().abs().max())
-        if apart <= 0.01 * largest:  # rounding, whatever the precision
-            return
-    raise ValueError(
-        "data: inputs whose first axis is as long as the batch must hold its samples, got one that does not: the first sample alone "
-        "has another output than in its batch; pass such an input as [1, ...], or expanded to [N, ...]"
-    )
-
-
 def _noise(like: Tensor) -> Tensor:
     return torch.randn(like.shape, generator=torch.Generator().manual_seed(0)).to(like.device, like.dtype)
-
-
-def _close(a: Tensor, b: Tensor) -> bool:
-    # Rounding differs with the batch size; dependence between samples does not hide below this.
-    tolerance = 64 * torch.finfo(a.dtype).eps * max(1.0, float(b.detach().abs().max()))
-    return a.shape == b.shape and float((a - b).detach().abs().max()) <= tolerance
 
 
 def _length(data: Iterable[Any]) -> int | None:

@@ -13,11 +13,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from fisherfast._error import NonFiniteError
 from fisherfast._names import listed
 from fisherfast.batches import Batch, Output, check_rereadable
+from fisherfast.dependence import check_independent
 from fisherfast.fisher import _arguments
 from fisherfast.fisher.labelling import Labelling
 from fisherfast.fisher.protocol import Vector
 from fisherfast.fisher.run import model_name
-from fisherfast.likelihood import Likelihood
+from fisherfast.layout import PROBED
+from fisherfast.likelihood import Likelihood, Predictions
 from fisherfast.train_mode import WithoutChance, refuse_train_mode, unwrapped
 
 
@@ -32,7 +34,7 @@ class FisherOperator:
 
     Shapes:   vectors {parameter name: tensor shaped like the parameter}, or flat in ``names`` order; the same kind comes back.
     Scale:    a mean over samples, as every Fisher's.
-    Errors:   ValueError for an iterator that one product would use up, and as ``ff.fisher``'s for arguments and batches;
+    Errors:   ValueError for an iterator that one product would use up, for samples that depend on each other, and as ``ff.fisher``'s for arguments and batches;
               NotImplementedError for functions whose backward pass has no derivative (``nn.EmbeddingBag``);
               NonFiniteError if an output or a product is not finite.
     Numerics: derivatives in the model's precision, sums over batches in float64. ``J v`` is a derivative of the backward pass
@@ -61,6 +63,7 @@ class FisherOperator:
         self._parameters = {name: p for name, p in unwrapped(model).named_parameters() if p.requires_grad}
         if not self._parameters:
             raise ValueError("FisherOperator: model must have a parameter that asks for a gradient, got none")
+        self._checked = False  # whether samples were seen not to depend on each other
         self.provenance = self._labelling.provenance(model_name(model))
         self.shapes: dict[str, torch.Size] = {name: p.shape for name, p in self._parameters.items()}
 
@@ -101,13 +104,11 @@ class FisherOperator:
     def _product(self, batch: Batch, along: Mapping[str, Tensor], first: int) -> dict[str, Tensor]:
         """``sum_n w_n E_y[s_n s_n^T v]`` of one batch whose first sample is number ``first``; a parameter out of reach is left out."""
         self._labelling.check(batch)
+        if batch.N > 1 and not self._checked:
+            self._check_samples(batch.cut(0, min(batch.N, PROBED)))
         with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
-            with WithoutChance():
-                output = batch.copied().feed(self._model, self._output)  # the data are read again for every product
-            predictions = self._labelling.predictions(batch, output, first)
+            predictions = self._predictions(batch, first)
             values = predictions.values
-            if not bool(values.detach().isfinite().all()):
-                raise NonFiniteError("FisherOperator: the model's output must be finite, got others")
             self._labelling.num_passes(predictions)
             derivative = self._along(values, along)
             back = torch.zeros_like(derivative)
@@ -117,6 +118,19 @@ class FisherOperator:
                 back += share.view(-1, *[1] * (back.dim() - 1)) * one.cotangent
             found = torch.autograd.grad(values, list(self._parameters.values()), back, allow_unused=True)
         return {name: part.detach() for name, part in zip(self._parameters, found, strict=True) if part is not None}
+
+    def _predictions(self, batch: Batch, first: int = 0) -> Predictions:
+        with WithoutChance():
+            output = batch.copied().feed(self._model, self._output)  # the data are read again for every product
+        predictions = self._labelling.predictions(batch, output, first)
+        if not bool(predictions.values.detach().isfinite().all()):
+            raise NonFiniteError("FisherOperator: the model's output must be finite, got others")
+        return predictions
+
+    def _check_samples(self, few: Batch) -> None:
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+            check_independent(lambda batch: self._predictions(batch).values, few, self._predictions(few).values)
+        self._checked = True
 
     def _along(self, values: Tensor, v: Mapping[str, Tensor]) -> Tensor:
         """``J v``: the derivative by u of ``(J^T u) . v``, which is linear in u."""

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from fisherfast._error import NonFiniteError
 from fisherfast._names import listed
-from fisherfast._precision import wide_dtype
 from fisherfast._warning import warn
 from fisherfast.calls import Call, Key
 from fisherfast.capture import Capture
@@ -207,9 +206,14 @@ class Run:
         with interrupts.put_off():  # sums are folded on the way
             return tuple(structure.result(source, counts) for structure, source in asked if structure.fills is None)
 
-    def check_finite(self, values: Tensor, what: str) -> None:
-        """Raise before the backward pass if the forward pass produced NaN or infinity, naming where it began."""
-        if math.isfinite(values.detach().sum(dtype=wide_dtype(values.dtype)).item()):
+    def check_finite(self, values: Tensor, what: str, impossible: float = math.nan) -> None:
+        """Raise before the backward pass if the forward pass produced NaN or infinity, naming where it began.
+
+        ``impossible``: the infinity that says something: the logit of a class that cannot be.
+        """
+        if not values.numel() or all(
+            math.isfinite(v) or v == impossible for v in torch.stack(values.detach().aminmax()).tolist()
+        ):
             return
         name = self.capture.first_non_finite(values)
         where = f"the input of {name!r} is the first that is not finite" if name else "all inputs of parameters are finite"
