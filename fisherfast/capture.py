@@ -348,7 +348,7 @@ class Capture(TorchFunctionMode):
             whole.is_contiguous()
             and out.dtype == whole.dtype
             and out.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
-            and all(stride or size == 1 for size, stride in zip(out.shape, out.stride(), strict=True))
+            and _apart(out)
         )
 
     def _tapped(self, out: Tensor, uses: list[Use], gathered: bool, given: Any, site: Site | None) -> Tensor:
@@ -491,6 +491,17 @@ def _complex(given: Any) -> bool:
 def _without_a_graph(func: Any) -> bool:
     """Whether a call makes nothing to differentiate: an optimizer's step, what is set, and ``.grad`` of the parameter itself."""
     return not torch.is_grad_enabled() or getattr(func, "__name__", "") == "__set__" or getattr(func, "__self__", None) is _GRAD
+
+
+def _apart(tensor: Tensor) -> bool:
+    """Whether no two of its entries are one number, as they are in what ``expand`` and, of overlapping windows, ``unfold`` return."""
+    reach = 0
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1:
+            if stride <= reach:
+                return False
+            reach += (size - 1) * stride
+    return True
 
 
 def _name(func: Any) -> str:

@@ -15,8 +15,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad, vmap
+from torch.func import grad, vmap
 
+from fisherfast._functional import call_with
 from fisherfast.batches import Batch, Output
 from fisherfast.tracked import Tracked
 from fisherfast.train_mode import WithoutChance, unwrapped
@@ -81,7 +82,7 @@ class SampleGradients:
 
     def _call(self, parameters: dict[str, Tensor], *inputs: Any, **named: Any) -> Any:
         with WithoutChance():
-            return functional_call(self._model, parameters, inputs, named)
+            return call_with(self._model, parameters, inputs, named)
 
 
 def _equal(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> bool:

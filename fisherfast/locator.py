@@ -165,9 +165,10 @@ class Locator:
         """The layout does not hold in this batch: raise, unless all batches before it were looked at."""
         looked, number = self._before[before.kind.flat], self.batches - 1
         if looked < number:
+            since = f"the batches since number {looked - 1}" if looked else "those before it"
             raise ValueError(
                 f"{use.tracked.name}: rows must lie as in the batches before (samples along axis {before.axis}, {before.kind.value}), "
-                f"got others in batch {number}; the batches since number {looked - 1} were not looked at and may be wrong. Where the "
+                f"got others in batch {number}; {since} were not looked at and may be wrong. Where the "
                 "data decide how rows lie, begin with batches that show it: samples of different lengths, say"
             )
 

@@ -95,7 +95,10 @@ def refuse_chance(func: Any, args: Any, kwargs: Any, known: Callable[[Tensor], b
         if given("training", _SLOPES[func], False):
             raise ValueError("model: must not draw slopes, got rrelu(training=True); call model.eval()")
     elif func in _STATISTICS and given("training", _STATISTICS[func], False) and not known(given("input", 0, None)):
-        raise ValueError("model: must not use batch statistics, got batch_norm(training=True); call model.eval()")
+        raise ValueError(
+            "model: must not use batch statistics, got batch_norm(training=True); call model.eval(), and where "
+            "a BatchNorm has no running statistics (track_running_stats=False), which it then computes of the batch all the same, use another norm"
+        )
 
 
 _BY_FREQUENCY = {F.embedding: 5, F.embedding_bag: 5}  # the positions of scale_grad_by_freq

@@ -573,6 +573,11 @@ def _attending(m, x):
 
 # the same for parameters covered by the chain rule: name -> (builder, data, those parameters)
 CHAINED = {
+    "windows-that-overlap": (  # a Toeplitz matrix
+        lambda: Wrapped(lambda m, x: m.head(torch.tanh(F.linear(x, m.w.unfold(0, I, 1)))), w=parameter(I + 5), head=nn.Linear(6, C)),
+        sequences,
+        {"w"},
+    ),
     "scale-of-a-weight": (
         lambda: Wrapped(lambda m, x: F.linear(x, m.w * m.s), w=parameter(C, I), s=parameter(C, 1)),
         vectors,

@@ -225,6 +225,7 @@ FLOORS = {
     "_error": 1,
     "_names": 1,
     "_nested": 1,
+    "_functional": 1,
     "_precision": 1,
     "train_mode": 1,
     "_random": 1,

@@ -3,6 +3,7 @@
 
 import threading
 
+import networks
 import oracle
 import pytest
 import torch
@@ -264,3 +265,27 @@ def test_what_cannot_be_measured_says_why():
     model[2].bias.data[1] = float("nan")
     with pytest.raises(ff.NonFiniteError, match=r"the parameter '2\.bias' itself is not finite"):
         ff.fisher(model, data, progress=False)
+
+
+def twice():
+    """One module under two names, and a parameter that no rule covers."""
+    layer = nn.Linear(4, 4)
+    power = networks.Wrapped(lambda m, x: (x.abs() + 1) ** m.b, b=nn.Parameter(torch.tensor(1.5)))
+    return nn.Sequential(layer, nn.Tanh(), layer, power, nn.Linear(4, 3)).double()
+
+
+@pytest.mark.parametrize("run", ["fisher", "expected_loss", "variational_posterior", "activation_noise"])
+def test_a_module_under_two_names_keeps_its_parameters(run):
+    model, data = twice(), [(torch.randn(5, 4).double(), torch.randint(3, (5,)))]
+    before = dict(model.named_parameters())
+    fisher = ff.fisher(model, data, fisher_type="empirical", progress=False)
+    expected = oracle.diagonal(model, data, oracle.cross_entropy)
+    assert oracle.error(fisher.diagonal(dtype=torch.float64), expected) < 1e-9
+    if run == "expected_loss":
+        ff.expected_loss(ff.optimal_posterior(fisher, model, prior_scale=1.0, beta=0.1), model, data, draws=2)
+    elif run == "variational_posterior":
+        ff.variational_posterior(model, data, beta=0.1, prior_scale=1.0, epochs=1)
+    elif run == "activation_noise":
+        ff.activation_noise(model, data[0][0][:2], fisher, beta=0.1, prior_scale=1.0)
+    after = dict(model.named_parameters())
+    assert before.keys() == after.keys() and all(after[name] is before[name] for name in before)

@@ -40,6 +40,17 @@ def check_same(mine: Mapping[str, Any], other: Mapping[str, Any]) -> None:
             raise ValueError(f"+: both Fishers must have the same {field}, got {_difference(value, other[field])}")
 
 
+def check_kind(mine: Any, other: Any) -> bool:
+    """Whether two are Fishers of one kind. Errors: TypeError, with the reason, for Fishers of two."""
+    if isinstance(other, type(mine)):
+        return True
+    if hasattr(other, "provenance"):
+        raise TypeError(
+            f"+: both Fishers must have one structure, got {type(mine).__name__} and {type(other).__name__}; measure both alike"
+        )
+    return False
+
+
 def _difference(a: Any, b: Any) -> str:
     if not isinstance(a, Mapping):
         return f"{a!r} and {b!r}"

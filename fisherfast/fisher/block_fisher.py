@@ -16,6 +16,7 @@ from fisherfast.accumulator import Accumulator
 from fisherfast.fisher import _arguments, _logdet, _pooling, serialize
 from fisherfast.fisher._plot import Plotted
 from fisherfast.fisher.counts import Counts, Measured
+from fisherfast.fisher.exact import ExactBlock
 from fisherfast.fisher.kronecker import Place
 from fisherfast.fisher.protocol import Damping, LayerSummary, Spectrum, Vector, layer_of
 from fisherfast.rules import ALL
@@ -79,7 +80,8 @@ def described(ways: Mapping[Any, str]) -> dict[str, str]:
         for name, part in block.place.parts.items():
             parts[name][block.describe()] += bool(part)
             kept = (f"{number} part{'s' * (number > 1)} of {what}" if number else what for what, number in parts[name].items())
-            how[name] = f"{way}: {', '.join(kept)}"
+            op = "gram_" if isinstance(block, ExactBlock) and ":" not in way else way  # that of the block, not of its squares
+            how[name] = f"{op}: {', '.join(kept)}"
     return how
 
 
@@ -278,7 +280,7 @@ class BlockFisher(Plotted, Measured, Generic[_Block]):
 
     def __add__(self, other: Self) -> Self:
         """The Fisher of both data sets together: sums are pooled. Errors: ValueError if measured in different ways."""
-        if not isinstance(other, type(self)):
+        if not _pooling.check_kind(self, other):
             return NotImplemented
         _pooling.check_same(self._identity(), other._identity())
         theirs = {block.place.name: block for block in other.blocks}  # which may have come in another order

@@ -230,7 +230,7 @@ class DiagonalFisher(Measured, Plotted):
         Two runs that drew labels with the same seed for the same sample indices used the same random numbers twice; give
         them different seeds or sample offsets.
         """
-        if not isinstance(other, DiagonalFisher):
+        if not _pooling.check_kind(self, other):
             return NotImplemented
         _pooling.check_same(self._identity(), other._identity())
         sums = {name: accumulator + other._sums[name] for name, accumulator in self._sums.items()}

@@ -238,7 +238,7 @@ class GramFisher(Plotted, Measured):
 
     def __add__(self, other: GramFisher) -> GramFisher:
         """The Fisher of both data sets together: the rows of both. Errors: ValueError if measured in different ways."""
-        if not isinstance(other, GramFisher):
+        if not _pooling.check_kind(self, other):
             return NotImplemented
         _pooling.check_same(self._identity(), other._identity())
         pieces = {

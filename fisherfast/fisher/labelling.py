@@ -36,6 +36,7 @@ class Labelling:
     draws: int
     seed: int
     max_passes: int
+    caller: str = "fisher"
 
     @classmethod
     def of(cls, caller: str, fisher_type: str, likelihood: str | Likelihood, draws: int, seed: int, max_passes: int) -> Labelling:
@@ -47,7 +48,7 @@ class Labelling:
             raise ValueError(f"{caller}: draws must be >= 1, and 1 unless fisher_type='mc', got {draws} with {fisher_type!r}")
         if not -(2**63) <= seed < 2**63:
             raise ValueError(f"{caller}: seed must be at least -2**63 and below 2**63, got {seed}")
-        return cls(fisher_type, resolve(likelihood), draws, seed, max_passes)
+        return cls(fisher_type, resolve(likelihood), draws, seed, max_passes, caller)
 
     def provenance(self, model: str) -> Provenance:
         """For the result."""
@@ -65,7 +66,7 @@ class Labelling:
         if self.fisher_type == "empirical" and batch.targets is None:
             where = f" the key 'labels', {[*batch.inputs]}" if isinstance(batch.inputs, dict) else ""
             raise ValueError(
-                f"fisher: fisher_type='empirical' needs the labels of the data, got a batch without{where}; use 'mc' or 'exact'"
+                f"{self.caller}: fisher_type='empirical' needs the labels of the data, got a batch without{where}; use 'mc' or 'exact'"
             )
 
     def predictions(self, batch: Batch, output: Tensor, start: int) -> Predictions:
@@ -79,7 +80,7 @@ class Labelling:
         count = self.likelihood.num_columns(predictions)
         if count > self.max_passes:
             raise ValueError(
-                f"fisher: fisher_type='exact' must take at most max_passes = {self.max_passes} backward passes, got {count} "
+                f"{self.caller}: fisher_type='exact' must take at most max_passes = {self.max_passes} backward passes, got {count} "
                 f"for an output {tuple(predictions.values.shape)}; use fisher_type='mc', or raise max_passes"
             )
         return max(count, 1)

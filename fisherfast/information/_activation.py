@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from fisherfast._functional import call_with
 from fisherfast.batches import Batch, Output
 from fisherfast.fisher import Fisher
 from fisherfast.information import _checks
@@ -69,7 +70,7 @@ class Activation:
         """The activation z ``[D]`` of the input x, which has no sample axis."""
         found: list[Any] = []
         if self._module is None:
-            # Batch.feed finds the tensor among what the model returns; the call is functional_call's.
+            # Batch.feed finds the tensor among what the model returns; the call is call_with's.
             found.append(Batch((x.unsqueeze(0),), None, None, 1).feed(self._bound(weights), self._output))
         else:
             # A copy: an in-place activation may follow.
@@ -92,7 +93,7 @@ class Activation:
         def call(*inputs: Tensor) -> Any:
             # The attention whose backward pass can be vectorised and has a derivative.
             with WithoutChance(), sdpa_kernel(SDPBackend.MATH):
-                return torch.func.functional_call(self._root, dict(weights), inputs)
+                return call_with(self._root, weights, inputs)
 
         return call
 
@@ -111,8 +112,8 @@ class Activation:
             raise ValueError(f"{self.caller}: the activation must be finite, got NaN or infinity")
         cotangents = torch.eye(len(z), dtype=z.dtype, device=z.device)
         pulled = torch.func.vmap(pull, chunk_size=max(1, _CHUNK_NUMBERS // size))(cotangents)
-        by_weights = torch.cat([pulled[0][name].flatten(1) for name in self._weights], 1)
-        return Jacobians(z.detach().double(), by_weights.detach().double(), pulled[1].flatten(1).detach().double())
+        by_weights = torch.cat([pulled[0][name].unsqueeze(1).flatten(1) for name in self._weights], 1)
+        return Jacobians(z.detach().double(), by_weights.detach().double(), pulled[1].unsqueeze(1).flatten(1).detach().double())
 
     def slopes_of_products(self, x: Tensor, vectors: Tensor) -> Tensor:
         """``d/dx (dz/dw v_j)`` for vectors v_j ``[D, P]`` that stay as they are: ``[D, D, input]``.

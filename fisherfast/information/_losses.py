@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from fisherfast._error import NonFiniteError
+from fisherfast._functional import call_with
 from fisherfast.batches import Batch, Output
 from fisherfast.likelihood import Likelihood, predictions_of, resolve
 from fisherfast.train_mode import WithoutChance, refuse_train_mode, unwrapped
@@ -53,7 +53,7 @@ class SampleLosses:
 
         def replaced(*args: Any, **kwargs: Any) -> Any:
             with WithoutChance():
-                return functional_call(self.model, dict(weights), args, kwargs)
+                return call_with(self.model, weights, args, kwargs)
 
         output = batch.copied().feed(replaced, self.output)  # the data are read again
         if self.loss is None:

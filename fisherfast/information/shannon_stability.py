@@ -104,7 +104,7 @@ def _rows(F: Fisher, sensitivity: Tensor | Mapping[str, Tensor]) -> Tensor:
             raise ValueError(f"{_CALLER}: sensitivity must have the names of F, {list(F.names)}, got {list(sensitivity)}")
         if len(counts := {len(sensitivity[name]) for name in F.names}) > 1:
             raise ValueError(f"{_CALLER}: sensitivity must have one number of rows for all parameters, got {sorted(counts)}")
-        rows = torch.cat([sensitivity[name].flatten(1).double() for name in F.names], 1)
+        rows = torch.cat([sensitivity[name].unsqueeze(1).flatten(1).double() for name in F.names], 1)
     else:
         rows = sensitivity.double()
     if rows.dim() != 2 or not rows.numel() or not rows.isfinite().all():
