@@ -113,15 +113,14 @@ class Batch:
 
         return Batch(part(self.inputs), part(self.targets), part(self.mask), stop - start, part(self.weight))
 
-    def repeated(self, n: int) -> Batch:
-        """As many samples, all of them sample n; packed samples cannot be repeated."""
+    def repeated(self, n: int, times: int | None = None) -> Batch:
+        """As many samples as there are, or so many, all of them sample n; packed samples cannot be repeated."""
+        number = times or self.N
 
         def copies(value: Any) -> Any:
-            return _nested.mapped(value, lambda tensor: tensor[[n] * self.N] if self.has_samples(tensor) else tensor)
+            return _nested.mapped(value, lambda tensor: tensor[[n] * number] if self.has_samples(tensor) else tensor)
 
-        return replace(
-            self, inputs=copies(self.inputs), targets=copies(self.targets), mask=copies(self.mask), weight=copies(self.weight)
-        )
+        return Batch(copies(self.inputs), copies(self.targets), copies(self.mask), number, copies(self.weight))
 
     def copied(self) -> Batch:
         """With inputs of its own, for a model that writes into them."""

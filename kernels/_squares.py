@@ -1,12 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A tile of the squares of sample gradients: the steps of a share's samples, and what a gradient adds once it is complete."""
+"""The squares of sample gradients: the steps of a share's samples, and what a gradient adds once it is complete.
+
+That is in registers, or in a workspace where samples were too few to fill the chip and their rows were split into parts.
+"""
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import long, sample_rows
+from ._common import add_both, fold_, long, power_of_two, sample_rows
+
+MOST_PARTS = 16
+PART_ROWS = 256  # the fewest rows that are worth a part
 
 
 def tiles_held(acc: Tensor, total: Tensor | None) -> int:
@@ -40,3 +46,62 @@ def add_sample(squares, sums, c, n, N, weight, total, norms):
     if total is not None:
         sums += c * w
     return squares, sums
+
+
+@triton.jit(do_not_specialize=["N", "C", "parts"])
+def _square_parts_kernel(
+    acc,
+    total,
+    norms,
+    products,
+    weight,
+    flag,
+    N,
+    C,
+    parts,
+    scale: tl.float64,
+    KNOWN: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """``acc += scale * sum_n w_n c_n^2``, ``total += sum_n w_n c_n``, ``norms[block, n] = sum c_n^2``; ``c_n = sum_p products[n, p]``.
+
+    One program: BLOCK_C of the C elements. Bytes: products once, acc and total read and written.
+    """
+    if flag is not None:
+        if tl.load(flag) != 0:
+            return
+    index = long(tl.program_id(0)) * BLOCK_C + tl.arange(0, BLOCK_C)
+    p = tl.arange(0, BLOCK_P)
+    inside = (p < parts)[:, None] & (index < C)[None, :]
+    squares = tl.zeros([BLOCK_C], products.dtype.element_ty)
+    sums = tl.zeros([BLOCK_C], products.dtype.element_ty)
+    for n in range(N):
+        place = (long(n) * parts + p)[:, None] * C + index[None, :]
+        c = tl.sum(tl.load(products + place, mask=inside, other=0.0), 0)
+        squares, sums = add_sample(squares, sums, c, n, N, weight, total, norms)
+    add_both(acc, total, index, squares, sums, scale, index < C, KNOWN)
+
+
+def square_parts_(
+    acc: Tensor,
+    total: Tensor | None,
+    sqnorm: Tensor | None,
+    products: Tensor,
+    weight: Tensor | None,
+    scale: float,
+    flag: Tensor | None,
+    known: bool = True,
+) -> None:
+    """``acc += scale * sum_n w_n (sum_p products[n, p])^2``, and likewise total and sqnorm; nothing while the flag is set.
+
+    products: [N, parts, elements of acc]. Where they are not ``known``, the contents of acc and total count as 0.
+    """
+    N, parts, C = products.shape
+    BLOCK_P, BLOCK_C = power_of_two(parts, 1, MOST_PARTS), 256
+    programs = triton.cdiv(C, BLOCK_C)
+    norms = None if sqnorm is None else products.new_empty(programs, N)
+    outputs, arguments = (acc, total, norms), (products, weight, flag, N, C, parts, scale)
+    _square_parts_kernel[(programs,)](*outputs, *arguments, known, BLOCK_P, BLOCK_C)
+    if sqnorm is not None:
+        fold_(sqnorm, norms, 1.0, flag)

@@ -27,9 +27,9 @@ def why_not(
 ) -> str | None:
     """Why this call cannot run under Triton, or None."""
     geometry = geometry_of(x, kernel, positions, stride, padding, dilation)
-    largest = max(largest_index(geometry), x.shape[0] * math.prod(geometry.positions) // 2)
-    if largest >= 2**30:
-        return f"positions are counted in 32 bits: 2^30 in an image and 2^31 in all are too many, got {largest}"
+    largest = max(largest_index(geometry), x.shape[0] * math.prod(geometry.positions))
+    if largest >= 2**30:  # where the last share would end may be twice as far
+        return f"positions are counted in 32 bits: 2^30 in an image, or in all of them, are too many, got {largest}"
     return None
 
 

@@ -5,8 +5,9 @@ An implicit GEMM: a program owns a tile of one group's ``[O / G, |K| C / G]`` ma
 the positions p on the matrix units with x read in place, zero outside, and squares the tile in registers after each sample.
 A column is (k, c) with c fastest: neighbours in memory where channels are last, and a tile that lies within one kernel offset
 k looks outside of x for whole rows at a time. A convolution's weight is small and its samples are many, so the samples are
-split into shares, whose sums ``_fold_columns_kernel`` adds in acc's order (c, k). Groups of a few channels, depthwise above
-all, would leave a matrix tile empty: those multiply element by element. The contract is in ``fisherfast.ops.conv_sq``.
+split into shares, whose sums ``_fold_columns_kernel`` adds in acc's order (c, k); a few large images are split into parts of
+their positions. Groups of a few channels, depthwise above all, would leave a matrix tile empty: those multiply element by
+element. The contract is in ``fisherfast.ops.conv_sq``.
 """
 
 import functools
@@ -42,7 +43,7 @@ from ._conv import (
     look,
 )
 from ._products import PRODUCT_PROGRAMS, dot, fold_size, precision
-from ._squares import add_sample, steps_of, tiles_held
+from ._squares import MOST_PARTS, PART_ROWS, add_sample, square_parts_, steps_of, tiles_held
 from .linear_sq import linear_sq_
 
 
@@ -56,7 +57,7 @@ def why_not(acc: Tensor, x: Tensor, g: Tensor, scale: float = 1.0, *, stride=(),
 
 @functools.lru_cache(maxsize=4096)
 def candidates(groups: int, O: int, C: int, K: int, N: int, T: int, dtype: torch.dtype, tiles: int, arch: int) -> list[Choice]:
-    """Tile sizes for each group's ``[O, K C]`` and a GEMM over T positions, and in how many shares to split N.
+    """Tile sizes for each group's ``[O, K C]`` and a GEMM over T positions, and in how many shares to split N; if more, N and T.
 
     The likeliest best first: as large a tile as there are registers for, and the next smaller one. ``tiles`` is how many are
     held in registers. A pure function.
@@ -86,7 +87,10 @@ def _candidate(
     def programs() -> int:
         return groups * triton.cdiv(O, BLOCK_O) * triton.cdiv(K * C, BLOCK_I)
 
-    while max(BLOCK_O, BLOCK_I) > 32 and programs() * N < PRODUCT_PROGRAMS:
+    def parts() -> int:
+        return max(1, min(MOST_PARTS, T // PART_ROWS, triton.cdiv(PRODUCT_PROGRAMS, programs() * N)))
+
+    while max(BLOCK_O, BLOCK_I) > 32 and programs() * N * parts() < PRODUCT_PROGRAMS:
         if BLOCK_O >= BLOCK_I:
             BLOCK_O //= 2
         else:
@@ -103,7 +107,7 @@ def _candidate(
         "num_warps": 8 if cells * dtype.itemsize >= 2**14 or (cells >= 2**11 and crowded) else 4,
         "num_stages": 3,
     }
-    return blocks, max(1, min(N, 4 * PRODUCT_PROGRAMS // programs()))
+    return blocks, N * parts() if parts() > 1 else max(1, min(N, 4 * PRODUCT_PROGRAMS // programs()))
 
 
 def direct_config(pairs: int, K: int, N: int, T: int, arch: int) -> tuple[dict[str, int], int]:
@@ -137,6 +141,33 @@ def _images(offsets, n):
         return long(n), 1
     else:
         return sample_rows(offsets, long(n), 1)
+
+
+@triton.jit
+def _tile(
+    x, g, shape, geometry, x_strides, g_strides, ONE_OFFSET: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr
+):  # fmt: skip
+    """The tile of this program: x where its columns look from position 0, g at its rows, where it begins in a share's
+    ``[G O, I]`` and what is inside, and its columns' kernel offsets.
+    """
+    _, _, _, O, C, I = shape
+    tiles_o, tiles_i = tl.cdiv(O, BLOCK_O), tl.cdiv(I, BLOCK_I)
+    tile = tl.program_id(0)
+    group = long(tile // (tiles_o * tiles_i))
+    o = long(tile % tiles_o) * BLOCK_O + tl.arange(0, BLOCK_O)
+    column = long(tile // tiles_o % tiles_i) * BLOCK_I
+    i = column + tl.arange(0, BLOCK_I)
+    inside_o, inside_i = (o < O)[:, None], (i < I)[None, :]
+    if ONE_OFFSET:
+        k = column // C
+        channel = (i - k * C)[None, :]
+    else:
+        k = (i // C)[None, :]
+        channel = (i % C)[None, :]
+    at0, at1, at2 = kernel_offset(k.to(tl.int32), geometry)
+    x += (group * C + channel) * x_strides[1] + long(at0) * x_strides[2] + long(at1) * x_strides[3] + long(at2) * x_strides[4]
+    g += (group * O + o[:, None]) * g_strides[1]
+    return x, g, (group * O + o[:, None]) * I + i[None, :], inside_o, inside_i, at0, at1, at2
 
 
 @triton.jit(do_not_specialize=["share", "chain"])
@@ -175,23 +206,11 @@ def _conv_sq_kernel(
     if flag is not None:
         if tl.load(flag) != 0:
             return
-    N, T, G, O, C, I = shape
-    tiles_o, tiles_i = tl.cdiv(O, BLOCK_O), tl.cdiv(I, BLOCK_I)
-    tile = tl.program_id(0)
-    group = long(tile // (tiles_o * tiles_i))
-    o = long(tile % tiles_o) * BLOCK_O + tl.arange(0, BLOCK_O)
-    column = long(tile // tiles_o % tiles_i) * BLOCK_I
-    i = column + tl.arange(0, BLOCK_I)
-    inside_o, inside_i = (o < O)[:, None], (i < I)[None, :]
-    if ONE_OFFSET:
-        k = column // C
-        channel = (i - k * C)[None, :]
-    else:
-        k = (i // C)[None, :]
-        channel = (i % C)[None, :]
-    at0, at1, at2 = kernel_offset(k.to(tl.int32), geometry)
-    x += (group * C + channel) * x_strides[1] + long(at0) * x_strides[2] + long(at1) * x_strides[3] + long(at2) * x_strides[4]
-    g += (group * O + o[:, None]) * g_strides[1]
+    N, T, G, O, _, I = shape
+    x, g, place, inside_o, inside_i, at0, at1, at2 = _tile(
+        x, g, shape, geometry, x_strides, g_strides, ONE_OFFSET, BLOCK_O, BLOCK_I
+    )
+    place += long(tl.program_id(1)) * G * O * I
     first_p0, first_p1, first_p2 = digits(tl.arange(0, BLOCK_T)[:, None], geometry[0])
     zero = tl.zeros([BLOCK_O, BLOCK_I], tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32)
     c = zero
@@ -221,8 +240,7 @@ def _conv_sq_kernel(
             c = zero
             done = n + 1 - begin
             if (done % chain == 0) | (n + 1 == end):
-                index = ((long(tl.program_id(1)) * G + group) * O + o[:, None]) * I + i[None, :]
-                add_both(squares_out, sums_out, index, squares, sums, 1.0, inside_o & inside_i, done > chain)
+                add_both(squares_out, sums_out, place, squares, sums, 1.0, inside_o & inside_i, done > chain)
                 squares, sums = zero, zero
         # Beside the branch, not in it: where the next loads begin must not wait for the product.
         p0, p1, p2 = _advance(p0, p1, p2, BLOCK_T, geometry[0], AXES)
@@ -230,6 +248,56 @@ def _conv_sq_kernel(
         start = tl.where(whole, 0, start)
         image = tl.where(ends, 0, image + whole.to(tl.int32))
         n += ends.to(tl.int32)
+
+
+@triton.jit(do_not_specialize=["parts"])
+def _conv_part_kernel(
+    products,
+    x,
+    g,
+    offsets,
+    flag,
+    shape,
+    geometry,
+    x_strides,
+    g_strides,
+    parts,
+    BLOCK_O: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    AXES: tl.constexpr,
+    ONE_OFFSET: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """``products[n, p]`` is sample n's gradient of part p of its images' positions, zero where it has none.
+
+    Tile:  [BLOCK_O, BLOCK_I] of one group's [O, I] a program, of one part of one sample.
+    FLOPs: 2 N T G O I. Bytes: as ``_conv_sq_kernel``, and products written once.
+    """
+    if flag is not None:
+        if tl.load(flag) != 0:
+            return
+    _, T, G, O, _, I = shape
+    x, g, place, inside_o, inside_i, at0, at1, at2 = _tile(
+        x, g, shape, geometry, x_strides, g_strides, ONE_OFFSET, BLOCK_O, BLOCK_I
+    )
+    n, part = tl.program_id(1) // parts, tl.program_id(1) % parts
+    first, images = _images(offsets, n)
+    length = tl.cdiv(tl.cdiv(T, parts), BLOCK_T) * BLOCK_T
+    begin = part * length
+    end = tl.minimum(begin + length, T)
+    c = tl.zeros([BLOCK_O, BLOCK_I], products.dtype.element_ty)
+    for m in range(first, first + images):
+        p0, p1, p2 = digits(begin + tl.arange(0, BLOCK_T)[:, None], geometry[0])
+        x_m, g_m = x + long(m) * x_strides[0], g + long(m) * g_strides[0]
+        for start in range(begin, end, BLOCK_T):
+            t = start + tl.arange(0, BLOCK_T)
+            offset, inside = look(p0, p1, p2, at0, at1, at2, geometry, x_strides, AXES)
+            gs = tl.load(g_m + long(t)[None, :] * g_strides[2], mask=inside_o & (t < end)[None, :], other=0.0)
+            xs = tl.load(x_m + offset, mask=inside & inside_i & (t < end)[:, None], other=0.0)
+            c = dot(gs, xs, c, PRECISION)
+            p0, p1, p2 = _advance(p0, p1, p2, BLOCK_T, geometry[0], AXES)
+    tl.store(products + long(tl.program_id(1)) * G * O * I + place, c, mask=inside_o & inside_i)
 
 
 @triton.jit(do_not_specialize=["share", "chain"])
@@ -272,8 +340,8 @@ def _conv_sq_direct_kernel(
     x += (long(channel) * x_strides[1])[:, None]
     g += (o * g_strides[1])[:, None]
     first_p0, first_p1, first_p2 = digits(tl.arange(0, BLOCK_T)[None, :], geometry[0])
-    squares = tl.zeros([BLOCK_E], tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32)
-    sums = squares
+    zero = tl.zeros([BLOCK_E], tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32)
+    squares, sums = zero, zero
     index = (long(tl.program_id(1)) * G * O + o) * I + k * C + c
     begin = tl.program_id(1) * share
     end = tl.minimum(begin + share, N)
@@ -282,7 +350,7 @@ def _conv_sq_direct_kernel(
         products = tl.zeros([BLOCK_E, BLOCK_T], squares.dtype)
         for m in range(first, first + images):
             p0, p1, p2 = first_p0, first_p1, first_p2
-            x_m, g_m = x + m * x_strides[0], g + m * g_strides[0]
+            x_m, g_m = x + long(m) * x_strides[0], g + long(m) * g_strides[0]
             for start in range(0, T, BLOCK_T):
                 t = start + tl.arange(0, BLOCK_T)[None, :]
                 offset, inside = look(p0, p1, p2, at0, at1, at2, geometry, x_strides, AXES)
@@ -294,8 +362,7 @@ def _conv_sq_direct_kernel(
         done = n + 1 - begin
         if (done % chain == 0) | (n + 1 == end):
             add_both(squares_out, sums_out, index, squares, sums, 1.0, inside_e, done > chain)
-            squares *= 0.0
-            sums *= 0.0
+            squares, sums = zero, zero
 
 
 @triton.jit
@@ -376,31 +443,35 @@ def conv_sq_(
 
 
 def _launch(acc, total, sqnorm, flag, x, g, scale, weight, offsets, geometry, sizes, direct, choice) -> None:
+    """Sums of squares of shares of the samples, or of gradients that are computed in parts; then both go into acc's order."""
     (G, O, C, K, N, T), (blocks, shares) = sizes, choice
-    options: dict[str, Any]
+    g, computed = g.flatten(2), torch.promote_types(x.dtype, torch.float32)
+    where = ((N, T, G, O, C, C * K), geometry, image_strides(x), g.stride())
+    blocks = {"AXES": acc.dim() - 2, **blocks}
     if direct:
-        kernel, options = _conv_sq_direct_kernel, {}
-        tiles = triton.cdiv(G * O * C, blocks["BLOCK_E"]) * K
+        kernel, tiles, parts = _conv_sq_direct_kernel, triton.cdiv(G * O * C, blocks["BLOCK_E"]) * K, 1
     else:
-        kernel, options = _conv_sq_kernel, {"PRECISION": precision(x.dtype)}
-        tiles = G * triton.cdiv(O, blocks["BLOCK_O"]) * triton.cdiv(C * K, blocks["BLOCK_I"])
-    g = g.flatten(2)
-
-    computed = torch.promote_types(x.dtype, torch.float32)
+        kernel, tiles = _conv_sq_kernel, G * triton.cdiv(O, blocks["BLOCK_O"]) * triton.cdiv(C * K, blocks["BLOCK_I"])
+        blocks["PRECISION"], parts = precision(x.dtype), max(shares // N, 1)
     share = triton.cdiv(N, shares)
-    shares = triton.cdiv(N, share)
 
     def workspace(out: Tensor | None) -> Tensor | None:
-        dtype = computed if out is None else torch.promote_types(out.dtype, computed)
-        return None if out is None else torch.empty(shares, G * O, K, C, dtype=dtype, device=acc.device)
+        if out is None:
+            return None
+        dtype, partial = torch.promote_types(out.dtype, computed), triton.cdiv(N, share) if parts == 1 else 1
+        return torch.empty(partial, G * O, K, C, dtype=dtype, device=acc.device)
 
     squares, sums = workspace(acc), workspace(total)
-    norms = None if sqnorm is None else torch.empty(tiles, N, device=acc.device, dtype=computed)
-    shape = (N, T, G, O, C, C * K)
-    arguments = (squares, sums, norms, x, g, weight, offsets, flag, shape, geometry, image_strides(x), g.stride())
-    kernel[(tiles, shares)](*arguments, share, fold_size(share), AXES=acc.dim() - 2, **options, **blocks)
+    if parts > 1:
+        products = torch.empty(N, parts, acc.numel(), device=acc.device, dtype=computed)
+        _conv_part_kernel[(tiles, shares)](products, x, g, offsets, flag, *where, parts, **blocks)
+        square_parts_(squares, sums, sqnorm, products, weight, 1.0, flag, known=False)
+    else:
+        norms = None if sqnorm is None else torch.empty(tiles, N, device=acc.device, dtype=computed)
+        outputs = (squares, sums, norms, x, g, weight, offsets, flag)
+        kernel[(tiles, triton.cdiv(N, share))](*outputs, *where, share, fold_size(share), **blocks)
+        if norms is not None:
+            fold_(sqnorm, norms, 1.0, flag)
     _fold_columns_(acc, squares, scale, flag)
     if total is not None:
         _fold_columns_(total, sums, 1.0, flag)
-    if norms is not None:
-        fold_(sqnorm, norms, 1.0, flag)

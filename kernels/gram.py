@@ -22,8 +22,10 @@ from ._products import PRODUCT_PROGRAMS, dot, fold_size, precision, product_seco
 
 def why_not(acc: Tensor, x: Tensor, scale: float = 1.0, **_: Any) -> str | None:
     """Why this call cannot run under Triton, or None."""
-    if x.shape[:-1].numel() >= 2**31:
-        return f"the Triton kernel counts rows in 32 bits, got {x.shape[:-1].numel()}; split the batch"
+    if x.shape[:-1].numel() >= 2**30:  # where the last share would end may be twice as far
+        return (
+            f"the Triton kernel counts rows in 32 bits: they must be fewer than 2^30, got {x.shape[:-1].numel()}; split the batch"
+        )
     return None
 
 

@@ -4,7 +4,8 @@
 The squares kernel is the weight-gradient GEMM: a program owns a tile of ``[O, I]``, walks the samples, runs the GEMM
 over t on the matrix units, and squares the tile in registers after each sample. Without positions (T = 1) the sum over
 n itself is a GEMM, of squares. Where the tiles do not fill the chip, the samples are split into shares, each with a
-workspace of its own, folded in a fixed order. The contract is in ``fisherfast.ops.linear_sq``.
+workspace of its own, folded in a fixed order. Where there are too few samples for that, each is split into parts of its
+rows, whose products are added up before they are squared. The contract is in ``fisherfast.ops.linear_sq``.
 """
 
 import functools
@@ -30,7 +31,7 @@ from ._common import (
     wide,
 )
 from ._products import dot, fold_size, precision, product_seconds
-from ._squares import add_sample, steps_of, tiles_held
+from ._squares import MOST_PARTS, PART_ROWS, add_sample, square_parts_, steps_of, tiles_held
 
 
 class Work(NamedTuple):
@@ -45,23 +46,37 @@ class Work(NamedTuple):
 
 
 WORKSPACE = 2**26  # bytes
+MOST_SHARES = 32
+
+
+def parts_of(N: int, shares: int) -> int:
+    """Parts of a sample where there are more shares than samples, else 1: a share is some samples or a part of one."""
+    return max(shares // N, 1)
 
 
 def seconds(work: Work, BLOCK_O: int, BLOCK_I: int, shares: int) -> float:
-    """How long tiles of this size and shares of the samples might take; a pure function."""
+    """How long tiles of this size and so many shares might take; a pure function."""
     tiles = triton.cdiv(work.O, BLOCK_O) * triton.cdiv(work.I, BLOCK_I)
-    rows = triton.cdiv(work.N, shares) * triton.cdiv(work.T, 16) * 16
+    rows = triton.cdiv(work.N, shares) * triton.cdiv(triton.cdiv(work.T, parts_of(work.N, shares)), 16) * 16
     return product_seconds(tiles * shares, rows, BLOCK_O, BLOCK_I, work.dtype, workspace_bytes(work, shares))
 
 
 def workspace_bytes(work: Work, shares: int) -> int:
-    """Bytes of the squares' workspace; 0 with one share."""
+    """Bytes of the workspace for the squares, or for the products of parts; 0 with one share."""
     return shares * work.O * work.I * max(work.dtype.itemsize, 4) if shares > 1 else 0
+
+
+def splits(work: Work) -> list[int]:
+    """The numbers of shares to choose from: of whole samples, none of them empty, or of parts of each sample."""
+    whole = {triton.cdiv(work.N, triton.cdiv(work.N, shares)) for shares in range(1, min(work.N, MOST_SHARES) + 1)}
+    parts = {work.N * parts for parts in range(2, min(work.T // PART_ROWS, MOST_PARTS) + 1)}
+    few = {shares for shares in parts if shares <= MOST_SHARES}
+    return sorted(shares for shares in whole | few if workspace_bytes(work, shares) <= WORKSPACE)
 
 
 @functools.lru_cache(maxsize=4096)
 def candidates(work: Work, arch: int) -> list[Choice]:
-    """Tile sizes and the samples of a share, the least time by ``seconds`` first; a pure function.
+    """Tile sizes and shares, the least time by ``seconds`` first; a pure function.
 
     Of equals the largest tile and the fewest shares.
     """
@@ -71,10 +86,9 @@ def candidates(work: Work, arch: int) -> list[Choice]:
         wide //= 2
     most = [power_of_two(work.O, 16, high), power_of_two(work.I, 16, wide)]
     sides = [[size for size in (128, 64, 32, 16) if min(32, top) <= size <= top] for top in most]
-    shares = [s for s in range(1, min(work.N, 32) + 1) if workspace_bytes(work, s) <= WORKSPACE]
-    ranked = sorted(itertools.product(*sides, shares), key=lambda choice: seconds(work, *choice))
-    fewest = {(BLOCK_O, BLOCK_I): share for BLOCK_O, BLOCK_I, share in reversed(ranked)}  # the best shares of each tile
-    tiles = sorted(((*tile, share) for tile, share in fewest.items()), key=ranked.index)
+    ranked = sorted(itertools.product(*sides, splits(work)), key=lambda choice: seconds(work, *choice))
+    fewest = {(BLOCK_O, BLOCK_I): shares for BLOCK_O, BLOCK_I, shares in reversed(ranked)}  # the best shares of each tile
+    tiles = sorted(((*tile, shares) for tile, shares in fewest.items()), key=ranked.index)
 
     def blocks(BLOCK_O: int, BLOCK_I: int) -> dict[str, int]:
         return {
@@ -85,7 +99,7 @@ def candidates(work: Work, arch: int) -> list[Choice]:
             "num_stages": 3,
         }
 
-    found = [(blocks(BLOCK_O, BLOCK_I), triton.cdiv(work.N, share)) for BLOCK_O, BLOCK_I, share in tiles[:4]]
+    found = [(blocks(BLOCK_O, BLOCK_I), shares) for BLOCK_O, BLOCK_I, shares in tiles[:4]]
     # Float32 is multiplied in parts, which are in registers, too: with four warps some tiles spill.
     return found[:1] + [other for other in found[1:] if width != 4 or other[0]["num_warps"] == 8]
 
@@ -103,6 +117,16 @@ def _tile(shape, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr):
     o = long(8 * band + place % height) * BLOCK_O + tl.arange(0, BLOCK_O)
     i = long(place // height) * BLOCK_I + tl.arange(0, BLOCK_I)
     return o, i, long(tl.program_id(1)) * shape[3] * shape[2]
+
+
+@triton.jit
+def _operands(x, g, n, row, inside_t, inside_o, inside_i, x_strides, g_strides):
+    """Rows of sample n: of g ``[BLOCK_O, BLOCK_T]``, of x ``[BLOCK_T, BLOCK_I]``; the columns are in the pointers."""
+    g_t = g + long(n) * g_strides[0] + row[None, :] * g_strides[1]
+    x_t = x + long(n) * x_strides[0] + row[:, None] * x_strides[1]
+    gs = tl.load(g_t, mask=inside_o & inside_t[None, :], other=0.0)
+    xs = tl.load(x_t, mask=inside_i & inside_t[:, None], other=0.0)
+    return gs, xs
 
 
 @triton.jit(do_not_specialize=["share", "chain"])
@@ -159,11 +183,7 @@ def _linear_sq_kernel(
     for _ in range(steps_of(offsets, begin, end, T, BLOCK_T)):
         first, rows = sample_rows(offsets, long(n), T)
         t = start + tl.arange(0, BLOCK_T)
-        row = first + t
-        g_t = g + long(n) * g_strides[0] + row[None, :] * g_strides[1]
-        x_t = x + long(n) * x_strides[0] + row[:, None] * x_strides[1]
-        gs = tl.load(g_t, mask=inside_o & (t < rows)[None, :], other=0.0)  # [BLOCK_O, BLOCK_T]
-        xs = tl.load(x_t, mask=inside_i & (t < rows)[:, None], other=0.0)  # [BLOCK_T, BLOCK_I]
+        gs, xs = _operands(x, g, n, first + t, t < rows, inside_o, inside_i, x_strides, g_strides)
         c = dot(gs, xs, c, PRECISION)
         start += BLOCK_T
         ends = start >= rows
@@ -179,6 +199,48 @@ def _linear_sq_kernel(
         # Beside the branch, not in it: where the next loads begin must not wait for the product.
         n += ends.to(tl.int32)
         start = tl.where(ends, 0, start)
+
+
+@triton.jit(do_not_specialize=["parts"])
+def _linear_part_kernel(
+    products,
+    x,
+    g,
+    offsets,
+    flag,
+    shape,
+    x_strides,
+    g_strides,
+    parts,
+    BLOCK_O: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """``products[n, p] = g^T x`` over the rows of part p of sample n, zero where it has none.
+
+    Tile:  [BLOCK_O, BLOCK_I] of [O, I] a program, of one part of one sample.
+    FLOPs: 2 N T I O. Bytes: as ``_linear_sq_kernel``, and products written once.
+    """
+    if flag is not None:
+        if tl.load(flag) != 0:
+            return
+    _, T, I, O = shape
+    o, i, out = _tile(shape, BLOCK_O, BLOCK_I)
+    inside_o, inside_i = (o < O)[:, None], (i < I)[None, :]
+    g += o[:, None] * g_strides[2]
+    x += i[None, :] * x_strides[2]
+    n, part = tl.program_id(1) // parts, tl.program_id(1) % parts
+    first, rows = sample_rows(offsets, long(n), T)
+    length = tl.cdiv(tl.cdiv(rows.to(tl.int32), parts), BLOCK_T) * BLOCK_T
+    begin = part * length
+    end = tl.minimum(begin + length, rows.to(tl.int32))
+    c = tl.zeros([BLOCK_O, BLOCK_I], products.dtype.element_ty)
+    for start in range(begin, end, BLOCK_T):
+        t = start + tl.arange(0, BLOCK_T)
+        gs, xs = _operands(x, g, n, first + t, t < end, inside_o, inside_i, x_strides, g_strides)
+        c = dot(gs, xs, c, PRECISION)
+    tl.store(products + out + o[:, None] * I + i[None, :], c, mask=inside_o & inside_i)
 
 
 @triton.jit(do_not_specialize=["share", "chain"])
@@ -300,16 +362,24 @@ def linear_sq_(
 
 
 def _launch(acc, total, sqnorm, flag, x, g, weight, offsets, scale, sizes, work, unit, choice) -> None:
-    (N, T, I, O), (blocks, share) = sizes[0], choice
+    """Sums of squares of all samples, of shares of them, or of gradients that are computed in parts."""
+    (N, T, I, O), (blocks, shares) = sizes[0], choice
     flat = T == 1 and offsets is None
     computed = torch.promote_types(x.dtype, torch.float32)
-    shares, tiles = triton.cdiv(work.N, share), triton.cdiv(O, blocks["BLOCK_O"]) * triton.cdiv(I, blocks["BLOCK_I"])
+    tiles = triton.cdiv(O, blocks["BLOCK_O"]) * triton.cdiv(I, blocks["BLOCK_I"])
+    blocks = {"PRECISION": precision(work.dtype), **blocks}
+    if (parts := parts_of(work.N, shares)) > 1:
+        products = torch.empty(N, parts, O * I, device=acc.device, dtype=computed)
+        _linear_part_kernel[(tiles, shares)](products, x, g, offsets, flag, *sizes, parts, **blocks)
+        square_parts_(acc, total, sqnorm, products, weight, scale, flag)
+        return
 
     def summed(out: Tensor | None) -> Tensor | None:
         return out if out is None or shares == 1 else torch.empty(shares, O * I, device=acc.device, dtype=computed)
 
     squares, sums = summed(acc), summed(total)
-    plan = {"WORKSPACE": shares > 1, "PRECISION": precision(work.dtype), **blocks}
+    plan = {"WORKSPACE": shares > 1, **blocks}
+    share = triton.cdiv(work.N, shares)
     chain, factor = fold_size(share), scale if shares == 1 else 1.0
     norms = None
     if flat:

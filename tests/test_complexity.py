@@ -225,3 +225,13 @@ def test_missing_parameters_are_warned_of_at_the_caller():
     with pytest.warns(ff.FisherWarning) as caught:
         ff.task_complexity(F, {"w": W, "b": torch.zeros(2)}, prior_scale=1.0, beta=0.01, loss=0.0)
     assert caught[0].filename == __file__
+
+
+def test_measured_complexity_is_around_the_mean_of_the_posterior():
+    net, data = nn.Linear(3, 2), [(torch.randn(8, 3), torch.randint(0, 2, (8,)))]
+    q = ff.optimal_posterior(ff.fisher(net, data, progress=False), net, prior_scale=1.0, beta=0.1)
+    before = ff.mean_loss(net, data)
+    with torch.no_grad():
+        net.weight.mul_(3)
+    assert ff.measured_complexity(q, net, data, draws=2).loss == pytest.approx(before)
+    assert ff.mean_loss(net, data) != pytest.approx(before)

@@ -7,6 +7,7 @@ is an einsum of the unfolded input.
 
 from __future__ import annotations
 
+import importlib
 import math
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
@@ -177,6 +178,36 @@ def assert_exact(case: ConvProblem, backend: str, names=("acc", "total", "sqnorm
 # ---- values
 
 
+LARGE = [  # few samples of many positions
+    Geometry(2, 17, 24, (13, 11), (3, 3), (2, 1), before=(1, 1), after=(1, 1)),
+    Geometry(3, 32, 9, (53,), (5,), (1,), (4,), (0,)),
+    Geometry(3, 3, 4, (4, 5, 7), (2, 3, 2), before=(1, 1, 0), after=(0, 1, 1)),
+    Geometry(2, 24, 32, (7, 9), (3, 3), dilation=(2, 1), before=(2, 1), after=(2, 1), groups=2),
+]
+
+
+@pytest.mark.parametrize("shape", LARGE, ids=str)
+@pytest.mark.parametrize("ragged", [False, True], ids=["uniform", "ragged"])
+@pytest.mark.parametrize("parts", [2, 5])
+@pytest.mark.parametrize("target", [t for t in TARGETS if t.backend == "triton"], ids=str)
+def test_parts_of_the_positions_are_added_before_they_are_squared(target, parts, ragged, shape, monkeypatch):
+    """Also where the positions end before the last part begins, and of samples of no or of several images."""
+    module = importlib.import_module("fisherfast.kernels.conv_sq")
+    tiles = module.candidates
+
+    def in_parts(groups, O, C, K, N, *rest):
+        (blocks, _), *_ = tiles(groups, O, C, K, N, *rest)
+        return [(blocks, N * parts)]
+
+    monkeypatch.setattr(module, "candidates", in_parts)
+    case = problem(target, shape, integers=True, ragged=ragged, weighted=True, scale=2.0)
+    assert_exact(case, target.backend, flag=torch.zeros(1, dtype=torch.int32, device=target.device))
+    outputs = case.outputs()
+    before = copies(outputs)
+    case.run(target.backend, outputs, flag=torch.ones(1, dtype=torch.int32, device=target.device))
+    assert all(torch.equal(outputs[name], before[name]) for name in before)
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", SHORT, ids=SHORT.get)
 @every_target
@@ -332,15 +363,15 @@ def test_writes_stay_inside(target, shape):
         assert (buffer[:33] == 12345.0).all() and (buffer[-31:] == 12345.0).all()
 
 
-@pytest.mark.parametrize("shape", [BASIC._replace(N=2), SHAPES[7]], ids=str)
+@pytest.mark.parametrize("shape", [BASIC, SHAPES[7]._replace(N=3)], ids=str)
 @every_target
 def test_int64_offsets(target, shape):
-    """Images further apart than 2^31 elements; the memory between them is reserved but never touched."""
+    """Images 2^30 elements apart, a step that fits into 32 bits, as two do not; the memory between them is never touched."""
     if target.emulated:
-        pytest.skip("Triton's interpreter copies the whole storage: 4 GiB")
+        pytest.skip("Triton's interpreter copies the whole storage, 4 GiB; test_divided_work.py does without")
     case = problem(target, shape, torch.bfloat16, integers=True)
     far = torch.empty(2**31 + 2**14, dtype=torch.bfloat16, device=target.device)
-    far = far.as_strided(case.g.shape, (2**31, *case.g.stride()[1:]))
+    far = far.as_strided(case.g.shape, (2**30, *case.g.stride()[1:]))
     assert_exact(replace(case, g=far.copy_(case.g)), target.backend)
 
 

@@ -123,7 +123,7 @@ def test_spectrum_below_the_dimension_of_x_is_relative():
     assert got.nats == pytest.approx((fisher.logdet().mean().item() - 2 * math.log(PI_E)) / 2)
     assert got.trace == fisher.mean_trace and got.log_pseudo_determinant == fisher.logdet().mean().item()
     assert got.stderr == pytest.approx(fisher.logdet().std().item() / 2 / math.sqrt(12))
-    assert "nats less the entropy of the input: method spectrum, 12 inputs, 2 units about x" in str(got)
+    assert "nats less the entropy of the input: method spectrum, 12 inputs, rank 2, 2 units about x" in str(got)
     with pytest.raises(
         ValueError, match=r"z must tell all 3 numbers of the input apart for eq\. 10, got .* rank 2 from 2 units; leave"
     ):
@@ -260,3 +260,16 @@ def test_more_nuisances_than_units_are_refused():
         ff.effective_information(
             net, x, F, method="nuisance", beta=0.1, prior_scale=1.0, along=along, nuisance_scales=dict.fromkeys("abc", 1.0)
         )
+
+
+def test_lost_directions_are_said():
+    """Without its last live unit z tells nothing, and the number is larger than before."""
+    net = nn.Sequential(nn.Linear(3, 2, bias=False), nn.ReLU()).double()
+    net[0].weight.data.copy_(torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]]))
+    F = ff.DiagonalFisher({"0.weight": 100 * torch.ones(2, 3, dtype=DOUBLE)}, 7)
+    options = {"method": "spectrum", "beta": 1.0, "prior_scale": 1.0}
+    seen = ff.effective_information(net, torch.tensor([[1.0, 1.0, 1.0]], dtype=DOUBLE), F, **options)
+    assert ", rank 2, 2 units" in seen.conditions()
+    with pytest.warns(ff.FisherWarning, match="should have rank 2 at every input, got 1 to 2"):
+        mixed = ff.effective_information(net, torch.tensor([[1.0, 1.0, 1.0], [1.0, -1.0, 1.0]], dtype=DOUBLE), F, **options)
+    assert ", rank 1 to 2," in mixed.conditions()

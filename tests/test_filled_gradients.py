@@ -2,6 +2,7 @@
 """``ff.collect(..., gradients=True)``: the step's gradients from the products that measure, as autograd has them."""
 
 import copy
+import warnings
 
 import networks
 import pytest
@@ -168,3 +169,21 @@ def test_backward_outside_of_autocast_with_a_loss_scale(inside):
 def test_a_reduction_is_of_gradients():
     with pytest.raises(ValueError, match="reduction must come with gradients=True"):
         ff.collect(nn.Linear(2, 2), "diagonal", reduction="mean")
+
+
+def test_what_is_not_of_the_model_gets_no_gradient_and_a_warning():
+    body, head = nn.Linear(4, 4), nn.Linear(4, 3)
+    x, y = torch.randn(5, 4), torch.randint(3, (5,))
+
+    def backward(model):
+        with ff.collect(model, ff.Diagonal(), gradients=True) as stats:
+            for _ in range(2):
+                stats.backward(F.cross_entropy(head(body(x).tanh()), y, reduction="none"))
+
+    with pytest.warns(ff.FisherWarning, match=r"depends on 2 other leaves, of shapes .*\(3, 4\).*, which get none") as found:
+        backward(body)
+    assert len(found) == 1 and body.weight.grad is not None and head.weight.grad is None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        backward(nn.ModuleList([body, head]))
+    assert head.weight.grad is not None

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fishers of parts pool to the Fisher of the whole, in one process and over ranks; unlike measurements are refused."""
 
+import itertools
 import os
 import subprocess
 import sys
@@ -85,6 +86,11 @@ def test_pooling_rejects_other_measurements():
         small + DiagonalFisher({"w": torch.ones(2, 3)}, 1, aliases={"tied": "w"})
     with pytest.raises(TypeError, match="unsupported operand"):
         small + 1
+    net, data = torch.nn.Linear(3, 2), [(torch.randn(4, 3), torch.tensor([0, 1, 1, 0]))]
+    kinds = [ff.fisher(net, data, structure, progress=False) for structure in ("diagonal", "kfac", "ekfac", "gram")]
+    for one, other in itertools.permutations(kinds, 2):
+        with pytest.raises(TypeError, match=f"one structure, got {type(one).__name__} and {type(other).__name__}"):
+            one + other
 
 
 def two_layers_of_one_input(samples):

@@ -522,3 +522,32 @@ def test_an_activation_is_what_its_layer_returned_whatever_is_done_to_it_in_plac
     assert torch.equal(one, other) and bool((one > 0).all())
     one, other = (ff.activation_noise(net, x, F, **options) for net in (plain, in_place))
     assert torch.equal(one.mean, other.mean) and torch.equal(one.covariance, other.covariance) and bool((one.mean < 0).any())
+
+
+class Shifted(nn.Module):
+    """z = A x + C b."""
+
+    def __init__(self, A, C):
+        super().__init__()
+        self.b = nn.Parameter(torch.zeros(len(C[0]), dtype=DOUBLE))
+        self.A, self.C = torch.tensor(A, dtype=DOUBLE), torch.tensor(C, dtype=DOUBLE)
+
+    def forward(self, x):
+        return x @ self.A.T + self.b @ self.C.T
+
+
+def test_little_information_is_not_rounding():
+    """Eigenvalues 1 and 1e-20: squares of singular values that float64 tells from zero."""
+    net = Shifted([[1.0, 0.0], [0.0, 1e-10]], [[1.0, 0.0], [0.0, 1.0]])
+    found = ff.input_fisher(net, torch.ones(1, 2, dtype=DOUBLE), ff.DiagonalFisher({"b": torch.ones(2)}, num_samples=1), beta=1.0)
+    assert found.rank().tolist() == [2]
+    assert found.logdet().item() == pytest.approx(math.log(1e-20))
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-7])
+def test_a_little_motion_without_noise_is_infinite_information(scale):
+    """One noise moves both units alike; their difference moves with x, by a hundredth, and has none."""
+    net = Shifted([[scale, 0.0], [scale, 0.01 * scale]], [[1.0], [1.0]])
+    F = ff.DiagonalFisher({"b": torch.ones(1)}, num_samples=1)
+    with pytest.raises(ValueError, match="noise of rank 1: the information is infinite"):
+        ff.input_fisher(net, torch.ones(1, 2, dtype=DOUBLE), F, beta=1.0)

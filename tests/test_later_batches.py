@@ -5,6 +5,8 @@ import gc
 import resource
 from collections import OrderedDict
 
+import networks
+import oracle
 import pytest
 import torch
 import torch.nn.functional as F
@@ -310,3 +312,31 @@ def test_sparse_inputs_have_a_checkpoint(tmp_path):
     once = ff.fisher(model, data, "diagonal", "empirical", progress=False)
     again = ff.fisher(model, data, "diagonal", "empirical", progress=False, checkpoint=tmp_path / "checkpoint")
     assert again.trace() == pytest.approx(once.trace(), rel=1e-6)
+
+
+MERGED = {  # how weights without a sample axis are made of parameters
+    "product": lambda m: m.a @ m.b,
+    "chosen rows": lambda m: m.a.index_select(0, torch.tensor([0, 2])),
+}
+
+
+@pytest.mark.parametrize("made", MERGED)
+@pytest.mark.parametrize("structure", networks.STRUCTURES)
+def test_a_first_batch_of_one_sample_decides_as_larger_ones(structure, made):
+    parameters = {"a": networks.parameter(4, 2), "b": networks.parameter(2, 2)}
+    model = networks.Wrapped(lambda m, x: F.linear(x, MERGED[made](m)), **parameters).double()
+    x, y = torch.randn(6, 2).double(), torch.randint(2, (6,))
+    whole, *others = (
+        networks.measure(model, list(zip(x.split(cut), y.split(cut), strict=True)), structure, allow_missing=True)
+        for cut in ([6], [1] * 6, [1, 5])
+    )
+    for other in others:
+        assert other.coverage == whole.coverage
+        assert [other.trace(), other.logdet(0.1)] == pytest.approx([whole.trace(), whole.logdet(0.1)])
+
+
+def test_a_model_that_takes_one_sample_at_a_time():
+    model = networks.Wrapped(lambda m, x: m.head(x.view(3)).tanh().unsqueeze(0), head=nn.Linear(3, 2)).double()
+    x, y = torch.randn(4, 1, 3).double(), torch.randint(2, (4, 1))
+    found = networks.measure(model, list(zip(x, y, strict=True)), "diagonal").diagonal(dtype=torch.float64)
+    assert oracle.error(found, oracle.diagonal(model, list(zip(x, y, strict=True)), oracle.cross_entropy)) < 1e-9

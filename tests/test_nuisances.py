@@ -77,3 +77,15 @@ def test_functions_are_differentiated_where_nothing_moves():
 def test_refuses(x, options, message):
     with pytest.raises(ValueError, match=message):
         ff.image_tangents(x, **options)
+
+
+def test_contrast_is_about_the_mean_of_all_channels():
+    x = torch.rand(2, 3, 4, 5, dtype=DOUBLE)
+    torch.testing.assert_close(ff.image_tangents(x, ["contrast"])["contrast"], x - x.flatten(1).mean(1)[:, None, None, None])
+
+
+def test_a_nuisance_moves_nothing_at_amount_zero():
+    x = torch.rand(2, 3, dtype=DOUBLE)
+    assert len(tangents("here", x, {"brighter": lambda x, amount: x * (1 + amount)})) == 2
+    with pytest.raises(ValueError, match=r"here: along\['scale'\] must move nothing at amount 0"):
+        tangents("here", x, {"scale": lambda x, amount: amount * x})

@@ -353,7 +353,7 @@ def test_shares_of_samples_and_chains_of_sums(emulated, share, chain, T, ragged)
     """In shares, each with a workspace that holds NaN before, and in registers a few samples at a time."""
     blocks = {"BLOCK_O": 16, "BLOCK_I": 16, "BLOCK_T": 16, "num_warps": 4, "num_stages": 3}
     emulated("linear_sq_", "fold_size", lambda steps: chain)
-    target = emulated("linear_sq_", "candidates", lambda work, arch: [(blocks, min(share, work.N))])
+    target = emulated("linear_sq_", "candidates", lambda work, arch: [(blocks, -(-work.N // share))])
     case = problem(
         target, Shape(11 if ragged or T > 1 else 100, T, 17, 35), integers=True, ragged=ragged, weighted=True, scale=2.0
     )
@@ -361,6 +361,25 @@ def test_shares_of_samples_and_chains_of_sums(emulated, share, chain, T, ragged)
     before = copies(outputs)
     case.run("triton", outputs, flag=torch.zeros(1, dtype=torch.int32))
     assert_equal(case, before, outputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("ragged", [False, True], ids=["uniform", "ragged"])
+@pytest.mark.parametrize("parts", [2, 3, 7])
+@pytest.mark.parametrize("target", [t for t in TARGETS if (t.op, t.backend) == ("linear_sq_", "triton")], ids=str)
+def test_parts_of_a_sample_are_added_before_they_are_squared(target, parts, ragged, dtype, monkeypatch):
+    """Also where the rows end before the last part begins; the workspace holds NaN before, and a raised flag keeps all as it was."""
+    blocks = {"BLOCK_O": 16, "BLOCK_I": 16, "BLOCK_T": 16, "num_warps": 4, "num_stages": 3}
+    module = importlib.import_module("fisherfast.kernels.linear_sq")
+    monkeypatch.setattr(module, "candidates", lambda work, arch: [(blocks, parts * work.N)])
+    case = problem(target, Shape(3, 77, 17, 35), dtype, integers=True, ragged=ragged, weighted=True, scale=2.0)
+    outputs = case.outputs(integers=True)
+    before = copies(outputs)
+    case.run(target.backend, outputs, flag=torch.zeros(1, dtype=torch.int32, device=target.device))
+    assert_equal(case, before, outputs)
+    kept = copies(outputs)
+    case.run(target.backend, outputs, flag=torch.ones(1, dtype=torch.int32, device=target.device))
+    assert all(torch.equal(outputs[name], kept[name]) for name in kept)
 
 
 @pytest.mark.parametrize("piece", [1, 2, 4])
@@ -432,12 +451,12 @@ def test_writes_stay_inside(target):
 
 @every_target
 def test_int64_offsets(target):
-    """Samples further apart than 2^31 elements; the memory between them is reserved but never touched."""
+    """Samples 2^30 elements apart, a step that fits into 32 bits, as two do not; the memory between them is never touched."""
     if target.emulated:
-        pytest.skip("Triton's interpreter copies the whole storage: 4 GiB")
-    case = problem(target, Shape(2, 3, 5, 7), torch.bfloat16, integers=True)
+        pytest.skip("Triton's interpreter copies the whole storage, 4 GiB; test_divided_work.py does without")
+    case = problem(target, Shape(3, 3, 5, 7), torch.bfloat16, integers=True)
     far = torch.empty(2**31 + 64, dtype=torch.bfloat16, device=target.device).as_strided(
-        case.g.shape, (2**31, case.g.shape[-1], 1)
+        case.g.shape, (2**30, case.g.shape[-1], 1)
     )
     case = replace(case, g=far.copy_(case.g))
     outputs = case.outputs(integers=True)

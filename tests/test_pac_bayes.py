@@ -1,14 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """PAC-Bayes bounds: the test vectors, what they optimise, that they hold as often as they say, and what they refuse."""
 
+import dataclasses
 import math
 
 import mpmath
+import numpy
 import pytest
 import torch
 from hypothesis import given, strategies
 from torch import nn
 
+from fisherfast import expected_loss, fisher, zero_one
 from fisherfast.fisher import DiagonalFisher
 from fisherfast.fisher.lanczos import Estimate
 from fisherfast.information import information_in_weights, optimal_posterior, pac_bayes_bound
@@ -219,3 +222,26 @@ def test_refuses_beta(bad):
 def test_refuses_other_arguments(options, message):
     with pytest.raises(ValueError, match=message):
         pac_bayes_bound(**({"expected_loss": 0.1, "nats": 1.0, "num_samples": 100} | options))
+
+
+def test_a_divergence_of_a_part_of_the_parameters_is_no_bound():
+    net = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2).requires_grad_(False))
+    F = fisher(net, [(torch.randn(8, 3), torch.randint(2, (8,)))], progress=False)
+    net[1].requires_grad_(True)
+    whole = information_in_weights(F, dict(net[0].named_parameters(prefix="0")), prior_scale=1.0, beta=0.1)
+    pac_bayes_bound(0.1, whole, 1000)
+    part = dataclasses.replace(whole, excluded=("1.weight",))
+    with pytest.raises(ValueError, match=r"nats must be of all parameters that were trained, got some that exclude .*1\.weight"):
+        pac_bayes_bound(0.1, part, 1000)
+
+
+def test_log_losses_have_no_limit():
+    net, data = nn.Linear(3, 2), [(torch.randn(8, 3), torch.randint(2, (8,)))]
+    q = optimal_posterior(fisher(net, data, progress=False), net, prior_scale=1.0, beta=0.1)
+    with pytest.raises(ValueError, match="must have an upper limit, got that of -log p"):
+        pac_bayes_bound(expected_loss(q, net, data, draws=2), q, 1000)
+    assert pac_bayes_bound(expected_loss(q, net, data, draws=2, loss=zero_one), q, 1000).value <= 1
+
+
+def test_betas_of_numpy():
+    assert pac_bayes_bound(0.1, 5.0, 1000, beta=numpy.array([1.0, 2.0])) == pac_bayes_bound(0.1, 5.0, 1000, beta=[1.0, 2.0])

@@ -270,3 +270,9 @@ def test_numbers_are_those_of_python():
     apart = ff.shannon_information([[(1.0, 1e-20)], [(1.0 + 1e-8, 1e-20)]])
     assert apart.information.value == pytest.approx(math.log(2), rel=1e-6)
     assert ff.shannon_information([[(0.0, 1e-300)], [(0.0, 1e-300)]]).information.value == pytest.approx(0.0, abs=1e-9)
+
+
+def test_numbers_of_other_kinds():
+    assert ff.shannon_from_stability(DiagonalFisher({"w": torch.ones(2)}, 5), [[1.0, 2.0]], beta=0.1, entropy=0.0).nats == (
+        ff.shannon_from_stability(DiagonalFisher({"w": torch.ones(2)}, 5), torch.tensor([[1.0, 2.0]]), beta=0.1, entropy=0.0).nats
+    )

@@ -289,3 +289,19 @@ def test_one_name_is_no_collection_of_names(option):
     F = ff.fisher(model, [(torch.randn(6, 3), None)], progress=False)
     with pytest.raises(ValueError, match=rf"{option} must be a collection of layer names, got the text '10'"):
         ff.task_embedding(F, model, **{option: "10"})
+
+
+def test_distances_are_of_one_prior_and_architecture():
+    def measured(width, scale):
+        net = nn.Linear(3, width)
+        net.weight.data.mul_(scale)
+        data = [(torch.randn(8, 3), torch.randint(width, (8,)))]
+        return ff.information_in_weights(ff.fisher(net, data, progress=False), net, prior_scale=prior, beta=0.1)
+
+    prior = 1.0
+    assert math.isfinite(ff.task_distance(measured(2, 1.0), measured(2, 1.0)))
+    with pytest.raises(ValueError, match="one architecture and measured alike, got shapes of"):
+        ff.task_distance(measured(2, 1.0), measured(3, 1.0))
+    prior = "fit"
+    with pytest.raises(ValueError, match="must be of one prior_scales"):
+        ff.task_distance(measured(2, 1.0), measured(2, 9.0))

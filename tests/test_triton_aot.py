@@ -19,6 +19,7 @@ triton = pytest.importorskip("triton", reason="triton is not installed")
 from fisherfast.kernels import (  # noqa: E402
     _common,
     _products,
+    _squares,
     categorical_score,
     conv_gram,
     conv_sq,
@@ -115,7 +116,7 @@ def test_every_kernel_is_compiled(compiled):
     defined = {
         name
         for file in (
-            *(_common, categorical_score, conv_gram, conv_sq, gram, linear_sq, scale_sq, embedding_sq),
+            *(_common, _squares, categorical_score, conv_gram, conv_sq, gram, linear_sq, scale_sq, embedding_sq),
             *(log1p_sum, kron_log1p_sum),
         )
         for name in vars(file)
@@ -129,15 +130,17 @@ def test_every_kernel_is_compiled(compiled):
 @pytest.mark.parametrize(("O", "I"), [(1, 1), (7, 11), (128, 4096), (1000, 1000), (50257, 768)])
 def test_linear_candidates(O, I, dtype, arch):
     """Powers of two that tl.dot accepts, no larger than needed; no empty share, a bounded workspace, the best one first."""
-    for T, N, tiles in itertools.product((1, 5, 512), (1, 7, 4096), (2, 3, 4)):
+    for T, N, tiles in itertools.product((1, 5, 512, 8192), (1, 7, 4096), (2, 3, 4)):
         work = linear_sq.Work(O, I, N, T, dtype, tiles)
         times = []
-        for blocks, share in linear_sq.candidates(work, arch):
+        for blocks, shares in linear_sq.candidates(work, arch):
             sizes = {name: blocks[f"BLOCK_{name}"] for name in "OIT"}
             assert all(size >= 16 and size & (size - 1) == 0 for size in sizes.values())
             assert all(sizes[name] < 2 * max(extent, 16) for name, extent in (("O", O), ("I", I), ("T", T)))
-            shares = triton.cdiv(N, share)
-            assert 1 <= share <= N and linear_sq.workspace_bytes(work, shares) <= linear_sq.WORKSPACE
+            parts = linear_sq.parts_of(N, shares)
+            assert shares == N * parts if shares > N else shares == triton.cdiv(N, triton.cdiv(N, shares))
+            assert parts == 1 or T >= linear_sq.PART_ROWS * parts
+            assert linear_sq.workspace_bytes(work, shares) <= linear_sq.WORKSPACE
             times.append(linear_sq.seconds(work, sizes["O"], sizes["I"], shares))
         assert times[0] == min(times)
 
@@ -146,18 +149,26 @@ def test_linear_candidates(O, I, dtype, arch):
 @pytest.mark.parametrize("T", [512, 2048])
 def test_large_matrices_take_the_largest_tile_and_no_workspace(O, I, T):
     work = linear_sq.Work(O, I, 8, T, torch.bfloat16, 2)
-    blocks, share = linear_sq.candidates(work, 90)[0]
+    blocks, shares = linear_sq.candidates(work, 90)[0]
     assert (blocks["BLOCK_O"], blocks["BLOCK_I"], blocks["BLOCK_T"], blocks["num_warps"]) == (128, 128, 64, 8)
-    assert share == 8 and linear_sq.workspace_bytes(work, 1) == 0
+    assert shares == 1 and linear_sq.workspace_bytes(work, 1) == 0
 
 
 def test_few_tiles_share_the_samples():
     """36 tiles of 128 x 128 would leave most multiprocessors idle."""
     work = linear_sq.Work(768, 768, 32, 128, torch.bfloat16, 2)
-    blocks, share = linear_sq.candidates(work, 90)[0]
-    shares = triton.cdiv(32, share)
+    blocks, shares = linear_sq.candidates(work, 90)[0]
     assert shares > 1 and 36 * shares <= _products.MULTIPROCESSORS
     assert linear_sq.seconds(work, blocks["BLOCK_O"], blocks["BLOCK_I"], shares) < 0.6 * linear_sq.seconds(work, 128, 128, 1)
+
+
+def test_few_samples_are_split_into_parts():
+    """One long text would take 64 tiles of 128 x 128; two parts of it fill the chip. A short one is not worth a workspace."""
+    work = linear_sq.Work(1024, 1024, 1, 8192, torch.bfloat16, 2)
+    blocks, shares = linear_sq.candidates(work, 90)[0]
+    assert (blocks["BLOCK_O"], blocks["BLOCK_I"], linear_sq.parts_of(1, shares)) == (128, 128, 2)
+    assert linear_sq.seconds(work, 128, 128, 2) < 0.7 * linear_sq.seconds(work, 128, 128, 1)
+    assert linear_sq.candidates(work._replace(T=512), 90)[0][1] == 1
 
 
 @pytest.mark.parametrize("steps", [1, 2, 16, 17, 100, 1000, 10**5])
@@ -213,7 +224,9 @@ def test_conv_candidates(groups, O, C, K, T, N, tiles, dtype, arch):
         assert all(sizes[name] < 2 * max(extent, 16) for name, extent in (("O", O), ("I", K * C), ("T", T)))
         programs = groups * triton.cdiv(O, sizes["O"]) * triton.cdiv(K * C, sizes["I"])
         assert programs * N >= _products.PRODUCT_PROGRAMS or max(sizes["O"], sizes["I"]) <= 32
-        assert 1 <= shares <= N and (shares == 1 or shares * programs <= 4 * _products.PRODUCT_PROGRAMS)
+        parts = max(shares // N, 1)
+        assert shares >= 1 and (parts == 1 or (shares == N * parts and T >= parts * conv_sq.PART_ROWS))
+        assert shares == 1 or shares * programs <= 4 * _products.PRODUCT_PROGRAMS
         assert shares == 1 or shares * groups * O * C * K * max(dtype.itemsize, 4) <= 2**26
         offsets = {column // C for column in range(min(sizes["I"], K * C))}
         assert not blocks["ONE_OFFSET"] or len(offsets) == 1

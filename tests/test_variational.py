@@ -378,3 +378,14 @@ def test_a_weight_that_a_function_uses_too_has_one_noise():
     options = {"beta": 0.01, "prior_scale": 1.0, "likelihood": "gaussian", "epochs": 3, "seed": 1}
     one, other = (ff.variational_posterior(model, [(x, x)], noise=noise, **options) for noise in ("local", "weight"))
     assert torch.equal(one.std["encoder.weight"], other.std["encoder.weight"])
+
+
+def test_batches_of_unequal_size_count_by_their_samples():
+    net, x = nn.Linear(3, 2), torch.randn(256, 3)
+    x[240:] *= 4
+    with torch.no_grad():
+        y = net(x) + torch.randn(256, 2)
+    data = [(x[:240], y[:240]), (x[240:], y[240:])]
+    q = ff.variational_posterior(net, data, beta=0.05, prior_scale=0.8, likelihood="gaussian", epochs=300)
+    best = 0.05 / (x.square().mean(0) + 0.05 / 0.8**2)
+    torch.testing.assert_close(q.variance()["weight"], best.double().expand(2, 3), rtol=0.2, atol=0)

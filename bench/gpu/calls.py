@@ -149,7 +149,10 @@ def _but_acc(outputs: Outputs) -> Outputs:
 
 
 CALLS: dict[str, tuple[Callable[..., Call], list[tuple]]] = {
-    "linear_sq_": (linear, [(3, 5, 7, 11), (2, 37, 136, 72), (2, 70, 400, 264), (9, 1, 17, 5), (4, 0, 40, 24)]),
+    "linear_sq_": (
+        linear,
+        [(3, 5, 7, 11), (2, 37, 136, 72), (2, 70, 400, 264), (9, 1, 17, 5), (4, 0, 40, 24), (1, 4096, 24, 40)],
+    ),
     "gram_": (gram, [(3, 5, 7, False), (2, 37, 136, True), (9, 1, 200, False), (2, 70, 400, False)]),
     "conv_sq_": (
         conv,
@@ -158,6 +161,7 @@ CALLS: dict[str, tuple[Callable[..., Call], list[tuple]]] = {
             (2, 16, 32, (9, 11), 3, 2, 1, False),
             (4, 5, 5, (13,), 3, 1, 5, True),
             (2, 3, 4, (4, 5, 3), 2, 1, 1, False),
+            (1, 16, 16, (64, 70), 3, 1, 1, False),
         ],
     ),
     "conv_gram_": (

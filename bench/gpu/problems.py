@@ -36,6 +36,7 @@ LINEAR = {  # N, T, I, O
     "gpt2-square": (32, 64, 768, 768),
     "vit-up": (64, 197, 768, 3072),
     "llama1b-head": (4, 512, 2048, 128256),
+    "one-long-text": (1, 8192, 1024, 1024),
 }
 GRAM = {  # N, T, I: as KFAC calls it
     "llama8b-in": (8, 1024, 4096),
@@ -58,6 +59,7 @@ CONV = {  # N, C, O, H, K, stride, groups: square images and kernels
     "resnet50-14": (64, 256, 256, 14, 3, 1, 1),
     "resnet50-56": (64, 64, 64, 56, 3, 1, 1),
     "convnext-depthwise": (32, 96, 96, 56, 7, 1, 96),
+    "unet-256": (4, 64, 64, 256, 3, 1, 1),
     "resnet50-1x1": (64, 256, 1024, 14, 1, 1, 1),
     "resnet50-stem": (64, 3, 64, 224, 7, 2, 1),
     "vit-patches": (64, 3, 768, 224, 16, 16, 1),

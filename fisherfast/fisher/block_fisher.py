@@ -80,7 +80,7 @@ def described(ways: Mapping[Any, str]) -> dict[str, str]:
         for name, part in block.place.parts.items():
             parts[name][block.describe()] += bool(part)
             kept = (f"{number} part{'s' * (number > 1)} of {what}" if number else what for what, number in parts[name].items())
-            op = "gram_" if isinstance(block, ExactBlock) and ":" not in way else way  # that of the block, not of its squares
+            op = "gram_" if isinstance(block, ExactBlock) and way.endswith("_") else way  # that of the block, not of its squares
             how[name] = f"{op}: {', '.join(kept)}"
     return how
 

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fisherfast._names import listed
 from fisherfast._warning import warn
-from fisherfast.calls import Call, Key
+from fisherfast.calls import Call, Key, graph
 from fisherfast.collector import Samples
 from fisherfast.fisher import interrupts
 from fisherfast.fisher.asked import requests
@@ -50,8 +51,8 @@ class collect:
 
     Inside the block the weights are frozen where they are used: ``.grad``, ``requires_grad``, hooks and modes of the model
     are not touched. With ``gradients=True`` each ``stats.backward(losses)`` adds to ``.grad`` what ``losses.sum().backward()``
-    would (``reduction="mean"``: ``losses.mean()``), from the same products, once the batch is complete: a training step that
-    measures on its way. Hooks of parameters do not run, gradients of ranks are not averaged, those of embeddings are dense and not
+    would to the model's parameters (``reduction="mean"``: ``losses.mean()``), from the same products, once the batch is complete: a
+    training step that measures on its way. Hooks of parameters do not run, gradients of ranks are not averaged, those of embeddings are dense and not
     divided by frequency. ``loss_scale`` multiplies the gradients on their way through a float16 model and is taken out of their
     squares; the loss itself is not scaled. A forward pass without a backward pass counts for nothing; several backward passes through one
     forward pass (``retain_graph=True``) are draws: they are averaged, and their samples counted once.
@@ -115,6 +116,8 @@ class collect:
                 self._explore(loss)
             calls = self._caught(loss)
             self._check_fallback(loss)
+            if self._fills and not run.batches:
+                self._warn_of_others(loss)
             if self._fills and run.engine is not None:
                 uses = (use for call in calls for use in call.uses)
                 run.engine.reached = run.passes.reached(loss) | {source.name for use in uses for source in use.tracked.sources}
@@ -172,6 +175,20 @@ class collect:
             "differentiates them all, which is slow",
         )
         return calls
+
+    def _warn_of_others(self, loss: Tensor) -> None:
+        """``.grad`` is filled for the model's parameters; a head outside of it would never be trained, and nobody know."""
+        capture = self._run.capture
+        own = {id(leaf) for one in capture.tracked.values() for leaf in (one.parameter, one.leaf, one.outer)} | {
+            id(capture.anchor)
+        }
+        leaves = (getattr(node, "variable", None) for node in graph(loss, closed=True))
+        others = {id(leaf): tuple(leaf.shape) for leaf in leaves if leaf is not None and id(leaf) not in own}
+        if others:
+            warn(
+                f"collect: gradients=True fills the .grad of the model's own parameters, but the loss depends on {len(others)} other leaves, "
+                f"of shapes {listed(map(str, others.values()))}, which get none; collect over all that is trained, nn.ModuleList([...]) say"
+            )
 
     def _explore(self, loss: Tensor) -> None:
         """First batches: which parameters are reached, in which forms, and where their sample axis is."""

@@ -367,8 +367,11 @@ class Measurement:
                 self.run.note_uses(everything)
             else:
                 self.run.check_reached(values)
-            self.run.passes.route_mixed_forms([call for call, _ in self.capture.calls(values)])
+            calls = [call for call, _ in self.capture.calls(values)]
+            self.run.passes.route_mixed_forms(calls)
             self._explored = True
+            if few.N == 1 and few.offsets is None and any(call.shape[:1] != (1,) for call in calls):
+                self._look_twice(few, values)
         if few.N > 1:
             mixing = self._probe(values)
             if mixing:
@@ -380,6 +383,21 @@ class Measurement:
 
     def _probe(self, values: Tensor) -> set[str]:
         return mixing(self.run.passes.probe(values, _noise(values)), self.capture.tracked)
+
+    def _look_twice(self, one: Batch, values: Tensor) -> None:
+        """A sample by itself does not show what has no sample axis, which decides how a parameter is covered: in a batch of two copies.
+        A model that takes no such batch is left as it is.
+        """
+        two = one.repeated(0, 2)
+        try:
+            twice = self._values(two)
+            check_first(values, twice)
+            mixing = self._probe(twice)
+        except Exception:  # the model is anybody's, and may say anything to such a batch
+            self._values(one)
+            return
+        if mixing:
+            self._resolve(two, twice, mixing, one)
 
     def _resolve(self, few: Batch, values: Tensor, mixing: set[str], noted: Batch) -> None:
         """Parameters without a sample axis where they are used: expand them there, else follow them to where a sample comes in,

@@ -11,8 +11,8 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from fisherfast._names import listed
 from fisherfast.fisher.protocol import WHOLE
+from fisherfast.information import _alike
 from fisherfast.information.result import Information
 
 
@@ -100,11 +100,7 @@ def compare(first: Information, second: Information, *, names: Sequence[str] = (
     Source:   ours.
     """
     first_name, second_name = _checked(names)
-    ours, theirs = _must_agree(first), _must_agree(second)
-    problems = [f"{what} {_shown(ours[what])} and {_shown(theirs[what])}" for what in ours if ours[what] != theirs[what]]
-    if problem := _layers_differ(first, second):
-        problems.append(problem)
-    if problems:
+    if problems := _alike.differences(first, second):
         raise ValueError(
             f"compare: {first_name} and {second_name} must be of one architecture and measured alike, got {'; '.join(problems)}; "
             "measure both with the same settings"
@@ -116,36 +112,6 @@ def _checked(names: Sequence[str]) -> tuple[str, str]:
     if isinstance(names, str) or len(names) != 2 or names[0] == names[1]:
         raise ValueError(f"compare: names must be two different names, got {names!r}")
     return str(names[0]), str(names[1])
-
-
-def _must_agree(info: Information) -> dict[str, Any]:
-    """What the nats mean nothing without."""
-    F = info.fisher
-    return {
-        "beta": info.beta,
-        "variant": info.variant,
-        "fisher_type": F.provenance.fisher_type,
-        "likelihood": F.provenance.likelihood,
-        "structure": F.structure,
-    }
-
-
-def _shown(value: Any) -> str:
-    return f"{value:.6g}" if isinstance(value, float) else repr(value)
-
-
-def _layers_differ(first: Information, second: Information) -> str | None:
-    """The first few layers and parameters that one of the two lacks or has in another shape."""
-    for what, ours, theirs in (
-        ("layers", first.layers, second.layers),
-        ("parameters", first.fisher.shapes, second.fisher.shapes),
-    ):
-        lacking = [set(one) - set(other) for one, other in ((ours, theirs), (theirs, ours))]
-        if any(lacking):
-            return f"{what} {listed(lacking[0])} only in the first and {listed(lacking[1])} only in the second"
-    shapes, others = first.fisher.shapes, second.fisher.shapes
-    different = [f"{name} {tuple(shapes[name])} and {tuple(others[name])}" for name in shapes if shapes[name] != others[name]]
-    return f"shapes of {listed(different)}" if different else None
 
 
 def _notes(first: Information, second: Information, names: tuple[str, str]) -> tuple[str, ...]:

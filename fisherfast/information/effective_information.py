@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from fisherfast._warning import warn
 from fisherfast.batches import Output
 from fisherfast.fisher import Fisher
 from fisherfast.fisher.lanczos import Estimate
@@ -62,7 +63,8 @@ class EffectiveInformation:
     def conditions(self) -> str:
         """Everything the nats depend on, in one line."""
         entropy = "" if self.entropy is None else f", entropy {self.entropy:.4g} nats"
-        return f"method {self.method}, {len(self.each):,} inputs{entropy}, {self.source.conditions()}"
+        rank = f", rank {_ranks(self.source)}" if isinstance(self.source, InputFisher) else ""
+        return f"method {self.method}, {len(self.each):,} inputs{entropy}{rank}, {self.source.conditions()}"
 
     def __str__(self) -> str:
         relative = " less the entropy of the input" if self.entropy is None and self.bound is None else ""
@@ -94,7 +96,8 @@ def effective_information(
 
     ``"spectrum"``     ``H(x) - E_x 1/2 log((2 pi e)^r / |F_{z|x}|)`` over the r top eigenvalues that are not zero. With dim z >= dim x
                        (r = dim x) and ``entropy`` H(x) it is eq. 10; with dim z < dim x, where the determinant is 0, a measure
-                       for comparisons: see ``.trace`` and ``.log_pseudo_determinant``, and give no entropy.
+                       for comparisons at equal rank r: see ``.trace`` and ``.log_pseudo_determinant``, and give no entropy. A direction
+                       that z loses altogether adds nothing, where one that it hardly tells takes nats away: dead units seem to inform.
     ``"nuisance"``     eq. 10 on nuisances theta, ``H(theta) - E_x 1/2 log((2 pi e)^q / |F_{z|theta}|)``: ``along`` them (as in
                        ``input_fisher``), each by itself ``nuisance_prior`` "uniform" over a width or "gaussian" with a standard
                        deviation, ``nuisance_scales={name: number}``.
@@ -179,8 +182,19 @@ def _by_determinant(method: str, found: InputFisher, entropy: float | None) -> E
             f"{int(rank.min())} from {found.num_units} units; "
             + ("leave entropy out" if method == "spectrum" else "give fewer or other nuisances, or a layer with more units")
         )
+    if entropy is None and int(rank.min()) < min(found.num_units, found.dim):
+        warn(
+            f"effective_information: F_{{z|x}} should have rank {min(found.num_units, found.dim)} at every input, got {_ranks(found)}: a "
+            "direction that z has lost adds nothing, where one that it hardly tells takes nats away; compare by .trace, or at equal rank"
+        )
     each = (entropy or 0.0) + (found.logdet() - rank.double() * math.log(2 * math.pi * math.e)) / 2
     return EffectiveInformation(*Estimate.of(each), method, entropy, None, each, found)
+
+
+def _ranks(found: InputFisher) -> str:
+    rank = found.rank()
+    low, high = int(rank.min()), int(rank.max())
+    return str(low) if low == high else f"{low} to {high}"
 
 
 def _by_draws(noise: ActivationNoise, dtype: torch.dtype, draws: int, seed: int) -> EffectiveInformation:

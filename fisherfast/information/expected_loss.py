@@ -20,6 +20,10 @@ from fisherfast.information.weights import tensors
 from fisherfast.likelihood import Likelihood
 
 
+class LogLoss(Estimate):
+    """Of ``-log p``, which has no upper limit."""
+
+
 @torch.no_grad()
 def expected_loss(
     posterior: GaussianPosterior,
@@ -66,7 +70,7 @@ def expected_loss(
         for name, mean in posterior.mean.items():
             weights[name].neg_().add_(mean, alpha=2)
         each.append((there + losses.mean(data, weights, f"of draw {n}, mirrored")) / 2)
-    return Estimate.of(torch.tensor(each, dtype=torch.float64))
+    return (LogLoss if loss is None else Estimate).of(torch.tensor(each, dtype=torch.float64))
 
 
 @torch.no_grad()

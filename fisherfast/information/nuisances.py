@@ -69,17 +69,20 @@ def tangents(caller: str, x: Tensor, along: Mapping[str, Nuisance]) -> list[Tens
         raise ValueError(f"{caller}: along must be {{name: tangent or function}}, at least one, got {along!r}")
     found = []
     for name, nuisance in along.items():
-        tangent = _derivative(nuisance, x) if callable(nuisance) else nuisance
+        moved, tangent = _derivative(nuisance, x) if callable(nuisance) else (x, nuisance)
         if not isinstance(tangent, Tensor) or tangent.shape != x.shape:
             got = tuple(tangent.shape) if isinstance(tangent, Tensor) else type(tangent).__name__
             raise ValueError(f"{caller}: along[{name!r}] must be, or give, a tensor {tuple(x.shape)} like x, got {got}")
+        if not torch.allclose(moved, x, rtol=1e-3, atol=1e-3 * float(x.abs().max())):
+            raise ValueError(f"{caller}: along[{name!r}] must move nothing at amount 0, got a function that moves x there")
         if not bool(tangent.isfinite().all()):
             raise ValueError(f"{caller}: along[{name!r}] must be finite, got NaN or infinity")
         found.append(tangent.detach().double().flatten(1))
     return list(torch.stack(found, 1))
 
 
-def _derivative(move: Callable[[Tensor, Tensor], Tensor], x: Tensor) -> Tensor:
-    """``d/da move(x, a)`` at ``a = 0``, where nothing has moved."""
+def _derivative(move: Callable[[Tensor, Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
+    """``move(x, a)`` and its derivative by a, at ``a = 0``, where nothing has moved."""
     zero = torch.zeros((), dtype=x.dtype, device=x.device)
-    return torch.func.jvp(lambda amount: move(x, amount), (zero,), (torch.ones_like(zero),))[1]
+    moved, tangent = torch.func.jvp(lambda amount: move(x, amount), (zero,), (torch.ones_like(zero),))[:2]
+    return moved, tangent

@@ -8,13 +8,15 @@ samples drawn independently, a loss in ``[0, max_loss]``, and a prior that was f
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any
 
+from fisherfast._names import listed
 from fisherfast.fisher.lanczos import Estimate
 from fisherfast.information import _checks
+from fisherfast.information.expected_loss import LogLoss
 
 METHODS = ("mcallester", "kl")
 _CALLER = "pac_bayes_bound"
@@ -106,7 +108,7 @@ def pac_bayes_bound(
     ``nats``           KL(Q || P), or an ``Information`` or posterior, of which ``.kl`` is taken, also for ``variant="paper"``.
                        The prior must not have seen the data: one with ``prior_scale="fit"`` is refused.
     ``beta``           a number above 1/2 fixed before the data were seen; or several, of which the best is taken at the price
-                       of ``log(G / delta)`` for G of them; None for a grid that depends on N and delta only: factors of sqrt 2
+                       of ``log(G / delta)`` for G of them (of G priors likewise: pass delta / G and take the best bound); None for a grid that depends on N and delta only: factors of sqrt 2
                        from 1 to the largest that can be best. N times the beta of ``information_in_weights`` (``lagrangian_beta``).
     ``draws``          how many independent draws of Q the mean in ``expected_loss`` is over: the ``draws`` that were passed to
                        ``ff.expected_loss``, whose two signs of one noise are one draw. The mean is then replaced by the
@@ -114,7 +116,8 @@ def pac_bayes_bound(
                        with probability ``1 - delta - sample_delta``.
 
     Scale:    all losses are divided by ``max_loss`` and the bound multiplied by it; beta is that of the loss in [0, 1].
-    Errors:   ValueError for a loss without an upper limit or outside of [0, max_loss], nats below zero, beta of 1/2 or less,
+    Errors:   ValueError for ``ff.expected_loss``'s estimate of a likelihood, which has no upper limit, a mean outside of [0, max_loss] (that
+              single losses are inside is the caller's to know), nats below zero or of a part of the parameters, beta of 1/2 or less,
               deltas that are not in (0, 1), counts below 1, an unknown method, a beta with ``method="kl"``, a fitted prior.
     Numerics: Python floats; the largest value allowed is found by bisection to the last bit, rounded up.
     Source:   Theorem 2.2 of arXiv:1905.12213 (McAllester 2013, arXiv:1307.2118); Seeger 2002 with the constant of Maurer 2004
@@ -122,6 +125,11 @@ def pac_bayes_bound(
     """
     _checks.one_of(_CALLER, "method", method, METHODS)
     max_loss = _checks.positive(_CALLER, "max_loss", max_loss, "the bounds need a bounded loss: the 0-1 loss, or a clipped one")
+    if isinstance(expected_loss, LogLoss):
+        raise ValueError(
+            f"{_CALLER}: the loss must have an upper limit, got that of -log p, which has none; pass loss=ff.zero_one, or a clipped loss, to "
+            "ff.expected_loss"
+        )
     loss, stderr = expected_loss if isinstance(expected_loss, Estimate) else (expected_loss, 0.0)
     if not 0 <= loss <= max_loss:
         raise ValueError(f"{_CALLER}: expected_loss must be in [0, {max_loss:g}], got {loss!r}; clip the loss at max_loss")
@@ -153,8 +161,14 @@ def pac_bayes_bound(
 
 
 def _divergence(nats: Any) -> float:
-    """KL(Q || P) of a number or of anything with ``.kl``; raise ValueError if its prior was fitted to the data."""
-    if getattr(getattr(nats, "information", nats), "prior_scale", None) == "fit":
+    """KL(Q || P) of a number or of anything with ``.kl``; raise ValueError if its prior was fitted to the data, or it lacks parameters."""
+    information = getattr(nats, "information", nats)
+    if excluded := getattr(information, "excluded", ()):
+        raise ValueError(
+            f"{_CALLER}: nats must be of all parameters that were trained, got some that exclude {listed(excluded)}; measure them, or "
+            "freeze them before training"
+        )
+    if getattr(information, "prior_scale", None) == "fit":
         raise ValueError(
             f"{_CALLER}: the prior must be fixed before the data are seen, got prior_scale='fit'; give the scale of initialisation"
         )
@@ -166,7 +180,7 @@ def _betas(beta: float | Sequence[float] | None, N: int, delta: float) -> list[f
     if beta is None:
         largest = (1 + math.sqrt(1 + 2 * N / math.log(1 / delta))) / 2
         return [_GRID_RATIO**i for i in range(1 + math.ceil(math.log(largest, _GRID_RATIO)))]
-    betas = list(beta) if isinstance(beta, Sequence) else [beta]
+    betas: list[float] = list(beta) if isinstance(beta, Iterable) else [beta]
     if not betas or not all(isinstance(b, Real) and math.isfinite(b) and b > 0.5 for b in betas):
         raise ValueError(
             f"{_CALLER}: beta must be > 1/2, or several such numbers, got {beta!r}; it is N times that of a mean loss"

@@ -79,7 +79,7 @@ class RateDistortion:
 def rate_distortion(
     F: Fisher,
     model: Weights,
-    betas: Sequence[float],
+    betas: float | Sequence[float],
     *,
     prior_scale: PriorScale,
     center: Weights | None = None,
@@ -108,7 +108,7 @@ def rate_distortion(
     Numerics: those of ``task_complexity``. F's spectrum is computed once for all betas, a layer at a time.
     Source:   Definition 2.1 of arXiv:1905.12213; the slopes by the envelope theorem.
     """
-    betas = list(betas)
+    betas = list(betas) if isinstance(betas, Iterable) else [betas]
     if not betas:
         raise ValueError("rate_distortion: betas must hold at least one price of a nat, got none")
     source = LossSource("rate_distortion", method, data, likelihood, draws, seed, output)

@@ -178,12 +178,11 @@ class Information:
         """Everything the nats depend on, in one line."""
         return (
             f"beta = {self.beta:.3g}, prior scale {self.prior_in_words()}, {self.variant} formulas, "
-            f"{_conditions.measured(self.fisher)}"
+            f"{_conditions.measured_and_missing(self.fisher)}"
         )
 
     def __str__(self) -> str:
-        lacking = f"; excluded, because the Fisher lacks them: {', '.join(self.excluded)}" if self.excluded else ""
-        return f"{self.nats:,.1f} nats ({self.bits:,.1f} bits) in the weights: {self.conditions()}{lacking}"
+        return f"{self.nats:,.1f} nats ({self.bits:,.1f} bits) in the weights: {self.conditions()}"
 
 
 def _cells(layer: LayerInformation) -> list[str]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -119,7 +120,7 @@ def _of_runs(
 ) -> ShannonInformation:
     if not len(runs) or not all(len(of_one) for of_one in runs):
         raise ValueError(f"{_CALLER}: every data set must have at least one run, got {[len(of_one) for of_one in runs]} runs")
-    if not (isinstance(samples, int) and samples >= 2):
+    if not (isinstance(samples, Integral) and samples >= 2):
         raise ValueError(f"{_CALLER}: samples must be an integer >= 2, got {samples!r}; the error is estimated from them")
     pi = _dataset_weights(weights, len(runs))
     Q = Mixture.of_runs(_CALLER, runs, pi)

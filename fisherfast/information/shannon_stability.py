@@ -106,7 +106,7 @@ def _rows(F: Fisher, sensitivity: Tensor | Mapping[str, Tensor]) -> Tensor:
             raise ValueError(f"{_CALLER}: sensitivity must have one number of rows for all parameters, got {sorted(counts)}")
         rows = torch.cat([sensitivity[name].unsqueeze(1).flatten(1).double() for name in F.names], 1)
     else:
-        rows = sensitivity.double()
+        rows = torch.as_tensor(sensitivity, dtype=torch.float64)
     if rows.dim() != 2 or not rows.numel() or not rows.isfinite().all():
         raise ValueError(f"{_CALLER}: sensitivity must be finite and [d, k] with d > 0, got {tuple(rows.shape)}")
     return rows

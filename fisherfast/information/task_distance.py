@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fisherfast.information import _checks
+from fisherfast.information import _alike, _checks
+from fisherfast.information.result import Information
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,18 +43,21 @@ def task_distance(joint: float | Any, alone: float | Any) -> float:
     """``d(i -> j) = I_ij - I_i``: what is to be learned for task j by who knows task i.
 
     ``joint`` is the information in weights trained on both, ``alone`` on i only: numbers of one unit, or two ``Information``,
-    of which ``.kl`` is taken; they must be at one beta and prior, for only then are they nats of one code.
+    of which ``.kl`` is taken; they must be of one architecture, at one beta and prior (two that are fitted are two), for only then
+    are they nats of one code.
 
     Shapes:   numbers.
     Scale:    that of the arguments.
-    Errors:   ValueError for numbers that are not finite, and Informations of different beta, prior or center.
+    Errors:   ValueError for numbers that are not finite, and Informations of different beta, prior, center, layers or kind of Fisher.
     Numerics: a difference of floats.
     Source:   Achille, Mbeng, Paolini and Soatto 2019 (arXiv:1904.03292).
     """
-    for name in ("beta", "prior_scale", "centered", "variant"):
+    for name in ("beta", "prior_scale", "centered", "variant", "prior_scales"):
         one, other = (getattr(information, name, None) for information in (joint, alone))
         if one != other:
             raise ValueError(f"task_distance: both must be of one {name}, got {one!r} and {other!r}")
+    if isinstance(joint, Information) and isinstance(alone, Information) and (problems := _alike.differences(joint, alone)):
+        raise ValueError(f"task_distance: both must be of one architecture and measured alike, got {'; '.join(problems)}")
     both, first = (
         _checks.number("task_distance", name, getattr(value, "kl", value), "it is in nats, or in units of the loss")
         for name, value in (("joint", joint), ("alone", alone))

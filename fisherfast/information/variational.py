@@ -200,15 +200,19 @@ def _train(
     optimizer = torch.optim.Adam([group for group in groups if group["params"]])
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: 1 - epoch / epochs)
     history, samples = [], 0
+    usual = 0.0  # the mean weight of a batch, known after the first epoch: batches count by their samples
     for epoch in range(epochs):
-        values, samples = [], 0
+        values, samples, weight = [], 0, 0.0
         for number, batch in enumerate(losses.batches(data)):
             optimizer.zero_grad()
             stds = q.stds()
             loss = _noisy_loss(losses, q, local, batch, stds)
             if not bool(loss.detach().isfinite()):
                 raise NonFiniteError(f"{_CALLER}: losses must be finite, got {loss.item()} in batch {number} of epoch {epoch}")
-            objective = loss.double() / beta + q.kl(stds, q.scales(stds))
+            size = float(batch.N if batch.weight is None else batch.weight.sum(dtype=torch.float64))
+            weight += size
+            share = size / (usual or weight / (number + 1)) if weight else 0.0
+            objective = share * loss.double() / beta + q.kl(stds, q.scales(stds))
             with torch.autocast(q.device.type, enabled=False):  # a backward pass has the precisions of its forward pass already
                 objective.backward()
             optimizer.step()
@@ -216,6 +220,7 @@ def _train(
             samples += batch.N
         if not values:
             raise ValueError(f"{_CALLER}: data must yield at least one batch in every epoch, got none in epoch {epoch}")
+        usual = weight / len(values)
         history.append(math.fsum(values) / len(values))
         schedule.step()
     return tuple(history), samples
