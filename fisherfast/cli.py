@@ -99,7 +99,11 @@ _STRUCTURE = typer.Option(
     help="the diagonal, or blocks where a weight multiplies: Kronecker factors, or eigenvalues in their basis (two passes)"
 )
 _LIKELIHOOD = typer.Option(help="what the outputs parameterise")
-_BETA = typer.Option(callback=_positive, show_default="1 / N", help="what one nat may cost, in units of the mean loss")
+_BETA = typer.Option(
+    callback=_positive,
+    show_default="1 / N",
+    help="what one nat may cost, in units of the mean loss; N: the samples measured, so give 1 / those trained on if they are others",
+)
 _PRIOR = typer.Option(
     parser=_prior_scale, metavar="NUMBER|fit", help="standard deviation of the prior; fit: the best one, by layer"
 )
@@ -155,7 +159,11 @@ def info(
     with _kept():
         F.save(out / "fisher.safetensors")  # before anything else can fail
     with _kept(done=out / "fisher.safetensors"):
-        beta = beta or 1 / F.num_samples
+        if beta is None:
+            beta = 1 / F.num_samples
+            console.print(
+                f"beta = 1 / {F.num_samples:,}, of the samples measured; if the network was trained on others, give --beta"
+            )
         information = ff.information_in_weights(F, network, prior_scale=prior_scale, beta=beta, center=base)
         curve = report.rate_distortion(F, network, information, center=base)
         ratio = None

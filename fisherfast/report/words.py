@@ -16,7 +16,7 @@ TERMS = {
     "Fisher": "A matrix that says how much the network's predictions change when its weights change a little.",
     "trace": "The sum of the Fisher's eigenvalues: how sharply the predictions depend on the weights, all directions together.",
     "eigenvalue, spectrum": "The Fisher's sharpness along one direction of the weights; the spectrum is all of them, sorted.",
-    "beta": "The price: how much mean loss one nat may cost; 1 / N is the Bayesian choice for N training samples.",
+    "beta": "The price: how much mean loss one nat may cost; 1 / N is the Bayesian choice for N training samples, not those measured.",
     "prior, lambda": "What is assumed of the weights before training: a normal distribution of standard deviation lambda.",
     "rise of the loss": "How much the mean loss is expected to grow when the weights are written that coarsely: 1/2 tr(F Sigma).",
     "rate-distortion curve": "The fewest nats for every rise of the loss: what compressing the weights further would cost.",
