@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The examples of the README run as they are printed, and are what it says they are."""
+
+import re
+from collections import OrderedDict
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+import fisherfast as ff
+
+README = Path(__file__).parents[1] / "README.md"
+N, T, I, O = 8, 5, 4, 3
+
+
+@pytest.fixture(scope="module")
+def blocks():
+    return re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+
+
+@pytest.fixture
+def names():
+    """What the examples take for granted."""
+    layers = OrderedDict(hidden=nn.Linear(I, 3), act=nn.Tanh(), head=nn.Linear(3, O))
+    model = nn.Sequential(layers).eval()
+    x, y = torch.randn(N, I), torch.randint(O, (N,))
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), batch_size=3)
+    base = {name: p.detach().clone() for name, p in model.named_parameters()}
+    return {
+        **{"torch": torch, "ff": ff, "cross_entropy": cross_entropy, "model": model, "tuned": model, "base": base},
+        **{"loader": loader, "x": x, "y": y, "N": N, "I": I, "O": O, "betas": [0.1, 0.01], "w": model.head.weight},
+        "loss": lambda output, label: cross_entropy(output, label, reduction="sum"),
+    }
+
+
+def test_every_example_runs(blocks, names, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for number, block in enumerate(blocks):
+        mine = {**names, "x": torch.randn(N, T, I), "g": torch.randn(N, T, O)} if "linear_sq_" in block else names
+        exec(compile(block, f"README.md, block {number}", "exec"), mine)
+    assert (tmp_path / "run.safetensors").exists() and "nats" in capsys.readouterr().out
+
+
+def test_what_one_parameter_s_squares_are(blocks, names):
+    (line,) = (block for block in blocks if block.startswith("sum("))
+    found = ff.fisher(names["model"], names["loader"], fisher_type="empirical", progress=False).diagonal()
+    torch.testing.assert_close(found["head.weight"], eval(line, names))
+
+
+def test_what_the_op_adds(blocks, names):
+    (block,) = (block for block in blocks if "linear_sq_" in block)
+    names |= {"x": torch.randn(N, T, I), "g": torch.randn(N, T, O)}
+    exec(block, names)
+    torch.testing.assert_close(names["acc"], ((names["g"].mT @ names["x"]) ** 2).sum(0))
