@@ -147,8 +147,8 @@ def _images(offsets, n):
 def _tile(
     x, g, shape, geometry, x_strides, g_strides, ONE_OFFSET: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr
 ):  # fmt: skip
-    """The tile of this program: x where its columns look from position 0, g at its rows, where it begins in a share's
-    ``[G O, I]`` and what is inside, and its columns' kernel offsets.
+    """The tile of this program: x where its columns look from position 0, g at its rows, the group, its rows and columns, which of
+    them are inside, and the columns' kernel offsets.
     """
     _, _, _, O, C, I = shape
     tiles_o, tiles_i = tl.cdiv(O, BLOCK_O), tl.cdiv(I, BLOCK_I)
@@ -167,7 +167,7 @@ def _tile(
     at0, at1, at2 = kernel_offset(k.to(tl.int32), geometry)
     x += (group * C + channel) * x_strides[1] + long(at0) * x_strides[2] + long(at1) * x_strides[3] + long(at2) * x_strides[4]
     g += (group * O + o[:, None]) * g_strides[1]
-    return x, g, (group * O + o[:, None]) * I + i[None, :], inside_o, inside_i, at0, at1, at2
+    return x, g, group, o, i, inside_o, inside_i, at0, at1, at2
 
 
 @triton.jit(do_not_specialize=["share", "chain"])
@@ -207,10 +207,9 @@ def _conv_sq_kernel(
         if tl.load(flag) != 0:
             return
     N, T, G, O, _, I = shape
-    x, g, place, inside_o, inside_i, at0, at1, at2 = _tile(
+    x, g, group, o, i, inside_o, inside_i, at0, at1, at2 = _tile(
         x, g, shape, geometry, x_strides, g_strides, ONE_OFFSET, BLOCK_O, BLOCK_I
     )
-    place += long(tl.program_id(1)) * G * O * I
     first_p0, first_p1, first_p2 = digits(tl.arange(0, BLOCK_T)[:, None], geometry[0])
     zero = tl.zeros([BLOCK_O, BLOCK_I], tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32)
     c = zero
@@ -240,7 +239,8 @@ def _conv_sq_kernel(
             c = zero
             done = n + 1 - begin
             if (done % chain == 0) | (n + 1 == end):
-                add_both(squares_out, sums_out, place, squares, sums, 1.0, inside_o & inside_i, done > chain)
+                index = ((long(tl.program_id(1)) * G + group) * O + o[:, None]) * I + i[None, :]
+                add_both(squares_out, sums_out, index, squares, sums, 1.0, inside_o & inside_i, done > chain)
                 squares, sums = zero, zero
         # Beside the branch, not in it: where the next loads begin must not wait for the product.
         p0, p1, p2 = _advance(p0, p1, p2, BLOCK_T, geometry[0], AXES)
@@ -278,7 +278,7 @@ def _conv_part_kernel(
         if tl.load(flag) != 0:
             return
     _, T, G, O, _, I = shape
-    x, g, place, inside_o, inside_i, at0, at1, at2 = _tile(
+    x, g, group, o, i, inside_o, inside_i, at0, at1, at2 = _tile(
         x, g, shape, geometry, x_strides, g_strides, ONE_OFFSET, BLOCK_O, BLOCK_I
     )
     n, part = tl.program_id(1) // parts, tl.program_id(1) % parts
@@ -287,17 +287,24 @@ def _conv_part_kernel(
     begin = part * length
     end = tl.minimum(begin + length, T)
     c = tl.zeros([BLOCK_O, BLOCK_I], products.dtype.element_ty)
-    for m in range(first, first + images):
-        p0, p1, p2 = digits(begin + tl.arange(0, BLOCK_T)[:, None], geometry[0])
-        x_m, g_m = x + long(m) * x_strides[0], g + long(m) * g_strides[0]
-        for start in range(begin, end, BLOCK_T):
-            t = start + tl.arange(0, BLOCK_T)
-            offset, inside = look(p0, p1, p2, at0, at1, at2, geometry, x_strides, AXES)
-            gs = tl.load(g_m + long(t)[None, :] * g_strides[2], mask=inside_o & (t < end)[None, :], other=0.0)
-            xs = tl.load(x_m + offset, mask=inside & inside_i & (t < end)[:, None], other=0.0)
-            c = dot(gs, xs, c, PRECISION)
-            p0, p1, p2 = _advance(p0, p1, p2, BLOCK_T, geometry[0], AXES)
-    tl.store(products + long(tl.program_id(1)) * G * O * I + place, c, mask=inside_o & inside_i)
+    first_p0, first_p1, first_p2 = digits(begin + tl.arange(0, BLOCK_T)[:, None], geometry[0])
+    p0, p1, p2 = first_p0, first_p1, first_p2
+    m, start = first, begin
+    for _ in range(images * tl.cdiv(end - begin, BLOCK_T)):
+        t = start + tl.arange(0, BLOCK_T)
+        offset, inside = look(p0, p1, p2, at0, at1, at2, geometry, x_strides, AXES)
+        g_t = g + long(m) * g_strides[0] + long(t)[None, :] * g_strides[2]
+        gs = tl.load(g_t, mask=inside_o & (t < end)[None, :], other=0.0)  # [BLOCK_O, BLOCK_T]
+        xs = tl.load(x + long(m) * x_strides[0] + offset, mask=inside & inside_i & (t < end)[:, None], other=0.0)
+        c = dot(gs, xs, c, PRECISION)
+        start += BLOCK_T
+        whole = start >= end
+        p0, p1, p2 = _advance(p0, p1, p2, BLOCK_T, geometry[0], AXES)
+        p0, p1, p2 = tl.where(whole, first_p0, p0), tl.where(whole, first_p1, p1), tl.where(whole, first_p2, p2)
+        start = tl.where(whole, begin, start)
+        m += whole.to(tl.int64)
+    index = ((long(tl.program_id(1)) * G + group) * O + o[:, None]) * I + i[None, :]
+    tl.store(products + index, c, mask=inside_o & inside_i)
 
 
 @triton.jit(do_not_specialize=["share", "chain"])

@@ -8,6 +8,7 @@ import oracle
 import pytest
 import torch
 import torch.nn.functional as F
+from allocations import Allocations
 from gate import passes
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -318,3 +319,14 @@ def test_packed_recurrence_whatever_the_order_of_lengths(name, seed):
     model, batches = build().double(), [(x.double(), y) for x, y in (data(n) for n in (2, 3, 2, 5, 3))]
     expected = oracle.diagonal(model, batches, oracle.cross_entropy)
     assert oracle.error(empirical(model, batches).diagonal(dtype=torch.float64), expected) < EXACT
+
+
+@pytest.mark.parametrize("structure", ["diagonal", ff.KFAC(max_factor_dim=64), ff.EKFAC(max_factor_dim=64)], ids=str)
+def test_a_tied_table_is_never_as_large_as_its_sample_gradients(structure):
+    """Of 500 rows, looked up and multiplied by: nothing of 8 x 500 x 32 numbers is made."""
+    table, inner = nn.Embedding(500, 32), nn.Linear(32, 32)
+    model = networks.Wrapped(lambda m, x: F.linear(torch.tanh(m.inner(m.table(x))), m.table.weight), table=table, inner=inner)
+    data = [(torch.randint(500, (8, 3)), torch.randint(500, (8, 3)))]
+    with Allocations() as made:
+        networks.measure(model, data, structure)
+    assert 500 * 32 <= made.largest < 8 * 500 * 32

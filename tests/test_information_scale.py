@@ -5,9 +5,9 @@ import math
 
 import pytest
 import torch
+from allocations import Allocations
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import fisherfast as ff
 from fisherfast.accumulator import Accumulator
@@ -17,22 +17,6 @@ from fisherfast.ops import _log1p
 
 SHAPES = {"embed.weight": (500, 64), "a.weight": (64, 64), "a.bias": (64,), "norm.weight": (64,)}
 CHUNK = 1 << 10  # of the tests: 32 times smaller than the embedding
-
-
-class Allocations(TorchDispatchMode):
-    """Notes the largest tensor that any operation returns on memory of its own."""
-
-    def __init__(self):
-        super().__init__()
-        self.largest = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        inputs = {a.untyped_storage().data_ptr() for a in args if isinstance(a, torch.Tensor)}
-        for tensor in result if isinstance(result, tuple | list) else [result]:
-            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() not in inputs:
-                self.largest = max(self.largest, tensor.numel())
-        return result
 
 
 @pytest.fixture(params=["cpu", "reference"])
