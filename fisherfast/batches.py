@@ -241,6 +241,10 @@ def _picked(result: Any, output: Output) -> Any:
     if callable(output):
         return output(result)
     if output is not None:
+        if not isinstance(output, str):
+            raise TypeError(
+                f"output: must be a name, or a function of what the model returns, got {output!r}; of a tuple, lambda result: result[0]"
+            )
         return result[output] if isinstance(result, Mapping) else getattr(result, output)
     return getattr(result, "logits", result)
 

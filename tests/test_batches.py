@@ -133,3 +133,9 @@ def test_a_key_that_holds_labels_by_another_name():
 def test_a_data_parallel_model_has_the_names_of_the_one_inside():
     inner, item = nn.Linear(3, 2), (torch.randn(N, 3), torch.zeros(N).long())
     assert measure(nn.DataParallel(inner), item).names == measure(inner, item).names
+
+
+def test_output_is_a_name_or_a_function():
+    model, data = nn.Linear(3, 2), [(torch.randn(4, 3), torch.randint(2, (4,)))]
+    with pytest.raises(TypeError, match=r"output: must be a name, or a function .* got 0; of a tuple, lambda"):
+        ff.fisher(model, data, output=0, progress=False)

@@ -150,7 +150,8 @@ class BlockCollector:
         sums = self._sums.get(tracked.name)
         if not isinstance(sums, GradientSums):
             raise ValueError(
-                f"{tracked.name}: must be used as in the first batch, got a use without a rule; begin with 2 samples or more"
+                f"{tracked.name}: must be used as in the first batch, got a use without a rule; begin with a batch that shows all uses, "
+                "of 2 samples or more"
             )
         with sums.main.visiting(self._samples.total_weight()):
             sums.add_gradients(gradients, first, scale, self._samples, self._waits(tracked.name))
