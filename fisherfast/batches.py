@@ -118,7 +118,9 @@ class Batch:
         number = times or self.N
 
         def copies(value: Any) -> Any:
-            return _nested.mapped(value, lambda tensor: tensor[[n] * number] if self.has_samples(tensor) else tensor)
+            return _nested.mapped(
+                value, lambda tensor: tensor[n : n + 1].repeat_interleave(number, 0) if self.has_samples(tensor) else tensor
+            )
 
         return Batch(copies(self.inputs), copies(self.targets), copies(self.mask), number, copies(self.weight))
 
@@ -278,7 +280,7 @@ def _digest(tensor: Tensor) -> int:
     if tensor.layout != torch.strided:
         parts = tensor.detach().to_sparse_coo().coalesce()
         return 3 * _digest(parts.indices()) + _digest(parts.values())
-    flat = tensor.detach().contiguous().view(-1)
+    flat = tensor.detach().contiguous().as_strided((tensor.numel(),), (1,))  # of one entry contiguous leaves any stride
     raw = flat.view(torch.uint8) if flat.dtype != torch.bool else flat.to(torch.uint8)
     words = torch.nn.functional.pad(raw, (0, -raw.numel() % 8)).view(torch.int64)
     factors = (2 * torch.arange(words.numel(), device=words.device) + 1) * -7046029254386353131  # odd: 2^64 / golden ratio

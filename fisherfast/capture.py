@@ -382,6 +382,10 @@ class Capture(TorchFunctionMode):
 
     # -- the graph behind a loss
 
+    def chosen(self, root: Tensor) -> set[Key]:
+        """The uses whose rows were chosen by data."""
+        return {use.key for call, _ in self.calls(root) for use in call.uses if use.gathered}
+
     def calls(self, root: Tensor) -> list[tuple[Call, Any]]:
         """The taps that ``root`` depends on, in the order of the forward pass, each with its autograd node.
 

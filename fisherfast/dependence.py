@@ -6,25 +6,33 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fisherfast.batches import Batch
 
 
-def check_independent(outputs: Callable[[Batch], Tensor], few: Batch, values: Tensor, hint: str = "") -> None:
+def check_independent(outputs: Callable[[Batch], Tensor], few: Batch, values: Tensor, eps: float, hint: str = "") -> None:
     """Raise ValueError if the outputs ``values`` ``[N, ...]`` of a few samples are others where each is without the rest.
 
-    Then it is in a batch of as many copies of it, which rounds as the batch does; packed, by itself.
+    Then it is in a batch of as many copies of it, which rounds as the batch does; packed, by itself. ``eps``: see ``precision``.
     """
     alone = torch.cat([_without_others(outputs, few, values, n) for n in range(few.N)])
-    if same_but_rounding(alone, values):
+    if same_but_rounding(alone, values, eps):
         return
-    apart = (alone - values.detach()).abs().flatten(1).amax(1)
+    apart = _apart(alone, values.detach()).flatten(1).amax(1)
     n = int(apart.argmax())
     raise ValueError(
         f"model: samples must not depend on each other, but sample {n}'s output changes with its batch (by {float(apart[n]):.2g})"
         f"{hint}. Batch statistics and contrastive losses have no per-sample gradient"
     )
+
+
+def precision(model: nn.Module, values: Tensor) -> float:
+    """The coarsest rounding that outputs went through: theirs, the parameters' and autocast's."""
+    dtypes = {values.dtype, *(p.dtype for p in model.parameters() if p.is_floating_point())}
+    if torch.is_autocast_enabled(values.device.type):
+        dtypes.add(torch.get_autocast_dtype(values.device.type))
+    return max(torch.finfo(dtype).eps for dtype in dtypes)
 
 
 def _without_others(outputs: Callable[[Batch], Tensor], few: Batch, values: Tensor, n: int) -> Tensor:
@@ -34,7 +42,12 @@ def _without_others(outputs: Callable[[Batch], Tensor], few: Batch, values: Tens
     return torch.cat([alone, values[n : n + 1, alone.shape[1] :].detach()], 1)  # where the batch is longer
 
 
-def same_but_rounding(a: Tensor, b: Tensor) -> bool:
+def _apart(a: Tensor, b: Tensor) -> Tensor:
+    """How far entries are apart; equal ones not at all, infinite or not."""
+    return torch.where(a == b, 0.0, (a - b).abs())
+
+
+def same_but_rounding(a: Tensor, b: Tensor, eps: float) -> bool:
     """Whether outputs ``[N, ...]`` of the same samples differ by rounding only.
 
     It is held against an output itself, and against how far samples are apart in the outputs that differ at all: one of -1e9 that masks,
@@ -43,21 +56,24 @@ def same_but_rounding(a: Tensor, b: Tensor) -> bool:
     if a.shape != b.shape:
         return False
     a, b = a.detach(), b.detach()
-    apart, infinity = a != b, torch.tensor(torch.inf, device=b.device, dtype=b.dtype)
-    if not apart.any():
+    different, infinity = a != b, torch.tensor(torch.inf, device=b.device, dtype=b.dtype)
+    if not different.any():
         return True
-    ranges = torch.where(apart, b, -infinity).amax(0) - torch.where(apart, b, infinity).amin(0)
-    allowed = 4 * b.abs() + 16 * ranges[apart.any(0)].median().clamp_min(1.0)
-    return bool(((a - b).abs() <= torch.finfo(a.dtype).eps * allowed)[apart].all())
+    ranges = torch.where(different, b, -infinity).amax(0) - torch.where(different, b, infinity).amin(0)
+    range_ = ranges[different.any(0)].median()
+    scale = torch.where(range_ > 0, range_, b[different].abs().median())  # one sample alone has no range
+    return bool((_apart(a, b) <= eps * (4 * b.abs() + 16 * scale))[different].all())
 
 
-def check_first(alone: Tensor, together: Tensor) -> None:
+def check_first(alone: Tensor, together: Tensor, eps: float) -> None:
     """Raise ValueError if the first sample by itself is plainly another than in its batch: an input was cut that holds no samples."""
-    first = together[:1].detach()
+    alone, first = alone.detach(), together[:1].detach()
     if alone.shape == first.shape:
-        apart = (alone.detach() - first).abs()
-        others = first[apart != 0]  # an output that masks is the same, and says nothing of how large the others are
-        if not others.numel() or apart.max() <= 0.01 * others.abs().median():  # rounding, whatever the precision
+        different = alone != first  # an output that masks is the same, and says nothing of how large the others are
+        if not different.any():
+            return
+        others = first[different].abs()
+        if bool((_apart(alone, first)[different] <= max(0.02, 16 * eps) * (others + others.median())).all()):
             return
     raise ValueError(
         "data: inputs whose first axis is as long as the batch must hold its samples, got one that does not: the first sample alone "

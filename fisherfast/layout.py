@@ -207,6 +207,12 @@ class Finding:
         return cls(possible[0] if known and len(possible) == 1 else None, numbers, N in lead, tuple(possible))
 
     @property
+    def lies_nowhere(self) -> bool:
+        """Whether there are rows that no layout holds the samples in, and none that shows of whom they are: of one sample at most."""
+        known = self.numbers[self.numbers != UNKNOWN]
+        return bool(self.numbers.numel()) and not self.possible and bool((known == known[:1]).all())
+
+    @property
     def mixes_samples(self) -> bool:
         """Whether some row depends on several samples: it has no sample axis, or samples are not independent."""
         return bool((self.numbers == MIXED).any())

@@ -93,7 +93,7 @@ def _function(spec: str, option: str) -> Callable[[], Any]:
             key for key, value in vars(module).items() if callable(value) and getattr(value, "__module__", "") == module_name
         )
         raise typer.BadParameter(f"module {module_name!r} has no {name!r}; its functions: {known}", param_hint=option)
-    if not callable(function):
+    if isinstance(function, nn.Module) or not callable(function):
         raise typer.BadParameter(f"{spec} must be a function, got {_kind(function)}", param_hint=option)
     return function
 

@@ -173,10 +173,13 @@ class Locator:
             )
 
 
-def mixing(findings: dict[Key, Finding], parameters: Container[str]) -> set[str]:
-    """The parameters that have rows of several samples; what is made of parameters, too, where it has no layout: it may hold samples."""
+def mixing(findings: dict[Key, Finding], parameters: Container[str], chosen: Container[Key]) -> set[str]:
+    """The parameters that have rows of several samples, or rows that lie nowhere though the data have not ``chosen`` them: as yet they show
+    no sample's gradient. What is made of parameters, too, where it has no layout: it may hold samples.
+    """
     return {
         key[0]
         for key, finding in findings.items()
-        if finding.mixes_samples or (finding.layout is None and key[0] not in parameters)
+        if finding.mixes_samples
+        or (finding.layout is None and (key[0] not in parameters or (key not in chosen and finding.lies_nowhere)))
     }

@@ -177,3 +177,20 @@ def test_a_full_disk_hides_no_other_error(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="must be written whole, got I/O error: No space left"):
         ff.fisher(model, data, "diagonal", "empirical", checkpoint=path, progress=False)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("other", [{"ignore_index": 1}, {"axis": 1}])
+def test_a_resumed_run_counts_the_same_labels(tmp_path, other):
+    model, x, y = nn.Linear(3, 3), torch.randn(8, 3), torch.tensor([0, 1, 2, 1] * 2)
+    batches, file = [(x[:4], y[:4]), (x[4:], y[4:])], tmp_path / "run.safetensors"
+
+    def stopped():
+        yield batches[0]
+        raise KeyboardInterrupt
+
+    options = {"fisher_type": "empirical", "checkpoint": file, "progress": False}
+    with pytest.raises(KeyboardInterrupt):
+        ff.fisher(model, stopped(), likelihood=ff.Categorical(), **options)
+    with pytest.raises(ValueError, match="must be of the same measurement"):
+        ff.fisher(model, batches, likelihood=ff.Categorical(**other), **options)
+    assert ff.fisher(model, batches, likelihood=ff.Categorical(), **options).num_samples == 8

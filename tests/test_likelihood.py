@@ -592,3 +592,16 @@ def test_a_mask_without_zeros_says_nothing_whatever_its_length(length):
     own = ff.LogLikelihood(lambda z, y: -(z - y).square().sum(1, keepdim=True), name="own")
     batch = {"x": torch.randn(4, length, 3), "attention_mask": torch.ones(4, length), "labels": torch.randn(4, 2)}
     assert ff.fisher(Reads(), [batch], "diagonal", "empirical", own, progress=False).num_positions == 4
+
+
+def test_columns_without_end_are_too_many():
+    def endless(output):
+        while True:
+            yield torch.ones_like(output)
+
+    own = ff.LogLikelihood(lambda o, y: -(o - y).square().sum(1), None, endless, name="endless")
+    with pytest.raises(ValueError, match="at most max_passes = 10 backward passes, got 11 or more"):
+        ff.fisher(nn.Linear(3, 2), [(torch.randn(2, 3), None)], "diagonal", "exact", own, progress=False, max_passes=10)
+    none = ff.LogLikelihood(lambda o, y: -(o - y).square().sum(1), None, lambda output: None, name="none")
+    with pytest.raises(TypeError, match="none: columns_of must give columns, got NoneType"):
+        ff.fisher(nn.Linear(3, 2), [(torch.randn(2, 3), None)], "diagonal", "exact", none, progress=False)

@@ -5,10 +5,12 @@ import math
 
 import pytest
 import torch
+from networks import Wrapped
 from oracle import cross_entropy, diagonal, doubled, error
 from torch import nn
 
 import fisherfast as ff
+from fisherfast.dependence import check_first, precision, same_but_rounding
 
 LOWEST = torch.finfo(torch.float32).min
 
@@ -58,7 +60,7 @@ def test_a_table_is_not_expanded_because_a_mask_hides_the_difference(mask):
     assert error(found.diagonal(), diagonal(doubled(model), [(ids, labels)], cross_entropy)) < 1e-5
 
 
-@pytest.mark.parametrize("share", [1.0, 1e-3, 1e-5])
+@pytest.mark.parametrize("share", [1.0, 1e-3, 1e-4])
 @pytest.mark.parametrize(("mask", "offset"), [(0.0, 0.0), (-1e9, 0.0), (-1e30, 0.0), (LOWEST, 0.0), (-math.inf, 0.0)])
 def test_samples_that_depend_on_each_other_are_refused_behind_a_mask(share, mask, offset):
     with pytest.raises(ValueError, match="samples must not depend on each other"):
@@ -98,3 +100,86 @@ def test_an_operator_looks_at_its_first_samples():
     with pytest.raises(ValueError, match="samples must not depend on each other"):
         _ = ff.FisherOperator(Centred(1e-3, 0.0, 0.0).eval(), data) @ torch.ones(77)
     assert (ff.FisherOperator(Centred(0.0, -1e9, 0.0).eval(), data) @ torch.ones(77)).isfinite().all()
+
+
+BF16 = torch.bfloat16
+
+
+def ulps(values):
+    """One unit in the last place away, in a tenth of the entries."""
+    near = torch.nextafter(values.float(), torch.tensor(math.inf)) if values.dtype != BF16 else values
+    near = (values.view(torch.int16) + 1).view(BF16) if values.dtype == BF16 else near.to(values.dtype)
+    return torch.where(torch.rand(values.shape) < 0.1, near, values)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=str)
+@pytest.mark.parametrize("C", [10, 1000])
+def test_rounding_is_no_difference(dtype, C):
+    values = torch.randn(4, C).to(dtype)
+    values[:, 0] = -math.inf
+    eps = torch.finfo(dtype).eps
+    check_first(ulps(values)[:1], values, eps)
+    assert same_but_rounding(ulps(values), values, eps)
+    with pytest.raises(ValueError, match="the first sample alone has another output"):
+        check_first(values[1:2], values, eps)
+    assert not same_but_rounding(values.roll(1, 0), values, eps)
+
+
+def test_small_outputs_are_told_apart_too():
+    values = 1e-7 * torch.randn(4, 5)
+    assert not same_but_rounding(values.roll(1, 0), values, torch.finfo(torch.float32).eps)
+
+
+def test_the_coarsest_precision_counts():
+    model, values = nn.Linear(2, 2), torch.randn(3, 2)
+    assert precision(model, values) == torch.finfo(torch.float32).eps
+    with torch.autocast("cpu", dtype=BF16):
+        assert precision(model, values) == torch.finfo(BF16).eps
+    assert precision(model.to(BF16), values) == torch.finfo(BF16).eps
+
+
+@pytest.mark.parametrize("mask", [-1e9, -math.inf])
+def test_the_fallback_and_single_samples_behind_a_mask(mask):
+    model = Actions(mask).double()
+    model.power = nn.Parameter(torch.tensor(1.5, dtype=torch.float64))
+    inner = model.body.forward
+    model.body.forward = lambda x: (inner(x).abs() + 1) ** model.power
+    x, y = torch.randn(6, 6).double(), torch.zeros(6, dtype=torch.long)
+    x[:, 0] = 0
+    whole, single = ([(x, y)], list(zip(x.split(1), y.split(1), strict=True)))
+    expected = diagonal(model, whole, cross_entropy)
+    for data in (whole, single):
+        found = ff.fisher(model, data, fisher_type="empirical", progress=False).diagonal(dtype=torch.float64)
+        assert error(found, expected) < 1e-9
+
+
+@pytest.mark.parametrize("fisher_type", ["mc", "exact", "empirical"])
+def test_some_class_must_be_possible_and_the_label(fisher_type):
+    x, y = torch.randn(4, 6), torch.zeros(4, dtype=torch.long)
+    x[:, :5] = 0
+    possible = ff.fisher(Actions(-math.inf).eval(), [(x, y)], fisher_type=fisher_type, progress=False)
+    assert possible.trace() > 0
+    x[2, 0] = 1  # the label's class
+    if fisher_type == "empirical":
+        with pytest.raises(ff.NonFiniteError, match="must be finite"):
+            ff.fisher(Actions(-math.inf).eval(), [(x, y)], fisher_type=fisher_type, progress=False)
+    else:
+        ff.fisher(Actions(-math.inf).eval(), [(x, y)], fisher_type=fisher_type, progress=False)
+    x[2, :5] = 1
+    with pytest.raises(ff.NonFiniteError, match="must be finite"):
+        ff.fisher(Actions(-math.inf).eval(), [(x, y)], fisher_type=fisher_type, progress=False)
+
+
+def test_an_operator_takes_what_cannot_be_taken_apart():
+    """An input that is as long as the batch and holds no samples, and logits of -inf."""
+    model = Wrapped(lambda m, x, shared: m.head((x + shared.sum(0)).tanh()), head=nn.Linear(6, 5)).double()
+    x, y = torch.randn(6, 6).double(), torch.randint(5, (6,))
+    assert (ff.FisherOperator(model, [((x, torch.randn(6, 6).double()), y)]) @ torch.ones(35).double()).isfinite().all()
+    x[:, 0] = 0
+    low, lowest = (
+        ff.FisherOperator(Wrapped(lambda m, x: m.inner(x), inner=Actions(mask).double()), [(x, 0 * y)], "exact")
+        for mask in (-1e9, -math.inf)
+    )
+    lowest._model.load_state_dict(low._model.state_dict())
+    v = torch.randn(low.num_parameters).double()
+    torch.testing.assert_close(low @ v, lowest @ v)

@@ -164,3 +164,12 @@ def test_gradients_divided_by_frequency_are_no_gradients_of_the_likelihood():
     torch.testing.assert_close(O @ v, F @ v, rtol=1e-9, atol=1e-12)
     model[0].scale_grad_by_freq = False
     torch.testing.assert_close(O @ v, ff.FisherOperator(model, data, "exact") @ v, rtol=1e-12, atol=1e-14)
+
+
+def test_outputs_without_features():
+    model, data = nn.Sequential(nn.Linear(3, 1), nn.Flatten(0)), [(torch.randn(4, 3), torch.randn(4))]
+    own = ff.LogLikelihood(lambda o, y: -((o - y) ** 2) / 2, name="gaussian of numbers")
+    v, dense_one = torch.randn(4), ff.fisher(model, data, "gram", "empirical", own, progress=False)
+    torch.testing.assert_close(ff.FisherOperator(model, data, "empirical", own) @ v, dense_one @ v, rtol=1e-4, atol=1e-6)
+    with pytest.raises(ValueError, match="got meta tensors; load the weights first"):
+        ff.FisherOperator(nn.Linear(3, 2, device="meta"), data)

@@ -303,5 +303,5 @@ def test_distances_are_of_one_prior_and_architecture():
     with pytest.raises(ValueError, match="one architecture and measured alike, got shapes of"):
         ff.task_distance(measured(2, 1.0), measured(3, 1.0))
     prior = "fit"
-    with pytest.raises(ValueError, match="must be of one prior_scales"):
+    with pytest.raises(ValueError, match=r"must be of one prior, got other scales of \['bias', 'weight'\]"):
         ff.task_distance(measured(2, 1.0), measured(2, 9.0))

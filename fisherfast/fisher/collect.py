@@ -111,7 +111,8 @@ class collect:
         with torch._C.DisableTorchFunction(), run.rescue():  # the capture, still active, would look at each line below
             self._check(loss)
             N = loss.shape[0]
-            run.check_finite(loss, "the loss")
+            if not bool(loss.detach().isfinite().all()):
+                run.raise_not_finite(loss, "the loss")
             if not self._explored or capture.outdated(loss):
                 self._explore(loss)
             calls = self._caught(loss)
@@ -178,15 +179,12 @@ class collect:
 
     def _warn_of_others(self, loss: Tensor) -> None:
         """``.grad`` is filled for the model's parameters; a head outside of it would never be trained, and nobody know."""
-        capture = self._run.capture
-        own = {id(leaf) for one in capture.tracked.values() for leaf in (one.parameter, one.leaf, one.outer)} | {
-            id(capture.anchor)
-        }
+        own = {id(one.parameter) for one in self._run.capture.tracked.values()}
         leaves = (getattr(node, "variable", None) for node in graph(loss, closed=True))
-        others = {id(leaf): tuple(leaf.shape) for leaf in leaves if leaf is not None and id(leaf) not in own}
+        others = {id(leaf): tuple(leaf.shape) for leaf in leaves if isinstance(leaf, nn.Parameter) and id(leaf) not in own}
         if others:
             warn(
-                f"collect: gradients=True fills the .grad of the model's own parameters, but the loss depends on {len(others)} other leaves, "
+                "collect: gradients=True fills the .grad of the model's own parameters, but the loss depends on others, "
                 f"of shapes {listed(map(str, others.values()))}, which get none; collect over all that is trained, nn.ModuleList([...]) say"
             )
 
@@ -198,7 +196,7 @@ class collect:
         run.note_uses(loss)
         if loss.shape[0] > 1:
             findings = run.passes.probe(loss, self._pass(torch.ones_like(loss)).cotangent, large=self._loss_scale > 1)
-            self._route_mixing(loss, findings, sorted(mixing(findings, run.capture.tracked)))
+            self._route_mixing(loss, findings, sorted(mixing(findings, run.capture.tracked, run.capture.chosen(loss))))
             self._explored = not self._postponed
 
     def _route_mixing(self, loss: Tensor, findings: dict[Key, Finding], names: list[str]) -> None:

@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -12,7 +14,16 @@ from torch import Tensor
 from fisherfast.batches import Batch
 from fisherfast.fisher import _arguments
 from fisherfast.fisher.protocol import Provenance
-from fisherfast.likelihood import FISHER_TYPES, Likelihood, Predictions, predictions_of, resolve, stored_name
+from fisherfast.likelihood import (
+    FISHER_TYPES,
+    Categorical,
+    Likelihood,
+    LogLikelihood,
+    Predictions,
+    predictions_of,
+    resolve,
+    stored_name,
+)
 from fisherfast.passes import Pass
 
 
@@ -61,6 +72,12 @@ class Labelling:
             model=model,
         )
 
+    def counting(self) -> dict[str, str]:
+        """Of the likelihood what its stored name does not say, and the sums depend on, where it is not as usual."""
+        usual = {"axis": -1, "ignore_index": -100}
+        given = {name: getattr(self.likelihood, name, value) for name, value in usual.items()}
+        return {name: str(value) for name, value in given.items() if value != usual[name]}
+
     def check(self, batch: Batch) -> None:
         """Raise ValueError for a batch without the labels that are needed."""
         if self.fisher_type == "empirical" and batch.targets is None:
@@ -73,14 +90,32 @@ class Labelling:
         """What the output says of a batch whose first sample is number ``start`` of the run."""
         return predictions_of(self.likelihood, batch, output, start)
 
+    def says_something(self, predictions: Predictions) -> bool:
+        """Whether the output is finite; a class that cannot be may have the logit -inf, if others and the label can."""
+        values = predictions.values.detach()
+        if not values.numel() or all(map(math.isfinite, low_high := torch.stack(values.aminmax()).tolist())):
+            return True
+        if not isinstance(self.likelihood, Categorical) or not math.isfinite(low_high[1]):
+            return False
+        possible = values > -math.inf
+        some = possible.any(-1)
+        if self.fisher_type == "empirical" and predictions.targets is not None:
+            labels = predictions.targets.masked_fill(~predictions.counted, 0)
+            some &= possible.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+        return bool((some | ~predictions.counted).all())
+
     def num_passes(self, predictions: Predictions) -> int:
         """Backward passes that a batch takes. Errors: ValueError if they are too many."""
         if self.fisher_type != "exact":
             return self.draws
-        count = self.likelihood.num_columns(predictions)
+        if isinstance(self.likelihood, LogLikelihood):  # which may go on for ever
+            count = sum(1 for _ in islice(self.likelihood.columns(predictions), self.max_passes + 1))
+        else:
+            count = self.likelihood.num_columns(predictions)
         if count > self.max_passes:
+            number = f"{count} or more" if isinstance(self.likelihood, LogLikelihood) else count
             raise ValueError(
-                f"{self.caller}: fisher_type='exact' must take at most max_passes = {self.max_passes} backward passes, got {count} "
+                f"{self.caller}: fisher_type='exact' must take at most max_passes = {self.max_passes} backward passes, got {number} "
                 f"for an output {tuple(predictions.values.shape)}; use fisher_type='mc', or raise max_passes"
             )
         return max(count, 1)

@@ -3,9 +3,9 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import hashlib
-import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sized
@@ -21,17 +21,18 @@ from torch import Tensor, nn
 
 from fisherfast.batches import Batch, Output, ReadTwice
 from fisherfast.collector import Samples
-from fisherfast.dependence import check_first, check_independent, same_but_rounding
+from fisherfast.dependence import check_first, check_independent, precision, same_but_rounding
 from fisherfast.fallback import SampleGradients
 from fisherfast.fisher import _arguments, interrupts, serialize
 from fisherfast.fisher.asked import Asked, factors_first, needs_basis, requests, with_basis
+from fisherfast.fisher.block_collector import BlockCollector
 from fisherfast.fisher.kfac import KFACFisher
 from fisherfast.fisher.labelling import Labelling
 from fisherfast.fisher.requests import Diagonal
 from fisherfast.fisher.run import Explored, Run, model_name
 from fisherfast.fisher.structure import Structure
 from fisherfast.layout import PROBED
-from fisherfast.likelihood import Categorical, Likelihood, Predictions
+from fisherfast.likelihood import Likelihood, Predictions
 from fisherfast.locator import NO_AXIS, mixing
 from fisherfast.passes import Pass, check_loss_scale
 from fisherfast.tracked import Bare, Tracked
@@ -271,6 +272,7 @@ class Measurement:
             "sample_offset": str(self.sample_offset),
             "weights": self._weights,
             "parameters": self._measured,
+            **self.labelling.counting(),
             **({} if self.output is None else {"output": self.output if isinstance(self.output, str) else "a function"}),
             **({} if asked == (Diagonal(),) else {"structure": ", ".join(map(repr, asked))}),
         }
@@ -310,19 +312,22 @@ class Measurement:
             if self.capture.doubtful and not exploring:
                 self._check_expanded(batch, output)
             predictions = self.labelling.predictions(batch, output, self.sample_offset + self.run.num_samples + first)
-        masked = isinstance(self.labelling.likelihood, Categorical)
-        self.run.check_finite(predictions.values, "the model's output", -math.inf if masked else math.nan)
+        if not self.labelling.says_something(predictions):
+            self.run.raise_not_finite(predictions.values, "the model's output")
         return output, predictions
 
     def _check_expanded(self, batch: Batch, output: Tensor) -> None:
         """A use was given a sample axis whose first axis is as long as the batch, and may hold the samples: compare without."""
         # The same shapes and mode of autograd: the same kernels and rounding.
         alone = batch.copied().feed(self.model, self.output)
-        if not same_but_rounding(alone, output):
+        if not same_but_rounding(alone, output, self._precision(output)):
             raise ValueError(
                 f"model: what has no sample axis in one batch must not have one in another of as many positions as samples, got {batch.N} "
                 "of both; give batches of another size"
             )
+
+    def _precision(self, values: Tensor) -> float:
+        return precision(self.model, values)
 
     def _output_of(self, batch: Batch, exploring: bool) -> Tensor:
         self.capture.begin(exploring, batch.N, batch.offsets)
@@ -371,7 +376,10 @@ class Measurement:
             self.run.passes.route_mixed_forms(calls)
             self._explored = True
             if few.N == 1 and few.offsets is None and any(call.shape[:1] != (1,) for call in calls):
-                self._look_twice(few, values)
+                alone = values.detach()
+                del values, calls  # with their graph: a sample may be all that fits
+                self._look_twice(few, alone)
+                return
         if few.N > 1:
             mixing = self._probe(values)
             if mixing:
@@ -382,28 +390,33 @@ class Measurement:
         return self.forward(few, exploring=True)[1].values
 
     def _probe(self, values: Tensor) -> set[str]:
-        return mixing(self.run.passes.probe(values, _noise(values)), self.capture.tracked)
+        return mixing(self.run.passes.probe(values, _noise(values)), self.capture.tracked, self.capture.chosen(values))
 
     def _look_twice(self, one: Batch, values: Tensor) -> None:
-        """A sample by itself does not show what has no sample axis, which decides how a parameter is covered: in a batch of two copies.
-        A model that takes no such batch is left as it is.
+        """A sample by itself does not show what has no sample axis, which decides about its block: in a batch of two copies it does.
+
+        A copy of the model takes that batch, so that what it may keep of it is lost. A model that takes no such batch is left as it is.
         """
-        two = one.repeated(0, 2)
-        try:
-            twice = self._values(two)
-            check_first(values, twice)
-            mixing = self._probe(twice)
-        except Exception:  # the model is anybody's, and may say anything to such a batch
-            self._values(one)
+        if not any(isinstance(collector, BlockCollector) for collector in self.run.collectors):
             return
-        if mixing:
-            self._resolve(two, twice, mixing, one)
+        model, two = self.model, one.repeated(0, 2)
+        try:
+            self.model = copy.deepcopy(model, {id(p): p for p in model.parameters()})
+            twice = self._values(two)
+            check_first(values, twice, self._precision(twice))
+            if mixing := self._probe(twice):
+                self._resolve(two, twice, mixing, one)
+        except Exception:  # the model is anybody's, and may say anything to such a batch
+            pass
+        finally:
+            self.model = model
 
     def _resolve(self, few: Batch, values: Tensor, mixing: set[str], noted: Batch) -> None:
         """Parameters without a sample axis where they are used: expand them there, else follow them to where a sample comes in,
         else the fallback. ``noted``: the samples whose uses the collectors were shown.
         """
-        check_independent(self._values, few, values, f"; rows that mix samples reach {sorted(mixing)[:3]}")
+        hint = f"; rows that mix samples reach {sorted(mixing)[:3]}"
+        check_independent(self._values, few, values, self._precision(values), hint)
         if few.offsets is None:  # packed samples have no axis to expand to
             mixing = self._not_expanded(few, values, mixing)
         further = False
@@ -427,7 +440,7 @@ class Measurement:
             one.expand = next(iter(bare[one.name])) if can and len(bare[one.name]) == 1 else None
         try:
             expanded = self._values(few)
-            mixing = self._probe(expanded) if same_but_rounding(expanded, values) else mixing
+            mixing = self._probe(expanded) if same_but_rounding(expanded, values, self._precision(values)) else mixing
         except Exception:  # the model is anybody's, and may say anything to such a shape: this use cannot be expanded
             pass
         for one in tracked:
@@ -469,13 +482,13 @@ class Measurement:
     def _first(self, batch: Batch, output: Tensor, cotangent: Tensor, tracked: list[Tracked]) -> dict[str, Tensor]:
         """The first sample's gradients by autograd."""
         alone = self._output_of(batch.cut(0, 1), exploring=True)
-        check_first(alone, output)
+        check_first(alone, output, self._precision(output))
         gradients = self.run.passes.gradients(alone, tracked, cotangent[:1])
         return {which.name: gradient for which, gradient in zip(tracked, gradients, strict=True)}
 
     def _loop(self, batch: Batch, output: Tensor, predictions: Predictions, tracked: list[Tracked]) -> None:
         if batch.offsets is None:
-            check_first(self._output_of(batch.cut(0, 1), exploring=False), output)
+            check_first(self._output_of(batch.cut(0, 1), exploring=False), output, self._precision(output))
         for n in range(batch.N):
             values = self.forward(batch.cut(n, n + 1), exploring=True, first=n)[1].values
             passes = self._passes(predictions.one(n))

@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from fisherfast._error import NonFiniteError
 from fisherfast._names import listed
 from fisherfast.batches import Batch, Output, check_rereadable
-from fisherfast.dependence import check_independent
+from fisherfast.dependence import check_first, check_independent, precision
 from fisherfast.fisher import _arguments
 from fisherfast.fisher.labelling import Labelling
 from fisherfast.fisher.protocol import Vector
@@ -63,6 +63,8 @@ class FisherOperator:
         self._parameters = {name: p for name, p in unwrapped(model).named_parameters() if p.requires_grad}
         if not self._parameters:
             raise ValueError("FisherOperator: model must have a parameter that asks for a gradient, got none")
+        if self.device.type == "meta":
+            raise ValueError("model: parameters must hold numbers, got meta tensors; load the weights first")
         self._checked = False  # whether samples were seen not to depend on each other
         self.provenance = self._labelling.provenance(model_name(model))
         self.shapes: dict[str, torch.Size] = {name: p.shape for name, p in self._parameters.items()}
@@ -104,16 +106,16 @@ class FisherOperator:
     def _product(self, batch: Batch, along: Mapping[str, Tensor], first: int) -> dict[str, Tensor]:
         """``sum_n w_n E_y[s_n s_n^T v]`` of one batch whose first sample is number ``first``; a parameter out of reach is left out."""
         self._labelling.check(batch)
-        if batch.N > 1 and not self._checked:
-            self._check_samples(batch.cut(0, min(batch.N, PROBED)))
         with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
             predictions = self._predictions(batch, first)
             values = predictions.values
+            if batch.N > 1 and not self._checked:
+                self._check_samples(batch, values.detach())
             self._labelling.num_passes(predictions)
             derivative = self._along(values, along)
             back = torch.zeros_like(derivative)
             for one in self._labelling.passes(predictions.detached()):
-                share = one.scale * (one.cotangent * derivative).flatten(1).sum(1)
+                share = one.scale * (one.cotangent * derivative).unsqueeze(1).flatten(1).sum(1)
                 share = share if batch.weight is None else share * batch.weight
                 back += share.view(-1, *[1] * (back.dim() - 1)) * one.cotangent
             found = torch.autograd.grad(values, list(self._parameters.values()), back, allow_unused=True)
@@ -123,14 +125,21 @@ class FisherOperator:
         with WithoutChance():
             output = batch.copied().feed(self._model, self._output)  # the data are read again for every product
         predictions = self._labelling.predictions(batch, output, first)
-        if not bool(predictions.values.detach().isfinite().all()):
+        if not self._labelling.says_something(predictions):
             raise NonFiniteError("FisherOperator: the model's output must be finite, got others")
         return predictions
 
-    def _check_samples(self, few: Batch) -> None:
-        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-            check_independent(lambda batch: self._predictions(batch).values, few, self._predictions(few).values)
-        self._checked = True
+    @torch.no_grad()
+    def _check_samples(self, batch: Batch, values: Tensor) -> None:
+        """Raise ValueError if samples depend on each other; products need no batch to be taken apart, so one that cannot be is not looked at."""
+        self._checked, eps = True, precision(self._model, values)
+        try:
+            few = batch.cut(0, min(batch.N, PROBED))
+            of_few = self._predictions(few).values
+            check_first(of_few[:1], values, eps)
+        except Exception:
+            return
+        check_independent(lambda batch: self._predictions(batch).values, few, of_few, eps)
 
     def _along(self, values: Tensor, v: Mapping[str, Tensor]) -> Tensor:
         """``J v``: the derivative by u of ``(J^T u) . v``, which is linear in u."""

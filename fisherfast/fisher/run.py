@@ -3,12 +3,11 @@
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -206,15 +205,8 @@ class Run:
         with interrupts.put_off():  # sums are folded on the way
             return tuple(structure.result(source, counts) for structure, source in asked if structure.fills is None)
 
-    def check_finite(self, values: Tensor, what: str, impossible: float = math.nan) -> None:
-        """Raise before the backward pass if the forward pass produced NaN or infinity, naming where it began.
-
-        ``impossible``: the infinity that says something: the logit of a class that cannot be.
-        """
-        if not values.numel() or all(
-            math.isfinite(v) or v == impossible for v in torch.stack(values.detach().aminmax()).tolist()
-        ):
-            return
+    def raise_not_finite(self, values: Tensor, what: str) -> NoReturn:
+        """Raise before the backward pass that the forward pass produced NaN or infinity, naming where it began."""
         name = self.capture.first_non_finite(values)
         where = f"the input of {name!r} is the first that is not finite" if name else "all inputs of parameters are finite"
         bad = next((one.name for one in self.capture.tracked.values() if not one.detached.isfinite().all()), None)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from numbers import Real
+from typing import Any
 
 from torch import Tensor
 
@@ -21,6 +22,11 @@ def _finite(value: object) -> float | None:
     except OverflowError:  # of an integer
         return None
     return number if math.isfinite(number) else None
+
+
+def several(values: Any) -> list[Any]:
+    """A number, also a tensor or array without axes, as the only one of a list; else the list of them."""
+    return [values] if not isinstance(values, Iterable) or getattr(values, "shape", None) == () else list(values)
 
 
 def number(caller: str, name: str, value: object, advice: str) -> float:

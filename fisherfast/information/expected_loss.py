@@ -48,7 +48,7 @@ def expected_loss(
     ``loss``       another loss: ``loss(output, targets)`` gives one number per sample, ``[N]``; ``ff.zero_one`` is the error.
     ``output``     which part of the model's result is the output, as for ``ff.fisher``.
 
-    The model runs by ``torch.func.functional_call``: its own weights are never written to.
+    The model runs with other tensors in its parameters' places: its own weights are never written to.
 
     Shapes:   as for ``ff.fisher``.
     Scale:    a mean over samples, by their weights; nats per sample for a likelihood.

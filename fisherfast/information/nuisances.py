@@ -73,7 +73,7 @@ def tangents(caller: str, x: Tensor, along: Mapping[str, Nuisance]) -> list[Tens
         if not isinstance(tangent, Tensor) or tangent.shape != x.shape:
             got = tuple(tangent.shape) if isinstance(tangent, Tensor) else type(tangent).__name__
             raise ValueError(f"{caller}: along[{name!r}] must be, or give, a tensor {tuple(x.shape)} like x, got {got}")
-        if not torch.allclose(moved, x, rtol=1e-3, atol=1e-3 * float(x.abs().max())):
+        if not torch.allclose(moved.to(x), x, rtol=1e-3, atol=1e-3 * float(x.abs().max())):
             raise ValueError(f"{caller}: along[{name!r}] must move nothing at amount 0, got a function that moves x there")
         if not bool(tangent.isfinite().all()):
             raise ValueError(f"{caller}: along[{name!r}] must be finite, got NaN or infinity")

@@ -8,7 +8,7 @@ samples drawn independently, a loss in ``[0, max_loss]``, and a prior that was f
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any
@@ -165,8 +165,8 @@ def _divergence(nats: Any) -> float:
     information = getattr(nats, "information", nats)
     if excluded := getattr(information, "excluded", ()):
         raise ValueError(
-            f"{_CALLER}: nats must be of all parameters that were trained, got some that exclude {listed(excluded)}; measure them, or "
-            "freeze them before training"
+            f"{_CALLER}: nats must be of all parameters that were trained, got some that exclude {listed(excluded)}; measure them; "
+            "of those that never left the prior's mean nothing is owed: pass .kl"
         )
     if getattr(information, "prior_scale", None) == "fit":
         raise ValueError(
@@ -180,7 +180,7 @@ def _betas(beta: float | Sequence[float] | None, N: int, delta: float) -> list[f
     if beta is None:
         largest = (1 + math.sqrt(1 + 2 * N / math.log(1 / delta))) / 2
         return [_GRID_RATIO**i for i in range(1 + math.ceil(math.log(largest, _GRID_RATIO)))]
-    betas: list[float] = list(beta) if isinstance(beta, Iterable) else [beta]
+    betas: list[float] = _checks.several(beta)
     if not betas or not all(isinstance(b, Real) and math.isfinite(b) and b > 0.5 for b in betas):
         raise ValueError(
             f"{_CALLER}: beta must be > 1/2, or several such numbers, got {beta!r}; it is N times that of a mean loss"

@@ -12,6 +12,7 @@ import torch
 
 from fisherfast.batches import Output
 from fisherfast.fisher import Fisher
+from fisherfast.information import _checks
 from fisherfast.information._prior import PriorScale
 from fisherfast.information.complexity import Complexity, LossSource
 from fisherfast.information.weights import Weights, informations
@@ -108,10 +109,10 @@ def rate_distortion(
     Numerics: those of ``task_complexity``. F's spectrum is computed once for all betas, a layer at a time.
     Source:   Definition 2.1 of arXiv:1905.12213; the slopes by the envelope theorem.
     """
-    betas = list(betas) if isinstance(betas, Iterable) else [betas]
-    if not betas:
+    prices = _checks.several(betas)
+    if not prices:
         raise ValueError("rate_distortion: betas must hold at least one price of a nat, got none")
     source = LossSource("rate_distortion", method, data, likelihood, draws, seed, output)
     loss = source.loss_of(model, loss)
-    infos = informations(F, model, betas, prior_scale=prior_scale, center=center, variant=variant, loss=loss)
+    infos = informations(F, model, prices, prior_scale=prior_scale, center=center, variant=variant, loss=loss)
     return RateDistortion(tuple(source.complexity(info, loss, model) for info in infos))

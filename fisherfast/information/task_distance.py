@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fisherfast._names import listed
 from fisherfast.information import _alike, _checks
 from fisherfast.information.result import Information
 
@@ -52,12 +53,15 @@ def task_distance(joint: float | Any, alone: float | Any) -> float:
     Numerics: a difference of floats.
     Source:   Achille, Mbeng, Paolini and Soatto 2019 (arXiv:1904.03292).
     """
-    for name in ("beta", "prior_scale", "centered", "variant", "prior_scales"):
+    for name in ("beta", "prior_scale", "centered", "variant"):
         one, other = (getattr(information, name, None) for information in (joint, alone))
         if one != other:
             raise ValueError(f"task_distance: both must be of one {name}, got {one!r} and {other!r}")
-    if isinstance(joint, Information) and isinstance(alone, Information) and (problems := _alike.differences(joint, alone)):
-        raise ValueError(f"task_distance: both must be of one architecture and measured alike, got {'; '.join(problems)}")
+    if isinstance(joint, Information) and isinstance(alone, Information):
+        if problems := _alike.differences(joint, alone):
+            raise ValueError(f"task_distance: both must be of one architecture and measured alike, got {'; '.join(problems)}")
+        if others := [name for name, scale in joint.prior_scales.items() if scale != alone.prior_scales[name]]:
+            raise ValueError(f"task_distance: both must be of one prior, got other scales of {listed(others)}")
     both, first = (
         _checks.number("task_distance", name, getattr(value, "kl", value), "it is in nats, or in units of the loss")
         for name, value in (("joint", joint), ("alone", alone))

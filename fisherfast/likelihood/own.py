@@ -123,7 +123,10 @@ class LogLikelihood:
                 f"{self.name}: fisher_type='exact' needs LogLikelihood(columns_of=...), got None; use fisher_type='mc' with draws"
             )
         values = predictions.values.detach()
-        for column in self.columns_of(values):
+        made = self.columns_of(values)
+        if not isinstance(made, Iterable):
+            raise TypeError(f"{self.name}: columns_of must give columns, got {type(made).__name__}")
+        for column in made:
             if column.shape != values.shape:
                 raise ValueError(
                     f"{self.name}: columns_of must yield columns like the output {tuple(values.shape)}, got {tuple(column.shape)}"
