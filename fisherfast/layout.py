@@ -208,9 +208,13 @@ class Finding:
 
     @property
     def lies_nowhere(self) -> bool:
-        """Whether there are rows that no layout holds the samples in, and none that shows of whom they are: of one sample at most."""
-        known = self.numbers[self.numbers != UNKNOWN]
-        return bool(self.numbers.numel()) and not self.possible and bool((known == known[:1]).all())
+        """Whether there are rows, and no layout holds the samples in them."""
+        return bool(self.numbers.numel()) and not self.possible
+
+    @property
+    def owners(self) -> set[int]:
+        """The samples that some row is known to be of."""
+        return set(self.numbers[self.numbers >= 0].unique().tolist())
 
     @property
     def mixes_samples(self) -> bool:

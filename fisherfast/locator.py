@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Container, Iterable, Sequence
 
 import torch
@@ -174,12 +174,16 @@ class Locator:
 
 
 def mixing(findings: dict[Key, Finding], parameters: Container[str], chosen: Container[Key]) -> set[str]:
-    """The parameters that have rows of several samples, or rows that lie nowhere though the data have not ``chosen`` them: as yet they show
-    no sample's gradient. What is made of parameters, too, where it has no layout: it may hold samples.
+    """The parameters that have rows of several samples; or rows that lie nowhere though the data have not ``chosen`` them, if all its uses
+    show one sample's gradient at most: others may come. What is made of parameters, too, where it has no layout: it may hold samples.
     """
-    return {
-        key[0]
-        for key, finding in findings.items()
-        if finding.mixes_samples
-        or (finding.layout is None and (key[0] not in parameters or (key not in chosen and finding.lies_nowhere)))
-    }
+    owners: defaultdict[str, set[int]] = defaultdict(set)
+    for key, finding in findings.items():
+        owners[key[0]] |= finding.owners
+
+    def unclear(key: Key, finding: Finding) -> bool:
+        if finding.layout is not None:
+            return False
+        return key[0] not in parameters or (key not in chosen and finding.lies_nowhere and len(owners[key[0]]) <= 1)
+
+    return {key[0] for key, finding in findings.items() if finding.mixes_samples or unclear(key, finding)}

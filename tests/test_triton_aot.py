@@ -223,7 +223,7 @@ def test_conv_candidates(groups, O, C, K, T, N, tiles, dtype, arch):
         assert all(size >= 16 and size & (size - 1) == 0 for size in sizes.values())
         assert all(sizes[name] < 2 * max(extent, 16) for name, extent in (("O", O), ("I", K * C), ("T", T)))
         programs = groups * triton.cdiv(O, sizes["O"]) * triton.cdiv(K * C, sizes["I"])
-        assert programs * N >= _products.PRODUCT_PROGRAMS or max(sizes["O"], sizes["I"]) <= 32
+        assert programs * max(N, shares) >= _products.PRODUCT_PROGRAMS or max(sizes["O"], sizes["I"]) <= 32
         parts = max(shares // N, 1)
         assert shares >= 1 and (parts == 1 or (shares == N * parts and T >= parts * conv_sq.PART_ROWS))
         assert shares == 1 or shares * programs <= 4 * _products.PRODUCT_PROGRAMS
