@@ -10,6 +10,7 @@ from networks import Wrapped
 from torch import nn
 
 import fisherfast as ff
+from fisherfast.fisher import kronecker
 from fisherfast.fisher.kronecker import Place
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -204,3 +205,24 @@ def test_ranks_are_those_of_the_factors_whatever_the_scale_of_the_inputs(structu
     layer, x = nn.Linear(D, K), torch.randn(M, D) * torch.logspace(0, -3, D)
     F = ff.fisher(layer, [(x, None)], structure, "exact", progress=False)
     assert int((F.eigenvalues() > 0).sum()) == min(M, D + 1) * (K - 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("rows", [5, 12, 40])
+@pytest.mark.parametrize("missing", [0, 3])
+@pytest.mark.parametrize("grades", [0, 4])
+def test_zeros_are_those_of_the_eigenvalues(dtype, rows, missing, grades):
+    """Of few rows, columns of zeros, columns of very different sizes; the sums are products of float32 or of float64."""
+    x = torch.randn(2, rows, 12, dtype=torch.float64) * torch.logspace(0, -grades, 12, dtype=torch.float64)
+    x[:, :, :missing] = 0
+    gram, eps = (x.to(dtype).mT @ x.to(dtype)).double(), torch.finfo(dtype).eps
+    found = kronecker.zeros(gram, eps)
+    assert torch.equal(found, kronecker._eigenvalues(gram, eps) == 0)
+    assert found.sum(1).tolist() == [12 - min(rows, 12 - missing)] * 2
+
+
+def test_zeros_of_independent_columns_take_no_eigenvalues(monkeypatch):
+    monkeypatch.setattr(kronecker._graded, "eigvalsh", None)
+    x = torch.randn(1, 40, 12, dtype=torch.float64)
+    x[:, :, 3] = 0
+    assert kronecker.zeros(x.mT @ x, torch.finfo(torch.float32).eps).sum() == 1

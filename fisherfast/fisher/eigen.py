@@ -46,8 +46,8 @@ class EigenBlock:
     def _eigenvalues(self) -> Tensor:
         """Those of the block, ``[G, q, r]``, without those of directions of the inputs or outputs in which there is only rounding."""
         values = self.values.mean()
-        of_inputs = self._nothing(values.amax(1), self.U, lambda: self.kronecker.values_of_A)
-        of_outputs = self._nothing(values.amax(2), self.V, lambda: self.kronecker.values_of_B)
+        of_inputs = self._nothing(values.amax(1), self.U, lambda: self.kronecker.zeros_of_A)
+        of_outputs = self._nothing(values.amax(2), self.V, lambda: self.kronecker.zeros_of_B)
         return values.masked_fill(of_inputs.unsqueeze(1) | of_outputs.unsqueeze(2), 0.0)
 
     def _nothing(self, largest: Tensor, basis: Tensor | None, of_factor: Callable[[], Tensor]) -> Tensor:
@@ -61,7 +61,7 @@ class EigenBlock:
         of_span = basis.shape[1] > basis.shape[2]
         most = (_SPAN_NOISE if of_span else _NULL_NOISE) * self.place.eps
         small = largest <= most**2 * largest.amax(1, keepdim=True)
-        return small if of_span or not bool(small.any()) else small & (of_factor() == 0)
+        return small if of_span or not bool(small.any()) else small & of_factor()
 
     def _into(self, v: Tensor) -> Tensor:
         """A matrix ``[G, O, D]`` in the basis, ``[G, q, r]``."""

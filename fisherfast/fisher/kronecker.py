@@ -22,6 +22,7 @@ from fisherfast.fisher import _graded
 from fisherfast.ops.kron_log1p_sum import kron_log1p_sum
 from fisherfast.rules import ALL, Entries
 
+_POWERS = 8  # products with a vector that bound the largest eigenvalue
 _GRAM_NOISE = 4  # eps of the products' dtype: what is zero in a Gram matrix came out as 0.65 at most, of 5 to 2,000 columns
 
 
@@ -134,6 +135,18 @@ class KroneckerBlock:
     def values_of_B(self) -> Tensor:
         """Those of B ``[G, O]``."""
         return _eigenvalues(self.finite(self.B.mean(), "output"), self.place.eps)
+
+    @functools.cached_property
+    def zeros_of_A(self) -> Tensor:
+        """Which of ``values_of_A`` are zero, for less."""
+        if self.leader is not None:
+            return self.leader.zeros_of_A
+        return zeros(self.finite(self.mean_of_A(), "input"), self.place.eps)
+
+    @functools.cached_property
+    def zeros_of_B(self) -> Tensor:
+        """Those of B ``[G, O]``."""
+        return zeros(self.finite(self.B.mean(), "output"), self.place.eps)
 
     @functools.cached_property
     def _eigen_of_A(self) -> tuple[Tensor, Tensor | None]:
@@ -305,10 +318,42 @@ def of_full_rank(values: Tensor, gram: Tensor, eps: float) -> Tensor:
     return values.clamp_min(0.0).where(_large(correlations, eps), 0.0)  # both rise
 
 
+def zeros(gram: Tensor, eps: float) -> Tensor:
+    """Where the eigenvalues ``[..., D]``, rising, of Gram matrices are zero by ``of_full_rank``; mostly without computing them.
+
+    Where the others are above rounding, columns of zeros are all that is missing.
+    """
+    if gram.dim() == 2:
+        return gram == 0
+    roots = gram.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt()
+    scales = torch.where(roots > 0, 1 / roots, 0.0)
+    if roots.shape[-1] and _all_large(scales.unsqueeze(-1) * gram * scales.unsqueeze(-2), roots > 0, eps):
+        return torch.arange(roots.shape[-1], device=roots.device) < (roots == 0).sum(-1, keepdim=True)
+    return of_full_rank(_graded.eigvalsh(gram), gram, eps) == 0
+
+
+def _all_large(gram: Tensor, columns: Tensor, eps: float) -> bool:
+    """Whether all eigenvalues of these columns are surely ``_large``: less a little more than the noise, it has a Cholesky decomposition,
+    at a seventh of the time. The largest is below ``max_i (|G| x)_i / x_i`` for every positive x (Collatz and Wielandt).
+    """
+    sizes, x = gram.abs(), torch.ones_like(gram[..., 0])
+    for _ in range(_POWERS):
+        x = (sizes @ x.unsqueeze(-1)).squeeze(-1)
+        x = x / x.amax(-1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny) + 1e-3  # positive, also where columns are zero
+    largest = ((sizes @ x.unsqueeze(-1)).squeeze(-1) / x).amax(-1, keepdim=True)
+    shift = torch.where(columns, -1.25 * _noise(gram.shape[-1], gram.dtype, eps) * largest, largest)
+    failed = torch.linalg.cholesky_ex(gram + torch.diag_embed(shift)).info
+    return not bool((failed != 0).any())
+
+
 def _large(values: Tensor, eps: float) -> Tensor:
     """Which eigenvalues ``[..., D]`` are more than the rounding of the products and of the decomposition, relative to the largest."""
-    noise = max(_GRAM_NOISE * eps, values.shape[-1] * torch.finfo(values.dtype).eps)
-    return values > noise * values.amax(-1, keepdim=True)
+    return values > _noise(values.shape[-1], values.dtype, eps) * values.amax(-1, keepdim=True)
+
+
+def _noise(D: int, dtype: torch.dtype, eps: float) -> float:
+    """Of a Gram matrix with D columns and of its decomposition, relative to the largest eigenvalue."""
+    return max(_GRAM_NOISE * eps, D * torch.finfo(dtype).eps)
 
 
 def coarser(one: _Place, other: _Place) -> _Place:
