@@ -109,7 +109,7 @@ def ulps(values):
     """One unit in the last place away, in a tenth of the entries."""
     near = torch.nextafter(values.float(), torch.tensor(math.inf)) if values.dtype != BF16 else values
     near = (values.view(torch.int16) + 1).view(BF16) if values.dtype == BF16 else near.to(values.dtype)
-    return torch.where(torch.rand(values.shape) < 0.1, near, values)
+    return torch.where((torch.rand(values.shape) < 0.1) & values.isfinite(), near, values)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=str)
@@ -123,6 +123,16 @@ def test_rounding_is_no_difference(dtype, C):
     with pytest.raises(ValueError, match="the first sample alone has another output"):
         check_first(values[1:2], values, eps)
     assert not same_but_rounding(values.roll(1, 0), values, eps)
+
+
+def test_a_mask_of_one_is_no_rounding():
+    values, eps = torch.randn(4, 10), torch.finfo(torch.float32).eps
+    masked = values.clone()
+    masked[0, 3] = -math.inf
+    for one, other in ((values, masked), (masked, values)):
+        assert not same_but_rounding(one, other, eps)
+        with pytest.raises(ValueError, match="the first sample alone has another output"):
+            check_first(one[:1], other, eps)
 
 
 def test_small_outputs_are_told_apart_too():
