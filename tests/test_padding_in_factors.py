@@ -179,7 +179,7 @@ def test_an_entry_at_a_place_that_is_a_tensor_is_a_part():
 @pytest.mark.parametrize("copied", [1, 1000, 2**25])
 @pytest.mark.parametrize("padded", [False, True])
 def test_padding_is_not_multiplied(copied, padded, monkeypatch):
-    """The factor is that of the tokens; neither padding nor a mask of ones makes rows weighted, which on a GPU takes 6 times as long."""
+    """The factor is that of the tokens; neither padding nor a mask of ones makes rows weighted: 16-bit ones would be six products."""
     seen, multiply = [], block_sums.gram_
 
     def spied(acc, rows, *more, weight=None, **options):

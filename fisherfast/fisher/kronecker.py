@@ -334,7 +334,7 @@ def zeros(gram: Tensor, eps: float) -> Tensor:
 
 def _all_large(gram: Tensor, columns: Tensor, eps: float) -> bool:
     """Whether all eigenvalues of these columns are surely ``_large``: less a little more than the noise, it has a Cholesky decomposition,
-    at a seventh of the time. The largest is below ``max_i (|G| x)_i / x_i`` for every positive x (Collatz and Wielandt).
+    which is far cheaper. The largest is below ``max_i (|G| x)_i / x_i`` for every positive x (Collatz and Wielandt).
     """
     sizes, x = gram.abs(), torch.ones_like(gram[..., 0])
     for _ in range(_POWERS):
