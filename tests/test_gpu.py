@@ -14,6 +14,7 @@ from gpu import calls, clock, cost, model_cases, problems, run
 
 import fisherfast as ff
 from fisherfast import _backend
+from fisherfast.fisher import kronecker
 
 GPU = torch.cuda.is_available()
 DEVICE, BACKENDS = ("cuda", ("triton", "cuda")) if GPU else ("cpu", ("cpu",))
@@ -308,3 +309,11 @@ def test_a_fisher_is_the_same_on_the_gpu_and_on_the_cpu(case, structure):
         expected = measured(model, (x, y), structure)
         found = measured(model.to(DEVICE), (x, y), structure)  # batches move to the model's device
     assert found == pytest.approx(expected, rel=1e-3, abs=1e-9)
+
+
+@on_gpu
+@pytest.mark.parametrize("rows", [9, 40])
+def test_eigenvalues_that_are_zero_are_counted_as_on_the_cpu(rows):
+    x = torch.randn(2, rows, 12, dtype=torch.float64)
+    gram, eps = x.mT @ x, torch.finfo(torch.float32).eps
+    assert torch.equal(kronecker.zeros(gram.to(DEVICE), eps).cpu(), kronecker.zeros(gram, eps))

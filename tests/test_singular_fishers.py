@@ -221,8 +221,23 @@ def test_zeros_are_those_of_the_eigenvalues(dtype, rows, missing, grades):
     assert found.sum(1).tolist() == [12 - min(rows, 12 - missing)] * 2
 
 
-def test_zeros_of_independent_columns_take_no_eigenvalues(monkeypatch):
+@pytest.mark.parametrize("rows", [9, 40])
+@pytest.mark.parametrize("shift", [0.0, 3.0], ids=["of-any-sign", "positive"])
+def test_zeros_take_no_eigenvalues(rows, shift, monkeypatch):
+    """By inertia, whether columns of zeros are all that is missing or there are fewer rows than columns; also in several groups."""
+    x = torch.randn(2, rows, 12, dtype=torch.float64) + shift
+    x[0, :, 3] = 0
+    gram, eps = x.mT @ x, torch.finfo(torch.float32).eps
+    expected = kronecker._eigenvalues(gram, eps) == 0
     monkeypatch.setattr(kronecker._graded, "eigvalsh", None)
-    x = torch.randn(1, 40, 12, dtype=torch.float64)
-    x[:, :, 3] = 0
-    assert kronecker.zeros(x.mT @ x, torch.finfo(torch.float32).eps).sum() == 1
+    assert torch.equal(kronecker.zeros(gram, eps), expected)
+    assert expected.sum(1).tolist() == [12 - min(rows, 11), 12 - min(rows, 12)]
+
+
+@pytest.mark.parametrize("D", [1, 2, 7, 23])
+def test_negative_eigenvalues_are_counted(D):
+    """Indefinite matrices, whose L D L^T has blocks of two."""
+    matrices = torch.randn(3, D, D, dtype=torch.float64)
+    matrices = matrices + matrices.mT
+    matrices.diagonal(dim1=1, dim2=2)[0] = 0
+    assert torch.equal(kronecker._negative(matrices), (torch.linalg.eigvalsh(matrices) < 0).sum(1))
