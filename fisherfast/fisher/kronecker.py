@@ -160,7 +160,7 @@ class KroneckerBlock:
 
     def changed(self) -> None:
         """The sums have changed: what was computed from them is void."""
-        for name in ("values_of_A", "values_of_B", "_eigen_of_A", "_eigen_of_B"):
+        for name in ("values_of_A", "values_of_B", "zeros_of_A", "zeros_of_B", "_eigen_of_A", "_eigen_of_B"):
             self.__dict__.pop(name, None)
         self.few_rows = (None, None)
 
