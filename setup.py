@@ -20,7 +20,9 @@ SM90A = "-DFISHERFAST_SM90A"  # the build holds the kernels that need Hopper's o
 def architectures() -> str:
     """What to compile for: what is asked for, else the GPUs of this machine, else all that are supported; Hopper always as sm_90a."""
     here = {"{}.{}".format(*torch.cuda.get_device_capability(device)) for device in range(torch.cuda.device_count())}
-    asked = os.getenv("TORCH_CUDA_ARCH_LIST") or ";".join(sorted(here)) or "8.0;9.0;10.0"
+    version = tuple(map(int, (torch.version.cuda or "0.0").split(".")[:2]))
+    every = "8.0;9.0;10.0" if version >= (12, 8) else "8.0;9.0"  # older nvcc do not know Blackwell
+    asked = os.getenv("TORCH_CUDA_ARCH_LIST") or ";".join(sorted(here)) or every
     return re.sub(r"\b9\.0(?!a)", "9.0a", asked)
 
 

@@ -45,7 +45,7 @@ def trim(full: dict) -> dict:
 
 
 def store(result: dict) -> Path:
-    """Write one run to ``bench/results/cpu-<processor>-<threads>/<date>.json``."""
+    """Write one run to ``bench/results/cpu-<processor>-<threads>-threads/<date>.json``."""
     path = page.RESULTS / page.slug(result["machine"]) / f"{result['date']}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(_rounded(result), indent=1) + "\n")

@@ -121,7 +121,7 @@ def by_group(info: Information) -> dict[str, dict[str, float]]:
     rows: dict[str, dict[str, float]] = {}
     for name, layer in info.by_layer().items():
         row = rows.setdefault(group(name), {"parameters": 0, "nats": 0.0, "squared_distance": 0.0})
-        row["parameters"] += layer.parameters
+        row["parameters"] += layer.num_parameters
         row["nats"] += layer.nats
         row["squared_distance"] += layer.squared_distance
     return rows

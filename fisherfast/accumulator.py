@@ -127,7 +127,7 @@ class Accumulator:
     def divisor(self) -> float:
         """``weight``, which must not be zero."""
         if self.weight == 0:
-            raise ValueError("Accumulator: the mean needs a weight > 0, got 0; nothing has been added yet")
+            raise ValueError("Accumulator: weight must be > 0 for a mean, got 0; nothing has been added yet")
         return self.weight
 
     def all_reduce(self, group: dist.ProcessGroup | None = None) -> Accumulator:

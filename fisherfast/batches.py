@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -289,45 +289,3 @@ def _digest(tensor: Tensor) -> int:
 
 def _moved(value: Any, device: torch.device) -> Any:
     return _nested.mapped(value, lambda tensor: tensor.to(device))
-
-
-def check_rereadable(caller: str, data: Any) -> None:
-    """Raise ValueError for an iterator, which one reading uses up."""
-    if isinstance(data, Iterator):
-        raise ValueError(
-            f"{caller}: data must be readable several times, got {type(data).__name__}, which the first reading uses up; pass a "
-            "list of batches or a DataLoader"
-        )
-
-
-class ReadTwice:
-    """What two passes over one data set must have in common: the same batches, bit by bit, in the same order."""
-
-    def __init__(self, data: Any, caller: str) -> None:
-        if isinstance(data, Iterator):
-            raise ValueError(
-                f"{caller}: data must be readable twice, got {type(data).__name__}, which is used up by the first pass; pass a list "
-                "or a DataLoader, or measure KFAC and then ff.collect(model, ff.EKFAC(basis=kfac))"
-            )
-        self._caller, self._first = caller, list[int]()
-
-    def first(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        """The batches of the first pass."""
-        for batch in batches:
-            self._first.append(batch.fingerprint())
-            yield batch
-
-    def again(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        """Those of the second. Errors: ValueError for the first one that is not as in the first pass, or that is missing."""
-        number = -1
-        for number, batch in enumerate(batches):
-            if number >= len(self._first) or self._first[number] != batch.fingerprint():
-                raise ValueError(
-                    f"{self._caller}: data must be the same in both passes, got another batch {number} in the second; turn off "
-                    "shuffling and random augmentation, or measure KFAC and then ff.collect(model, ff.EKFAC(basis=kfac))"
-                )
-            yield batch
-        if number + 1 != len(self._first):
-            raise ValueError(
-                f"{self._caller}: data must be the same in both passes, got {len(self._first)} batches and then {number + 1}"
-            )

@@ -47,7 +47,7 @@ class Likelihood(StrEnum):
 
     def resolve(self) -> likelihoods.Likelihood:
         """The object of this name."""
-        return ff.CausalLM() if self is Likelihood.causal_lm else likelihoods.resolve(self.value)
+        return likelihoods.resolve(self.name)
 
 
 class Structure(StrEnum):

@@ -46,7 +46,7 @@ def against_plain(
     Errors:   ValueError if there are no batches or rounds.
     """
     if not batches or rounds < 1:
-        raise ValueError(f"against_plain: needs at least one batch and one round, got {len(batches)} and {rounds}")
+        raise ValueError(f"against_plain: batches and rounds must be at least one each, got {len(batches)} and {rounds}")
     device = next(model.parameters()).device
     before = [(p, p.grad) for p in model.parameters()]
     seconds = []

@@ -20,7 +20,7 @@ import torch
 import triton
 import triton.testing
 
-Choice = tuple[dict[str, int], int]  # block sizes and shares, as the op's ``config`` gives them
+Choice = tuple[dict[str, Any], int]  # block sizes and shares, as the op's ``config`` gives them
 
 _known: dict[tuple[Path, str], Choice] = {}
 

@@ -6,6 +6,7 @@ results repeat bit by bit. Nothing here waits for the device.
 """
 
 import functools
+from typing import Any
 
 import torch
 import triton
@@ -24,7 +25,7 @@ def interpreted() -> bool:
 
 
 @functools.cache
-def architecture(device: torch.device) -> int | str:
+def architecture(device: torch.device) -> Any:
     """80 (Ampere), 90 (Hopper), 100 (Blackwell); a name where the GPU is not NVIDIA's. Emulation takes Hopper's tiles."""
     if interpreted():
         return 90
@@ -45,7 +46,7 @@ def power_of_two(n: int, low: int, high: int) -> int:
     return max(low, min(high, triton.next_power_of_2(max(n, 1))))
 
 
-def rows_and_strides(tensor: Tensor, offsets: Tensor | None) -> tuple[int, int, int]:
+def rows_and_strides(tensor: Tensor, offsets: Tensor | None) -> tuple[int, ...]:
     """Strides of ``[N, T, C]``; of packed ``[M, C]`` with 0 for the axis of samples, whose rows the offsets name."""
     return tensor.stride() if offsets is None else (0, *tensor.stride())
 
@@ -141,8 +142,10 @@ def _fold_kernel(out, partial, flag, R, C, scale: tl.float64, BLOCK_R: tl.conste
     tl.store(out + column, before + tl.sum(values, 0).to(before.dtype) * scale, mask=column < C)
 
 
-def fold_(out: Tensor, partial: Tensor, scale: float, flag: Tensor | None) -> None:
-    """``out[c] += scale * sum_r partial[r, c]`` in a fixed order, on the device; nothing while the flag is set."""
+def fold_(out: Tensor | None, partial: Tensor | None, scale: float, flag: Tensor | None) -> None:
+    """``out[c] += scale * sum_r partial[r, c]`` in a fixed order, on the device; nothing while the flag is set, or without out."""
+    if out is None or partial is None:
+        return
     R, C = partial.shape
     BLOCK_R = power_of_two(R, 1, 256)
     BLOCK_C = power_of_two(C, 16, 4096 // max(BLOCK_R, 4))

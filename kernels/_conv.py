@@ -36,8 +36,9 @@ def geometry_of(x: Tensor, kernel=(), positions=(), stride=(), padding=(), dilat
         a, b, c = (absent,) * (3 - axes) + tuple(values)
         return a, b, c
 
-    sizes = (padded(values, 1) for values in (positions, S, kernel, stride))
-    return Geometry(*sizes, padding=padded(padding, 0), dilation=padded(dilation, 1))
+    return Geometry(
+        padded(positions, 1), padded(S, 1), padded(kernel, 1), padded(stride, 1), padded(padding, 0), padded(dilation, 1)
+    )
 
 
 def largest_index(geometry: Geometry) -> int:

@@ -103,5 +103,4 @@ def square_parts_(
     norms = None if sqnorm is None else products.new_empty(programs, N)
     outputs, arguments = (acc, total, norms), (products, weight, flag, N, C, parts, scale)
     _square_parts_kernel[(programs,)](*outputs, *arguments, known, BLOCK_P, BLOCK_C)
-    if sqnorm is not None:
-        fold_(sqnorm, norms, 1.0, flag)
+    fold_(sqnorm, norms, 1.0, flag)

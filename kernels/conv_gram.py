@@ -272,5 +272,5 @@ def _launch(acc, x, scale, weight, flag, sizes, geometry, multiplied, choice) ->
             AXES=x.dim() - 2, BIAS=BIAS, PRECISION=precision(multiplied), **blocks,
         )  # fmt: skip
     BLOCK_I, BLOCK_J = power_of_two(D, 1, 8), power_of_two(D, 1, 64)
-    grid = (G * triton.cdiv(D, BLOCK_I) * triton.cdiv(D, BLOCK_J),)
-    _fold_upper_kernel[grid](acc, partial, flag, (shares, G, max(C, 1), K, D), scale, BLOCK, BLOCK_I, BLOCK_J)
+    programs = G * triton.cdiv(D, BLOCK_I) * triton.cdiv(D, BLOCK_J)
+    _fold_upper_kernel[(programs,)](acc, partial, flag, (shares, G, max(C, 1), K, D), scale, BLOCK, BLOCK_I, BLOCK_J)

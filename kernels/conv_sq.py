@@ -441,16 +441,16 @@ def conv_sq_(
         outputs, inputs = (acc, total, sqnorm, flag), (x, g, scale, weight, offsets, geometry, sizes, direct)
 
         def trial(choice: Choice) -> None:
-            scratch = (None if out is None else torch.zeros_like(out) for out in outputs)
-            _launch(*scratch, *inputs, choice)
+            _launch([None if out is None else torch.zeros_like(out) for out in outputs], inputs, choice)
 
         choices = [direct_config(groups * O * C, K, N, T, arch)] if direct else candidates(*sizes, x.dtype, held, arch)
         key = (*sizes, *geometry, x.dtype, held, precision(x.dtype))
-        _launch(*outputs, *inputs, best("conv_sq_", key, choices, trial, acc.device))
+        _launch(outputs, inputs, best("conv_sq_", key, choices, trial, acc.device))
 
 
-def _launch(acc, total, sqnorm, flag, x, g, scale, weight, offsets, geometry, sizes, direct, choice) -> None:
+def _launch(outputs, inputs, choice: Choice) -> None:
     """Sums of squares of shares of the samples, or of gradients that are computed in parts; then both go into acc's order."""
+    (acc, total, sqnorm, flag), (x, g, scale, weight, offsets, geometry, sizes, direct) = outputs, inputs
     (G, O, C, K, N, T), (blocks, shares) = sizes, choice
     g, computed = g.flatten(2), torch.promote_types(x.dtype, torch.float32)
     where = ((N, T, G, O, C, C * K), geometry, image_strides(x), g.stride())
@@ -462,13 +462,11 @@ def _launch(acc, total, sqnorm, flag, x, g, scale, weight, offsets, geometry, si
         blocks["PRECISION"], parts = precision(x.dtype), max(shares // N, 1)
     share = triton.cdiv(N, shares)
 
-    def workspace(out: Tensor | None) -> Tensor | None:
-        if out is None:
-            return None
+    def workspace(out: Tensor) -> Tensor:
         dtype, partial = torch.promote_types(out.dtype, computed), triton.cdiv(N, share) if parts == 1 else 1
         return torch.empty(partial, G * O, K, C, dtype=dtype, device=acc.device)
 
-    squares, sums = workspace(acc), workspace(total)
+    squares, sums = workspace(acc), None if total is None else workspace(total)
     if parts > 1:
         products = torch.empty(N, parts, acc.numel(), device=acc.device, dtype=computed)
         _conv_part_kernel[(tiles, shares)](products, x, g, offsets, flag, *where, parts, **blocks)
@@ -480,5 +478,5 @@ def _launch(acc, total, sqnorm, flag, x, g, scale, weight, offsets, geometry, si
         if norms is not None:
             fold_(sqnorm, norms, 1.0, flag)
     _fold_columns_(acc, squares, scale, flag)
-    if total is not None:
+    if total is not None and sums is not None:
         _fold_columns_(total, sums, 1.0, flag)

@@ -354,15 +354,15 @@ def linear_sq_(
         outputs, inputs = (acc, total, sqnorm, flag), (x, g, weight, offsets, scale, sizes, work, unit)
 
         def trial(choice: Choice) -> None:
-            scratch = (None if out is None else torch.zeros_like(out) for out in outputs)
-            _launch(*scratch, *inputs, choice)
+            _launch([None if out is None else torch.zeros_like(out) for out in outputs], inputs, choice)
 
         choices = candidates(work, architecture(acc.device))
-        _launch(*outputs, *inputs, best("linear_sq_", (*work, precision(multiplied)), choices, trial, acc.device))
+        _launch(outputs, inputs, best("linear_sq_", (*work, precision(multiplied)), choices, trial, acc.device))
 
 
-def _launch(acc, total, sqnorm, flag, x, g, weight, offsets, scale, sizes, work, unit, choice) -> None:
+def _launch(outputs, inputs, choice: Choice) -> None:
     """Sums of squares of all samples, of shares of them, or of gradients that are computed in parts."""
+    (acc, total, sqnorm, flag), (x, g, weight, offsets, scale, sizes, work, unit) = outputs, inputs
     (N, T, I, O), (blocks, shares) = sizes[0], choice
     flat = T == 1 and offsets is None
     computed = torch.promote_types(x.dtype, torch.float32)
@@ -390,9 +390,8 @@ def _launch(acc, total, sqnorm, flag, x, g, weight, offsets, scale, sizes, work,
         arguments = (squares, sums, norms, x, g, weight, offsets, flag, *sizes, share, chain, factor)
         _linear_sq_kernel[(tiles, shares)](*arguments, **plan)
     if shares > 1:
-        fold_(acc.view(-1), squares, scale, flag)
-        if total is not None:
-            fold_(total.view(-1), sums, 1.0, flag)
+        fold_(acc, squares, scale, flag)
+        fold_(total, sums, 1.0, flag)
     if norms is not None:
         fold_(sqnorm, norms, 1.0, flag)
     elif sqnorm is not None:

@@ -141,7 +141,5 @@ def scale_sq_(
         sizes = ((N, T, D), x_strides, rows_and_strides(g, offsets), share, columns)
         _scale_sq_kernel[(columns * shares,)](squares, sums, norms, x, g, weight, offsets, flag, *sizes, **blocks)
         fold_(acc, squares, scale, flag)
-        if total is not None:
-            fold_(total, sums, 1.0, flag)
-        if sqnorm is not None:
-            fold_(sqnorm, norms, 1.0, flag)
+        fold_(total, sums, 1.0, flag)
+        fold_(sqnorm, norms, 1.0, flag)

@@ -22,6 +22,10 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
 from fisherfast.kernels import (
     categorical_score,
     conv_gram,
@@ -33,9 +37,6 @@ from fisherfast.kernels import (
     log1p_sum,
     scale_sq,
 )
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
-from triton.runtime.jit import JITFunction
 
 sys.path.insert(0, str(Path(__file__).parent))  # run with PYTHONSAFEPATH, so that no folder here shadows a package
 import machine_code

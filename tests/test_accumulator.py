@@ -80,7 +80,7 @@ def test_mean_is_divided_before_it_is_cast():
 
 
 def test_rejects():
-    with pytest.raises(ValueError, match="mean needs a weight > 0, got 0"):
+    with pytest.raises(ValueError, match="weight must be > 0 for a mean, got 0"):
         Accumulator.zeros((2,)).mean()
     with pytest.raises(TypeError, match=r"sum must be a floating tensor, got torch\.int64"):
         Accumulator(torch.ones(2, dtype=torch.int64), 1)

@@ -245,6 +245,7 @@ FLOORS = {
     "locator": 4,
     "tracked": 4,
     "passes": 4,
+    "readings": 4,
     "fisher": 5,
     "information": 6,
     "cli": 7,

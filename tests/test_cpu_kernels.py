@@ -7,12 +7,12 @@ import shutil
 import subprocess
 from pathlib import Path
 
-import fisherfast._C
 import pytest
 import torch
 from gate import error, passes
 
 import fisherfast as ff
+import fisherfast._C
 
 SHAPES = [(7, 5, 3, 11), (3, 1, 13, 17), (5, 131, 53, 101), (67, 1, 97, 61), (2, 300, 49, 8)]
 

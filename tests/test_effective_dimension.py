@@ -48,7 +48,7 @@ def test_layers_add_up_to_what_information_in_weights_says(structure):
     assert got.value == pytest.approx(sum(got.by_layer().values()), rel=1e-14)
     solved = sum(
         float((F @ F.solve(e, damping=1e-2 / 0.25))[i])  # tr F (F + beta / lambda^2)^-1, column by column
-        for i, e in enumerate(torch.eye(info.parameters, dtype=torch.float64))
+        for i, e in enumerate(torch.eye(info.num_parameters, dtype=torch.float64))
     )
     assert got.value == pytest.approx(solved, rel=1e-8)
 

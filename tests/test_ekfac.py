@@ -212,7 +212,7 @@ def test_a_one_shot_iterator_is_refused_before_anything_is_read():
         read.append(1)
         yield double_vectors()
 
-    with pytest.raises(ValueError, match="data must be readable twice, got generator"):
+    with pytest.raises(ValueError, match="data must be readable several times, got generator"):
         measure(mlp(), once(), "ekfac")
     assert not read
 

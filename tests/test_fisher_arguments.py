@@ -61,7 +61,7 @@ def test_rejects_one_sum_under_two_names():
         (
             lambda v: {"scale": v["scale"]},
             ValueError,
-            r"missing \['body\.0\.bias', 'body\.0\.weight', 'head\.weight'\]; pass zeros there",
+            r"must have every name of F, got none for \['body\.0\.bias', 'body\.0\.weight', 'head\.weight'\]; pass zeros there",
         ),
         (lambda v: v | {"head.weight": torch.ones(5, 2)}, ValueError, r"v\['head\.weight'\] must be \(2, 5\), got \(5, 2\)"),
         (

@@ -279,3 +279,12 @@ RANK_WITH_ROWS = """
 
 def test_what_a_rank_knew_of_its_own_data_is_void_once_pooled(tmp_path):
     run_ranks(RANK_WITH_ROWS, tmp_path)
+
+
+def test_results_of_two_kinds_are_refused_by_name():
+    """Norms and moments as Fishers: not by Python's own words, which give no reason."""
+    model, data = torch.nn.Linear(3, 2), [(torch.randn(5, 3), torch.tensor([0, 1, 0, 1, 1]))]
+    norms, moments = ff.fisher(model, data, (ff.PerSampleNorm(), ff.GradientMoments()), "empirical", progress=False)
+    for one, other in ((norms, moments), (moments, norms)):
+        with pytest.raises(TypeError, match=f"must have one structure, got {type(one).__name__} and {type(other).__name__}"):
+            one + other

@@ -132,7 +132,7 @@ def test_paper_kl_is_exact_at_half_beta():
     paper = information_in_weights(F, net, prior_scale=0.1, beta=1e-3, variant="paper")
     exact = information_in_weights(F, net, prior_scale=0.1, beta=5e-4)
     assert paper.kl == exact.kl
-    assert paper.kl - paper.nats == pytest.approx(paper.parameters / 2, rel=1e-12)
+    assert paper.kl - paper.nats == pytest.approx(paper.num_parameters / 2, rel=1e-12)
 
 
 def test_linear_gaussian_model_matches_closed_form():
@@ -151,12 +151,12 @@ def test_layers_add_up():
     info = information_in_weights(F, net, prior_scale=0.1, beta=1e-3)
     layers = info.by_layer()
     assert list(layers) == ["0", "2"]
-    assert [layer.parameters for layer in layers.values()] == [42, 24]
+    assert [layer.num_parameters for layer in layers.values()] == [42, 24]
     assert sum(layer.nats for layer in layers.values()) == pytest.approx(info.nats, rel=1e-14)
     assert sum(layer.share for layer in layers.values()) == pytest.approx(1)
     assert info.bits == info.nats / math.log(2)
     total = info.total
-    assert (total.parameters, total.nats, total.kl, total.trace) == (info.parameters, info.nats, info.kl, info.trace)
+    assert (total.num_parameters, total.nats, total.kl, total.trace) == (info.num_parameters, info.nats, info.kl, info.trace)
     assert (total.bits, total.bits_per_parameter) == (info.bits, info.bits / 66)
     assert info.loss_rise == info.temperature / 2 * total.effective_dimension
     assert total.squared_distance == pytest.approx(sum(p.square().sum().item() for p in net.parameters()), rel=1e-6)
@@ -199,7 +199,7 @@ def test_fit_is_the_fixed_point(variant, beta):
     variance = info.posterior_variance()
     for name, layer in info.by_layer().items():
         trace = sum(v.sum().item() for n, v in variance.items() if n.startswith(name))
-        assert layer.prior_scale**2 == pytest.approx((layer.squared_distance + trace) / layer.parameters, rel=1e-10)
+        assert layer.prior_scale**2 == pytest.approx((layer.squared_distance + trace) / layer.num_parameters, rel=1e-10)
 
 
 def test_fit_minimises_the_lagrangian():
@@ -238,7 +238,7 @@ def test_low_precision_weights_are_read_in_float64():
 def test_scalar_and_empty_parameters():
     weights = {"a": torch.tensor(1.0), "b": torch.zeros(0, 3)}
     info = information_in_weights(fisher(a=torch.tensor(2.0), b=torch.zeros(0, 3)), weights, prior_scale=1.0, beta=0.01)
-    assert info.parameters == 1
+    assert info.num_parameters == 1
     assert info.nats == 0.5 * (1 + _log1p.cost(torch.tensor(200.0, dtype=torch.float64)).item())
 
 
@@ -304,7 +304,7 @@ def test_rejects_prior_scale_names():
     net, F = two_layers()
     with pytest.raises(ValueError, match=r"prior_scale must name layers or parameters of F, got \['1'\]"):
         information_in_weights(F, net, prior_scale={"0": 0.1, "1": 0.1, "2": 0.1}, beta=1e-3)
-    with pytest.raises(ValueError, match=r"prior_scale must cover every parameter, got none for \['2.weight', '2.bias'\]"):
+    with pytest.raises(ValueError, match=r"prior_scale must cover every parameter, got none for \['2.bias', '2.weight'\]"):
         information_in_weights(F, net, prior_scale={"0": 0.1}, beta=1e-3)
 
 
@@ -317,11 +317,11 @@ def test_rejects_names_and_shapes():
         information_in_weights(F, weights | {"0.bias": torch.zeros(3)}, prior_scale=1.0, beta=1e-3)
     with pytest.raises(ValueError, match=r"center\['0.bias'\] must be \(7,\) as in model, got \(3,\)"):
         information_in_weights(F, net, prior_scale=1.0, beta=1e-3, center=weights | {"0.bias": torch.zeros(3)})
-    with pytest.raises(ValueError, match=r"center must hold every parameter of F, lacks \['0.weight', '0.bias'"):
+    with pytest.raises(ValueError, match=r"center must hold every parameter of F, lacks \['0.bias', '0.weight'"):
         information_in_weights(F, net, prior_scale=1.0, beta=1e-3, center={})
     with pytest.raises(ValueError, match=r"F must cover every parameter of model, lacks \['3.weight'\]"):
         information_in_weights(F, weights | {"3.weight": torch.zeros(3)}, prior_scale=1.0, beta=1e-3)
-    with pytest.raises(ValueError, match=r"F must cover every parameter of model, lacks \['3.weight', '3.bias'\]"):
+    with pytest.raises(ValueError, match=r"F must cover every parameter of model, lacks \['3.bias', '3.weight'\]"):
         information_in_weights(F, nn.Sequential(*net, nn.Linear(3, 2)), prior_scale=1.0, beta=1e-3)
 
 
@@ -338,7 +338,7 @@ def test_missing_parameters_are_listed_and_warned_of():
         info = information_in_weights(F, net, prior_scale=0.1, beta=1e-3)
     assert caught[0].filename == __file__
     assert info.excluded == ("2.bias",)
-    assert info.parameters == 63
+    assert info.num_parameters == 63
     assert "2.bias" in str(info)
 
 
@@ -358,7 +358,7 @@ def test_interleaved_layers_are_gathered():
 def test_frozen_parameters_need_no_fisher():
     net, F = two_layers()
     frozen = nn.Linear(3, 2).requires_grad_(False)
-    assert information_in_weights(F, nn.Sequential(*net, frozen), prior_scale=1.0, beta=1e-3).parameters == 66
+    assert information_in_weights(F, nn.Sequential(*net, frozen), prior_scale=1.0, beta=1e-3).num_parameters == 66
 
 
 def test_states_its_conditions():

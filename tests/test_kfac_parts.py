@@ -176,7 +176,7 @@ def test_a_fitted_prior_is_one_for_all_parts_of_a_layer():
     info = ff.information_in_weights(measure(packed, [batch], "kfac"), packed, prior_scale="fit", beta=0.1)
     again = ff.information_in_weights(info.fisher, packed, prior_scale=info.prior_scales, beta=0.1)
     layer = info.by_layer()["a"]
-    assert layer.parameters == 3 * E * (E + 1) and again.nats == pytest.approx(info.nats)
+    assert layer.num_parameters == 3 * E * (E + 1) and again.nats == pytest.approx(info.nats)
     squares = sum(float(p.detach().square().sum()) for p in (packed.a.in_proj_weight, packed.a.in_proj_bias))
     assert layer.squared_distance == pytest.approx(squares)
 
@@ -313,7 +313,7 @@ def test_a_bias_joins_the_weights_of_one_layer_with_all_its_parts_or_none(added)
     fisher, trace = measure(model, [(x, y)], "kfac"), measure(model, [(x, y)], "diagonal").trace()
     assert "exact [5, 5]" in fisher.coverage["b"] and fisher.factors()["first"][0].shape == (E, E)
     assert measure(model, [(x, y)], "ekfac").trace() == pytest.approx(trace, rel=1e-12)
-    assert ff.information_in_weights(fisher, model, prior_scale="fit", beta=0.1).parameters == fisher.num_parameters
+    assert ff.information_in_weights(fisher, model, prior_scale="fit", beta=0.1).num_parameters == fisher.num_parameters
 
 
 # -- stacks, whose entries the data choose

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import fisherfast._C
 import mpmath
 import pytest
 import torch
@@ -12,6 +11,7 @@ from hypothesis import strategies as st
 from targets import DEVICES
 
 import fisherfast as ff
+import fisherfast._C
 from fisherfast import _backend
 
 DTYPES = {torch.float32: "fp32", torch.float64: "fp64"}

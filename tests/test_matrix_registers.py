@@ -9,12 +9,13 @@ import shutil
 import subprocess
 from itertools import pairwise
 
-import fisherfast._C
 import pytest
 import torch
 from emulated import ROOT
 from gate import error, passes
 from torch.utils.cpp_extension import include_paths, library_paths
+
+import fisherfast._C
 
 SOURCES = ("blas", "conv_direct", "conv_geometry", "conv_sq", "cpu", "finite", "gram", "isa", "linear_sq", "tile")
 FLAGS = (

@@ -78,7 +78,7 @@ def test_excluded_parameters_are_not_compared():
     F = DiagonalFisher({"w": torch.ones(2)}, num_samples=5, coverage={"v": "missing: no rule"})
     got = ff.path_stability(F, {"w": torch.ones(2), "v": torch.ones(9)}, {"w": torch.zeros(2), "v": torch.zeros(9)}, beta=1.0)
     assert got.nats == 1.0
-    assert "without v, which it lacks" in str(got)
+    assert "without ['v'], which it lacks" in str(got)
 
 
 def test_low_precision_weights_are_read_in_float64():

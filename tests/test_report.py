@@ -49,7 +49,7 @@ def test_table_shows_every_layer_and_the_conditions():
     ):
         assert part in text
     for layer in info.by_layer().values():
-        assert f"{layer.nats:,.1f}" in text and f"{layer.share:.1%}" in text and f"{layer.parameters}" in text
+        assert f"{layer.nats:,.1f}" in text and f"{layer.share:.1%}" in text and f"{layer.num_parameters}" in text
     assert f"{info.nats:,.1f} nats" in text and "66" in text
 
 

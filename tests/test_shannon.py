@@ -204,7 +204,7 @@ def test_stability_of_least_squares_is_the_hat_matrix(structure):
     model = nn.Linear(5, 1, bias=False).double()
     half = ff.fisher(model, [(x, torch.zeros(12, 1).double())], structure, "exact", "gaussian", progress=False)
     hat = x @ torch.linalg.solve(x.T @ x, x.T)
-    assert torch.allclose(2 * shannon_stability.stability(half, J), 2 / 12 * hat, rtol=1e-9, atol=1e-12)
+    assert torch.allclose(2 * shannon_stability._stability(half, J), 2 / 12 * hat, rtol=1e-9, atol=1e-12)
     # By name, the same; and a data set of 3 numbers that the labels are combinations of.
     A = torch.randn(3, 12, dtype=torch.float64)
     got = ff.shannon_from_stability(half, {"weight": (A @ J)[:, None]}, beta=0.01, entropy=0.0)

@@ -10,7 +10,7 @@ from networks import Wrapped
 from torch import nn
 
 import fisherfast as ff
-from fisherfast.fisher import kronecker
+from fisherfast.fisher import kronecker, rank
 from fisherfast.fisher.kronecker import Place
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -240,4 +240,4 @@ def test_negative_eigenvalues_are_counted(D):
     matrices = torch.randn(3, D, D, dtype=torch.float64)
     matrices = matrices + matrices.mT
     matrices.diagonal(dim1=1, dim2=2)[0] = 0
-    assert torch.equal(kronecker._negative(matrices), (torch.linalg.eigvalsh(matrices) < 0).sum(1))
+    assert torch.equal(rank._negative(matrices), (torch.linalg.eigvalsh(matrices) < 0).sum(1))

@@ -43,7 +43,7 @@ def test_gradients_are_left_as_they_were():
 
 def test_rejects_nothing_to_time():
     net, batches = net_and_batches()
-    with pytest.raises(ValueError, match="at least one batch and one round, got 0 and 1"):
+    with pytest.raises(ValueError, match="batches and rounds must be at least one each, got 0 and 1"):
         timing.against_plain(lambda _: None, net, [], Categorical(), rounds=1)
-    with pytest.raises(ValueError, match="at least one batch and one round, got 2 and 0"):
+    with pytest.raises(ValueError, match="batches and rounds must be at least one each, got 2 and 0"):
         timing.against_plain(lambda _: None, net, batches, Categorical(), rounds=0)

@@ -41,7 +41,7 @@ def split(method: str, v: Tensor | Mapping[str, Tensor], shapes: Mapping[str, to
     if unknown := set(v) - set(shapes):
         raise ValueError(f"{method}: v must have the names of F only, got {listed(unknown)}; tied tensors go by F.aliases")
     if missing := set(shapes) - set(v):
-        raise ValueError(f"{method}: v must have every name of F, missing {listed(missing)}; pass zeros there")
+        raise ValueError(f"{method}: v must have every name of F, got none for {listed(missing)}; pass zeros there")
     for name, shape in shapes.items():
         if v[name].shape != shape:
             raise ValueError(f"{method}: v[{name!r}] must be {tuple(shape)}, got {tuple(v[name].shape)}")

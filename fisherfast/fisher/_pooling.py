@@ -41,12 +41,12 @@ def check_same(mine: Mapping[str, Any], other: Mapping[str, Any]) -> None:
 
 
 def check_kind(mine: Any, other: Any) -> bool:
-    """Whether two are Fishers of one kind. Errors: TypeError, with the reason, for Fishers of two."""
+    """Whether two are results of one kind. Errors: TypeError, with the reason, for results of two."""
     if isinstance(other, type(mine)):
         return True
     if hasattr(other, "provenance"):
         raise TypeError(
-            f"+: both Fishers must have one structure, got {type(mine).__name__} and {type(other).__name__}; measure both alike"
+            f"+: both results must have one structure, got {type(mine).__name__} and {type(other).__name__}; measure both alike"
         )
     return False
 

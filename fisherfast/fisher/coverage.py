@@ -70,7 +70,7 @@ class Coverage(dict[str, str]):
         own forward passes (``ff.collect``) the run is what happens in ``stats.backward``.
         """
         if not self.seconds:
-            raise ValueError("coverage: the time of this run was not recorded")
+            raise ValueError("coverage: the run's time must have been recorded, got none; measure with ff.fisher or ff.collect")
         return _shares(self.seconds)
 
     def __add__(self, other: Mapping[str, str]) -> Coverage:

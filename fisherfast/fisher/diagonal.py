@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -21,19 +21,10 @@ from fisherfast.fisher import _arguments, _logdet, _pooling, serialize
 from fisherfast.fisher._plot import Plotted
 from fisherfast.fisher.counts import Counts, Measured
 from fisherfast.fisher.coverage import Coverage
-from fisherfast.fisher.protocol import Damping, LayerSummary, Provenance, Spectrum, Vector, layer_of
+from fisherfast.fisher.protocol import Damping, LayerSummary, Provenance, Spectrum, Vector, layer_of, names_by_layer
 from fisherfast.fisher.spread import Spread
 
 _CHUNK = 1 << 16  # entries at a time: temporaries that stay in cache
-
-
-class SummaryRow(NamedTuple):
-    """One line of a table by layer; ``share`` is the layer's part of the whole trace."""
-
-    layer: str
-    parameters: int
-    trace: float
-    share: float
 
 
 @serialize.storable("diagonal")
@@ -90,7 +81,7 @@ class DiagonalFisher(Measured, Plotted):
     def _assign(self, sums, num_samples, num_positions, provenance, coverage, aliases, batches, spread) -> None:
         self._sums: dict[str, Accumulator] = dict(sums)
         if not self._sums:
-            raise ValueError("DiagonalFisher: needs at least one parameter, got none")
+            raise ValueError("DiagonalFisher: must hold at least one parameter, got none")
         _arguments.check_distinct(self._sums)
         self.shapes = {name: accumulator.shape for name, accumulator in self._sums.items()}
         samples, batches = operator.index(num_samples), operator.index(batches)
@@ -111,7 +102,7 @@ class DiagonalFisher(Measured, Plotted):
     def _counted(self, name: str) -> Accumulator:
         if self._sums[name].weight == 0:
             raise ValueError(
-                f"DiagonalFisher: {name!r} has counted no samples of a weight > 0; the weights were all zero, or the run ended "
+                f"DiagonalFisher: {name!r} must have counted samples of a weight > 0, got none; the weights were all zero, or the run ended "
                 "before its first backward pass"
             )
         return self._sums[name]
@@ -146,7 +137,7 @@ class DiagonalFisher(Measured, Plotted):
             raise ValueError(f"stderr: must be of 'trace' or 'by_layer', got {what!r}")
         if self.spread is None:
             raise ValueError(
-                "stderr: how the trace varies over samples was not recorded; measure with ff.fisher or ff.collect(model, "
+                "stderr: the trace's sums over samples must have been recorded, got none; measure with ff.fisher or ff.collect(model, "
                 "ff.Diagonal()) of this version, and pool only such Fishers"
             )
         errors = self.spread.stderr()
@@ -209,20 +200,11 @@ class DiagonalFisher(Measured, Plotted):
 
     def by_layer(self) -> dict[str, LayerSummary]:
         """Each layer's parameters and trace, in the order of ``names``."""
-        layers: dict[str, list[str]] = {}
-        for name in self.names:
-            layers.setdefault(layer_of(name), []).append(name)
-        return {layer: self._summarised(layer, tuple(members)) for layer, members in layers.items()}
+        return {layer: self._summarised(layer, members) for layer, members in names_by_layer(self.names).items()}
 
     def _summarised(self, layer: str, members: tuple[str, ...]) -> LayerSummary:
         trace = math.fsum(self._counted(name).mean_sum() for name in members)
         return LayerSummary(layer, members, sum(self.shapes[name].numel() for name in members), trace)
-
-    def summary(self) -> list[SummaryRow]:
-        """A table by layer: (layer, parameters, trace, share of the whole trace)."""
-        layers = self.by_layer().values()
-        total = math.fsum(layer.trace for layer in layers)
-        return [SummaryRow(k.name, k.num_parameters, k.trace, k.trace / total if total else 0.0) for k in layers]
 
     def __add__(self, other: DiagonalFisher) -> DiagonalFisher:
         """The Fisher of both data sets together. Errors: ValueError if they were measured in different ways.

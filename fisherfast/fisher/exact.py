@@ -14,7 +14,8 @@ from torch import Tensor
 
 from fisherfast.accumulator import Accumulator
 from fisherfast.fisher import _graded, _logdet
-from fisherfast.fisher.kronecker import Place, coarser, finite, of_full_rank
+from fisherfast.fisher.kronecker import Place, coarser, finite
+from fisherfast.fisher.rank import of_full_rank
 
 
 @dataclass(frozen=True)

@@ -83,7 +83,7 @@ class GramFisher(Plotted, Measured):
     def _of(self, name: str, after: int = 0) -> Iterator[tuple[slice, Tensor]]:
         """Row numbers and ``[rows, numel]`` of G, from row ``after`` on."""
         if not self.weight:
-            raise ValueError("gram: needs samples of a weight > 0, got none; the run ended before its first backward pass")
+            raise ValueError("gram: must hold samples of a weight > 0, got none; the run ended before its first backward pass")
         shape = self.shapes[name]
         step = max(1, _CHUNK_BYTES // (8 * max(1, shape.numel())))
         for first in range(after, self.num_rows, step):

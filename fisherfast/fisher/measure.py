@@ -4,10 +4,7 @@
 from __future__ import annotations
 
 import copy
-import functools
-import hashlib
 import os
-import time
 from collections.abc import Callable, Iterable, Iterator, Sized
 from dataclasses import replace
 from functools import partial
@@ -19,13 +16,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
-from fisherfast.batches import Batch, Output, ReadTwice
+from fisherfast.batches import Batch, Output
 from fisherfast.collector import Samples
 from fisherfast.dependence import check_first, check_independent, precision, same_but_rounding
 from fisherfast.fallback import SampleGradients
-from fisherfast.fisher import _arguments, interrupts, serialize
+from fisherfast.fisher import _arguments, interrupts
 from fisherfast.fisher.asked import Asked, factors_first, needs_basis, requests, with_basis
 from fisherfast.fisher.block_collector import BlockCollector
+from fisherfast.fisher.checkpoint import Checkpoint, digest, digest_of_weights
 from fisherfast.fisher.kfac import KFACFisher
 from fisherfast.fisher.labelling import Labelling
 from fisherfast.fisher.requests import Diagonal
@@ -35,10 +33,9 @@ from fisherfast.layout import PROBED
 from fisherfast.likelihood import Likelihood, Predictions
 from fisherfast.locator import NO_AXIS, mixing
 from fisherfast.passes import Pass, check_loss_scale
+from fisherfast.readings import ReadTwice
 from fisherfast.tracked import Bare, Tracked
 from fisherfast.train_mode import refuse_train_mode, unwrapped
-
-_CHECKPOINT_SECONDS = 60.0
 
 
 def fisher(
@@ -64,8 +61,8 @@ def fisher(
     entry, or the dict's ``"sample_weight"``. A tuple of inputs is ``model(*x)``, a dict ``model(**x)``; the output is a tensor,
     has ``.logits``, or is what ``output`` picks (a name or a function). ``fisher_type``: "mc" draws ``draws`` labels per sample
     from the model; "exact" takes the expectation, one backward pass per column of a square root of the output Hessian;
-    "empirical" uses the labels of the data, which is *not* the Fisher. ``likelihood``: "categorical", "bernoulli", "gaussian",
-    ``ff.CausalLM()`` or an object. ``structure``: "diagonal" gives a ``DiagonalFisher``, "kfac" a ``KFACFisher``, "ekfac" an
+    "empirical" uses the labels of the data, which is *not* the Fisher. ``likelihood``: "categorical", "causal_lm", "bernoulli",
+    "gaussian" or an object. ``structure``: "diagonal" gives a ``DiagonalFisher``, "kfac" a ``KFACFisher``, "ekfac" an
     ``EKFACFisher`` (the data are read twice and must be the same both times), "gram" a ``GramFisher``, exact, for small models;
     a tuple of requests, ``(ff.Diagonal(), ff.PerSampleNorm(), ff.GradientMoments())``, gives their results in that order, from
     the same passes.
@@ -154,14 +151,11 @@ class Measurement:
     ) -> None:
         self.model, self.labelling = unwrapped(model), labelling
         self.sample_offset, self.output, self.loss_scale = sample_offset, output, loss_scale
-        self.provenance = labelling.provenance(model_name(model))
-        self.run = Run(model, structures, self.provenance, allow_missing, transactional, known)
+        self.run = Run(model, structures, labelling.provenance(model_name(model)), allow_missing, transactional, known)
         self.capture = self.run.capture
         self._sample_gradients = SampleGradients(model, output)
         self.run.vmap_problem = None
         self._explored = self._probed = known is not None
-        self._measured = hashlib.blake2b(" ".join(sorted(self.capture.tracked)).encode(), digest_size=8).hexdigest()
-        self._read: list[str] = []  # digests of the batches up to each, where there is a checkpoint
 
     # -- the data set
 
@@ -170,108 +164,42 @@ class Measurement:
         for item in _shown(data, progress, what):
             yield Batch.of(item, self.capture.device, self.model)
 
-    def over(self, batches: Iterable[Batch], checkpoint: Path | None) -> tuple[Any, ...]:
-        """Measure all of them."""
-        done, before = self._resume(checkpoint)
-        written = time.monotonic()
+    def over(self, batches: Iterable[Batch], path: Path | None) -> tuple[Any, ...]:
+        """Measure all of them; ``path`` is the checkpoint's."""
+        checkpoint = None if path is None else Checkpoint(path, self.run, self._settings())
         with self.run.rescue():
             try:
-                number, read = -1, 0
-                for number, batch in enumerate(batches):
-                    if checkpoint is not None:
-                        self._read.append(self._read_so_far(batch))
-                    if number < done:
-                        self._look(batch)  # as the run did before it stopped
-                        read += batch.N
-                        if number + 1 == done:
-                            self._check_resumed(checkpoint, done, read, before)
-                        continue
-                    self.batch(batch)
-                    if checkpoint is not None and time.monotonic() - written > _CHECKPOINT_SECONDS:
-                        self._write(checkpoint)
-                        written = time.monotonic()
-                if number + 1 < done:
-                    raise ValueError(
-                        f"fisher: data must yield the {done} batches that {checkpoint} holds, got {number + 1}; give the same data, "
-                        "or remove the file"
-                    )
-                if not self.run.num_samples:
-                    raise ValueError("fisher: data must yield at least one batch, got none; was the iterator used up?")
+                self._add_all(batches, checkpoint)
             except BaseException as error:
-                self._write_if_newer(checkpoint, done, error)
+                if checkpoint is not None:
+                    checkpoint.end(error)
                 raise
-            self._write_if_newer(checkpoint, done)
+            if checkpoint is not None:
+                checkpoint.end()
             self.run.warn_of_underflow()
             self.run.warn_of_no_labels()
         return self.run.results()
 
-    def _read_so_far(self, batch: Batch) -> str:
-        """A digest of all batches up to this one."""
-        before = self._read[-1] if self._read else ""
-        return hashlib.blake2b(f"{before} {batch.fingerprint()}".encode(), digest_size=8).hexdigest()
-
-    def _resume(self, checkpoint: Path | None) -> tuple[int, str | None]:
-        """How many batches the file holds, and their digest, where it says."""
-        if checkpoint is None or not checkpoint.exists():
-            return 0, None
-        read, extra = serialize.load_with_extra(checkpoint, device=str(self.capture.device))
-        digest = extra.pop("batches", None)
-        before = read if isinstance(read, tuple) else (read,)
-        settings = self._settings()
-        extra.setdefault("parameters", settings["parameters"])  # older files do not say
-        if extra != settings or before[0].provenance != self.provenance:
-            raise ValueError(
-                f"fisher: {checkpoint} must be of the same measurement, got {before[0].provenance} {extra} instead of "
-                f"{self.provenance} {settings}; remove the file or give another"
-            )
-        self.run.restore(before)
-        return before[0].batches, digest
-
-    def _check_resumed(self, checkpoint: Path | None, done: int, read: int, before: str | None) -> None:
-        """Raise ValueError unless the first ``done`` batches, of ``read`` samples, are those that the file was made of."""
-        if read != self.run.num_samples:
-            raise ValueError(
-                f"fisher: data must come in the batches that {checkpoint} was made of, got {read} samples in the first "
-                f"{done}, where it holds {self.run.num_samples}; give the same data, or remove the file"
-            )
-        if before not in (None, self._read[-1]):
-            raise ValueError(
-                f"fisher: data must be those that {checkpoint} was made of, got others in the first {done} batches; turn off "
-                "shuffling and random augmentation, or remove the file"
-            )
-
-    def _write_if_newer(self, checkpoint: Path | None, done: int, error: BaseException | None = None) -> None:
-        """At the end, or where an ``error`` ends the run, which a full disk must not hide."""
-        if checkpoint is None or self.run.batches <= done:
-            return
-        try:
-            self._write(checkpoint)
-        except OSError as problem:
-            if error is None:
-                raise
-            error.add_note(f"fisherfast: {checkpoint} holds what it held before: {problem}")
-
-    def _write(self, checkpoint: Path) -> None:
-        results = self.run.results()
-        extra = {**self._settings(), "batches": self._read[self.run.batches - 1]}
-        serialize.save(results[0] if len(results) == 1 else serialize.Several(results), checkpoint, extra=extra)
-
-    @functools.cached_property
-    def _weights(self) -> str:
-        """A digest of the model's numbers: a measurement goes on only with the model it began with."""
-        digest = hashlib.blake2b(digest_size=8)
-        for name, value in self.model.state_dict().items():
-            if isinstance(value, Tensor):
-                digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-                digest.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
-        return digest.hexdigest()
+    def _add_all(self, batches: Iterable[Batch], checkpoint: Checkpoint | None) -> None:
+        for batch in batches:
+            if checkpoint is not None and checkpoint.holds(batch):
+                self._look(batch)  # as the run did before it stopped
+                continue
+            self.batch(batch)
+            if checkpoint is not None:
+                checkpoint.write_if_due()
+        if checkpoint is not None:
+            checkpoint.check_all_read()
+        if not self.run.num_samples:
+            raise ValueError("fisher: data must yield at least one batch, got none; was the iterator used up?")
 
     def _settings(self) -> dict[str, str]:
+        """What a checkpoint must agree in, besides the provenance."""
         asked = self.run.structures
         return {
             "sample_offset": str(self.sample_offset),
-            "weights": self._weights,
-            "parameters": self._measured,
+            "weights": digest_of_weights(self.model),
+            "parameters": digest(" ".join(sorted(self.capture.tracked))),
             **self.labelling.counting(),
             **({} if self.output is None else {"output": self.output if isinstance(self.output, str) else "a function"}),
             **({} if asked == (Diagonal(),) else {"structure": ", ".join(map(repr, asked))}),

@@ -91,7 +91,7 @@ class SampleMoments(Measured):
 
     def __add__(self, other: SampleMoments) -> SampleMoments:
         """The moments of both data sets together. Errors: ValueError if they were measured in different ways."""
-        if not isinstance(other, SampleMoments):
+        if not _pooling.check_kind(self, other):
             return NotImplemented
         _pooling.check_same(self._identity(), other._identity())
         return SampleMoments(

@@ -48,12 +48,14 @@ class SampleNorms(Counted):
     def by_layer(self) -> dict[str, Tensor]:
         """``{layer: [num_samples]}``, in the order of the parameters; they add up to ``squared_norms``."""
         if self._by_layer is None:
-            raise ValueError("by_layer: the norms of each layer were not recorded; ask for ff.PerSampleNorm(by_layer=True)")
+            raise ValueError(
+                "by_layer: the norms of each layer must have been recorded, got the whole's only; ask for ff.PerSampleNorm(by_layer=True)"
+            )
         return dict(self._by_layer)
 
     def __add__(self, other: SampleNorms) -> SampleNorms:
         """The samples of both, the other's after this one's. Errors: ValueError if measured in different ways."""
-        if not isinstance(other, SampleNorms):
+        if not _pooling.check_kind(self, other):
             return NotImplemented
         _pooling.check_same(self._identity(), other._identity())
         device = self.squared_norms.device

@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fisherfast._error import NonFiniteError
 from fisherfast._names import listed
-from fisherfast.batches import Batch, Output, check_rereadable
+from fisherfast.batches import Batch, Output
 from fisherfast.dependence import check_first, check_independent, precision
 from fisherfast.fisher import _arguments
 from fisherfast.fisher.labelling import Labelling
@@ -20,6 +20,7 @@ from fisherfast.fisher.protocol import Vector
 from fisherfast.fisher.run import model_name
 from fisherfast.layout import PROBED
 from fisherfast.likelihood import Likelihood, Predictions
+from fisherfast.readings import check_rereadable
 from fisherfast.train_mode import WithoutChance, refuse_train_mode, unwrapped
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, runtime_checkable
@@ -30,6 +30,14 @@ WHOLE = "(model)"  # what is shown for the layer named "": the parameters that t
 def layer_of(parameter: str) -> str:
     """The layer that a parameter name belongs to: ``"a.b"`` for ``"a.b.weight"``, ``""`` for a parameter of the model itself."""
     return parameter.rpartition(".")[0]
+
+
+def names_by_layer(parameters: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """``{layer: its parameters}``, both in the order in which they come."""
+    layers: dict[str, list[str]] = {}
+    for name in parameters:
+        layers.setdefault(layer_of(name), []).append(name)
+    return {layer: tuple(members) for layer, members in layers.items()}
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from fisherfast._names import listed
 from fisherfast.fisher import Fisher
 from fisherfast.information import _checks, _conditions, _prior
 from fisherfast.information._prior import PriorScale
@@ -58,7 +59,7 @@ class Channel:
         scales = information_in_weights(F, model, prior_scale=prior_scale, beta=beta).prior_scales
         if unusable := [name for name, scale in scales.items() if not 0 < scale < math.inf]:
             raise ValueError(
-                f"{caller}: a fitted prior_scale must be > 0 and finite, got others for {unusable}; give numbers there"
+                f"{caller}: a fitted prior_scale must be > 0 and finite, got others for {listed(unusable)}; give numbers there"
             )
         return cls(layer, beta, prior_scale, {name: beta / scale**2 for name, scale in scales.items()}, F)
 

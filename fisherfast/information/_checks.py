@@ -10,6 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
+from fisherfast._names import listed
+
 
 def _finite(value: object) -> float | None:
     """The value as a finite float, also if it is a tensor without axes; None if it is none."""
@@ -67,7 +69,7 @@ def one_of(caller: str, name: str, value: str, choices: tuple[str, ...]) -> str:
 def named(caller: str, what: str, tensors: Mapping[str, Tensor], names: Iterable[str], of: str) -> None:
     """Raise ValueError unless ``tensors``, called ``what``, has all ``names``, the parameters of ``of``."""
     if lacking := [name for name in names if name not in tensors]:
-        raise ValueError(f"{caller}: {what} must hold every parameter of {of}, lacks {lacking}")
+        raise ValueError(f"{caller}: {what} must hold every parameter of {of}, lacks {listed(lacking)}")
 
 
 def shaped(caller: str, what: str, tensors: Mapping[str, Tensor], like: Mapping[str, Tensor], of: str) -> None:

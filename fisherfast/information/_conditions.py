@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from fisherfast._names import listed
 from fisherfast.fisher import Fisher
 
 
@@ -15,4 +16,4 @@ def measured(F: Fisher) -> str:
 def measured_and_missing(F: Fisher) -> str:
     """The same, and the parameters that were not measured."""
     missing = F.coverage.missing
-    return measured(F) + (f", without {', '.join(missing)}, which it lacks" if missing else "")
+    return measured(F) + (f", without {listed(missing)}, which it lacks" if missing else "")

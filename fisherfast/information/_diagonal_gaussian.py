@@ -9,9 +9,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from fisherfast._names import listed
 from fisherfast._precision import wide_dtype
 from fisherfast.fisher import LayerSummary
-from fisherfast.fisher.protocol import layer_of
+from fisherfast.fisher.protocol import names_by_layer
 from fisherfast.information import _checks, _prior, _series
 from fisherfast.information._prior import PriorScale
 from fisherfast.information.weights import Weights, tensors
@@ -39,13 +40,12 @@ class DiagonalGaussian:
             raise ValueError(f"{caller}: model must have a parameter that asks for a gradient, got none")
         self._centers = _centers(caller, self._parameters, center)
         self._layers: dict[str, LayerSummary] = {}
-        for layer in dict.fromkeys(map(layer_of, self._parameters)):
-            names = tuple(name for name in self._parameters if layer_of(name) == layer)
+        for layer, names in names_by_layer(self._parameters).items():
             size = sum(self._parameters[name].numel() for name in names)
             self._layers[layer] = LayerSummary(layer, names, size, math.nan)
         self._distances = {name: _series.squared_distance(p, self._centers.get(name)) for name, p in self._parameters.items()}
         if bad := [name for name, distance in self._distances.items() if not math.isfinite(distance)]:
-            raise ValueError(f"{caller}: weights must be finite, got others in {bad}")
+            raise ValueError(f"{caller}: weights must be finite, got others in {listed(bad)}")
         self._given = None if isinstance(prior_scale, str) else _prior.given(prior_scale, self._layers, caller, "model")
         self._train_mean = train_mean
         starts = {name: self._start(layer, name) for layer in self._layers.values() for name in layer.parameters}

@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
+from fisherfast._names import listed
 from fisherfast.fisher import LayerSummary, Spectrum
 from fisherfast.information import _checks, _series
 
@@ -48,11 +49,13 @@ def given(prior_scale: GivenScale, layers: Mapping[str, LayerSummary], caller: s
     layer_of = {name: layer for layer, summary in layers.items() for name in summary.parameters}
     if not isinstance(prior_scale, Mapping):
         return dict.fromkeys(layer_of, check_scale("prior_scale", prior_scale, caller))
-    if unknown := sorted(set(prior_scale) - {*layer_of, *layers}):
-        raise ValueError(f"{caller}: prior_scale must name layers or parameters of {of}, got {unknown}; layers: {list(layers)}")
+    if unknown := set(prior_scale) - {*layer_of, *layers}:
+        raise ValueError(
+            f"{caller}: prior_scale must name layers or parameters of {of}, got {listed(unknown)}; layers: {listed(layers)}"
+        )
     keys = {name: name if name in prior_scale else layer for name, layer in layer_of.items()}
     if missing := [name for name, key in keys.items() if key not in prior_scale]:
-        raise ValueError(f"{caller}: prior_scale must cover every parameter, got none for {missing}")
+        raise ValueError(f"{caller}: prior_scale must cover every parameter, got none for {listed(missing)}")
     return {name: check_scale(f"prior_scale[{key!r}]", prior_scale[key], caller) for name, key in keys.items()}
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fisherfast.batches import Output, check_rereadable
+from fisherfast.batches import Output
 from fisherfast.fisher import Fisher
 from fisherfast.information import _checks
 from fisherfast.information._prior import PriorScale
@@ -19,6 +19,7 @@ from fisherfast.information.posterior import GaussianPosterior, Posterior
 from fisherfast.information.result import Information
 from fisherfast.information.weights import Weights, informations
 from fisherfast.likelihood import Likelihood, resolve
+from fisherfast.readings import check_rereadable
 
 METHODS = ("analytic", "monte-carlo")
 

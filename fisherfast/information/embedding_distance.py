@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from fisherfast._names import listed
 from fisherfast.fisher import _arguments
 from fisherfast.fisher.protocol import Damping
 from fisherfast.information import _checks
@@ -45,8 +46,10 @@ def embedding_distance(
     alpha = _checks.not_negative(_CALLER, "alpha", alpha, "0 is the symmetric distance")
     shapes, others = ({name: len(h) for name, h in e.filters.items()} for e in (first, second))
     if shapes != others:
-        differing = sorted(n for n in {*shapes, *others} if shapes.get(n) != others.get(n))
-        raise ValueError(f"{_CALLER}: both must be of the same filters, differ in {differing}; skip the layers that differ")
+        differing = [n for n in {*shapes, *others} if shapes.get(n) != others.get(n)]
+        raise ValueError(
+            f"{_CALLER}: both must be of the same filters, differ in {listed(differing)}; skip the layers that differ"
+        )
     dampings = _arguments.damping_by_name(_CALLER, damping, shapes)
     trivial = torch.cat([torch.full((count,), dampings[name], dtype=torch.float64) for name, count in shapes.items()])
     p, q = (e.vector().cpu() + trivial for e in (first, second))

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fisherfast.batches import Output, check_rereadable
+from fisherfast.batches import Output
 from fisherfast.fisher import _arguments
 from fisherfast.fisher.lanczos import Estimate
 from fisherfast.information import _checks
@@ -18,6 +18,7 @@ from fisherfast.information._losses import Loss, SampleLosses
 from fisherfast.information.posterior import GaussianPosterior
 from fisherfast.information.weights import tensors
 from fisherfast.likelihood import Likelihood
+from fisherfast.readings import check_rereadable
 
 
 class LogLoss(Estimate):

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from fisherfast._names import listed
 from fisherfast._precision import wide, wide_dtype
 from fisherfast.fisher import Fisher
 from fisherfast.information._prior import PriorScale
@@ -116,7 +117,7 @@ class Posterior(GaussianPosterior):
         info = self.information
         if unbounded := [name for name, scale in info.prior_scales.items() if scale == math.inf]:
             raise ValueError(
-                f"posterior.sample: Sigma must be bounded, but the Fisher of {unbounded} is zero and prior_scale='fit' has no "
+                f"posterior.sample: Sigma must be bounded, but the Fisher of {listed(unbounded)} is zero and prior_scale='fit' has no "
                 "largest value there; give prior_scale as a number, or leave these parameters out of the Fisher"
             )
         t = info.temperature

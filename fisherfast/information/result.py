@@ -29,7 +29,7 @@ class LayerInformation:
     have different ones; they are in ``Information.prior_scales``.
     """
 
-    parameters: int
+    num_parameters: int
     trace: float
     nats: float
     kl: float
@@ -45,8 +45,8 @@ class LayerInformation:
 
     @property
     def bits_per_parameter(self) -> float:
-        """``bits / parameters``."""
-        return self.bits / self.parameters if self.parameters else 0.0
+        """``bits / num_parameters``."""
+        return self.bits / self.num_parameters if self.num_parameters else 0.0
 
 
 @dataclass(frozen=True)
@@ -93,9 +93,9 @@ class Information:
         return self.loss_rise + self.beta * self.kl
 
     @property
-    def parameters(self) -> int:
+    def num_parameters(self) -> int:
         """The number of weights k that the nats are of."""
-        return sum(layer.parameters for layer in self.layers.values())
+        return sum(layer.num_parameters for layer in self.layers.values())
 
     @property
     def trace(self) -> float:
@@ -122,7 +122,7 @@ class Information:
         layers = self.layers.values()
         scales = {layer.prior_scale for layer in layers}
         return LayerInformation(
-            parameters=self.parameters,
+            num_parameters=self.num_parameters,
             trace=self.trace,
             nats=self.nats,
             kl=self.kl,
@@ -187,7 +187,7 @@ class Information:
 
 def _cells(layer: LayerInformation) -> list[str]:
     return [
-        f"{layer.parameters:,}",
+        f"{layer.num_parameters:,}",
         f"{layer.trace:.3g}",
         f"{layer.nats:,.1f}",
         f"{layer.bits_per_parameter:.3g}",

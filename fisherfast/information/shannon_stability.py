@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from fisherfast._names import listed
 from fisherfast.fisher import Fisher
 from fisherfast.information import _checks, _conditions
 from fisherfast.information.weights import VARIANTS
@@ -44,14 +45,6 @@ class StabilityInformation:
 
 
 @torch.no_grad()
-def stability(F: Fisher, sensitivity: Tensor | Mapping[str, Tensor]) -> Tensor:
-    """``J^T F J`` for the columns of J that ``sensitivity`` holds as rows: ``[d, d]`` float64, one product with F for each."""
-    rows = _rows(F, sensitivity)
-    products = torch.stack([F @ row for row in rows])
-    matrix = rows @ products.T
-    return (matrix + matrix.T) / 2
-
-
 def shannon_from_stability(
     F: Fisher, sensitivity: Tensor | Mapping[str, Tensor], *, beta: float, entropy: float, variant: str = "exact"
 ) -> StabilityInformation:
@@ -77,13 +70,14 @@ def shannon_from_stability(
     beta = _checks.positive(_CALLER, "beta", beta, "1 / (number of training samples) is the Bayesian choice")
     entropy = _checks.number(_CALLER, "entropy", entropy, "it is the differential entropy of the numbers that make a data set")
     _checks.one_of(_CALLER, "variant", variant, VARIANTS)
-    d, k = len(_rows(F, sensitivity)), F.num_parameters
+    rows = _rows(F, sensitivity)
+    d, k = len(rows), F.num_parameters
     if d > k:
         raise ValueError(
             f"{_CALLER}: a data set must be of at most k = {k} numbers, the number of weights, got d = {d}; the determinant would "
             "be 0: describe the data sets by fewer numbers"
         )
-    matrix = stability(F, sensitivity)
+    matrix = _stability(F, rows)
     eigenvalues = torch.linalg.eigvalsh(matrix)
     if eigenvalues[0] <= _SINGULAR * eigenvalues[-1]:
         raise ValueError(
@@ -101,7 +95,7 @@ def _rows(F: Fisher, sensitivity: Tensor | Mapping[str, Tensor]) -> Tensor:
     """The sensitivity as ``[d, k]`` in float64."""
     if isinstance(sensitivity, Mapping):
         if set(sensitivity) != set(F.names):
-            raise ValueError(f"{_CALLER}: sensitivity must have the names of F, {list(F.names)}, got {list(sensitivity)}")
+            raise ValueError(f"{_CALLER}: sensitivity must have the names of F, {listed(F.names)}, got {listed(sensitivity)}")
         if len(counts := {len(sensitivity[name]) for name in F.names}) > 1:
             raise ValueError(f"{_CALLER}: sensitivity must have one number of rows for all parameters, got {sorted(counts)}")
         rows = torch.cat([sensitivity[name].unsqueeze(1).flatten(1).double() for name in F.names], 1)
@@ -110,3 +104,9 @@ def _rows(F: Fisher, sensitivity: Tensor | Mapping[str, Tensor]) -> Tensor:
     if rows.dim() != 2 or not rows.numel() or not rows.isfinite().all():
         raise ValueError(f"{_CALLER}: sensitivity must be finite and [d, k] with d > 0, got {tuple(rows.shape)}")
     return rows
+
+
+def _stability(F: Fisher, rows: Tensor) -> Tensor:
+    """``J^T F J`` of the columns of J, given as rows ``[d, k]``: one product with F for each."""
+    matrix = rows @ torch.stack([F @ row for row in rows]).T
+    return (matrix + matrix.T) / 2

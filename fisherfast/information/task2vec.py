@@ -13,8 +13,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from fisherfast._names import listed
 from fisherfast.fisher import Fisher, LayerSummary
-from fisherfast.fisher.protocol import layer_of
+from fisherfast.fisher.protocol import names_by_layer
 from fisherfast.information import _checks, _conditions, _prior
 from fisherfast.information._prior import GivenScale
 from fisherfast.train_mode import unwrapped
@@ -65,7 +66,7 @@ class TaskEmbedding:
         beta = _checks.positive("from_variance", "beta", beta, "it is the price of a nat that the posterior was trained with")
         scales = _prior.given(prior_scale, _grouped(variance), "from_variance", "variance")
         if bad := [name for name, values in variance.items() if not (values.isfinite() & (values > 0)).all()]:
-            raise ValueError(f"from_variance: variances must be finite and > 0, got others in {bad}")
+            raise ValueError(f"from_variance: variances must be finite and > 0, got others in {listed(bad)}")
         curvature = {name: beta * (1 / values.double() - 1 / scales[name] ** 2) for name, values in variance.items()}
         source = f"posterior variances, beta = {beta:.3g}, prior scale {_prior.scale_in_words(prior_scale)}"
         return cls(_averaged(curvature, model, layers, skip, norms), source)
@@ -115,10 +116,10 @@ def task_embedding(
 
 def _grouped(tensors: Mapping[str, Tensor]) -> dict[str, LayerSummary]:
     """The layers of the parameters, as a Fisher would say."""
-    names: dict[str, list[str]] = {}
-    for name in tensors:
-        names.setdefault(layer_of(name), []).append(name)
-    return {layer: LayerSummary(layer, tuple(n), sum(tensors[name].numel() for name in n), 0.0) for layer, n in names.items()}
+    return {
+        layer: LayerSummary(layer, names, sum(tensors[name].numel() for name in names), math.nan)
+        for layer, names in names_by_layer(tensors).items()
+    }
 
 
 def _averaged(
@@ -129,8 +130,10 @@ def _averaged(
     for what, given in (("layers", layers), ("skip", skip)):
         if isinstance(given, str):
             raise ValueError(f"{_CALLER}: {what} must be a collection of layer names, got the text {given!r}; pass [{given!r}]")
-    if unknown := sorted({*skip, *(layers or ())} - set(known)):
-        raise ValueError(f"{_CALLER}: layers and skip must name layers that were measured, got {unknown}; layers: {list(known)}")
+    if unknown := {*skip, *(layers or ())} - set(known):
+        raise ValueError(
+            f"{_CALLER}: layers and skip must name layers that were measured, got {listed(unknown)}; layers: {listed(known)}"
+        )
     model = unwrapped(model)
     parameters = dict(model.named_parameters())
     chosen = {}
@@ -146,7 +149,7 @@ def _averaged(
         elif values.dim() == 1 and kind == "weight" and norms:
             chosen[name] = values.clone()
     if not chosen:
-        raise ValueError(f"{_CALLER}: at least one parameter must be left, got none of {list(known)}; norms need norms=True")
+        raise ValueError(f"{_CALLER}: at least one parameter must be left, got none of {listed(known)}; norms need norms=True")
     return chosen
 
 

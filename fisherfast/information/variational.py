@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fisherfast._error import NonFiniteError
-from fisherfast.batches import Batch, Output, check_rereadable
+from fisherfast.batches import Batch, Output
 from fisherfast.fisher import _arguments
 from fisherfast.information import _checks, _prior
 from fisherfast.information._diagonal_gaussian import DiagonalGaussian
@@ -26,6 +26,7 @@ from fisherfast.information._prior import PriorScale
 from fisherfast.information.posterior import GaussianPosterior
 from fisherfast.information.weights import Weights
 from fisherfast.likelihood import Likelihood
+from fisherfast.readings import check_rereadable
 
 NOISES = ("local", "weight")
 _CALLER = "variational_posterior"

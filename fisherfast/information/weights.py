@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from fisherfast._names import listed
 from fisherfast._warning import warn
 from fisherfast.fisher import Fisher, LayerSummary, Spectrum
 from fisherfast.information import _checks, _prior, _series
@@ -153,9 +154,9 @@ def _check_names(F: Fisher, model: Weights, weights: Mapping[str, Tensor]) -> tu
     # A frozen parameter asks for no Fisher; in a mapping there is no such mark, and everything counts.
     wanted = [name for name, tensor in weights.items() if tensor.requires_grad or not isinstance(model, nn.Module)]
     if unknown := [name for name in wanted if name not in covered]:
-        raise ValueError(f"{_CALLER}: F must cover every parameter of model, lacks {unknown}; leave them out")
+        raise ValueError(f"{_CALLER}: F must cover every parameter of model, lacks {listed(unknown)}; leave them out")
     if excluded:
-        message = f"{_CALLER}: the nats exclude parameters that the Fisher lacks: {list(excluded)}"
+        message = f"{_CALLER}: the nats exclude parameters that the Fisher lacks: {listed(excluded)}"
         warn(message)
     return excluded
 
@@ -216,7 +217,7 @@ def _measure(
             dimension += shares
     distinct = {scales[name] for name in summary.parameters}
     return LayerInformation(
-        parameters=summary.num_parameters,
+        num_parameters=summary.num_parameters,
         trace=summary.trace,
         nats=kl if variant == "exact" else kl - summary.num_parameters / 2,
         kl=kl,

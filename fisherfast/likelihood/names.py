@@ -7,11 +7,11 @@ from typing import Any
 
 from fisherfast._warning import warn
 from fisherfast.likelihood.bernoulli import Bernoulli
-from fisherfast.likelihood.categorical import Categorical
+from fisherfast.likelihood.categorical import Categorical, CausalLM
 from fisherfast.likelihood.gaussian import Gaussian
 from fisherfast.likelihood.protocol import Likelihood
 
-_BY_NAME: dict[str, Any] = {"categorical": Categorical, "bernoulli": Bernoulli, "gaussian": Gaussian}
+_BY_NAME: dict[str, Any] = {"categorical": Categorical, "bernoulli": Bernoulli, "causal_lm": CausalLM, "gaussian": Gaussian}
 
 
 def resolve(likelihood: str | Likelihood) -> Likelihood:

@@ -25,7 +25,7 @@ def as_dict(F: Fisher, info: Information, ratio: TimeRatio | None = None) -> dic
         "bits",
         "kl",
         "lagrangian_rise",
-        "parameters",
+        "num_parameters",
         "beta",
         "prior_scale",
         "centered",

@@ -43,7 +43,7 @@ def page(
         model=F.provenance.model or "a network",
         nats=f"{info.nats:,.0f}",
         bits=f"{info.bits:,.0f}",
-        parameters=f"{info.parameters:,}",
+        parameters=f"{info.num_parameters:,}",
         lines=summary(F, info, ratio),
         warnings=words.warnings(F, info) or ["None."],
         layers=layers(info),
@@ -67,7 +67,7 @@ def _cells(layer: LayerInformation) -> list[str]:
     return [
         f"{layer.nats:,.1f}",
         f"{layer.share:.1%}",
-        f"{layer.parameters:,}",
+        f"{layer.num_parameters:,}",
         f"{layer.bits_per_parameter:.3g}",
         f"{layer.trace:.3g}",
         f"{layer.effective_dimension:,.1f}",

@@ -34,7 +34,7 @@ def summary(F: Fisher, info: Information, ratio: TimeRatio | None = None) -> dic
         "data": f"N = {F.num_samples:,} samples, {F.num_positions:,} labels",
         "prior": f"scale {info.prior_in_words()}",
         "price": f"beta = {info.beta:.3g}: the mean loss one nat may cost; {info.variant} formulas",
-        "information": f"{info.nats:,.1f} nats = {info.bits:,.1f} bits in {info.parameters:,} weights",
+        "information": f"{info.nats:,.1f} nats = {info.bits:,.1f} bits in {info.num_parameters:,} weights",
     }
     if info.excluded:
         lines["excluded"] = ", ".join(info.excluded)

@@ -49,7 +49,7 @@ def settings(F: Fisher, info: Information) -> dict[str, str]:
         "seed": _drawn(F, how.seed),
         "samples N": f"{F.num_samples:,}",
         "labels": f"{F.num_positions:,}",
-        "weights k": f"{info.parameters:,}",
+        "weights k": f"{info.num_parameters:,}",
         "beta": f"{info.beta:.6g}",
         "prior scale lambda": f"{info.prior_in_words()}{_span(info)}",
         "formulas": _FORMULAS[info.variant],

@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The checkpoint of a run: a result with what it must agree in, from which another run of the same measurement goes on."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from fisherfast.batches import Batch
+from fisherfast.fisher import serialize
+from fisherfast.fisher.run import Run
+
+_SECONDS = 60.0  # between two writes
+
+
+class Checkpoint:
+    """A file that a run goes on from if it exists, and that is written every minute, on any error and at the end.
+
+    Errors: ValueError if it is of another measurement.
+    """
+
+    def __init__(self, path: Path, run: Run, settings: dict[str, str]) -> None:
+        self._path, self._run, self._settings = path, run, settings
+        self._read: list[str] = []  # digests of the batches up to each that was read
+        self._samples = 0  # in those of them that the file holds
+        self._done, self._digest = self._resume() if path.exists() else (0, None)
+        self._written = time.monotonic()
+
+    def _resume(self) -> tuple[int, str | None]:
+        """How many batches the file holds, and their digest, where it says."""
+        read, extra = serialize.load_with_extra(self._path, device=str(self._run.capture.device))
+        found = extra.pop("batches", None)
+        before = read if isinstance(read, tuple) else (read,)
+        extra.setdefault("parameters", self._settings["parameters"])  # older files do not say
+        if extra != self._settings or before[0].provenance != self._run.provenance:
+            raise ValueError(
+                f"fisher: {self._path} must be of the same measurement, got {before[0].provenance} {extra} instead of "
+                f"{self._run.provenance} {self._settings}; remove the file or give another"
+            )
+        self._run.restore(before)
+        return before[0].batches, found
+
+    def holds(self, batch: Batch) -> bool:
+        """Note that a batch was read; whether it is in the file. Errors: ValueError if the file was made of others."""
+        self._read.append(digest(f"{self._read[-1] if self._read else ''} {batch.fingerprint()}"))
+        if len(self._read) > self._done:
+            return False
+        self._samples += batch.N
+        if len(self._read) == self._done:
+            self._check_batches()
+        return True
+
+    def _check_batches(self) -> None:
+        if self._samples != self._run.num_samples:
+            raise ValueError(
+                f"fisher: data must come in the batches that {self._path} was made of, got {self._samples} samples in the first "
+                f"{self._done}, where it holds {self._run.num_samples}; give the same data, or remove the file"
+            )
+        if self._digest not in (None, self._read[-1]):
+            raise ValueError(
+                f"fisher: data must be those that {self._path} was made of, got others in the first {self._done} batches; turn off "
+                "shuffling and random augmentation, or remove the file"
+            )
+
+    def check_all_read(self) -> None:
+        """Raise ValueError if the data ended before the batches that the file holds."""
+        if len(self._read) < self._done:
+            raise ValueError(
+                f"fisher: data must yield the {self._done} batches that {self._path} holds, got {len(self._read)}; give the same data, "
+                "or remove the file"
+            )
+
+    def write_if_due(self) -> None:
+        """Write if a minute has passed."""
+        if time.monotonic() - self._written > _SECONDS:
+            self._write()
+            self._written = time.monotonic()
+
+    def end(self, error: BaseException | None = None) -> None:
+        """Write what is new, at the end or where an ``error`` ends the run, which a full disk must not hide."""
+        if self._run.batches <= self._done:
+            return
+        try:
+            self._write()
+        except OSError as problem:
+            if error is None:
+                raise
+            error.add_note(f"fisherfast: {self._path} holds what it held before: {problem}")
+
+    def _write(self) -> None:
+        results = self._run.results()
+        extra = {**self._settings, "batches": self._read[self._run.batches - 1]}
+        serialize.save(results[0] if len(results) == 1 else serialize.Several(results), self._path, extra=extra)
+
+
+def digest(text: str) -> str:
+    """A short one, for a file's fields."""
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def digest_of_weights(model: nn.Module) -> str:
+    """Of the model's numbers: a measurement goes on only with the model it began with."""
+    found = hashlib.blake2b(digest_size=8)
+    for name, value in model.state_dict().items():
+        if isinstance(value, Tensor):
+            found.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+            found.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
