@@ -38,6 +38,8 @@ GRACE = 5  # seconds in which what is asked to end takes its record back, unless
 TRIES = 6  # processes of a bench: one that hangs, crashes or breaks the device is followed by another
 TAIL = 30  # lines of a process that failed are kept
 RESULTS = ROOT / "bench" / "results"
+GPU_TESTS = ("float64", "not float64 and not on_the_cpu", "on_the_cpu")  # the gate, the ops' own rules, models and what they need
+FIRST_SHARE = 0.75  # of the time, for what there is something instead of
 BUILT = ROOT / "build" / "gpu-check-built.txt"  # of which sources this machine has a build
 
 
@@ -91,10 +93,11 @@ def test() -> list[Command]:
     workers = ["-n", str(min(8, os.cpu_count() or 1)), "--dist", "loadgroup"] if importlib.util.find_spec("xdist") else []
     # By a thread: a test that waits for a kernel which hangs cannot be interrupted, only its process ended.
     limits = ["--timeout", "120", "--timeout-method", "thread"] if importlib.util.find_spec("pytest_timeout") else []
-    pytest = [sys.executable, "-m", "pytest", "-q", "-m", "not hypothesis", *workers, *limits]
+    # Test by test in the log: one that is ended at its limit has said what passed.
+    pytest = [sys.executable, "-m", "pytest", "-v", "--tb=short", "-m", "not hypothesis", *workers, *limits]
     ops = ("ops", "gram", "conv_sq", "conv_gram", "categorical_score", "log1p_sum")
     return [
-        Command([*pytest, "tests/test_gpu.py"], lasting=True),
+        *(Command([*pytest, "tests/test_gpu.py", "-k", some], lasting=True) for some in GPU_TESTS),
         *(Command([*pytest, f"tests/test_{name}.py", "-k", "cuda"], lasting=True) for name in ops),
         Command([*pytest, "tests/test_backend.py"], lasting=True),
     ]
@@ -217,7 +220,7 @@ def passes(command: Command, deadline: float, progress: Progress, log: TextIO) -
         if remaining <= (SPARE if command.resuming else 0):
             say(f"gpu-check: no time left: {command.name}", log)
             return False
-        ended = run(command, remaining, log)
+        ended = run(command, remaining if command.instead is None else FIRST_SHARE * remaining, log)
         progress.add(command, ended)
         if ended.status == 0:
             return True

@@ -21,12 +21,12 @@ def _kron_log1p_sum_kernel(partial, a, b, shape, strides, share, c: tl.float64, 
     Tile:  BLOCK columns, walked row by row. FLOPs: some 30 a product and a division. Bytes: a tile's a and b.
     """
     rows, columns = shape
-    column = long(tl.program_id(1)) * BLOCK + tl.arange(0, BLOCK)
+    column = long(tl.program_id(0)) * BLOCK + tl.arange(0, BLOCK)
     values = tl.load(b + column * strides[1], mask=column < columns, other=0.0).to(tl.float64)
     logs = tl.zeros([BLOCK], tl.float64)
     costs = logs
     exponents = tl.zeros([BLOCK], tl.int64)
-    begin = tl.program_id(0) * share
+    begin = tl.program_id(1) * share
     end = tl.minimum(begin + share, rows)
     for row in range(begin, end):
         factor = tl.load(a + long(row) * strides[0]).to(tl.float64) * c
@@ -34,7 +34,7 @@ def _kron_log1p_sum_kernel(partial, a, b, shape, strides, share, c: tl.float64, 
         logs += log
         costs += cost
         exponents += exponent
-    program = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
+    program = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
     store_sums(partial, program, logs, costs, exponents, end - begin)
 
 
@@ -47,7 +47,7 @@ def kron_log1p_sum(acc: Tensor, a: Tensor, b: Tensor, c: float = 1.0) -> None:
     with torch.cuda.device_of(acc):
         blocks = triton.cdiv(len(b), BLOCK)
         share = triton.cdiv(len(a) * blocks, PROGRAMS)
-        grid = (triton.cdiv(len(a), share), blocks)
-        partial = torch.empty(grid[0] * blocks, 2, device=acc.device, dtype=torch.float64)
+        grid = (blocks, triton.cdiv(len(a), share))  # the shares second: a grid's second axis has 65,535 programs at most
+        partial = torch.empty(grid[0] * grid[1], 2, device=acc.device, dtype=torch.float64)
         _kron_log1p_sum_kernel[grid](partial, a, b, (len(a), len(b)), (a.stride(0), b.stride(0)), share, c, BLOCK)
         fold_(acc, partial, 1.0, None)

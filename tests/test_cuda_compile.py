@@ -70,6 +70,13 @@ def test_no_spills_and_no_stack(kernels, arch):
         assert (k.stack, k.spill_stores, k.spill_loads) == (0, 0, 0), k
 
 
+def test_static_and_dynamic_shared_memory_fit_together(kernels):
+    """A launch without the attribute has 48 KiB of both; it is left out below ``kSurelyShared`` of dynamic memory."""
+    (dynamic,) = re.findall(r"kSurelyShared = (\d+) \* 1024;", (compile_cuda.ROOT / "csrc" / "cuda" / "common.cuh").read_text())
+    asking = [k for k in kernels if "mma_kernel" in k.name]  # the others' memory is all static
+    assert asking and all(k.shared + int(dynamic) * 1024 <= 48 * 1024 for k in asking)
+
+
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("kernel", ["linear_sq_mma_kernel", "gram_mma_kernel"])
 @pytest.mark.parametrize(("dtype", "product"), [("BFloat16", "HMMA.16816.F32.BF16"), ("Half", "HMMA.16816.F32")])

@@ -2,6 +2,7 @@
 """The GPU check's arithmetic, and what it does where there is no GPU."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from pathlib import Path
 import gpu_check as check
 import pytest
 import torch
-from gpu import cost, sanitize
+from gpu import calls, cost, sanitize, smoke
 
 from fisherfast import _backend
 
@@ -190,6 +191,41 @@ def test_every_test_of_an_op_on_a_gpu_runs():
     asked = {path for path in (check.ROOT / "tests").glob("test_*.py") if "DEVICES" in path.read_text()}
     named = {check.ROOT / part for command in check.STAGES["test"]() for part in command.argv}
     assert {check.ROOT / "tests" / "test_gpu.py", *asked} - {Path(__file__)} <= named
+
+
+def test_every_test_of_a_gpu_is_in_one_part_of_the_stage():
+    """By what ``-k`` asks of its name."""
+    names = re.findall(r"^def (test_\w+)", (check.ROOT / "tests" / "test_gpu.py").read_text(), re.MULTILINE)
+    for name in names:
+        here = {word: word in name for word in ("float64", "on_the_cpu")}
+        assert sum(eval(part, {}, here) for part in check.GPU_TESTS) == 1
+
+
+def test_a_call_that_fails_does_not_keep_the_others_from_running(monkeypatch):
+    ran = []
+
+    def build(draw, number):
+        def run(outputs):
+            ran.append(number)
+            if number == 1:
+                raise RuntimeError("invalid argument")
+
+        return calls.Call({}, run)
+
+    monkeypatch.setitem(calls.CALLS, "linear_sq_", (build, [(0,), (1,), (2,)]))
+    assert smoke.small("linear_sq_", "cpu", "cpu") == {"failed": ["call 1: RuntimeError: invalid argument"]}
+    monkeypatch.setattr(sanitize, "GROUPS", {"some": ("linear_sq_",)})
+    assert sanitize.main("some", "cpu") == 1 and ran == 3 * [0, 1, 2]  # two dtypes in Triton's interpreter
+    monkeypatch.setitem(calls.CALLS, "linear_sq_", (build, [(1,), (1,)]))
+    with pytest.raises(RuntimeError, match="every call failed, the first with call 0: RuntimeError: invalid argument"):
+        smoke.small("linear_sq_", "cpu", "cpu")
+
+
+def test_what_has_an_alternative_leaves_it_time(tmp_path):
+    slow = check.Command([sys.executable, "-c", "import time; time.sleep(60)"])
+    command = slow._replace(instead=check.Command([sys.executable, "-c", "print('instead')"]))
+    with (tmp_path / "log").open("w") as log:
+        assert check.passes(command, time.monotonic() + 4, check.Progress(tmp_path / "progress"), log)
 
 
 def test_the_sanitizer_watches_every_op():

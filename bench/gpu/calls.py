@@ -182,10 +182,30 @@ def calls(op: str, device: str, dtype: torch.dtype) -> list[Call]:
     return [build(Draw(device, dtype), *shape) for shape in shapes]
 
 
-def run_all(op: str, backend: str, device: str, dtype: torch.dtype) -> None:
-    """Run the calls of an op in one backend, and wait for them."""
+def run_all(op: str, backend: str, device: str, dtype: torch.dtype) -> list[str]:
+    """Run the calls of an op in one backend, waiting for each: why those failed that did.
+
+    Errors: that of a call after which the device no longer answers.
+    """
+    failed = []
     with ff.backend(backend):
-        for call in calls(op, device, dtype):
-            call.run(call.outputs)
-    if device == "cuda":
-        torch.cuda.synchronize()
+        for number, call in enumerate(calls(op, device, dtype)):
+            try:
+                call.run(call.outputs)
+                if device == "cuda":
+                    torch.cuda.synchronize()
+            except Exception as problem:  # one call's business: the others are still to be run
+                if not alive(device):
+                    raise
+                failed.append(f"call {number}: {type(problem).__name__}: {problem}")
+    return failed
+
+
+def alive(device: str) -> bool:
+    """Whether the device still answers: after a bad access nothing of this process runs any more."""
+    try:
+        if device == "cuda":
+            torch.cuda.synchronize()
+    except RuntimeError:  # what every CUDA error is
+        return False
+    return True

@@ -26,6 +26,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from gpu import clock, cost, problems, record
+from gpu.calls import alive
 
 import fisherfast as ff
 from fisherfast import _backend, _choice
@@ -82,16 +83,6 @@ def peer(device: str, problem: problems.Problem, oracle: torch.Tensor, name: str
     return {"error": off, "seconds": clock.seconds(lambda: problem.peers[name](acc), device)}
 
 
-def alive(device: str) -> bool:
-    """Whether the device still answers: after a bad access nothing of this process runs any more."""
-    try:
-        if device == "cuda":
-            torch.cuda.synchronize()
-    except RuntimeError:  # what every CUDA error is
-        return False
-    return True
-
-
 def measure(
     device: str, document: record.Document, op: str, case: str, mode: str, tiny: bool = False, deadline: float = math.inf
 ) -> dict[str, Any]:
@@ -134,7 +125,7 @@ def measure(
 
 
 def dropped(content: dict[str, Any], op: str, backend: str) -> str | None:
-    """Why a backend of an op is not run any more: it failed on small calls, or was lost twice. Once may have been the lease's end."""
+    """Why a backend of an op is not run any more: it failed on every small call, or was lost twice. Once may have been the lease's end."""
     failed = [r["why"] for r in content["smoke"] if (r["op"], r["route"]) == (op, backend) and "why" in r]
     if failed:
         return f"not run: on small calls {failed[0]}"

@@ -17,15 +17,18 @@ GROUPS = {"products": ("linear_sq_", "gram_", "conv_sq_", "conv_gram_")}
 GROUPS["others"] = tuple(op for op in calls.CALLS if op not in GROUPS["products"])
 
 
-def main(group: str, device: str = "cuda") -> None:
-    """Run a group's calls; the sanitizer's exit status is the answer."""
+def main(group: str, device: str = "cuda") -> int:
+    """Run a group's calls; the sanitizer's exit status is the answer, or 1 if a call could not be run at all."""
+    status = 0
     for op, dtype, name in itertools.product(GROUPS[group], (torch.float32, torch.bfloat16), ("triton", "cuda")):
         if (problem := _backend.OPS[op].unavailable(name, device)) is not None:
             print(f"{op} has no {name} backend here: {problem}")
             continue
-        calls.run_all(op, name, device, dtype)
-        print(f"ran {op} {name} {dtype}", flush=True)
+        failed = calls.run_all(op, name, device, dtype)
+        print(f"ran {op} {name} {dtype}", *failed, sep="\n", flush=True)
+        status |= bool(failed)
+    return status
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    sys.exit(main(sys.argv[1]))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every backend of every op on small awkward calls, before the bench: what fails or hangs here is not run there, and says why.
+"""Every backend of every op on small awkward calls, before the bench: what fails in every call or hangs here is not run there, and says why.
 
 Results are the tests' business. Records go to the bench's file; run it again and it goes on where it stopped.
 """
@@ -29,9 +29,11 @@ SECONDS = 60  # for a backend of an op at most: the kernels it compiles included
 
 
 def small(op: str, backend: str, device: str) -> dict[str, Any]:
-    """Run the calls; there is nothing more to say of a backend that can."""
-    calls.run_all(op, backend, device, torch.bfloat16)
-    return {}
+    """Run the calls: which of them failed. Errors: RuntimeError if all did."""
+    failed = calls.run_all(op, backend, device, torch.bfloat16)
+    if len(failed) == len(calls.CALLS[op][1]):
+        raise RuntimeError(f"every call failed, the first with {failed[0]}")
+    return {"failed": failed} if failed else {}
 
 
 def unfinished(content: dict[str, Any], device: str) -> list[tuple[str, str]]:
@@ -51,12 +53,12 @@ def main() -> int:
             break
         head = {"op": op, "route": backend}
         found = document.attempt(document.content["smoke"], head, partial(small, op, backend, device), SECONDS)
-        print(f"{op} {backend}: {found.get('why', 'runs')}", flush=True)
+        print(f"{op} {backend}: {found.get('why') or '; '.join(found.get('failed', ['runs']))}", flush=True)
         if not run.alive(device):
             return run.lost()
     left = unfinished(document.content, device)
     print(f"wrote {document.path}" + (f"; {len(left)} backends left, run again to go on" if left else ""))
-    return record.ENDED if left or any("why" in r for r in document.content["smoke"]) else 0
+    return record.ENDED if left or any("why" in r or "failed" in r for r in document.content["smoke"]) else 0
 
 
 if __name__ == "__main__":
