@@ -74,7 +74,7 @@ class Call:
     site: Site | None = None  # if no sample came in here
     viewed: bool = False  # whether the tap is on what the output is a view of
     uses: list[CallUse] = field(default_factory=list)
-    counted: bool = False  # whether its samples are in num_samples already: a second backward pass is another draw
+    counted: int = 0  # backward passes that have counted: of several each is another draw of the same samples
 
 
 class Tap(torch.autograd.Function):

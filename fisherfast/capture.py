@@ -51,8 +51,7 @@ class Capture(TorchFunctionMode):
         named = [(name, p) for name, p in root.named_parameters() if p.requires_grad]
         _refuse_shards(root, named)
         for name, p in named:
-            if not p.numel() or p.is_complex():
-                kind = "complex" if p.numel() else "empty"
+            if kind := _unusual(p):
                 raise ValueError(
                     f"{name}: must hold real numbers, got a parameter that is {kind}; freeze it (requires_grad_(False))"
                 )
@@ -269,7 +268,7 @@ class Capture(TorchFunctionMode):
 
         What was made of parameters may also be what the others are used on: then it holds samples, and is no parameter.
         """
-        if func not in RULES or not torch.is_grad_enabled() or _complex((args, kwargs)):
+        if func not in RULES or not torch.is_grad_enabled() or _without_rows((args, kwargs)):
             return None
         try:
             declared = RULES[func](*args, **kwargs)  # a generator: nothing in it has run yet
@@ -333,7 +332,7 @@ class Capture(TorchFunctionMode):
     def _make(self, func: Any, outputs: list[Tensor], found: list[Reference], reason: str) -> None:
         """Follow what a call has made of parameters alone as parameters."""
         sources = tuple({t.name: t for r in found for t in r.tracked.sources}.values())
-        lost = not all(t.caught for t in sources)
+        lost = not all(t.caught for t in sources) or any(out.layout is not torch.strided for out in outputs)
         for source in sources:
             source.give_up(reason) if lost else source.chain(reason)
         for out in outputs:
@@ -345,7 +344,8 @@ class Capture(TorchFunctionMode):
         """Whether ``out`` is memory of the parameter, each number at most once."""
         whole = tracked.parameter
         return (
-            whole.is_contiguous()
+            out.layout is torch.strided  # a sparse one has no memory of its own
+            and whole.is_contiguous()
             and out.dtype == whole.dtype
             and out.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
             and _apart(out)
@@ -455,6 +455,17 @@ class Capture(TorchFunctionMode):
         return None
 
 
+def _unusual(parameter: Tensor) -> str | None:
+    """What a parameter is whose gradient is not one number for each of its entries."""
+    if parameter.layout is not torch.strided:
+        return "sparse"
+    if parameter.is_inference():
+        return "made in inference mode"
+    if parameter.is_complex():
+        return "complex"
+    return None if parameter.numel() else "empty"
+
+
 def _refuse_shards(model: nn.Module, named: list[tuple[str, nn.Parameter]]) -> None:
     """Raise ValueError where a parameter is a share of one, or made of several tensors: it is not what functions receive."""
     kinds = {type(p).__name__ for _, p in named if is_traceable_wrapper_subclass(p)}  # DTensor, and those of quantisation
@@ -487,9 +498,9 @@ def _fits(func: Any, args: Any, kwargs: Any) -> bool:
     return True
 
 
-def _complex(given: Any) -> bool:
-    """Whether complex numbers are among them: a rule's gradients are of real ones."""
-    return any(tensor.is_complex() for tensor in tensors(given))
+def _without_rows(given: Any) -> bool:
+    """Whether complex or nested tensors are among them: a rule's rows are of real numbers, side by side."""
+    return any(tensor.is_complex() or tensor.is_nested for tensor in tensors(given))
 
 
 def _without_a_graph(func: Any) -> bool:

@@ -9,7 +9,7 @@ from networks import Wrapped, parameter
 
 import fisherfast as ff
 
-D, C = 4, 3
+D, C, V = 4, 3, 6
 EXACT = 1e-12
 
 
@@ -18,6 +18,12 @@ def changed_in_place(w, x):
     y = x - made
     made.mul_(2)
     return y
+
+
+def added_through_a_view(w, x):
+    y = x * 1.0
+    y[:, 1:].add_(w[1:])
+    return y * w
 
 
 def of_rows(w, x):
@@ -57,6 +63,24 @@ CALLS = {
     "mixed together": lambda w, x: torch.lerp(*torch.broadcast_tensors(w, x, x)),
     "sums of numbers": lambda w, x: x * (w.sum() + w.exp().sum()),
     "written through a view": lambda w, x: (x * 1.0)[:, 1:].mul_(w[1:]).sub_(w[:-1]).repeat(1, 2)[:, :D],
+    "added through a view": added_through_a_view,
+    "a sum with a factor": lambda w, x: torch.add(x, w, alpha=2),
+    "a sum with a factor, the parameter first": lambda w, x: torch.add(w, x, alpha=2) * x,
+    "a sum in place with a factor": lambda w, x: (x * 1.0).add_(w, alpha=2),
+    "a product with a factor": lambda w, x: torch.addmm(w, x, w.exp().diag(), alpha=2),
+    "a product of a parameter, with factors": lambda w, x: torch.addmm(w, x, w.view(2, 2).repeat(2, 2), beta=3, alpha=2),
+    "repeated": lambda w, x: x * w[:2].repeat(2),
+    "repeated along another axis": lambda w, x: x * w.repeat(2, 1).sum(0),
+}
+LAYERS = {
+    "a layer with factors": lambda m, x: torch.addmm(m.b, x, m.w, beta=3, alpha=2),
+    "a layer with a factor of its bias": lambda m, x: torch.addmm(m.b, x, m.w, beta=3),
+    "a layer with a factor": lambda m, x: torch.addmm(m.b, x, m.w, alpha=2),
+}
+TABLES = {
+    "rows counted from the end": lambda m, ids: m.table[ids - V].sum(1),
+    "padding counted from the end": lambda m, ids: F.embedding(ids, m.table, padding_idx=-1).sum(1),
+    "rows of a length at most": lambda m, ids: F.embedding_bag(ids, m.table.clone(), max_norm=0.5, mode="sum"),
 }
 
 
@@ -64,10 +88,33 @@ def model_of(call):
     return Wrapped(lambda m, x: F.linear(call(m.w, x).to(m.v.dtype).relu(), m.v), w=parameter(D), v=parameter(C, D))
 
 
-@pytest.mark.parametrize("name", CALLS)
-def test_squares_and_outputs(name):
-    model = model_of(CALLS[name]).double()
-    batches = [(torch.randn(n, D, dtype=torch.float64), torch.randint(C, (n,))) for n in (7, 5, 1, 6)]
+def layer_of(call):
+    return Wrapped(lambda m, x: F.linear(call(m, x).relu(), m.v), w=parameter(D, D), b=parameter(D), v=parameter(C, D))
+
+
+def table_of(call):
+    return Wrapped(lambda m, ids: F.linear(call(m, ids), m.v), table=parameter(V, D), v=parameter(C, D))
+
+
+def vectors(n):
+    return torch.randn(n, D, dtype=torch.float64)
+
+
+def tokens(n):
+    return torch.randint(V, (n, 5))
+
+
+KINDS = [(model_of, vectors, CALLS), (layer_of, vectors, LAYERS), (table_of, tokens, TABLES)]
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # torch.vmap of the lookup that writes its table
+@pytest.mark.parametrize(
+    ("build", "inputs", "call"),
+    [pytest.param(build, inputs, call, id=name) for build, inputs, calls in KINDS for name, call in calls.items()],
+)
+def test_squares_and_outputs(build, inputs, call):
+    model = build(call).double()
+    batches = [(inputs(n), torch.randint(C, (n,))) for n in (7, 5, 1, 6)]
     expected = oracle.diagonal(model, batches, oracle.cross_entropy)
     result = ff.fisher(model, batches, fisher_type="empirical", progress=False)
     assert oracle.error(result.diagonal(dtype=torch.float64), expected) < EXACT

@@ -321,6 +321,40 @@ def test_packed_recurrence_whatever_the_order_of_lengths(name, seed):
     assert oracle.error(empirical(model, batches).diagonal(dtype=torch.float64), expected) < EXACT
 
 
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
+@pytest.mark.parametrize("both", [False, True], ids=["", "both ways"])
+def test_the_last_states_of_packed_sequences_are_their_own(kind, both):
+    def forward(m, x):
+        lengths = 1 + (x[:, 0, 0] > 0).long() + 2 * (x[:, 1, 0] > 0).long()
+        state = m.r(nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False))[1]
+        return m.head((state[0] if kind == "LSTM" else state).transpose(0, 1).flatten(1))
+
+    r, head = getattr(nn, kind)(3, 4, batch_first=True, bidirectional=both), nn.Linear(4 * (1 + both), 3)
+    model = networks.Wrapped(forward, r=r, head=head).double()
+    batches = [(torch.randn(n, 5, 3).double(), torch.randint(0, 3, (n,))) for n in (7, 6)]
+    expected = oracle.diagonal(model, batches, oracle.cross_entropy)
+    assert oracle.error(empirical(model, batches).diagonal(dtype=torch.float64), expected) < EXACT
+
+
+def _of_two_paddings(m, ids):
+    h = F.embedding(ids, m.w, padding_idx=1).tanh() + F.embedding(ids, m.w).sigmoid()
+    return F.linear(h.sum(1), m.w)
+
+
+USES = {
+    "a tied table of two paddings": _of_two_paddings,
+    "a transposed parameter": lambda m, ids: ((1 + F.one_hot(ids, 3).double()) * m.w.t()).sum(1),
+}
+
+
+@pytest.mark.parametrize("name", USES)
+def test_use_by_tokens_matches_autograd(name):
+    model = networks.Wrapped(USES[name], w=networks.parameter(3, 4)).double()
+    batches = [(torch.randint(0, 3, (n, 4)), torch.randint(0, 3, (n,))) for n in (7, 6)]
+    expected = oracle.diagonal(model, batches, oracle.cross_entropy)
+    assert oracle.error(empirical(model, batches).diagonal(dtype=torch.float64), expected) < EXACT
+
+
 @pytest.mark.parametrize("structure", ["diagonal", ff.KFAC(max_factor_dim=64), ff.EKFAC(max_factor_dim=64)], ids=str)
 def test_a_tied_table_is_never_as_large_as_its_sample_gradients(structure):
     """Of 500 rows, looked up and multiplied by: nothing of 8 x 500 x 32 numbers is made."""

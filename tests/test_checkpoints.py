@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A run that goes on from a checkpoint knows of its model what the first one found out, and ends as one that was never stopped."""
 
+import copy
+from types import FunctionType
+
 import pytest
 import torch
 from networks import Wrapped
@@ -157,12 +160,13 @@ def test_a_checkpoint_is_of_the_same_parameters(structure, freezes, tmp_path):
         ff.fisher(model, data, (structure,), "empirical", checkpoint=path, progress=False)
 
 
-def test_a_checkpoint_is_of_the_same_output(tmp_path):
+@pytest.mark.parametrize(("option", "other"), [("output", lambda z: -3 * z), ("sample_offset", 5)])
+def test_a_checkpoint_is_of_the_same_options(option, other, tmp_path):
     model, data, path = nn.Linear(I, C).double(), batches((1, 1, 1)), tmp_path / "c.safetensors"
     with pytest.raises(RuntimeError, match="stopped"):
-        ff.fisher(model, stopping(data, 2), "diagonal", "empirical", checkpoint=path, progress=False)
-    with pytest.raises(ValueError, match=r"must be of the same measurement.*a function"):
-        ff.fisher(model, data, "diagonal", "empirical", output=lambda z: -3 * z, checkpoint=path, progress=False)
+        ff.fisher(model, stopping(data, 2), checkpoint=path, progress=False)
+    with pytest.raises(ValueError, match=f"must be of the same measurement.* instead of .*'{option}'"):
+        ff.fisher(model, data, checkpoint=path, progress=False, **{option: other})
 
 
 def test_a_full_disk_hides_no_other_error(tmp_path, monkeypatch):
@@ -194,3 +198,71 @@ def test_a_resumed_run_counts_the_same_labels(tmp_path, other):
     with pytest.raises(ValueError, match="must be of the same measurement"):
         ff.fisher(model, batches, likelihood=ff.Categorical(**other), **options)
     assert ff.fisher(model, batches, likelihood=ff.Categorical(), **options).num_samples == 8
+
+
+class Counting(nn.Module):
+    """Counts its own forward passes; ``hidden`` scales the outputs and is in no file of the model."""
+
+    def __init__(self, hidden=2.0, graph=None):
+        super().__init__()
+        self.layer = nn.Linear(I, C)
+        self.register_buffer("calls", torch.zeros(()))
+        self.register_buffer("hidden", torch.tensor(hidden), persistent=False)
+        self.register_buffer("graph", graph)
+
+    def forward(self, x):
+        self.calls += 1
+        return self.layer(x) * self.hidden
+
+
+GRAPHS = {"": None, "sparse": torch.eye(3).to_sparse(), "meta": torch.empty(3, device="meta")}
+
+
+@pytest.mark.parametrize("graph", GRAPHS)
+def test_a_model_goes_on_from_what_it_was_before_the_first_batch(graph, tmp_path):
+    """Not from what its forward passes have made of it; and with the buffers that its files lack."""
+    model, data, path = Counting(graph=GRAPHS[graph]).double(), batches((1, 1, 1)), tmp_path / "c.safetensors"
+    started, other = copy.deepcopy(model), copy.deepcopy(model)
+    other.hidden.fill_(3)
+    with pytest.raises(RuntimeError, match="stopped"):
+        ff.fisher(model, stopping(data, 2), fisher_type="empirical", checkpoint=path, progress=False)
+    with pytest.raises(ValueError, match="must be of the same measurement"):
+        ff.fisher(other, data, fisher_type="empirical", checkpoint=path, progress=False)
+    resumed = ff.fisher(started, data, fisher_type="empirical", checkpoint=path, progress=False)
+    whole = ff.fisher(started, data, fisher_type="empirical", progress=False)
+    assert resumed.trace() == pytest.approx(whole.trace(), rel=1e-9)
+
+
+def negated(z):
+    return -z
+
+
+def tripled(z):
+    return 3 * z
+
+
+def test_a_checkpoint_is_of_the_same_function(tmp_path):
+    """By its name and what it does: another one of the same name is another."""
+    model, data, path = nn.Linear(I, C).double(), batches((1, 1, 1)), tmp_path / "c.safetensors"
+
+    def measured(output, data=data):
+        return ff.fisher(model, data, output=output, checkpoint=path, progress=False)
+
+    with pytest.raises(RuntimeError, match="stopped"):
+        measured(negated, stopping(data, 2))
+    renamed = FunctionType(tripled.__code__, globals(), "negated")
+    for other in (tripled, renamed, nn.Identity()):
+        with pytest.raises(ValueError, match="must be of the same measurement"):
+            measured(other)
+    assert measured(FunctionType(negated.__code__.replace(co_firstlineno=1), globals(), "negated")).num_samples == 9
+
+
+def test_what_a_killed_process_was_writing_is_removed(tmp_path):
+    path, others = (
+        tmp_path / "c[1].safetensors",
+        [tmp_path / ".d.safetensors.0123abcd.tmp", tmp_path / ".c[1].safetensors.other.tmp"],
+    )
+    for left in (tmp_path / ".c[1].safetensors.0123abcd.tmp", *others):
+        left.touch()
+    ff.fisher(nn.Linear(I, C).double(), batches((1, 1, 1)), checkpoint=path, progress=False)
+    assert set(tmp_path.iterdir()) == {path, *others}

@@ -98,3 +98,14 @@ def test_refuses_prior_scale_names():
     scales = dict.fromkeys(gram.names, 1.0) | {"0.weight": 2.0}
     with pytest.raises(ValueError, match="effective_dimension: prior_scale must be one number for a block of F"):
         ff.effective_dimension(gram, beta=1.0, prior_scale=scales)
+
+
+@pytest.mark.parametrize(("beta", "scale"), [(1e-300, 1e10), (1e-308, 1.0), (1e-10, 1e149)])
+def test_a_ratio_that_no_float_holds_is_refused(beta, scale):
+    F = DiagonalFisher({"w": torch.tensor([1.0, 1e20], dtype=torch.float64)}, num_samples=3)
+    for measured in (
+        lambda: ff.effective_dimension(F, beta=beta, prior_scale=scale),
+        lambda: ff.free_energy(F, 1.0, temperature=beta, prior_scale=scale),
+    ):
+        with pytest.raises(ValueError, match="must be finite"):
+            measured()

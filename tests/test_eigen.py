@@ -199,6 +199,29 @@ def test_a_factor_that_is_not_finite_is_named(which, value):
         exact.logdet(0.1)
 
 
+@pytest.mark.parametrize("kind", ["kronecker", "exact"])
+def test_what_is_known_of_a_block_is_void_once_its_sums_change(kind):
+    def block():
+        if kind == "kronecker":
+            return kronecker("rank one", "rank one", 5, 4)
+        return ExactBlock(Flat("w"), Accumulator(rank_one(5), 1.0))
+
+    def known(one):
+        v = torch.ones(1, 4 if kind == "kronecker" else 1, 5).double()
+        zeros = [one.zeros_of_A, one.zeros_of_B] if kind == "kronecker" else []
+        inverse = one.spectrally(v, lambda values: 1 / (values + 0.1))
+        return [*zeros, *one.spectrum()[0], inverse, torch.tensor(one.logdet(0.1)[0])]
+
+    one, other = block(), block()
+    both = one.pooled(other, {})
+    known(one)
+    for mine, more in zip(one.accumulators(), other.accumulators(), strict=True):
+        mine.add(more)
+    one.changed()
+    for mine, expected in zip(known(one), known(both), strict=True):
+        torch.testing.assert_close(mine, expected, rtol=EXACT, atol=EXACT)
+
+
 @pytest.mark.parametrize("structure", ["kfac", "ekfac"])
 def test_a_run_whose_squares_overflow_names_the_weight(structure):
     model = nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 2))

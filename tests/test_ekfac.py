@@ -98,12 +98,15 @@ def test_a_large_output_factor_has_no_basis_of_its_own(order, monkeypatch):
     assert block.V is None and close(block.values.mean(), (G @ block.U).square().mean(0), EXACT)
 
 
+@pytest.mark.parametrize("weighted", [False, True], ids=["", "weighted"])
 @pytest.mark.parametrize("chunk", [1, 10**9])
-def test_chunks_change_nothing(chunk, monkeypatch):
-    model, x, y = networks.doubles("experts", 7)
-    expected = measure(model, [(x, y)], "ekfac").diagonal(dtype=torch.float64)
+@pytest.mark.parametrize("name", ["mlp-inplace-relu", "experts"])
+def test_chunks_change_nothing(name, chunk, weighted, monkeypatch):
+    model, x, y = networks.doubles(name, 7)
+    batch = (x, y, torch.rand(7).double()) if weighted else (x, y)
+    expected = measure(model, [batch], "ekfac").diagonal(dtype=torch.float64)
     monkeypatch.setattr(eigen_sums, "_CHUNK_BYTES", chunk)
-    found = measure(model, [(x, y)], "ekfac").diagonal(dtype=torch.float64)
+    found = measure(model, [batch], "ekfac").diagonal(dtype=torch.float64)
     assert all(close(found[n], expected[n], EXACT) for n in expected)
 
 
@@ -379,6 +382,12 @@ def test_few_rows_of_a_float32_model_keep_the_trace():
     model, x, y = nn.Sequential(nn.Linear(101, 97), nn.Tanh(), nn.Linear(97, 83)), torch.randn(9, 101), torch.randint(0, 83, (9,))
     E, D = (measure(model, [(x, y)], s) for s in ("ekfac", "diagonal"))
     assert E.blocks[0].U.shape[2] == 9 and E.trace() == pytest.approx(D.trace(), rel=1e-5)
+
+
+def test_the_trace_of_a_model_in_bfloat16_is_that_of_its_diagonal():
+    model, (x, y) = mlp().bfloat16(), double_vectors(7)
+    E, D = (measure(model, [(x.bfloat16(), y)], s) for s in ("ekfac", "diagonal"))
+    assert E.trace() == pytest.approx(D.trace(), rel=1e-3)
 
 
 def test_ekfacs_of_one_run_have_one_basis():

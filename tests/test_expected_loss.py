@@ -142,6 +142,11 @@ def test_another_loss_is_measured():
         ff.expected_loss(posterior, net, [(x, y)], loss=nn.functional.cross_entropy)
 
 
+def test_losses_are_added_in_float64():
+    data = [(torch.ones(2, 4), torch.zeros(2))]
+    assert ff.mean_loss(network(), data, loss=lambda output, y: torch.tensor([2.0**24, 1.0])) == (2**24 + 1) / 2
+
+
 def test_dict_batches_and_output():
     class Named(nn.Module):
         def __init__(self):
@@ -206,6 +211,13 @@ def test_model_is_left_as_it_is_also_on_errors():
     for name, p in net.named_parameters():
         same, value, version = before[name]
         assert p is same and torch.equal(p, value) and p._version == version and p.requires_grad and p.grad is None
+
+
+def test_data_that_a_model_writes_to_are_as_before():
+    net, (x, y) = nn.Sequential(nn.ReLU(inplace=True), network()), labelled()
+    before = x.clone()
+    ff.mean_loss(net, [(x, y)])
+    assert torch.equal(x, before)
 
 
 def test_refuses_losses_that_are_not_finite():

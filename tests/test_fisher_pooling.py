@@ -135,10 +135,16 @@ class Two(nn.Module):
         return self.b(self.a(x).tanh())
 
 
+def in_two_orders():
+    """Two models of the same parameters, inputs and labels."""
+    models = [Two("ab").double(), Two("ba").double()]
+    models[1].load_state_dict(models[0].state_dict())
+    return models, torch.randn(8, 6).double(), torch.randint(0, 6, (8,))
+
+
 @pytest.mark.parametrize("structure", ["diagonal", "kfac", "ekfac"])
 def test_blocks_pool_by_name_whatever_the_order_of_the_parameters(structure):
-    x, y, models = torch.randn(8, 6).double(), torch.randint(0, 6, (8,)), [Two("ab").double(), Two("ba").double()]
-    models[1].load_state_dict(models[0].state_dict())
+    models, x, y = in_two_orders()
     options = {"fisher_type": "empirical", "progress": False}
     if structure == "ekfac":
         basis = ff.fisher(models[0], [(x, y)], "kfac", **options)
@@ -156,6 +162,15 @@ def test_blocks_pool_by_name_whatever_the_order_of_the_parameters(structure):
     pooled, expected = (first + second).diagonal(dtype=torch.float64), whole.diagonal(dtype=torch.float64)
     for name, diagonal in expected.items():
         torch.testing.assert_close(pooled[name], diagonal, rtol=1e-6, atol=1e-9)
+
+
+def test_standard_errors_pool_by_layer_whatever_the_order_of_the_layers():
+    models, x, y = in_two_orders()
+    options = {"fisher_type": "empirical", "progress": False}
+    one, other = (ff.fisher(m, [(x[s], y[s])], **options) for m, s in zip(models, (slice(0, 3), slice(3, 8)), strict=True))
+    whole = ff.fisher(models[0], [(x, y)], **options).stderr("by_layer")
+    for pooled in (one + other, other + one):
+        assert pooled.stderr("by_layer") == pytest.approx(whole, rel=1e-9)
 
 
 def test_norms_of_other_parameters_do_not_pool():

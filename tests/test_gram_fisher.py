@@ -48,6 +48,11 @@ def dense(model, x, y, losses=oracle.cross_entropy, weight=None):
     return F / float(weight.sum())
 
 
+def diagonal_of(damping, G):
+    """A damping for every parameter, by name, as a vector ``[P]``."""
+    return torch.cat([torch.full((s.numel(),), damping[n], dtype=torch.float64) for n, s in G.shapes.items()])
+
+
 @pytest.mark.parametrize("weighted", [False, True], ids=["", "weighted"])
 @pytest.mark.parametrize("name", networks.EVERY)
 def test_columns_are_those_of_autograd_for_every_kind_of_network(name, weighted, monkeypatch):
@@ -92,13 +97,22 @@ def test_the_algebra_is_that_of_the_matrix(N, damping):
         if isinstance(damping, dict)
         else dict.fromkeys(G.names, 0.05)
     )
-    damped = F + torch.cat([torch.full((s.numel(),), each[n], dtype=torch.float64) for n, s in G.shapes.items()]).diag()
+    damped = F + diagonal_of(each, G).diag()
     v = torch.randn(G.num_parameters).double()
     assert close(G.solve(v, damping), torch.linalg.solve(damped, v), 1e-9)
     assert G.logdet(damping) == pytest.approx(float(torch.linalg.slogdet(damped)[1]), rel=1e-10)
     values = G.eigenvalues()
     assert len(values) == G.num_parameters == sum(s.num_parameters for s in G.spectra())
     assert float((values - torch.linalg.eigvalsh(F).flip(0)).abs().max()) < 1e-12 * float(values[0])
+
+
+def test_every_solve_has_its_own_damping():
+    G = measure(mlp(), [double_vectors()], "gram")
+    v = torch.randn(G.num_parameters).double()
+    for damping in (0.1, 0.5, {n: 0.1 + k for k, n in enumerate(G.names)}, 0.1):
+        each = damping if isinstance(damping, dict) else dict.fromkeys(G.names, damping)
+        solved = G.solve(v, damping)
+        assert close(G @ solved + diagonal_of(each, G) * solved, v, 1e-9)
 
 
 def test_named_vectors_keep_their_dtype():

@@ -308,6 +308,13 @@ def test_rejects_prior_scale_names():
         information_in_weights(F, net, prior_scale={"0": 0.1}, beta=1e-3)
 
 
+def test_rejects_several_prior_scales_in_a_block():
+    net = nn.Linear(3, 2)
+    F = ff.fisher(net, [(torch.randn(5, 3), None)], structure="kfac", fisher_type="exact", progress=False)
+    with pytest.raises(ValueError, match="prior_scale must be one number for a block of F"):
+        information_in_weights(F, net, prior_scale={"weight": 1.0, "bias": 2.0}, beta=0.1)
+
+
 def test_rejects_names_and_shapes():
     net, F = two_layers()
     weights = dict(net.named_parameters())

@@ -6,7 +6,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import Wrapped, measure
+from networks import Wrapped, measure, parameter
 from oracle import close
 from safetensors import safe_open
 from test_kfac import hooked_factors
@@ -431,6 +431,23 @@ def test_other_parts_in_a_later_batch_are_refused(later):
 
     with pytest.raises(ValueError, match=r"w: must be used as in the first batch, in the parts \['w\[0:2\]', 'w\[2:5\]'\], got"):
         measure(model, changing(), "kfac")
+
+
+@pytest.mark.parametrize("structure", ["kfac", "ekfac"])
+@pytest.mark.parametrize("elsewhere", ["other positions", "before"])
+def test_another_use_of_a_bias_in_a_later_batch_is_refused(structure, elsewhere):
+    """Also where it has as many rows as the weight, which the backward pass comes to first."""
+
+    def forward(m, x):
+        if len(x) < N:
+            return F.linear(x, m.w, m.b)
+        return F.linear(x.mean(1, keepdim=True), m.w).expand(-1, T, -1) + m.b if elsewhere != "before" else F.linear(x + m.b, m.w)
+
+    features = C if elsewhere == "before" else E
+    model = Wrapped(forward, w=parameter(C, features), b=parameter(C))
+    batches = [(torch.randn(n, T, features), torch.randint(0, C, (n, T))) for n in (N - 2, N)]
+    with pytest.raises(ValueError, match="b: must be used with 'w' as in the first batch, got another use of it"):
+        measure(model, batches, structure)
 
 
 def test_blocks_must_make_a_parameter_up():

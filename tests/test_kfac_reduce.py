@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from networks import double_vectors, measure, mlp
+from networks import Wrapped, double_vectors, measure, mlp
 from oracle import close
 from test_kfac import Tagger, cnn, dense_blocks
 from torch import nn
@@ -50,8 +50,17 @@ def hooked_factors(model, x, y):
     return factors
 
 
+def several():
+    """A convolution of several images a sample."""
+    return Wrapped(
+        lambda m, x: m.conv(x.flatten(0, 1)).tanh().view(len(x), -1, 4, 16).sum((1, 3)), conv=nn.Conv2d(2, 4, 3, bias=False)
+    ).double()
+
+
 @pytest.mark.parametrize(
-    ("build", "x"), [(mlp, (6, 3)), (mlp, (6, 5, 3)), (cnn, (6, 2, 8, 7))], ids=["vectors", "sequences", "images"]
+    ("build", "x"),
+    [(mlp, (6, 3)), (mlp, (6, 5, 3)), (cnn, (6, 2, 8, 7)), (several, (6, 3, 2, 6, 6))],
+    ids=["vectors", "sequences", "images", "several images"],
 )
 def test_factors_are_those_of_the_definition_in_any_split(build, x):
     model, x = build(), torch.randn(x).double()

@@ -386,3 +386,27 @@ def test_a_table_may_show_no_gradient_at_first(structure, first):
     if structure != "kfac":
         expected = oracle.diagonal(model, data, oracle.cross_entropy)
         assert found.trace() == pytest.approx(float(sum(v.sum() for v in expected.values())))
+
+
+class Attending(nn.Module):
+    """A layer of the samples and of a table ``[T, D]`` that gets a first axis of one, as one sample has."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.layer, self.head = nn.Parameter(torch.randn(5, D)), nn.Linear(D, D), nn.Linear(D, C)
+
+    def forward(self, x):
+        keys, queries = self.layer(self.table[None].repeat(1, 1, 1)), self.layer(x[:, None])
+        return self.head(((queries @ keys.mT).softmax(-1) @ self.table + queries).tanh()[:, 0])
+
+
+@pytest.mark.parametrize("structure", ["diagonal", "kfac", "ekfac"])
+def test_a_first_sample_by_itself_does_not_hide_a_table(structure):
+    model, x, y = Attending().double(), torch.randn(7, D).double(), torch.randint(0, C, (7,))
+    alone, together = (
+        ff.fisher(model, list(zip(x.split(sizes), y.split(sizes), strict=True)), structure, "empirical", progress=False)
+        for sizes in ([1, 6], [3, 4])
+    )
+    assert alone.trace() == pytest.approx(together.trace(), rel=1e-9)
+    for name, expected in together.diagonal(dtype=torch.float64).items():
+        torch.testing.assert_close(alone.diagonal(dtype=torch.float64)[name], expected, rtol=1e-9, atol=1e-12)

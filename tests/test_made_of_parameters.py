@@ -264,3 +264,27 @@ def test_what_is_made_of_parameters_is_let_go(function):
         ff.fisher(model, batches, structure, fisher_type="empirical", progress=False)
     collected(model, batches)
     assert alive() == before
+
+
+def sparse(m):
+    places = torch.stack([torch.arange(D) % 3, torch.arange(D) % 5])
+    return torch.sparse_coo_tensor(places, m.p, (D, D), check_invariants=True)
+
+
+SPARSE = {
+    "made dense": lambda m, h: h @ sparse(m).to_dense(),
+    "in a product": lambda m, h: torch.stack([torch.sparse.mm(sparse(m), one.mT).mT for one in h]),
+    "by its operator": lambda m, h: torch.stack([(sparse(m) @ one.mT).mT for one in h]),
+}
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("structure", ["diagonal", "kfac"])
+@pytest.mark.parametrize("name", SPARSE)
+def test_sparse_tensors_made_of_a_parameter(name, structure):
+    """As learned weights of a graph's edges."""
+    model, batches = of(SPARSE[name], p=parameter(D)), [batch(n) for n in (4, 3)]
+    expected = oracle.diagonal(model, batches, oracle.cross_entropy)["p"]
+    found = ff.fisher(model, batches, structure, "empirical", progress=False).diagonal(dtype=torch.float64)["p"]
+    assert oracle.error({"p": found}, {"p": expected}) < EXACT
+    assert is_right(collected(model, batches), model, batches)

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import fisherfast as ff
-from fisherfast import passes
+from fisherfast import fallback, passes
 
 EXACT = 1e-12
 FAMILIES = ["mlp-inplace-relu", "layer-norm", "embedding", "conv1d-addmm", "weight-used-twice", "positions-without-samples"]
@@ -90,6 +90,16 @@ def test_parts_measured_apart_pool_to_the_whole():
     whole = measure(model, [(x, y)], seed=3)
     first, second = measure(model, [(x[:3], y[:3])], seed=3), measure(model, [(x[3:], y[3:])], seed=3, sample_offset=3)
     assert oracle.error(diagonal(first + second), diagonal(whole)) < EXACT
+
+
+@pytest.mark.parametrize("vmap", [True, False], ids=["vmap", "loop"])
+@pytest.mark.parametrize("name", networks.FALLBACK)
+def test_a_loss_scale_is_taken_out_of_what_fallbacks_give(name, vmap, monkeypatch):
+    model, x, y = networks.doubles(name, 5)
+    if not vmap:
+        monkeypatch.setattr(fallback.SampleGradients, "__call__", lambda *_: None)
+    one, scaled = (measure(model, [(x, y)], fisher_type="empirical", loss_scale=s) for s in (1.0, 1024.0))
+    assert oracle.error(diagonal(scaled), diagonal(one)) < EXACT
 
 
 @pytest.mark.parametrize(

@@ -173,3 +173,20 @@ def test_outputs_without_features():
     torch.testing.assert_close(ff.FisherOperator(model, data, "empirical", own) @ v, dense_one @ v, rtol=1e-4, atol=1e-6)
     with pytest.raises(ValueError, match="got meta tensors; load the weights first"):
         ff.FisherOperator(nn.Linear(3, 2, device="meta"), data)
+
+
+class Centred(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(3, 4)
+
+    def forward(self, x):
+        outputs = self.linear(x)
+        return outputs - outputs.mean(0)
+
+
+@pytest.mark.parametrize("N", [2, 4, 5, 20])
+def test_samples_that_depend_on_each_other_have_no_products(N):
+    operator = ff.FisherOperator(Centred(), [(torch.randn(N, 3), torch.randint(0, 4, (N,)))], "exact")
+    with pytest.raises(ValueError, match="samples must not depend on each other"):
+        operator @ torch.ones(16)

@@ -91,6 +91,16 @@ def test_the_largest_loss_is_a_vacuous_bound():
     assert bound.value == 3.0 and bound.vacuous
 
 
+def test_vacuous_is_relative_to_the_largest_loss():
+    assert not pac_bayes_bound(2.0, 1.0, 10_000, max_loss=10.0).vacuous
+    assert pac_bayes_bound(0.05, 1e6, 1000, max_loss=0.1, method="kl").vacuous
+
+
+def test_kl_of_huge_divergences_is_at_most_one():
+    for q in [*(i / 997 for i in range(998)), 1e-17, 1e-300, 1 - 1e-16]:
+        assert q <= pac_bayes_bound(q, 1e5, 10, method="kl").value <= 1
+
+
 def test_kl_is_below_what_pinsker_gives():
     for loss in (0.01, 0.1, 0.4):
         c = (50 + math.log(2 * math.sqrt(1000) / 0.05)) / 1000

@@ -197,3 +197,33 @@ def test_padding_is_not_multiplied(copied, padded, monkeypatch):
     h = model.table(ids)
     inputs = F.pad(h + (ids[:, :1, None] % 2) * model.layer(h), (0, 1), value=1.0)[mask].double()
     torch.testing.assert_close(found, inputs.mT @ inputs / mask.sum(), rtol=1e-5, atol=1e-6)
+
+
+def test_collect_is_told_of_padding():
+    """By ``mask``; without one all positions exist, as before."""
+    model = nn.Sequential(nn.Embedding(10, 5), nn.Linear(5, 4)).double()
+    ids, mask = torch.randint(2, 10, (4, 6)), torch.ones(4, 6, dtype=torch.long)
+    mask[1:, 4:], mask[3, 1:] = 0, 0
+    batch = {"input": ids, "attention_mask": mask, "labels": (ids % 4).masked_fill(mask == 0, IGNORED)}
+    expected = ff.fisher(Masked(model), [batch], "kfac", "empirical", progress=False)
+
+    def collected(**given):
+        with ff.collect(model, ff.KFAC(), fisher_type="empirical") as stats:
+            losses = F.cross_entropy(model(ids).flatten(0, 1), batch["labels"].flatten(), reduction="none", ignore_index=IGNORED)
+            stats.backward(losses.view(4, 6).sum(1), **given)
+        return stats.result()
+
+    for found, reference in zip(collected(mask=mask).factors()["1"], expected.factors()["inner.1"], strict=True):
+        torch.testing.assert_close(found, reference, rtol=1e-11, atol=1e-13)
+    assert not torch.allclose(collected().factors()["1"][0], expected.factors()["inner.1"][0])
+    with pytest.raises(ValueError, match=r"collect: mask must be \[N, L\], which positions of 4 samples exist, got \(6,\)"):
+        collected(mask=mask[0])
+
+
+class Masked(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, input, attention_mask):
+        return self.inner(input)

@@ -81,10 +81,20 @@ def test_excluded_parameters_are_not_compared():
     assert "without ['v'], which it lacks" in str(got)
 
 
-def test_low_precision_weights_are_read_in_float64():
+@pytest.mark.parametrize(("dtype", "values"), [(torch.float16, (300.0, -300.0)), (torch.float32, (1.0, 1e-9))])
+def test_low_precision_weights_are_subtracted_in_float64(dtype, values):
     F = DiagonalFisher({"w": torch.ones(1, dtype=torch.float64)}, num_samples=5)
-    one, other = (torch.full((1,), v, dtype=torch.float16) for v in (300.0, -300.0))
-    assert ff.path_stability(F, {"w": one}, {"w": other}, beta=1.0).nats == 600.0**2 / 2
+    one, other = (torch.full((1,), v, dtype=dtype) for v in values)
+    expected = (one.double() - other.double()).item() ** 2 / 2
+    assert ff.path_stability(F, {"w": one}, {"w": other}, beta=1.0).nats == pytest.approx(expected, rel=1e-12)
+
+
+def test_sensitivities_that_are_dependent_but_for_rounding_are_refused():
+    F = DiagonalFisher({"w": torch.rand(5, dtype=torch.float64) + 0.1}, num_samples=3)
+    for _ in range(20):
+        J = torch.randn(2, 5, dtype=torch.float64)
+        with pytest.raises(ValueError, match=r"shannon_from_stability: J\^T F J must be regular"):
+            ff.shannon_from_stability(F, torch.cat([J, J.mean(0, keepdim=True) / 3]), beta=0.1, entropy=0.0)
 
 
 def test_states_its_conditions():

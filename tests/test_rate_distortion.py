@@ -78,6 +78,10 @@ def test_slope_is_minus_beta():
     assert (d1 - d0) / (r1 - r0) == pytest.approx(-0.1, rel=1e-6)
 
 
+def test_rises_are_above_the_loss_at_the_mean():
+    assert curve([0], [0.5], loss=7.0).rises == pytest.approx([0.5 * 0.5 / (1 + 0.5)], rel=1e-12)
+
+
 def test_points_are_those_of_task_complexity_whatever_the_order():
     net, data, F = trained()
     betas = [0.1, 1e-4, 1e-2]

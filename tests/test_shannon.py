@@ -132,6 +132,13 @@ def test_runs_that_say_nothing_and_everything():
     assert everything.information.value == pytest.approx(everything.ceiling) == pytest.approx(math.log(3))
 
 
+def test_data_sets_with_different_numbers_of_runs():
+    uneven = [[(0.0, 1.0)], [(3.0, 1.0), (9.0, 1.0), (9.0, 1.0), (3.0, 1.0)]]
+    even = [[(0.0, 1.0)] * 2, [(3.0, 1.0), (9.0, 1.0)]]
+    one, other = (ff.shannon_information(runs, samples=20_000).information for runs in (uneven, even))
+    assert near(one, other.value, errors=7)
+
+
 def test_the_ceiling_of_runs_is_the_entropy_of_their_weights():
     got = ff.shannon_information([[(0.0, 1.0)], [(1.0, 1.0)]], weights=[1, 3])
     assert got.ceiling == pytest.approx(-(0.25 * math.log(0.25) + 0.75 * math.log(0.75)), rel=1e-14)

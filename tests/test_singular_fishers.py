@@ -10,7 +10,9 @@ from networks import Wrapped
 from torch import nn
 
 import fisherfast as ff
+from fisherfast.accumulator import Accumulator
 from fisherfast.fisher import kronecker, rank
+from fisherfast.fisher.exact import ExactBlock, Flat
 from fisherfast.fisher.kronecker import Place
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -154,6 +156,12 @@ def test_a_sum_is_as_precise_as_the_less_precise(first):
     one, other = measured("kfac", first), measured("kfac", second)
     with pytest.warns(ff.FisherWarning, match="are zero: -inf"):
         assert (one + other).logdet() == -math.inf
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_a_sum_of_exact_blocks_is_as_precise_as_the_less_precise(first):
+    blocks = [ExactBlock(Flat("w", precision=p), Accumulator(torch.eye(3), 1.0)) for p in ("float32", "float64")]
+    assert blocks[first].pooled(blocks[1 - first], {}).place.precision == "float32"
 
 
 def test_damping_in_the_factors_is_no_rounding():

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import textwrap
+from functools import partial
 
 import networks
 import oracle
@@ -19,12 +20,14 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import fisherfast as ff
+from fisherfast import fallback
 from fisherfast.capture import Capture
 from fisherfast.collector import Samples
 from fisherfast.fisher import ghost, serialize
 from fisherfast.fisher.coverage import OPS, Stopwatch
 from fisherfast.fisher.engine import Engine
 from fisherfast.fisher.protocol import layer_of
+from fisherfast.fisher.spread import Spread
 from fisherfast.rules import MatMul, Rows
 
 EXACT = 1e-11
@@ -120,6 +123,17 @@ def test_norms_of_a_layer_that_the_probe_found_nothing_of():
     expected = sum(layer_norms(sample_gradients(model, x, y)).values())
     assert close(measure(model, data, (ff.PerSampleNorm(),), fisher_type="empirical")[0].squared_norms, expected, EXACT)
     assert close(measure(model, data, EVERYTHING, fisher_type="empirical")[2].squared_norms, expected, EXACT)
+
+
+@pytest.mark.parametrize("name", networks.FALLBACK)
+def test_norms_of_a_fallback_in_chunks_are_those_of_its_samples(name, monkeypatch):
+    model, x, y = networks.doubles(name, 6)
+    data = [(x, y, torch.rand(6).double())]
+    expected = measure(model, data, EVERYTHING, fisher_type="empirical")
+    monkeypatch.setattr(fallback, "_MOST", 4)
+    found = measure(model, data, EVERYTHING, fisher_type="empirical")
+    assert found[0].trace() == pytest.approx(expected[0].trace(), rel=1e-9)
+    assert all(close(mine.squared_norms, its.squared_norms, EXACT) for mine, its in zip(found[1:], expected[1:], strict=True))
 
 
 @pytest.mark.parametrize("draws", [1, 3])
@@ -276,6 +290,14 @@ def test_a_staged_batch_that_does_not_complete_adds_nothing():
     assert all(torch.equal(a, b) for a, b in zip(before, everything(engine), strict=True))
 
 
+@pytest.mark.parametrize("weight", [None, torch.tensor([1.0, 0.5, 2.0, 1.5])], ids=["", "weighted"])
+def test_a_copy_of_a_spread_goes_on_by_itself(weight):
+    spread, t = Spread.zeros(("a", "b"), torch.device("cpu")), torch.rand(2, 4).double()
+    before = spread.add(t, weight).stderr()
+    assert spread.copy().add(2 * t, weight).stderr() != before
+    assert spread.stderr() == before
+
+
 # -- ghost norms
 
 
@@ -326,6 +348,21 @@ def test_results_come_in_the_order_asked():
     assert fisher.stderr("trace") == pytest.approx(float(norms.squared_norms.std() / 6**0.5), rel=1e-9)
 
 
+UNEQUAL = partial(pytest.warns, ff.FisherWarning, match="collect: every batch must have as many backward passes as the others")
+
+
+@pytest.mark.parametrize("draws", [(1, 1), (2, 2), (2, 1), (1, 3)])
+def test_batches_of_unequal_draws_are_said(draws, recwarn):
+    model, x, y = networks.doubles("mlp-inplace-relu", 6)
+    with ff.collect(model, ff.Diagonal(), fisher_type="mc") as stats:
+        for batch, number in zip((slice(0, 2), slice(2, 6)), draws, strict=True):
+            logits = model(x[batch])
+            for _ in range(number):
+                stats.backward(F.cross_entropy(logits, y[batch], reduction="none"), retain_graph=True)
+    assert stats.result().num_samples == 6
+    assert len(recwarn) == (len(set(draws)) > 1)
+
+
 def test_backwards_through_one_forward_are_draws_of_its_samples():
     model, x, y = networks.doubles("mlp-inplace-relu", 6)
     drawn = [torch.randint(0, 4, (6,)) for _ in range(3)]
@@ -334,11 +371,13 @@ def test_backwards_through_one_forward_are_draws_of_its_samples():
         logits = model(x)
         for number, labels in enumerate(drawn):
             stats.backward(F.cross_entropy(logits, labels, reduction="none"), retain_graph=number < 2)
-        halfway = stats.results()[0]
+        with UNEQUAL():
+            halfway = stats.results()[0]
         stats.backward(F.cross_entropy(model(x[3:]), y[3:], reduction="none"))
     first, last = (sum(layer_norms(sample_gradients(model, x[s], y[s])).values()) for s in (slice(0, 2), slice(3, 6)))
     middle = torch.stack([sum(layer_norms(sample_gradients(model, x, labels)).values()) for labels in drawn]).mean(0)
-    norms, fisher = stats.results()
+    with UNEQUAL():
+        norms, fisher = stats.results()
     assert close(halfway.squared_norms, torch.cat([first, middle]), EXACT)
     expected = torch.cat([first, middle, last])
     assert close(norms.squared_norms, expected, EXACT) and fisher.num_samples == 11
@@ -349,9 +388,10 @@ def test_draws_of_interleaved_forwards_are_not_guessed():
     model, x, y = networks.doubles("mlp-inplace-relu", 6)
     with ff.collect(model, ff.PerSampleNorm(), ff.Diagonal(), fisher_type="mc") as stats:
         first, second = model(x), model(x)
-        for logits in (first, second, first):
+        for logits in (first, second, first, first):
             stats.backward(F.cross_entropy(logits, y, reduction="none"), retain_graph=True)
-    norms, fisher = stats.results()
+    with UNEQUAL():
+        norms, fisher = stats.results()
     with pytest.raises(ValueError, match="must follow each other"):
         len(norms.squared_norms)
     with pytest.raises(ValueError, match="must have been recorded, got none"):

@@ -269,6 +269,9 @@ def test_task_distance_of_informations():
     other = ff.information_in_weights(F, weights[0], prior_scale=1.0, beta=0.2, variant="paper")
     with pytest.raises(ValueError, match=r"task_distance: both must be of one beta, got 0.2 and 0.1"):
         ff.task_distance(other, first)
+    wide = ff.information_in_weights(F, weights[0], prior_scale=2.0, beta=0.1, variant="paper")
+    with pytest.raises(ValueError, match=r"task_distance: both must be of one prior_scale, got 2.0 and 1.0"):
+        ff.task_distance(wide, first)
     exact = ff.information_in_weights(F, weights[0], prior_scale=1.0, beta=0.1)
     with pytest.raises(ValueError, match="task_distance: both must be of one variant, got 'exact' and 'paper'"):
         ff.task_distance(exact, first)
@@ -302,6 +305,10 @@ def test_distances_are_of_one_prior_and_architecture():
     assert math.isfinite(ff.task_distance(measured(2, 1.0), measured(2, 1.0)))
     with pytest.raises(ValueError, match="one architecture and measured alike, got shapes of"):
         ff.task_distance(measured(2, 1.0), measured(3, 1.0))
+    F, weights = DiagonalFisher({"w": torch.tensor([1.0, 2.0])}, num_samples=3), {"w": torch.ones(2)}
+    one, other = (ff.optimal_posterior(F, weights, prior_scale=scale, beta=0.1) for scale in (1.0, 5.0))
+    with pytest.raises(ValueError, match="both must be of one prior"):
+        ff.task_distance(one, other)
     prior = "fit"
     with pytest.raises(ValueError, match=r"must be of one prior, got other scales of \['bias', 'weight'\]"):
         ff.task_distance(measured(2, 1.0), measured(2, 9.0))

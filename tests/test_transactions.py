@@ -9,6 +9,8 @@ from torch import nn
 
 import fisherfast as ff
 from fisherfast.accumulator import RunningSum
+from fisherfast.fisher.block_sums import BatchSum
+from fisherfast.fisher.few_rows import FewRows
 
 ASKED = {
     "diagonal": "diagonal",
@@ -108,6 +110,16 @@ def test_squares_that_overflow_in_a_staged_batch_are_dropped(tmp_path):
     with pytest.raises(ff.NonFiniteError) as caught:
         ff.fisher(model, [(x, y), (large, y)], fisher_type="empirical", progress=False, checkpoint=tmp_path / "c")
     assert caught.value.fisher.trace() == pytest.approx(before.trace())
+
+
+@pytest.mark.parametrize("staged", [False, True])
+def test_few_rows_of_a_batch_that_does_not_count_are_none(staged):
+    factor, rows = BatchSum((9, 9), torch.empty(())), torch.randn(2, 1, 9)
+    factor.few_rows = FewRows(9)
+    for batch, counts in zip(rows, (False, True), strict=True):
+        factor.add_outer(factor.target(staged), batch)
+        factor.settle(whole=counts, alone=False)
+    assert torch.equal(factor.few_rows.rows(), rows[1])
 
 
 def test_ctrl_c_between_the_passes_of_a_block_has_the_result():

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Uses of a parameter that a torch function does not show, or shows too late: nothing is lost, and the model stays what it is."""
 
+import oracle
 import pytest
 import torch
 import torch.nn.functional as F
+from networks import Wrapped
 from torch import nn
 
 import fisherfast as ff
@@ -192,8 +194,8 @@ def test_grad_mode_of_the_caller_does_not_matter():
 
 @pytest.mark.parametrize(
     ("parameter", "kind"),
-    [(torch.empty(0), "empty"), (torch.randn(3, dtype=torch.complex64), "complex")],
-    ids=["empty", "complex"],
+    [(torch.empty(0), "empty"), (torch.randn(3, dtype=torch.complex64), "complex"), (torch.eye(3).to_sparse(), "sparse")],
+    ids=["empty", "complex", "sparse"],
 )
 def test_parameters_without_real_numbers_are_named(parameter, kind):
     model = nn.Linear(I, C)
@@ -260,3 +262,18 @@ def test_structures_by_name_and_by_request():
 def test_a_rule_is_of_a_function(what):
     with pytest.raises(TypeError, match="rule: must be given functions, got"):
         ff.rule(what)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_a_layer_of_nested_tensors():
+    def forward(m, x):
+        jagged = torch.nested.nested_tensor([rows[: 1 + int(rows[0, 0] > 0)] for rows in x], layout=torch.jagged)
+        return m.head(torch.nested.to_padded_tensor(m.layer(jagged), 0.0).sum(1))
+
+    layers = {"layer": nn.Linear(6, 5), "head": nn.Linear(5, 3)}
+    model, data = (
+        Wrapped(forward, **layers).double(),
+        [(torch.randn(n, 2, 6).double(), torch.randint(0, 3, (n,))) for n in (4, 1, 3)],
+    )
+    found = ff.fisher(model, data, fisher_type="empirical", progress=False)
+    assert oracle.error(found.diagonal(dtype=torch.float64), oracle.diagonal(model, data, oracle.cross_entropy)) < 1e-12

@@ -66,10 +66,11 @@ def test_linear_gaussian_model_matches_the_closed_form(build, noise, bound):
     assert all(torch.equal(found.mean[name], p) for name, p in net.named_parameters())
 
 
-def test_curvature_is_the_diagonal_of_the_hessian():
+@pytest.mark.parametrize("prior_scale", [10.0, 2.0])
+def test_curvature_is_the_diagonal_of_the_hessian(prior_scale):
     net = nn.Linear(3, 2)
     data = regression(net)
-    found = ff.variational_posterior(net, data, prior_scale=10.0, **FAST)
+    found = ff.variational_posterior(net, data, prior_scale=prior_scale, **FAST)
     assert error(found.curvature(), diagonal_fisher(net, data).diagonal()) < 0.06
 
 
@@ -85,12 +86,11 @@ def test_fitted_prior_is_that_of_the_optimal_posterior():
     assert found.prior_scales["weight"] ** 2 == pytest.approx((squares + variance) / 8, rel=1e-6)
 
 
-def test_kl_is_the_divergence_of_its_gaussians():
+@pytest.mark.parametrize("train_mean", [False, True])
+def test_kl_is_the_divergence_of_its_gaussians(train_mean):
     net, center = nn.Linear(3, 2), nn.Linear(3, 2)
-    data = regression(net)
-    found = ff.variational_posterior(
-        net, data, beta=BETA, prior_scale={"weight": 0.3, "bias": 2.0}, center=center, likelihood="gaussian", epochs=2
-    )
+    options = {"beta": BETA, "prior_scale": {"weight": 0.3, "bias": 2.0}, "likelihood": "gaussian", "epochs": 2}
+    found = ff.variational_posterior(net, regression(net), center=center, train_mean=train_mean, **options)
     kl = 0.0
     for (name, mean), c in zip(found.mean.items(), center.parameters(), strict=True):
         q = torch.distributions.Normal(mean.double(), found.std[name].double())
@@ -380,12 +380,15 @@ def test_a_weight_that_a_function_uses_too_has_one_noise():
     assert torch.equal(one.std["encoder.weight"], other.std["encoder.weight"])
 
 
-def test_batches_of_unequal_size_count_by_their_samples():
+@pytest.mark.parametrize(("size", "weights"), [(240, None), (128, (3.0, 1.0))])
+def test_batches_count_by_the_weights_of_their_samples(size, weights):
     net, x = nn.Linear(3, 2), torch.randn(256, 3)
-    x[240:] *= 4
+    x[size:] *= 4
     with torch.no_grad():
         y = net(x) + torch.randn(256, 2)
-    data = [(x[:240], y[:240]), (x[240:], y[240:])]
+    weight = torch.tensor(weights or (1.0, 1.0)).repeat_interleave(torch.tensor([size, 256 - size]))
+    parts = (x, y) if weights is None else (x, y, weight)
+    data = [tuple(part[:size] for part in parts), tuple(part[size:] for part in parts)]
     q = ff.variational_posterior(net, data, beta=0.05, prior_scale=0.8, likelihood="gaussian", epochs=300)
-    best = 0.05 / (x.square().mean(0) + 0.05 / 0.8**2)
+    best = 0.05 / (weight @ x.square() / weight.sum() + 0.05 / 0.8**2)
     torch.testing.assert_close(q.variance()["weight"], best.double().expand(2, 3), rtol=0.2, atol=0)

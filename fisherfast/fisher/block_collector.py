@@ -6,6 +6,7 @@ A structure of blocks gives the sums of a weight's block (``BlockSums``) and a `
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -28,6 +29,8 @@ from fisherfast.fisher.units import Unit
 from fisherfast.passes import in_parts
 from fisherfast.rules import Convolution, Form, Lookup, MatMul, Rows, Window
 from fisherfast.tracked import Tracked
+
+_ROUNDED = 1e-2  # sums of the same numbers differ by less, though some were rounded to 16 bits
 
 
 class BlockCollector:
@@ -239,11 +242,14 @@ class BlockCollector:
 
 def _same_numbers(outputs: list[Tensor] | None, g: Tensor) -> bool:
     """Whether a weight's use and its bias's are one: rows without a gradient may have been left out of one and not of the other, where
-    the weight's rows are whole images.
+    the weight's rows are whole images; and one may have been rounded to 16 bits.
     """
     if outputs is None:
         return False
-    return sum(t.numel() for t in outputs) == g.numel() or sum(int(t.count_nonzero()) for t in outputs) == int(g.count_nonzero())
+    if sum(t.numel() for t in outputs) == g.numel() and outputs[0].data_ptr() == g.data_ptr():
+        return True
+    mine, theirs = (sum(float(t.abs().sum(dtype=torch.float64)) for t in some) for some in (outputs, [g]))
+    return math.isclose(mine, theirs, rel_tol=_ROUNDED)
 
 
 def _place(unit: Unit, bias: Unit | None, input_of: str | None) -> Place:

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import hashlib
 import time
+from collections.abc import Callable
 from pathlib import Path
+from types import CodeType
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +29,7 @@ class Checkpoint:
         self._path, self._run, self._settings = path, run, settings
         self._read: list[str] = []  # digests of the batches up to each that was read
         self._samples = 0  # in those of them that the file holds
+        serialize.remove_unfinished(path)
         self._done, self._digest = self._resume() if path.exists() else (0, None)
         self._written = time.monotonic()
 
@@ -81,12 +84,12 @@ class Checkpoint:
             self._written = time.monotonic()
 
     def end(self, error: BaseException | None = None) -> None:
-        """Write what is new, at the end or where an ``error`` ends the run, which a full disk must not hide."""
+        """Write what is new, at the end or where an ``error`` ends the run, which nothing that writing meets must hide."""
         if self._run.batches <= self._done:
             return
         try:
             self._write()
-        except OSError as problem:
+        except Exception as problem:
             if error is None:
                 raise
             error.add_note(f"fisherfast: {self._path} holds what it held before: {problem}")
@@ -103,10 +106,32 @@ def digest(text: str) -> str:
 
 
 def digest_of_weights(model: nn.Module) -> str:
-    """Of the model's numbers: a measurement goes on only with the model it began with."""
+    """Of the model's numbers, with the buffers that its files lack: a measurement goes on only with the model it began with."""
     found = hashlib.blake2b(digest_size=8)
-    for name, value in model.state_dict().items():
+    for name, value in (model.state_dict() | dict(model.named_buffers())).items():
         if isinstance(value, Tensor):
             found.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-            found.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
+            for part in _dense_parts(value.detach()):
+                found.update(part.cpu().reshape(-1).view(torch.uint8).numpy().data)
     return found.hexdigest()
+
+
+def _dense_parts(value: Tensor) -> list[Tensor]:
+    if value.is_meta:
+        return []
+    if value.layout is torch.strided:
+        return [value]
+    value = value.to_sparse_coo().coalesce()
+    return [value.indices(), value.values()]
+
+
+def digest_of_function(function: Callable[..., object]) -> str:
+    """Of its name and what it computes, wherever it is in its file; of an object that is called, of its class."""
+    name = getattr(function, "__qualname__", type(function).__qualname__)
+    return digest(f"{name} {_computed(getattr(function, '__code__', None))}")
+
+
+def _computed(code: object) -> object:
+    if not isinstance(code, CodeType):
+        return code
+    return code.co_code.hex(), code.co_names, [_computed(value) for value in code.co_consts]

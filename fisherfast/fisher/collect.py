@@ -55,7 +55,8 @@ class collect:
     training step that measures on its way. Hooks of parameters do not run, gradients of ranks are not averaged, those of embeddings are dense and not
     divided by frequency. ``loss_scale`` multiplies the gradients on their way through a float16 model and is taken out of their
     squares; the loss itself is not scaled. A forward pass without a backward pass counts for nothing; several backward passes through one
-    forward pass (``retain_graph=True``) are draws: they are averaged, and their samples counted once.
+    forward pass (``retain_graph=True``) are draws: they are averaged, and their samples counted once; every batch must have as many.
+    Padded sequences: give ``stats.backward(losses, mask=attention_mask)``, by which KFAC leaves the padding out, as ``ff.fisher`` does.
     ``result()`` may be asked for at any time and is made of the run's own memory; a run that goes on takes as much again.
     """
 
@@ -105,12 +106,17 @@ class collect:
         elif isinstance(error, Exception) and not hasattr(error, "fisher"):
             self._run.attach(error)
 
-    def backward(self, loss: Tensor, retain_graph: bool = False) -> None:
-        """Back-propagate the vector of per-sample losses ``[N]`` and add what its samples contribute."""
+    def backward(self, loss: Tensor, retain_graph: bool = False, *, mask: Tensor | None = None) -> None:
+        """Back-propagate the vector of per-sample losses ``[N]`` and add what its samples contribute.
+
+        ``mask`` ``[N, L]``, as an attention mask: which positions of each sequence exist. KFAC's factors are means over these; all, unless said.
+        """
         run, capture = self._run, self._run.capture
         with torch._C.DisableTorchFunction(), run.rescue():  # the capture, still active, would look at each line below
             self._check(loss)
             N = loss.shape[0]
+            exists = () if mask is None else (self._positions(mask, N),)
+            every = all(bool(one.all()) for one in exists)
             if not bool(loss.detach().isfinite().all()):
                 run.raise_not_finite(loss, "the loss")
             if not self._explored or capture.outdated(loss):
@@ -123,9 +129,10 @@ class collect:
                 uses = (use for call in calls for use in call.uses)
                 run.engine.reached = run.passes.reached(loss) | {source.name for use in uses for source in use.tracked.sources}
             with interrupts.put_off():  # a batch counts as a whole
-                with run.transaction(Samples(N)):
+                with run.transaction(Samples(N, padded=not every, exists=exists)):
                     looped = bool(run.looped)
-                    run.passes.run(loss, [self._pass(torch.ones_like(loss))], 1, keep=looped or retain_graph, calls=calls)
+                    one = self._pass(torch.ones_like(loss))
+                    run.passes.run(loss, [one], 1, keep=looped or retain_graph, every=every, calls=calls)
                     if looped:
                         with run.timed("loop"):
                             self._loop(loss)
@@ -157,6 +164,12 @@ class collect:
             raise ValueError(
                 "collect: the loss must depend on the model's parameters, got one without a graph; run the model in the block"
             )
+
+    def _positions(self, mask: Tensor, N: int) -> Tensor:
+        if not isinstance(mask, Tensor) or mask.dim() != 2 or len(mask) != N:
+            shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+            raise ValueError(f"collect: mask must be [N, L], which positions of {N} samples exist, got {shape}")
+        return mask.to(self._run.capture.device).bool()
 
     def _caught(self, loss: Tensor) -> list[Call]:
         """The calls behind a loss. What is used where no function shows it is left to the fallback, with a warning if that is all.
@@ -249,6 +262,7 @@ class collect:
         """One result per structure asked for, in that order."""
         if not self._run.num_samples:
             raise ValueError("collect: there must be at least one stats.backward(loss) before results, got none")
+        self._run.warn_of_unequal_draws()
         return self._run.results()
 
     def result(self) -> Any:

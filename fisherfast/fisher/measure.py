@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sized
 from dataclasses import replace
 from functools import partial
@@ -23,7 +24,7 @@ from fisherfast.fallback import SampleGradients
 from fisherfast.fisher import _arguments, interrupts
 from fisherfast.fisher.asked import Asked, factors_first, needs_basis, requests, with_basis
 from fisherfast.fisher.block_collector import BlockCollector
-from fisherfast.fisher.checkpoint import Checkpoint, digest, digest_of_weights
+from fisherfast.fisher.checkpoint import Checkpoint, digest, digest_of_function, digest_of_weights
 from fisherfast.fisher.kfac import KFACFisher
 from fisherfast.fisher.labelling import Labelling
 from fisherfast.fisher.requests import Diagonal
@@ -201,7 +202,11 @@ class Measurement:
             "weights": digest_of_weights(self.model),
             "parameters": digest(" ".join(sorted(self.capture.tracked))),
             **self.labelling.counting(),
-            **({} if self.output is None else {"output": self.output if isinstance(self.output, str) else "a function"}),
+            **(
+                {}
+                if self.output is None
+                else {"output": self.output if isinstance(self.output, str) else digest_of_function(self.output)}
+            ),
             **({} if asked == (Diagonal(),) else {"structure": ", ".join(map(repr, asked))}),
         }
 
@@ -303,7 +308,9 @@ class Measurement:
             calls = [call for call, _ in self.capture.calls(values)]
             self.run.passes.route_mixed_forms(calls)
             self._explored = True
-            if few.N == 1 and few.offsets is None and any(call.shape[:1] != (1,) for call in calls):
+            uses = Counter(use.tracked.name for call in calls for use in call.uses)
+            doubtful = any(call.shape[:1] != (1,) for call in calls) or any(number > 1 for number in uses.values())
+            if few.N == 1 and few.offsets is None and doubtful:
                 alone = values.detach()
                 del values, calls  # with their graph: a sample may be all that fits
                 self._look_twice(few, alone)

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -84,6 +84,7 @@ class Run:
         self._watch = Stopwatch(self.capture.device)
         self._fits = False  # whether the sums were found to
         self._counted: list[Call] = []  # the calls of the batch counted last
+        self._batches_of: Counter[int] = Counter()  # how many batches have had so many draws
         self._shown: list[Call] = []  # to the collectors, last
         if known is not None:
             self.passes.locator.scattered |= known.scattered
@@ -149,13 +150,16 @@ class Run:
 
     def fresh(self, calls: list[Call]) -> bool:
         """Inside a transaction: whether the samples behind ``calls`` are new. If not, the batch is another draw for them."""
-        fresh = not any(call.counted for call in calls)
+        before = max((call.counted for call in calls), default=0)
+        self._batches_of[before] -= 1
+        self._batches_of[before + 1] += 1
+        fresh = not before
         if not fresh:
             last = {id(call) for call in self._counted}
             if self.engine is not None:
                 self.engine.again(follows=any(id(call) in last for call in calls))
         for call in calls:
-            call.counted = True
+            call.counted = before + 1
         self._counted = calls
         return fresh
 
@@ -176,6 +180,15 @@ class Run:
             warn(
                 f"{worst}: float16 gradients must not underflow, got {shares[worst]:.1%} below {torch.finfo(torch.float16).tiny:.0e}, "
                 "where digits are lost; pass loss_scale=2**10 or larger, or use bfloat16. F.coverage.underflow counts them",
+            )
+
+    def warn_of_unequal_draws(self) -> None:
+        """Say so if some batches have had more backward passes than others, so that their samples weigh more in the means."""
+        draws = [number for number, batches in sorted(self._batches_of.items()) if number and batches]
+        if len(draws) > 1:
+            warn(
+                f"collect: every batch must have as many backward passes as the others, got some of {draws[0]} and some of {draws[-1]}; each pass "
+                "counts as its samples do, so the result is no longer a mean over samples, but one over draws",
             )
 
     def warn_of_no_labels(self) -> None:

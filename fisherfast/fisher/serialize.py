@@ -7,6 +7,7 @@ file knows no structure. The checksum covers metadata and tensors, because one f
 
 from __future__ import annotations
 
+import glob
 import importlib.metadata
 import json
 import os
@@ -113,6 +114,12 @@ def save(fisher: Storable, path: str | os.PathLike[str], extra: Mapping[str, str
     }
     metadata["checksum"] = _checksum(metadata, tensors)
     _write_whole(path, tensors, metadata)
+
+
+def remove_unfinished(path: Path) -> None:
+    """Remove what processes that were killed while they wrote ``path`` have left beside it."""
+    for left in path.parent.glob(f".{glob.escape(path.name[:200])}.{'[0-9a-f]' * 8}.tmp"):
+        left.unlink(missing_ok=True)
 
 
 def _write_whole(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:

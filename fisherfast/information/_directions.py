@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 
 from torch import Tensor
 
+from fisherfast._names import listed
 from fisherfast.fisher import Fisher
 from fisherfast.information import _prior, _series
 from fisherfast.information._prior import GivenScale
@@ -22,5 +24,10 @@ def sums_by_layer(
     sums: dict[str, list[float]] = {layer: [] for layer in layers}
     for spectrum in F.spectra():
         scale = _prior.of_block(spectrum, scales, caller)
+        if temperature / 2 == 0 or scale**2 / temperature > sys.float_info.max / 4:
+            raise ValueError(f"{caller}: prior_scale^2 / beta must be finite, got beta = {temperature} with {scale}")
         sums[spectrum.layer] += _series.sum_over(spectrum, scale**2 / temperature, term)
-    return {layer: math.fsum(parts) for layer, parts in sums.items()}
+    totals = {layer: math.fsum(parts) for layer, parts in sums.items()}
+    if bad := [layer for layer, total in totals.items() if not math.isfinite(total)]:
+        raise ValueError(f"{caller}: prior_scale^2 f / beta must be finite for every eigenvalue f, got others in {listed(bad)}")
+    return totals

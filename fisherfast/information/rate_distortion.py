@@ -55,7 +55,7 @@ class RateDistortion:
 
     @property
     def complexities(self) -> tuple[float, ...]:
-        """``E_Q loss + beta KL``, a concave function of beta whose slope is the nats."""
+        """``E_Q loss + beta KL``; of the exact formulas a concave function of beta whose slope is the nats."""
         return tuple(point.complexity for point in self.points)
 
     def plot(self, path: str | Path | None = None) -> Any:
@@ -97,7 +97,7 @@ def rate_distortion(
 
     To second order in the loss the curve falls and is convex, beta is its slope, ``dE_Q L / dKL = -beta``, and the nats are the
     slope of the complexity, ``dC / dbeta = KL``: also where ``prior_scale="fit"`` chooses another prior at every beta.
-    (The formulas as printed are those of half the beta: there the slope is ``-beta / 2``.)
+    (The formulas as printed are those of half the beta: there the slope of the curve is ``-beta / 2``, and dC / dbeta another.)
 
     ``betas`` are any number of prices, in any order. ``method="monte-carlo"`` measures every point on ``data``, all of them
     with the same random numbers, so that they differ by beta alone; ``data`` is then read twice a draw for each. The other

@@ -43,8 +43,8 @@ class TaskDistances:
 def task_distance(joint: float | Any, alone: float | Any) -> float:
     """``d(i -> j) = I_ij - I_i``: what is to be learned for task j by who knows task i.
 
-    ``joint`` is the information in weights trained on both, ``alone`` on i only: numbers of one unit, or two ``Information``,
-    of which ``.kl`` is taken; they must be of one architecture, at one beta and prior (two that are fitted are two), for only then
+    ``joint`` is the information in weights trained on both, ``alone`` on i only: numbers of one unit, or two ``Information``
+    or posteriors, of which ``.kl`` is taken; they must be of one architecture, at one beta and prior (two that are fitted are two), for only then
     are they nats of one code.
 
     Shapes:   numbers.
@@ -53,6 +53,7 @@ def task_distance(joint: float | Any, alone: float | Any) -> float:
     Numerics: a difference of floats.
     Source:   Achille, Mbeng, Paolini and Soatto 2019 (arXiv:1904.03292).
     """
+    joint, alone = (getattr(value, "information", value) for value in (joint, alone))
     for name in ("beta", "prior_scale", "centered", "variant"):
         one, other = (getattr(information, name, None) for information in (joint, alone))
         if one != other:
@@ -60,8 +61,9 @@ def task_distance(joint: float | Any, alone: float | Any) -> float:
     if isinstance(joint, Information) and isinstance(alone, Information):
         if problems := _alike.differences(joint, alone):
             raise ValueError(f"task_distance: both must be of one architecture and measured alike, got {'; '.join(problems)}")
-        if others := [name for name, scale in joint.prior_scales.items() if scale != alone.prior_scales[name]]:
-            raise ValueError(f"task_distance: both must be of one prior, got other scales of {listed(others)}")
+    mine, theirs = (getattr(information, "prior_scales", {}) for information in (joint, alone))
+    if others := [name for name in {*mine, *theirs} if mine.get(name) != theirs.get(name)]:
+        raise ValueError(f"task_distance: both must be of one prior, got other scales of {listed(others)}")
     both, first = (
         _checks.number("task_distance", name, getattr(value, "kl", value), "it is in nats, or in units of the loss")
         for name, value in (("joint", joint), ("alone", alone))
