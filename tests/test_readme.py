@@ -2,6 +2,7 @@
 """The examples of the README run as they are printed, and are what it says they are."""
 
 import re
+import runpy
 from collections import OrderedDict
 from pathlib import Path
 
@@ -14,6 +15,12 @@ import fisherfast as ff
 
 README = Path(__file__).parents[1] / "README.md"
 N, T, I, O = 8, 5, 4, 3
+
+
+def test_the_list_of_public_names_is_what_they_are():
+    """``python docs/make_api.py`` writes it."""
+    make_api = runpy.run_path(str(README.parent / "docs" / "make_api.py"))
+    assert make_api["PAGE"].read_text() == make_api["page"]()
 
 
 @pytest.fixture(scope="module")
