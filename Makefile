@@ -33,9 +33,11 @@ gpu-check:  ## on a machine with an NVIDIA GPU, without a network: all of it, or
 	PYTHONSAFEPATH=1 $(PYTHON) bench/gpu_check.py $(STAGES)
 
 clean:
-	rm -rf $(VENV) build out *.egg-info fisherfast/_C*.so
+	rm -rf $(VENV) build dist out *.egg-info fisherfast/_C*.so
+	find fisherfast/kernels -maxdepth 0 -type l -delete 2>/dev/null || true
 
 $(VENV)/.torch: constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "needs Python 3.11 or newer: make PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) $(TORCH) setuptools wheel ninja
 	touch $@
