@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """It lives with the user's tools: gradient checkpointing, compiled models, autocast."""
 
+import warnings
+
 import networks
 import oracle
 import pytest
@@ -147,6 +149,10 @@ def test_a_data_parallel_wrapper_is_not_run(tmp_path):
         for structure in ("diagonal", "kfac"):
             found, alone = (ff.fisher(m, data, structure, progress=False) for m in (parallel, model))
             assert found.trace() == alone.trace() and set(found.shapes) == set(dict(model.named_parameters()))
+        for static in (False, True):
+            with warnings.catch_warnings(record=True) as said:
+                ff.collect(nn.parallel.DistributedDataParallel(model, static_graph=static), ff.Diagonal())
+            assert ["must have taken an ordinary step before" in str(one.message) for one in said] == [True] * static
     finally:
         dist.destroy_process_group()
 

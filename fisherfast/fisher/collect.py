@@ -87,6 +87,11 @@ class collect:
             raise ValueError(f"collect: reduction must come with gradients=True, which it is of, got {reduction!r} alone")
         if gradients and isinstance(model, nn.parallel.DistributedDataParallel):
             warn("collect: gradients=True fills .grad with this rank's gradients; all_reduce them before the optimizer's step")
+        if isinstance(model, nn.parallel.DistributedDataParallel) and model.static_graph:
+            warn(
+                "collect: a DistributedDataParallel model with static_graph=True must have taken an ordinary step before, or torch averages no "
+                "later gradients; run model.module in the block otherwise"
+            )
         self._fills, asked = gradients, (*asked, Gradients(reduction)) if gradients else asked
         self._run = Run(model, asked, Provenance(fisher_type, name, draws=None, model=model_name(model)), allow_missing)
         self._explored = False  # whether the parameters' forms are known, and samples were told apart at least once
