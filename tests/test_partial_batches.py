@@ -73,16 +73,24 @@ def test_ctrl_c_wherever_it_comes(structure):
     asked = asked_for(structure, model, [(x, y)])
     whole = ff.fisher(model, [(x, y)], asked, "empirical", progress=False)
     for n in range(12):
-        timer = threading.Timer(0.03 + 0.011 * n, signal.raise_signal, [signal.SIGINT])
+        seen = threading.Event()
 
-        def data(timer=timer):
-            timer.start()
+        def interrupt(after=0.03 + 0.011 * n, seen=seen):
+            while not seen.wait(after):  # again where Python dropped it: it does in a destructor
+                signal.raise_signal(signal.SIGINT)
+                after = 2.0
+
+        thread = threading.Thread(target=interrupt)
+
+        def data(thread=thread):
+            thread.start()
             while True:
                 yield x, y
 
         with pytest.raises(ff.Interrupted) as caught:
             ff.fisher(model, data(), asked, "empirical", progress=False)
-        timer.join()
+        seen.set()
+        thread.join()
         F_ = caught.value.fisher
         if F_.num_samples:
             for name, expected in whole.diagonal().items():
