@@ -132,6 +132,8 @@ def digest_of_function(function: Callable[..., object]) -> str:
 
 
 def _computed(code: object) -> object:
+    if isinstance(code, frozenset):
+        return sorted(map(repr, code))  # in the order of no process's hashes
     if not isinstance(code, CodeType):
         return code
     return code.co_code.hex(), code.co_names, [_computed(value) for value in code.co_consts]
