@@ -6,7 +6,7 @@ from __future__ import annotations
 import copy
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 
 from fisherfast.batches import Batch, Output
+from fisherfast.calls import Call
 from fisherfast.collector import Samples
 from fisherfast.dependence import check_first, check_independent, precision, same_but_rounding
 from fisherfast.fallback import SampleGradients
@@ -308,9 +309,7 @@ class Measurement:
             calls = [call for call, _ in self.capture.calls(values)]
             self.run.passes.route_mixed_forms(calls)
             self._explored = True
-            uses = Counter(use.tracked.name for call in calls for use in call.uses)
-            doubtful = any(call.shape[:1] != (1,) for call in calls) or any(number > 1 for number in uses.values())
-            if few.N == 1 and few.offsets is None and doubtful:
+            if few.N == 1 and few.offsets is None and _may_hide_a_table(calls):
                 alone = values.detach()
                 del values, calls  # with their graph: a sample may be all that fits
                 self._look_twice(few, alone)
@@ -430,6 +429,12 @@ class Measurement:
             if batch.offsets is not None:  # a packed sample by itself is as long as it is, not as the longest
                 passes = (replace(one, cotangent=one.cotangent[:, : values.shape[1]]) for one in passes)
             self.run.passes.loop(values, tracked, n, passes)
+
+
+def _may_hide_a_table(calls: Sequence[Call]) -> bool:
+    """Whether a use in a batch of one sample may be of none: it has no axis of one, or there is another of the same parameter, of samples."""
+    uses = Counter((use.tracked.name, use.form.op) for call in calls for use in call.uses)
+    return any(call.shape[:1] != (1,) for call in calls) or max(uses.values(), default=0) > 1
 
 
 def _noise(like: Tensor) -> Tensor:
