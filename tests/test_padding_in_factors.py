@@ -4,6 +4,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from networks import BesideMask
 from torch import nn
 
 import fisherfast as ff
@@ -204,8 +205,8 @@ def test_collect_is_told_of_padding():
     model = nn.Sequential(nn.Embedding(10, 5), nn.Linear(5, 4)).double()
     ids, mask = torch.randint(2, 10, (4, 6)), torch.ones(4, 6, dtype=torch.long)
     mask[1:, 4:], mask[3, 1:] = 0, 0
-    batch = {"input": ids, "attention_mask": mask, "labels": (ids % 4).masked_fill(mask == 0, IGNORED)}
-    expected = ff.fisher(Masked(model), [batch], "kfac", "empirical", progress=False)
+    batch = {"x": ids, "attention_mask": mask, "labels": (ids % 4).masked_fill(mask == 0, IGNORED)}
+    expected = ff.fisher(BesideMask(model), [batch], "kfac", "empirical", progress=False)
 
     def collected(**given):
         with ff.collect(model, ff.KFAC(), fisher_type="empirical") as stats:
@@ -218,12 +219,3 @@ def test_collect_is_told_of_padding():
     assert not torch.allclose(collected().factors()["1"][0], expected.factors()["inner.1"][0])
     with pytest.raises(ValueError, match=r"collect: mask must be \[N, L\], which positions of 4 samples exist, got \(6,\)"):
         collected(mask=mask[0])
-
-
-class Masked(nn.Module):
-    def __init__(self, inner):
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, input, attention_mask):
-        return self.inner(input)
