@@ -14,7 +14,7 @@ from gpu import calls, clock, cost, model_cases, problems, run
 
 import fisherfast as ff
 from fisherfast import _backend
-from fisherfast.fisher import kronecker
+from fisherfast.fisher import rank
 
 GPU = torch.cuda.is_available()
 DEVICE, BACKENDS = ("cuda", ("triton", "cuda")) if GPU else ("cpu", ("cpu",))
@@ -316,4 +316,4 @@ def test_a_fisher_is_the_same_on_the_gpu_and_on_the_cpu(case, structure):
 def test_eigenvalues_that_are_zero_are_counted_as_on_the_cpu(rows):
     x = torch.randn(2, rows, 12, dtype=torch.float64)
     gram, eps = x.mT @ x, torch.finfo(torch.float32).eps
-    assert torch.equal(kronecker.zeros(gram.to(DEVICE), eps).cpu(), kronecker.zeros(gram, eps))
+    assert torch.equal(rank.zeros(gram.to(DEVICE), eps).cpu(), rank.zeros(gram, eps))
