@@ -232,5 +232,5 @@ def test_rejects_one_tensor_under_two_names():
     """Pooling in place would add to it twice."""
     total = Accumulator.zeros((3,))
     for other in (total, Accumulator(total.sum, 5)):
-        with pytest.raises(ValueError, match=r"'v' and 'w' hold one tensor; pass it once, with the other name in aliases"):
+        with pytest.raises(ValueError, match=r"got one tensor for 'v' and 'w'; pass it once, with the other name in aliases"):
             DiagonalFisher.from_accumulators({"v": total, "w": other}, num_samples=2)

@@ -47,7 +47,7 @@ def test_rejects_entries(diagonal, samples, kwargs, error, reason):
 
 def test_rejects_one_sum_under_two_names():
     total = Accumulator(torch.ones(3), 1)
-    with pytest.raises(ValueError, match="'a' and 'b' hold one tensor; pass it once, with the other name in aliases"):
+    with pytest.raises(ValueError, match="got one tensor for 'a' and 'b'; pass it once, with the other name in aliases"):
         DiagonalFisher.from_accumulators({"a": total, "b": total}, num_samples=1)
     empty = Accumulator.zeros((0,))
     assert DiagonalFisher.from_accumulators({"a": empty, "b": empty, "c": total}, num_samples=1).num_parameters == 3

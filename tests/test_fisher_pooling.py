@@ -259,14 +259,16 @@ def test_all_reduce_equals_pooling(tmp_path):
         N, seven = load(tmp_path / f"norms{rank}"), norms_of(slice(None))
         assert N.num_samples == 7 and N.squared_norms.equal(seven.squared_norms)
         assert all(N.by_layer()[layer].equal(norms) for layer, norms in seven.by_layer().items())
-        assert (tmp_path / f"layers{rank}").read_text().startswith("all_reduce: all ranks must have the same layers; here ")
+        assert (tmp_path / f"layers{rank}").read_text().startswith("all_reduce: layers must be the same on all ranks, got ")
         v = torch.linspace(-1, 1, K.num_parameters).double()
         assert sum(block.place.input_of is not None for block in K.blocks) == 1
         torch.testing.assert_close(K @ v, whole @ v, rtol=1e-12, atol=1e-12)
-        assert (tmp_path / f"structure{rank}").read_text().startswith("all_reduce: all ranks must have the same structure; here ")
-        assert (tmp_path / f"error{rank}").read_text() == f"all_reduce: all ranks must have the same fisher_type; here {kind!r}"
+        assert (tmp_path / f"structure{rank}").read_text().startswith("all_reduce: structure must be the same on all ranks, got ")
+        assert (
+            tmp_path / f"error{rank}"
+        ).read_text() == f"all_reduce: fisher_type must be the same on all ranks, got {kind!r} here; measure them alike"
     for rank in range(2):
-        assert "must have the same structure" in (tmp_path / f"gram{rank}").read_text()
+        assert "structure must be the same on all ranks" in (tmp_path / f"gram{rank}").read_text()
 
 
 RANK_WITH_ROWS = """

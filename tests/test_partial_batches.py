@@ -139,5 +139,5 @@ def test_the_largest_traces_have_a_plot(tmp_path):
 
 
 def test_a_name_that_files_keep_for_themselves(tmp_path):
-    with pytest.raises(ValueError, match="no parameter must be called '__metadata__'"):
+    with pytest.raises(ValueError, match="names must differ from '__metadata__'"):
         ff.DiagonalFisher({"__metadata__": torch.ones(3)}, num_samples=10).save(tmp_path / "f")

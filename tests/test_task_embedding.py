@@ -237,10 +237,10 @@ def test_embedding_refuses():
         (embedding(1.0, 2.0), {"alpha": 1.0}, "damping must be > 0 with alpha and for 'normalized_cosine', got 0.0"),
         (embedding(1.0, 2.0), {"kind": "normalized_cosine"}, "damping must be > 0 with alpha and for 'normalized_cosine'"),
         (embedding(1.0), {}, r"both must be of the same filters, differ in \['w'\]"),
-        (embedding(0.0, 1.0), {"kind": "kl"}, "'kl' needs precisions > 0, got 1 of 2 that are not; pass damping"),
-        (embedding(-1.0, 1.0), {}, "'cosine' needs precisions >= 0, got 1 of 2 that are not"),
-        (embedding(math.nan, 1.0), {}, "'cosine' needs precisions >= 0, got 1 of 2 that are not"),
-        (embedding(math.inf, 1.0), {"kind": "kl"}, "'kl' needs precisions > 0, got 1 of 2 that are not"),
+        (embedding(0.0, 1.0), {"kind": "kl"}, "precisions must be > 0 for 'kl', got 1 of 2 that are not; pass damping"),
+        (embedding(-1.0, 1.0), {}, "precisions must be >= 0 for 'cosine', got 1 of 2 that are not"),
+        (embedding(math.nan, 1.0), {}, "precisions must be >= 0 for 'cosine', got 1 of 2 that are not"),
+        (embedding(math.inf, 1.0), {"kind": "kl"}, "precisions must be > 0 for 'kl', got 1 of 2 that are not"),
     ],
 )
 def test_distance_refuses(other, options, message):

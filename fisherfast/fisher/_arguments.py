@@ -114,4 +114,6 @@ def check_distinct(sums: Mapping[str, Accumulator]) -> None:
     for name, accumulator in sums.items():
         tensor = accumulator.parts[0]
         if tensor.numel() and (other := first.setdefault(tensor.data_ptr(), name)) != name:
-            raise ValueError(f"Fisher: {other!r} and {name!r} hold one tensor; pass it once, with the other name in aliases")
+            raise ValueError(
+                f"Fisher: every name must have a tensor of its own, got one tensor for {other!r} and {name!r}; pass it once, with the other name in aliases"
+            )

@@ -62,7 +62,9 @@ def check_ranks(mine: Mapping[str, Any], group: dist.ProcessGroup | None, device
     """Raise ValueError, on every rank alike, unless the identities of all ranks are equal."""
     if different := differing_fields(mine, group, device):
         here = reprlib.repr(mine.get(different[0], sorted(mine)))
-        raise ValueError(f"all_reduce: all ranks must have the same {' and '.join(different)}; here {here}")
+        raise ValueError(
+            f"all_reduce: {' and '.join(different)} must be the same on all ranks, got {here} here; measure them alike"
+        )
 
 
 def check_structure(structure: str, group: dist.ProcessGroup | None, device: torch.device) -> None:

@@ -56,7 +56,7 @@ class Coverage(dict[str, str]):
         unknown = [name for name in self if name not in self.sizes]
         if unknown or not self:
             raise ValueError(
-                f"coverage: needs the size of every parameter, not recorded for {unknown[0] if unknown else 'any'!r}"
+                f"coverage: the size of every parameter must be recorded, got none for {unknown[0] if unknown else 'any'!r}; pass sizes"
             )
         counts: dict[str, int] = {}
         for name, way in self.ways.items():

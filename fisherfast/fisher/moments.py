@@ -63,7 +63,9 @@ class SampleMoments(Measured):
     def _variance(self, name: str) -> Tensor:
         W, V = self.totals[name].weight, self.squared_weights[name]
         if W * W - V <= 1e-12 * W * W:
-            raise ValueError(f"variance: needs at least two sample gradients with a weight > 0 of {name!r}")
+            raise ValueError(
+                f"variance: {name!r} must have at least two sample gradients with a weight > 0, got fewer; measure more samples"
+            )
         mean = self.totals[name].mean()
         return (self.squares[name].sum - W * mean.square()).clamp_min_(0) / (W - V / W)
 

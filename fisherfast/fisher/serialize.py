@@ -11,6 +11,7 @@ import glob
 import importlib.metadata
 import json
 import os
+import reprlib
 import secrets
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -97,12 +98,14 @@ def save(fisher: Storable, path: str | os.PathLike[str], extra: Mapping[str, str
     """
     path, extra = Path(path).resolve(), dict(extra or {})  # a link stays one
     if not all(isinstance(text, str) for item in extra.items() for text in item):
-        raise TypeError("save: extra must be {str: str}; encode other values as JSON")
+        raise TypeError(f"save: extra must be {{str: str}}, got {reprlib.repr(extra)}; encode other values as JSON")
     if path.is_dir():
         raise IsADirectoryError(f"save: path must be a file, got the folder {path}")
     tensors, fields = fisher.state()
     if "__metadata__" in tensors:
-        raise ValueError("save: no parameter must be called '__metadata__', which safetensors keeps for itself; rename it")
+        raise ValueError(
+            "save: names must differ from '__metadata__', which safetensors keeps for itself, got a parameter of that name; rename it"
+        )
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     metadata = {
         "format": FORMAT,

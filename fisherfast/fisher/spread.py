@@ -78,7 +78,9 @@ class Spread:
         W, W2, wt, w2t, w2t2 = self.sums
         rest = W * W - W2
         if not bool((rest > 0).all()):
-            raise ValueError("stderr: needs at least two samples that were counted whole (and have a weight > 0)")
+            raise ValueError(
+                "stderr: at least two samples with a weight > 0 must be counted whole in every layer, got fewer; measure more samples"
+            )
         mean = wt / W
         errors = ((w2t2 - 2 * mean * w2t + mean * mean * W2).clamp_min(0) / rest).sqrt().tolist()
         return dict(zip((*self.layers, None), errors, strict=True))

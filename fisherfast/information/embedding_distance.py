@@ -69,7 +69,7 @@ def _check_precisions(kind: str, *precisions: Tensor) -> None:
         good = p.isfinite() & ((p >= 0) if kind == "cosine" else (p > 0))
         if bad := int((~good).sum()):
             raise ValueError(
-                f"{_CALLER}: {kind!r} needs precisions {rule}, got {bad} of {len(p)} that are not; pass damping = beta / lambda^2"
+                f"{_CALLER}: precisions must be {rule} for {kind!r}, got {bad} of {len(p)} that are not; pass damping = beta / lambda^2"
             )
 
 
