@@ -37,7 +37,12 @@ def of_layers(model: nn.Module, fisher: ff.EKFACFisher) -> ways.Result:
 @ways.way("fisherfast: ff.fisher, one batch from start to result", package="fisherfast", quantity="ekfac", limited=True)
 def whole(model, x, y):
     options = {"structure": "ekfac", "fisher_type": "empirical", "progress": False}
-    return lambda: of_layers(model, ff.fisher(model, [(x, y)], **options))
+
+    def run():
+        result = ff.fisher(model, [(x, y)], **options)
+        return lambda: of_layers(model, result)
+
+    return run
 
 
 def _basis(model: nn.Module, x: Tensor, y: Tensor) -> ff.KFACFisher:
