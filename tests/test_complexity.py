@@ -183,12 +183,35 @@ class Pair(nn.Module):
 def test_takes_the_output_that_is_picked():
     model, data = Pair().double(), [(torch.randn(5, 3).double(), torch.randint(0, 2, (5,)))]
     F, G = (DiagonalFisher({n: torch.ones_like(p) for n, p in m.named_parameters()}, 5) for m in (model, model.layer))
-    options = {"prior_scale": 1.0, "beta": 0.1, "data": data, "method": "monte-carlo"}
+    options = {"prior_scale": 1.0, "beta": 0.1, "data": data, "method": "monte-carlo", "likelihood": "categorical"}
     one = ff.task_complexity(F, model, output="wanted", **options)
     other = ff.task_complexity(G, model.layer, **options)
     assert (one.loss, one.expected_loss) == (other.loss, other.expected_loss)
     posterior = ff.optimal_posterior(F, model, prior_scale=1.0, beta=0.1)
     assert ff.measured_complexity(posterior, model, data, output="wanted").expected_loss == one.expected_loss
+
+
+@pytest.mark.parametrize("measure", [ff.task_complexity, lambda F, m, *, beta, **o: ff.rate_distortion(F, m, [beta], **o).points[0]])
+def test_the_loss_is_of_the_fishers_own_likelihood(measure):
+    X, y, net, F, scale, _ = regression()
+    options = {"prior_scale": scale, "beta": 0.1, "data": [(X, y)]}
+    assert measure(F, net, **options).loss == ff.mean_loss(net, [(X, y)], "gaussian")
+    with pytest.warns(ff.FisherWarning, match="should be that of the Fisher, gaussian, got bernoulli"):
+        measure(F, net, likelihood="bernoulli", **(options | {"data": [(X, y.sigmoid())]}))
+    unknown = DiagonalFisher({"weight": torch.ones_like(net.weight)}, num_samples=20)
+    with pytest.raises(ValueError, match="likelihood must be given for a Fisher of an unknown likelihood, got None; pass likelihood="):
+        measure(unknown, net, **options)
+    assert measure(unknown, net, likelihood="gaussian", **options).loss == measure(F, net, **options).loss
+
+
+def test_a_likelihood_whose_loss_has_settings_is_the_fishers_own():
+    X, y, net = torch.randn(6, 4).double(), torch.randint(0, 3, (6,)), nn.Linear(4, 3).double()
+    smooth = ff.Categorical(label_smoothing=0.1)
+    F = ff.fisher(net, [(X, y)], fisher_type="empirical", likelihood=smooth, progress=False)
+    found = ff.task_complexity(F, net, prior_scale=1.0, beta=0.1, data=[(X, y)], likelihood=smooth)
+    assert found.loss == ff.mean_loss(net, [(X, y)], smooth)
+    with pytest.raises(ValueError, match=r"must be given for a Fisher of categorical\(label_smoothing=0.1\), got None"):
+        ff.task_complexity(F, net, prior_scale=1.0, beta=0.1, data=[(X, y)])
 
 
 def test_states_its_conditions():

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +19,7 @@ from fisherfast.information.expected_loss import expected_loss, mean_loss
 from fisherfast.information.posterior import GaussianPosterior, Posterior
 from fisherfast.information.result import Information
 from fisherfast.information.weights import Weights, informations
-from fisherfast.likelihood import Likelihood, resolve
+from fisherfast.likelihood import Likelihood, beside, resolve
 from fisherfast.readings import check_rereadable
 
 METHODS = ("analytic", "monte-carlo")
@@ -77,7 +78,7 @@ def task_complexity(
     loss: float | None = None,
     method: str = "analytic",
     data: Iterable[Any] | None = None,
-    likelihood: str | Likelihood = "categorical",
+    likelihood: str | Likelihood | None = None,
     draws: int = 8,
     seed: int = 0,
     output: Output = None,
@@ -89,7 +90,9 @@ def task_complexity(
     A trained network's loss is often far from quadratic at the noise that the formula allows: then the two differ, and the
     measured one counts.
 
-    ``loss``  L(w), the mean loss at the trained weights, in nats; measured on ``data`` where not given.
+    ``loss``        L(w), the mean loss at the trained weights, in nats; measured on ``data`` where not given. It is that of a sample:
+                    of a language model the sum over a sequence's tokens, not their mean.
+    ``likelihood``  of the measured losses: F's own where not given.
 
     The other arguments are those of ``information_in_weights`` and ``expected_loss``.
 
@@ -101,7 +104,7 @@ def task_complexity(
     Numerics: theirs.
     Source:   Definition 2.1 and Proposition 2.5 of Achille, Paolini and Soatto (arXiv:1905.12213).
     """
-    source = LossSource("task_complexity", method, data, likelihood, draws, seed, output)
+    source = LossSource("task_complexity", method, data, F.provenance.likelihood, likelihood, draws, seed, output)
     loss = source.loss_of(model, loss)
     (info,) = informations(F, model, (beta,), prior_scale=prior_scale, center=center, variant=variant, loss=loss)
     return source.complexity(info, loss, model)
@@ -114,10 +117,16 @@ class LossSource:
     caller: str
     method: str
     data: Iterable[Any] | None
-    likelihood: str | Likelihood
+    stored: str | None  # the likelihood that the Fisher says it is of
+    given: str | Likelihood | None
     draws: int
     seed: int
     output: Output
+
+    @functools.cached_property
+    def likelihood(self) -> Likelihood:
+        """Of the measured losses."""
+        return beside(self.caller, self.stored, self.given)
 
     def loss_of(self, model: Weights, given: float | None) -> float:
         """``L(w)``, given or measured. Errors: ValueError where the arguments do not suffice for the method."""

@@ -88,7 +88,7 @@ def rate_distortion(
     loss: float | None = None,
     method: str = "analytic",
     data: Iterable[Any] | None = None,
-    likelihood: str | Likelihood = "categorical",
+    likelihood: str | Likelihood | None = None,
     draws: int = 8,
     seed: int = 0,
     output: Output = None,
@@ -112,7 +112,7 @@ def rate_distortion(
     prices = _checks.several(betas)
     if not prices:
         raise ValueError("rate_distortion: betas must hold at least one price of a nat, got none")
-    source = LossSource("rate_distortion", method, data, likelihood, draws, seed, output)
+    source = LossSource("rate_distortion", method, data, F.provenance.likelihood, likelihood, draws, seed, output)
     loss = source.loss_of(model, loss)
     infos = informations(F, model, prices, prior_scale=prior_scale, center=center, variant=variant, loss=loss)
     return RateDistortion(tuple(source.complexity(info, loss, model) for info in infos))

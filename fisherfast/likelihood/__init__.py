@@ -10,7 +10,7 @@ from fisherfast.likelihood.batch import predictions_of
 from fisherfast.likelihood.bernoulli import Bernoulli
 from fisherfast.likelihood.categorical import Categorical, CausalLM
 from fisherfast.likelihood.gaussian import Gaussian
-from fisherfast.likelihood.names import resolve, stored_name
+from fisherfast.likelihood.names import beside, resolve, stored_name
 from fisherfast.likelihood.own import Draws, LogLikelihood
 from fisherfast.likelihood.protocol import FISHER_TYPES, Likelihood, Predictions
 
@@ -24,6 +24,7 @@ __all__ = [
     "Likelihood",
     "LogLikelihood",
     "Predictions",
+    "beside",
     "predictions_of",
     "resolve",
     "stored_name",

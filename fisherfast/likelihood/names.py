@@ -28,6 +28,25 @@ def resolve(likelihood: str | Likelihood) -> Likelihood:
     return likelihood
 
 
+def beside(caller: str, stored: str | None, given: str | Likelihood | None) -> Likelihood:
+    """The likelihood whose loss stands beside a result stored under ``stored``: the given one, else the result's own.
+
+    FisherWarning where they differ; ValueError where none is given and the name does not say how to make it again.
+    """
+    if given is None:
+        if stored not in _BY_NAME:
+            raise ValueError(
+                f"{caller}: likelihood must be given for a Fisher of {stored or 'an unknown likelihood'}, got None; pass likelihood="
+            )
+        return resolve(stored)
+    chosen = resolve(given)
+    if stored is not None and stored not in (chosen.name, f"{chosen.name}({getattr(chosen, 'loss_settings', '')})"):
+        warn(
+            f"{caller}: likelihood should be that of the Fisher, {stored}, got {chosen.name}; loss and nats then belong to different tasks"
+        )
+    return chosen
+
+
 def stored_name(likelihood: Likelihood, fisher_type: str) -> str:
     """What a result is stored under: the likelihood's name, with the settings of its loss where "empirical" looked at them.
 
