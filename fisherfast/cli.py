@@ -43,7 +43,7 @@ class Likelihood(StrEnum):
     categorical = "categorical"
     bernoulli = "bernoulli"
     gaussian = "gaussian"
-    causal_lm = "causal-lm"
+    causal_lm = "causal_lm"
 
     def resolve(self) -> likelihoods.Likelihood:
         """The object of this name."""

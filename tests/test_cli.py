@@ -241,7 +241,7 @@ def data():
     return [{{"input_ids": ids, "labels": ids}} for ids in torch.load({str(tmp_path / "ids.pt")!r})]
 """)
     folder, data = str(tmp_path / "gpt2"), f"{module}_ids:data"
-    options = ("--likelihood", "causal-lm", "--fisher-type", "empirical", "--rounds", "0", "--out", tmp_path / "out")
+    options = ("--likelihood", "causal_lm", "--fisher-type", "empirical", "--rounds", "0", "--out", tmp_path / "out")
     result = run("info", "--model", folder, "--data", data, *options)
     assert result.exit_code == 0, result.output
     batches = [{"input_ids": one, "labels": one} for one in ids]

@@ -191,7 +191,9 @@ def test_takes_the_output_that_is_picked():
     assert ff.measured_complexity(posterior, model, data, output="wanted").expected_loss == one.expected_loss
 
 
-@pytest.mark.parametrize("measure", [ff.task_complexity, lambda F, m, *, beta, **o: ff.rate_distortion(F, m, [beta], **o).points[0]])
+@pytest.mark.parametrize(
+    "measure", [ff.task_complexity, lambda F, m, *, beta, **o: ff.rate_distortion(F, m, [beta], **o).points[0]]
+)
 def test_the_loss_is_of_the_fishers_own_likelihood(measure):
     X, y, net, F, scale, _ = regression()
     options = {"prior_scale": scale, "beta": 0.1, "data": [(X, y)]}
@@ -199,7 +201,9 @@ def test_the_loss_is_of_the_fishers_own_likelihood(measure):
     with pytest.warns(ff.FisherWarning, match="should be that of the Fisher, gaussian, got bernoulli"):
         measure(F, net, likelihood="bernoulli", **(options | {"data": [(X, y.sigmoid())]}))
     unknown = DiagonalFisher({"weight": torch.ones_like(net.weight)}, num_samples=20)
-    with pytest.raises(ValueError, match="likelihood must be given for a Fisher of an unknown likelihood, got None; pass likelihood="):
+    with pytest.raises(
+        ValueError, match="likelihood must be given for a Fisher of an unknown likelihood, got None; pass likelihood="
+    ):
         measure(unknown, net, **options)
     assert measure(unknown, net, likelihood="gaussian", **options).loss == measure(F, net, **options).loss
 

@@ -243,7 +243,7 @@ def test_refuses_data():
 def test_refuses_models():
     net, (x, y) = network(), labelled()
     posterior = posterior_of(net)
-    with pytest.raises(ValueError, match=r"model must hold every parameter of posterior, lacks \['0.bias'"):
+    with pytest.raises(ValueError, match=r"model must hold every parameter of posterior, got none for \['0.bias'"):
         ff.expected_loss(posterior, nn.Linear(4, 3), [(x, y)])
     with pytest.raises(ValueError, match=r"model\['0.weight'\] must be \(5, 4\) as in posterior, got \(6, 4\)"):
         ff.expected_loss(posterior, nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)), [(x, y)])

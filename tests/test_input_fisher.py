@@ -430,7 +430,10 @@ def test_infinite_information_in_the_covariance_is_refused():
         ({"x": torch.zeros(0, 3)}, "x must be a floating tensor"),
         ({"x": [1.0]}, "x must be a floating tensor .* got list"),
         ({"x": torch.full((7, 3), math.inf, dtype=DOUBLE)}, "x must be finite, got 21"),
-        ({"F": ff.DiagonalFisher({"other": torch.ones(1)}, 7)}, r"model must hold every parameter of F, lacks \['other'\]"),
+        (
+            {"F": ff.DiagonalFisher({"other": torch.ones(1)}, 7)},
+            r"model must hold every parameter of F, got none for \['other'\]",
+        ),
     ],
 )
 def test_refuses(options, message):

@@ -112,7 +112,7 @@ def test_refuses():
             ff.path_stability(F, w, w, beta=bad)
     with pytest.raises(ValueError, match="path_stability: damping must be a finite number >= 0, got -1"):
         ff.path_stability(F, w, w, beta=1.0, damping=-1)
-    with pytest.raises(ValueError, match=r"path_stability: second must hold every parameter of F, lacks \['v'\]"):
+    with pytest.raises(ValueError, match=r"path_stability: second must hold every parameter of F, got none for \['v'\]"):
         ff.path_stability(F, w, {"w": w["w"]}, beta=1.0)
     with pytest.raises(ValueError, match=r"path_stability: second\['v'\] must be \(2,\) as in first, got \(3,\)"):
         ff.path_stability(F, w, w | {"v": torch.ones(3)}, beta=1.0)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn.functional import cross_entropy
 
 import fisherfast as ff
 
@@ -40,7 +41,8 @@ def test_samples_are_of_the_parameters_shapes(run):
 
 def test_half_of_the_weights_are_kept(run):
     kept = sum(int(mask.sum()) for mask in run["masks"].values())
-    assert kept == sum(p.numel() for p in run["model"].parameters()) // 2
+    total = sum(p.numel() for p in run["model"].parameters())
+    assert kept == total - total // 2
 
 
 def test_parts_are_the_whole(run):
@@ -48,6 +50,18 @@ def test_parts_are_the_whole(run):
     assert run["whole"].trace() == pytest.approx(whole.trace(), rel=1e-5)
     diagonal = ff.fisher(run["model"], run["loader"], progress=False)
     assert run["ekfac"].trace() == pytest.approx(diagonal.trace(), rel=1e-5)
+
+
+def test_frozen_parameters_are_left_out(run):
+    assert set(run["last"].names) == {"2.bias", "2.weight"}
+
+
+def test_the_scale_of_float16_is_taken_out(run):
+    F = ff.fisher(run["model"], run["loader"], fisher_type="empirical", progress=False)
+    assert run["scaled"].result().trace() == pytest.approx(F.trace(), rel=0.02)
+    x, y = run["loader"][-1]
+    expected = torch.autograd.grad(cross_entropy(run["model"](x), y), run["model"][0].weight)[0]
+    assert (run["model"][0].weight.grad - expected).norm() < 0.02 * expected.norm()
 
 
 def test_the_noise_scale_is_of_the_losses(run):

@@ -69,7 +69,7 @@ def one_of(caller: str, name: str, value: str, choices: tuple[str, ...]) -> str:
 def named(caller: str, what: str, tensors: Mapping[str, Tensor], names: Iterable[str], of: str) -> None:
     """Raise ValueError unless ``tensors``, called ``what``, has all ``names``, the parameters of ``of``."""
     if lacking := [name for name in names if name not in tensors]:
-        raise ValueError(f"{caller}: {what} must hold every parameter of {of}, lacks {listed(lacking)}")
+        raise ValueError(f"{caller}: {what} must hold every parameter of {of}, got none for {listed(lacking)}; add them")
 
 
 def shaped(caller: str, what: str, tensors: Mapping[str, Tensor], like: Mapping[str, Tensor], of: str) -> None:

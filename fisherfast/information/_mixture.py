@@ -28,6 +28,11 @@ class Mixture:
     def of_runs(cls, caller: str, runs: Sequence[Sequence[tuple[float | Tensor, float | Tensor]]], pi: Tensor) -> Mixture:
         """Every data set's runs with equal parts of its weight. Errors: ValueError for what is not a diagonal Gaussian."""
         pairs = [pair for of_one in runs for pair in of_one]
+        if wrong := [pair for pair in pairs if not (isinstance(pair, tuple | list) and len(pair) == 2)]:
+            raise ValueError(
+                f"{caller}: each data set must have a list of runs, each (mean, variance), numbers or tensors [d], got a run that is a "
+                f"{type(wrong[0]).__name__}; of posteriors flatten and join .mean and .variance()"
+            )
         mean, variance = (
             [torch.as_tensor(pair[i], dtype=torch.float64).detach().cpu().flatten() for pair in pairs] for i in range(2)
         )

@@ -99,6 +99,11 @@ def compare(first: Information, second: Information, *, names: Sequence[str] = (
     Numerics: as the informations'.
     Source:   ours.
     """
+    for info in (first, second):
+        if not isinstance(info, Information):
+            raise TypeError(
+                f"compare: both must be results of information_in_weights, got {type(info).__name__}; measure those first"
+            )
     first_name, second_name = _checked(names)
     if problems := _alike.differences(first, second):
         raise ValueError(
