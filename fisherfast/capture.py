@@ -38,6 +38,7 @@ from fisherfast.tracked import Bare, Made, Reference, Tracked
 from fisherfast.train_mode import CHANCE, is_parameter, refuse_chance, undivided, unwrapped
 
 _GRAD = vars(torch._C.TensorBase)["grad"]
+_DATA = vars(torch._C.TensorBase)["data"]
 Hooks = tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]
 Listener = Callable[[Call, Tensor | None, tuple[Tensor, ...]], None]
 
@@ -212,6 +213,8 @@ class Capture(TorchFunctionMode):
             refuse_chance(func, args, kwargs, lambda tensor: id(tensor) in self._references or is_parameter(tensor))
         args, kwargs = undivided(func, args, kwargs)
         found = self._found(args) + self._found(kwargs.values())
+        if getattr(func, "__self__", None) is _DATA:
+            found = [reference for reference in found if not self._is_written_behind(reference)]
         if not found or _without_a_graph(func):
             out = func(*args, **kwargs)
             for reference in found:
@@ -259,9 +262,18 @@ class Capture(TorchFunctionMode):
     def _left(self, reference: Reference) -> bool:
         """Whether a copy of a parameter was changed in place, and so is left to autograd."""
         if reference.changed:
-            del self._references[id(reference.tensor)]
-            reference.tracked.give_up("a copy of it that is changed in place")
+            self._leave(reference, "a copy of it that is changed in place")
         return reference.changed
+
+    def _is_written_behind(self, reference: Reference) -> bool:
+        """Whether ``.data`` is of a copy, which then is left to autograd: what is written through it changes no version."""
+        if reference.copied:
+            self._leave(reference, "a copy of it that is changed through .data")
+        return reference.copied
+
+    def _leave(self, reference: Reference, reason: str) -> None:
+        self._references.pop(id(reference.tensor), None)
+        reference.tracked.give_up(reason)
 
     def _covered(self, func: Any, args: Any, kwargs: Any, found: list[Reference]) -> list[Use] | None:
         """The uses the function's rule declares, or None unless they cover every tracked argument exactly once.
@@ -332,7 +344,7 @@ class Capture(TorchFunctionMode):
     def _make(self, func: Any, outputs: list[Tensor], found: list[Reference], reason: str) -> None:
         """Follow what a call has made of parameters alone as parameters."""
         sources = tuple({t.name: t for r in found for t in r.tracked.sources}.values())
-        lost = not all(t.caught for t in sources) or any(out.layout is not torch.strided for out in outputs)
+        lost = not all(t.caught for t in sources) or any(out.layout is not torch.strided or out.is_nested for out in outputs)
         for source in sources:
             source.give_up(reason) if lost else source.chain(reason)
         for out in outputs:

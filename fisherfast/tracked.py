@@ -192,9 +192,14 @@ class Reference:
     version: int = 0
 
     @property
+    def copied(self) -> bool:
+        """Whether it has memory of its own: it is no parameter, nor a part of one."""
+        return bool(self.made) or isinstance(self.tracked, Made)
+
+    @property
     def changed(self) -> bool:
         """Whether it is no longer what it was when it was made."""
-        return (bool(self.made) or isinstance(self.tracked, Made)) and self.tensor._version != self.version
+        return self.copied and self.tensor._version != self.version
 
     def stand_in(self, leaf: bool) -> Tensor:
         """The tensor that takes its place in a use that is caught: one that autograd differentiates, or one it does not."""

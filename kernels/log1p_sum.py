@@ -39,8 +39,8 @@ def log1p_sum(acc: Tensor, f: Tensor, c: float = 1.0) -> None:
     if f.numel() == 0:
         return
     with torch.cuda.device_of(acc):
-        # A view wherever the values lie without gaps, however the axes are ordered.
-        values = f.permute(sorted(range(f.dim()), key=f.stride, reverse=True)).reshape(-1)
+        # A copy only where the values lie with gaps, however the axes are ordered.
+        values = f.permute(sorted(range(f.dim()), key=f.stride, reverse=True)).contiguous().view(-1)
         share = triton.cdiv(len(values), PROGRAMS * BLOCK) * BLOCK
         partial = torch.empty(triton.cdiv(len(values), share), 2, device=acc.device, dtype=torch.float64)
         _log1p_sum_kernel[(len(partial),)](partial, values, len(values), share, c, BLOCK)

@@ -355,6 +355,25 @@ def test_use_by_tokens_matches_autograd(name):
     assert oracle.error(empirical(model, batches).diagonal(dtype=torch.float64), expected) < EXACT
 
 
+def test_two_uses_of_a_table_that_cancel_leave_nothing_below_zero():
+    """``(H + E)^2`` as ``H^2`` and what the lookup adds to it."""
+
+    def forward(m, ids, given):
+        return F.linear(given, m.table.weight).gather(2, ids[..., None])[..., 0] - (m.table(ids) * given).sum(-1)
+
+    model, ids, given = (
+        networks.Wrapped(forward, table=nn.Embedding(6, 16)),
+        torch.randint(0, 6, (5, 9)),
+        3 * torch.randn(5, 9, 16),
+    )
+    with ff.collect(model, ff.Diagonal(), ff.PerSampleNorm(), fisher_type="empirical") as stats:
+        stats.backward(model(ids, given).sum(1))
+    fisher, norms = stats.results()
+    scale = float(given.square().sum(2).max())
+    assert all(float(v.min()) >= 0 and float(v.max()) < 1e-5 * scale for v in fisher.diagonal().values())
+    assert float(norms.squared_norms.min()) >= 0
+
+
 @pytest.mark.parametrize("structure", ["diagonal", ff.KFAC(max_factor_dim=64), ff.EKFAC(max_factor_dim=64)], ids=str)
 def test_a_tied_table_is_never_as_large_as_its_sample_gradients(structure):
     """Of 500 rows, looked up and multiplied by: nothing of 8 x 500 x 32 numbers is made."""

@@ -439,6 +439,7 @@ REJECTIONS = {
     "positions_negative": (lambda a, k: k.update(positions=(1, -1)), ValueError, "positions >= 0"),
     "stride_zero": (lambda a, k: k.update(stride=(0, 1)), ValueError, r"stride=\[0, 1\]"),
     "dilation_zero": (lambda a, k: k.update(dilation=(1, 0)), ValueError, r"dilation=\[1, 0\]"),
+    "padding_huge": (lambda a, k: k.update(padding=(0, -(2**61))), ValueError, r"must be below 2\^31"),
     "groups": (lambda a, k: k.update(groups=3), ValueError, "groups must divide C = 4, got 3"),
     "groups_zero": (lambda a, k: k.update(groups=0), ValueError, "groups must divide"),
     "weight_dtype": (lambda a, k: k.update(weight=torch.ones(3).double()), TypeError, "weight must be one of"),

@@ -496,6 +496,7 @@ REJECTIONS = {
     "stride_count": (lambda a, k: k.update(stride=(1,)), ValueError, r"must be empty or one integer per kernel axis \(2\)"),
     "stride_zero": (lambda a, k: k.update(stride=(0, 1)), ValueError, r"stride and dilation >= 1, got \[0, 1\]"),
     "dilation_zero": (lambda a, k: k.update(dilation=(1, 0)), ValueError, "stride and dilation >= 1"),
+    "stride_huge": (lambda a, k: k.update(stride=(2**61, 1)), ValueError, r"must be below 2\^31, got \[2305843009213693952, 1\]"),
     "groups": (lambda a, k: k.update(groups=4), ValueError, "groups must divide C = 4 and O = 6, got 4"),
     "groups_zero": (lambda a, k: k.update(groups=0), ValueError, "groups must divide"),
     "weight_dtype": (lambda a, k: k.update(weight=torch.ones(3).double()), TypeError, "weight must be one of"),
@@ -522,6 +523,15 @@ def test_rejects(rule):
     spoil(args, keywords)
     with pytest.raises(kind, match=f"conv_sq_: .*(?:{message})"):
         ff.ops.conv_sq_(*args, **keywords)
+
+
+@every_target
+def test_rejects_offsets_of_images_without_positions(target):
+    if target.device == "cuda" and target.backend != "reference":
+        pytest.skip("a device assertion, which ends the process' CUDA context")
+    args = (torch.zeros(2, 3, 1, 1), torch.randn(12, 3, 2, 2), torch.randn(12, 2, 0, 2))
+    with pytest.raises((ValueError, RuntimeError), match="offsets"), ff.backend(target.backend):
+        ff.ops.conv_sq_(*(t.to(target.device) for t in args), offsets=torch.tensor([0, 4, 3, 12], device=target.device))
 
 
 @pytest.mark.parametrize("bounds", [[0, 2, 1, 3], [1, 2, 2, 3], [0, 1, 2, 2]], ids=["falls", "starts_late", "ends_early"])

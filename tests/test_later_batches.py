@@ -410,3 +410,23 @@ def test_a_first_sample_by_itself_does_not_hide_a_table(structure):
     assert alone.trace() == pytest.approx(together.trace(), rel=1e-9)
     for name, expected in together.diagonal(dtype=torch.float64).items():
         torch.testing.assert_close(alone.diagonal(dtype=torch.float64)[name], expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("structure", ["kfac", "ekfac"])
+def test_a_bias_that_a_later_batch_leaves_out_does_not_count_there(structure):
+    """Its column of ones is in the weight's factor, which the rows of such a batch do not have."""
+    model = Wrapped(
+        lambda m, x, flag: F.linear(x, m.layer.weight, m.layer.bias if flag[0] else None), layer=nn.Linear(3, C)
+    ).double()
+    x, y = torch.randn(8, 3).double(), torch.randint(C, (8,))
+    data = [((x[:4], torch.ones(4)), y[:4]), ((x[4:], torch.zeros(4)), y[4:])]
+    with pytest.raises(
+        ValueError, match=r"layer\.weight: must be used with its bias as in the first batch, got a use without it"
+    ):
+        ff.fisher(model, data, structure, fisher_type="empirical", progress=False)
+    options = {"fisher_type": "empirical", "allow_missing": True, "progress": False}
+    both, *each = (ff.fisher(model, part, **options) for part in (data, data[:1], data[1:]))
+    assert both.trace() == pytest.approx(sum(F.trace() for F in each) / 2)
+    for part, diagonal in zip((data[:1], data[1:]), each, strict=True):
+        found = ff.fisher(model, part, (ff.KFAC if structure == "kfac" else ff.EKFAC)(max_exact_dim=0), **options)
+        assert structure == "kfac" or found.trace() == pytest.approx(diagonal.trace())

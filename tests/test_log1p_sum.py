@@ -225,6 +225,9 @@ LAYOUTS = {
     "expanded": lambda f: f[:, :7, None].expand(-1, -1, 3),
     "repeated": lambda f: f[:1].expand(9, -1),
     "scalar": lambda f: f[0, 0],
+    "every third": lambda f: f.flatten()[::3],
+    "column": lambda f: f[:, 1],
+    "one value, expanded": lambda f: f[0, 0].expand(9),
 }
 
 

@@ -68,6 +68,17 @@ def masked_through_a_view(w):
     return w
 
 
+def clamped_through_data(w):
+    w.data.clamp_(-0.3, 0.3)
+    return w
+
+
+def given_other_data(w):
+    w = w.t().contiguous().t()
+    w.data = w.data.round()
+    return w
+
+
 class Hidden(nn.Module):
     """A use that no torch function shows, beside one that is seen, or alone."""
 
@@ -111,6 +122,9 @@ NETWORKS = {
     "clone, then setitem": lambda: Changed(masked),
     "clone, then a view in place": lambda: Changed(masked_through_a_view),
     "clone, then tril_": lambda: Changed(lambda w: w.clone().tril_()),
+    "clone, then .data in place": lambda: Changed(lambda w: clamped_through_data(w.clone())),
+    "product, then .data in place": lambda: Changed(lambda w: clamped_through_data(w * 2)),
+    "copy, then other .data": lambda: Changed(given_other_data),
     "clone, unchanged": lambda: Changed(lambda w: w.clone()),
     "own node": lambda: Hidden(lambda w, x: F.linear(x, Rounded.apply(w)), False),
     "own node and linear": lambda: Hidden(lambda w, x: F.linear(x, Rounded.apply(w)), True),
@@ -242,6 +256,15 @@ def test_an_input_that_is_as_long_as_the_batch_by_chance_is_not_cut_in_silence()
         ff.fisher(model, [((x, torch.randn(N, C)), None)], fisher_type="exact", progress=False)
 
 
+def test_an_input_that_cannot_be_cut_like_samples_is_explained():
+    model = Wrapped(lambda m, x, mask: m.layer((x @ x.mT + mask) @ x).sum(1), layer=nn.Linear(I, C))
+    x, mask, y = torch.randn(N, N, I), torch.eye(N), torch.randint(C, (N,))
+    with pytest.raises(RuntimeError) as caught:
+        ff.fisher(model, [((x, mask), y)], progress=False)
+    assert "Inputs whose first axis is as long as the batch must hold its samples" in "".join(caught.value.__notes__)
+    assert ff.fisher(model, [((x, mask[None]), y)], progress=False).trace() > 0
+
+
 @pytest.mark.parametrize(
     "structure", [[ff.Diagonal()], (), (ff.KFAC,), "fisher", ("diagonal", 3)], ids=["list", "nothing", "class", "word", "number"]
 )
@@ -265,9 +288,10 @@ def test_a_rule_is_of_a_function(what):
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
-def test_a_layer_of_nested_tensors():
+@pytest.mark.parametrize("layout", [torch.jagged, torch.strided], ids=["jagged", "strided"])
+def test_a_layer_of_nested_tensors(layout):
     def forward(m, x):
-        jagged = torch.nested.nested_tensor([rows[: 1 + int(rows[0, 0] > 0)] for rows in x], layout=torch.jagged)
+        jagged = torch.nested.nested_tensor([rows[: 1 + int(rows[0, 0] > 0)] for rows in x], layout=layout)
         return m.head(torch.nested.to_padded_tensor(m.layer(jagged), 0.0).sum(1))
 
     layers = {"layer": nn.Linear(6, 5), "head": nn.Linear(5, 3)}

@@ -55,6 +55,7 @@ class BlockCollector:
         self._weight_of: dict[str, str] = {}  # of a bias
         self._with_bias: set[str] = set()
         self._seen: dict[str, list[Tensor]] = {}  # g of a weight with a bias, until the bias comes
+        self._bare: set[str] = set()  # weights that this batch uses without the bias they had
         self._before: tuple[list[Any], dict[str, Accumulator]] = ([], {})  # of a checkpoint
 
     def new_block(self, place: Place, form: Form, weight: Tensor, made: Mapping[str, Any]) -> BlockSums:
@@ -139,6 +140,10 @@ class BlockCollector:
                     f"{name}: must be used with {self._weight_of[name]!r} as in the first batch, got another use of it"
                 )
             return
+        if name in self._bare:
+            raise ValueError(
+                f"{name}: must be used with its bias as in the first batch, got a use without it; measure the diagonal, or such batches by themselves"
+            )
         sums = self._sums[name]
         sums.check(form)
         with sums.main.visiting(self._samples.total_weight()):
@@ -175,6 +180,8 @@ class BlockCollector:
         for name in unused:
             self._leave(name)
             self._touch(name)
+            if name in self._weight_of:
+                self._bare.add(self._weight_of[name])
 
     def _leave(self, name: str) -> None:
         """A weight is not used in a batch: its inputs are no longer those of weights that are."""
@@ -202,6 +209,7 @@ class BlockCollector:
         for sums in self._sums.values():
             sums.end()
         self._seen.clear()
+        self._bare.clear()
         return bad
 
     def snapshot(self) -> tuple[list[Any], dict[str, Accumulator]]:

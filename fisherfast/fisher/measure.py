@@ -297,7 +297,15 @@ class Measurement:
     def explore(self, batch: Batch) -> None:
         """On a few samples: what is reached, in which forms, where the sample axis is; expands or loops where it has to."""
         few = batch.cut(0, min(batch.N, PROBED))
-        values, noted = self._values(few), few
+        try:
+            values, noted = self._values(few), few
+        except Exception as error:
+            if few.N < batch.N:
+                error.add_note(
+                    f"fisherfast: these were the batch's first {few.N} samples. Inputs whose first axis is as long as the batch must hold "
+                    "its samples; pass others as [1, ...], or expanded to [N, ...]"
+                )
+            raise
         if not self._explored:
             self.run.note_uses(values)
             if few.N < batch.N and self.run.passes.reached(values) < self.capture.tracked.keys():

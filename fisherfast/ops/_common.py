@@ -11,6 +11,8 @@ Common arguments (N samples; a *sample gradient* is the parameter-shaped gradien
 * ``sqnorm``   [N] float32 or float64: ``sqnorm[n] += |sample gradient|^2`` (unweighted).
 * ``flag``     [1] int32: set to 1 when an input is not finite; while it is set, nothing is added to any output.
   Without it non-finite inputs propagate as in any torch op.
+
+No output may share memory with another one or with an input.
 """
 
 from __future__ import annotations

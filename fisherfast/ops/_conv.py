@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fisherfast.ops._common import require
+
 
 @contextmanager
 def exactly() -> Iterator[None]:
@@ -29,6 +31,14 @@ def options(
     """Stride, padding and dilation with one integer per axis: 1, 0 and 1 where they are empty."""
     stride, padding, dilation = (tuple(v) or (d,) * axes for v, d in ((stride, 1), (padding, 0), (dilation, 1)))
     return stride, padding, dilation
+
+
+def check_reach(op: str, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]) -> None:
+    """Raise ValueError for numbers that no image needs and that sums of products of them do not fit into 64 bits with."""
+    require(
+        max(map(abs, (*stride, *padding, *dilation, 0))) < 2**31,
+        lambda: f"{op}: stride, padding and dilation must be below 2^31, got {list(stride)}, {list(padding)}, {list(dilation)}",
+    )
 
 
 def framed(x: Tensor, positions: Sequence[int], kernel: Sequence[int], stride, padding, dilation) -> Tensor:

@@ -40,6 +40,7 @@ def _check(
             f"stride and dilation >= 1, positions >= 0, got {', '.join(f'{k}={list(v)}' for k, v in given.items())}"
         ),
     )
+    conv.check_reach(name, stride, padding, dilation)
     N, C = x.shape[:2]
     common.require(groups >= 1 and C % groups == 0, lambda: f"{name}: groups must divide C = {C}, got {groups}")
     D = C // groups * math.prod(kernel) + bias

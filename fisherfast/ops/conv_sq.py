@@ -47,6 +47,7 @@ def _check(
             f">= 1, got {list(stride)}, {list(padding)}, {list(dilation)}"
         ),
     )
+    conv.check_reach(name, stride, padding, dilation)
     C, O = x.shape[1], g.shape[1]
     common.require(
         groups >= 1 and C % groups == 0 and O % groups == 0,
@@ -98,11 +99,11 @@ def conv_sq_(
     axes = acc.dim() - 2
     stride, padding, dilation = conv.options(axes, stride, padding, dilation)
     sums = common.Sums(acc, scale, weight, total, sqnorm)
+    samples = list(common.samples(g, offsets))
     if 0 in g.shape[2:]:
-        x, g = x[:0], g[:0]
-        offsets = None if offsets is None else torch.zeros_like(offsets)
+        return
     padded = conv.framed(x, g.shape[2:], acc.shape[2:], stride, padding, dilation)
-    for n, images in common.samples(g, offsets):
+    for n, images in samples:
         images = slice(n, n + 1) if isinstance(images, int) else images
         sums.add(n, _weight_gradient(padded[images], g[images], acc.shape, stride, dilation, groups))
     sums.store()

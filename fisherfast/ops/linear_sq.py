@@ -51,6 +51,8 @@ def linear_sq_(
     Numerics: products, sums over t and squares in float32 (float64 for float64 inputs), whatever the input dtype; the
               error against float64 is at most twice that of the plain float32 einsum, of up to some 10^5 samples a call. The
               order of sums is fixed, so results repeat bit by bit on one machine (float64 norms: with one number of threads).
+              Where T = 1, g and x are squared before they are multiplied: entries above 1.8e19 overflow, and those below 1e-19
+              lose digits, also where their products would not.
               ``2 N T I O`` FLOPs, workspace independent of N.
     Source:   Dangel, Kunstner, Hennig 2020 (BackPACK, arXiv:1912.10985), second moment; here without materialising.
     """

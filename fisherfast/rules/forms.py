@@ -313,7 +313,8 @@ class Tied(Form):
     """A table ``[V, D]`` that is both looked up and multiplied by: an embedding tied to the head.
 
     A sample gradient is the head's part H plus, in the rows that occur, the embedding's E: ``(H + E)^2 = H^2`` everywhere,
-    ``+ 2 H E + E^2`` in those rows, whose H is a gather. Nothing of size ``[N, V, D]`` is formed.
+    ``+ 2 H E + E^2`` in those rows, whose H is a gather. Nothing of size ``[N, V, D]`` is formed. Where E = -H but for a part of
+    1e-3 or less, the sum keeps few digits of it; it is never below 0.
     """
 
     padding_idx: int = -1
@@ -354,10 +355,11 @@ class Tied(Form):
         if flag is not None:
             add, E = (torch.where(flag == 0, t, 0.0) for t in (add, E))
         if sqnorm is not None:
-            sqnorm[n] += add.sum((1, 2))
+            sqnorm[n] = (sqnorm[n] + add.sum((1, 2))).clamp_min(0)
         w = 1.0 if weight is None else weight[n].view(-1, 1, 1).to(dtype)
         # Unlike index_add_, index_put_ adds in a fixed order on a GPU too.
         acc.index_put_((ids,), (scale * w * add).to(acc.dtype), accumulate=True)
+        acc.index_put_((ids,), acc[ids].clamp_min(0))  # where both cancel, rounding may leave less than nothing
         if total is not None:
             total.index_put_((ids,), (w * E * first.unsqueeze(-1)).to(total.dtype), accumulate=True)
 
