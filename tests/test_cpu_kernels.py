@@ -166,7 +166,9 @@ def blas(request):
 
 
 @pytest.mark.parametrize("precision", ["highest", "medium"])  # the latter lets torch's own products round to bfloat16
-@pytest.mark.parametrize(("N", "I", "O"), [(3, 13, 17), (64, 600, 300), (130, 33, 70), (256, 520, 10), (700, 300, 37)])
+@pytest.mark.parametrize(
+    ("N", "I", "O"), [(3, 13, 17), (64, 512, 512), (64, 600, 300), (130, 63, 70), (256, 3, 244), (256, 520, 10), (700, 300, 57)]
+)
 def test_linear_sq_of_single_positions_by_tiles_and_by_the_blas(blas, precision, N, I, O):
     x, g, weight = torch.randn(N, 1, 2 * I)[..., ::2], torch.randn(1, N, O).transpose(0, 1), torch.rand(N)
 

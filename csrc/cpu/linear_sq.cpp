@@ -59,7 +59,7 @@ void per_sample(LinearProblem<S> problem, const Sink& sqnorm) {
 // out += scale * sum_n w_n g_n^T x_n, or of the squares of g and x, by the BLAS. Tiles and chains of additions (kBlasRun samples,
 // then blocks of kBlasSamples, then out) do not depend on the number of threads, so the sums do not.
 void blas_product(const LinearProblem<float>& problem, const Output& out) {
-  constexpr int64_t kTileRows = 256, kTileColumns = 512, kBlasRun = 64, kBlasSamples = 256;
+  constexpr int64_t kTileRows = 256, kTileColumns = 512, kBlasRun = 32, kBlasSamples = 256;
   constexpr int64_t kGrain = 1 << 15;  // elements below which a second thread does not pay
   const int64_t N = problem.samples.N, O = problem.g.width, I = problem.x.width;
   const SharedScratch memory(std::min(N, kBlasSamples) * (O + I) * sizeof(float));
@@ -90,9 +90,11 @@ void blas_product(const LinearProblem<float>& problem, const Output& out) {
 
 Samples as_one_sample(const Samples& positions) { return {1, positions.N, positions.N, nullptr}; }
 
-// Matrix registers are faster still; but with few samples most of the work is adding to the result, which it does better.
+// Matrix registers are faster still; but with few samples most of the work is adding to the result, which it does better. Of
+// narrow factors it makes one chain of additions, whatever its runs.
 bool blas_pays(const LinearProblem<float>& problem) {
-  constexpr int64_t kFewSamples = 128;
+  constexpr int64_t kFewSamples = 128, kNarrow = 48;
+  if (std::min(problem.g.width, problem.x.width) < kNarrow) return false;
   const bool registers_pay = matrix_registers_pay(as_one_sample(problem.samples), problem.g.width, problem.x.width);
   return uses_blas() && !(registers_pay && problem.samples.N >= kFewSamples);
 }
