@@ -126,3 +126,9 @@ def test_plot_of_many_layers_sums_the_small_differences():
     assert len(widths) == 41 and widths[-1] == 0
     labels = [text.get_text() for text in difference.texts]
     assert labels[0] == f"{widths[0]:+,.4g}" and labels[-1] == f"{60 * widths[0]:+,.4g} (no bar)"
+
+
+def test_what_is_no_information_is_refused():
+    F = ff.DiagonalFisher({"w": torch.ones(2)}, num_samples=3)
+    with pytest.raises(TypeError, match="compare: both must be results of information_in_weights, got DiagonalFisher"):
+        ff.compare(F, F)

@@ -102,6 +102,10 @@ def test_extra_strings_come_back(tmp_path):
     assert_identical(F, example())
     with pytest.raises(TypeError, match=r"extra must be \{str: str\}"):
         example().save(path, extra={"batches": 17})
+    with pytest.raises(
+        FileNotFoundError, match=r"path must be a file in a folder that exists, got .*nowhere/run; make the folder first"
+    ):
+        example().save(tmp_path / "nowhere" / "run")
 
 
 def test_no_pickle_is_used(tmp_path, monkeypatch):

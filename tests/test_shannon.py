@@ -283,3 +283,10 @@ def test_numbers_of_other_kinds():
     assert ff.shannon_from_stability(DiagonalFisher({"w": torch.ones(2)}, 5), [[1.0, 2.0]], beta=0.1, entropy=0.0).nats == (
         ff.shannon_from_stability(DiagonalFisher({"w": torch.ones(2)}, 5), torch.tensor([[1.0, 2.0]]), beta=0.1, entropy=0.0).nats
     )
+
+
+def test_runs_that_are_no_pairs_are_refused():
+    with pytest.raises(
+        ValueError, match=r"a list of runs, each \(mean, variance\), numbers or tensors \[d\], got a run that is a Tensor"
+    ):
+        ff.shannon_information([(torch.zeros(2), torch.ones(2))])

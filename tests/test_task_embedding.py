@@ -248,6 +248,11 @@ def test_distance_refuses(other, options, message):
         ff.embedding_distance(embedding(1.0, 2.0), other, **options)
 
 
+def test_distance_is_of_embeddings():
+    with pytest.raises(TypeError, match="both must be results of task_embedding, got TaskEmbedding and Tensor"):
+        ff.embedding_distance(embedding(1.0, 2.0), torch.ones(2))
+
+
 def test_the_asymmetry_of_task_distances_is_the_difference_of_the_complexities():
     joint, alone = torch.rand(6, 6, dtype=torch.float64), torch.rand(6, dtype=torch.float64)
     got = ff.task_distances((joint + joint.T) / 2, alone)

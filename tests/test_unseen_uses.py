@@ -273,6 +273,11 @@ def test_what_is_no_structure_is_refused(structure):
         ff.fisher(nn.Linear(I, C), [(torch.randn(N, I), None)], structure=structure, progress=False)
 
 
+def test_data_that_cannot_be_read_are_refused():
+    with pytest.raises(TypeError, match="fisher: data must be an iterable of batches, got function; pass a DataLoader or a list"):
+        ff.fisher(nn.Linear(I, C), lambda: [(torch.randn(N, I), None)], progress=False)
+
+
 def test_structures_by_name_and_by_request():
     model, data = nn.Linear(I, C), [(torch.randn(N, I), None)]
     diagonal, kfac = ff.fisher(model, data, structure=("diagonal", ff.KFAC()), progress=False)

@@ -162,7 +162,11 @@ class Measurement:
     # -- the data set
 
     def batches(self, data: Iterable[Any], progress: bool, what: str) -> Iterator[Batch]:
-        """What the data set yields, on the model's device."""
+        """What the data set yields, on the model's device. Errors: TypeError."""
+        if not hasattr(data, "__iter__") and not hasattr(data, "__getitem__"):
+            raise TypeError(
+                f"fisher: data must be an iterable of batches, got {type(data).__name__}; pass a DataLoader or a list"
+            )
         for item in _shown(data, progress, what):
             yield Batch.of(item, self.capture.device, self.model)
 

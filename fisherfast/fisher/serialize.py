@@ -101,6 +101,8 @@ def save(fisher: Storable, path: str | os.PathLike[str], extra: Mapping[str, str
         raise TypeError(f"save: extra must be {{str: str}}, got {reprlib.repr(extra)}; encode other values as JSON")
     if path.is_dir():
         raise IsADirectoryError(f"save: path must be a file, got the folder {path}")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"save: path must be a file in a folder that exists, got {path}; make the folder first")
     tensors, fields = fisher.state()
     if "__metadata__" in tensors:
         raise ValueError(

@@ -43,6 +43,9 @@ def embedding_distance(
     Source:   Achille et al. 2019, Task2Vec (arXiv:1902.03545); their code adds 1e-8 to the sum in "cosine", which this does not.
     """
     _checks.one_of(_CALLER, "kind", kind, tuple(_KINDS))
+    if not (isinstance(first, TaskEmbedding) and isinstance(second, TaskEmbedding)):
+        got = f"{type(first).__name__} and {type(second).__name__}"
+        raise TypeError(f"{_CALLER}: both must be results of task_embedding, got {got}")
     alpha = _checks.not_negative(_CALLER, "alpha", alpha, "0 is the symmetric distance")
     shapes, others = ({name: len(h) for name, h in e.filters.items()} for e in (first, second))
     if shapes != others:

@@ -136,7 +136,11 @@ class _Block:
 
 
 def tensors(source: Weights) -> dict[str, Tensor]:
-    """The weights by name."""
+    """The weights by name. Errors: TypeError."""
+    if not isinstance(source, nn.Module | Mapping):
+        raise TypeError(
+            f"{_CALLER}: weights must be a network or {{name: tensor}}, got {type(source).__name__}; zero is the center unless said"
+        )
     return dict(unwrapped(source).named_parameters()) if isinstance(source, nn.Module) else dict(source)
 
 
