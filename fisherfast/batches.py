@@ -14,6 +14,7 @@ from torch import Tensor
 from fisherfast import _nested
 
 _OURS = ("labels", "sample_weight", "sample_offsets")  # keys of a dict batch that are not passed to the model
+_OFFSETS = ("sample_offsets", "cu_seq_lens_q", "cu_seqlens")  # ours, Hugging Face's, flash-attention's; the first that is there
 IGNORED = -100  # torch's and Hugging Face's ignore_index, of a likelihood that has none
 Output = str | Callable[[Any], Tensor] | None
 
@@ -38,9 +39,10 @@ class Batch:
 
         A tuple of inputs is ``model(*x)``, a dict ``model(**x)``; targets may be None. A dict batch's ``labels`` are its
         targets, its ``sample_weight`` its weights, and neither is passed to the model. A sample of weight 2 counts as
-        two: means become ``sum_n w_n (...) / sum_n w_n``. ``"sample_offsets"`` ``[N + 1]``, or Hugging Face's
-        ``"cu_seq_lens_q"``, say where samples packed into one row ``[1, M]`` begin and end. Where an encoder-decoder ``model``
-        is given labels alone, it is asked what they make its decoder read, as it would ask itself.
+        two: means become ``sum_n w_n (...) / sum_n w_n``. ``"sample_offsets"`` ``[N + 1]``, Hugging Face's ``"cu_seq_lens_q"`` or
+        flash-attention's ``"cu_seqlens"`` say where samples packed into one row ``[1, M]`` begin and end; without them
+        ``"position_ids"`` that start again do. Where an encoder-decoder ``model`` is given labels alone, it is asked what they
+        make its decoder read, as it would ask itself.
         """
         inputs, targets, weight, offsets = _parts(item)
         if isinstance(inputs, Mapping):
@@ -74,10 +76,12 @@ class Batch:
     @classmethod
     def _of_packed(cls, inputs: dict[str, Any], targets: Any, weight: Any, offsets: Tensor, device: torch.device) -> Batch:
         bounds = offsets.tolist()
-        rows = {key: v.shape[1] for key, v in inputs.items() if isinstance(v, Tensor) and v.dim() > 1 and v.shape[0] == 1}
-        if len(bounds) < 2 or bounds[0] != 0 or sorted(set(bounds)) != bounds or bounds[-1] not in rows.values():
+        shapes = {key: tuple(value.shape) for key, value in inputs.items() if isinstance(value, Tensor)}
+        rows = {shape[:2] for shape in shapes.values()}
+        if len(bounds) < 2 or bounds[0] != 0 or sorted(set(bounds)) != bounds or (1, bounds[-1]) not in rows:
             raise ValueError(
-                f"data: the offsets of packed samples must rise from 0 to M, inputs being [1, M], got {bounds[:8]} and inputs {rows}"
+                f"data: the offsets of packed samples must rise from 0 to M, inputs being [1, M], got {bounds[:8]} and inputs {shapes}; flatten "
+                "several rows to one, and give a row without its axis that by .unsqueeze(0)"
             )
         targets = None if targets is None else _targets(targets, device)
         if targets is not None and targets.shape[:2] != (1, bounds[-1]):
@@ -134,10 +138,13 @@ class Batch:
         mine = offsets[start : stop + 1] - first
 
         def part(key: str, value: Any) -> Any:
-            if key.startswith("cu_seq_lens"):
-                return mine.to(value.dtype)
-            packed = isinstance(value, Tensor) and value.dim() > 1 and value.shape[:2] == (1, M)
-            return value[:, first:last] if packed else value
+            if key.startswith(("cu_seq_lens", "cu_seqlens")):
+                return mine.to(value.dtype) if isinstance(value, Tensor) else mine.tolist()
+            if not isinstance(value, Tensor):
+                return value
+            if key == "position_ids" and value.shape == (M,):
+                return value[first:last]
+            return value[:, first:last] if value.dim() > 1 and value.shape[:2] == (1, M) else value
 
         inputs = {key: part(key, value) for key, value in self.inputs.items()}
         weight = None if self.weight is None else self.weight[start:stop]
@@ -212,8 +219,7 @@ def _parts(item: Any) -> tuple[Any, Any, Any, Any]:
     """What a data set yields, as inputs, targets, weights and offsets; all but the inputs may be None."""
     if isinstance(item, Mapping):
         inputs = {key: value for key, value in item.items() if key not in _OURS}
-        offsets = item.get("sample_offsets", item.get("cu_seq_lens_q"))
-        return inputs, item.get("labels"), item.get("sample_weight"), offsets
+        return inputs, item.get("labels"), item.get("sample_weight"), _offsets(item)
     if isinstance(item, (tuple, list)) and len(item) in (2, 3):
         inputs, targets, weight = (*item, None)[:3]
         if weight is not None and not torch.as_tensor(weight).is_floating_point():  # the samples' indices, say
@@ -227,6 +233,48 @@ def _parts(item: Any) -> tuple[Any, Any, Any, Any]:
         f"{type(item).__name__}{f' of {len(item)}' if isinstance(item, (tuple, list)) else ''}; "
         "wrap inputs without labels as (inputs, None)"
     )
+
+
+def _offsets(item: Mapping[str, Any]) -> Any:
+    """Where samples packed into one row begin and end: as the batch says, else as its positions do; None if they are not packed."""
+    given = next((item[key] for key in _OFFSETS if item.get(key) is not None), None)
+    return _offsets_by_position(item) if given is None else given
+
+
+def _offsets_by_position(item: Mapping[str, Any]) -> list[int] | None:
+    """Where ``position_ids`` ``[1, M]`` or ``[M]`` start again, as Hugging Face's attention reads them; None where they do not.
+
+    Errors:   ValueError for several rows that hold several samples each.
+    """
+    positions, mask = item.get("position_ids"), item.get("attention_mask")
+    if not isinstance(positions, Tensor) or positions.dim() not in (1, 2) or not positions.numel():
+        return None
+    if isinstance(mask, Tensor) and not bool((mask != 0).all()):  # positions start again at padding, too
+        return None
+    M = positions.shape[-1]
+    start, packed = _starts(positions.reshape(-1, M))
+    rows = max((v.shape[0] for v in item.values() if isinstance(v, Tensor) and v.dim() > 1 and v.shape[1] == M), default=0)
+    if not bool(packed.any()) or (positions.dim() == 1 and rows != 1):  # [N]: a position for each sample
+        return None
+    if rows > 1:
+        raise ValueError(
+            f"data: position_ids must not start again within a row of several, got {rows} rows, some of several samples; flatten them to "
+            "one row [1, M], or pad each sample in a row of its own"
+        )
+    return [*start[0].nonzero().flatten().tolist(), M]
+
+
+def _starts(positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Where rows ``[B, M]`` of positions are at their lowest, and which of the rows hold several samples.
+
+    Those that count up from each start, and do so more than once: padding repeats the lowest, and does not count.
+    """
+    low = positions.amin(-1, keepdim=True)
+    start, place = positions == low, torch.arange(positions.shape[-1], device=positions.device)
+    begun = torch.where(start, place, 0).cummax(-1).values
+    counts = (positions - low == place - begun).all(-1)
+    several = (start[:, :-1] & ~start[:, 1:]).sum(-1) > 1
+    return start, counts & several
 
 
 def _read_by_the_decoder(

@@ -10,6 +10,11 @@ from torch import Tensor, nn
 
 from fisherfast.batches import Batch
 
+_PACKED = (
+    "They are packed: in Hugging Face's attention position_ids that start again, no attention_mask and config.use_cache=False keep them "
+    "apart; a row that is one sample has sample_offsets [0, M]"
+)
+
 
 def check_independent(outputs: Callable[[Batch], Tensor], few: Batch, values: Tensor, eps: float, hint: str = "") -> None:
     """Raise ValueError if the outputs ``values`` ``[N, ...]`` of a few samples are others where each is without the rest.
@@ -21,9 +26,10 @@ def check_independent(outputs: Callable[[Batch], Tensor], few: Batch, values: Te
         return
     apart = _apart(alone, values.detach()).flatten(1).amax(1)
     n = int(apart.argmax())
+    packed = few.offsets is not None
     raise ValueError(
         f"model: samples must not depend on each other, but sample {n}'s output changes with its batch (by {float(apart[n]):.2g})"
-        f"{hint}. Batch statistics and contrastive losses have no per-sample gradient"
+        f"{hint}. {_PACKED if packed else 'Batch statistics and contrastive losses have no per-sample gradient'}"
     )
 
 

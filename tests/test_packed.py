@@ -63,6 +63,92 @@ def test_packed_transformer_equals_its_samples(fisher_type):
     assert not {way for way in found.coverage.ways.values() if way in ("loop", "vmap")}
 
 
+def without(batch, *keys):
+    return {key: value for key, value in batch.items() if key not in keys}
+
+
+def same_as(expected, model, batches, **options):
+    found = ff.fisher(model, batches, progress=False, fisher_type="empirical", likelihood=ff.CausalLM(), **options)
+    assert (found.num_samples, found.num_positions) == (expected.num_samples, expected.num_positions)
+    assert oracle.error(found.diagonal(dtype=torch.float64), expected.diagonal(dtype=torch.float64)) < EXACT
+
+
+def of_singles(model, batch, key="cu_seq_lens_q"):
+    return ff.fisher(model, apart(batch, key), progress=False, fisher_type="empirical", likelihood=ff.CausalLM())
+
+
+class TakesBounds(Positions):
+    """A model of flash-attention's, which is given where its samples begin."""
+
+    def forward(self, input_ids, position_ids, cu_seqlens=None):
+        assert cu_seqlens is None or int(cu_seqlens[-1]) == input_ids.shape[1]
+        return super().forward(input_ids, position_ids)
+
+
+@pytest.mark.parametrize("bounds", ["int", "long", "tolist"])
+def test_flash_attentions_key_is_one_of_offsets(bounds):
+    model, batch = TakesBounds().double(), packed([5, 3, 7, 2, 6, 4])
+    offsets = getattr(batch["cu_seq_lens_q"], bounds)()
+    same_as(of_singles(model, batch), model, [{**without(batch, "cu_seq_lens_q"), "cu_seqlens": offsets}])
+
+
+@pytest.mark.parametrize("lengths", [[5, 3, 7], [1, 4, 1, 1, 3, 1]], ids=str)
+def test_positions_that_start_again_are_samples(lengths):
+    """Also those of a model that counts from 2, and with a mask that says nothing."""
+    model, batch = Positions().double(), packed(lengths)
+    expected, plain = of_singles(model, batch), without(batch, "cu_seq_lens_q")
+    same_as(expected, model, [plain])
+    same_as(expected, model, [{**plain, "position_ids": plain["position_ids"][0]}])
+    later = {**batch, "position_ids": batch["position_ids"] + 2}
+    same_as(of_singles(model, later), model, [without(later, "cu_seq_lens_q")])
+    assert Batch.of({**plain, "attention_mask": torch.ones_like(plain["input_ids"])}, torch.device("cpu")).N == len(lengths)
+
+
+@pytest.mark.parametrize("flash", [True, False])
+def test_what_the_flattening_collator_returns_is_its_samples(flash):
+    model, samples = llama(), [torch.randint(1, V, (n,)) for n in (4, 6, 3)]
+    collate = hf.DataCollatorWithFlattening(return_flash_attn_kwargs=flash)
+    batch = collate([{"input_ids": one.tolist(), "labels": one.tolist()} for one in samples])
+    options = {"fisher_type": "empirical", "likelihood": ff.CausalLM(), "progress": False}
+    singles = [{"input_ids": one[None], "labels": one[None]} for one in samples]
+    same_as(ff.fisher(model, singles, **options), model, [batch])
+
+
+ALONE = {
+    "left-padded": (torch.tensor([[0, 0, 0, 1, 2, 3], [0, 1, 2, 3, 4, 5], [1, 1, 0, 1, 2, 3]]), None),
+    "right-padded": (torch.tensor([[0, 1, 2, 0, 0, 0], [0, 1, 2, 3, 4, 5]]), None),
+    "masked": (torch.tensor([[0, 1, 0, 1, 2, 3]]), torch.tensor([[0, 0, 1, 1, 1, 1]])),
+    "several-masked": (torch.tensor([[0, 1, 2, 0, 1, 2]] * 2), torch.tensor([[1, 1, 1, 0, 0, 0]] * 2)),
+    "constant": (torch.zeros(1, 6).long(), None),
+    "no-counting": (torch.tensor([[0, 2, 0, 3, 0, 5]]), None),
+    "three-axes": (torch.tensor([0, 1, 2, 0, 1, 2]).expand(3, 2, 6), None),
+    "one-a-sample": (torch.tensor([0, 1, 0, 1]), None),
+}
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_positions_that_are_not_packed_are_left_alone(name):
+    positions, mask = ALONE[name]
+    rows = {1: 4, 2: len(positions), 3: 2}[positions.dim()]
+    batch = {"input_ids": torch.ones(rows, 6).long(), "position_ids": positions}
+    batch |= {} if mask is None else {"attention_mask": mask}
+    assert Batch.of(batch, torch.device("cpu")).N == rows
+
+
+def test_rows_that_hold_several_samples_are_refused():
+    ids, positions = torch.ones(2, 6).long(), torch.tensor([[0, 1, 2, 0, 1, 2], [0, 1, 2, 3, 4, 5]])
+    for given in (positions, positions[:1]):  # one row for all
+        with pytest.raises(
+            ValueError, match=r"position_ids must not start again within a row of several, got 2 rows, .*; flatten"
+        ):
+            Batch.of({"input_ids": ids, "position_ids": given}, torch.device("cpu"))
+
+
+def test_offsets_go_before_positions():
+    batch = {**without(packed([5, 3]), "cu_seq_lens_q"), "sample_offsets": [0, 8]}
+    assert Batch.of(batch, torch.device("cpu")).N == 1
+
+
 def test_a_plan_of_packed_samples_of_one_length_is_exact():
     model, batch = Positions(), packed([5] * 11, "sample_offsets")
     options = {"fisher_type": "empirical", "likelihood": ff.CausalLM()}
@@ -106,6 +192,19 @@ def test_samples_that_look_at_each_other_are_refused():
     batch["position_ids"] = torch.arange(15).unsqueeze(0)
     with pytest.raises(ValueError, match=r"samples must not depend on each other|a row must belong to one sample"):
         ff.fisher(llama(), [batch], likelihood=ff.CausalLM(), progress=False)
+
+
+@pytest.mark.parametrize("why", ["cache", "mask"])
+def test_packed_samples_that_a_cache_or_a_mask_joins_are_refused_with_the_way_out(why):
+    """Hugging Face's attention then does not look at the positions."""
+    model, batch = llama(), without(packed([5, 3, 7]), "cu_seq_lens_q")
+    model.config.use_cache = why == "cache"
+    batch |= {"attention_mask": torch.ones_like(batch["input_ids"])} if why == "mask" else {}
+    with pytest.raises(
+        ValueError, match=r"must not depend on each other.*no attention_mask and config.use_cache=False .*\[0, M\]"
+    ):
+        ff.fisher(model, [batch], likelihood=ff.CausalLM(), progress=False)
+    assert ff.fisher(model, [batch | {"sample_offsets": [0, 15]}], likelihood=ff.CausalLM(), progress=False).num_samples == 1
 
 
 @pytest.mark.parametrize("offsets", [[0, 5, 3, 15], [1, 15], [0, 9], [0, 7, 7, 15]])
