@@ -295,8 +295,20 @@ def _picked(result: Any, output: Output) -> Any:
             raise TypeError(
                 f"output: must be a name, or a function of what the model returns, got {output!r}; of a tuple, lambda result: result[0]"
             )
-        return result[output] if isinstance(result, Mapping) else getattr(result, output)
+        return _named(result, output)
     return getattr(result, "logits", result)
+
+
+def _named(result: Any, name: str) -> Any:
+    if isinstance(result, Mapping):
+        if name in result:
+            return result[name]
+    elif hasattr(result, name):
+        return getattr(result, name)
+    there = f"a mapping of {[*result]}" if isinstance(result, Mapping) else f"a {type(result).__name__} without it"
+    raise ValueError(
+        f"output: must be the name of a part of what the model returns, got {name!r} of {there}; or pass a function of the result"
+    )
 
 
 def _targets(values: Any, device: torch.device) -> Tensor:

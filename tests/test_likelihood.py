@@ -202,10 +202,20 @@ def test_normal_is_normal():
         ("categorical", (N, C), torch.full((N,), -1), r"labels must lie in"),
         ("categorical", (N,), None, "output must be"),
         ("categorical", (N, C, 4, 4), None, "ambiguous"),
-        ("categorical", (N, C), torch.zeros(N, 2, dtype=torch.int64), "targets do not fit the output"),
+        (
+            "categorical",
+            (N, C),
+            torch.zeros(N, 2, dtype=torch.int64),
+            r"targets must be \[N\] for an output \[N, 11\], got \[N, 2\]; a class axis",
+        ),
         ("categorical", (N, C), torch.zeros(N), "must be class indices"),
         ("bernoulli", (N, K), torch.full((N, K), 1.5), r"targets must lie in \[0, 1\]"),
-        ("gaussian", (N, K), torch.zeros(N, 2), "targets do not fit"),
+        (
+            "gaussian",
+            (N, K),
+            torch.zeros(N, 2),
+            r"targets must be \[N, 3\] for an output \[N, 3\], got \[N, 2\]; pass one target for each number",
+        ),
         ("gaussian", (N, K), torch.full((N, K), float("nan")), "targets must be finite"),
     ],
 )

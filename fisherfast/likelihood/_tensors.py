@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -13,13 +13,22 @@ from torch import Tensor
 from fisherfast.likelihood.protocol import Predictions
 
 
-def batch_mismatch(name: str, output: Tensor, targets: Tensor) -> ValueError:
-    """The error for targets of another shape than the output asks for, samples being N: a probe looks at a few only."""
-    got, wanted = ("[" + ", ".join(["N", *map(str, tensor.shape[1:])]) + "]" for tensor in (targets, output))
-    error = ValueError(f"{name}: targets do not fit the output, got targets {got} and output {wanted}")
-    if output.numel() == targets.numel():  # [N, 1] beside [N]
-        error.add_note("Where an axis of 1 is too many: targets.squeeze(-1), or output=lambda result: result.logits.squeeze(-1)")
-    return error
+def symbolic(shape: Sequence[int]) -> str:
+    """A shape in words, its samples being N: a probe looks at a few only."""
+    return "[" + ", ".join(["N", *map(str, shape[1:])]) + "]"
+
+
+def batch_mismatch(name: str, output: Tensor, targets: Tensor, wanted: Sequence[int], remedy: str) -> ValueError:
+    """The error for targets of another shape than the ``wanted`` one, which the output asks for, and what to do about it."""
+    return ValueError(
+        f"{name}: targets must be {symbolic(wanted)} for an output {symbolic(output.shape)}, got {symbolic(targets.shape)}; {remedy}"
+    )
+
+
+def add_up_to_one(values: Tensor) -> bool:
+    """Whether the numbers of every row do, up to the rounding of their dtype."""
+    tolerance = max(1e-4, torch.finfo(values.dtype).eps)
+    return bool(((values.sum(-1, dtype=torch.float32) - 1).abs() <= tolerance).all())
 
 
 def existing_positions(output: Tensor, mask: Tensor | None) -> Tensor | None:
@@ -30,7 +39,10 @@ def existing_positions(output: Tensor, mask: Tensor | None) -> Tensor | None:
 def real_valued(name: str, output: Tensor, targets: Tensor | None, mask: Tensor | None, sample: Tensor) -> Predictions:
     """The predictions of a likelihood with one target for each number of the output: both as ``[N, K]``, K numbers a sample."""
     if targets is not None and targets.shape != output.shape:
-        raise batch_mismatch(name, output, targets)
+        one = output.numel() == targets.numel()  # [N, 1] beside [N]
+        remedy = "an axis of 1 too many goes by targets.squeeze(-1), or output=lambda result: result.logits.squeeze(-1)"
+        remedy = remedy if one else "pass one target for each number of the output, or the part that they are of by output="
+        raise batch_mismatch(name, output, targets, output.shape, remedy)
     values = output.reshape(output.shape[0], -1)
     positions = existing_positions(output, mask)
     counted = torch.ones_like(values, dtype=torch.bool)

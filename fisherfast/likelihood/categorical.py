@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fisherfast import _random
 from fisherfast._precision import wide
-from fisherfast.likelihood._tensors import batch_mismatch, check_weights, digest
+from fisherfast.likelihood._tensors import add_up_to_one, batch_mismatch, check_weights, digest
 from fisherfast.likelihood.protocol import Predictions
 from fisherfast.ops.categorical_score import categorical_score_
 
@@ -70,19 +70,11 @@ class Categorical:
                 "likelihood=ff.Categorical(axis=1) (images) or ff.Categorical(axis=3)"
             )
         if targets is not None and targets.is_floating_point():
-            raise ValueError(
-                f"{self.name}: targets must be class indices (integers), got {targets.dtype}; use 'gaussian' or 'bernoulli'"
-            )
+            raise ValueError(f"{self.name}: targets must be class indices (integers), got {self._described(targets, output)}")
         values = output.movedim(self.axis, -1)
         labels = values.shape[:-1]
         if targets is not None and targets.shape != labels:
-            error = batch_mismatch(self.name, output, targets)
-            error.add_note("A class axis that is not last is given by likelihood=ff.Categorical(axis=...)")
-            if targets.shape == values.shape:
-                error.add_note("Labels are the numbers of the classes: of one-hot ones, targets.argmax(-1)")
-            elif targets.shape == (*labels, 1):
-                error.add_note("Labels have no class axis: targets.squeeze(-1)")
-            raise error
+            raise batch_mismatch(self.name, output, targets, labels, self._way_out(targets, output))
         C = values.shape[-1]
         if C < 2:
             raise ValueError(
@@ -97,6 +89,27 @@ class Categorical:
             targets = targets.reshape(counted.shape).long()
             self._check_range(targets[counted], C)
         return Predictions(values, targets, counted, sample)
+
+    def _described(self, targets: Tensor, output: Tensor) -> str:
+        """What floating targets are, and what to do with them."""
+        if targets.shape == output.shape and bool((targets >= 0).all()) and add_up_to_one(targets.movedim(self.axis, -1)):
+            return (
+                f"class probabilities ({targets.dtype}), which are no label; pass (inputs, None) for 'mc' and 'exact', which take labels "
+                f"from the model; of one-hot ones targets.argmax({self.axis}); for the gradients of a loss with soft labels ff.collect, or "
+                "ff.LogLikelihood"
+            )
+        return (
+            f"{targets.dtype}; pass targets.long() where they are classes, else likelihood='gaussian' (real numbers) or 'bernoulli' "
+            "(0 or 1 per output)"
+        )
+
+    def _way_out(self, targets: Tensor, output: Tensor) -> str:
+        """What to do about targets of a shape that does not fit."""
+        if targets.shape == output.shape:
+            return f"labels are the numbers of the classes: of one-hot ones pass targets.argmax({self.axis})"
+        if targets.shape == (*output.movedim(self.axis, -1).shape[:-1], 1):
+            return "labels have no class axis: pass targets.squeeze(-1)"
+        return "a class axis that is not last is given by likelihood=ff.Categorical(axis=...)"
 
     def _counted(self, targets: Tensor | None, mask: Tensor | None, labels: torch.Size, values: Tensor) -> Tensor:
         if targets is not None:
@@ -201,7 +214,8 @@ class CausalLM(Categorical):
         if output.dim() != 3:
             raise ValueError(f"{self.name}: output must be logits [N, T, V], got {tuple(output.shape)}")
         if targets is not None and targets.shape != output.shape[:2]:
-            raise batch_mismatch(self.name, output, targets)
+            remedy = "labels are tokens, one for each position that the model reads"
+            raise batch_mismatch(self.name, output, targets, output.shape[:2], remedy)
         if targets is None:
             known = torch.ones(output.shape[:2], dtype=torch.bool, device=output.device) if mask is None else mask != 0
             targets_or_mask = torch.where(known, 0, self.ignore_index)
