@@ -62,11 +62,12 @@ def against_plain(
 
 
 def _plain(model: nn.Module, batches: Sequence[Any], likelihood: Likelihood) -> None:
-    device = next(model.parameters()).device
+    device, first = next(model.parameters()).device, 0
     for item in batches:
         model.zero_grad(set_to_none=True)
         batch = Batch.of(item, device, model)
-        predictions = predictions_of(likelihood, batch, batch.feed(model))
+        predictions = predictions_of(likelihood, batch, batch.feed(model), first)
+        first += batch.N
         labelled = predictions.detached()
         score = likelihood.sampled(labelled, 0, 0) if batch.targets is None else likelihood.empirical(labelled)
         predictions.values.backward(score)

@@ -89,6 +89,111 @@ def test_labels_that_a_model_may_have_are_not(likelihood, recwarn):
     assert not [warning for warning in recwarn if "input_ids" in str(warning.message)]
 
 
+@pytest.mark.parametrize("labels", ["masked", "shifted"])
+def test_labels_that_a_causal_model_did_not_read_are_pointed_out(labels):
+    """``CausalLM`` shifts them, whatever they are."""
+    ids, hidden = tokens(10), torch.arange(L) == 3
+    if labels == "masked":
+        item = {"input_ids": ids.masked_fill(hidden, 10), "labels": ids.masked_fill(~hidden, -100)}
+    else:
+        item = {"input_ids": ids[:, :-1] % 9, "labels": ids[:, 1:] % 9 + 1}
+    with pytest.warns(ff.FisherWarning, match=r"some labels are not the input_ids.*pass likelihood='categorical'"):
+        measure(Copies(), item, "causal_lm")
+    with pytest.warns(ff.FisherWarning, match="some labels are not the input_ids"):
+        ff.mean_loss(Copies(), [item], "causal_lm")
+
+
+def test_labels_that_are_not_counted_may_be_anything(recwarn):
+    """Those of the first position, which none predicts, of padding, and ignored ones."""
+    ids, mask = tokens(), torch.ones(N, L).long()
+    mask[0, 5:] = 0
+    labels = ids.masked_fill(mask == 0, 0)
+    labels[:, 0], labels[1] = 10, -100
+    measure(Copies(), {"input_ids": ids, "attention_mask": mask, "labels": labels}, "causal_lm")
+    assert not [warning for warning in recwarn if "input_ids" in str(warning.message)]
+
+
+@pytest.mark.parametrize("ask", ["fisher", "plan", "operator", "loss"])
+def test_an_encoder_decoder_is_no_causal_language_model(ask):
+    model, item = encoder_decoder(), {"input_ids": tokens(30), "labels": tokens(30)}
+    calls = {
+        "fisher": lambda: measure(model, item, "causal_lm"),
+        "plan": lambda: ff.plan(model, item, likelihood="causal_lm"),
+        "operator": lambda: ff.FisherOperator(model, [item], likelihood="causal_lm"),
+        "loss": lambda: ff.mean_loss(model, [item], "causal_lm"),
+    }
+    with pytest.raises(ValueError, match=r"must be a decoder alone, got the encoder-decoder T5.*use likelihood='categorical'"):
+        calls[ask]()
+
+
+class Square(nn.Module):
+    """As many positions as classes, in either order."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3, 5)
+
+    def forward(self, x, attention_mask=None):
+        return self.layer(x)
+
+
+def test_an_axis_that_may_be_the_classes_is_asked_for(recwarn):
+    x, y = torch.randn(N, 5, 3), torch.randint(0, 5, (N, 5))
+    with pytest.warns(
+        ff.FisherWarning, match=r"\[N, 5, 5\] was taken as \[N, L, C\].*Categorical\(axis=2\).*Categorical\(axis=1\)"
+    ):
+        default = measure(Square(), (x, y))
+    assert default.num_positions == 5 * N
+    recwarn.clear()
+    torch.manual_seed(0)
+    model = Square()
+    first, last = (measure(model, (x, y), ff.Categorical(axis=axis)) for axis in (1, 2))
+    measure(model, {"x": x, "attention_mask": torch.ones(N, 5), "labels": y})  # a mask says where the positions are
+    measure(model, (x[:, :4], y[:, :4]))
+    assert not [warning for warning in recwarn if "axis" in str(warning.message)]
+    assert first.trace() != pytest.approx(last.trace())
+    losses = [nn.functional.cross_entropy(model(one), labels, reduction="sum") for one, labels in zip(x, y, strict=True)]
+    squares = [torch.autograd.grad(loss, model.layer.weight)[0].square() for loss in losses]
+    torch.testing.assert_close(last.diagonal()["layer.weight"], torch.stack(squares).mean(0))
+
+
+@pytest.mark.parametrize("fisher_type", ["mc", "empirical"])
+@pytest.mark.parametrize("axis", [-1, 1])
+def test_class_probabilities_are_no_label(fisher_type, axis):
+    x, likelihood = torch.randn(N, 3), ff.Categorical(axis=axis)
+    with pytest.raises(
+        ValueError, match=rf"got class probabilities .*\(inputs, None\) .*argmax\({axis}\).*ff.collect, or ff.LogL"
+    ):
+        measure(nn.Linear(3, 2), (x, torch.randn(N, 2).softmax(-1)), likelihood, fisher_type)
+    for others in (torch.randn(N, 2), torch.zeros(N), 2 * torch.rand(N, 2).softmax(-1)):
+        with pytest.raises(ValueError, match=r"must be class indices \(integers\), got torch.float32; pass targets.long\(\)"):
+            measure(nn.Linear(3, 2), (x, others), likelihood, fisher_type)
+
+
+@pytest.mark.parametrize(
+    ("likelihood", "last", "undone"),
+    [("categorical", nn.Softmax(-1), "log"), ("bernoulli", nn.Sigmoid(), "logit")],
+    ids=["categorical", "bernoulli"],
+)
+def test_probabilities_are_no_logits(likelihood, last, undone, recwarn):
+    x = torch.randn(33, 3, dtype=torch.float64)
+    plain = nn.Linear(3, 2).double()
+    with pytest.warns(ff.FisherWarning, match=rf"{likelihood}: the output looks like probabilities .*result.{undone}\(\)"):
+        measure(nn.Sequential(plain, last), (x, None), likelihood, "mc")
+    recwarn.clear()
+    back = measure(nn.Sequential(plain, last), (x, None), likelihood, "exact", output=lambda result: getattr(result, undone)())
+    assert back.trace() == pytest.approx(measure(plain, (x, None), likelihood, "exact").trace(), rel=1e-6)
+    untrained = nn.Linear(3, 2)
+    nn.init.zeros_(untrained.weight), nn.init.zeros_(untrained.bias)
+    measure(untrained, (x.float(), None), likelihood, "mc")
+    assert not [warning for warning in recwarn if "probabilities" in str(warning.message)]
+
+
+def test_a_few_outputs_between_zero_and_one_say_nothing(recwarn):
+    measure(nn.Sequential(nn.Linear(3, 2), nn.Sigmoid()), (torch.randn(31, 3), None), "bernoulli", "mc")
+    assert not [warning for warning in recwarn if "probabilities" in str(warning.message)]
+
+
 def test_one_logit_is_no_class():
     with pytest.raises(ValueError, match=r"at least 2 classes, got an output \(4, 1\); .*likelihood='bernoulli'"):
         measure(nn.Linear(3, 1), (torch.randn(N, 3), None), fisher_type="mc")
@@ -123,7 +228,9 @@ def test_what_is_no_model_no_likelihood_and_no_batch():
 
 def test_a_key_that_holds_labels_by_another_name():
     item = {"input_ids": tokens(), "label": tokens()}
-    with pytest.raises(ValueError, match=r"got a batch without the key 'labels', \['input_ids', 'label'\]"):
+    with pytest.raises(
+        ValueError, match=r"a batch without the key 'labels', \['input_ids', 'label'\]; rename 'label' to 'labels'"
+    ):
         measure(Copies(), item)
     with pytest.raises(TypeError) as caught:
         measure(Copies(), item, fisher_type="mc")

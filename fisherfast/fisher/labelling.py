@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import islice
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fisherfast.batches import Batch
 from fisherfast.fisher import _arguments
@@ -20,11 +20,14 @@ from fisherfast.likelihood import (
     Likelihood,
     LogLikelihood,
     Predictions,
+    check_model,
     predictions_of,
     resolve,
     stored_name,
 )
 from fisherfast.passes import Pass
+
+_LABELS = ("label", "target", "targets", "label_ids")  # what labels are called elsewhere
 
 
 def known_type(caller: str, fisher_type: str) -> str:
@@ -78,12 +81,18 @@ class Labelling:
         given = {name: getattr(self.likelihood, name, value) for name, value in usual.items()}
         return {name: str(value) for name, value in given.items() if value != usual[name]}
 
+    def check_model(self, model: nn.Module) -> None:
+        """Raise ValueError for a model that the likelihood cannot be one of."""
+        check_model(self.likelihood, model)
+
     def check(self, batch: Batch) -> None:
         """Raise ValueError for a batch without the labels that are needed."""
         if self.fisher_type == "empirical" and batch.targets is None:
-            where = f" the key 'labels', {[*batch.inputs]}" if isinstance(batch.inputs, dict) else ""
+            keys = [*batch.inputs] if isinstance(batch.inputs, dict) else []
+            where = f" the key 'labels', {keys}" if keys else ""
+            rename = next((f"rename {key!r} to 'labels', or " for key in keys if key in _LABELS), "")
             raise ValueError(
-                f"{self.caller}: fisher_type='empirical' needs the labels of the data, got a batch without{where}; use 'mc' or 'exact'"
+                f"{self.caller}: fisher_type='empirical' needs the labels of the data, got a batch without{where}; {rename}use 'mc' or 'exact'"
             )
 
     def predictions(self, batch: Batch, output: Tensor, start: int) -> Predictions:

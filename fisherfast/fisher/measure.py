@@ -152,6 +152,7 @@ class Measurement:
         known: Explored | None = None,
     ) -> None:
         self.model, self.labelling = unwrapped(model), labelling
+        labelling.check_model(self.model)
         self.sample_offset, self.output, self.loss_scale = sample_offset, output, loss_scale
         self.run = Run(model, structures, labelling.provenance(model_name(model)), allow_missing, transactional, known)
         self.capture = self.run.capture

@@ -59,6 +59,7 @@ class FisherOperator:
     ) -> None:
         self._labelling = Labelling.of("FisherOperator", fisher_type, likelihood, draws, seed, max_passes)
         refuse_train_mode(model)
+        self._labelling.check_model(unwrapped(model))
         check_rereadable("FisherOperator", data)  # every product reads them
         self._model, self._data, self._output = unwrapped(model), data, output
         self._first = _arguments.whole("FisherOperator", "sample_offset", sample_offset)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fisherfast._error import NonFiniteError
 from fisherfast._functional import call_with
 from fisherfast.batches import Batch, Output
-from fisherfast.likelihood import Likelihood, predictions_of, resolve
+from fisherfast.likelihood import Likelihood, check_model, predictions_of, resolve
 from fisherfast.train_mode import WithoutChance, refuse_train_mode, unwrapped
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -35,6 +35,8 @@ class SampleLosses:
         """From what a caller says. Errors: ValueError for an unknown likelihood, one without a loss, or dropout left on."""
         refuse_train_mode(model)
         chosen = resolve(likelihood)
+        if loss is None:
+            check_model(chosen, unwrapped(model))
         if loss is None and not hasattr(chosen, "losses"):
             raise ValueError(f"{caller}: likelihood must have losses(predictions), got {chosen!r}; add it, or pass loss=")
         return cls(caller, unwrapped(model), chosen, loss, output)

@@ -9,6 +9,7 @@ the columns of a square root of the output Hessian all become cotangents of z, a
 from fisherfast.likelihood.batch import predictions_of
 from fisherfast.likelihood.bernoulli import Bernoulli
 from fisherfast.likelihood.categorical import Categorical, CausalLM
+from fisherfast.likelihood.doubts import check_model
 from fisherfast.likelihood.gaussian import Gaussian
 from fisherfast.likelihood.names import beside, resolve, stored_name
 from fisherfast.likelihood.own import Draws, LogLikelihood
@@ -25,6 +26,7 @@ __all__ = [
     "LogLikelihood",
     "Predictions",
     "beside",
+    "check_model",
     "predictions_of",
     "resolve",
     "stored_name",

@@ -6,18 +6,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fisherfast._warning import warn
 from fisherfast.batches import IGNORED, Batch
-from fisherfast.likelihood.categorical import Categorical
+from fisherfast.likelihood.doubts import point_out
 from fisherfast.likelihood.protocol import Likelihood, Predictions
-
-
-def _are_the_inputs(predictions: Predictions, batch: Batch) -> bool:
-    read = batch.inputs.get("input_ids") if isinstance(batch.inputs, dict) else None
-    labels, counted = predictions.targets, predictions.counted
-    if labels is None or not isinstance(read, Tensor) or read.shape != labels.shape or labels.shape[1] < 2:
-        return False
-    return bool(((labels == read) | ~counted).all()) and bool(counted.any())
 
 
 def predictions_of(likelihood: Likelihood, batch: Batch, output: Tensor, start: int = 0) -> Predictions:
@@ -32,11 +23,8 @@ def predictions_of(likelihood: Likelihood, batch: Batch, output: Tensor, start: 
     if ambiguous and mask is not None and bool(mask.all()):  # it says nothing, whatever the second axis is
         mask = None
     predictions = likelihood.predictions(unpacked, targets, mask, sample)
-    if start == 0 and type(likelihood) is Categorical and _are_the_inputs(predictions, batch):
-        warn(
-            "categorical: the labels are the input_ids themselves, position by position, as if the model had to repeat what it reads; if "
-            "it is a causal language model, pass likelihood=ff.CausalLM()",
-        )
+    if start == 0:
+        point_out(likelihood, batch, unpacked, predictions)
     if ambiguous and mask is not None and predictions.counted.shape == output.shape:
         raise ValueError(
             f"{likelihood.name}: an output {tuple(output.shape)} is ambiguous beside an attention mask of that shape: return "
