@@ -35,7 +35,7 @@ from fisherfast.chosen_rows import ChosenRows
 from fisherfast.layout import Layout
 from fisherfast.rules import DECOMPOSITIONS, RULES, Use, Window, part
 from fisherfast.tracked import Bare, Made, Reference, Tracked
-from fisherfast.train_mode import CHANCE, is_parameter, refuse_chance, undivided, unwrapped
+from fisherfast.train_mode import CHANCE, DRAWING, Draws, is_parameter, refuse_chance, undivided, unwrapped
 
 _GRAD = vars(torch._C.TensorBase)["grad"]
 _DATA = vars(torch._C.TensorBase)["data"]
@@ -65,6 +65,7 @@ class Capture(TorchFunctionMode):
         if self.device.type == "meta":
             raise ValueError("model: parameters must hold numbers, got meta tensors; load the weights first")
         self._root = root
+        self._draws = Draws(root)
         self._first = {id(p): p for _, p in named}  # held, so that no other gets the id of one
         self._forgotten: dict[int, str] = {}  # names of parameters that are no longer tracked
         self.tracked = {name: Tracked(name, p) for name, p in named}
@@ -207,11 +208,17 @@ class Capture(TorchFunctionMode):
     # -- the forward pass
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run ``func``; where it receives tracked parameters, with their stand-ins and a tap."""
+        """Run ``func`` as ``_run`` does, unless it is one of those that leave no sample a gradient of its own."""
         kwargs = kwargs or {}
         if func in CHANCE:
             refuse_chance(func, args, kwargs, lambda tensor: id(tensor) in self._references or is_parameter(tensor))
-        args, kwargs = undivided(func, args, kwargs)
+        out = self._run(func, *undivided(func, args, kwargs))
+        if func in DRAWING:
+            self._draws.look(func, kwargs, out)
+        return out
+
+    def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Run ``func``; where it receives tracked parameters, with their stand-ins and a tap."""
         found = self._found(args) + self._found(kwargs.values())
         if getattr(func, "__self__", None) is _DATA:
             found = [reference for reference in found if not self._is_written_behind(reference)]

@@ -31,6 +31,7 @@ class SampleGradients:
 
     def __init__(self, model: nn.Module, output: Output) -> None:
         self._model, self._output = unwrapped(model), output
+        self._without_chance = WithoutChance(self._model)
         self.problem: str | None = None
         self._verified = False
 
@@ -81,7 +82,7 @@ class SampleGradients:
         return vmap(grad(scalar), in_dims=(None, 0, 0))(parameters, tensors, cotangent)
 
     def _call(self, parameters: dict[str, Tensor], *inputs: Any, **named: Any) -> Any:
-        with WithoutChance():
+        with self._without_chance:
             return call_with(self._model, parameters, inputs, named)
 
 

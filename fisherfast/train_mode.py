@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Train mode: with dropout or batch statistics samples depend on chance or on each other, and none has a gradient of its own."""
+"""Train mode: with dropout, other draws or batch statistics samples depend on chance or on each other, and none has a gradient of its own."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from fisherfast._names import listed
+from fisherfast._nested import tensors
+from fisherfast._warning import warn
 
 # By function: the positions of the probability and of the training flag, and their defaults.
 _DROPOUTS: dict[Any, tuple[int, int, float, bool]] = {
@@ -26,6 +29,18 @@ _DROPOUTS: dict[Any, tuple[int, int, float, bool]] = {
 }
 _SLOPES = {F.rrelu: 3, torch.rrelu: 3, torch.rrelu_: 3}
 _STATISTICS = {F.batch_norm: 5, torch.batch_norm: 5, torch.native_batch_norm: 5}
+_OUT_OF_PLACE = (
+    *("rand", "randn", "randint", "rand_like", "randn_like", "randint_like", "randperm", "normal", "bernoulli", "multinomial"),
+    *("poisson", "binomial", "_standard_gamma", "_sample_dirichlet"),
+)
+_IN_PLACE = ("bernoulli_", "cauchy_", "exponential_", "geometric_", "log_normal_", "normal_", "random_", "uniform_")
+DRAWING = {
+    *(getattr(torch, name) for name in _OUT_OF_PLACE),
+    *(getattr(Tensor, name) for name in ("bernoulli", "multinomial", *_IN_PLACE)),
+    F.fractional_max_pool2d,
+    F.fractional_max_pool3d,
+}
+_FORWARD = nn.Module._wrapped_call_impl.__code__  # what runs while a module is called
 CHANCE = {*_DROPOUTS, F.gumbel_softmax, F.scaled_dot_product_attention, *_SLOPES, *_STATISTICS}
 
 
@@ -101,6 +116,46 @@ def refuse_chance(func: Any, args: Any, kwargs: Any, known: Callable[[Tensor], b
         )
 
 
+class Draws:
+    """The random numbers that a model draws in its forward pass: refused in train mode, where they are noise to learn by (stochastic
+    depth), and warned of once in eval mode, where they are what the model is (the noise of a variational autoencoder).
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model, self._said = model, False
+
+    def look(self, func: Any, kwargs: Any, out: Any) -> None:
+        """After a call of a drawing function. Errors: ValueError if a module of the model that is in train mode made it."""
+        if not _several(out) or kwargs.get("_random_samples") is not None:
+            return
+        callers = self._callers()
+        if any(module.training for module in callers):
+            raise ValueError(
+                f"model: must not draw random numbers in train mode, got {func.__name__} in {type(callers[0]).__name__}; call model.eval()"
+            )
+        if callers and not self._said:
+            self._said = True
+            warn(
+                f"model: should draw no random numbers in its forward pass, got {func.__name__} in {type(callers[0]).__name__}; the result "
+                "is of what was drawn this time, and another run has another"
+            )
+
+    def _callers(self) -> list[nn.Module]:
+        """The model's modules whose forward pass is under way, the innermost first; none where the user draws outside of the model."""
+        frame, running = sys._getframe(1).f_back, list[nn.Module]()
+        while frame is not None:
+            if frame.f_code is _FORWARD:
+                running.append(frame.f_locals["self"])
+            frame = frame.f_back
+        own = set(self._model.modules())
+        return [module for module in running if module in own]
+
+
+def _several(drawn: Any) -> bool:
+    """Whether it may be a number for each sample, be it the only one: a scalar, as ``torch.rand([])``, decides whether a layer runs."""
+    return any(tensor.numel() > 1 or tensor.dim() > 1 for tensor in tensors(drawn))
+
+
 _BY_FREQUENCY = {F.embedding: 5, F.embedding_bag: 5}  # the positions of scale_grad_by_freq
 
 
@@ -116,10 +171,17 @@ def undivided(func: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
 class WithoutChance(TorchFunctionMode):
     """Where a model runs that no capture looks at: the same calls are refused."""
 
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self._draws = Draws(model)
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run ``func``."""
         kwargs = kwargs or {}
         if func in CHANCE:
             refuse_chance(func, args, kwargs)
         args, kwargs = undivided(func, args, kwargs)
-        return func(*args, **kwargs)
+        out = func(*args, **kwargs)
+        if func in DRAWING:
+            self._draws.look(func, kwargs, out)
+        return out

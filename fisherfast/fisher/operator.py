@@ -62,6 +62,7 @@ class FisherOperator:
         self._labelling.check_model(unwrapped(model))
         check_rereadable("FisherOperator", data)  # every product reads them
         self._model, self._data, self._output = unwrapped(model), data, output
+        self._without_chance = WithoutChance(self._model)
         self._first = _arguments.whole("FisherOperator", "sample_offset", sample_offset)
         self._parameters = {name: p for name, p in unwrapped(model).named_parameters() if p.requires_grad}
         if not self._parameters:
@@ -125,7 +126,7 @@ class FisherOperator:
         return {name: part.detach() for name, part in zip(self._parameters, found, strict=True) if part is not None}
 
     def _predictions(self, batch: Batch, first: int = 0) -> Predictions:
-        with WithoutChance():
+        with self._without_chance:
             output = batch.copied().feed(self._model, self._output)  # the data are read again for every product
         predictions = self._labelling.predictions(batch, output, first)
         if not self._labelling.says_something(predictions):

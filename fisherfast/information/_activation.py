@@ -36,6 +36,7 @@ class Activation:
     ) -> None:
         refuse_train_mode(model)
         self.caller, self.layer, self._root, self._output = caller, layer, unwrapped(model), output
+        self._without_chance = WithoutChance(self._root)
         weights = dict(self._root.named_parameters())
         _checks.named(caller, "model", weights, F.names, "F")
         self._weights = {name: weights[name].detach() for name in F.names}
@@ -92,7 +93,7 @@ class Activation:
     def _bound(self, weights: Mapping[str, Tensor]) -> Any:
         def call(*inputs: Tensor) -> Any:
             # The attention whose backward pass can be vectorised and has a derivative.
-            with WithoutChance(), sdpa_kernel(SDPBackend.MATH):
+            with self._without_chance, sdpa_kernel(SDPBackend.MATH):
                 return call_with(self._root, weights, inputs)
 
         return call

@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -41,6 +42,10 @@ class SampleLosses:
             raise ValueError(f"{caller}: likelihood must have losses(predictions), got {chosen!r}; add it, or pass loss=")
         return cls(caller, unwrapped(model), chosen, loss, output)
 
+    @cached_property
+    def _without_chance(self) -> WithoutChance:
+        return WithoutChance(self.model)
+
     def batches(self, data: Iterable[Any]) -> Iterator[Batch]:
         """What the data set yields, on the model's device, with labels. Errors: ValueError."""
         device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
@@ -54,7 +59,7 @@ class SampleLosses:
         """``[N]``: each sample's loss where the parameters named in ``weights`` are replaced; differentiable in them."""
 
         def replaced(*args: Any, **kwargs: Any) -> Any:
-            with WithoutChance():
+            with self._without_chance:
                 return call_with(self.model, weights, args, kwargs)
 
         output = batch.copied().feed(replaced, self.output)  # the data are read again
