@@ -16,14 +16,19 @@ _PACKED = (
 )
 
 
-def check_independent(outputs: Callable[[Batch], Tensor], few: Batch, values: Tensor, eps: float, hint: str = "") -> None:
+def check_independent(
+    outputs: Callable[[Batch], Tensor], few: Batch, values: Tensor, eps: float, hint: str = "", ran: Batch | None = None
+) -> None:
     """Raise ValueError if the outputs ``values`` ``[N, ...]`` of a few samples are others where each is without the rest.
 
     Then it is in a batch of as many copies of it, which rounds as the batch does; packed, by itself. ``eps``: see ``precision``.
+    A model that gives two outputs for one batch is told so instead: its samples may well be independent. ``ran``: the batch that
+    gave ``values``, if it begins with the few.
     """
     alone = torch.cat([_without_others(outputs, few, values, n) for n in range(few.N)])
     if same_but_rounding(alone, values, eps):
         return
+    _check_repeatable(outputs(ran or few)[: few.N].detach(), values.detach(), eps)
     apart = _apart(alone, values.detach()).flatten(1).amax(1)
     n = int(apart.argmax())
     packed = few.offsets is not None
@@ -31,6 +36,16 @@ def check_independent(outputs: Callable[[Batch], Tensor], few: Batch, values: Te
         f"model: samples must not depend on each other, but sample {n}'s output changes with its batch (by {float(apart[n]):.2g})"
         f"{hint}. {_PACKED if packed else 'Batch statistics and contrastive losses have no per-sample gradient'}"
     )
+
+
+def _check_repeatable(again: Tensor, values: Tensor, eps: float) -> None:
+    """Raise ValueError if a batch has another output again."""
+    if not same_but_rounding(again, values, eps):
+        raise ValueError(
+            "model: must have the same output for the same batch, got two that differ by "
+            f"{float(_apart(again, values).max()):.2g}: it draws random numbers, or changes its own state, in its forward pass "
+            "(spectral_norm does in train mode); call model.eval(), or let the data hold what is drawn"
+        )
 
 
 def precision(model: nn.Module, values: Tensor) -> float:
@@ -83,5 +98,6 @@ def check_first(alone: Tensor, together: Tensor, eps: float) -> None:
             return
     raise ValueError(
         "data: inputs whose first axis is as long as the batch must hold its samples, got one that does not: the first sample alone "
-        "has another output than in its batch; pass such an input as [1, ...], or expanded to [N, ...]"
+        "has another output than in its batch; pass such an input as [1, ...], or expanded to [N, ...]. A model that draws random "
+        "numbers in its forward pass has another output, too"
     )

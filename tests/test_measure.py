@@ -298,6 +298,16 @@ def test_train_mode_without_chance_is_fine():
     assert measure(model, [(x, y)]).num_samples == networks.N
 
 
+@pytest.mark.parametrize("operator", [False, True], ids=["fisher", "operator"])
+@pytest.mark.parametrize("N", [3, 9])
+def test_a_model_that_changes_itself_is_not_blamed_for_dependent_samples(operator, N):
+    """In train mode spectral_norm improves its singular vectors in every forward pass."""
+    model = nn.Sequential(nn.utils.spectral_norm(nn.Linear(3, 5)), nn.Linear(5, 4))
+    data = [(torch.randn(N, 3), torch.randint(0, 4, (N,)))]
+    with pytest.raises(ValueError, match=r"model: must have the same output for the same batch, got two .*call model\.eval"):
+        _ = ff.FisherOperator(model, data) @ torch.ones(44) if operator else measure(model, data)
+
+
 def test_samples_that_depend_on_each_other_are_refused():
     model = nn.Sequential(nn.Linear(3, 11), networks.Wrapped(lambda m, x: x - x.mean(0)), nn.Linear(11, 4)).double()
     with pytest.raises(ValueError, match="samples must not depend on each other"):

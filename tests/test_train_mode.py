@@ -161,3 +161,12 @@ def test_draws_outside_of_the_model_are_the_users(recwarn):
             labels = torch.multinomial(logits.detach().softmax(1), 1).squeeze(1)
             stats.backward(F.cross_entropy(logits, labels, reduction="none"))
     assert stats.result().num_samples == N and not recwarn.list
+
+
+def test_a_model_that_draws_is_no_fixed_operator():
+    operator = ff.FisherOperator(model_of(lambda m, h: h + torch.randn_like(h)).eval(), [(torch.randn(N, I), None)])
+    with (
+        pytest.warns(ff.FisherWarning, match="should draw no"),
+        pytest.raises(ValueError, match="the same output for the same batch"),
+    ):
+        _ = operator @ torch.ones(operator.num_parameters)

@@ -145,7 +145,7 @@ class FisherOperator:
                 check_first(of_few[:1], values, eps)
         except Exception:  # an input without samples that is as long as the batch, a sparse one: the model is right as it is
             return
-        check_independent(lambda batch: self._predictions(batch).values, few, of_few, eps)
+        check_independent(lambda batch: self._predictions(batch).values, few, of_few, eps, ran=batch if alone else few)
 
     def _along(self, values: Tensor, v: Mapping[str, Tensor]) -> Tensor:
         """``J v``: the derivative by u of ``(J^T u) . v``, which is linear in u."""
