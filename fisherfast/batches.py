@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 import torch
@@ -163,7 +164,8 @@ class Batch:
         process.
         """
         inputs = sorted(self.inputs.items()) if isinstance(self.inputs, dict) else self.inputs
-        every = _nested.tensors((inputs, self.targets, self.weight, self.offsets))
+        given = _nested.tensors((inputs, self.targets, self.weight, self.offsets))
+        every = chain.from_iterable(map(_flat, given))
         described = " ".join(f"{tuple(t.shape)} {t.dtype} {_digest(t)}" for t in every)
         return int.from_bytes(hashlib.blake2b(described.encode(), digest_size=8).digest(), "big")
 
@@ -333,6 +335,11 @@ def _weight(weight: Any, N: int, device: torch.device) -> Tensor | None:
             f"data: sample weights must be finite and not negative, got {float(weight.min())} .. {float(weight.max())}"
         )
     return weight
+
+
+def _flat(tensor: Any) -> tuple[Tensor, ...]:
+    """The tensor, or the two that make up a nested one: its own shape has a symbol in it that no other tensor of the same numbers has."""
+    return (tensor.values(), tensor.offsets()) if tensor.is_nested else (tensor,)
 
 
 def _digest(tensor: Tensor) -> int:

@@ -8,8 +8,6 @@ from typing import Any
 
 from fisherfast.batches import Batch
 
-_OTHERWISE = "or measure KFAC and then ff.collect(model, ff.EKFAC(basis=kfac))"  # what a second pass is for can be had without
-
 
 def check_rereadable(caller: str, data: Any, otherwise: str = "") -> None:
     """Raise ValueError for an iterator, which one reading uses up; ``otherwise``: another way out."""
@@ -20,30 +18,30 @@ def check_rereadable(caller: str, data: Any, otherwise: str = "") -> None:
         )
 
 
-class ReadTwice:
-    """What two passes over one data set must have in common: the same batches, bit by bit, in the same order."""
+class SameReadings:
+    """What several readings of one data set must have in common: the same batches, bit by bit, in the same order.
 
-    def __init__(self, data: Any, caller: str) -> None:
-        check_rereadable(caller, data, _OTHERWISE)
-        self._caller, self._first = caller, list[int]()
+    ``where`` they are to be the same, as the errors say it (``"in both passes"``); ``otherwise``: another way out than such data.
+    """
 
-    def first(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        """The batches of the first pass."""
-        for batch in batches:
-            self._first.append(batch.fingerprint())
-            yield batch
+    def __init__(self, data: Any, caller: str, where: str, otherwise: str = "") -> None:
+        check_rereadable(caller, data, otherwise)
+        self._caller, self._where, self._otherwise = caller, where, otherwise and f", {otherwise}"
+        self._known: list[int] | None = None  # of the first reading that was complete
 
-    def again(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        """Those of the second. Errors: ValueError for the first one that is not as in the first pass, or that is missing."""
-        number = -1
+    def read(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """The batches. Errors: ValueError for the first one that is not as in the first reading, or that is missing."""
+        found = list[int]()
         for number, batch in enumerate(batches):
-            if number >= len(self._first) or self._first[number] != batch.fingerprint():
+            found.append(batch.fingerprint())
+            if self._known is not None and self._known[number : number + 1] != found[-1:]:
                 raise ValueError(
-                    f"{self._caller}: data must be the same in both passes, got another batch {number} in the second; turn off "
-                    f"shuffling and random augmentation, {_OTHERWISE}"
+                    f"{self._caller}: data must be the same {self._where}, got another batch {number} than in the first; turn off "
+                    f"shuffling and random augmentation{self._otherwise}"
                 )
             yield batch
-        if number + 1 != len(self._first):
+        if self._known is not None and len(found) != len(self._known):
             raise ValueError(
-                f"{self._caller}: data must be the same in both passes, got {len(self._first)} batches and then {number + 1}"
+                f"{self._caller}: data must be the same {self._where}, got {len(self._known)} batches and then {len(found)}"
             )
+        self._known = found

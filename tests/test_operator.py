@@ -190,3 +190,52 @@ def test_samples_that_depend_on_each_other_have_no_products(N):
     operator = ff.FisherOperator(Centred(), [(torch.randn(N, 3), torch.randint(0, 4, (N,)))], "exact")
     with pytest.raises(ValueError, match="samples must not depend on each other"):
         operator @ torch.ones(16)
+
+
+@pytest.mark.parametrize("fisher_type", ["mc", "exact", "empirical"])
+def test_products_of_data_that_change_are_refused(fisher_type):
+    x, y = double_vectors()
+    data = [(x[:3], y[:3]), (x[3:], y[3:])]
+    operator = ff.FisherOperator(mlp(), data, fisher_type)
+    v = torch.ones(operator.num_parameters).double()
+    first = operator @ v
+    assert torch.equal(operator @ v, first)
+    for others in ([*reversed(data)], data[:1], [*data, data[0]]):
+        operator._data = others
+        with pytest.raises(ValueError, match="FisherOperator: data must be the same in every product, got"):
+            _ = operator @ v
+    operator._data = data
+    assert torch.equal(operator @ v, first)
+
+
+def test_a_loader_that_shuffles_has_no_spectrum():
+    data = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*double_vectors()), 2, shuffle=True)
+    with pytest.raises(ValueError, match=r"in every product, got another batch .*turn off shuffling"):
+        ff.spectral_density(ff.FisherOperator(mlp(), data), probes=4, steps=4)
+
+
+def test_a_first_product_that_stops_is_not_what_others_are_held_to():
+    x, y = double_vectors()
+    operator = ff.FisherOperator(mlp(), [(x[:3], y[:3]), (x[3:], y[3:] + 99)])
+    v = torch.ones(operator.num_parameters).double()
+    with pytest.raises(ValueError, match="labels must lie in"):
+        _ = operator @ v
+    operator._data = [(x, y)]
+    assert (operator @ v).isfinite().all()
+
+
+def test_nested_inputs_are_known_again():
+    class Padded(nn.Linear):
+        def forward(self, x):
+            return super().forward(x.to_padded_tensor(0.0)).sum(1)
+
+    class Data:
+        """Batches that are made anew for every product."""
+
+        def __iter__(self):
+            parts = torch.arange(12.0).view(3, 4).split([1, 2])
+            yield torch.nested.nested_tensor(list(parts), layout=torch.jagged), torch.tensor([0, 2])
+
+    operator = ff.FisherOperator(Padded(4, 3), Data(), "empirical")
+    v = torch.randn(15)
+    assert torch.equal(operator @ v, operator @ v)

@@ -35,7 +35,7 @@ from fisherfast.layout import PROBED
 from fisherfast.likelihood import Likelihood, Predictions
 from fisherfast.locator import NO_AXIS, mixing
 from fisherfast.passes import Pass, check_loss_scale
-from fisherfast.readings import ReadTwice
+from fisherfast.readings import SameReadings
 from fisherfast.tracked import Bare, Tracked
 from fisherfast.train_mode import refuse_train_mode, unwrapped
 
@@ -118,17 +118,17 @@ def _in_two_passes(
         raise ValueError(
             "fisher: EKFACs of one run must have one basis, got different max_factor_dim or max_exact_dim; give each a run of its own"
         )
-    twice = ReadTwice(data, "fisher")
+    twice = SameReadings(data, "fisher", "in both passes", "or measure KFAC and then ff.collect(model, ff.EKFAC(basis=kfac))")
 
     def first_pass() -> tuple[KFACFisher, Explored]:  # whose sums are gone when it returns
         factors = measurement(tuple(first))
-        (basis,) = factors.over(twice.first(factors.batches(data, progress, "Factors")), None)
+        (basis,) = factors.over(twice.read(factors.batches(data, progress, "Factors")), None)
         return basis, factors.run.explored
 
     basis, known = first_pass()
     corrected = measurement(tuple(with_basis(asked, basis) for asked in structures), known)
     try:
-        return corrected.over(twice.again(corrected.batches(data, progress, "Fisher")), None)
+        return corrected.over(twice.read(corrected.batches(data, progress, "Fisher")), None)
     except (Exception, KeyboardInterrupt) as error:
         if not corrected.run.num_samples:
             error.fisher = basis  # type: ignore[union-attr]

@@ -21,7 +21,7 @@ from fisherfast.fisher.protocol import Vector
 from fisherfast.fisher.run import model_name
 from fisherfast.layout import PROBED
 from fisherfast.likelihood import Likelihood, Predictions
-from fisherfast.readings import check_rereadable
+from fisherfast.readings import SameReadings
 from fisherfast.train_mode import WithoutChance, refuse_train_mode, unwrapped
 
 
@@ -32,11 +32,12 @@ class FisherOperator:
     ``sum_c c (c . J v)`` goes back: ``F = J^T (sum_c c c^T) J``. So "exact" costs as much as "mc". ``ff.spectral_density`` gives
     log-determinants, traces and spectra of it.
 
-    ``data`` is read once for every product: a list of batches or a loader that does not shuffle, as for ``ff.fisher`` otherwise.
+    ``data`` is read once for every product: a list of batches or a loader that does not shuffle, as for ``ff.fisher`` otherwise. A
+    product that reads other batches than the first one did, or in another order, is refused: drawn labels go by a sample's number.
 
     Shapes:   vectors {parameter name: tensor shaped like the parameter}, or flat in ``names`` order; the same kind comes back.
     Scale:    a mean over samples, as every Fisher's.
-    Errors:   ValueError for an iterator that one product would use up, for samples that depend on each other, and as ``ff.fisher``'s for arguments and batches;
+    Errors:   ValueError for an iterator that one product would use up, for data that change between products, for samples that depend on each other, and as ``ff.fisher``'s for arguments and batches;
               NotImplementedError for functions whose backward pass has no derivative (``nn.EmbeddingBag``);
               NonFiniteError if an output or a product is not finite.
     Numerics: derivatives in the model's precision, sums over batches in float64. ``J v`` is a derivative of the backward pass
@@ -60,7 +61,7 @@ class FisherOperator:
         self._labelling = Labelling.of("FisherOperator", fisher_type, likelihood, draws, seed, max_passes)
         refuse_train_mode(model)
         self._labelling.check_model(unwrapped(model))
-        check_rereadable("FisherOperator", data)  # every product reads them
+        self._readings = SameReadings(data, "FisherOperator", "in every product")  # or products are those of several matrices
         self._model, self._data, self._output = unwrapped(model), data, output
         self._without_chance = WithoutChance(self._model)
         self._first = _arguments.whole("FisherOperator", "sample_offset", sample_offset)
@@ -94,8 +95,8 @@ class FisherOperator:
         along = {name: part.to(self._parameters[name]) for name, part in parts.items()}
         sums = {name: torch.zeros(shape, dtype=torch.float64, device=self.device) for name, shape in self.shapes.items()}
         samples, total = self._first, 0.0
-        for item in self._data:
-            batch = Batch.of(item, self.device, self._model)
+        batches = (Batch.of(item, self.device, self._model) for item in self._data)
+        for batch in self._readings.read(batches):
             for name, product in self._product(batch, along, samples).items():
                 sums[name] += product
             samples += batch.N
