@@ -29,6 +29,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from fisherfast._eager import EAGER
 from fisherfast._nested import replaced, tensors
+from fisherfast._under_way import Given
 from fisherfast._warning import warn
 from fisherfast.calls import Call, CallUse, Decisions, Key, Site, Tap, graph
 from fisherfast.chosen_rows import ChosenRows
@@ -66,6 +67,7 @@ class Capture(TorchFunctionMode):
             raise ValueError("model: parameters must hold numbers, got meta tensors; load the weights first")
         self._root = root
         self._draws = Draws(root)
+        self.given: Given | None = None  # what the model is called with, where someone asks
         self._first = {id(p): p for _, p in named}  # held, so that no other gets the id of one
         self._forgotten: dict[int, str] = {}  # names of parameters that are no longer tracked
         self.tracked = {name: Tracked(name, p) for name, p in named}
@@ -375,6 +377,8 @@ class Capture(TorchFunctionMode):
         caught = [(use, r) for use, r in zip(uses, references, strict=True) if r.tracked.caught]
         if not caught:
             return out
+        if self.given is not None:
+            self.given.note()
         self._halves |= out.dtype == torch.float16
         bare = next(filter(None, (r.tracked.expanding for _, r in caught)), None)
         if self._now.num_samples is not None and bare is not None:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from fisherfast._names import listed
 from fisherfast._nested import tensors
+from fisherfast._under_way import under_way
 from fisherfast._warning import warn
 
 # By function: the positions of the probability and of the training flag, and their defaults.
@@ -40,7 +40,6 @@ DRAWING = {
     F.fractional_max_pool2d,
     F.fractional_max_pool3d,
 }
-_FORWARD = nn.Module._wrapped_call_impl.__code__  # what runs while a module is called
 CHANCE = {*_DROPOUTS, F.gumbel_softmax, F.scaled_dot_product_attention, *_SLOPES, *_STATISTICS}
 
 
@@ -128,27 +127,18 @@ class Draws:
         """After a call of a drawing function. Errors: ValueError if a module of the model that is in train mode made it."""
         if not _several(out) or kwargs.get("_random_samples") is not None:
             return
-        callers = self._callers()
+        callers = [one.module for one in under_way(self._model)]
+        if not callers:
+            return  # the user drew, outside of the model
+        what = f"{func.__name__} in {type(callers[0]).__name__}"
         if any(module.training for module in callers):
-            raise ValueError(
-                f"model: must not draw random numbers in train mode, got {func.__name__} in {type(callers[0]).__name__}; call model.eval()"
-            )
-        if callers and not self._said:
+            raise ValueError(f"model: must not draw random numbers in train mode, got {what}; call model.eval()")
+        if not self._said:
             self._said = True
             warn(
-                f"model: should draw no random numbers in its forward pass, got {func.__name__} in {type(callers[0]).__name__}; the result "
-                "is of what was drawn this time, and another run has another"
+                f"model: should draw no random numbers in its forward pass, got {what}; the result is of what was drawn this time, "
+                "and another run has another"
             )
-
-    def _callers(self) -> list[nn.Module]:
-        """The model's modules whose forward pass is under way, the innermost first; none where the user draws outside of the model."""
-        frame, running = sys._getframe(1).f_back, list[nn.Module]()
-        while frame is not None:
-            if frame.f_code is _FORWARD:
-                running.append(frame.f_locals["self"])
-            frame = frame.f_back
-        own = set(self._model.modules())
-        return [module for module in running if module in own]
 
 
 def _several(drawn: Any) -> bool:

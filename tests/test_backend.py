@@ -229,6 +229,7 @@ FLOORS = {
     "_precision": 1,
     "train_mode": 1,
     "_random": 1,
+    "_under_way": 1,
     "_warning": 1,
     "ops": 2,
     "rules": 3,

@@ -363,6 +363,39 @@ def test_batches_of_unequal_draws_are_said(draws, recwarn):
     assert len(recwarn) == (len(set(draws)) > 1)
 
 
+def collected_tokens(batches, losses_of, by_name=False):
+    """Over a small causal model on ``[5, 7]`` ids; ``losses_of``: what becomes of the losses ``[5, 6]``."""
+    model, ids = nn.Sequential(nn.Embedding(11, 4), nn.Tanh(), nn.Linear(4, 11)), torch.randint(0, 11, (5, 7))
+    with ff.collect(model, ff.Diagonal()) as stats:
+        for _ in range(batches):
+            logits = model(input=ids) if by_name else model(ids)
+            losses = F.cross_entropy(logits[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none")
+            stats.backward(losses_of(losses))
+    return stats.result()
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+def test_losses_of_positions_are_said_once(by_name):
+    with pytest.warns(ff.FisherWarning, match=r"got 30 for inputs of 5; .* losses\.view\(5, -1\)\.sum\(1\)") as caught:
+        found = collected_tokens(3, torch.flatten, by_name)
+    assert len(caught) == 1 and found.num_samples == 90
+
+
+def test_losses_of_samples_are_taken_as_they_are(recwarn):
+    assert collected_tokens(2, lambda losses: losses.sum(1)).num_samples == 10
+    model, x, y = nn.Linear(3, 4), torch.randn(6, 3), torch.randint(0, 4, (6,))
+
+    def losses(first, last):
+        return F.cross_entropy(model(x[first:last]), y[first:last], reduction="none")
+
+    with ff.collect(model, ff.Diagonal()) as stats:
+        stats.backward(torch.cat([losses(0, 2), losses(2, 4), losses(4, 6)]))  # several calls make one batch
+    recurrent = nn.LSTM(3, 4)  # time first
+    with ff.collect(recurrent, ff.Diagonal()) as stats:
+        stats.backward(recurrent(torch.randn(2, 6, 3))[0].square().sum((0, 2)))
+    assert not recwarn.list
+
+
 def test_backwards_through_one_forward_are_draws_of_its_samples():
     model, x, y = networks.doubles("mlp-inplace-relu", 6)
     drawn = [torch.randint(0, 4, (6,)) for _ in range(3)]

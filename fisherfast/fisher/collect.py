@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fisherfast._names import listed
+from fisherfast._under_way import Given
 from fisherfast._warning import warn
 from fisherfast.calls import Call, Key, graph
 from fisherfast.collector import Samples
@@ -24,7 +25,7 @@ from fisherfast.layout import Finding
 from fisherfast.likelihood import Likelihood, resolve, stored_name
 from fisherfast.locator import NO_AXIS, mixing
 from fisherfast.passes import Pass, check_loss_scale
-from fisherfast.train_mode import refuse_train_mode
+from fisherfast.train_mode import refuse_train_mode, unwrapped
 
 
 class collect:
@@ -38,7 +39,7 @@ class collect:
         fisher = stats.result()
 
     Shapes:   ``stats.backward`` takes the vector ``[N]`` of negative log-likelihoods, one per sample: for a sequence the sum
-              over its positions.
+              over its positions. A first one that is several times as long as the model's inputs is warned of.
     Scale:    the result is a mean over samples; the loss vector must not be averaged over anything.
     Errors:   ValueError for a loss that is not such a vector (a mean as ``[1]``, or ``[N]`` of losses over N, is one that cannot
               be told from a vector), for parameters the loss does not depend on (unless
@@ -94,6 +95,7 @@ class collect:
             )
         self._fills, asked = gradients, (*asked, Gradients(reduction)) if gradients else asked
         self._run = Run(model, asked, Provenance(fisher_type, name, draws=None, model=model_name(model)), allow_missing)
+        self._run.capture.given = Given(unwrapped(model))  # until the first loss
         self._explored = False  # whether the parameters' forms are known, and samples were told apart at least once
         self._postponed: set[str] = set()  # in the fallback for the batch at hand, to be followed further from the next on
 
@@ -124,6 +126,9 @@ class collect:
             every = all(bool(one.all()) for one in exists)
             if not bool(loss.detach().isfinite().all()):
                 run.raise_not_finite(loss, "the loss")
+            if capture.given is not None:
+                self._warn_of_positions(loss.shape[0], capture.given.shapes)
+                capture.given = None
             if not self._explored or capture.outdated(loss):
                 self._explore(loss)
             calls = self._caught(loss)
@@ -194,6 +199,16 @@ class collect:
             "differentiates them all, which is slow",
         )
         return calls
+
+    def _warn_of_positions(self, N: int, calls: list[list[torch.Size]]) -> None:
+        """A vector of the losses of all samples' positions makes each of these a sample, which is rarely meant."""
+        firsts = [shapes[0][0] for shapes in calls if shapes]
+        known = min(firsts, default=0) > 1 and not any(N in shape for shapes in calls for shape in shapes)
+        if known and N > (samples := sum(firsts)) and N % samples == 0:
+            warn(
+                f"collect: the loss should have one entry for each sample, got {N} for inputs of {samples}; each entry counts as a sample. "
+                f"Sum the losses of a sample's positions: losses.view({samples}, -1).sum(1)"
+            )
 
     def _warn_of_others(self, loss: Tensor) -> None:
         """``.grad`` is filled for the model's parameters; a head outside of it would never be trained, and nobody know."""
