@@ -82,7 +82,9 @@ class LocalNoise:
             called.add(module)
             (x,) = (*inputs, *options.values())
             variance = _variance(module, x, stds[weight], stds.get(f"{weight.removesuffix('weight')}bias"))
-            return output + (variance.clamp_min(_NONE).sqrt() * torch.randn_like(variance)).to(output.dtype)
+            with torch._C.DisableTorchFunction():  # the noise is ours; one that the model draws itself is refused
+                noise = torch.randn_like(variance)
+            return output + (variance.clamp_min(_NONE).sqrt() * noise).to(output.dtype)
 
         handles = [module.register_forward_hook(noisy, with_kwargs=True) for module in self._weights]
         try:
