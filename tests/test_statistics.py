@@ -657,3 +657,33 @@ def test_stopwatch_charges_the_inner_way(monkeypatch):
         assert watch.seconds() == {OPS: 5.0, "loop": 2.0}
     now[0] += 8
     assert watch.seconds() == {OPS: 5.0, "loop": 2.0}
+
+
+@pytest.mark.parametrize(
+    "part", [lambda v: v[:2], lambda v: v[torch.tensor([0, 3])], lambda v: v.split(2)[0], lambda v: v[v > -1][:3]]
+)
+def test_a_part_of_a_forward_passes_losses_is_said_once(part):
+    model, x, y = nn.Linear(3, 4), torch.randn(6, 3), torch.randint(4, (6,))
+    with ff.collect(model, ff.KFAC(), fisher_type="empirical") as stats:
+        with pytest.warns(
+            ff.FisherWarning, match=r"should hold all samples of a forward pass, got a part of a vector, [23] of 6"
+        ):
+            stats.backward(part(F.cross_entropy(model(x), y, reduction="none")))
+        stats.backward(part(F.cross_entropy(model(x), y, reduction="none")))  # warnings are errors
+
+
+@pytest.mark.parametrize(
+    "whole",
+    [
+        lambda v: v,
+        lambda v: 2 * v,
+        lambda v: v[torch.arange(6).flip(0)],
+        lambda v: v.view(3, 2).sum(1),
+        lambda v: v.view(3, 2)[:, 0],
+    ],
+)
+def test_all_losses_of_a_forward_pass_are_no_part(whole):
+    model, x, y = nn.Linear(3, 4), torch.randn(6, 3), torch.randint(4, (6,))
+    with ff.collect(model, ff.Diagonal(), fisher_type="empirical") as stats:
+        stats.backward(whole(F.cross_entropy(model(x), y, reduction="none")))
+    assert stats.result().trace() > 0

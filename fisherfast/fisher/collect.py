@@ -96,6 +96,7 @@ class collect:
         self._fills, asked = gradients, (*asked, Gradients(reduction)) if gradients else asked
         self._run = Run(model, asked, Provenance(fisher_type, name, draws=None, model=model_name(model)), allow_missing)
         self._run.capture.given = Given(unwrapped(model))  # until the first loss
+        self._told_of_a_part = False
         self._explored = False  # whether the parameters' forms are known, and samples were told apart at least once
         self._postponed: set[str] = set()  # in the fallback for the batch at hand, to be followed further from the next on
 
@@ -129,6 +130,7 @@ class collect:
             if capture.given is not None:
                 self._warn_of_positions(loss.shape[0], capture.given.shapes)
                 capture.given = None
+            self._warn_of_a_part(loss)
             if not self._explored or capture.outdated(loss):
                 self._explore(loss)
             calls = self._caught(loss)
@@ -208,6 +210,16 @@ class collect:
             warn(
                 f"collect: the loss should have one entry for each sample, got {N} for inputs of {samples}; each entry counts as a sample. "
                 f"Sum the losses of a sample's positions: losses.view({samples}, -1).sum(1)"
+            )
+
+    def _warn_of_a_part(self, loss: Tensor) -> None:
+        """Some of the losses of a forward pass: rows of the other samples are inputs in KFAC's A, and the next part is another draw."""
+        whole = getattr(loss.grad_fn, "_saved_self_sym_sizes", ())  # of what was sliced, split or chosen from
+        if not self._told_of_a_part and len(whole) == 1 and whole[0] > len(loss):
+            self._told_of_a_part = True
+            warn(
+                f"collect: the loss should hold all samples of a forward pass, got a part of a vector, {len(loss)} of {whole[0]}; the others "
+                "are inputs in KFAC's factors, and several parts count as several draws of one. Call the model with each part"
             )
 
     def _warn_of_others(self, loss: Tensor) -> None:
