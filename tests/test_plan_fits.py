@@ -225,5 +225,5 @@ def test_info_shows_the_refusal_alone(tmp_path, monkeypatch, free):
 
 def test_command_explains_errors(tmp_path, monkeypatch):
     assert "must yield at least one batch, got none" in command(tmp_path, monkeypatch, "planned_module_empty", "nothing").output
-    result = command(tmp_path, monkeypatch, "planned_module_gaussian", "--likelihood", "causal-lm")
+    result = command(tmp_path, monkeypatch, "planned_module_gaussian", "--likelihood", "causal_lm")
     assert result.exit_code == 2 and "Error: " in result.output and "Traceback" not in result.output

@@ -89,7 +89,8 @@ def mean_loss(
     ``loss``: a function of output and targets that gives ``[N]``, instead of the likelihood's ``-log p``.
 
     Shapes:   data yields batches with labels, as for ``ff.fisher``; ``weights`` {name: tensor shaped like the parameter}.
-    Scale:    a mean over samples, weighted if the batches are; nats for a likelihood.
+    Scale:    a mean over samples, weighted if the batches are; nats for a likelihood. A sequence is one sample: its loss is the sum
+              over its counted positions, not their mean.
     Errors:   as ``expected_loss``.
     Numerics: the forward pass in the model's precision, losses in float32 or wider, the mean in float64.
     Source:   the first term of Definition 2.1 of arXiv:1905.12213, without noise.
