@@ -214,7 +214,7 @@ class collect:
 
     def _warn_of_a_part(self, loss: Tensor) -> None:
         """Some of the losses of a forward pass: rows of the other samples are inputs in KFAC's A, and the next part is another draw."""
-        whole = getattr(loss.grad_fn, "_saved_self_sym_sizes", ())  # of what was sliced, split or chosen from
+        whole: tuple[int, ...] = getattr(loss.grad_fn, "_saved_self_sym_sizes", ())  # of what was sliced, split or chosen from
         if not self._told_of_a_part and len(whole) == 1 and whole[0] > len(loss):
             self._told_of_a_part = True
             warn(
