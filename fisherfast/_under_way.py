@@ -44,7 +44,7 @@ def _own(model: nn.Module, running: Iterable[Running]) -> list[Running]:
 
 
 class Given:
-    """The shapes of what a model is called with, call by call, as far as ``note`` is called while it runs."""
+    """The shapes of what a model is called with, call by call, as far as ``note`` is called while it runs; none where lists are given."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model, self._last = model, dict[str, Any]()
@@ -57,4 +57,7 @@ class Given:
             return
         for one in _own(self._model, running)[-1:]:
             self._last = one.kwargs
-            self.shapes.append([tensor.shape for tensor in tensors((one.args, one.kwargs)) if tensor.dim()])
+            several = any(
+                isinstance(value, list | tuple) for value in (*one.args, *one.kwargs.values())
+            )  # of samples, or of parts of them
+            self.shapes.append([] if several else [t.shape for t in tensors((one.args, one.kwargs)) if t.dim()])

@@ -7,12 +7,13 @@ import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from itertools import chain
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
 
 from fisherfast import _nested
+from fisherfast._warning import warn
 
 _OURS = ("labels", "sample_weight", "sample_offsets")  # keys of a dict batch that are not passed to the model
 _OFFSETS = ("sample_offsets", "cu_seq_lens_q", "cu_seqlens")  # ours, Hugging Face's, flash-attention's; the first that is there
@@ -207,7 +208,8 @@ class Batch:
         if self.offsets is not None:
             if picked.dim() < 2 or picked.shape[:2] != (1, int(self.offsets[-1])):
                 raise ValueError(
-                    f"model: the output for packed samples must be [1, {int(self.offsets[-1])}, ...], got {tuple(picked.shape)}"
+                    f"model: the output for packed samples must be [1, {int(self.offsets[-1])}, ...], got {tuple(picked.shape)}; "
+                    "where the row is one sample although its positions start again, add 'sample_offsets': None to the batch"
                 )
         elif picked.dim() == 0 or picked.shape[0] != self.N:
             raise ValueError(
@@ -239,6 +241,8 @@ def _parts(item: Any) -> tuple[Any, Any, Any, Any]:
 
 def _offsets(item: Mapping[str, Any]) -> Any:
     """Where samples packed into one row begin and end: as the batch says, else as its positions do; None if they are not packed."""
+    if _OFFSETS[0] in item:
+        return item[_OFFSETS[0]]
     given = next((item[key] for key in _OFFSETS if item.get(key) is not None), None)
     return _offsets_by_position(item) if given is None else given
 
@@ -248,35 +252,48 @@ def _offsets_by_position(item: Mapping[str, Any]) -> list[int] | None:
 
     Errors:   ValueError for several rows that hold several samples each.
     """
-    positions, mask = item.get("position_ids"), item.get("attention_mask")
-    if not isinstance(positions, Tensor) or positions.dim() not in (1, 2) or not positions.numel():
+    positions, mask, labels = (item.get(key) for key in ("position_ids", "attention_mask", "labels"))
+    if not _are_positions(positions):
         return None
-    if isinstance(mask, Tensor) and not bool((mask != 0).all()):  # positions start again at padding, too
+    if isinstance(mask, Tensor) and mask.dim() == 2 and not bool((mask != 0).all()):  # positions start again at padding, too
         return None
     M = positions.shape[-1]
-    start, packed = _starts(positions.reshape(-1, M))
     rows = max((v.shape[0] for v in item.values() if isinstance(v, Tensor) and v.dim() > 1 and v.shape[1] == M), default=0)
-    if not bool(packed.any()) or (positions.dim() == 1 and rows != 1):  # [N]: a position for each sample
+    if positions.dim() == 1 and rows != 1:  # [N]: a position for each sample
+        return None
+    if labels is not None and torch.as_tensor(labels).shape[:2] != (rows, M):  # of samples, whose parts are numbered
+        return None
+    start, counts = _starts(positions.reshape(-1, M))
+    packed = counts & ((start[:, :-1] & ~start[:, 1:]).sum(-1) > 1)  # padding repeats the lowest
+    bounds = start[0].nonzero().flatten().tolist()
+    if rows == 1 and bool(counts[0]) and len(bounds) > 1 and (bounds[-1] == M - 1 or not bool(packed[0])):
+        taken = "each start was taken for a sample" if bool(packed[0]) else "the row was taken for one sample"
+        warn(
+            f"data: position_ids should tell samples of one token from padding, got a row [1, {M}] in which they start at {bounds[:8]}; "
+            f"{taken}. Pass sample_offsets (None: one sample)"
+        )
+    if not bool(packed.any()):
         return None
     if rows > 1:
         raise ValueError(
             f"data: position_ids must not start again within a row of several, got {rows} rows, some of several samples; flatten them to "
-            "one row [1, M], or pad each sample in a row of its own"
+            "one row [1, M], or pad each sample in a row of its own; 'sample_offsets': None in the batch says that each row is one sample"
         )
-    return [*start[0].nonzero().flatten().tolist(), M]
+    return [*bounds, M]
+
+
+def _are_positions(values: Any) -> TypeGuard[Tensor]:
+    """Whether these may be positions of rows: not nested, not three axes of an image's."""
+    plain = isinstance(values, Tensor) and values.layout is torch.strided and not values.is_nested and values.dtype != torch.bool
+    return plain and values.dim() in (1, 2) and values.numel() > 0
 
 
 def _starts(positions: Tensor) -> tuple[Tensor, Tensor]:
-    """Where rows ``[B, M]`` of positions are at their lowest, and which of the rows hold several samples.
-
-    Those that count up from each start, and do so more than once: padding repeats the lowest, and does not count.
-    """
+    """Where rows ``[B, M]`` of positions are at their lowest, and which of the rows count up from each such start."""
     low = positions.amin(-1, keepdim=True)
     start, place = positions == low, torch.arange(positions.shape[-1], device=positions.device)
     begun = torch.where(start, place, 0).cummax(-1).values
-    counts = (positions - low == place - begun).all(-1)
-    several = (start[:, :-1] & ~start[:, 1:]).sum(-1) > 1
-    return start, counts & several
+    return start, (positions - low == place - begun).all(-1)
 
 
 def _read_by_the_decoder(

@@ -223,7 +223,8 @@ class Capture(TorchFunctionMode):
         """Run ``func``; where it receives tracked parameters, with their stand-ins and a tap."""
         found = self._found(args) + self._found(kwargs.values())
         if getattr(func, "__self__", None) is _DATA:
-            found = [reference for reference in found if not self._is_written_behind(reference)]
+            self._leave_written_behind(args[0])
+            found = self._found(args)
         if not found or _without_a_graph(func):
             out = func(*args, **kwargs)
             for reference in found:
@@ -274,11 +275,14 @@ class Capture(TorchFunctionMode):
             self._leave(reference, "a copy of it that is changed in place")
         return reference.changed
 
-    def _is_written_behind(self, reference: Reference) -> bool:
-        """Whether ``.data`` is of a copy, which then is left to autograd: what is written through it changes no version."""
-        if reference.copied:
-            self._leave(reference, "a copy of it that is changed through .data")
-        return reference.copied
+    def _leave_written_behind(self, tensor: Tensor) -> None:
+        """Leave copies to autograd whose memory ``.data`` is asked for: what is written through it changes no version."""
+        if tensor.layout is not torch.strided or torch._C._are_functorch_transforms_active():
+            return
+        memory = tensor.untyped_storage()._cdata
+        for other in list(self._references.values()):
+            if other.copied and other.tensor.layout is torch.strided and other.tensor.untyped_storage()._cdata == memory:
+                self._leave(other, "a copy of it that is changed through .data")
 
     def _leave(self, reference: Reference, reason: str) -> None:
         self._references.pop(id(reference.tensor), None)

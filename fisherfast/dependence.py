@@ -12,7 +12,7 @@ from fisherfast.batches import Batch
 
 _PACKED = (
     "They are packed: in Hugging Face's attention position_ids that start again, no attention_mask and config.use_cache=False keep them "
-    "apart; a row that is one sample has sample_offsets [0, M]"
+    "apart; 'sample_offsets': None in the batch says that each row is one sample"
 )
 
 

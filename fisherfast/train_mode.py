@@ -125,7 +125,9 @@ class Draws:
 
     def look(self, func: Any, kwargs: Any, out: Any) -> None:
         """After a call of a drawing function. Errors: ValueError if a module of the model that is in train mode made it."""
-        if not _several(out) or kwargs.get("_random_samples") is not None:
+        if not _several(out) or any(
+            kwargs.get(key) is not None for key in ("_random_samples", "generator")
+        ):  # the model's own numbers
             return
         callers = [one.module for one in under_way(self._model)]
         if not callers:

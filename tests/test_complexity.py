@@ -218,6 +218,17 @@ def test_a_likelihood_whose_loss_has_settings_is_the_fishers_own():
         ff.task_complexity(F, net, prior_scale=1.0, beta=0.1, data=[(X, y)])
 
 
+def test_labels_that_do_not_count_are_part_of_the_likelihood():
+    X, y, net = torch.randn(6, 4).double(), torch.tensor([0, 0, 0, 1, 2, 1]), nn.Linear(4, 3).double()
+    some = ff.Categorical(ignore_index=0)
+    F = ff.fisher(net, [(X, y)], fisher_type="empirical", likelihood=some, progress=False)
+    options = {"prior_scale": 1.0, "beta": 0.1, "data": [(X, y)]}
+    assert F.provenance.likelihood == "categorical(ignore_index=0)"
+    assert ff.task_complexity(F, net, likelihood=some, **options).loss == ff.mean_loss(net, [(X, y)], some)
+    with pytest.raises(ValueError, match="likelihood must be given for a Fisher of categorical"):
+        ff.task_complexity(F, net, **options)
+
+
 def test_states_its_conditions():
     text = str(vectors())
     for part in ("complexity 0.251931", "4.1 nats", "beta = 0.01", "k = 4", "N = 7", "exact formulas", "by formula"):

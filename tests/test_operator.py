@@ -196,16 +196,19 @@ def test_samples_that_depend_on_each_other_have_no_products(N):
 def test_products_of_data_that_change_are_refused(fisher_type):
     x, y = double_vectors()
     data = [(x[:3], y[:3]), (x[3:], y[3:])]
-    operator = ff.FisherOperator(mlp(), data, fisher_type)
-    v = torch.ones(operator.num_parameters).double()
-    first = operator @ v
-    assert torch.equal(operator @ v, first)
+    model = mlp()
     for others in ([*reversed(data)], data[:1], [*data, data[0]]):
+        operator = ff.FisherOperator(model, data, fisher_type)
+        v = torch.ones(operator.num_parameters).double()
+        first = operator @ v
         operator._data = others
         with pytest.raises(ValueError, match="FisherOperator: data must be the same in every product, got"):
             _ = operator @ v
-    operator._data = data
-    assert torch.equal(operator @ v, first)
+        operator._data = data
+        assert torch.equal(operator @ v, first)
+        operator._data = data[:1]  # from the third product on batches are counted only
+        with pytest.raises(ValueError, match="got 2 batches and then 1"):
+            _ = operator @ v
 
 
 def test_a_loader_that_shuffles_has_no_spectrum():

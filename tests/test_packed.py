@@ -12,7 +12,7 @@ from torch import nn
 
 import fisherfast as ff
 from fisherfast import timing
-from fisherfast.batches import Batch
+from fisherfast.batches import Batch, _offsets_by_position
 from fisherfast.likelihood import predictions_of
 
 EXACT = 1e-12
@@ -234,3 +234,57 @@ def test_what_a_loss_of_your_own_sees_past_a_samples_end_is_minus_100():
     batch = {"input": ids, "labels": torch.zeros_like(ids), "sample_offsets": torch.tensor([0, 2, 7])}
     model.weight.data.zero_()[:, 0] = 1.0  # always right: what is past an end could only be wrong
     assert ff.mean_loss(model, [batch], ff.Categorical(ignore_index=-1), loss=ff.zero_one) == 0.0
+
+
+class Segments(nn.Module):
+    """Reads two segments, each with positions from 0 on, and classifies both together."""
+
+    def __init__(self):
+        super().__init__()
+        self.wte, self.wpe, self.head = nn.Embedding(7, 5), nn.Embedding(4, 5), nn.Linear(5, 3)
+
+    def forward(self, input_ids, position_ids):
+        return self.head((self.wte(input_ids) + self.wpe(position_ids)).tanh().mean(1))
+
+
+@pytest.mark.parametrize("fisher_type", ["mc", "exact", "empirical"])
+@pytest.mark.parametrize("N", [1, 4])
+def test_parts_of_a_sample_that_are_numbered_are_no_samples(N, fisher_type):
+    model = Segments().double()
+    batch = {"input_ids": torch.randint(7, (N, 8)), "position_ids": torch.tensor([[0, 1, 2, 3] * 2] * N)}
+    labelled = batch | {"labels": torch.randint(3, (N,))}
+    for one in (labelled, batch | {"sample_offsets": None}) if fisher_type != "empirical" else (labelled,):
+        assert ff.fisher(model, [one], fisher_type=fisher_type, progress=False).num_samples == N
+
+
+@pytest.mark.parametrize(("positions", "N"), [([0, 1, 2, 0, 1, 0], 3), ([0, 1, 2, 3, 0], 1), ([0, 0, 1, 2], 1)])
+def test_samples_of_one_token_may_be_padding(positions, N):
+    batch = {"input_ids": torch.zeros(1, len(positions), dtype=torch.long), "position_ids": torch.tensor([positions])}
+    with pytest.warns(ff.FisherWarning, match="should tell samples of one token from padding"):
+        found = Batch.of(batch, torch.device("cpu"))
+    assert found.N == N
+    assert Batch.of(batch | {"sample_offsets": None}, torch.device("cpu")).N == 1
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize(
+    "positions",
+    [
+        torch.nested.nested_tensor([torch.arange(3), torch.arange(2)], layout=torch.jagged),
+        torch.tensor([[True, False, True, False]]),
+        torch.zeros(3, 1, 4, dtype=torch.long),
+    ],
+    ids=["nested", "bool", "three axes"],
+)
+def test_what_cannot_be_positions_says_nothing(positions):
+    assert _offsets_by_position({"input_ids": torch.zeros(1, 4, dtype=torch.long), "position_ids": positions}) is None
+
+
+def test_a_mask_of_four_axes_says_nothing_of_padding():
+    block = torch.block_diag(torch.ones(2, 2), torch.ones(3, 3))[None, None]
+    batch = {
+        "input_ids": torch.zeros(1, 5, dtype=torch.long),
+        "position_ids": torch.tensor([[0, 1, 0, 1, 2]]),
+        "attention_mask": block,
+    }
+    assert _offsets_by_position(batch) == [0, 2, 5]

@@ -687,3 +687,22 @@ def test_all_losses_of_a_forward_pass_are_no_part(whole):
     with ff.collect(model, ff.Diagonal(), fisher_type="empirical") as stats:
         stats.backward(whole(F.cross_entropy(model(x), y, reduction="none")))
     assert stats.result().trace() > 0
+
+
+def test_one_loss_and_lists_of_inputs_are_no_mistakes():
+    model, x = nn.Linear(3, 4), torch.randn(6, 3)
+    with ff.collect(model, ff.KFAC(), fisher_type="empirical") as stats:
+        stats.backward(model(x[:1]).square()[0].sum(0, keepdim=True))
+    listed = networks.Wrapped(lambda m, parts: m.layer(torch.stack(parts)), layer=nn.Linear(3, 4))
+    with ff.collect(listed, ff.Diagonal(), fisher_type="empirical") as stats:
+        stats.backward(listed(list(x)).square().sum(1))
+    assert stats.result().num_samples == 6
+
+
+def test_parts_of_one_forward_pass_are_said_from_the_second_on():
+    model, x = nn.Linear(3, 4), torch.randn(6, 3)
+    with ff.collect(model, ff.Diagonal(), fisher_type="empirical") as stats:
+        first, second = model(x).square().sum(1).split(3)
+        stats.backward(first, retain_graph=True)
+        with pytest.warns(ff.FisherWarning, match="got a part of a vector, 3 of 6"):
+            stats.backward(second)

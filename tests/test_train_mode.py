@@ -170,3 +170,11 @@ def test_a_model_that_draws_is_no_fixed_operator():
         pytest.raises(ValueError, match="the same output for the same batch"),
     ):
         _ = operator @ torch.ones(operator.num_parameters)
+
+
+def test_numbers_of_a_generator_of_its_own_are_no_draws():
+    def forward(m, x):
+        return m.layer(x) + torch.randn(len(x), 4, generator=torch.Generator().manual_seed(0))
+
+    model = Wrapped(forward, layer=nn.Linear(3, 4)).train()
+    assert ff.fisher(model, [(torch.randn(6, 3), None)], progress=False).num_samples == 6

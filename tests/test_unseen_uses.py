@@ -73,6 +73,13 @@ def clamped_through_data(w):
     return w
 
 
+def scaled_through_data_of_a_view(w):
+    w = w.clone()
+    w[:2].data.mul_(3)
+    w.t().data.add_(0.1)
+    return w
+
+
 def given_other_data(w):
     w = w.t().contiguous().t()
     w.data = w.data.round()
@@ -124,6 +131,7 @@ NETWORKS = {
     "clone, then tril_": lambda: Changed(lambda w: w.clone().tril_()),
     "clone, then .data in place": lambda: Changed(lambda w: clamped_through_data(w.clone())),
     "product, then .data in place": lambda: Changed(lambda w: clamped_through_data(w * 2)),
+    "clone, then .data of its views": lambda: Changed(scaled_through_data_of_a_view),
     "copy, then other .data": lambda: Changed(given_other_data),
     "clone, unchanged": lambda: Changed(lambda w: w.clone()),
     "own node": lambda: Hidden(lambda w, x: F.linear(x, Rounded.apply(w)), False),

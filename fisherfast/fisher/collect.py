@@ -18,7 +18,7 @@ from fisherfast.fisher import interrupts
 from fisherfast.fisher.asked import requests
 from fisherfast.fisher.labelling import known_type
 from fisherfast.fisher.protocol import Provenance
-from fisherfast.fisher.requests import Gradients
+from fisherfast.fisher.requests import Diagonal, GradientMoments, Gradients, PerSampleNorm
 from fisherfast.fisher.run import Interrupted, Run, model_name
 from fisherfast.fisher.structure import Structure
 from fisherfast.layout import Finding
@@ -26,6 +26,9 @@ from fisherfast.likelihood import Likelihood, resolve, stored_name
 from fisherfast.locator import NO_AXIS, mixing
 from fisherfast.passes import Pass, check_loss_scale
 from fisherfast.train_mode import refuse_train_mode, unwrapped
+
+_CHOOSING = {"Slice", "Split", "SplitWithSizes", "Index", "IndexSelect", "MaskedSelect", "Topk"}  # torch's nodes
+_OF_ROWS_ALONE = (Diagonal, PerSampleNorm, GradientMoments, Gradients)  # to which samples without a loss add nothing
 
 
 class collect:
@@ -96,7 +99,7 @@ class collect:
         self._fills, asked = gradients, (*asked, Gradients(reduction)) if gradients else asked
         self._run = Run(model, asked, Provenance(fisher_type, name, draws=None, model=model_name(model)), allow_missing)
         self._run.capture.given = Given(unwrapped(model))  # until the first loss
-        self._told_of_a_part = False
+        self._told_of_a_part, self._only_diagonal = False, all(isinstance(one, _OF_ROWS_ALONE) for one in asked)
         self._explored = False  # whether the parameters' forms are known, and samples were told apart at least once
         self._postponed: set[str] = set()  # in the fallback for the batch at hand, to be followed further from the next on
 
@@ -130,10 +133,10 @@ class collect:
             if capture.given is not None:
                 self._warn_of_positions(loss.shape[0], capture.given.shapes)
                 capture.given = None
-            self._warn_of_a_part(loss)
             if not self._explored or capture.outdated(loss):
                 self._explore(loss)
             calls = self._caught(loss)
+            self._warn_of_a_part(loss, again=any(call.counted for call in calls))
             self._check_fallback(loss)
             if self._fills and not run.batches:
                 self._warn_of_others(loss)
@@ -204,7 +207,7 @@ class collect:
 
     def _warn_of_positions(self, N: int, calls: list[list[torch.Size]]) -> None:
         """A vector of the losses of all samples' positions makes each of these a sample, which is rarely meant."""
-        firsts = [shapes[0][0] for shapes in calls if shapes]
+        firsts = [shapes[0][0] if shapes else 0 for shapes in calls]
         known = min(firsts, default=0) > 1 and not any(N in shape for shapes in calls for shape in shapes)
         if known and N > (samples := sum(firsts)) and N % samples == 0:
             warn(
@@ -212,10 +215,12 @@ class collect:
                 f"Sum the losses of a sample's positions: losses.view({samples}, -1).sum(1)"
             )
 
-    def _warn_of_a_part(self, loss: Tensor) -> None:
+    def _warn_of_a_part(self, loss: Tensor, again: bool) -> None:
         """Some of the losses of a forward pass: rows of the other samples are inputs in KFAC's A, and the next part is another draw."""
-        whole: tuple[int, ...] = getattr(loss.grad_fn, "_saved_self_sym_sizes", ())  # of what was sliced, split or chosen from
-        if not self._told_of_a_part and len(whole) == 1 and whole[0] > len(loss):
+        chosen = type(loss.grad_fn).__name__.removesuffix("Backward0") in _CHOOSING
+        whole: tuple[int, ...] = getattr(loss.grad_fn, "_saved_self_sym_sizes", ()) if chosen else ()
+        matters = again or not self._only_diagonal
+        if matters and not self._told_of_a_part and len(whole) == 1 and whole[0] > len(loss):
             self._told_of_a_part = True
             warn(
                 f"collect: the loss should hold all samples of a forward pass, got a part of a vector, {len(loss)} of {whole[0]}; the others "

@@ -21,6 +21,7 @@ from fisherfast.likelihood import (
     LogLikelihood,
     Predictions,
     check_model,
+    counting,
     predictions_of,
     resolve,
     stored_name,
@@ -76,10 +77,8 @@ class Labelling:
         )
 
     def counting(self) -> dict[str, str]:
-        """Of the likelihood what its stored name does not say, and the sums depend on, where it is not as usual."""
-        usual = {"axis": -1, "ignore_index": -100}
-        given = {name: getattr(self.likelihood, name, value) for name, value in usual.items()}
-        return {name: str(value) for name, value in given.items() if value != usual[name]}
+        """See ``likelihood.counting``."""
+        return counting(self.likelihood)
 
     def check_model(self, model: nn.Module) -> None:
         """Raise ValueError for a model that the likelihood cannot be one of."""

@@ -11,7 +11,7 @@ from fisherfast.likelihood.bernoulli import Bernoulli
 from fisherfast.likelihood.categorical import Categorical, CausalLM
 from fisherfast.likelihood.doubts import check_model
 from fisherfast.likelihood.gaussian import Gaussian
-from fisherfast.likelihood.names import beside, resolve, stored_name
+from fisherfast.likelihood.names import beside, counting, resolve, stored_name
 from fisherfast.likelihood.own import Draws, LogLikelihood
 from fisherfast.likelihood.protocol import FISHER_TYPES, Likelihood, Predictions
 
@@ -27,6 +27,7 @@ __all__ = [
     "Predictions",
     "beside",
     "check_model",
+    "counting",
     "predictions_of",
     "resolve",
     "stored_name",

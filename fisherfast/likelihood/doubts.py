@@ -90,6 +90,8 @@ def _of_probabilities(likelihood: Likelihood, predictions: Predictions) -> None:
     low, high = torch.stack(values.aminmax()).tolist()
     if not 0 <= low < high <= 1 or (several and not add_up_to_one(values)):  # all zero: a head that has not learnt yet
         return
+    if not several and high - low < 0.5:  # nor has one whose outputs are nearly one number
+        return
     what, how = (" and the rows add up to 1", "softmax") if several else ("", "sigmoid")
     warn(
         f"{likelihood.name}: the output looks like probabilities (all lie in [0, 1]{what}) and is taken as logits; leave out the model's "

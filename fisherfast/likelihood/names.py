@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 from fisherfast._warning import warn
+from fisherfast.batches import IGNORED
 from fisherfast.likelihood.bernoulli import Bernoulli
 from fisherfast.likelihood.categorical import Categorical, CausalLM
 from fisherfast.likelihood.gaussian import Gaussian
@@ -40,7 +41,7 @@ def beside(caller: str, stored: str | None, given: str | Likelihood | None) -> L
             )
         return resolve(stored)
     chosen = resolve(given)
-    if stored is not None and stored not in (chosen.name, f"{chosen.name}({getattr(chosen, 'loss_settings', '')})"):
+    if stored is not None and stored not in (_with_settings(chosen, of_loss=False), _with_settings(chosen, of_loss=True)):
         warn(
             f"{caller}: likelihood should be that of the Fisher, {stored}, got {chosen.name}; loss and nats then belong to different tasks"
         )
@@ -48,11 +49,26 @@ def beside(caller: str, stored: str | None, given: str | Likelihood | None) -> L
 
 
 def stored_name(likelihood: Likelihood, fisher_type: str) -> str:
-    """What a result is stored under: the likelihood's name, with the settings of its loss where "empirical" looked at them.
+    """What a result is stored under: the likelihood's name, with what says which labels count, and the settings of its loss where "empirical"
+    looked at them.
 
     Class weights and label smoothing change a loss, not ``p(y | x)``: "mc" and "exact" leave them out, with a FisherWarning.
     """
     settings = getattr(likelihood, "loss_settings", "")
     if settings and fisher_type != "empirical":
         warn(f"{likelihood.name}: {settings} change the loss, not p(y | x); fisher_type={fisher_type!r} does not look at them")
-    return f"{likelihood.name}({settings})" if settings and fisher_type == "empirical" else likelihood.name
+    return _with_settings(likelihood, of_loss=fisher_type == "empirical")
+
+
+def counting(likelihood: Likelihood) -> dict[str, str]:
+    """What a likelihood's name does not say and the sums depend on, where it is not as usual."""
+    usual = {"axis": -1, "ignore_index": IGNORED}
+    given = {name: getattr(likelihood, name, value) for name, value in usual.items()}
+    return {name: str(value) for name, value in given.items() if value != usual[name]}
+
+
+def _with_settings(likelihood: Likelihood, of_loss: bool) -> str:
+    each = [f"{name}={value}" for name, value in counting(likelihood).items()]
+    if of_loss and (of_its_loss := getattr(likelihood, "loss_settings", "")):
+        each.append(of_its_loss)
+    return f"{likelihood.name}({', '.join(each)})" if each else likelihood.name
