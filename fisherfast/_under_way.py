@@ -57,7 +57,6 @@ class Given:
             return
         for one in _own(self._model, running)[-1:]:
             self._last = one.kwargs
-            several = any(
-                isinstance(value, list | tuple) for value in (*one.args, *one.kwargs.values())
-            )  # of samples, or of parts of them
+            # A list may be of samples, or of parts of them.
+            several = any(isinstance(value, list | tuple) for value in (*one.args, *one.kwargs.values()))
             self.shapes.append([] if several else [t.shape for t in tensors((one.args, one.kwargs)) if t.dim()])

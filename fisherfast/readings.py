@@ -19,7 +19,8 @@ def check_rereadable(caller: str, data: Any, otherwise: str = "") -> None:
 
 
 class SameReadings:
-    """What several readings of one data set must have in common: the same batches, bit by bit, in the same order.
+    """What several readings of one data set must have in common: the same batches, bit by bit, in the same order. Data that were the same
+    twice do not shuffle: from the third reading on their batches are only counted.
 
     ``where`` they are to be the same, as the errors say it (``"in both passes"``); ``otherwise``: another way out than such data.
     """
@@ -28,14 +29,14 @@ class SameReadings:
         check_rereadable(caller, data, otherwise)
         self._caller, self._where, self._otherwise = caller, where, otherwise and f", {otherwise}"
         self._known: list[int] | None = None  # of the first reading that was complete
-        self._equal = 0  # readings that were the same: after one, batches are counted only
+        self._trusted = False  # whether a second reading was the same
 
     def read(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         """The batches. Errors: ValueError for the first one that is not as in the first reading, or that is missing."""
         found = list[int]()
         for number, batch in enumerate(batches):
-            found.append(0 if self._equal else batch.fingerprint())
-            if self._known is not None and not self._equal and self._known[number : number + 1] != found[-1:]:
+            found.append(0 if self._trusted else batch.fingerprint())
+            if self._known is not None and not self._trusted and self._known[number : number + 1] != found[-1:]:
                 raise ValueError(
                     f"{self._caller}: data must be the same {self._where}, got another batch {number} than in the first; turn off "
                     f"shuffling and random augmentation{self._otherwise}"
@@ -45,5 +46,5 @@ class SameReadings:
             raise ValueError(
                 f"{self._caller}: data must be the same {self._where}, got {len(self._known)} batches and then {len(found)}"
             )
-        self._equal += self._known is not None
+        self._trusted = self._known is not None
         self._known = self._known or found

@@ -33,7 +33,8 @@ class FisherOperator:
     log-determinants, traces and spectra of it.
 
     ``data`` is read once for every product: a list of batches or a loader that does not shuffle, as for ``ff.fisher`` otherwise. A
-    product that reads other batches than the first one did, or in another order, is refused: drawn labels go by a sample's number.
+    second product that reads other batches than the first, or in another order, is refused (drawn labels go by a sample's number), and a
+    later one that reads more or fewer.
 
     Shapes:   vectors {parameter name: tensor shaped like the parameter}, or flat in ``names`` order; the same kind comes back.
     Scale:    a mean over samples, as every Fisher's.
