@@ -94,6 +94,28 @@ def test_damped_answers_are_those_of_the_matrix(A, B, D, O, structure, dtype):
     assert F.trace() == pytest.approx(float(matrix.trace()), rel=1e-6, abs=1e-300)
 
 
+def test_a_draw_is_a_root_of_the_inverse_times_normal_numbers():
+    """R R^T of the map from normal numbers to draws, column by column, for every kind of block: its covariance."""
+    D, O = 4, 3
+    full = kronecker("rank one", "rank one", D, O)
+    U = torch.linalg.qr(torch.randn(D, 2).double()).Q.unsqueeze(0)
+    V = torch.linalg.qr(torch.randn(O, O).double()).Q.unsqueeze(0)
+    span = EigenBlock(full, U, V, Accumulator(torch.rand(1, O, 2).double(), 1.0))
+    W = torch.linalg.qr(torch.randn(D, D).double()).Q.unsqueeze(0)
+    whole = EigenBlock(full, W, V, Accumulator(torch.rand(1, O, D).double(), 1.0))
+    exact = ExactBlock(Flat("w"), Accumulator(rank_one(O * D), 1.0))
+    for block in (full, span, whole, exact):
+        shape = (1, 1, O * D) if block is exact else (1, O, D)
+        units = torch.eye(O * D).double().view(-1, *shape)
+        root, single = (
+            torch.stack([column.flatten() for column in block.drawn(normals, lambda values: (values + 0.1).rsqrt())])
+            for normals in (units, units.float())
+        )
+        inverse = torch.stack([block.spectrally(unit, lambda values: 1 / (values + 0.1)).flatten() for unit in units])
+        torch.testing.assert_close(root.mT @ root, inverse, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(single, root.float(), rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize(("A", "B", "D", "O"), CASES)
 def test_the_inverses_of_damped_factors_are_inverses(A, B, D, O):
     block = kronecker(A, B, D, O)

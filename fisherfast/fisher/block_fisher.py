@@ -5,13 +5,15 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar, Generic, Protocol, Self, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fisherfast._precision import wide
 from fisherfast.accumulator import Accumulator
 from fisherfast.fisher import _arguments, _logdet, _pooling, serialize
 from fisherfast.fisher._plot import Plotted
@@ -34,6 +36,9 @@ class Block(Protocol):
 
     def spectrally(self, v: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
         """A function of the block, by its eigenvalues, times a matrix."""
+
+    def drawn(self, normals: Iterable[Tensor], function: Callable[[Tensor], Tensor]) -> Iterator[Tensor]:
+        """For each matrix of independent normal numbers one distributed as ``function`` of the block times it, in its dtype."""
 
     def describe(self) -> str:
         """What is kept, for the coverage report."""
@@ -193,12 +198,21 @@ class BlockFisher(Plotted, Measured, Generic[_Block]):
 
     def solve(self, v: Vector, damping: Damping = 0.0) -> Vector:
         """``(F + damping I)^-1 v``, in the dtype and on the device of v. Errors: ValueError if that is singular."""
-        return self._function("solve", v, damping, torch.reciprocal)
+        inverse = self._damped("solve", damping, torch.reciprocal)
+        return self._applied(
+            v,
+            _arguments.split("solve", v, self.shapes),
+            lambda block, matrix: block.spectrally(matrix, inverse(block.place.weight)),
+            lambda name, part: inverse(name)(self._mean(name)) * part,
+        )
 
-    def _function(self, method: str, v: Vector, damping: Damping, function: Callable[[Tensor], Tensor]) -> Vector:
+    def _damped(
+        self, method: str, damping: Damping, function: Callable[[Tensor], Tensor]
+    ) -> Callable[[str], Callable[[Tensor], Tensor]]:
+        """``function`` of damped eigenvalues, for the parameter that they are of. Errors: ValueError where one is zero."""
         dampings = self._damping_of(method, damping)
 
-        def damped(name: str, eigenvalues: Tensor) -> Tensor:
+        def of(name: str, eigenvalues: Tensor) -> Tensor:
             values = eigenvalues + dampings[name]
             if zeros := int((values == 0).sum()):
                 raise ValueError(
@@ -206,12 +220,7 @@ class BlockFisher(Plotted, Measured, Generic[_Block]):
                 )
             return function(values)
 
-        return self._applied(
-            v,
-            _arguments.split(method, v, self.shapes),
-            lambda block, matrix: block.spectrally(matrix, lambda values: damped(block.place.weight, values)),
-            lambda name, part: damped(name, self._mean(name)) * part,
-        )
+        return lambda name: partial(of, name)
 
     def _applied(
         self,
@@ -237,16 +246,20 @@ class BlockFisher(Plotted, Measured, Generic[_Block]):
     ) -> dict[str, Tensor]:
         """``n`` draws from ``N(0, (F + damping I)^-1)``, {name: [n, *shape]}. Errors: ValueError if that is singular."""
         n = _arguments.draws("sample", n)
-        draws: dict[str, list[Tensor]] = {name: [] for name in self.names}
+        inverse_root = self._damped("sample", damping, torch.rsqrt)
+        draws = {name: torch.empty(n, *shape, dtype=dtype, device=self._device) for name, shape in self.shapes.items()}
+        each = [{name: values[i] for name, values in draws.items()} for i in range(n)]
         source = self._device if generator is None else generator.device
-        for _ in range(n):
-            normal = {
-                name: torch.randn(shape, dtype=dtype, device=source, generator=generator) for name, shape in self.shapes.items()
-            }
-            for name, value in self._function("sample", normal, damping, torch.rsqrt).items():
-                draws[name].append(value.to(self._device))
-        empty = {name: torch.empty(0, *shape, dtype=dtype, device=self._device) for name, shape in self.shapes.items()}
-        return {name: torch.stack(values) if values else empty[name] for name, values in draws.items()}
+        for draw in each:
+            for value in draw.values():
+                value.copy_(torch.randn(value.shape, dtype=dtype, device=source, generator=generator))
+        for name in self.diagonals:
+            draws[name].mul_(inverse_root(name)(self._mean(name)))
+        for block in self.blocks:
+            normals = (wide(block.place.matrix(draw)) for draw in each)
+            for draw, drawn in zip(each, block.drawn(normals, inverse_root(block.place.weight)), strict=True):
+                block.place.write(drawn, draw)
+        return draws
 
     def eigenvalues(self) -> Tensor:
         """All eigenvalues in one float64 tensor, largest first; ``spectra`` is the form for large models."""

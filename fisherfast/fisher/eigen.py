@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fisherfast.accumulator import Accumulator
 from fisherfast.fisher import _graded, _logdet
-from fisherfast.fisher.kronecker import KroneckerBlock, Place
+from fisherfast.fisher.kronecker import KroneckerBlock, Place, rotated
 
 _CHUNK_BYTES = 2**24  # of matrices that are decomposed in one call
 # Eps of the largest projection, below which there is next to nothing: in a basis of few rows' span, and where the basis's factor has nothing.
@@ -68,21 +68,25 @@ class EigenBlock:
         v = v if self.U is None else v @ self.U.double()
         return v if self.V is None else self.V.double().mT @ v
 
-    def _out(self, v: Tensor) -> Tensor:
-        v = v if self.V is None else self.V.double() @ v
-        return v if self.U is None else v @ self.U.double().mT
-
     def __matmul__(self, v: Tensor) -> Tensor:
         """The block times a matrix ``[G, O, D]``."""
-        return self._out(self.values.mean() * self._into(v))
+        return rotated(self.values.mean() * self._into(v), self.U, self.V)
 
     def spectrally(self, v: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
         """``function`` of the block, by its eigenvalues, times a matrix ``[G, O, D]``."""
         values = function(self._eigenvalues())
         if values.numel() == self._size:
-            return self._out(values * self._into(v))
+            return rotated(values * self._into(v), self.U, self.V)
         outside = function(values.new_zeros(1))
-        return outside * v + self._out((values - outside) * self._into(v))
+        return outside * v + rotated((values - outside) * self._into(v), self.U, self.V)
+
+    def drawn(self, normals: Iterable[Tensor], function: Callable[[Tensor], Tensor]) -> Iterator[Tensor]:
+        """See ``block_fisher.Block``: in a basis of the whole space normal numbers are as good as outside it."""
+        values = self._eigenvalues()
+        if values.numel() < self._size:
+            return (self.spectrally(normal.double(), function).to(normal.dtype) for normal in normals)
+        scales = function(values)
+        return (rotated(scales.to(normal.dtype) * normal, self.U, self.V) for normal in normals)
 
     def diagonal(self) -> Tensor:
         """As a matrix ``[G, O, D]``."""

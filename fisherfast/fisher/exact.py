@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,6 +52,10 @@ class ExactBlock:
         """``function`` of the block, by its eigenvalues, times a matrix ``[1, 1, D]``."""
         values, vectors = self._spectral
         return (v @ vectors * function(values)) @ vectors.mT
+
+    def drawn(self, normals: Iterable[Tensor], function: Callable[[Tensor], Tensor]) -> Iterator[Tensor]:
+        """See ``block_fisher.Block``."""
+        return (self.spectrally(normal.double(), function).to(normal.dtype) for normal in normals)
 
     def diagonal(self) -> Tensor:
         """As a matrix ``[1, 1, D]``."""
