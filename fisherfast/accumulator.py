@@ -7,7 +7,6 @@ knows what was summed.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Iterator
 
@@ -176,19 +175,19 @@ class RunningSum:
     def clear(self) -> None:
         """Forget everything."""
         self.high: Tensor | None = None
+        self._low: Tensor | None = None  # as far as it is allocated
         self.weight = 0.0
         self._additions = 0
         self._given = False  # whether a snapshot has ``high``
         self._given_low: Tensor | None = None  # what it has of ``low``
-        self.__dict__.pop("low", None)
 
-    @functools.cached_property
+    @property
     def low(self) -> Tensor:
-        """What is added to."""
-        if self._given_low is None:
-            return torch.zeros(self.shape, dtype=self.dtype, device=self.device)
-        low, self._given_low = self._given_low.clone(), None
-        return low
+        """The tensor that kernels add to, allocated when it is first asked for."""
+        if self._low is None:
+            given, self._given_low = self._given_low, None
+            self._low = torch.zeros(self.shape, dtype=self.dtype, device=self.device) if given is None else given.clone()
+        return self._low
 
     @property
     def nbytes(self) -> int:
@@ -212,9 +211,8 @@ class RunningSum:
         if self.dtype == torch.float64:
             return
         if self.high is None:
-            self.high = self.low
-            del self.low  # zeros, once something is added again
-        elif "low" in self.__dict__:
+            self.high, self._low = self.low, None
+        elif self._low is not None:
             if self._given:
                 self.high, self._given = self.high.clone(), False
             for a, b in zip(self.high.view(-1).split(_CHUNK), self.low.view(-1).split(_CHUNK), strict=True):
@@ -230,7 +228,8 @@ class RunningSum:
         if self.high is None:
             return Accumulator(self.low.clone(), self.weight)  # float64
         again, self._given = self._given, True
-        self._given_low = self.__dict__.pop("low", self._given_low)
+        if self._low is not None:
+            self._given_low, self._low = self._low, None
         parts = (self.high,) if self._given_low is None else (self.high, self._given_low)
         return Accumulator.of_parts(tuple(part.clone() for part in parts) if again else parts, self.weight)
 
@@ -239,10 +238,10 @@ class RunningSum:
         self.clear()
         self.weight = before.weight
         if self.dtype == torch.float64:
-            self.low = before.sum.clone()
+            self._low = before.sum.clone()
         elif before.parts[0].dtype == torch.float32:
             self.high, *rest = before.parts
             self._given, self._given_low = True, rest[0] if rest else None
         else:
             self.high = before.sum.float()
-            self.low = (before.sum - self.high.double()).float()
+            self._low = (before.sum - self.high.double()).float()

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from fisherfast.rules import Form, Part, Window
+from fisherfast.rules import Form, Window
 from fisherfast.tracked import Bare, Tracked
 
 Key = tuple[str, Window | None, int, int]  # parameter, part of it, number among the uses of that part, and how many they are
@@ -53,7 +53,7 @@ class CallUse:
     @property
     def window(self) -> Window | None:
         """The part of the parameter that is used; None for all of it."""
-        return self.form.window if isinstance(self.form, Part) else None
+        return self.form.window
 
 
 class Hears(Protocol):

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -57,15 +57,55 @@ class Cost:
         return Cost(count * self.flops, count * self.kept, self.scratch if count else 0)
 
 
-class Collector(Protocol):
-    """What a Fisher structure does with the rows of a batch. One batch is ``begin``, any adds, ``settle``.
+@dataclass(frozen=True)
+class Held:
+    """What a collector keeps for the parameters ``names``, or parts of them, that share their sums.
 
-    Backward passes of a batch are told apart by their ``number``, from 0. Adds and ``settle`` are called aside (``Capture.aside``).
+    ``holds``: what that is, in words. ``way``: the op that adds to the sums, if it is not the one for squares. ``smaller``: the advice
+    how to hold less, if there is any for these sums. All sizes are in bytes:
+
+    * ``bytes``    the sums at the end of a run, of whose memory the result is made;
+    * ``peaks``    for each pass over the data, what is allocated at its end;
+    * ``scratch``  for each pass, what it needs beside that for a moment, one block at a time;
+    * ``result``   the sums that are part of the result.
     """
+
+    names: tuple[str, ...]
+    holds: str
+    bytes: int
+    peaks: tuple[int, ...]
+    way: str | None = None
+    smaller: str | None = None
+    scratch: tuple[int, ...] = (0,)
+    result: int = 0
+
+    def written(self) -> Held:
+        """The same with a file of the result, for which long sums are made float64, on memory of their own."""
+        return replace(self, peaks=tuple(size + self.result for size in self.peaks))
+
+
+class Receiver(Protocol):
+    """What backward passes hand rows to. Calls are made aside (``Capture.aside``); a batch's passes are told apart by ``number``, from 0."""
 
     @property
     def separate(self) -> bool:
         """Whether it needs every pass's own rows; if not, passes may be added up where only their squares count."""
+
+    def expect(self, tracked: Tracked, windows: set[Window | None]) -> None:
+        """Before the passes of a batch: the parts in which a parameter's rows will come; none if it is not used, and adds nothing."""
+
+    def add(self, tracked: Tracked, form: Form, rows: Rows, scale: float, number: int) -> None:
+        """Take one parameter's rows of one backward pass, samples first: ``scale * (sample gradient)^2`` counts."""
+
+    def add_gradients(self, tracked: Tracked, gradients: Tensor, first: int, scale: float, number: int) -> None:
+        """Take whole sample gradients ``[n, *parameter]`` of samples ``first, ..., first + n - 1``, from the fallback."""
+
+    def touch(self, tracked: Tracked, window: Window | None) -> None:
+        """Note that the gradient of this part of a parameter is zero in a pass."""
+
+
+class Collector(Receiver, Protocol):
+    """What a Fisher structure does with the rows of a batch. One batch is ``begin``, any calls of a ``Receiver``, ``settle``."""
 
     def explore(self, calls: list[Call]) -> None:
         """Look at how the model uses its parameters: once or more, before the batches that count."""
@@ -76,20 +116,11 @@ class Collector(Protocol):
     def begin(self, samples: Samples) -> None:
         """Start a batch."""
 
-    def add(self, tracked: Tracked, form: Form, rows: Rows, scale: float, number: int) -> None:
-        """Take one parameter's rows of one backward pass, samples first: ``scale * (sample gradient)^2`` counts."""
-
-    def add_gradients(self, tracked: Tracked, gradients: Tensor, first: int, scale: float, number: int) -> None:
-        """Take whole sample gradients ``[n, *parameter]`` of samples ``first, ..., first + n - 1``, from the fallback."""
-
-    def expect(self, tracked: Tracked, windows: set[Window | None]) -> None:
-        """Before the passes of a batch: the parts in which a parameter's rows will come; none if it is not used, and adds nothing."""
-
-    def touch(self, tracked: Tracked, window: Window | None) -> None:
-        """Note that the gradient of this part of a parameter is zero in a pass."""
-
     def settle(self, complete: bool) -> list[str]:
         """End the batch: weights for what was added. Returns the parameters that met non-finite rows (not added)."""
+
+    def holds(self, passes: int) -> list[Held]:
+        """What batches of so many backward passes take, once the model is explored."""
 
     def cost(self, tracked: Tracked, form: Form, rows: Rows, number: int) -> Cost:
         """What ``add`` of these rows takes, told by their shapes alone."""

@@ -20,7 +20,7 @@ from torch import Tensor
 from fisherfast._precision import wide, wide_dtype
 from fisherfast.calls import Call, CallUse, Key, graph
 from fisherfast.capture import Capture, Listener
-from fisherfast.collector import Collector
+from fisherfast.collector import Receiver
 from fisherfast.layout import PROBED, UNKNOWN, Finding, Sightings, Tags
 from fisherfast.locator import Locator
 from fisherfast.rules import Form, Rows, Window, combines, joined
@@ -109,7 +109,7 @@ def one_position(rows: Rows) -> bool:
 class Passes:
     """Runs backward passes on the graphs of one capture."""
 
-    def __init__(self, capture: Capture, collectors: Sequence[Collector]) -> None:
+    def __init__(self, capture: Capture, collectors: Sequence[Receiver]) -> None:
         self.capture, self.collectors = capture, collectors
         self._separate = any(collector.separate for collector in collectors)
         self._combine: set[tuple[Any, ...]] = set()  # the ways in which a parameter was used several times that combine

@@ -19,15 +19,14 @@ from fisherfast._precision import wide_name
 from fisherfast.accumulator import Accumulator
 from fisherfast.calls import Call
 from fisherfast.capture import Capture
-from fisherfast.collector import Cost, Samples
+from fisherfast.collector import Cost, Held, Samples
 from fisherfast.fisher import units
 from fisherfast.fisher.block_sums import BlockSums, DiagonalSums, GradientSums, WeightSums
 from fisherfast.fisher.exact_sums import ExactSums
 from fisherfast.fisher.kronecker import Place
-from fisherfast.fisher.memory import Held
 from fisherfast.fisher.units import Unit
 from fisherfast.passes import in_parts
-from fisherfast.rules import Convolution, Form, Lookup, MatMul, Rows, Window
+from fisherfast.rules import Convolution, Form, Lookup, Rows, Window
 from fisherfast.tracked import Tracked
 
 _ROUNDED = 1e-2  # sums of the same numbers differ by less, though some were rounded to 16 bits
@@ -124,12 +123,11 @@ class BlockCollector:
         parts = self._parts.get(tracked.name)
         if parts is None:
             return tracked.name, form
-        inner, window = units.apart(form)
-        if window not in parts:
+        if form.window not in parts:
             raise ValueError(
                 f"{tracked.name}: must be used as in the first batch, in the parts {list(parts.values())}, got {form}"
             )
-        return parts[window], inner
+        return parts[form.window], form.inner
 
     def add(self, tracked: Tracked, form: Form, rows: Rows, scale: float, number: int) -> None:
         """See ``Collector``."""
@@ -149,9 +147,7 @@ class BlockCollector:
         with sums.main.visiting(self._samples.total_weight()):
             sums.add(form, rows, scale, number, self._samples, self._waits(name))
         if name in self._with_bias:
-            transposed = isinstance(form, MatMul) and form.transposed
-            outputs = [use.x if transposed else use.g for use in rows.uses or (rows,)]
-            self._seen[name] = [tensor for tensor in outputs if tensor is not None]
+            self._seen[name] = [form.as_used(use)[1] for use in rows.uses or (rows,)]
 
     def add_gradients(self, tracked: Tracked, gradients: Tensor, first: int, scale: float, number: int) -> None:
         """See ``Collector``."""
@@ -263,7 +259,7 @@ def _same_numbers(outputs: list[Tensor] | None, g: Tensor) -> bool:
 def _place(unit: Unit, bias: Unit | None, input_of: str | None) -> Place:
     form = unit.form
     groups = form.groups if isinstance(form, Convolution) else 1
-    transposed = isinstance(form, Lookup) or (isinstance(form, (MatMul, Convolution)) and form.transposed)
+    transposed = form.transposed or isinstance(form, Lookup)
     op = {"conv_sq_": "conv_gram_", "embedding_sq_": "counts"}.get(form.op, "gram_")
     precision = wide_name(unit.tracked.parameter.dtype)
     place = Place(

@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 
 from fisherfast.accumulator import Accumulator, RunningSum
-from fisherfast.collector import Samples
+from fisherfast.collector import Held, Samples
 from fisherfast.fisher.few_rows import FewRows
 from fisherfast.fisher.kronecker import Place
-from fisherfast.fisher.memory import Held
 from fisherfast.ops.gram import gram_
 from fisherfast.rules import Form, Rows
 from fisherfast.tracked import Tracked

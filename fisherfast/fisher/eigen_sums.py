@@ -20,12 +20,11 @@ from torch import Tensor
 from fisherfast._precision import wide_dtype
 from fisherfast.accumulator import Accumulator
 from fisherfast.capture import Capture
-from fisherfast.collector import Samples
+from fisherfast.collector import Held, Samples
 from fisherfast.fisher.block_collector import BlockCollector
 from fisherfast.fisher.block_sums import BatchSum, WeightSums
 from fisherfast.fisher.eigen import EigenBlock, eigenbasis, workspace
 from fisherfast.fisher.kronecker import KroneckerBlock, Place
-from fisherfast.fisher.memory import Held
 from fisherfast.ops import _conv as conv
 from fisherfast.ops.conv_sq import conv_sq_
 from fisherfast.ops.embedding_sq import embedding_sq_

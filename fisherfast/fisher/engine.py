@@ -13,10 +13,9 @@ from fisherfast._precision import wide, wide_dtype
 from fisherfast.accumulator import Accumulator, RunningSum
 from fisherfast.calls import Call
 from fisherfast.capture import Capture
-from fisherfast.collector import Cost, Samples
+from fisherfast.collector import Cost, Held, Samples
 from fisherfast.fisher import ghost
 from fisherfast.fisher._columns import Columns
-from fisherfast.fisher.memory import Held
 from fisherfast.fisher.protocol import layer_of
 from fisherfast.fisher.spread import Spread
 from fisherfast.fisher.structure import Structure

@@ -9,10 +9,9 @@ from typing import Any
 from torch import Tensor
 
 from fisherfast._precision import wide, wide_name
-from fisherfast.collector import Samples
+from fisherfast.collector import Held, Samples
 from fisherfast.fisher.block_sums import BatchSum, GradientSums, mirrored
 from fisherfast.fisher.exact import ExactBlock, Flat
-from fisherfast.fisher.memory import Held
 from fisherfast.ops.gram import gram_
 from fisherfast.rules import Form, Rows
 from fisherfast.tracked import Tracked

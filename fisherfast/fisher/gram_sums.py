@@ -16,8 +16,7 @@ from torch import Tensor
 from fisherfast._precision import wide, wide_dtype
 from fisherfast.calls import Call
 from fisherfast.capture import Capture
-from fisherfast.collector import Cost, Samples
-from fisherfast.fisher.memory import Held
+from fisherfast.collector import Cost, Held, Samples
 from fisherfast.rules import Convolution, Elementwise, Form, Lookup, MatMul, Part, Rows, Tied, Window
 from fisherfast.tracked import Tracked
 
@@ -100,9 +99,9 @@ def _tuples(fields: Mapping[str, Any]) -> dict[str, Any]:
     return {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
 
 
-def _of_part(form: Form, shape: torch.Size) -> tuple[Form, tuple[int, ...]]:
-    """The form and the shape of what the rows are of: the parameter or a part of it."""
-    return (form.form, form.window.shape) if isinstance(form, Part) else (form, tuple(shape))
+def _part_shape(form: Form, shape: torch.Size) -> tuple[int, ...]:
+    """The shape of what the rows are of: the parameter or a part of it."""
+    return tuple(shape) if form.window is None else form.window.shape
 
 
 def _less_whole(rows: Rows, part: tuple[int, ...]) -> bool:
@@ -112,7 +111,7 @@ def _less_whole(rows: Rows, part: tuple[int, ...]) -> bool:
 
 def _smallest(form: Form, rows: Rows, shape: torch.Size) -> tuple[Form, Rows]:
     """The same gradients on memory of their own: as rows, or whole where that takes less."""
-    inner, part = _of_part(form, shape)
+    inner, part = form.inner, _part_shape(form, shape)
     if _less_whole(rows, part):
         whole = inner.gradients(_each(rows, wide), part)
         inner, rows = Elementwise(tuple(part)), Rows(None, whole.view(len(whole), 1, -1))
@@ -151,7 +150,7 @@ class GramCollector:
 
     def cost(self, tracked: Tracked, form: Form, rows: Rows, number: int) -> Cost:
         """See ``Collector``: the rows and their roots; what is multiplied is multiplied when the result is asked."""
-        (_, part), n = _of_part(form, tracked.parameter.shape), rows.num_samples
+        part, n = _part_shape(form, tracked.parameter.shape), rows.num_samples
         whole = n * math.prod(part) * wide_dtype(rows.g.dtype).itemsize
         kept = whole if _less_whole(rows, part) else sum(t.nbytes for t in _tensors(rows).values())
         return Cost(kept=kept + 8 * n)

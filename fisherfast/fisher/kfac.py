@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fisherfast.accumulator import Accumulator
 from fisherfast.capture import Capture
-from fisherfast.collector import Cost
+from fisherfast.collector import Cost, Held
 from fisherfast.fisher import _arguments, _pooling, serialize
 from fisherfast.fisher.block_collector import BlockCollector
 from fisherfast.fisher.block_fisher import BlockFisher, described
@@ -26,7 +26,6 @@ from fisherfast.fisher.eigen_sums import EigenCollector
 from fisherfast.fisher.exact import ExactBlock
 from fisherfast.fisher.kronecker import KroneckerBlock, Place
 from fisherfast.fisher.kronecker_sums import KroneckerSums
-from fisherfast.fisher.memory import Held
 from fisherfast.fisher.protocol import Damping
 from fisherfast.fisher.reduced_sums import ReducedSums
 from fisherfast.fisher.structure import Structure

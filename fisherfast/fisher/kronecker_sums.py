@@ -18,7 +18,7 @@ from fisherfast.fisher.few_rows import FewRows
 from fisherfast.fisher.kronecker import KroneckerBlock, Place
 from fisherfast.fisher.memory import Held, in_words
 from fisherfast.ops.conv_gram import conv_gram_
-from fisherfast.rules import Convolution, Form, Lookup, MatMul, Rows
+from fisherfast.rules import Convolution, Form, Lookup, Rows
 
 _COPIED = 2**25  # bytes of inputs without padding, at a time
 
@@ -134,7 +134,7 @@ class KroneckerSums(WeightSums):
 
     def add(self, form: Form, rows: Rows, scale: float, number: int, samples: Samples, staged: bool) -> None:
         """Take the rows of one pass; the inputs are those of all passes, and count once."""
-        A = self.A.target(staged) if number == 0 and self._inputs.new(self.place.name, inputs_of(form, rows)) else None
+        A = self.A.target(staged) if number == 0 and self._inputs.new(self.place.name, form.as_used(rows)[0]) else None
         B = self.B.target(staged)
         if isinstance(form, Convolution):
             self._add_images(form, rows, scale, samples.weight, A, B)
@@ -186,9 +186,7 @@ class KroneckerSums(WeightSums):
             one.few_rows.add(pixels, _of_pixels(pixels, weight), scale)
 
     def _add_rows(self, rows: Rows, scale: float, samples: Samples, A: Tensor | None, B: Tensor) -> None:
-        x, g = rows.inputs, rows.g
-        if isinstance(self.form, MatMul) and self.form.transposed:
-            x, g = g, x  # the rows are as the parameter is stored
+        x, g = self.form.as_used(rows)
         weight = _of_samples(rows, samples.weight)
         if A is not None:
             self._add_inputs(x, weight, existing(g, samples.exists), A)
@@ -254,11 +252,6 @@ def _equal_rows(x: Tensor, y: Tensor) -> bool:
         return True
     x, y = (t.flatten(0, -2) for t in (x, y))
     return x.shape == y.shape and torch.equal(x.sort(0).values, y.sort(0).values)
-
-
-def inputs_of(form: Form, rows: Rows) -> Tensor:
-    """x: the rows are as the parameter is stored."""
-    return rows.g if isinstance(form, MatMul) and form.transposed else rows.inputs
 
 
 def _factor(one: BatchSum) -> Accumulator:

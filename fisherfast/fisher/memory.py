@@ -7,42 +7,17 @@ import os
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from fisherfast.collector import Held
+
 _CGROUP = Path("/sys/fs/cgroup")
 _MEMINFO = Path("/proc/meminfo")
-
-
-@dataclass(frozen=True)
-class Held:
-    """What a collector keeps for the parameters ``names``, or parts of them, that share their sums.
-
-    ``holds``: what that is, in words. ``way``: the op that adds to the sums, if it is not the one for squares. ``smaller``: the advice
-    how to hold less, if there is any for these sums. All sizes are in bytes:
-
-    * ``bytes``    the sums at the end of a run, of whose memory the result is made;
-    * ``peaks``    for each pass over the data, what is allocated at its end;
-    * ``scratch``  for each pass, what it needs beside that for a moment, one block at a time;
-    * ``result``   the sums that are part of the result.
-    """
-
-    names: tuple[str, ...]
-    holds: str
-    bytes: int
-    peaks: tuple[int, ...]
-    way: str | None = None
-    smaller: str | None = None
-    scratch: tuple[int, ...] = (0,)
-    result: int = 0
-
-    def written(self) -> Held:
-        """The same with a file of the result, for which long sums are made float64, on memory of their own."""
-        return replace(self, peaks=tuple(size + self.result for size in self.peaks))
 
 
 def peak(held: Sequence[Held]) -> int:

@@ -12,21 +12,19 @@ from typing import Any
 import torch
 from rich.table import Table
 from rich.text import Text
-from torch import nn
+from torch import Tensor, nn
 
 from fisherfast.batches import Batch, Output
-from fisherfast.capture import Capture
 from fisherfast.collector import Collector, Cost, Samples
 from fisherfast.fisher import memory
 from fisherfast.fisher.asked import Asked, factors_first, needs_basis, requests
 from fisherfast.fisher.labelling import Labelling
 from fisherfast.fisher.measure import Measurement
 from fisherfast.fisher.memory import Held, in_words
-from fisherfast.fisher.units import apart
 from fisherfast.layout import PROBED
 from fisherfast.likelihood import Likelihood, Predictions
 from fisherfast.passes import Pass, Passes, one_position
-from fisherfast.rules import ALL, Elementwise, Form, Rows
+from fisherfast.rules import ALL, Elementwise, Form, Rows, Window
 from fisherfast.tracked import Tracked
 from fisherfast.train_mode import refuse_train_mode
 
@@ -193,8 +191,8 @@ def plan(
     for collector in run.collectors:
         collector.begin(Samples(every, passes))  # as if all data were one batch: refuses what a run would refuse in the end
     sums = [collector.holds(passes) for collector in run.collectors]
-    ledger = _Ledger(capture, run.collectors, passes, whole.N)
-    ledger.run(predictions.values, [Pass(torch.ones_like(predictions.values))], 1)
+    ledger = _Ledger(run.collectors, passes, whole.N)
+    Passes(capture, [ledger]).run(predictions.values, [Pass(torch.ones_like(predictions.values))], 1)
     for tracked in capture.tracked.values():
         if tracked.fallback is not None:
             ledger.note_whole(tracked)
@@ -266,19 +264,20 @@ def _forward(measurement: Measurement, batch: Batch) -> tuple[_Forward, Predicti
     return _Forward(batch, counter.get_total_flops(), saved.with_those_of((output, values)) + values.nbytes), predictions
 
 
-class _Ledger(Passes):
-    """A backward pass that notes what every collector would take for the rows of ``N`` such samples, and lets the rows go."""
+class _Ledger:
+    """A ``Receiver`` that stands in for the collectors ``asked``: notes what each would take for the rows of ``N`` such samples, and lets the rows go."""
 
-    def __init__(self, capture: Capture, asked: Sequence[Collector], passes: int, N: int) -> None:
-        super().__init__(capture, ())
+    separate = True
+
+    def __init__(self, asked: Sequence[Collector], passes: int, N: int) -> None:
         self._asked, self._more, self._N = asked, passes - 1, N
         self._folds = not any(collector.separate for collector in asked)
         self.costs: list[defaultdict[str, Cost]] = [defaultdict(Cost) for _ in asked]
 
-    def _hand_over(self, tracked: Tracked, form: Form, rows: Rows, scale: float, number: int) -> None:
+    def add(self, tracked: Tracked, form: Form, rows: Rows, scale: float, number: int) -> None:
+        """See ``Collector``."""
         more = 0 if self._folds and one_position(rows) else self._more
-        _, window = apart(form)
-        entries = None if window is None else window.entries(tracked.parameter.shape)
+        entries = None if form.window is None else form.window.entries(tracked.parameter.shape)
         names = {tracked.name, (entries or ALL).named(tracked.name)}  # what is held may be of the part alone
         many = _of_samples(rows, self._N)
         for collector, mine in zip(self._asked, self.costs, strict=True):
@@ -286,11 +285,20 @@ class _Ledger(Passes):
             for name in names:
                 mine[name] += first + later.times(more)
 
+    def expect(self, tracked: Tracked, windows: set[Window | None]) -> None:
+        """See ``Receiver``: nothing is kept."""
+
+    def add_gradients(self, tracked: Tracked, gradients: Tensor, first: int, scale: float, number: int) -> None:
+        """See ``Receiver``: what comes whole is noted by ``note_whole``."""
+
+    def touch(self, tracked: Tracked, window: Window | None) -> None:
+        """See ``Receiver``: nothing is kept."""
+
     def note_whole(self, tracked: Tracked) -> None:
         """The same of a parameter whose sample gradients come whole."""
         shape = tuple(tracked.parameter.shape)
         g = tracked.parameter.new_zeros(()).expand(self._N, 1, math.prod(shape))
-        self._hand_over(tracked, Elementwise(shape), Rows(None, g), 1.0, 0)
+        self.add(tracked, Elementwise(shape), Rows(None, g), 1.0, 0)
 
 
 def _of_samples(rows: Rows, N: int) -> Rows:

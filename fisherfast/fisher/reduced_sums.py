@@ -14,8 +14,8 @@ from torch import Tensor
 from fisherfast._precision import wide
 from fisherfast.collector import Samples
 from fisherfast.fisher.kronecker import Place
-from fisherfast.fisher.kronecker_sums import KroneckerSums, existing, inputs_of
-from fisherfast.rules import Convolution, Form, Lookup, MatMul, Rows
+from fisherfast.fisher.kronecker_sums import KroneckerSums, existing
+from fisherfast.rules import Convolution, Form, Lookup, Rows
 
 
 class Reduced(NamedTuple):
@@ -54,7 +54,7 @@ class ReducedSums(KroneckerSums):
             x, g, positions = _of_images(form, rows, self._kernel)
         else:
             x, g, positions = _of_rows(form, rows, samples.exists)
-        if number == 0 and self._inputs.new(self.place.name, inputs_of(form, rows)):
+        if number == 0 and self._inputs.new(self.place.name, form.as_used(rows)[0]):
             self._add_means(x / positions.clamp_min(1).unsqueeze(1), samples.weight, positions > 0, self.A.target(staged))
         B = self.B.target(staged)
         for k, mine in enumerate(self._by_group(g)):
@@ -72,9 +72,7 @@ class ReducedSums(KroneckerSums):
 
 
 def _of_rows(form: Form, rows: Rows, exists: Sequence[Tensor]) -> Reduced:
-    x, g = wide(rows.inputs), wide(rows.g)
-    if isinstance(form, MatMul) and form.transposed:
-        x, g = g, x  # the rows are as the parameter is stored
+    x, g = map(wide, form.as_used(rows))
     if rows.offsets is not None:
         return Reduced(_segments(x, rows.offsets), _segments(g, rows.offsets), rows.offsets.diff())
     mask = existing(g, exists)

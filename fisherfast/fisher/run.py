@@ -17,7 +17,7 @@ from fisherfast._names import listed
 from fisherfast._warning import warn
 from fisherfast.calls import Call, Key
 from fisherfast.capture import Capture
-from fisherfast.collector import Samples
+from fisherfast.collector import Collector, Samples
 from fisherfast.fisher import interrupts
 from fisherfast.fisher.counts import Counts
 from fisherfast.fisher.coverage import OPS, Coverage, Stopwatch
@@ -70,7 +70,7 @@ class Run:
         served = [structure for structure, mine in zip(self.structures, own, strict=True) if mine is None]
         self.engine = Engine(self.capture, served, transactional) if served else None
         self.sources: list[Any] = [mine or self.engine for mine in own]  # of each structure
-        self.collectors = list({id(source): source for source in self.sources}.values())
+        self.collectors: list[Collector] = list({id(source): source for source in self.sources}.values())
         self.passes = Passes(self.capture, self.collectors)
         self.provenance = provenance
         self.allow_missing = allow_missing

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fisherfast.calls import Call, CallUse
 from fisherfast.fisher.protocol import layer_of
-from fisherfast.rules import ALL, Convolution, Elementwise, Entries, Form, Lookup, MatMul, Part, Window
+from fisherfast.rules import ALL, Convolution, Elementwise, Entries, Form, Lookup, MatMul, Window
 from fisherfast.tracked import Tracked
 
 
@@ -52,11 +52,6 @@ class Unit:
         return self.tensor.shape[1 if isinstance(self.form, MatMul) and self.form.transposed else 0]
 
 
-def apart(form: Form) -> tuple[Form, Window | None]:
-    """The form of a use, and the part of the parameter that is used; None for all of it."""
-    return (form.form, form.window) if isinstance(form, Part) else (form, None)
-
-
 def of_weights(tracked: Mapping[str, Tracked], calls: Iterable[Call]) -> tuple[list[Unit], dict[str, Unit]]:
     """The units that multiply, are looked up or slid over images, in the model's order; and {name of a unit: the bias that joins it}."""
     uses: defaultdict[str, dict[Window | None, list[tuple[int, CallUse]]]] = defaultdict(dict)
@@ -80,7 +75,7 @@ def _units(tracked: Tracked, uses: Mapping[Window | None, Sequence[tuple[int, Ca
     shape, found = tracked.parameter.shape, []
     for window, mine in uses.items():
         entries = ALL if window is None else window.entries(shape)
-        forms = {apart(use.form)[0] for _, use in mine}
+        forms = {use.form.inner for _, use in mine}
         if entries is None or len(forms) > 1:
             return []
         found.append(Unit(tracked, entries, window, forms.pop(), tuple(use for _, use in mine), tuple(call for call, _ in mine)))

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from fisherfast._names import listed
 from fisherfast._precision import wide_dtype
-from fisherfast.fisher import LayerSummary
 from fisherfast.fisher.protocol import names_by_layer
 from fisherfast.information import _checks, _prior, _series
 from fisherfast.information._prior import PriorScale
@@ -39,16 +38,13 @@ class DiagonalGaussian:
         if not self._parameters:
             raise ValueError(f"{caller}: model must have a parameter that asks for a gradient, got none")
         self._centers = _centers(caller, self._parameters, center)
-        self._layers: dict[str, LayerSummary] = {}
-        for layer, names in names_by_layer(self._parameters).items():
-            size = sum(self._parameters[name].numel() for name in names)
-            self._layers[layer] = LayerSummary(layer, names, size, math.nan)
+        self._layers = names_by_layer(self._parameters)
         self._distances = {name: _series.squared_distance(p, self._centers.get(name)) for name, p in self._parameters.items()}
         if bad := [name for name, distance in self._distances.items() if not math.isfinite(distance)]:
             raise ValueError(f"{caller}: weights must be finite, got others in {listed(bad)}")
         self._given = None if isinstance(prior_scale, str) else _prior.given(prior_scale, self._layers, caller, "model")
         self._train_mean = train_mean
-        starts = {name: self._start(layer, name) for layer in self._layers.values() for name in layer.parameters}
+        starts = {name: self._start(names, name) for names in self._layers.values() for name in names}
         self.log_stds = {
             name: torch.full_like(p, math.log(starts[name]), dtype=wide_dtype(p.dtype)).requires_grad_()
             for name, p in self._parameters.items()
@@ -61,12 +57,15 @@ class DiagonalGaussian:
             for name, p in self._parameters.items()
         }
 
-    def _start(self, layer: LayerSummary, name: str) -> float:
+    def _start(self, layer: tuple[str, ...], name: str) -> float:
         """The std that training begins with; 0 for a parameter that has no noise."""
-        rms = math.sqrt(math.fsum(self._distances[n] for n in layer.parameters) / max(1, layer.num_parameters))
+        rms = math.sqrt(math.fsum(self._distances[n] for n in layer) / max(1, self._size(layer)))
         if self._given is None:
             return _START * rms
         return _START * (min(rms, self._given[name]) if rms else self._given[name])
+
+    def _size(self, layer: tuple[str, ...]) -> int:
+        return sum(self._parameters[name].numel() for name in layer)
 
     def stds(self) -> dict[str, Tensor]:
         """The standard deviations, differentiable; zeros where there is no noise."""
@@ -92,9 +91,9 @@ class DiagonalGaussian:
             return self._given
         found: dict[str, float] = {}
         for layer in self._layers.values():
-            noisy = [name for name in layer.parameters if name in self.log_stds]
+            noisy = [name for name in layer if name in self.log_stds]
             squares = math.fsum(float(self._squares(name, stds[name]).detach()) for name in noisy)
-            found |= dict.fromkeys(layer.parameters, math.sqrt(squares / layer.num_parameters) if noisy else 0.0)
+            found |= dict.fromkeys(layer, math.sqrt(squares / self._size(layer)) if noisy else 0.0)
         return found
 
     def kl(self, stds: Mapping[str, Tensor], scales: Mapping[str, float]) -> Tensor:

@@ -19,7 +19,7 @@ def sums_by_layer(
     caller: str, F: Fisher, prior_scale: GivenScale, temperature: float, term: Callable[[Tensor], Tensor]
 ) -> dict[str, float]:
     """``sum_j term(lambda^2 f_j / t)`` for each layer, in the order of F's parameters; one block's spectrum at a time."""
-    layers = F.by_layer()
+    layers = {name: layer.parameters for name, layer in F.by_layer().items()}
     scales = _prior.given(prior_scale, layers, caller)
     sums: dict[str, list[float]] = {layer: [] for layer in layers}
     for spectrum in F.spectra():

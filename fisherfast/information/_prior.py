@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from fisherfast._names import listed
-from fisherfast.fisher import LayerSummary, Spectrum
+from fisherfast.fisher import Spectrum
 from fisherfast.information import _checks, _series
 
 GivenScale = float | Mapping[str, float]  # one number, or one per layer or parameter name
@@ -44,9 +44,9 @@ def check_scale(name: str, value: float, caller: str = _CALLER) -> float:
     return scale
 
 
-def given(prior_scale: GivenScale, layers: Mapping[str, LayerSummary], caller: str = _CALLER, of: str = "F") -> dict[str, float]:
+def given(prior_scale: GivenScale, layers: Mapping[str, Sequence[str]], caller: str = _CALLER, of: str = "F") -> dict[str, float]:
     """Lambda by parameter name, from one number or a mapping of layer and parameter names; a parameter's own name wins."""
-    layer_of = {name: layer for layer, summary in layers.items() for name in summary.parameters}
+    layer_of = {name: layer for layer, members in layers.items() for name in members}
     if not isinstance(prior_scale, Mapping):
         return dict.fromkeys(layer_of, check_scale("prior_scale", prior_scale, caller))
     if unknown := set(prior_scale) - {*layer_of, *layers}:

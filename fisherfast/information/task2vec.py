@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fisherfast._names import listed
-from fisherfast.fisher import Fisher, LayerSummary
+from fisherfast.fisher import Fisher
 from fisherfast.fisher.protocol import names_by_layer
 from fisherfast.information import _checks, _conditions, _prior
 from fisherfast.information._prior import GivenScale
@@ -64,7 +64,7 @@ class TaskEmbedding:
         Source:   Achille et al. 2019 (arXiv:1902.03545), with the scale of Proposition 2.5 of arXiv:1905.12213.
         """
         beta = _checks.positive("from_variance", "beta", beta, "it is the price of a nat that the posterior was trained with")
-        scales = _prior.given(prior_scale, _grouped(variance), "from_variance", "variance")
+        scales = _prior.given(prior_scale, names_by_layer(variance), "from_variance", "variance")
         if bad := [name for name, values in variance.items() if not (values.isfinite() & (values > 0)).all()]:
             raise ValueError(f"from_variance: variances must be finite and > 0, got others in {listed(bad)}")
         curvature = {name: beta * (1 / values.double() - 1 / scales[name] ** 2) for name, values in variance.items()}
@@ -114,19 +114,11 @@ def task_embedding(
     )
 
 
-def _grouped(tensors: Mapping[str, Tensor]) -> dict[str, LayerSummary]:
-    """The layers of the parameters, as a Fisher would say."""
-    return {
-        layer: LayerSummary(layer, names, sum(tensors[name].numel() for name in names), math.nan)
-        for layer, names in names_by_layer(tensors).items()
-    }
-
-
 def _averaged(
     diagonal: Mapping[str, Tensor], model: nn.Module, layers: Collection[str] | None, skip: Collection[str], norms: bool
 ) -> dict[str, Tensor]:
     """The chosen parameters, averaged over each filter."""
-    known = _grouped(diagonal)
+    known = names_by_layer(diagonal)
     for what, given in (("layers", layers), ("skip", skip)):
         if isinstance(given, str):
             raise ValueError(f"{_CALLER}: {what} must be a collection of layer names, got the text {given!r}; pass [{given!r}]")

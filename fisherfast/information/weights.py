@@ -85,7 +85,11 @@ def informations(
     prior_scale = _prior.checked(prior_scale)
     loss = None if loss is None else _checks.number(_CALLER, "loss", loss, "it is the mean loss at the weights")
     summaries = F.by_layer()
-    given = {} if isinstance(prior_scale, str) else _prior.given(prior_scale, summaries)
+    given = (
+        {}
+        if isinstance(prior_scale, str)
+        else _prior.given(prior_scale, {name: layer.parameters for name, layer in summaries.items()})
+    )
     weights, centers = tensors(model), None if center is None else tensors(center)
     excluded = _check_names(F, model, weights)
     _check_center(F, weights, centers)

@@ -38,6 +38,13 @@ class Form:
     """How one use of a parameter turns (saved inputs, gradient of the output) into rows, and which op takes the rows."""
 
     op: str
+    transposed = False  # whether the parameter is stored with inputs first
+    window: Window | None = None  # the part of the parameter that is used; None for all of it
+
+    @property
+    def inner(self) -> Form:
+        """The form of the use of a part; itself where all of the parameter is used."""
+        return self
 
     @property
     def features(self) -> int:
@@ -51,6 +58,10 @@ class Form:
     def oriented(self, rows: Rows) -> Rows:
         """Rows, samples first, as the parameter is stored: a transposed use exchanges x and g."""
         return rows
+
+    def as_used(self, rows: Rows) -> tuple[Tensor, Tensor]:
+        """X and g of oriented rows as the call had them: ``oriented`` turned those of a transposed matrix round."""
+        return rows.inputs, rows.g
 
     def joins(self, other: Form) -> bool:
         """Whether rows of the two forms, oriented, can be joined."""
@@ -112,6 +123,10 @@ class MatMul(Form):
     def oriented(self, rows: Rows) -> Rows:
         """See ``Form``: the sample gradient of W^T is the transpose of that of W."""
         return Rows(rows.g, rows.inputs, rows.offsets) if self.transposed else rows
+
+    def as_used(self, rows: Rows) -> tuple[Tensor, Tensor]:
+        """See ``Form``."""
+        return (rows.g, rows.inputs) if self.transposed else (rows.inputs, rows.g)
 
     def joins(self, other: Form) -> bool:
         """See ``Form``."""
@@ -383,6 +398,11 @@ class Part(Form):
 
     form: Form
     window: Window
+
+    @property
+    def inner(self) -> Form:
+        """See ``Form``."""
+        return self.form
 
     @property
     def op(self) -> str:  # type: ignore[override]
