@@ -185,9 +185,12 @@ class RunningSum:
     def low(self) -> Tensor:
         """The tensor that kernels add to, allocated when it is first asked for."""
         if self._low is None:
-            given, self._given_low = self._given_low, None
-            self._low = torch.zeros(self.shape, dtype=self.dtype, device=self.device) if given is None else given.clone()
+            self._low = self._allocated()
         return self._low
+
+    def _allocated(self) -> Tensor:
+        given, self._given_low = self._given_low, None
+        return torch.zeros(self.shape, dtype=self.dtype, device=self.device) if given is None else given.clone()
 
     @property
     def nbytes(self) -> int:
