@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 # The constants of the SplitMix64 finaliser, as signed 64-bit integers (torch multiplies them modulo 2^64).
-_GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
+GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
 _FIRST = 0xBF58476D1CE4E5B9 - (1 << 64)
 _SECOND = 0x94D049BB133111EB - (1 << 64)
 
@@ -21,7 +21,7 @@ def _shifted(z: Tensor, bits: int) -> Tensor:
 
 
 def _mixed(z: Tensor) -> Tensor:
-    z = z + _GOLDEN
+    z = z + GOLDEN
     z = (z ^ _shifted(z, 30)) * _FIRST
     z = (z ^ _shifted(z, 27)) * _SECOND
     return z ^ _shifted(z, 31)

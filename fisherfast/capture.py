@@ -551,7 +551,9 @@ def _name(func: Any) -> str:
 
 
 def _structure(func: Any, found: list[Reference]) -> int:
-    return hash((_name(func), *((r.tracked.structure, r.window) for r in found)))
+    # A part of what was made of parameters is larger in longer batches: that it is a part is all that stays.
+    windows = (r.window is not None if isinstance(r.tracked, Made) else r.window for r in found)
+    return hash((_name(func), *((r.tracked.structure, window) for r, window in zip(found, windows, strict=True))))
 
 
 def _keeps_derivative(func: Any, args: Any, kwargs: Any, out: Any) -> bool:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from typing import Any
 
@@ -17,7 +18,8 @@ _GATHERS = {
     *(torch.repeat_interleave, Tensor.repeat_interleave),
 }
 
-_JOINS = {torch.cat, torch.concat, torch.concatenate, torch.vstack, torch.row_stack}
+_STACKS = {torch.vstack, torch.row_stack}
+_JOINS = {torch.cat, torch.concat, torch.concatenate} | _STACKS
 # Where N is not known, so many joined parts are taken for samples; fewer may be a token or two put before the others.
 _FEWEST = 4
 
@@ -31,6 +33,11 @@ def _both(*names: str) -> set[Any]:
 # Sums into places put rows of the same sample together, back where samples are; slots are filled as the data has it.
 _SCATTERS = _both("index_add", "scatter_add", "scatter", "masked_scatter", "scatter_reduce") | {torch._pad_packed_sequence}
 _SLOTS = _both("index_copy", "index_put") | {Tensor.__setitem__}
+
+_OPERATORS = ("add", "radd", "iadd", "sub", "rsub", "isub", "mul", "rmul", "imul", "truediv", "rtruediv", "itruediv")
+_ELEMENTWISE = _both("add", "sub", "subtract", "mul", "multiply", "div", "divide", "where") | {
+    getattr(Tensor, f"__{name}__") for name in _OPERATORS
+}
 
 
 class ChosenRows:
@@ -56,28 +63,52 @@ class ChosenRows:
         if func in _SCATTERS or not (self._known or func in _GATHERS or func in _SLOTS or func in _JOINS):
             return
         leaves = list(tensors((args, kwargs)))
+        if func in _ELEMENTWISE and isinstance(out, Tensor) and self._placed(leaves, out):
+            self._known.pop(id(out), None)  # written in place
+            return
         if func in _JOINS:
-            by_data = self._of_many_lengths(leaves, out)
+            by_data = self._of_many_lengths(leaves, out, _axis(func, args, kwargs))
         elif func in _SLOTS:
             by_data = any(not leaf.is_floating_point() and leaf.dtype != torch.bool for leaf in leaves[1:])
             out = args[0] if out is None else out
         else:
-            listed = func is Tensor.__getitem__ and any(isinstance(leaf, list) for leaf in _entries(args[1]))
+            listed = func is Tensor.__getitem__ and any(isinstance(leaf, list) for leaf in _leading(args[1]))
             by_data = func in _GATHERS and (listed or any(not leaf.is_floating_point() for leaf in leaves))
         if by_data or (func not in _SLOTS and any(leaf in self for leaf in leaves)):
             for tensor in tensors(out):
                 if tensor.is_floating_point():
                     self.add(tensor)
 
-    def _of_many_lengths(self, parts: list[Tensor], out: Tensor) -> bool:
-        """Whether as many tensors as there are samples, of several lengths, were put one after the other: sequences of their own
-        lengths.
+    def _placed(self, leaves: list[Tensor], out: Tensor) -> bool:
+        """Whether numbers computed entry by entry lie where those of an operand lie whose rows nothing has chosen: a hidden state to
+        which a table's rows were added, or scores.
         """
-        enough = len(parts) >= _FEWEST if self._num_samples is None else len(parts) == self._num_samples > 1
+        return any(leaf.grad_fn is not None and leaf.shape == out.shape and leaf not in self for leaf in leaves)
+
+    def _of_many_lengths(self, parts: list[Tensor], out: Tensor, axis: int) -> bool:
+        """Whether as many tensors as there are samples, of several lengths, were put one after the other: sequences of their own
+        lengths, and not tensors of all samples, which have them along another axis.
+        """
+        N = self._num_samples
+        enough = len(parts) >= _FEWEST if N is None else len(parts) == N > 1
         if not enough or out.dim() < 2 or any(part.dim() != out.dim() for part in parts):
+            return False
+        axis %= out.dim()
+        # The last axis is one of features; where N is not known, it is taken to come before what is joined.
+        others = range(axis) if N is None else (other for other in range(out.dim() - 1) if other != axis)
+        if any(out.shape[other] > 1 if N is None else out.shape[other] == N for other in others):
             return False
         return any(len({part.shape[axis] for part in parts}) > 1 for axis in range(out.dim()))
 
 
-def _entries(index: Any) -> tuple[Any, ...]:
-    return index if isinstance(index, tuple) else (index,)
+def _axis(func: Any, args: Any, kwargs: Any) -> int:
+    """Along which tensors are joined."""
+    if func in _STACKS:
+        return 0
+    return int(kwargs.get("dim", kwargs.get("axis", args[1] if len(args) > 1 else 0)))
+
+
+def _leading(index: Any) -> list[Any]:
+    """The entries of an index before its ellipsis: those behind it choose features, or one position of every sample."""
+    entries = index if isinstance(index, tuple) else (index,)
+    return list(itertools.takewhile(lambda entry: entry is not Ellipsis, entries))

@@ -242,6 +242,7 @@ FLOORS = {
     "fallback": 4,
     "accumulator": 4,
     "batches": 4,
+    "packing": 4,
     "collector": 4,
     "locator": 4,
     "tracked": 4,

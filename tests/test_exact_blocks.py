@@ -117,3 +117,23 @@ def test_a_batch_that_is_not_finite_adds_nothing():
         measure(model, [(x, y), (bad, y)], "kfac")
     found, expected = exact_blocks(caught.value.fisher), exact_blocks(measure(model, [(x, y)], "kfac"))
     assert all(close(found[n].moments.mean(), block.moments.mean(), EXACT) for n, block in expected.items())
+
+
+def test_both_uses_of_a_tied_table_are_summed_in_float32():
+    """The rows of its lookup in bfloat16, too: 64 positions added in 8 bits would be off by percents."""
+
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table, self.head = nn.Embedding(7, 8), nn.Linear(8, 7, bias=False)
+            self.head.weight = self.table.weight
+
+        def forward(self, ids):
+            return self.head(self.table(ids).cumsum(1).tanh())
+
+    data = [(torch.randint(7, (6, 64)), torch.randint(7, (6, 64)))]
+    kfac, diagonal = ff.fisher(
+        Tied().to(torch.bfloat16).eval(), data, structure=(ff.KFAC(), ff.Diagonal()), fisher_type="empirical", progress=False
+    )
+    assert "exact" in kfac.coverage["table.weight"]
+    torch.testing.assert_close(kfac.diagonal()["table.weight"], diagonal.diagonal()["table.weight"], rtol=1e-5, atol=0)

@@ -43,6 +43,24 @@ def test_matches_autograd(name):
     assert oracle.error(split, drawn) < tolerance
 
 
+LONGER = [
+    name for name, one in architectures.ARCHITECTURES.items() if one.data not in (architectures.pictures, architectures.sounds)
+]
+
+
+@pytest.mark.parametrize("name", LONGER)
+def test_batches_of_several_lengths(name):
+    """What is made of tables (relative biases) is larger in a longer batch, and still the same part of the model."""
+    architecture = architectures.ARCHITECTURES[name]
+    model, first = architecture.make(N)
+    batches = [first, architecture.data(N, 9), architecture.data(N, 17)]
+    tolerance = 1e-6 if architecture.narrow else 1e-12
+    options = {"likelihood": architecture.likelihood, "fisher_type": "empirical", "progress": False}
+    found = ff.fisher(model, batches, **options).diagonal(dtype=torch.float64)
+    each = [expected(architecture, model, batch) for batch in batches]
+    assert oracle.error(found, {key: sum(one[key] for one in each) / len(each) for key in each[0]}) < tolerance
+
+
 def test_grouped_experts_in_float32():
     """The default way to run experts, one grouped product, has no float64: held to autograd in float32."""
     import transformers as hf

@@ -11,8 +11,8 @@ import transformers as hf
 from torch import nn
 
 import fisherfast as ff
-from fisherfast import timing
-from fisherfast.batches import Batch, _offsets_by_position
+from fisherfast import packing, timing
+from fisherfast.batches import Batch
 from fisherfast.likelihood import predictions_of
 
 EXACT = 1e-12
@@ -277,7 +277,7 @@ def test_samples_of_one_token_may_be_padding(positions, N):
     ids=["nested", "bool", "three axes"],
 )
 def test_what_cannot_be_positions_says_nothing(positions):
-    assert _offsets_by_position({"input_ids": torch.zeros(1, 4, dtype=torch.long), "position_ids": positions}) is None
+    assert packing.offsets({"input_ids": torch.zeros(1, 4, dtype=torch.long), "position_ids": positions}) is None
 
 
 def test_a_mask_of_four_axes_says_nothing_of_padding():
@@ -287,4 +287,4 @@ def test_a_mask_of_four_axes_says_nothing_of_padding():
         "position_ids": torch.tensor([[0, 1, 0, 1, 2]]),
         "attention_mask": block,
     }
-    assert _offsets_by_position(batch) == [0, 2, 5]
+    assert packing.offsets(batch) == [0, 2, 5]

@@ -317,6 +317,57 @@ def test_positions_that_looked_something_up_are_all_inputs_in_batches_of_one():
             torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-9)
 
 
+def turned(h, table, positions):
+    """By rows of a table, as a rotary embedding is."""
+    return h * table[positions]
+
+
+def shifted(h, table, positions):
+    """By rows of a table, in place."""
+    h = h * 1.0
+    h += table.index_select(0, positions.flatten()).view(h.shape)
+    return h
+
+
+def prompted(h, table, positions):
+    """Behind as many rows as there are samples in a batch of two."""
+    return torch.cat([table[:3].expand(len(h), 3, -1), h], 1)[:, 3:]
+
+
+def listed(h, table, positions):
+    """Without the last feature, by a list of numbers behind an ellipsis."""
+    return h * h[..., [-1]]
+
+
+@pytest.mark.parametrize("change", [turned, shifted, prompted, listed], ids=lambda change: change.__name__)
+def test_a_table_of_positions_a_prompt_and_a_list_of_features_choose_no_rows(change):
+    """So A is of every position, whatever the batch size, weights of one, and which labels count."""
+
+    class Changed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.tokens, self.inner, self.head = nn.Embedding(20, 4), nn.Linear(4, 5), nn.Linear(5, 20)
+            self.register_buffer("table", torch.randn(32, 4))
+
+        def forward(self, input_ids):
+            positions = torch.arange(input_ids.shape[1]).expand_as(input_ids)
+            return self.head(self.inner(change(self.tokens(input_ids), self.table, positions)).tanh())
+
+    model, ids = Changed().double(), torch.randint(0, 20, (6, 5))
+    labels = ids.clone()
+    labels[:, 3:] = -100
+    options = {"structure": "kfac", "fisher_type": "empirical", "likelihood": ff.CausalLM(), "progress": False}
+    whole = {"input_ids": ids, "labels": labels}
+    cases = {"weighted": [{**whole, "sample_weight": torch.ones(6)}]}
+    cases |= {size: [{name: t[n : n + size] for name, t in whole.items()} for n in range(0, 6, size)] for size in (1, 2, 3)}
+    expected = ff.fisher(model, [whole], **options).factors(dtype=torch.float64)
+    assert float(expected["inner"][0][-1, -1]) == pytest.approx(1.0)  # the 1 of the bias: no row is missing
+    for case, batches in cases.items():
+        found = ff.fisher(model, batches, **options).factors(dtype=torch.float64)
+        for layer, (A, _) in expected.items():
+            torch.testing.assert_close(found[layer][0], A, rtol=1e-9, atol=1e-12, msg=lambda text, c=case: f"{c}: {text}")
+
+
 def test_chosen_rows_behind_an_axis_of_one_are_no_positions():
     """An expert that gets its rows as a batch of one: those of padding are left out, in a batch of one sample too."""
 

@@ -39,8 +39,7 @@ class ExactSums(GradientSums):
 
     def add(self, form: Form, rows: Rows, scale: float, number: int, samples: Samples, staged: bool) -> None:
         """Take the rows of one pass. A parameter that is used in parts comes part by part: the sum of its parts is squared."""
-        rows = rows.each(wide, rows.offsets)._replace(lookup=rows.lookup)
-        gradients = form.gradients(rows, self._shape).reshape(rows.num_samples, -1)
+        gradients = form.gradients(rows.mapped(wide), self._shape).reshape(rows.num_samples, -1)
         acc, options = self.moments.target(staged), {"weight": samples.weight, "flag": self.moments.flag}
         if self._last is not None and self._last[0] == number:
             before = self._last[1]

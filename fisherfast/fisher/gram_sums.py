@@ -44,7 +44,7 @@ class Piece:
     def gradients(self, first: int, last: int, shape: torch.Size) -> Tensor:
         """Those of rows ``first, ..., last - 1`` of G, ``[last - first, *shape]`` in float64."""
         few = slice(first - self.first, last - self.first)
-        rows = _each(self.rows.samples(few.start, few.stop), lambda t: t.double() if t.is_floating_point() else t)
+        rows = self.rows.samples(few.start, few.stop).mapped(lambda t: t.double() if t.is_floating_point() else t)
         return self.form.gradients(rows, shape) * self.root[few].view(-1, *[1] * len(shape))
 
     def moved(self, rows: int) -> Piece:
@@ -62,12 +62,6 @@ class Piece:
         lookup = {name.removeprefix("lookup."): t for name, t in tensors.items() if name.startswith("lookup.")}
         rows = _rows(tensors)._replace(lookup=_rows(lookup) if lookup else None)
         return cls(first, _formed(form), rows, tensors["root"])
-
-
-def _each(rows: Rows, change: Any) -> Rows:
-    """Both uses' tensors, changed in the same way."""
-    lookup = None if rows.lookup is None else rows.lookup.each(change, rows.lookup.offsets)
-    return rows.each(change, rows.offsets)._replace(lookup=lookup)
 
 
 def _tensors(rows: Rows) -> dict[str, Tensor]:
@@ -113,10 +107,10 @@ def _smallest(form: Form, rows: Rows, shape: torch.Size) -> tuple[Form, Rows]:
     """The same gradients on memory of their own: as rows, or whole where that takes less."""
     inner, part = form.inner, _part_shape(form, shape)
     if _less_whole(rows, part):
-        whole = inner.gradients(_each(rows, wide), part)
+        whole = inner.gradients(rows.mapped(wide), part)
         inner, rows = Elementwise(tuple(part)), Rows(None, whole.view(len(whole), 1, -1))
     else:
-        rows = _each(rows, lambda t: t.clone(memory_format=torch.contiguous_format))
+        rows = rows.mapped(lambda t: t.clone(memory_format=torch.contiguous_format))
     return Part(inner, form.window) if isinstance(form, Part) else inner, rows
 
 

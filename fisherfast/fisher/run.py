@@ -99,7 +99,8 @@ class Run:
         if len(lost) == len(self.capture.tracked) or not self.allow_missing:
             raise ValueError(
                 f"model: every parameter with requires_grad must reach the loss, got {len(lost)} of {len(self.capture.tracked)} that "
-                f"do not, {listed(lost)}; freeze them (requires_grad_(False)), or pass allow_missing=True to record them as missing. "
+                f"do not, {listed(lost)}; freeze them (requires_grad_(False)), begin with a batch that reaches all "
+                "(experts), or pass allow_missing=True to record them as missing. "
                 "Calls inside an already compiled model are not seen: pass the model itself"
             )
         for name in lost:

@@ -35,6 +35,11 @@ class Rows(NamedTuple):
         """Both tensors changed in the same way."""
         return Rows(None if self.x is None else change(self.x), change(self.g), offsets)
 
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> Rows:
+        """All tensors changed in the same way, in the order that they have."""
+        lookup = None if self.lookup is None else self.lookup.mapped(change)
+        return self.each(change, self.offsets)._replace(lookup=lookup, uses=tuple(use.mapped(change) for use in self.uses))
+
     def packed(self) -> Rows:
         """The same rows with offsets."""
         if self.offsets is not None:
