@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import limits
+import markdown_table
 import scaling
 from gpu import page as gpu_page
 from gpu import record as gpu_record
@@ -159,11 +160,6 @@ def _machine(run: dict, source: str) -> str:
     )
 
 
-def _table(head: list[str], rows: Iterable[list[str]], left: int = 1) -> str:
-    rules = [":--"] * left + ["--:"] * (len(head) - left)
-    return "\n".join(f"| {' | '.join(row)} |" for row in (head, rules, *rows)) + "\n"
-
-
 def _mebibytes(value: float) -> str:
     return f"{value / 2**20:.0f}"
 
@@ -196,7 +192,7 @@ def _model(quantity: str, case: str, run: dict) -> str:
     unable = mine(run["cannot"])
     body += [[c["way"], versions.get(c["package"], NONE), *[NONE] * (4 + limited + bool(allowed))] for c in unable]
     head = ["way", "version", *(["meant to take"] if limited else []), "ratio", "quartiles", "ms", "MiB above plain"]
-    table = _table([*head, *(["MiB allowed"] if allowed else [])], body, left=2)
+    table = markdown_table.table([*head, *(["MiB allowed"] if allowed else [])], body, left=2)
     reasons = [f"- {c['way']} cannot: {c['reason']}." + (f" Why: {c['why']}." if c["why"] else "") for c in unable]
     return "\n".join([title, table, *reasons, *([""] if reasons else [])])
 
@@ -261,7 +257,7 @@ def _gemm(records: list[dict]) -> str:
         )
     head = ["case", " ".join(records[0]["shape"]), "ms", "GFLOP/s", "of peak", "error", *(f"x {o}" for o in others)]
     mean = math.prod(_best_plain(r) for r in records) ** (1 / len(records))
-    return f"{_table(head, rows, left=2)}\nGeometric mean over the fastest plain torch route of each case: {mean:.2f}.\n"
+    return f"{markdown_table.table(head, rows, left=2)}\nGeometric mean over the fastest plain torch route of each case: {mean:.2f}.\n"
 
 
 def _memory(run: dict) -> str:
@@ -279,7 +275,7 @@ def _memory(run: dict) -> str:
         for op in dict.fromkeys(r["op"] for r in run["ops"] if r["op"] not in GEMMS)
         for record in _records(run, op)
     ]
-    return _table(["op", "case", "shape", "us", "GB/s", "of copy", "x reference", "x plain torch"], rows, left=3)
+    return markdown_table.table(["op", "case", "shape", "us", "GB/s", "of copy", "x reference", "x plain torch"], rows, left=3)
 
 
 def _scaling(run: dict) -> str:
@@ -296,7 +292,7 @@ def _scaling(run: dict) -> str:
     reasons = {(r["sweep"], way): reason for r in records for way, reason in r["left_out"].items()}
     lines = [f"- {scaling.label(way)}, {sweep}: {reason}." for (sweep, way), reason in reasons.items()]
     picture = f"![{', '.join(sweeps)}: time of every way on log axes]({figure(run['machine']).name})\n"
-    return "\n".join([picture, _table(head, rows), *(["Not at every point:\n", *lines, ""] if lines else [])])
+    return "\n".join([picture, markdown_table.table(head, rows), *(["Not at every point:\n", *lines, ""] if lines else [])])
 
 
 def _exponents(points: list[int], seconds: list[float]) -> str:

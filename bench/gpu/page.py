@@ -3,9 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
+import markdown_table
 from gpu import cost
 
 NONE = "-"
@@ -53,11 +53,6 @@ def _machine(run: dict[str, Any], source: str) -> str:
         f"Ceilings measured in the same run: copy {found['copy'] * 1e-12:.2f} TB/s; TFLOP/s of matrix products (fp64: of chains of "
         f"multiply-adds): {rates}.\n"
     )
-
-
-def _table(head: list[str], rows: Iterable[list[str]], left: int) -> str:
-    rules = [":--"] * left + ["--:"] * (len(head) - left)
-    return "\n".join(f"| {' | '.join(row)} |" for row in (head, rules, *rows)) + "\n"
 
 
 def _milliseconds(seconds: float) -> str:
@@ -110,7 +105,7 @@ def _op(records: list[dict[str, Any]]) -> str:
             ]
         )
     head = ["case", " ".join(records[0]["shape"]), "mode", "bound ms (by)", *(f"{b} ms (of bound)" for b in BACKENDS), "error"]
-    return f"**`{records[0]['op']}`**\n\n{_table([*head, *(f'x {peer}' for peer in peers)], rows, left=3)}"
+    return f"**`{records[0]['op']}`**\n\n{markdown_table.table([*head, *(f'x {peer}' for peer in peers)], rows, left=3)}"
 
 
 def _key(record: dict[str, Any]) -> tuple[str, str, str]:
@@ -143,7 +138,12 @@ def _model(records: list[dict[str, Any]]) -> str:
         f"**{case}, {quantity}, {mode}**: {records[0]['summary']}; {records[0]['parameters'] / 1e6:,.0f} M parameters{plain}.\n"
     )
     return "\n".join(
-        [title, _table(["way", "ratio", "quartiles", "ms", "GiB"], rows, left=1), *reasons, *([""] if reasons else [])]
+        [
+            title,
+            markdown_table.table(["way", "ratio", "quartiles", "ms", "GiB"], rows, left=1),
+            *reasons,
+            *([""] if reasons else []),
+        ]
     )
 
 

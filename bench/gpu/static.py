@@ -22,6 +22,7 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import markdown_table
 from gpu import cost
 
 ROOT = Path(__file__).parents[2]
@@ -250,22 +251,23 @@ def _triton(rows: list[dict]) -> list[str]:
             others = [f"{other['registers']} ({_at_once(other)})" if other else NONE for t, other in each.items() if t != "sm_90"]
             body.append([call.partition(" ")[2], f"`{kernel.strip('_')}`", *_facts(row), *others, _least(row)])
         head = ["call", "kernel", *FACTS, "sm_80 registers (at once)", "sm_100", "least"]
-        parts.append(f"### `{op}`\n\n{_table(head, body)}")
+        parts.append(f"### `{op}`\n\n{markdown_table.table(head, body, left=len(head))}")
     around: dict[tuple[str, str], dict] = {}
     for row in rows:
         if row not in own:
             key = (row["kernel"], row["target"])
             around[key] = max(around.get(key, row), row, key=lambda r: r["registers"])
     body = [[f"`{kernel.strip('_')}`", target, *_facts(row)] for (kernel, target), row in sorted(around.items())]
-    return [*parts, FOLDS + "\n" + _table(["kernel", "target", *FACTS], body)]
+    return [*parts, FOLDS + "\n" + markdown_table.table(FACT_HEAD, body, left=len(FACT_HEAD))]
 
 
 def _cuda(rows: list[dict]) -> str:
     ordered = sorted(rows, key=lambda r: (r["kernel"], r["target"]))
-    return _table(["kernel", "target", *FACTS], [[f"`{r['kernel']}`", r["target"], *_facts(r)] for r in ordered])
+    return markdown_table.table(FACT_HEAD, [[f"`{r['kernel']}`", r["target"], *_facts(r)] for r in ordered], left=len(FACT_HEAD))
 
 
 FACTS = ["registers", "threads", "shared KiB", "at once", "products", "copies", "loads"]
+FACT_HEAD = ["kernel", "target", *FACTS]
 
 
 def _facts(row: dict) -> list[str]:
@@ -301,11 +303,6 @@ def _bits(load: str) -> int:
 def _least(row: dict) -> str:
     seconds, by = least_seconds(work(row["call"], row["arguments"]))
     return f"{seconds * 1e6:.3g} us, {by}"
-
-
-def _table(head: list[str], rows: list[list[str]]) -> str:
-    rules = [":--"] * len(head)
-    return "\n".join(f"| {' | '.join(row)} |" for row in (head, rules, *rows)) + "\n"
 
 
 def main() -> None:
