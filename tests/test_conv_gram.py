@@ -15,12 +15,12 @@ from typing import NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
+from conv_cases import LAYOUTS, Geometry, channels_last, same_channels
 from gate import passes
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from op_cases import NONFINITE, error, sliced, strided
 from targets import DEVICES, ISAS, SHORT
-from test_conv_sq import LAYOUTS, Geometry, channels_last, same_channels
-from test_ops import NONFINITE, error, sliced, strided
 
 import fisherfast as ff
 from fisherfast import _backend

@@ -6,12 +6,12 @@ from __future__ import annotations
 import importlib
 from dataclasses import replace
 
+import conv_cases
 import pytest
 import test_conv_gram
-import test_conv_sq
 import test_gram
 import torch
-from test_ops import (
+from op_cases import (
     PRIMES,
     TARGETS,
     Problem,
@@ -131,24 +131,24 @@ CONV = triton("conv_sq_")
 
 
 @pytest.mark.parametrize("ragged", [False, True])
-@pytest.mark.parametrize("shape", [test_conv_sq.BASIC, test_conv_sq.SHAPES[7]], ids=["tiles", "direct"])
+@pytest.mark.parametrize("shape", [conv_cases.BASIC, conv_cases.SHAPES[7]], ids=["tiles", "direct"])
 def test_conv_shares_of_several_chains(patch, shape, ragged):
     more = {"ONE_OFFSET": False, **TILES}
     patch("conv_sq", candidates=lambda *_: [(more, 2)], fold_size=lambda steps: 2)
     patch("conv_sq", direct_config=lambda *_: ({"BLOCK_E": 8, "BLOCK_T": 16, "num_warps": 4}, 2))
-    case = test_conv_sq.problem(CONV, shape._replace(N=11), integers=True, ragged=ragged, weighted=True, scale=2.0)
-    test_conv_sq.assert_exact(case, "triton")
+    case = conv_cases.problem(CONV, shape._replace(N=11), integers=True, ragged=ragged, weighted=True, scale=2.0)
+    conv_cases.assert_exact(case, "triton")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_conv_tiles_of_one_kernel_offset(dtype):
-    shape = test_conv_sq.Geometry(2, 64, 8, (7,), (3,), before=(1,), after=(1,))
-    test_conv_sq.assert_exact(test_conv_sq.problem(CONV, shape, dtype, integers=True), "triton")
+    shape = conv_cases.Geometry(2, 64, 8, (7,), (3,), before=(1,), after=(1,))
+    conv_cases.assert_exact(conv_cases.problem(CONV, shape, dtype, integers=True), "triton")
 
 
 def test_conv_folds_many_channels_and_offsets():
-    shape = test_conv_sq.Geometry(1, 70, 2, (6, 5), (5, 5))
-    test_conv_sq.assert_exact(test_conv_sq.problem(CONV, shape, integers=True), "triton")
+    shape = conv_cases.Geometry(1, 70, 2, (6, 5), (5, 5))
+    conv_cases.assert_exact(conv_cases.problem(CONV, shape, integers=True), "triton")
 
 
 GRAM = test_conv_gram.Target("triton", "cpu")
@@ -241,9 +241,9 @@ def test_addresses_beyond_32_bits(no_copies, op, T, where):
 @pytest.mark.parametrize("where", ["first", "g"])
 @pytest.mark.parametrize("ragged", [False, True])
 def test_conv_addresses_beyond_32_bits(no_copies, ragged, where):
-    case = test_conv_sq.problem(CONV, test_conv_sq.BASIC, torch.bfloat16, integers=True)
+    case = conv_cases.problem(CONV, conv_cases.BASIC, torch.bfloat16, integers=True)
     offsets = torch.tensor([0, 0, 1, 3]) if ragged else None
-    test_conv_sq.assert_exact(replace(case, offsets=offsets, **{where: far(getattr(case, where))}), "triton")
+    conv_cases.assert_exact(replace(case, offsets=offsets, **{where: far(getattr(case, where))}), "triton")
 
 
 def test_gram_addresses_beyond_32_bits(no_copies):

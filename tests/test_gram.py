@@ -11,8 +11,8 @@ import torch
 from gate import error, passes
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from op_cases import sliced, strided, transposed
 from targets import DEVICES, SHORT, every_dtype
-from test_ops import sliced, strided, transposed
 
 import fisherfast as ff
 from fisherfast import _backend

@@ -5,10 +5,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import conv_cases
 import pytest
-import test_conv_sq
 import torch
-from test_ops import NONFINITE, TARGETS, Shape, assert_equal, copies, problem
+from op_cases import NONFINITE, TARGETS, Shape, assert_equal, copies, problem
 
 import fisherfast as ff
 from fisherfast import _backend
@@ -42,9 +42,9 @@ def test_norms_and_weights_of_thousands_of_samples(op, ragged):
 @pytest.mark.parametrize("ragged", [False, True])
 def test_more_images_than_are_brought_at_a_time(ragged):
     """2 MiB of images: five of these."""
-    shape = test_conv_sq.Geometry(11, 16, 2, (64, 64), (3, 3), before=(1, 1), after=(1, 1))
+    shape = conv_cases.Geometry(11, 16, 2, (64, 64), (3, 3), before=(1, 1), after=(1, 1))
     target = CPU["linear_sq_"]._replace(op="conv_sq_")
-    case = test_conv_sq.problem(target, shape, integers=True, weighted=True, ragged=ragged)
+    case = conv_cases.problem(target, shape, integers=True, weighted=True, ragged=ragged)
     case = replace(case, g=case.g * (torch.rand(case.g.shape) < 0.1))
     assert_exact(case, "cpu")
 
@@ -52,17 +52,17 @@ def test_more_images_than_are_brought_at_a_time(ragged):
 @compiled
 @pytest.mark.parametrize("groups", [70, 300])
 def test_many_groups_and_weighted_samples_of_a_depthwise_convolution(groups):
-    shape = test_conv_sq.Geometry(21, groups, groups, (12,), (11,), before=(5,), after=(5,), dilation=(1,), groups=groups)
+    shape = conv_cases.Geometry(21, groups, groups, (12,), (11,), before=(5,), after=(5,), dilation=(1,), groups=groups)
     target = CPU["linear_sq_"]._replace(op="conv_sq_")
-    assert_exact(test_conv_sq.problem(target, shape, integers=True, weighted=True), "cpu")
+    assert_exact(conv_cases.problem(target, shape, integers=True, weighted=True), "cpu")
 
 
 @pytest.mark.parametrize(("dilation", "S"), [(1, 150), (2, 300)])
 @compiled
 def test_long_lines_of_a_depthwise_convolution_and_kernels_of_more_than_8_taps(dilation, S):
-    shape = test_conv_sq.Geometry(2, 3, 3, (S,), (11,), dilation=(dilation,), before=(5,), after=(5,), groups=3)
+    shape = conv_cases.Geometry(2, 3, 3, (S,), (11,), dilation=(dilation,), before=(5,), after=(5,), groups=3)
     target = CPU["linear_sq_"]._replace(op="conv_sq_")
-    assert_exact(test_conv_sq.problem(target, shape, integers=True, weighted=True), "cpu")
+    assert_exact(conv_cases.problem(target, shape, integers=True, weighted=True), "cpu")
 
 
 @pytest.mark.parametrize("V", [2048, 2049, 5000])
