@@ -24,7 +24,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from fisherfast._eager import EAGER
@@ -34,6 +33,7 @@ from fisherfast._warning import warn
 from fisherfast.calls import Call, CallUse, Decisions, Key, Site, Tap, graph, nodes
 from fisherfast.chosen_rows import ChosenRows
 from fisherfast.layout import Layout
+from fisherfast.parameters import measurable
 from fisherfast.rules import DECOMPOSITIONS, RULES, Use, Window, part
 from fisherfast.tracked import Bare, Made, Reference, Tracked
 from fisherfast.train_mode import CHANCE, DRAWING, Draws, is_parameter, refused_chance, undivided, unwrapped
@@ -50,27 +50,14 @@ class Capture(TorchFunctionMode):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         root = unwrapped(model)
-        named = [(name, p) for name, p in root.named_parameters() if p.requires_grad]
-        _refuse_shards(root, named)
-        for name, p in named:
-            if kind := _unusual(p):
-                raise ValueError(
-                    f"{name}: must hold real numbers, got a parameter that is {kind}; freeze it (requires_grad_(False))"
-                )
-        if not named:
-            raise ValueError("model: must have a parameter with requires_grad=True, got none; nothing to measure")
-        devices = sorted({str(p.device) for _, p in named})
-        if len(devices) > 1:
-            raise ValueError(f"model: parameters must be on one device, got {devices}; move the model to one of them")
-        self.device = named[0][1].device
-        if self.device.type == "meta":
-            raise ValueError("model: parameters must hold numbers, got meta tensors; load the weights first")
+        named = measurable(root)
+        self.device = next(iter(named.values())).device
         self._root = root
         self._draws = Draws(root)
         self.given: Given | None = None  # what the model is called with, where someone asks
-        self._first = {id(p): p for _, p in named}  # held, so that no other gets the id of one
+        self._first = {id(p): p for p in named.values()}  # held, so that no other gets the id of one
         self._forgotten: dict[int, str] = {}  # names of parameters that are no longer tracked
-        self.tracked = {name: Tracked(name, p) for name, p in named}
+        self.tracked = {name: Tracked(name, p) for name, p in named.items()}
         names = {id(t.parameter): t.name for t in self.tracked.values()}
         self.aliases = {
             alias: names[id(p)]
@@ -493,28 +480,6 @@ class Capture(TorchFunctionMode):
             if any(s.is_floating_point() and not torch.isfinite(s).all() for s in node.saved_tensors):
                 return call.uses[0].tracked.name
         return None
-
-
-def _unusual(parameter: Tensor) -> str | None:
-    """What a parameter is whose gradient is not one number for each of its entries."""
-    if parameter.layout is not torch.strided:
-        return "sparse"
-    if parameter.is_inference():
-        return "made in inference mode"
-    if parameter.is_complex():
-        return "complex"
-    return None if parameter.numel() else "empty"
-
-
-def _refuse_shards(model: nn.Module, named: list[tuple[str, nn.Parameter]]) -> None:
-    """Raise ValueError where a parameter is a share of one, or made of several tensors: it is not what functions receive."""
-    kinds = {type(p).__name__ for _, p in named if is_traceable_wrapper_subclass(p)}  # DTensor, and those of quantisation
-    kinds |= {type(module).__name__ for module in model.modules()} & {"FullyShardedDataParallel"}
-    if kinds:
-        raise ValueError(
-            f"model: parameters must be whole tensors of their own, got {' and '.join(sorted(kinds))}; measure the model before it is "
-            "sharded or quantised, with a share of the data on each rank, and pool with all_reduce"
-        )
 
 
 _COPIES = {

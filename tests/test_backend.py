@@ -228,6 +228,7 @@ FLOORS = {
     "_functional": 1,
     "_precision": 1,
     "train_mode": 1,
+    "parameters": 1,
     "_random": 1,
     "_under_way": 1,
     "_warning": 1,
