@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -120,3 +121,9 @@ def graph(root: Tensor, closed: bool = False) -> Iterator[Any]:
                 "from autograd; pass use_reentrant=False (Hugging Face: gradient_checkpointing_kwargs)"
             )
         yield node
+
+
+def in_parts(calls: list[Call]) -> set[str]:
+    """Names of the parameters of which several parts are used, each for itself."""
+    parts = {(use.tracked.name, use.window) for call in calls for use in call.uses}
+    return {name for name, count in Counter(name for name, _ in parts).items() if count > 1}

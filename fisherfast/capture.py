@@ -15,7 +15,6 @@ from __future__ import annotations
 import functools
 import inspect
 import itertools
-from collections import defaultdict
 from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
@@ -35,8 +34,9 @@ from fisherfast.chosen_rows import ChosenRows
 from fisherfast.layout import Layout
 from fisherfast.parameters import measurable
 from fisherfast.rules import DECOMPOSITIONS, RULES, Use, Window, part
-from fisherfast.tracked import Bare, Made, Reference, Tracked
+from fisherfast.tracked import Made, Reference, Tracked
 from fisherfast.train_mode import CHANCE, DRAWING, Draws, is_parameter, refused_chance, undivided, unwrapped
+from fisherfast.uses import Uses, number
 
 _GRAD = vars(torch._C.TensorBase)["grad"]
 _DATA = vars(torch._C.TensorBase)["data"]
@@ -131,27 +131,19 @@ class Capture(TorchFunctionMode):
         cast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16
         return cast or self._halves or any(t.parameter.dtype == torch.float16 for t in self.tracked.values())
 
-    def followed(self, root: Tensor) -> dict[str, Tracked]:
-        """The parameters, and what was made of them and used on the way to ``root``, by name."""
-        return {**self.tracked, **{use.tracked.name: use.tracked for call, _ in self.calls(root) for use in call.uses}}
-
-    def follow_further(self, root: Tensor, names: Container[str], reason: str) -> bool:
-        """From the next forward pass on, follow what is made of these, by calls that no sample comes into, as parameters; whether
-        there are such calls behind ``root``.
+    def follow_further(self, uses: Uses, names: Container[str], reason: str) -> bool:
+        """From the next forward pass on, treat the outputs of calls that combine only the parameters ``names`` with constants as
+        parameters themselves. Returns whether the root of ``uses`` depends on any such call.
         """
-        calls = [call for call, _ in self.calls(root) if all(use.tracked.name in names for use in call.uses)]
+        calls = [call for call in uses.calls if all(use.tracked.name in names for use in call.uses)]
         sites = {call.site for call in calls if call.site is not None}
         if sites - self._early.keys():  # what is made of parameters is numbered, and will have other numbers
             self.layouts = {key: layout for key, layout in self.layouts.items() if key[0] in self.tracked}
         self._early.update((site, reason) for site in sites)
         return bool(sites)
 
-    def outdated(self, root: Tensor) -> bool:
-        """Whether the forward pass behind ``root`` came before something was decided that has been in force since."""
-        return bool(self._early) and any(call.site in self._early for call, _ in self.calls(root))
-
     def forget(self, name: str) -> None:
-        """Stop tracking a parameter; ``calls`` warns of the first root that it reaches."""
+        """Stop tracking a parameter; ``read`` warns of the first root that it reaches."""
         parameter = self.tracked.pop(name).parameter
         del self._references[id(parameter)]
         self._forgotten[id(parameter)] = name
@@ -409,18 +401,25 @@ class Capture(TorchFunctionMode):
 
     # -- the graph behind a loss
 
-    def chosen(self, root: Tensor) -> set[Key]:
-        """The uses whose rows were chosen by data."""
-        return {use.key for call, _ in self.calls(root) for use in call.uses if use.gathered}
+    def read(self, root: Tensor) -> Uses:
+        """The uses that ``root`` depends on, read off the graph, so a forward pass that is never differentiated counts for nothing.
 
-    def calls(self, root: Tensor) -> list[tuple[Call, Any]]:
-        """The taps that ``root`` depends on, in the order of the forward pass, each with its autograd node.
+        It also brings up to date what is known of parameters, once and for all that follows:
 
-        Read off the graph, so a forward pass that is never differentiated counts for nothing. Also numbers what was made of
-        parameters, and the uses of each, or of a part of one, in this order: a use's key ends with its number, and with how many there are. A
-        parameter with a use that was not caught, because no function shows it, goes to the fallback; one of which something was
-        made and used is in the chain rule, whatever was decided since.
+        * What was made of parameters is named and numbered in the order of the forward pass, and so are the uses of each parameter, or of
+          a part of one: a use's key ends with its number, and with how many there are.
+        * A parameter with a use that was not caught, because no function shows it, goes to the fallback; one of which something was made
+          and used is in the chain rule, whatever was decided since.
+        * A parameter that was forgotten and is reached nonetheless has a warning, once.
         """
+        found = self._taps(root)
+        calls = [call for call, _ in found]
+        number(calls)
+        outdated = bool(self._early) and any(call.site in self._early for call in calls)
+        return Uses(root, calls, [node for _, node in found], self.tracked, outdated)
+
+    def _taps(self, root: Tensor) -> list[tuple[Call, Any]]:
+        """The calls behind ``root``, each with its tap; gives up the parameters that are seen without one, and warns of forgotten ones."""
         found = []
         uncaught = {id(leaf): t for t in self.tracked.values() for leaf in (t.outer, t.parameter)}
         for node in graph(root, closed=True):
@@ -435,51 +434,11 @@ class Capture(TorchFunctionMode):
             hidden = uncaught.get(leaf)
             if hidden is not None:
                 hidden.give_up("a use that no torch function shows")
-        found.sort(key=lambda pair: pair[0].index)
-        numbers: defaultdict[tuple[str, Window | None], int] = defaultdict(int)
-        made: defaultdict[str, list[Made]] = defaultdict(list)
-        for call, _ in found:
-            for use in call.uses:
-                one = use.tracked
-                if isinstance(one, Made) and all(one is not other for other in made[one.kind]):
-                    made[one.kind].append(one)
-                    one.name = f"{one.kind} ({len(made[one.kind])})"
-                    one.chain(one.reason)
-                numbers[use.tracked.name, use.window] += 1
-        seen: defaultdict[tuple[str, Window | None], int] = defaultdict(int)
-        for call, _ in found:
-            for use in call.uses:
-                which = (use.tracked.name, use.window)
-                use.key = (*which, seen[which], numbers[which])
-                seen[which] += 1
-        return found
+        return sorted(found, key=lambda pair: pair[0].index)
 
     def _call_of(self, node: Any) -> Call | None:
         call = getattr(node, "call", None)
         return call if isinstance(call, Call) and call.capture is self else None
-
-    def only_broadcast(self, root: Tensor, name: str) -> bool:
-        """Whether all that ``root`` makes of a parameter's uses is sums and products that have the sample axis in front, where a
-        use that is expanded has it.
-        """
-        every = list(graph(root))
-        taps = {node: call for call, node in self.calls(root) if any(use.tracked.name == name for use in call.uses)}
-        firsts = ((node, node.next_functions[0][0]) for node in every if node.next_functions)
-        views = {node: taps[tap] for node, tap in firsts if tap in taps and taps[tap].viewed}
-        outputs = {node: call for node, call in taps.items() if not call.viewed} | views
-        consumed = ((node, outputs[parent]) for node in every for parent, _ in node.next_functions if parent in outputs)
-        return all(
-            type(node).__name__ in {"AddBackward0", "SubBackward0", "MulBackward0"}
-            and len(node._input_metadata[0].shape) == len(Bare.of(call.shape).with_samples(1, call.shape))
-            for node, call in consumed
-        )
-
-    def first_non_finite(self, root: Tensor) -> str | None:
-        """The parameter whose call first received an input that is not finite, by the tensors the graph still holds."""
-        for call, node in self.calls(root):
-            if any(s.is_floating_point() and not torch.isfinite(s).all() for s in node.saved_tensors):
-                return call.uses[0].tracked.name
-        return None
 
 
 _COPIES = {

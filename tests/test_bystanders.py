@@ -3,15 +3,12 @@
 what to do.
 """
 
-import copy
-import re
-
 import oracle
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import checkpoint
 
 import fisherfast as ff
 

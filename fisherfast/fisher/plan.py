@@ -192,7 +192,7 @@ def plan(
         collector.begin(Samples(every, passes))  # as if all data were one batch: refuses what a run would refuse in the end
     sums = [collector.holds(passes) for collector in run.collectors]
     ledger = _Ledger(run.collectors, passes, whole.N)
-    Passes(capture, [ledger]).run(predictions.values, [Pass(torch.ones_like(predictions.values))], 1)
+    Passes(capture, [ledger]).run(capture.read(predictions.values), [Pass(torch.ones_like(predictions.values))], 1)
     for tracked in capture.tracked.values():
         if tracked.fallback is not None:
             ledger.note_whole(tracked)

@@ -28,6 +28,7 @@ from fisherfast.fisher.structure import Structure
 from fisherfast.passes import Passes
 from fisherfast.tracked import Tracked
 from fisherfast.train_mode import unwrapped
+from fisherfast.uses import Uses
 
 _MANY = 0.01  # of the gradients of one parameter
 
@@ -111,9 +112,9 @@ class Run:
         for collector in self.collectors:
             collector.forget(name)
 
-    def note_uses(self, root: Tensor) -> None:
+    def note_uses(self, uses: Uses) -> None:
         """Show the collectors how the parameters are used, and remember which op serves each, for the coverage report."""
-        self._show([call for call, _ in self.capture.calls(root)])
+        self._show(uses.calls)
 
     def _show(self, calls: list[Call]) -> None:
         self._shown = calls
@@ -220,7 +221,7 @@ class Run:
 
     def raise_not_finite(self, values: Tensor, what: str) -> NoReturn:
         """Raise before the backward pass that the forward pass produced NaN or infinity, naming where it began."""
-        name = self.capture.first_non_finite(values)
+        name = self.capture.read(values).first_non_finite()
         where = f"the input of {name!r} is the first that is not finite" if name else "all inputs of parameters are finite"
         bad = next((one.name for one in self.capture.tracked.values() if not one.detached.isfinite().all()), None)
         where = where if bad is None else f"the parameter {bad!r} itself is not finite"
