@@ -96,6 +96,7 @@ class Capture(TorchFunctionMode):
         batch, where known; needed to expand. ``offsets``: where packed samples begin and end.
         """
         self.offsets, self.doubtful = offsets, False
+        self.without_graph: set[str] = set()  # names of parameters that were used where no graph is kept
         for tracked in self.tracked.values():
             tracked.begin(exploring)
         ways = {tracked.name: tracked.ways for tracked in self.tracked.values()}
@@ -221,6 +222,8 @@ class Capture(TorchFunctionMode):
             out = func(*args, **kwargs)
             for reference in found:
                 reference.tracked.follow()
+                if not torch.is_grad_enabled():
+                    self.without_graph |= {source.name for source in reference.tracked.sources}
             self._chosen.follow(func, args, kwargs, out)
             return out
         if getattr(func, "__name__", "") == "__get__" and not isinstance(func(*args, **kwargs), Tensor):
@@ -423,8 +426,12 @@ class Capture(TorchFunctionMode):
         found = []
         uncaught = {id(leaf): t for t in self.tracked.values() for leaf in (t.outer, t.parameter)}
         for node in graph(root, closed=True):
-            if (call := self._call_of(node)) is not None:
-                found.append((call, node))
+            call = getattr(node, "call", None)
+            if isinstance(call, Call):
+                if call.capture is not self:
+                    self._refuse_shared(call)
+                else:
+                    found.append((call, node))
             leaf = id(getattr(node, "variable", None))
             if leaf in self._forgotten:
                 warn(
@@ -435,6 +442,16 @@ class Capture(TorchFunctionMode):
             if hidden is not None:
                 hidden.give_up("a use that no torch function shows")
         return sorted(found, key=lambda pair: pair[0].index)
+
+    def _refuse_shared(self, call: Call) -> None:
+        """Raise ValueError if the call, which another capture caught, is of a parameter of this one."""
+        theirs = {id(source.parameter) for use in call.uses for source in use.tracked.sources}
+        for tracked in self.tracked.values():
+            if id(tracked.parameter) in theirs:
+                raise ValueError(
+                    f"{tracked.name}: must be caught by one collect, got a loss in which it was caught by another; give all structures to one, "
+                    "collect(model, ff.Diagonal(), ff.KFAC()), or run the model in the block of one alone"
+                )
 
     def _call_of(self, node: Any) -> Call | None:
         call = getattr(node, "call", None)

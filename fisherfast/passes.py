@@ -143,6 +143,17 @@ class Passes:
         self.locator.learn(findings)
         return findings
 
+    def first_non_finite(self, root: Tensor, one: Pass) -> str | None:
+        """The parameter that a pass first brings a gradient that is not finite; keeps the graph."""
+        found: list[str] = []
+
+        def listen(call: Call, g: Tensor | None, saved: tuple[Tensor, ...]) -> None:
+            if not found and g is not None and not bool(g.isfinite().all()):
+                found.append(call.uses[0].tracked.name)
+
+        self._backward(root, one.cotangent, listen, keep=True)
+        return next(iter(found), None)
+
     def _numbers(self, root: Tensor, one: Pass, sightings: Mapping[Key, Sightings]) -> dict[Key, Tensor]:
         """Of each use that tagged passes saw, the sample of every row: the same pass without tags."""
         numbers: dict[Key, Tensor] = {}
@@ -424,6 +435,13 @@ class Passes:
             # Gradient checkpointing runs parts of the forward pass again, and they must be caught again.
             with self.capture.again(root), torch._C._EnableTorchFunction(), self.capture:
                 return _run_backward((root,), (cotangent,), keep, False, tuple(inputs), True, accumulate_grad=False)
+        except RuntimeError as error:
+            if "selective activation checkpoint" not in str(error):
+                raise
+            raise ValueError(
+                "model: gradient checkpointing must be of whole parts, got torch's selective activation checkpointing, whose saved tensors are "
+                "good for one backward pass; leave out context_fn while the model is measured"
+            ) from error
         finally:
             self.capture.listener = None
 

@@ -3,12 +3,14 @@
 what to do.
 """
 
+import copy
+
 import oracle
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import fisherfast as ff
 
@@ -97,3 +99,149 @@ def test_chance_in_the_model_is_refused_without_a_graph_too():
     model = mlp().append(nn.Dropout(0.5).eval())
     with ff.collect(model, "diagonal"), torch.no_grad(), pytest.raises(ValueError, match="model: must not draw dropout"):
         model.train()(torch.randn(N, I).double())
+
+
+def selective(policy):
+    return lambda: create_selective_checkpoint_contexts(lambda ctx, op, *_, **__: policy)
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, **options):
+        super().__init__()
+        self.m, self.options = mlp(), options
+
+    def forward(self, x):
+        return self.m[2](checkpoint(lambda h: torch.tanh(self.m[0](h)), x, **self.options))
+
+
+@pytest.mark.parametrize("structure", ["diagonal", "kfac"])
+@pytest.mark.parametrize("policy", [CheckpointPolicy.MUST_SAVE, CheckpointPolicy.PREFER_RECOMPUTE], ids=["saved", "nothing"])
+def test_selective_checkpointing_is_right_or_refused(policy, structure):
+    model, data = Checkpointed(use_reentrant=False, context_fn=selective(policy)), batches()
+    if policy is CheckpointPolicy.PREFER_RECOMPUTE:
+        model.m.load_state_dict((plain := mlp()).state_dict())
+        found = ff.fisher(model, data, structure=structure, progress=False).diagonal()
+        expected = ff.fisher(plain, data, structure=structure, progress=False).diagonal()
+        assert oracle.error({name[2:]: of for name, of in found.items()}, expected) < EXACT
+        return
+    with pytest.raises(ValueError, match="selective activation checkpointing.*leave out context_fn"):
+        ff.fisher(model, data, structure=structure, progress=False)
+    with ff.collect(model, structure) as stats, pytest.raises(ValueError, match="leave out context_fn"):
+        stats.backward(losses(model, *data[0]))
+
+
+def test_reentrant_checkpointing_of_inputs_without_a_gradient_is_named():
+    model, data = Checkpointed(use_reentrant=True), batches()
+    with pytest.raises(ValueError, match=r"got 2 of 4 that were used where autograd keeps no graph.*pass use_reentrant=False"):
+        ff.fisher(model, data, progress=False)
+    missing = ff.fisher(model, data, allow_missing=True, progress=False).coverage
+    assert missing["m.0.weight"] == "missing: it is used where autograd keeps no graph"
+
+
+def test_measuring_inside_compiled_functions():
+    model, data = mlp(), batches()
+    torch._dynamo.reset()
+
+    @torch.compile(backend="eager")
+    def trace():
+        return ff.fisher(model, data, progress=False).trace()
+
+    @torch.compile(backend="eager")
+    def planned():
+        return ff.plan(model, data[0]).total_bytes
+
+    @torch.compile(backend="eager")
+    def collected():
+        with ff.collect(model, "diagonal") as stats:
+            stats.backward(losses(model, *data[0]))
+
+    assert trace() == ff.fisher(model, data, progress=False).trace()
+    assert planned() == ff.plan(model, data[0]).total_bytes
+    with pytest.raises(ValueError, match="decorate the function that measures with torch.compiler.disable"):
+        collected()
+    assert measured(model, data, lambda x, y: None) < EXACT  # and nothing is left of it
+    assert torch.compile(lambda x: x + 1, backend="eager")(torch.ones(1)) == 2
+
+
+def test_two_collects_of_one_parameter_are_told_to_be_one():
+    body, head = mlp(), nn.Linear(C, C).double()
+    whole, (x, y) = nn.Sequential(body, head), batches()[0]
+    message = r"must be caught by one collect.*give all structures to one"
+    with ff.collect(body, "diagonal") as outer, ff.collect(body, "kfac"), pytest.raises(ValueError, match=message):
+        outer.backward(losses(body, x, y))
+    with ff.collect(whole, "diagonal", allow_missing=True) as outer, ff.collect(body, "diagonal") as inner:
+        logits = body(x)
+        inner.backward(F.cross_entropy(logits, y, reduction="none"), retain_graph=True)
+        with pytest.raises(ValueError, match=message):
+            outer.backward(F.cross_entropy(head(logits), y, reduction="none"))
+
+
+def test_a_later_batch_caught_by_another_collect_is_no_zero():
+    body, head = mlp(), nn.Linear(C, C).double()
+    whole, (x, y) = nn.Sequential(body, head), batches()[0]
+    with ff.collect(whole, "diagonal") as outer:
+        outer.backward(losses(whole, x, y))
+        with ff.collect(body, "diagonal"), pytest.raises(ValueError, match="must be caught by one collect"):
+            outer.backward(losses(whole, x, y))
+
+
+def test_collects_of_two_models_and_of_one_inside_another():
+    teacher, student, data = mlp(), mlp(), batches()
+    with ff.collect(teacher, "diagonal") as a, ff.collect(student, "diagonal") as b:
+        for x, y in data:
+            a.backward(losses(teacher, x, y))
+            b.backward(losses(student, x, y))
+            inside = ff.fisher(teacher, data, fisher_type="empirical", progress=False)
+    for model, found in ((teacher, a.result()), (student, b.result()), (teacher, inside)):
+        assert oracle.error(found.diagonal(dtype=torch.float64), oracle.diagonal(model, data, oracle.cross_entropy)) < EXACT
+
+
+def test_parameters_of_inference_mode_have_a_way_out():
+    with torch.inference_mode():
+        model = mlp()
+    with pytest.raises(ValueError, match=r"0.weight: .* made in inference mode; .* copy.deepcopy it there"):
+        ff.fisher(model, batches(), progress=False)
+    model, data = copy.deepcopy(model), batches()
+    found = ff.fisher(model, data, fisher_type="empirical", progress=False)
+    assert oracle.error(found.diagonal(dtype=torch.float64), oracle.diagonal(model, data, oracle.cross_entropy)) < EXACT
+
+
+@pytest.mark.parametrize("structure", ["diagonal", "kfac"])
+def test_inputs_of_inference_mode_are_copied(structure):
+    model, data = mlp(), batches()
+    with torch.inference_mode():
+        inferred = [(x * 1, y * 1) for x, y in data]
+    found, expected = (ff.fisher(model, one, structure=structure, progress=False) for one in (inferred, data))
+    assert torch.equal(found.diagonal()["0.weight"], expected.diagonal()["0.weight"])
+
+
+@pytest.mark.parametrize(
+    "transformed",
+    [
+        lambda f: torch.func.grad(f)(torch.ones(())),
+        lambda f: torch.func.vmap(f)(torch.ones(2)),
+        lambda f: torch.func.jvp(f, (torch.ones(()),), (torch.ones(()),)),
+    ],
+    ids=["grad", "vmap", "jvp"],
+)
+def test_transforms_are_asked_to_let_the_measurement_be(transformed):
+    model, data = mlp(), batches()
+    message = "must be measured outside of torch.func's transforms"
+    with pytest.raises(ValueError, match=message):
+        transformed(lambda a: a * ff.fisher(model, data, progress=False).trace())
+    with pytest.raises(ValueError, match=message):
+        transformed(lambda a: a * ff.collect(model, "diagonal").results())
+
+
+def test_too_large_a_loss_scale_is_told_from_the_first_batch_on():
+    model, (x, y) = mlp(torch.float32), batches(torch.float32)[0]
+    with ff.collect(model, "diagonal", loss_scale=2.0**24) as stats, torch.autocast("cpu", torch.float16):
+        with pytest.raises(ff.NonFiniteError, match=r"batch 0: gradients must be finite.*give a lower loss_scale"):
+            stats.backward(losses(model, x, y))
+
+
+def test_a_gradient_that_is_not_finite_is_no_row_of_several_samples():
+    model, (x, _) = mlp(), batches()[0]
+    with ff.collect(model, "diagonal") as stats:
+        with pytest.raises(ff.NonFiniteError, match="batch 0: gradients must be finite"):
+            stats.backward((model(x) * 0).sqrt().sum(1))

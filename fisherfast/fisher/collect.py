@@ -245,8 +245,12 @@ class collect:
             run.check_reached(loss)
         run.note_uses(uses)
         if loss.shape[0] > 1:
-            findings = run.passes.probe(uses, self._pass(torch.ones_like(loss)).cotangent, large=self._loss_scale > 1)
-            self._route_mixing(uses, findings, sorted(mixing(findings, run.capture.tracked, uses.chosen)))
+            one = self._pass(torch.ones_like(loss))
+            findings = run.passes.probe(uses, one.cotangent, large=self._loss_scale > 1)
+            names = sorted(mixing(findings, run.capture.tracked, uses.chosen))
+            if names and (bad := run.passes.first_non_finite(loss, one)):  # which looks like a row of several samples
+                run.raise_not_finite_gradients(f"{bad!r}; nothing of this batch was added")
+            self._route_mixing(uses, findings, names)
             self._explored = not self._postponed
 
     def _route_mixing(self, uses: Uses, findings: dict[Key, Finding], names: list[str]) -> None:

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
+from fisherfast._eager import uncompiled
 from fisherfast.batches import Batch, Output
 from fisherfast.calls import Call
 from fisherfast.collector import Samples
@@ -41,6 +42,7 @@ from fisherfast.train_mode import refuse_train_mode, unwrapped
 from fisherfast.uses import Uses
 
 
+@uncompiled
 def fisher(
     model: nn.Module,
     data: Iterable[Any],

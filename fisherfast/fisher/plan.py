@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor, nn
 
+from fisherfast._eager import uncompiled
 from fisherfast.batches import Batch, Output
 from fisherfast.collector import Collector, Cost, Samples
 from fisherfast.fisher import memory
@@ -141,6 +142,7 @@ class Plan:
         return f"Plan({self.structure}, {rows}, {in_words(self.total_bytes)} of sums; {self._summary()})"
 
 
+@uncompiled
 def plan(
     model: nn.Module,
     batch: Any,

@@ -98,13 +98,23 @@ class Run:
         if not lost:
             return
         if len(lost) == len(self.capture.tracked) or not self.allow_missing:
+            graphless = [name for name in lost if name in self.capture.without_graph]
+            if graphless:
+                raise ValueError(
+                    f"model: every parameter with requires_grad must reach the loss, got {len(graphless)} of {len(self.capture.tracked)} that "
+                    f"were used where autograd keeps no graph, {listed(graphless)}: in torch.no_grad(), or in gradient checkpointing with "
+                    "use_reentrant=True; pass use_reentrant=False, or freeze what is not to be measured (requires_grad_(False))"
+                )
             raise ValueError(
                 f"model: every parameter with requires_grad must reach the loss, got {len(lost)} of {len(self.capture.tracked)} that "
                 f"do not, {listed(lost)}; freeze them (requires_grad_(False)), or pass allow_missing=True to record them as missing. "
                 "Calls inside an already compiled model are not seen: pass the model itself"
             )
         for name in lost:
-            self._leave_out(name, "missing: the loss does not depend on it")
+            unseen = name in self.capture.without_graph
+            self._leave_out(
+                name, f"missing: {'it is used where autograd keeps no graph' if unseen else 'the loss does not depend on it'}"
+            )
 
     def _leave_out(self, name: str, why: str) -> None:
         self.missing[name] = why
@@ -229,6 +239,13 @@ class Run:
             f"batch {self.batches}: {what} must be finite, got NaN or infinity; {where}. Nothing of this batch was added"
         )
 
+    def raise_not_finite_gradients(self, where: str) -> NoReturn:
+        """Raise after a backward pass that brought NaN or infinity, saying where first."""
+        hint = "; float16 overflows above 65504: give a lower loss_scale" if self.capture.narrow else ""
+        raise NonFiniteError(
+            f"batch {self.batches}: gradients must be finite, and so must their squares, got NaN or infinity, first at {where}{hint}"
+        )
+
     @contextmanager
     def transaction(self, samples: Samples) -> Iterator[None]:
         """One batch: whatever happens inside, what was added gets its weight and the error carries the result so far.
@@ -248,10 +265,7 @@ class Run:
             with self.capture.aside():
                 bad = list(dict.fromkeys(name for collector in self.collectors for name in collector.settle(complete)))
         if bad:
-            raise NonFiniteError(
-                f"batch {self.batches}: gradients must be finite, and so must their squares, got NaN or infinity, first at {bad[0]!r} "
-                f"({len(bad)} parameters in all); they added nothing of this batch"
-            )
+            self.raise_not_finite_gradients(f"{bad[0]!r} ({len(bad)} parameters in all); they added nothing of this batch")
 
     @contextmanager
     def rescue(self) -> Iterator[None]:
