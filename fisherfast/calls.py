@@ -11,8 +11,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from fisherfast._nested import tensors
 from fisherfast.rules import Form, Window
-from fisherfast.tracked import Bare, Tracked
+from fisherfast.tracked import Tracked, Unbatched
 
 Key = tuple[str, Window | None, int, int]  # parameter, part of it, number among the uses of that part, and how many they are
 
@@ -36,7 +37,7 @@ class Decisions:
     exploring: bool
     num_samples: int | None
     early: dict[Site, str]  # calls that no sample enters and whose results are followed like parameters; and why they are
-    ways: dict[str, tuple[bool, bool, Bare | None]]  # of each parameter; see ``Tracked.ways``
+    ways: dict[str, tuple[bool, bool, Unbatched | None]]  # of each parameter; see ``Tracked.ways``
 
 
 @dataclass
@@ -98,8 +99,21 @@ class Tap(torch.autograd.Function):
         return (g, None, None, *(None for _ in saved))
 
 
+def writable(out: Tensor, given: Any) -> Tensor:
+    """The tensor that a tap may mark as modified in place of ``out``: ``out`` itself, the base that it is a view of all of, or a copy.
+
+    Marking a tensor increments its version, so what the function was ``given``, and what shares memory with that, must not be marked.
+    """
+    base = out._base
+    if base is None:
+        return out.clone() if out.is_leaf and out.requires_grad else out
+    whole = base.numel() == out.numel() and base.is_contiguous() and out.is_contiguous()  # as of a linear map of sequences
+    mine = all(base is not leaf and base is not leaf._base for leaf in tensors(given))
+    return base if whole and mine else out.clone()
+
+
 def nodes(root: Tensor, closed: bool = False) -> Iterator[Any]:
-    """All autograd nodes behind ``root``; ``closed``: without those behind a ``Door``."""
+    """All autograd nodes behind ``root``; ``closed``: without those behind a ``Boundary``."""
     seen, stack = set(), [root.grad_fn]
     while stack:
         node: Any = stack.pop()
@@ -107,7 +121,7 @@ def nodes(root: Tensor, closed: bool = False) -> Iterator[Any]:
             continue
         seen.add(node)
         yield node
-        if closed and hasattr(node, "door"):
+        if closed and hasattr(node, "boundary"):
             continue
         stack.extend(parent for parent, _ in node.next_functions)
 

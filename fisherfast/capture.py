@@ -29,12 +29,13 @@ from fisherfast._eager import EAGER
 from fisherfast._nested import replaced, tensors
 from fisherfast._under_way import Given, under_way
 from fisherfast._warning import warn
-from fisherfast.calls import Call, CallUse, Decisions, Key, Site, Tap, graph, nodes
+from fisherfast.alias import Alias, is_part, keeps_derivative
+from fisherfast.calls import Call, CallUse, Decisions, Key, Site, Tap, graph, nodes, writable
 from fisherfast.chosen_rows import ChosenRows
 from fisherfast.layout import Layout
 from fisherfast.parameters import measurable
 from fisherfast.rules import DECOMPOSITIONS, RULES, Use, Window, part
-from fisherfast.tracked import Made, Reference, Tracked
+from fisherfast.tracked import Made, Tracked
 from fisherfast.train_mode import CHANCE, DRAWING, Draws, is_parameter, refused_chance, undivided, unwrapped
 from fisherfast.uses import Uses, number
 
@@ -104,7 +105,7 @@ class Capture(TorchFunctionMode):
         self._chosen = ChosenRows(num_samples)
         self._seen = WeakTensorKeyDictionary()  # inputs of calls, numbered
         # Views are held while they are known by their id, which Python would give to another tensor.
-        self._references = {id(t.parameter): Reference(t.parameter, t) for t in self.tracked.values()}
+        self._known = {id(t.parameter): Alias(t.parameter, t) for t in self.tracked.values()}
 
     @contextmanager
     def again(self, root: Tensor) -> Iterator[None]:
@@ -146,7 +147,7 @@ class Capture(TorchFunctionMode):
     def forget(self, name: str) -> None:
         """Stop tracking a parameter; ``read`` warns of the first root that it reaches."""
         parameter = self.tracked.pop(name).parameter
-        del self._references[id(parameter)]
+        del self._known[id(parameter)]
         self._forgotten[id(parameter)] = name
 
     def check_parameters(self) -> None:
@@ -193,7 +194,7 @@ class Capture(TorchFunctionMode):
         """Run ``func`` as ``_run`` does, unless it is one of those that leave no sample a gradient of its own."""
         kwargs = kwargs or {}
         if func in CHANCE:
-            why = refused_chance(func, args, kwargs, lambda tensor: id(tensor) in self._references or is_parameter(tensor))
+            why = refused_chance(func, args, kwargs, lambda tensor: id(tensor) in self._known or is_parameter(tensor))
             if why and self._concerns((args, kwargs)):
                 raise ValueError(why)
         out = self._run(func, *undivided(func, args, kwargs))
@@ -210,13 +211,13 @@ class Capture(TorchFunctionMode):
         def ours(node: Any) -> bool:
             return self._call_of(node) is not None or id(getattr(node, "variable", None)) in leaves
 
-        return any(id(t) in leaves or id(t) in self._references or any(map(ours, nodes(t))) for t in tensors(given))
+        return any(id(t) in leaves or id(t) in self._known or any(map(ours, nodes(t))) for t in tensors(given))
 
     def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Run ``func``; where it receives tracked parameters, with their stand-ins and a tap."""
         found = self._found(args) + self._found(kwargs.values())
         if getattr(func, "__self__", None) is _DATA:
-            self._leave_written_behind(args[0])
+            self._give_up_copies_of(args[0])
             found = self._found(args)
         if not found or _without_a_graph(func):
             out = func(*args, **kwargs)
@@ -251,11 +252,11 @@ class Capture(TorchFunctionMode):
             self._chosen.add(tapped)
         return tapped
 
-    def _found(self, items: Iterable[Any]) -> list[Reference]:
+    def _found(self, items: Iterable[Any]) -> list[Alias]:
         found = []
         for item in items:
             if isinstance(item, Tensor):
-                reference = self._references.get(id(item))
+                reference = self._known.get(id(item))
                 if reference is not None and not self._left(reference):
                     found.append(reference)
             elif isinstance(item, (tuple, list)):
@@ -264,26 +265,26 @@ class Capture(TorchFunctionMode):
                 found += self._found(item.values())
         return found
 
-    def _left(self, reference: Reference) -> bool:
+    def _left(self, reference: Alias) -> bool:
         """Whether a copy of a parameter was changed in place, and so is left to autograd."""
         if reference.changed:
             self._leave(reference, "a copy of it that is changed in place")
         return reference.changed
 
-    def _leave_written_behind(self, tensor: Tensor) -> None:
+    def _give_up_copies_of(self, tensor: Tensor) -> None:
         """Leave copies to autograd whose memory ``.data`` is asked for: what is written through it changes no version."""
         if tensor.layout is not torch.strided or torch._C._are_functorch_transforms_active():
             return
         memory = tensor.untyped_storage()._cdata
-        for other in list(self._references.values()):
+        for other in list(self._known.values()):
             if other.copied and other.tensor.layout is torch.strided and other.tensor.untyped_storage()._cdata == memory:
                 self._leave(other, "a copy of it that is changed through .data")
 
-    def _leave(self, reference: Reference, reason: str) -> None:
-        self._references.pop(id(reference.tensor), None)
+    def _leave(self, reference: Alias, reason: str) -> None:
+        self._known.pop(id(reference.tensor), None)
         reference.tracked.give_up(reason)
 
-    def _covered(self, func: Any, args: Any, kwargs: Any, found: list[Reference]) -> list[Use] | None:
+    def _covered(self, func: Any, args: Any, kwargs: Any, found: list[Alias]) -> list[Use] | None:
         """The uses the function's rule declares, or None unless they cover every tracked argument exactly once.
 
         What was made of parameters may also be what the others are used on: then it holds samples, and is no parameter.
@@ -294,7 +295,7 @@ class Capture(TorchFunctionMode):
             declared = RULES[func](*args, **kwargs)  # a generator: nothing in it has run yet
         except TypeError:
             return None  # not the form that the rule is written for: ``out=``, or arguments of old
-        uses = [u for u in declared if id(u.parameter) in self._references]
+        uses = [u for u in declared if id(u.parameter) in self._known]
         covered = [id(u.parameter) for u in uses]
         others = [r for r in found if id(r.tensor) not in covered]
         if not uses or len(covered) != len(found) - len(others):
@@ -305,7 +306,7 @@ class Capture(TorchFunctionMode):
             reference.tracked.give_up(f"no rule for {_name(func)} of what is made of it")
         return uses
 
-    def _site(self, func: Any, args: Any, kwargs: Any, found: list[Reference]) -> Site | None:
+    def _site(self, func: Any, args: Any, kwargs: Any, found: list[Alias]) -> Site | None:
         """The site of a covered call that no sample enters; None if one does, or if nobody will ask for it."""
         if not (self._now.exploring or self._now.early) or not self._before_samples(args, kwargs, found):
             return None
@@ -313,15 +314,13 @@ class Capture(TorchFunctionMode):
         others = [tensor for tensor in tensors((args, kwargs)) if id(tensor) not in mine]
         return Site(_structure(func, found), frozenset(itertools.chain(*(tensor.shape for tensor in others))))
 
-    def _before_samples(self, args: Any, kwargs: Any, found: list[Reference]) -> bool:
+    def _before_samples(self, args: Any, kwargs: Any, found: list[Alias]) -> bool:
         """Whether a call is of parameters alone, or of them and tensors that no parameter went into."""
         mine = {id(r.tensor) for r in found}
         others = (leaf for leaf in tensors((args, kwargs)) if id(leaf) not in mine)
         return torch.is_grad_enabled() and not any(leaf.requires_grad for leaf in others)
 
-    def _uncovered(
-        self, func: Any, args: Any, kwargs: Any, found: list[Reference], reason: str, alone: bool | None = None
-    ) -> Any:
+    def _uncovered(self, func: Any, args: Any, kwargs: Any, found: list[Alias], reason: str, alone: bool | None = None) -> Any:
         stand_ins = {id(r.tensor): r.outside() for r in found}
         alone = self._before_samples(args, kwargs, found) if alone is None else alone
 
@@ -333,13 +332,13 @@ class Capture(TorchFunctionMode):
             out = make(stand_ins[id(found[0].tensor)])
         written = tensors((args, kwargs) if out is None else out)  # t[...] = parameter returns nothing
         outputs = [o for o in written if o.requires_grad]
-        if len(found) == 1 and outputs and not found[0].made and all(self._is_part(o, found[0].tracked) for o in outputs):
+        if len(found) == 1 and outputs and not found[0].made and all(is_part(o, found[0].tracked.parameter) for o in outputs):
             for o in outputs:
                 window = Window.of(o, found[0].tracked.parameter)
-                self._references[id(o)] = Reference(o, found[0].tracked, window, version=o._version)
-        elif len(found) == 1 and outputs and _keeps_derivative(func, args, kwargs, out):
+                self._known[id(o)] = Alias(o, found[0].tracked, window, version=o._version)
+        elif len(found) == 1 and outputs and keeps_derivative(func, args, kwargs, out):
             made = (*found[0].made, make)
-            self._references[id(out)] = replace(found[0], tensor=out, made=made, version=out._version)
+            self._known[id(out)] = replace(found[0], tensor=out, made=made, version=out._version)
         elif outputs and alone and out is not None:
             self._make(func, outputs, found, reason)
         elif outputs:
@@ -349,30 +348,19 @@ class Capture(TorchFunctionMode):
             self._left(reference)
         return out
 
-    def _make(self, func: Any, outputs: list[Tensor], found: list[Reference], reason: str) -> None:
+    def _make(self, func: Any, outputs: list[Tensor], found: list[Alias], reason: str) -> None:
         """Follow what a call has made of parameters alone as parameters."""
         sources = tuple({t.name: t for r in found for t in r.tracked.sources}.values())
         lost = not all(t.caught for t in sources) or any(out.layout is not torch.strided or out.is_nested for out in outputs)
         for source in sources:
             source.give_up(reason) if lost else source.chain(reason)
         for out in outputs:
-            if not lost and id(out) not in self._references:
+            if not lost and id(out) not in self._known:
                 made = Made(_name(func), out, sources, _structure(func, found))
-                self._references[id(out)] = Reference(out, made, version=out._version)
-
-    def _is_part(self, out: Tensor, tracked: Tracked) -> bool:
-        """Whether ``out`` is memory of the parameter, each number at most once."""
-        whole = tracked.parameter
-        return (
-            out.layout is torch.strided  # a sparse one has no memory of its own
-            and whole.is_contiguous()
-            and out.dtype == whole.dtype
-            and out.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
-            and _apart(out)
-        )
+                self._known[id(out)] = Alias(out, made, version=out._version)
 
     def _tapped(self, out: Tensor, uses: list[Use], gathered: bool, given: Any, site: Site | None) -> Tensor:
-        references = [self._references[id(use.parameter)] for use in uses]
+        references = [self._known[id(use.parameter)] for use in uses]
         caught = [(use, r) for use, r in zip(uses, references, strict=True) if r.tracked.caught]
         if not caught:
             return out
@@ -397,8 +385,8 @@ class Capture(TorchFunctionMode):
             call.uses.append(
                 CallUse(reference.tracked, form, tuple(picks), inputs, gathered=gathered, differentiated=differentiated)
             )
-        saved = [tensor.detach() if id(tensor) in self._references else tensor for tensor in saved]
-        tapped = Tap.apply(_own(out, given), self.anchor, call, *saved)
+        saved = [tensor.detach() if id(tensor) in self._known else tensor for tensor in saved]
+        tapped = Tap.apply(writable(out, given), self.anchor, call, *saved)
         call.viewed = tapped.shape != out.shape
         return tapped.view(out.shape) if call.viewed else tapped
 
@@ -458,13 +446,6 @@ class Capture(TorchFunctionMode):
         return call if isinstance(call, Call) and call.capture is self else None
 
 
-_COPIES = {
-    *(getattr(Tensor, name) for name in ("to", "type", "type_as", "float", "double", "half", "bfloat16", "contiguous", "clone")),
-    torch.clone,
-}
-_SUMS = {torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__}
-
-
 @functools.cache
 def _signature(func: Any) -> inspect.Signature:
     return inspect.signature(DECOMPOSITIONS[func])
@@ -489,29 +470,12 @@ def _without_a_graph(func: Any) -> bool:
     return not torch.is_grad_enabled() or getattr(func, "__name__", "") == "__set__" or getattr(func, "__self__", None) is _GRAD
 
 
-def _apart(tensor: Tensor) -> bool:
-    """Whether no two of its entries are one number, as they are in what ``expand`` and, of overlapping windows, ``unfold`` return."""
-    reach = 0
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if size > 1:
-            if stride <= reach:
-                return False
-            reach += (size - 1) * stride
-    return True
-
-
 def _name(func: Any) -> str:
     return getattr(func, "__name__", str(func))
 
 
-def _structure(func: Any, found: list[Reference]) -> int:
+def _structure(func: Any, found: list[Alias]) -> int:
     return hash((_name(func), *((r.tracked.structure, r.window) for r in found)))
-
-
-def _keeps_derivative(func: Any, args: Any, kwargs: Any, out: Any) -> bool:
-    """Whether a function of one parameter changes its dtype, its place in memory, or its values by a constant, only."""
-    constant = all(isinstance(a, (int, float)) for a in (*args[1:], *kwargs.values()))
-    return isinstance(out, Tensor) and (func in _COPIES or (func in _SUMS and constant))
 
 
 def _kept(by: Hooks | None) -> AbstractContextManager[Any]:
@@ -523,16 +487,3 @@ def _kept(by: Hooks | None) -> AbstractContextManager[Any]:
 
 def _same(saved: Any) -> Any:
     return saved
-
-
-def _own(out: Tensor, given: Any) -> Tensor:
-    """What a tap may write in a function's output's place: itself, or all that it is a view of, or a copy.
-
-    A tap writes its output's version; what a function was given, and a view of it shares memory with, stays untouched.
-    """
-    base = out._base
-    if base is None:
-        return out.clone() if out.is_leaf and out.requires_grad else out
-    whole = base.numel() == out.numel() and base.is_contiguous() and out.is_contiguous()  # as of a linear map of sequences
-    mine = all(base is not leaf and base is not leaf._base for leaf in tensors(given))
-    return base if whole and mine else out.clone()

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fisherfast.calls import Call, CallUse, Key, graph
 from fisherfast.rules import Window
-from fisherfast.tracked import Bare, Made, Tracked
+from fisherfast.tracked import Made, Tracked, Unbatched
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +56,7 @@ class Uses:
         consumed = ((node, outputs[parent]) for node in every for parent, _ in node.next_functions if parent in outputs)
         return all(
             type(node).__name__ in {"AddBackward0", "SubBackward0", "MulBackward0"}
-            and len(node._input_metadata[0].shape) == len(Bare.of(call.shape).with_samples(1, call.shape))
+            and len(node._input_metadata[0].shape) == len(Unbatched.of(call.shape).with_samples(1, call.shape))
             for node, call in consumed
         )
 

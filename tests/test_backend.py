@@ -246,6 +246,7 @@ FLOORS = {
     "collector": 4,
     "locator": 4,
     "tracked": 4,
+    "alias": 4,
     "uses": 4,
     "passes": 4,
     "readings": 4,

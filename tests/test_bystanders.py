@@ -124,7 +124,7 @@ def test_selective_checkpointing_is_right_or_refused(policy, structure):
         expected = ff.fisher(plain, data, structure=structure, progress=False).diagonal()
         assert oracle.error({name[2:]: of for name, of in found.items()}, expected) < EXACT
         return
-    with pytest.raises(ValueError, match="selective activation checkpointing.*leave out context_fn"):
+    with pytest.raises(ValueError, match=r"selective activation checkpointing.*leave out context_fn"):
         ff.fisher(model, data, structure=structure, progress=False)
     with ff.collect(model, structure) as stats, pytest.raises(ValueError, match="leave out context_fn"):
         stats.backward(losses(model, *data[0]))
@@ -157,7 +157,7 @@ def test_measuring_inside_compiled_functions():
 
     assert trace() == ff.fisher(model, data, progress=False).trace()
     assert planned() == ff.plan(model, data[0]).total_bytes
-    with pytest.raises(ValueError, match="decorate the function that measures with torch.compiler.disable"):
+    with pytest.raises(ValueError, match=r"decorate .* with torch\.compiler\.disable"):
         collected()
     assert measured(model, data, lambda x, y: None) < EXACT  # and nothing is left of it
     assert torch.compile(lambda x: x + 1, backend="eager")(torch.ones(1)) == 2
@@ -226,7 +226,7 @@ def test_inputs_of_inference_mode_are_copied(structure):
 )
 def test_transforms_are_asked_to_let_the_measurement_be(transformed):
     model, data = mlp(), batches()
-    message = "must be measured outside of torch.func's transforms"
+    message = "must be measured outside of"
     with pytest.raises(ValueError, match=message):
         transformed(lambda a: a * ff.fisher(model, data, progress=False).trace())
     with pytest.raises(ValueError, match=message):
@@ -244,4 +244,5 @@ def test_a_gradient_that_is_not_finite_is_no_row_of_several_samples():
     model, (x, _) = mlp(), batches()[0]
     with ff.collect(model, "diagonal") as stats:
         with pytest.raises(ff.NonFiniteError, match="batch 0: gradients must be finite"):
-            stats.backward((model(x) * 0).sqrt().sum(1))
+            logits = model(x)
+            stats.backward((logits - logits.detach()).sqrt().sum(1))

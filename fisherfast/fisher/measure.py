@@ -37,7 +37,7 @@ from fisherfast.likelihood import Likelihood, Predictions
 from fisherfast.locator import NO_AXIS, mixing
 from fisherfast.passes import Pass, check_loss_scale
 from fisherfast.readings import SameReadings
-from fisherfast.tracked import Bare, Tracked
+from fisherfast.tracked import Tracked, Unbatched
 from fisherfast.train_mode import refuse_train_mode, unwrapped
 from fisherfast.uses import Uses
 
@@ -384,7 +384,7 @@ class Measurement:
         tracked = [followed[name] for name in mixing]
         tables = {use.tracked.name for use in uses.all if use.form.op == "embedding_sq_"}  # of which few rows are looked up
         every = [(call, use) for call in uses.calls for use in call.uses]
-        bare = {one.name: {Bare.of(call.shape) for call, use in every if use.tracked is one} for one in tracked}
+        bare = {one.name: {Unbatched.of(call.shape) for call, use in every if use.tracked is one} for one in tracked}
         for one in tracked:
             can = not one.in_chain and (one.name in tables or uses.only_broadcast(one.name))
             one.expand = next(iter(bare[one.name])) if can and len(bare[one.name]) == 1 else None
