@@ -16,7 +16,8 @@ from fisherfast.tracked import Made, Tracked
 
 @dataclass(frozen=True)
 class Alias:
-    """A tensor of the model's that is a parameter, a part of one (``window``), or such a part shifted, cast or copied (``made``).
+    """One tensor seen in the forward pass that stands for a parameter: the parameter itself, a view of it (``window``), or a cast, copy or
+    constant shift of such a view (``made``, the functions applied in order).
 
     What ``made`` makes of the part has the identity as its derivative, so a gradient of the one is a gradient of the other, as
     long as nobody changes it in place: ``version`` is that of the tensor when it was made.

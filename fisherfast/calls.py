@@ -20,7 +20,10 @@ Key = tuple[str, Window | None, int, int]  # parameter, part of it, number among
 
 @dataclass(frozen=True)
 class Site:
-    """A covered call that no sample seems to enter, recognised in every forward pass by its function and its parameters."""
+    """Identity of a covered call of parameters and of tensors that no parameter went into, by which it is recognised in later forward passes.
+
+    ``structure`` hashes the function and its parameters; ``lengths`` are the axis lengths of the other tensors, and no part of the identity.
+    """
 
     structure: int
     lengths: frozenset[int] = field(compare=False)  # of the axes of its other arguments
@@ -32,7 +35,11 @@ class Site:
 
 @dataclass(frozen=True, eq=False)
 class Decisions:
-    """What is in force in a forward pass, also where a part of it runs again in the backward pass."""
+    """The settings that a forward pass runs under.
+
+    Kept with its calls, because gradient checkpointing runs parts of that pass again during the backward pass, by when later decisions may
+    have been made.
+    """
 
     exploring: bool
     num_samples: int | None

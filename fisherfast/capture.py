@@ -134,7 +134,7 @@ class Capture(TorchFunctionMode):
         return cast or self._halves or any(t.parameter.dtype == torch.float16 for t in self.tracked.values())
 
     def follow_further(self, uses: Uses, names: Container[str], reason: str) -> bool:
-        """From the next forward pass on, treat the outputs of calls that combine only the parameters ``names`` with constants as
+        """From the next forward pass on, treat what calls make of none but the parameters ``names``, where no sample comes in, as
         parameters themselves. Returns whether the root of ``uses`` depends on any such call.
         """
         calls = [call for call in uses.calls if all(use.tracked.name in names for use in call.uses)]
@@ -272,7 +272,9 @@ class Capture(TorchFunctionMode):
         return reference.changed
 
     def _give_up_copies_of(self, tensor: Tensor) -> None:
-        """Leave copies to autograd whose memory ``.data`` is asked for: what is written through it changes no version."""
+        """Leave every followed copy that shares memory with ``tensor`` to autograd, because its ``.data`` is being read: a write through
+        ``.data`` does not increment the version counter by which changed copies are noticed.
+        """
         if tensor.layout is not torch.strided or torch._C._are_functorch_transforms_active():
             return
         memory = tensor.untyped_storage()._cdata

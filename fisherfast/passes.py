@@ -186,8 +186,8 @@ class Passes:
         return self._tag(root, one, Tags(N, N, self.capture.narrow, one.loss_scale > 1), keys)
 
     def _leaking(self, batch: _Batch, one: Pass, keys: set[Key]) -> set[Key]:
-        """Those of the uses whose layout gives one half of the samples rows of the other: one pass without that half, where tags
-        would take several. Rows of samples that are left out have no gradient at all.
+        """A cheap check of known layouts, one backward pass where tags would take several: half of the samples get a gradient of zero, so
+        by a right layout all rows of that half are zero. Returns the uses where some are not, or whose rows do not fit the layout.
         """
         N, suspects, leaks = batch.N, set(), {}
         order = torch.randperm(N, generator=torch.Generator().manual_seed(self.locator.batches))

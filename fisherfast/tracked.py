@@ -12,7 +12,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Unbatched:
-    """The output of a use that has no sample axis: its number of axes, and whether the first one is a place for it, of length 1."""
+    """The shape of the output of a use without a sample axis: how many axes it has, and whether axis 0 has length 1 and can be expanded to N."""
 
     axes: int
     has_place: bool
@@ -86,7 +86,7 @@ class Tracked:
 
     @property
     def ways(self) -> tuple[bool, bool, Unbatched | None]:
-        """The decisions that are in force."""
+        """``(caught, differentiated, expanding)`` as in force in this forward pass; assigned to restore those of an earlier one."""
         return self.caught, self.differentiated, self.expanding
 
     @ways.setter
@@ -159,7 +159,11 @@ class Made(Tracked):
 
 
 class Boundary(torch.autograd.Function):
-    """The identity on what was made of parameters, where a caught use begins: the graph behind it holds no uncaught use."""
+    """Identity node between what was made of parameters and the caught uses of it.
+
+    ``calls.graph(closed=True)`` does not look behind it: what is there was itself made of ``outer`` tensors, which anywhere else mark a use
+    that was not caught.
+    """
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor) -> Tensor:
