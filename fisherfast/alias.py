@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,6 +52,63 @@ class Alias:
 
     def _part_of(self, whole: Tensor) -> Tensor:
         return whole if self.window is None else self.window.of_tensor(whole)
+
+
+class Aliases:
+    """The aliases of one forward pass. They are known by their ids, so each is held: Python would give its id to another tensor."""
+
+    def __init__(self, parameters: Iterable[Tracked]) -> None:
+        self._by_id = {id(one.parameter): Alias(one.parameter, one) for one in parameters}
+
+    def __contains__(self, tensor: Tensor) -> bool:
+        return id(tensor) in self._by_id
+
+    def of(self, tensor: Tensor) -> Alias:
+        """The alias that a tensor is."""
+        return self._by_id[id(tensor)]
+
+    def add(self, alias: Alias) -> None:
+        """Follow one more."""
+        self._by_id[id(alias.tensor)] = alias
+
+    def forget(self, tensor: Tensor) -> None:
+        """Follow a tensor no longer."""
+        self._by_id.pop(id(tensor), None)
+
+    def among(self, items: Iterable[Any]) -> list[Alias]:
+        """Those in arguments, and in lists and dictionaries of these, but for the ones that are left to autograd."""
+        found = []
+        for item in items:
+            if isinstance(item, Tensor):
+                alias = self._by_id.get(id(item))
+                if alias is not None and not self.left(alias):
+                    found.append(alias)
+            elif isinstance(item, (tuple, list)):
+                found += self.among(item)
+            elif isinstance(item, dict):
+                found += self.among(item.values())
+        return found
+
+    def left(self, alias: Alias) -> bool:
+        """Whether a copy of a parameter was changed in place, and so is left to autograd."""
+        if alias.changed:
+            self._leave(alias, "a copy of it that is changed in place")
+        return alias.changed
+
+    def give_up_copies_of(self, tensor: Tensor) -> None:
+        """Leave every followed copy that shares memory with ``tensor`` to autograd, because its ``.data`` is being read: a write through
+        ``.data`` does not increment the version counter by which changed copies are noticed.
+        """
+        if tensor.layout is not torch.strided or torch._C._are_functorch_transforms_active():
+            return
+        memory = tensor.untyped_storage()._cdata
+        for other in list(self._by_id.values()):
+            if other.copied and other.tensor.layout is torch.strided and other.tensor.untyped_storage()._cdata == memory:
+                self._leave(other, "a copy of it that is changed through .data")
+
+    def _leave(self, alias: Alias, reason: str) -> None:
+        self.forget(alias.tensor)
+        alias.tracked.give_up(reason)
 
 
 def is_part(out: Tensor, parameter: Tensor) -> bool:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 import inspect
 import itertools
-from collections.abc import Callable, Container, Iterable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -29,7 +29,7 @@ from fisherfast._eager import EAGER
 from fisherfast._nested import replaced, tensors
 from fisherfast._under_way import Given, under_way
 from fisherfast._warning import warn
-from fisherfast.alias import Alias, is_part, keeps_derivative
+from fisherfast.alias import Alias, Aliases, is_part, keeps_derivative
 from fisherfast.calls import Call, CallUse, Decisions, Key, Site, Tap, graph, nodes, writable
 from fisherfast.chosen_rows import ChosenRows
 from fisherfast.layout import Layout
@@ -104,8 +104,7 @@ class Capture(TorchFunctionMode):
         self._now = Decisions(exploring, num_samples, dict(self._early), ways)
         self._chosen = ChosenRows(num_samples)
         self._seen = WeakTensorKeyDictionary()  # inputs of calls, numbered
-        # Views are held while they are known by their id, which Python would give to another tensor.
-        self._known = {id(t.parameter): Alias(t.parameter, t) for t in self.tracked.values()}
+        self._aliases = Aliases(self.tracked.values())
 
     @contextmanager
     def again(self, root: Tensor) -> Iterator[None]:
@@ -147,7 +146,7 @@ class Capture(TorchFunctionMode):
     def forget(self, name: str) -> None:
         """Stop tracking a parameter; ``read`` warns of the first root that it reaches."""
         parameter = self.tracked.pop(name).parameter
-        del self._known[id(parameter)]
+        self._aliases.forget(parameter)
         self._forgotten[id(parameter)] = name
 
     def check_parameters(self) -> None:
@@ -194,7 +193,7 @@ class Capture(TorchFunctionMode):
         """Run ``func`` as ``_run`` does, unless it is one of those that leave no sample a gradient of its own."""
         kwargs = kwargs or {}
         if func in CHANCE:
-            why = refused_chance(func, args, kwargs, lambda tensor: id(tensor) in self._known or is_parameter(tensor))
+            why = refused_chance(func, args, kwargs, lambda tensor: tensor in self._aliases or is_parameter(tensor))
             if why and self._concerns((args, kwargs)):
                 raise ValueError(why)
         out = self._run(func, *undivided(func, args, kwargs))
@@ -211,20 +210,20 @@ class Capture(TorchFunctionMode):
         def ours(node: Any) -> bool:
             return self._call_of(node) is not None or id(getattr(node, "variable", None)) in leaves
 
-        return any(id(t) in leaves or id(t) in self._known or any(map(ours, nodes(t))) for t in tensors(given))
+        return any(id(t) in leaves or t in self._aliases or any(map(ours, nodes(t))) for t in tensors(given))
 
     def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Run ``func``; where it receives tracked parameters, with their stand-ins and a tap."""
-        found = self._found(args) + self._found(kwargs.values())
+        found = self._aliases.among(args) + self._aliases.among(kwargs.values())
         if getattr(func, "__self__", None) is _DATA:
-            self._give_up_copies_of(args[0])
-            found = self._found(args)
+            self._aliases.give_up_copies_of(args[0])
+            found = self._aliases.among(args)
         if not found or _without_a_graph(func):
             out = func(*args, **kwargs)
-            for reference in found:
-                reference.tracked.follow()
+            for alias in found:
+                alias.tracked.follow()
                 if not torch.is_grad_enabled():
-                    self.without_graph |= {source.name for source in reference.tracked.sources}
+                    self.without_graph |= {source.name for source in alias.tracked.sources}
             self._chosen.follow(func, args, kwargs, out)
             return out
         if getattr(func, "__name__", "") == "__get__" and not isinstance(func(*args, **kwargs), Tensor):
@@ -252,40 +251,6 @@ class Capture(TorchFunctionMode):
             self._chosen.add(tapped)
         return tapped
 
-    def _found(self, items: Iterable[Any]) -> list[Alias]:
-        found = []
-        for item in items:
-            if isinstance(item, Tensor):
-                reference = self._known.get(id(item))
-                if reference is not None and not self._left(reference):
-                    found.append(reference)
-            elif isinstance(item, (tuple, list)):
-                found += self._found(item)
-            elif isinstance(item, dict):
-                found += self._found(item.values())
-        return found
-
-    def _left(self, reference: Alias) -> bool:
-        """Whether a copy of a parameter was changed in place, and so is left to autograd."""
-        if reference.changed:
-            self._leave(reference, "a copy of it that is changed in place")
-        return reference.changed
-
-    def _give_up_copies_of(self, tensor: Tensor) -> None:
-        """Leave every followed copy that shares memory with ``tensor`` to autograd, because its ``.data`` is being read: a write through
-        ``.data`` does not increment the version counter by which changed copies are noticed.
-        """
-        if tensor.layout is not torch.strided or torch._C._are_functorch_transforms_active():
-            return
-        memory = tensor.untyped_storage()._cdata
-        for other in list(self._known.values()):
-            if other.copied and other.tensor.layout is torch.strided and other.tensor.untyped_storage()._cdata == memory:
-                self._leave(other, "a copy of it that is changed through .data")
-
-    def _leave(self, reference: Alias, reason: str) -> None:
-        self._known.pop(id(reference.tensor), None)
-        reference.tracked.give_up(reason)
-
     def _covered(self, func: Any, args: Any, kwargs: Any, found: list[Alias]) -> list[Use] | None:
         """The uses the function's rule declares, or None unless they cover every tracked argument exactly once.
 
@@ -297,15 +262,15 @@ class Capture(TorchFunctionMode):
             declared = RULES[func](*args, **kwargs)  # a generator: nothing in it has run yet
         except TypeError:
             return None  # not the form that the rule is written for: ``out=``, or arguments of old
-        uses = [u for u in declared if id(u.parameter) in self._known]
+        uses = [u for u in declared if u.parameter in self._aliases]
         covered = [id(u.parameter) for u in uses]
         others = [r for r in found if id(r.tensor) not in covered]
         if not uses or len(covered) != len(found) - len(others):
             return None
         if not all(isinstance(r.tracked, Made) for r in others):
             return None
-        for reference in others:
-            reference.tracked.give_up(f"no rule for {_name(func)} of what is made of it")
+        for alias in others:
+            alias.tracked.give_up(f"no rule for {_name(func)} of what is made of it")
         return uses
 
     def _site(self, func: Any, args: Any, kwargs: Any, found: list[Alias]) -> Site | None:
@@ -337,17 +302,17 @@ class Capture(TorchFunctionMode):
         if len(found) == 1 and outputs and not found[0].made and all(is_part(o, found[0].tracked.parameter) for o in outputs):
             for o in outputs:
                 window = Window.of(o, found[0].tracked.parameter)
-                self._known[id(o)] = Alias(o, found[0].tracked, window, version=o._version)
+                self._aliases.add(Alias(o, found[0].tracked, window, version=o._version))
         elif len(found) == 1 and outputs and keeps_derivative(func, args, kwargs, out):
             made = (*found[0].made, make)
-            self._known[id(out)] = replace(found[0], tensor=out, made=made, version=out._version)
+            self._aliases.add(replace(found[0], tensor=out, made=made, version=out._version))
         elif outputs and alone and out is not None:
             self._make(func, outputs, found, reason)
         elif outputs:
-            for reference in found:
-                reference.tracked.give_up(reason)
-        for reference in found:
-            self._left(reference)
+            for alias in found:
+                alias.tracked.give_up(reason)
+        for alias in found:
+            self._aliases.left(alias)
         return out
 
     def _make(self, func: Any, outputs: list[Tensor], found: list[Alias], reason: str) -> None:
@@ -357,13 +322,13 @@ class Capture(TorchFunctionMode):
         for source in sources:
             source.give_up(reason) if lost else source.chain(reason)
         for out in outputs:
-            if not lost and id(out) not in self._known:
+            if not lost and out not in self._aliases:
                 made = Made(_name(func), out, sources, _structure(func, found))
-                self._known[id(out)] = Alias(out, made, version=out._version)
+                self._aliases.add(Alias(out, made, version=out._version))
 
     def _tapped(self, out: Tensor, uses: list[Use], gathered: bool, given: Any, site: Site | None) -> Tensor:
-        references = [self._known[id(use.parameter)] for use in uses]
-        caught = [(use, r) for use, r in zip(uses, references, strict=True) if r.tracked.caught]
+        aliases = [self._aliases.of(use.parameter) for use in uses]
+        caught = [(use, r) for use, r in zip(uses, aliases, strict=True) if r.tracked.caught]
         if not caught:
             return out
         if self.given is not None:
@@ -375,19 +340,17 @@ class Capture(TorchFunctionMode):
             out = out.expand(bare.with_samples(self._now.num_samples, out.shape))
         saved: list[Tensor] = []
         call = Call(next(self._counter), self, out.shape, self._now, site)
-        for use, reference in caught:
+        for use, alias in caught:
             picks = []
             for tensor in use.inputs:
                 if all(tensor is not s for s in saved):
                     saved.append(tensor)
                 picks.append(next(i for i, s in enumerate(saved) if s is tensor))
-            form = use.form if reference.window is None else part(use.form, reference.window, reference.tracked.parameter)
+            form = use.form if alias.window is None else part(use.form, alias.window, alias.tracked.parameter)
             inputs = tuple(self._seen.setdefault(tensor, next(self._numbers)) for tensor in use.inputs)
-            differentiated = reference.tracked.differentiated
-            call.uses.append(
-                CallUse(reference.tracked, form, tuple(picks), inputs, gathered=gathered, differentiated=differentiated)
-            )
-        saved = [tensor.detach() if id(tensor) in self._known else tensor for tensor in saved]
+            differentiated = alias.tracked.differentiated
+            call.uses.append(CallUse(alias.tracked, form, tuple(picks), inputs, gathered=gathered, differentiated=differentiated))
+        saved = [tensor.detach() if tensor in self._aliases else tensor for tensor in saved]
         tapped = Tap.apply(writable(out, given), self.anchor, call, *saved)
         call.viewed = tapped.shape != out.shape
         return tapped.view(out.shape) if call.viewed else tapped
