@@ -3,11 +3,17 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 import threading
+from collections.abc import Callable
 from contextlib import AbstractContextManager
+from typing import ParamSpec, TypeVar
 
 import torch
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 class Eager:
@@ -26,6 +32,7 @@ class Eager:
         with self._lock:
             compiled = "torch._dynamo" in sys.modules  # importing it takes a second, and only then can anything be compiled
             if compiled and self._stance is None:
+                _refuse_compiled()
                 stance = torch.compiler.set_stance("force_eager")
                 stance.__enter__()
                 self._stance = stance
@@ -41,3 +48,25 @@ class Eager:
 
 
 EAGER = Eager()
+
+
+def _refuse_compiled() -> None:
+    """Raise ValueError where the caller is being compiled: its frames would be, too, whatever the stance."""
+    callback = torch._C._dynamo.eval_frame.get_eval_frame_callback()
+    if callback is not None and callback is not False:
+        raise ValueError(
+            "collect: must be entered outside of what torch.compile compiles, got a call inside of it; compile the model, or decorate the "
+            "function that measures with torch.compiler.disable"
+        )
+
+
+def uncompiled(function: Callable[P, R]) -> Callable[P, R]:
+    """A function that runs as it is written, with all that it calls, inside compiled functions too."""
+
+    @functools.wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        if "torch._dynamo" not in sys.modules:
+            return function(*args, **kwargs)
+        return torch.compiler.disable(function)(*args, **kwargs)
+
+    return run

@@ -314,4 +314,5 @@ def _digest(tensor: Tensor) -> int:
 
 
 def _moved(value: Any, device: torch.device) -> Any:
-    return _nested.mapped(value, lambda tensor: tensor.to(device))
+    """Autograd keeps no tensor that was made in inference mode, so of these it is a copy."""
+    return _nested.mapped(value, lambda tensor: tensor.to(device, copy=tensor.is_inference()))

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -10,15 +11,19 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from fisherfast._nested import tensors
 from fisherfast.rules import Form, Window
-from fisherfast.tracked import Bare, Tracked
+from fisherfast.tracked import Tracked, Unbatched
 
 Key = tuple[str, Window | None, int, int]  # parameter, part of it, number among the uses of that part, and how many they are
 
 
 @dataclass(frozen=True)
 class Site:
-    """A covered call that no sample seems to enter, recognised in every forward pass by its function and its parameters."""
+    """Identity of a covered call of parameters and of tensors that no parameter went into, by which it is recognised in later forward passes.
+
+    ``structure`` hashes the function and its parameters; ``lengths`` are the axis lengths of the other tensors, and no part of the identity.
+    """
 
     structure: int
     lengths: frozenset[int] = field(compare=False)  # of the axes of its other arguments
@@ -30,12 +35,16 @@ class Site:
 
 @dataclass(frozen=True, eq=False)
 class Decisions:
-    """What is in force in a forward pass, also where a part of it runs again in the backward pass."""
+    """The settings that a forward pass runs under.
+
+    Kept with its calls, because gradient checkpointing runs parts of that pass again during the backward pass, by when later decisions may
+    have been made.
+    """
 
     exploring: bool
     num_samples: int | None
     early: dict[Site, str]  # calls that no sample enters and whose results are followed like parameters; and why they are
-    ways: dict[str, tuple[bool, bool, Bare | None]]  # of each parameter; see ``Tracked.ways``
+    ways: dict[str, tuple[bool, bool, Unbatched | None]]  # of each parameter; see ``Tracked.ways``
 
 
 @dataclass
@@ -97,20 +106,45 @@ class Tap(torch.autograd.Function):
         return (g, None, None, *(None for _ in saved))
 
 
-def graph(root: Tensor, closed: bool = False) -> Iterator[Any]:
-    """All autograd nodes behind ``root``; ``closed``: without those behind a ``Door``."""
+def writable(out: Tensor, given: Any) -> Tensor:
+    """The tensor that a tap may mark as modified in place of ``out``: ``out`` itself, the base that it is a view of all of, or a copy.
+
+    Marking a tensor increments its version, so what the function was ``given``, and what shares memory with that, must not be marked.
+    """
+    base = out._base
+    if base is None:
+        return out.clone() if out.is_leaf and out.requires_grad else out
+    whole = base.numel() == out.numel() and base.is_contiguous() and out.is_contiguous()  # as of a linear map of sequences
+    mine = all(base is not leaf and base is not leaf._base for leaf in tensors(given))
+    return base if whole and mine else out.clone()
+
+
+def nodes(root: Tensor, closed: bool = False) -> Iterator[Any]:
+    """All autograd nodes behind ``root``; ``closed``: without those behind a ``Boundary``."""
     seen, stack = set(), [root.grad_fn]
     while stack:
         node: Any = stack.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
+        yield node
+        if closed and hasattr(node, "boundary"):
+            continue
+        stack.extend(parent for parent, _ in node.next_functions)
+
+
+def graph(root: Tensor, closed: bool = False) -> Iterator[Any]:
+    """The ``nodes`` behind a loss or a model's output. Errors: ValueError where they hide some."""
+    for node in nodes(root, closed):
         if type(node).__name__ == "CheckpointFunctionBackward":
             raise ValueError(
                 "model: gradient checkpointing must be torch's with use_reentrant=False, got use_reentrant=True, which hides the layers "
                 "from autograd; pass use_reentrant=False (Hugging Face: gradient_checkpointing_kwargs)"
             )
         yield node
-        if closed and hasattr(node, "door"):
-            continue
-        stack.extend(parent for parent, _ in node.next_functions)
+
+
+def in_parts(calls: list[Call]) -> set[str]:
+    """Names of the parameters of which several parts are used, each for itself."""
+    parts = {(use.tracked.name, use.window) for call in calls for use in call.uses}
+    return {name for name, count in Counter(name for name, _ in parts).items() if count > 1}

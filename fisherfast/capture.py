@@ -15,8 +15,7 @@ from __future__ import annotations
 import functools
 import inspect
 import itertools
-from collections import defaultdict
-from collections.abc import Callable, Container, Iterable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -24,19 +23,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from fisherfast._eager import EAGER
 from fisherfast._nested import replaced, tensors
-from fisherfast._under_way import Given
+from fisherfast._under_way import Given, under_way
 from fisherfast._warning import warn
-from fisherfast.calls import Call, CallUse, Decisions, Key, Site, Tap, graph
+from fisherfast.alias import Alias, Aliases, is_part, keeps_derivative
+from fisherfast.calls import Call, CallUse, Decisions, Key, Site, Tap, graph, nodes, writable
 from fisherfast.chosen_rows import ChosenRows
 from fisherfast.layout import Layout
+from fisherfast.parameters import measurable
 from fisherfast.rules import DECOMPOSITIONS, RULES, Use, Window, part
-from fisherfast.tracked import Bare, Made, Reference, Tracked
-from fisherfast.train_mode import CHANCE, DRAWING, Draws, is_parameter, refuse_chance, undivided, unwrapped
+from fisherfast.tracked import Made, Tracked
+from fisherfast.train_mode import CHANCE, DRAWING, Draws, is_parameter, refused_chance, undivided, unwrapped
+from fisherfast.uses import Uses, number
 
 _GRAD = vars(torch._C.TensorBase)["grad"]
 _DATA = vars(torch._C.TensorBase)["data"]
@@ -50,27 +51,14 @@ class Capture(TorchFunctionMode):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         root = unwrapped(model)
-        named = [(name, p) for name, p in root.named_parameters() if p.requires_grad]
-        _refuse_shards(root, named)
-        for name, p in named:
-            if kind := _unusual(p):
-                raise ValueError(
-                    f"{name}: must hold real numbers, got a parameter that is {kind}; freeze it (requires_grad_(False))"
-                )
-        if not named:
-            raise ValueError("model: must have a parameter with requires_grad=True, got none; nothing to measure")
-        devices = sorted({str(p.device) for _, p in named})
-        if len(devices) > 1:
-            raise ValueError(f"model: parameters must be on one device, got {devices}; move the model to one of them")
-        self.device = named[0][1].device
-        if self.device.type == "meta":
-            raise ValueError("model: parameters must hold numbers, got meta tensors; load the weights first")
+        named = measurable(root)
+        self.device = next(iter(named.values())).device
         self._root = root
         self._draws = Draws(root)
         self.given: Given | None = None  # what the model is called with, where someone asks
-        self._first = {id(p): p for _, p in named}  # held, so that no other gets the id of one
+        self._first = {id(p): p for p in named.values()}  # held, so that no other gets the id of one
         self._forgotten: dict[int, str] = {}  # names of parameters that are no longer tracked
-        self.tracked = {name: Tracked(name, p) for name, p in named}
+        self.tracked = {name: Tracked(name, p) for name, p in named.items()}
         names = {id(t.parameter): t.name for t in self.tracked.values()}
         self.aliases = {
             alias: names[id(p)]
@@ -109,14 +97,14 @@ class Capture(TorchFunctionMode):
         batch, where known; needed to expand. ``offsets``: where packed samples begin and end.
         """
         self.offsets, self.doubtful = offsets, False
+        self.without_graph: set[str] = set()  # names of parameters that were used where no graph is kept
         for tracked in self.tracked.values():
             tracked.begin(exploring)
         ways = {tracked.name: tracked.ways for tracked in self.tracked.values()}
         self._now = Decisions(exploring, num_samples, dict(self._early), ways)
         self._chosen = ChosenRows(num_samples)
         self._seen = WeakTensorKeyDictionary()  # inputs of calls, numbered
-        # Views are held while they are known by their id, which Python would give to another tensor.
-        self._references = {id(t.parameter): Reference(t.parameter, t) for t in self.tracked.values()}
+        self._aliases = Aliases(self.tracked.values())
 
     @contextmanager
     def again(self, root: Tensor) -> Iterator[None]:
@@ -144,29 +132,21 @@ class Capture(TorchFunctionMode):
         cast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16
         return cast or self._halves or any(t.parameter.dtype == torch.float16 for t in self.tracked.values())
 
-    def followed(self, root: Tensor) -> dict[str, Tracked]:
-        """The parameters, and what was made of them and used on the way to ``root``, by name."""
-        return {**self.tracked, **{use.tracked.name: use.tracked for call, _ in self.calls(root) for use in call.uses}}
-
-    def follow_further(self, root: Tensor, names: Container[str], reason: str) -> bool:
-        """From the next forward pass on, follow what is made of these, by calls that no sample comes into, as parameters; whether
-        there are such calls behind ``root``.
+    def follow_further(self, uses: Uses, names: Container[str], reason: str) -> bool:
+        """From the next forward pass on, treat what calls make of none but the parameters ``names``, where no sample comes in, as
+        parameters themselves. Returns whether the root of ``uses`` depends on any such call.
         """
-        calls = [call for call, _ in self.calls(root) if all(use.tracked.name in names for use in call.uses)]
+        calls = [call for call in uses.calls if all(use.tracked.name in names for use in call.uses)]
         sites = {call.site for call in calls if call.site is not None}
         if sites - self._early.keys():  # what is made of parameters is numbered, and will have other numbers
             self.layouts = {key: layout for key, layout in self.layouts.items() if key[0] in self.tracked}
         self._early.update((site, reason) for site in sites)
         return bool(sites)
 
-    def outdated(self, root: Tensor) -> bool:
-        """Whether the forward pass behind ``root`` came before something was decided that has been in force since."""
-        return bool(self._early) and any(call.site in self._early for call, _ in self.calls(root))
-
     def forget(self, name: str) -> None:
-        """Stop tracking a parameter; ``calls`` warns of the first root that it reaches."""
+        """Stop tracking a parameter; ``read`` warns of the first root that it reaches."""
         parameter = self.tracked.pop(name).parameter
-        del self._references[id(parameter)]
+        self._aliases.forget(parameter)
         self._forgotten[id(parameter)] = name
 
     def check_parameters(self) -> None:
@@ -213,22 +193,37 @@ class Capture(TorchFunctionMode):
         """Run ``func`` as ``_run`` does, unless it is one of those that leave no sample a gradient of its own."""
         kwargs = kwargs or {}
         if func in CHANCE:
-            refuse_chance(func, args, kwargs, lambda tensor: id(tensor) in self._references or is_parameter(tensor))
+            why = refused_chance(func, args, kwargs, lambda tensor: tensor in self._aliases or is_parameter(tensor))
+            if why and self._concerns((args, kwargs)):
+                raise ValueError(why)
         out = self._run(func, *undivided(func, args, kwargs))
         if func in DRAWING:
             self._draws.look(func, kwargs, out)
         return out
 
+    def _concerns(self, given: Any) -> bool:
+        """Whether a call is the measured model's: a module of it is running, or a tensor that it was given depends on a parameter."""
+        if under_way(self._root):
+            return True
+        leaves = {id(leaf) for t in self.tracked.values() for leaf in t.leaves}
+
+        def ours(node: Any) -> bool:
+            return self._call_of(node) is not None or id(getattr(node, "variable", None)) in leaves
+
+        return any(id(t) in leaves or t in self._aliases or any(map(ours, nodes(t))) for t in tensors(given))
+
     def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Run ``func``; where it receives tracked parameters, with their stand-ins and a tap."""
-        found = self._found(args) + self._found(kwargs.values())
+        found = self._aliases.among(args) + self._aliases.among(kwargs.values())
         if getattr(func, "__self__", None) is _DATA:
-            self._leave_written_behind(args[0])
-            found = self._found(args)
+            self._aliases.give_up_copies_of(args[0])
+            found = self._aliases.among(args)
         if not found or _without_a_graph(func):
             out = func(*args, **kwargs)
-            for reference in found:
-                reference.tracked.follow()
+            for alias in found:
+                alias.tracked.follow()
+                if not torch.is_grad_enabled():
+                    self.without_graph |= {source.name for source in alias.tracked.sources}
             self._chosen.follow(func, args, kwargs, out)
             return out
         if getattr(func, "__name__", "") == "__get__" and not isinstance(func(*args, **kwargs), Tensor):
@@ -256,39 +251,7 @@ class Capture(TorchFunctionMode):
             self._chosen.add(tapped)
         return tapped
 
-    def _found(self, items: Iterable[Any]) -> list[Reference]:
-        found = []
-        for item in items:
-            if isinstance(item, Tensor):
-                reference = self._references.get(id(item))
-                if reference is not None and not self._left(reference):
-                    found.append(reference)
-            elif isinstance(item, (tuple, list)):
-                found += self._found(item)
-            elif isinstance(item, dict):
-                found += self._found(item.values())
-        return found
-
-    def _left(self, reference: Reference) -> bool:
-        """Whether a copy of a parameter was changed in place, and so is left to autograd."""
-        if reference.changed:
-            self._leave(reference, "a copy of it that is changed in place")
-        return reference.changed
-
-    def _leave_written_behind(self, tensor: Tensor) -> None:
-        """Leave copies to autograd whose memory ``.data`` is asked for: what is written through it changes no version."""
-        if tensor.layout is not torch.strided or torch._C._are_functorch_transforms_active():
-            return
-        memory = tensor.untyped_storage()._cdata
-        for other in list(self._references.values()):
-            if other.copied and other.tensor.layout is torch.strided and other.tensor.untyped_storage()._cdata == memory:
-                self._leave(other, "a copy of it that is changed through .data")
-
-    def _leave(self, reference: Reference, reason: str) -> None:
-        self._references.pop(id(reference.tensor), None)
-        reference.tracked.give_up(reason)
-
-    def _covered(self, func: Any, args: Any, kwargs: Any, found: list[Reference]) -> list[Use] | None:
+    def _covered(self, func: Any, args: Any, kwargs: Any, found: list[Alias]) -> list[Use] | None:
         """The uses the function's rule declares, or None unless they cover every tracked argument exactly once.
 
         What was made of parameters may also be what the others are used on: then it holds samples, and is no parameter.
@@ -299,18 +262,18 @@ class Capture(TorchFunctionMode):
             declared = RULES[func](*args, **kwargs)  # a generator: nothing in it has run yet
         except TypeError:
             return None  # not the form that the rule is written for: ``out=``, or arguments of old
-        uses = [u for u in declared if id(u.parameter) in self._references]
+        uses = [u for u in declared if u.parameter in self._aliases]
         covered = [id(u.parameter) for u in uses]
         others = [r for r in found if id(r.tensor) not in covered]
         if not uses or len(covered) != len(found) - len(others):
             return None
         if not all(isinstance(r.tracked, Made) for r in others):
             return None
-        for reference in others:
-            reference.tracked.give_up(f"no rule for {_name(func)} of what is made of it")
+        for alias in others:
+            alias.tracked.give_up(f"no rule for {_name(func)} of what is made of it")
         return uses
 
-    def _site(self, func: Any, args: Any, kwargs: Any, found: list[Reference]) -> Site | None:
+    def _site(self, func: Any, args: Any, kwargs: Any, found: list[Alias]) -> Site | None:
         """The site of a covered call that no sample enters; None if one does, or if nobody will ask for it."""
         if not (self._now.exploring or self._now.early) or not self._before_samples(args, kwargs, found):
             return None
@@ -318,15 +281,13 @@ class Capture(TorchFunctionMode):
         others = [tensor for tensor in tensors((args, kwargs)) if id(tensor) not in mine]
         return Site(_structure(func, found), frozenset(itertools.chain(*(tensor.shape for tensor in others))))
 
-    def _before_samples(self, args: Any, kwargs: Any, found: list[Reference]) -> bool:
+    def _before_samples(self, args: Any, kwargs: Any, found: list[Alias]) -> bool:
         """Whether a call is of parameters alone, or of them and tensors that no parameter went into."""
         mine = {id(r.tensor) for r in found}
         others = (leaf for leaf in tensors((args, kwargs)) if id(leaf) not in mine)
         return torch.is_grad_enabled() and not any(leaf.requires_grad for leaf in others)
 
-    def _uncovered(
-        self, func: Any, args: Any, kwargs: Any, found: list[Reference], reason: str, alone: bool | None = None
-    ) -> Any:
+    def _uncovered(self, func: Any, args: Any, kwargs: Any, found: list[Alias], reason: str, alone: bool | None = None) -> Any:
         stand_ins = {id(r.tensor): r.outside() for r in found}
         alone = self._before_samples(args, kwargs, found) if alone is None else alone
 
@@ -338,47 +299,36 @@ class Capture(TorchFunctionMode):
             out = make(stand_ins[id(found[0].tensor)])
         written = tensors((args, kwargs) if out is None else out)  # t[...] = parameter returns nothing
         outputs = [o for o in written if o.requires_grad]
-        if len(found) == 1 and outputs and not found[0].made and all(self._is_part(o, found[0].tracked) for o in outputs):
+        if len(found) == 1 and outputs and not found[0].made and all(is_part(o, found[0].tracked.parameter) for o in outputs):
             for o in outputs:
                 window = Window.of(o, found[0].tracked.parameter)
-                self._references[id(o)] = Reference(o, found[0].tracked, window, version=o._version)
-        elif len(found) == 1 and outputs and _keeps_derivative(func, args, kwargs, out):
+                self._aliases.add(Alias(o, found[0].tracked, window, version=o._version))
+        elif len(found) == 1 and outputs and keeps_derivative(func, args, kwargs, out):
             made = (*found[0].made, make)
-            self._references[id(out)] = replace(found[0], tensor=out, made=made, version=out._version)
+            self._aliases.add(replace(found[0], tensor=out, made=made, version=out._version))
         elif outputs and alone and out is not None:
             self._make(func, outputs, found, reason)
         elif outputs:
-            for reference in found:
-                reference.tracked.give_up(reason)
-        for reference in found:
-            self._left(reference)
+            for alias in found:
+                alias.tracked.give_up(reason)
+        for alias in found:
+            self._aliases.left(alias)
         return out
 
-    def _make(self, func: Any, outputs: list[Tensor], found: list[Reference], reason: str) -> None:
+    def _make(self, func: Any, outputs: list[Tensor], found: list[Alias], reason: str) -> None:
         """Follow what a call has made of parameters alone as parameters."""
         sources = tuple({t.name: t for r in found for t in r.tracked.sources}.values())
         lost = not all(t.caught for t in sources) or any(out.layout is not torch.strided or out.is_nested for out in outputs)
         for source in sources:
             source.give_up(reason) if lost else source.chain(reason)
         for out in outputs:
-            if not lost and id(out) not in self._references:
+            if not lost and out not in self._aliases:
                 made = Made(_name(func), out, sources, _structure(func, found))
-                self._references[id(out)] = Reference(out, made, version=out._version)
-
-    def _is_part(self, out: Tensor, tracked: Tracked) -> bool:
-        """Whether ``out`` is memory of the parameter, each number at most once."""
-        whole = tracked.parameter
-        return (
-            out.layout is torch.strided  # a sparse one has no memory of its own
-            and whole.is_contiguous()
-            and out.dtype == whole.dtype
-            and out.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
-            and _apart(out)
-        )
+                self._aliases.add(Alias(out, made, version=out._version))
 
     def _tapped(self, out: Tensor, uses: list[Use], gathered: bool, given: Any, site: Site | None) -> Tensor:
-        references = [self._references[id(use.parameter)] for use in uses]
-        caught = [(use, r) for use, r in zip(uses, references, strict=True) if r.tracked.caught]
+        aliases = [self._aliases.of(use.parameter) for use in uses]
+        caught = [(use, r) for use, r in zip(uses, aliases, strict=True) if r.tracked.caught]
         if not caught:
             return out
         if self.given is not None:
@@ -390,42 +340,51 @@ class Capture(TorchFunctionMode):
             out = out.expand(bare.with_samples(self._now.num_samples, out.shape))
         saved: list[Tensor] = []
         call = Call(next(self._counter), self, out.shape, self._now, site)
-        for use, reference in caught:
+        for use, alias in caught:
             picks = []
             for tensor in use.inputs:
                 if all(tensor is not s for s in saved):
                     saved.append(tensor)
                 picks.append(next(i for i, s in enumerate(saved) if s is tensor))
-            form = use.form if reference.window is None else part(use.form, reference.window, reference.tracked.parameter)
+            form = use.form if alias.window is None else part(use.form, alias.window, alias.tracked.parameter)
             inputs = tuple(self._seen.setdefault(tensor, next(self._numbers)) for tensor in use.inputs)
-            differentiated = reference.tracked.differentiated
-            call.uses.append(
-                CallUse(reference.tracked, form, tuple(picks), inputs, gathered=gathered, differentiated=differentiated)
-            )
-        saved = [tensor.detach() if id(tensor) in self._references else tensor for tensor in saved]
-        tapped = Tap.apply(_own(out, given), self.anchor, call, *saved)
+            differentiated = alias.tracked.differentiated
+            call.uses.append(CallUse(alias.tracked, form, tuple(picks), inputs, gathered=gathered, differentiated=differentiated))
+        saved = [tensor.detach() if tensor in self._aliases else tensor for tensor in saved]
+        tapped = Tap.apply(writable(out, given), self.anchor, call, *saved)
         call.viewed = tapped.shape != out.shape
         return tapped.view(out.shape) if call.viewed else tapped
 
     # -- the graph behind a loss
 
-    def chosen(self, root: Tensor) -> set[Key]:
-        """The uses whose rows were chosen by data."""
-        return {use.key for call, _ in self.calls(root) for use in call.uses if use.gathered}
+    def read(self, root: Tensor) -> Uses:
+        """The uses that ``root`` depends on, read off the graph, so a forward pass that is never differentiated counts for nothing.
 
-    def calls(self, root: Tensor) -> list[tuple[Call, Any]]:
-        """The taps that ``root`` depends on, in the order of the forward pass, each with its autograd node.
+        It also brings up to date what is known of parameters, once and for all that follows:
 
-        Read off the graph, so a forward pass that is never differentiated counts for nothing. Also numbers what was made of
-        parameters, and the uses of each, or of a part of one, in this order: a use's key ends with its number, and with how many there are. A
-        parameter with a use that was not caught, because no function shows it, goes to the fallback; one of which something was
-        made and used is in the chain rule, whatever was decided since.
+        * What was made of parameters is named and numbered in the order of the forward pass, and so are the uses of each parameter, or of
+          a part of one: a use's key ends with its number, and with how many there are.
+        * A parameter with a use that was not caught, because no function shows it, goes to the fallback; one of which something was made
+          and used is in the chain rule, whatever was decided since.
+        * A parameter that was forgotten and is reached nonetheless has a warning, once.
         """
+        found = self._taps(root)
+        calls = [call for call, _ in found]
+        number(calls)
+        outdated = bool(self._early) and any(call.site in self._early for call in calls)
+        return Uses(root, calls, [node for _, node in found], self.tracked, outdated)
+
+    def _taps(self, root: Tensor) -> list[tuple[Call, Any]]:
+        """The calls behind ``root``, each with its tap; gives up the parameters that are seen without one, and warns of forgotten ones."""
         found = []
         uncaught = {id(leaf): t for t in self.tracked.values() for leaf in (t.outer, t.parameter)}
         for node in graph(root, closed=True):
-            if (call := self._call_of(node)) is not None:
-                found.append((call, node))
+            call = getattr(node, "call", None)
+            if isinstance(call, Call):
+                if call.capture is not self:
+                    self._refuse_shared(call)
+                else:
+                    found.append((call, node))
             leaf = id(getattr(node, "variable", None))
             if leaf in self._forgotten:
                 warn(
@@ -435,80 +394,21 @@ class Capture(TorchFunctionMode):
             hidden = uncaught.get(leaf)
             if hidden is not None:
                 hidden.give_up("a use that no torch function shows")
-        found.sort(key=lambda pair: pair[0].index)
-        numbers: defaultdict[tuple[str, Window | None], int] = defaultdict(int)
-        made: defaultdict[str, list[Made]] = defaultdict(list)
-        for call, _ in found:
-            for use in call.uses:
-                one = use.tracked
-                if isinstance(one, Made) and all(one is not other for other in made[one.kind]):
-                    made[one.kind].append(one)
-                    one.name = f"{one.kind} ({len(made[one.kind])})"
-                    one.chain(one.reason)
-                numbers[use.tracked.name, use.window] += 1
-        seen: defaultdict[tuple[str, Window | None], int] = defaultdict(int)
-        for call, _ in found:
-            for use in call.uses:
-                which = (use.tracked.name, use.window)
-                use.key = (*which, seen[which], numbers[which])
-                seen[which] += 1
-        return found
+        return sorted(found, key=lambda pair: pair[0].index)
+
+    def _refuse_shared(self, call: Call) -> None:
+        """Raise ValueError if the call, which another capture caught, is of a parameter of this one."""
+        theirs = {id(source.parameter) for use in call.uses for source in use.tracked.sources}
+        for tracked in self.tracked.values():
+            if id(tracked.parameter) in theirs:
+                raise ValueError(
+                    f"{tracked.name}: must be caught by one collect, got a loss in which it was caught by another; give all structures to one, "
+                    "collect(model, ff.Diagonal(), ff.KFAC()), or run the model in the block of one alone"
+                )
 
     def _call_of(self, node: Any) -> Call | None:
         call = getattr(node, "call", None)
         return call if isinstance(call, Call) and call.capture is self else None
-
-    def only_broadcast(self, root: Tensor, name: str) -> bool:
-        """Whether all that ``root`` makes of a parameter's uses is sums and products that have the sample axis in front, where a
-        use that is expanded has it.
-        """
-        nodes = list(graph(root))
-        taps = {node: call for call, node in self.calls(root) if any(use.tracked.name == name for use in call.uses)}
-        firsts = ((node, node.next_functions[0][0]) for node in nodes if node.next_functions)
-        views = {node: taps[tap] for node, tap in firsts if tap in taps and taps[tap].viewed}
-        outputs = {node: call for node, call in taps.items() if not call.viewed} | views
-        consumed = ((node, outputs[parent]) for node in nodes for parent, _ in node.next_functions if parent in outputs)
-        return all(
-            type(node).__name__ in {"AddBackward0", "SubBackward0", "MulBackward0"}
-            and len(node._input_metadata[0].shape) == len(Bare.of(call.shape).with_samples(1, call.shape))
-            for node, call in consumed
-        )
-
-    def first_non_finite(self, root: Tensor) -> str | None:
-        """The parameter whose call first received an input that is not finite, by the tensors the graph still holds."""
-        for call, node in self.calls(root):
-            if any(s.is_floating_point() and not torch.isfinite(s).all() for s in node.saved_tensors):
-                return call.uses[0].tracked.name
-        return None
-
-
-def _unusual(parameter: Tensor) -> str | None:
-    """What a parameter is whose gradient is not one number for each of its entries."""
-    if parameter.layout is not torch.strided:
-        return "sparse"
-    if parameter.is_inference():
-        return "made in inference mode"
-    if parameter.is_complex():
-        return "complex"
-    return None if parameter.numel() else "empty"
-
-
-def _refuse_shards(model: nn.Module, named: list[tuple[str, nn.Parameter]]) -> None:
-    """Raise ValueError where a parameter is a share of one, or made of several tensors: it is not what functions receive."""
-    kinds = {type(p).__name__ for _, p in named if is_traceable_wrapper_subclass(p)}  # DTensor, and those of quantisation
-    kinds |= {type(module).__name__ for module in model.modules()} & {"FullyShardedDataParallel"}
-    if kinds:
-        raise ValueError(
-            f"model: parameters must be whole tensors of their own, got {' and '.join(sorted(kinds))}; measure the model before it is "
-            "sharded or quantised, with a share of the data on each rank, and pool with all_reduce"
-        )
-
-
-_COPIES = {
-    *(getattr(Tensor, name) for name in ("to", "type", "type_as", "float", "double", "half", "bfloat16", "contiguous", "clone")),
-    torch.clone,
-}
-_SUMS = {torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__}
 
 
 @functools.cache
@@ -535,31 +435,14 @@ def _without_a_graph(func: Any) -> bool:
     return not torch.is_grad_enabled() or getattr(func, "__name__", "") == "__set__" or getattr(func, "__self__", None) is _GRAD
 
 
-def _apart(tensor: Tensor) -> bool:
-    """Whether no two of its entries are one number, as they are in what ``expand`` and, of overlapping windows, ``unfold`` return."""
-    reach = 0
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if size > 1:
-            if stride <= reach:
-                return False
-            reach += (size - 1) * stride
-    return True
-
-
 def _name(func: Any) -> str:
     return getattr(func, "__name__", str(func))
 
 
-def _structure(func: Any, found: list[Reference]) -> int:
+def _structure(func: Any, found: list[Alias]) -> int:
     # A part of what was made of parameters is larger in longer batches: that it is a part is all that stays.
     windows = (r.window is not None if isinstance(r.tracked, Made) else r.window for r in found)
     return hash((_name(func), *((r.tracked.structure, window) for r, window in zip(found, windows, strict=True))))
-
-
-def _keeps_derivative(func: Any, args: Any, kwargs: Any, out: Any) -> bool:
-    """Whether a function of one parameter changes its dtype, its place in memory, or its values by a constant, only."""
-    constant = all(isinstance(a, (int, float)) for a in (*args[1:], *kwargs.values()))
-    return isinstance(out, Tensor) and (func in _COPIES or (func in _SUMS and constant))
 
 
 def _kept(by: Hooks | None) -> AbstractContextManager[Any]:
@@ -571,16 +454,3 @@ def _kept(by: Hooks | None) -> AbstractContextManager[Any]:
 
 def _same(saved: Any) -> Any:
     return saved
-
-
-def _own(out: Tensor, given: Any) -> Tensor:
-    """What a tap may write in a function's output's place: itself, or all that it is a view of, or a copy.
-
-    A tap writes its output's version; what a function was given, and a view of it shares memory with, stays untouched.
-    """
-    base = out._base
-    if base is None:
-        return out.clone() if out.is_leaf and out.requires_grad else out
-    whole = base.numel() == out.numel() and base.is_contiguous() and out.is_contiguous()  # as of a linear map of sequences
-    mine = all(base is not leaf and base is not leaf._base for leaf in tensors(given))
-    return base if whole and mine else out.clone()

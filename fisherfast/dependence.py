@@ -71,8 +71,8 @@ def _apart(a: Tensor, b: Tensor) -> Tensor:
 def same_but_rounding(a: Tensor, b: Tensor, eps: float) -> bool:
     """Whether outputs ``[N, ...]`` of the same samples differ by rounding only.
 
-    It is held against an output itself, and against how far samples are apart in the outputs that differ at all: one of -1e9 that masks,
-    or a large offset, says nothing of the others.
+    Rounding is a difference below ``eps (4 |b| + 16 scale)``; ``scale`` is the median, over the output entries that differ at all, of the
+    range across samples. Entries that are equal are left out of it, so that one of -1e9 that masks, or a large offset, hides no difference.
     """
     if a.shape != b.shape:
         return False

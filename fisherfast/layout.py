@@ -119,10 +119,11 @@ class Gathered:
 
 
 class Tags:
-    """Factors for the samples' parts of the gradient at the root: for each pass ``2^digit`` of the sample's number.
+    """Powers of two by which each sample's part of the root gradient is multiplied, so that its rows can be recognised: in pass k,
+    ``2^(step * digit_k)`` with digit_k the k-th digit of the sample's number in ``base``.
 
-    ``narrow``: gradients pass through float16, which has little room for factors and rounds small numbers. ``large``: they are as
-    large there as they may be, by a loss scale, so that no factor is above 1.
+    ``narrow``: gradients pass through float16, which has little room, so factors are fewer and smaller. ``large``: they are as large there
+    as they may be, by a loss scale, so factors are divided by the largest and none exceeds 1.
     """
 
     def __init__(self, N: int, few: int, narrow: bool = False, large: bool = False) -> None:

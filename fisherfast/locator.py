@@ -39,10 +39,11 @@ class Locator:
         self._capture.layouts.update((key, found.layout) for key, found in findings.items() if found.layout is not None)
 
     def begin(self, uses: Iterable[CallUse], N: int, every: bool, positions: int | None = None) -> tuple[set[Key], set[Key]]:
-        """Start a batch. Returns the uses whose rows have no known layout, and those whose rows have one that is to be looked at.
+        """Start a batch. Returns ``(unlocated, again)``: the uses without a known layout, and those whose known layout is to be checked in
+        this batch.
 
-        ``every``: its samples have no padding and no weights, so rows without a gradient may be any sample's inputs. ``positions``: as
-        many as the mask says something of.
+        ``every``: no padding and no sample weights, so a row without a gradient may be counted as any sample's input. ``positions``: the
+        length of the mask.
         """
         self.batches += 1
         self._every, self._positions = every, positions
@@ -133,8 +134,10 @@ class Locator:
         return max(possible, key=lambda layout: others[layout])
 
     def without_gradient(self, use: CallUse, rows: Rows, N: int) -> Rows | None:
-        """Rows none of which has a gradient, in the order of any samples, or as most others lie if a mask is of them; None if they may
-        be padding that no mask is of.
+        """Rows of a use none of whose rows has a gradient, so that tags cannot tell the samples.
+
+        Without padding it does not matter whose they are, and the last sample gets them; with a mask they take the layout that most other
+        uses have. None if they may be padding that no mask describes: then they are left out.
         """
         nobodys = torch.full(rows.g.shape[: rows.g.dim() - use.form.features], UNKNOWN, device=rows.g.device)
         if self._every:
@@ -174,8 +177,12 @@ class Locator:
 
 
 def mixing(findings: dict[Key, Finding], parameters: Container[str], chosen: Container[Key]) -> set[str]:
-    """The parameters that have rows of several samples; or rows that lie nowhere though the data have not ``chosen`` them, if all its uses
-    show one sample's gradient at most: others may come. What is made of parameters, too, where it has no layout: it may hold samples.
+    """Names of the parameters, and of what is made of them, whose rows cannot be assigned to samples, because for one of their uses
+
+    * a row depends on several samples, or
+    * no layout fits, the data have not ``chosen`` the rows, and all uses show one sample's gradient at most (others may follow in later
+      batches), or
+    * it is made of ``parameters`` and has no layout: it may hold samples.
     """
     owners: defaultdict[str, set[int]] = defaultdict(set)
     for key, finding in findings.items():

@@ -8,7 +8,7 @@ likelihoods or of what a collector computes.
 from __future__ import annotations
 
 import math
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, combinations
@@ -25,6 +25,7 @@ from fisherfast.layout import PROBED, UNKNOWN, Finding, Sightings, Tags
 from fisherfast.locator import Locator
 from fisherfast.rules import Form, Rows, Window, combines, joined
 from fisherfast.tracked import Tracked
+from fisherfast.uses import Uses
 
 Group = tuple[str, Window | None]  # a parameter, or a part of it
 _MOST_CHAINED, _CHAINED_BYTES = 16, 2**26  # samples, and bytes of their gradients, at a time
@@ -129,18 +130,29 @@ class Passes:
         variables = (getattr(node, "variable", None) for node in graph(root))
         return {leaves[id(variable)] for variable in variables if id(variable) in leaves}
 
-    def probe(self, root: Tensor, cotangent: Tensor, few: int = PROBED, large: bool = False) -> dict[Key, Finding]:
-        """Tag the first ``few`` samples and find out which rows of each use are whose, and their layouts; keeps the graph.
+    def probe(self, uses: Uses, cotangent: Tensor, large: bool = False) -> dict[Key, Finding]:
+        """Tag the first few samples and find out which rows of each use are whose, and their layouts; keeps the graph.
 
-        ``root`` and ``cotangent`` have the sample axis first.
+        The root and ``cotangent`` have the sample axis first.
         """
-        N = root.shape[0]
-        tags = Tags(N, few, self.capture.narrow, large)
+        root, N = uses.root, uses.root.shape[0]
+        tags = Tags(N, PROBED, self.capture.narrow, large)
         one = Pass(_each_times(cotangent, torch.arange(N, device=root.device) < tags.few))
         numbers = self._numbers(root, one, self._tag(root, one, tags))
         findings = {key: Finding.of(found, N, self.capture.offsets) for key, found in numbers.items()}
         self.locator.learn(findings)
         return findings
+
+    def first_non_finite(self, root: Tensor, one: Pass) -> str | None:
+        """The parameter that a pass first brings a gradient that is not finite; keeps the graph."""
+        found: list[str] = []
+
+        def listen(call: Call, g: Tensor | None, saved: tuple[Tensor, ...]) -> None:
+            if not found and g is not None and not bool(g.isfinite().all()):
+                found.append(call.uses[0].tracked.name)
+
+        self._backward(root, one.cotangent, listen, keep=True)
+        return next(iter(found), None)
 
     def _numbers(self, root: Tensor, one: Pass, sightings: Mapping[Key, Sightings]) -> dict[Key, Tensor]:
         """Of each use that tagged passes saw, the sample of every row: the same pass without tags."""
@@ -157,7 +169,6 @@ class Passes:
 
     def _tag(self, root: Tensor, one: Pass, tags: Tags, keys: set[Key] | None = None) -> dict[Key, Sightings]:
         """The tagged passes: what they show of each use, or of those named."""
-        self.capture.calls(root)
         sightings: defaultdict[Key, Sightings] = defaultdict(lambda: Sightings(tags))
         for factor in tags.factors(root.device):
 
@@ -175,8 +186,8 @@ class Passes:
         return self._tag(root, one, Tags(N, N, self.capture.narrow, one.loss_scale > 1), keys)
 
     def _leaking(self, batch: _Batch, one: Pass, keys: set[Key]) -> set[Key]:
-        """Those of the uses whose layout gives one half of the samples rows of the other: one pass without that half, where tags
-        would take several. Rows of samples that are left out have no gradient at all.
+        """A cheap check of known layouts, one backward pass where tags would take several: half of the samples get a gradient of zero, so
+        by a right layout all rows of that half are zero. Returns the uses where some are not, or whose rows do not fit the layout.
         """
         N, suspects, leaks = batch.N, set(), {}
         order = torch.randperm(N, generator=torch.Generator().manual_seed(self.locator.batches))
@@ -197,13 +208,12 @@ class Passes:
         found = torch.stack(list(leaks.values())).tolist() if leaks else []
         return suspects | {key for key, leaking in zip(leaks, found, strict=True) if leaking}
 
-    def route_mixed_forms(self, calls: Sequence[Call]) -> None:
+    def route_mixed_forms(self, uses: Uses) -> None:
         """Of parameters that are used in forms which do not combine, sum the sample gradients over the uses."""
-        uses: defaultdict[str, list[CallUse]] = defaultdict(list)
-        for call in calls:
-            for use in call.uses:
-                uses[use.tracked.name].append(use)
-        several = {name: mine for name, mine in uses.items() if len(mine) > 1 and not mine[0].tracked.in_chain}
+        of_each: defaultdict[str, list[CallUse]] = defaultdict(list)
+        for use in uses.all:
+            of_each[use.tracked.name].append(use)
+        several = {name: mine for name, mine in of_each.items() if len(mine) > 1 and not mine[0].tracked.in_chain}
         for name, mine in several.items():
             ways = (name, len(mine), frozenset((use.window, use.form) for use in mine))
             if ways in self._combine:
@@ -218,27 +228,25 @@ class Passes:
 
     def run(
         self,
-        root: Tensor,
+        uses: Uses,
         passes: Iterable[Pass],
         count: int,
         keep: bool = False,
         every: bool = True,
         positions: int | None = None,
         support: Callable[[], Pass] | None = None,
-        calls: list[Call] | None = None,
-    ) -> list[Call]:
+    ) -> None:
         """Back-propagate ``count`` passes and hand each parameter's rows, all its uses joined, to the collectors.
 
         ``every``, ``positions``: see ``Locator.begin``. ``support``: makes a pass that gives a gradient to every row that any of several passes gives
-        one; rows chosen by the data are those, in each of them. ``calls``: that the root depends on, if they are known; they are returned.
+        one; rows chosen by the data are those, in each of them.
         """
-        calls = [call for call, _ in self.capture.calls(root)] if calls is None else calls
-        self.route_mixed_forms(calls)
+        root = uses.root
+        self.route_mixed_forms(uses)
         groups: defaultdict[Group, list[CallUse]] = defaultdict(list)
-        for call in calls:
-            for use in call.uses:
-                if use.tracked.fallback is None or use.tracked.in_chain:
-                    groups[use.key[:2]].append(use)
+        for use in uses.all:
+            if use.tracked.fallback is None or use.tracked.in_chain:
+                groups[use.key[:2]].append(use)
         windows: defaultdict[str, set[Window | None]] = defaultdict(set)
         for name, window in groups:
             windows[name].add(window)
@@ -261,7 +269,6 @@ class Passes:
             for folded in filter(None, batch.folded.values()):
                 for use, rows in folded.rows():
                     self._hand_over(use.tracked, use.form, use.form.oriented(self.locator.samples_first(use, rows, N)), 1.0, 0)
-        return calls
 
     def _owners(self, root: Tensor, support: Pass, keys: set[Key]) -> dict[Key, Tensor]:
         """The samples of the rows of these uses, where any has a gradient."""
@@ -428,6 +435,13 @@ class Passes:
             # Gradient checkpointing runs parts of the forward pass again, and they must be caught again.
             with self.capture.again(root), torch._C._EnableTorchFunction(), self.capture:
                 return _run_backward((root,), (cotangent,), keep, False, tuple(inputs), True, accumulate_grad=False)
+        except RuntimeError as error:
+            if "selective activation checkpoint" not in str(error):
+                raise
+            raise ValueError(
+                "model: gradient checkpointing must be of whole parts, got torch's selective activation checkpointing, whose saved tensors are "
+                "good for one backward pass; leave out context_fn while the model is measured"
+            ) from error
         finally:
             self.capture.listener = None
 
@@ -438,12 +452,6 @@ def _rows(use: CallUse, g: Tensor, saved: tuple[Tensor, ...]) -> Rows:
 
 def _zeros(n: int, like: Tensor) -> Tensor:
     return torch.zeros((n, *like.shape), dtype=wide_dtype(like.dtype), device=like.device)
-
-
-def in_parts(calls: list[Call]) -> set[str]:
-    """Names of the parameters of which several parts are used, each for itself."""
-    parts = {(use.tracked.name, use.window) for call in calls for use in call.uses}
-    return {name for name, count in Counter(name for name, _ in parts).items() if count > 1}
 
 
 def _conflict(uses: list[CallUse]) -> str | None:

@@ -3,25 +3,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fisherfast.rules import Window
-
 
 @dataclass(frozen=True)
-class Bare:
-    """The output of a use that has no sample axis: its number of axes, and whether the first one is a place for it, of length 1."""
+class Unbatched:
+    """The shape of the output of a use without a sample axis: how many axes it has, and whether axis 0 has length 1 and can be expanded to N."""
 
     axes: int
     has_place: bool
 
     @classmethod
-    def of(cls, shape: torch.Size) -> Bare:
+    def of(cls, shape: torch.Size) -> Unbatched:
         """From the shape of an output that is known to have no sample axis."""
         return cls(len(shape), shape[:1] == (1,))
 
@@ -52,8 +49,8 @@ class Tracked:
         self.fallback: str | None = None  # why no op covers it
         # Whether all its uses are caught nonetheless: sample gradients are sums over them, by the chain rule.
         self.chained = False
-        self.expand: Bare | None = None  # give it a sample axis where it is used without one
-        self.expanding: Bare | None = None
+        self.expand: Unbatched | None = None  # give it a sample axis where it is used without one
+        self.expanding: Unbatched | None = None
         self.caught, self.differentiated = True, False  # these three as in force in this forward pass
 
     @property
@@ -88,12 +85,12 @@ class Tracked:
         self.differentiated = exploring or self.expand is not None or not self.caught
 
     @property
-    def ways(self) -> tuple[bool, bool, Bare | None]:
-        """The decisions that are in force."""
+    def ways(self) -> tuple[bool, bool, Unbatched | None]:
+        """``(caught, differentiated, expanding)`` as in force in this forward pass; assigned to restore those of an earlier one."""
         return self.caught, self.differentiated, self.expanding
 
     @ways.setter
-    def ways(self, ways: tuple[bool, bool, Bare | None]) -> None:
+    def ways(self, ways: tuple[bool, bool, Unbatched | None]) -> None:
         self.caught, self.differentiated, self.expanding = ways
 
     def follow(self) -> None:
@@ -126,7 +123,7 @@ class Made(Tracked):
         self.parameter, self._sources, self._structure = tensor, sources, structure
         self.reason = sources[0].fallback or ""  # why these are in the chain
         self.outer, self.detached = tensor, tensor.detach()
-        self.leaf = Door.apply(tensor) if any(t.differentiated for t in sources) else tensor
+        self.leaf = Boundary.apply(tensor) if any(t.differentiated for t in sources) else tensor
         self.fallback, self.chained, self.expand = "made of parameters", False, None
         self.caught, self.expanding = all(t.caught for t in sources), None
         self.differentiated = any(t.differentiated for t in sources)
@@ -161,13 +158,17 @@ class Made(Tracked):
         return [torch.zeros_like(t) if grad is None else grad for t, grad in zip(inputs, found, strict=True)]
 
 
-class Door(torch.autograd.Function):
-    """The identity on what was made of parameters, where a caught use begins: the graph behind it holds no uncaught use."""
+class Boundary(torch.autograd.Function):
+    """Identity node between what was made of parameters and the caught uses of it.
+
+    ``calls.graph(closed=True)`` does not look behind it: what is there was itself made of ``outer`` tensors, which anywhere else mark a use
+    that was not caught.
+    """
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor) -> Tensor:
         """A copy, because torch forbids a later use to write into a view made here."""
-        ctx.door = True
+        ctx.boundary = True
         ctx.set_materialize_grads(False)
         return tensor.clone()
 
@@ -175,42 +176,3 @@ class Door(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor | None) -> Tensor | None:
         """The gradient as it is."""
         return g
-
-
-@dataclass(frozen=True)
-class Reference:
-    """A tensor of the model's that is a parameter, a part of one (``window``), or such a part shifted, cast or copied (``made``).
-
-    What ``made`` makes of the part has the identity as its derivative, so a gradient of the one is a gradient of the other, as
-    long as nobody changes it in place: ``version`` is that of the tensor when it was made.
-    """
-
-    tensor: Tensor
-    tracked: Tracked
-    window: Window | None = None
-    made: tuple[Callable[[Tensor], Tensor], ...] = ()
-    version: int = 0
-
-    @property
-    def copied(self) -> bool:
-        """Whether it has memory of its own: it is no parameter, nor a part of one."""
-        return bool(self.made) or isinstance(self.tracked, Made)
-
-    @property
-    def changed(self) -> bool:
-        """Whether it is no longer what it was when it was made."""
-        return self.copied and self.tensor._version != self.version
-
-    def stand_in(self, leaf: bool) -> Tensor:
-        """The tensor that takes its place in a use that is caught: one that autograd differentiates, or one it does not."""
-        tensor = self._part_of(self.tracked.leaf if leaf else self.tracked.detached)
-        for make in self.made:
-            tensor = make(tensor)
-        return tensor
-
-    def outside(self) -> Tensor:
-        """The tensor that takes its place elsewhere; a copy is itself, for it may be changed."""
-        return self.tensor if self.made else self._part_of(self.tracked.outer)
-
-    def _part_of(self, whole: Tensor) -> Tensor:
-        return whole if self.window is None else self.window.of_tensor(whole)

@@ -258,9 +258,11 @@ def saved_by_the_graph(model, batch):
     found, given = {}, {t.data_ptr() for t in (*model.parameters(), *model.buffers(), *batch)}
     begin = Passes.run
 
-    def reading(self, root, *more, **options):
-        used = [use.tracked for call, _ in self.capture.calls(root) for use in call.uses]
-        made = [one.parameter for one in used if isinstance(one, Made)]  # of parameters: behind them the graph is kept as well
+    def reading(self, uses, *more, **options):
+        root = uses.root
+        made = [
+            use.tracked.parameter for use in uses.all if isinstance(use.tracked, Made)
+        ]  # of parameters: behind them the graph is kept as well
         tensors = [root]
         for node in itertools.chain(*map(graph, [root, *made])):
             fields = [getattr(node, field) for field in dir(node) if field.startswith("_saved_")]
@@ -270,7 +272,7 @@ def saved_by_the_graph(model, batch):
             {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t.dim()}
         )  # numbers are none
         found["gradient"] = root.nbytes
-        return begin(self, root, *more, **options)
+        return begin(self, uses, *more, **options)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Passes, "run", reading)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fisherfast._precision import wide_name
 from fisherfast.accumulator import Accumulator
-from fisherfast.calls import Call
+from fisherfast.calls import Call, in_parts
 from fisherfast.capture import Capture
 from fisherfast.collector import Cost, Held, Samples
 from fisherfast.fisher import units
@@ -25,7 +25,6 @@ from fisherfast.fisher.block_sums import BlockSums, DiagonalSums, GradientSums, 
 from fisherfast.fisher.exact_sums import ExactSums
 from fisherfast.fisher.kronecker import Place
 from fisherfast.fisher.units import Unit
-from fisherfast.passes import in_parts
 from fisherfast.rules import Convolution, Form, Lookup, Rows, Window
 from fisherfast.tracked import Tracked
 

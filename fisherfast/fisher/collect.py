@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fisherfast._names import listed
 from fisherfast._under_way import Given
 from fisherfast._warning import warn
-from fisherfast.calls import Call, Key, graph
+from fisherfast.calls import Key, graph
 from fisherfast.collector import Samples
 from fisherfast.fisher import interrupts
 from fisherfast.fisher.asked import requests
@@ -26,6 +26,7 @@ from fisherfast.likelihood import Likelihood, resolve, stored_name
 from fisherfast.locator import NO_AXIS, mixing
 from fisherfast.passes import Pass, check_loss_scale
 from fisherfast.train_mode import refuse_train_mode, unwrapped
+from fisherfast.uses import Uses
 
 _CHOOSING = {"Slice", "Split", "SplitWithSizes", "Index", "IndexSelect", "MaskedSelect", "Topk"}  # torch's nodes
 _OF_ROWS_ALONE = (Diagonal, PerSampleNorm, GradientMoments, Gradients)  # to which samples without a loss add nothing
@@ -133,25 +134,26 @@ class collect:
             if capture.given is not None:
                 self._warn_of_positions(loss.shape[0], capture.given.shapes)
                 capture.given = None
-            if not self._explored or capture.outdated(loss):
-                self._explore(loss)
-            calls = self._caught(loss)
-            self._warn_of_a_part(loss, again=any(call.counted for call in calls))
-            self._check_fallback(loss)
+            uses = capture.read(loss)
+            if not self._explored or uses.outdated:
+                self._explore(uses)
+            self._check_caught(uses)
+            self._warn_of_a_part(loss, again=any(call.counted for call in uses.calls))
+            self._check_fallback(uses)
             if self._fills and not run.batches:
                 self._warn_of_others(loss)
             if self._fills and run.engine is not None:
-                uses = (use for call in calls for use in call.uses)
-                run.engine.reached = run.passes.reached(loss) | {source.name for use in uses for source in use.tracked.sources}
+                sources = {source.name for use in uses.all for source in use.tracked.sources}
+                run.engine.reached = run.passes.reached(loss) | sources
             with interrupts.put_off():  # a batch counts as a whole
                 with run.transaction(Samples(N, padded=not every, exists=exists)):
                     looped = bool(run.looped)
                     one = self._pass(torch.ones_like(loss))
-                    run.passes.run(loss, [one], 1, keep=looped or retain_graph, every=every, calls=calls)
+                    run.passes.run(uses, [one], 1, keep=looped or retain_graph, every=every)
                     if looped:
                         with run.timed("loop"):
                             self._loop(loss)
-                    fresh = run.fresh(calls)
+                    fresh = run.fresh(uses.calls)
                 run.num_samples += N if fresh else 0
                 run.num_positions += N if fresh else 0
                 run.batches += 1
@@ -186,14 +188,13 @@ class collect:
             raise ValueError(f"collect: mask must be [N, L], which positions of {N} samples exist, got {shape}")
         return mask.to(self._run.capture.device).bool()
 
-    def _caught(self, loss: Tensor) -> list[Call]:
-        """The calls behind a loss. What is used where no function shows it is left to the fallback, with a warning if that is all.
+    def _check_caught(self, uses: Uses) -> None:
+        """What is used where no function shows it is left to the fallback, with a warning if that is all.
 
         Errors: ValueError if there is nothing.
         """
-        calls = [call for call, _ in self._run.capture.calls(loss)]
-        if calls:
-            return calls
+        if uses.calls:
+            return
         if not self._run.looped:
             raise ValueError(
                 "collect: the loss must depend on the model's parameters, got one that none of them reaches; run the model itself, "
@@ -203,7 +204,6 @@ class collect:
             "collect: the model should run in the block, got a loss in which no use of a parameter was caught; a loop over samples "
             "differentiates them all, which is slow",
         )
-        return calls
 
     def _warn_of_positions(self, N: int, calls: list[list[torch.Size]]) -> None:
         """A vector of the losses of all samples' positions makes each of these a sample, which is rarely meant."""
@@ -238,27 +238,29 @@ class collect:
                 f"of shapes {listed(map(str, others.values()))}, which get none; collect over all that is trained, nn.ModuleList([...]) say"
             )
 
-    def _explore(self, loss: Tensor) -> None:
+    def _explore(self, uses: Uses) -> None:
         """First batches: which parameters are reached, in which forms, and where their sample axis is."""
-        run = self._run
+        run, loss = self._run, uses.root
         if not run.batches:
             run.check_reached(loss)
-        run.note_uses(loss)
+        run.note_uses(uses)
         if loss.shape[0] > 1:
-            findings = run.passes.probe(loss, self._pass(torch.ones_like(loss)).cotangent, large=self._loss_scale > 1)
-            self._route_mixing(loss, findings, sorted(mixing(findings, run.capture.tracked, run.capture.chosen(loss))))
+            one = self._pass(torch.ones_like(loss))
+            findings = run.passes.probe(uses, one.cotangent, large=self._loss_scale > 1)
+            names = sorted(mixing(findings, run.capture.tracked, uses.chosen))
+            if names and (bad := run.passes.first_non_finite(loss, one)):  # which looks like a row of several samples
+                run.raise_not_finite_gradients(f"{bad!r}; nothing of this batch was added")
+            self._route_mixing(uses, findings, names)
             self._explored = not self._postponed
 
-    def _route_mixing(self, loss: Tensor, findings: dict[Key, Finding], names: list[str]) -> None:
+    def _route_mixing(self, uses: Uses, findings: dict[Key, Finding], names: list[str]) -> None:
         """Parameters without a sample axis where they are used.
 
         The forward pass is the user's and cannot be run again: loop over this batch's samples, and follow what is made of them from
         the next on, if there is more to follow. In a later batch an axis may be as long as the batch by chance.
         """
         capture = self._run.capture
-        followed = capture.followed(loss)
-        calls = [call for call, _ in capture.calls(loss)]
-        free = {use.key for call in calls if call.site and not call.site.may_hold(len(loss)) for use in call.uses}
+        free = {use.key for call in uses.calls if call.site and not call.site.may_hold(len(uses.root)) for use in call.uses}
         with_axis = {key[0] for key, one in findings.items() if one.mixes_samples and one.had_sample_axis and key not in free}
         for name in names:
             if name in with_axis and not self._run.batches:
@@ -267,19 +269,19 @@ class collect:
                     "have no per-sample gradient. If this is a table that has no sample axis but is as long as the batch, use ff.fisher, "
                     "which can tell, or another batch size"
                 )
-        further = capture.follow_further(loss, set(names) - with_axis, NO_AXIS)
+        further = capture.follow_further(uses, set(names) - with_axis, NO_AXIS)
+        followed = uses.followed
         for source in {source.name: source for name in names for source in followed[name].sources}.values():
             if further and not source.looped:
                 self._postponed.add(source.name)
             source.give_up(NO_AXIS)
 
-    def _check_fallback(self, loss: Tensor) -> None:
+    def _check_fallback(self, uses: Uses) -> None:
         """Raise ValueError if a parameter is to be differentiated by autograd, and is used where that is cut off."""
         looped = self._run.looped
         if not looped:
             return
-        uses = [use for call, _ in self._run.capture.calls(loss) for use in call.uses]
-        cut = {source.name for use in uses if not use.differentiated for source in use.tracked.sources}
+        cut = {source.name for use in uses.all if not use.differentiated for source in use.tracked.sources}
         late = [name for name in looped if name in cut]
         if late:
             raise ValueError(

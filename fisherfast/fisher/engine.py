@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fisherfast._precision import wide, wide_dtype
 from fisherfast.accumulator import Accumulator, RunningSum
-from fisherfast.calls import Call
+from fisherfast.calls import Call, in_parts
 from fisherfast.capture import Capture
 from fisherfast.collector import Cost, Held, Samples
 from fisherfast.fisher import ghost
@@ -19,7 +19,6 @@ from fisherfast.fisher._columns import Columns
 from fisherfast.fisher.protocol import layer_of
 from fisherfast.fisher.spread import Spread
 from fisherfast.fisher.structure import Structure
-from fisherfast.passes import in_parts
 from fisherfast.rules import Form, Rows, Window
 from fisherfast.tracked import Tracked
 

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
+from fisherfast._eager import uncompiled
 from fisherfast.batches import Batch, Output
 from fisherfast.calls import Call
 from fisherfast.collector import Samples
@@ -36,10 +37,12 @@ from fisherfast.likelihood import Likelihood, Predictions
 from fisherfast.locator import NO_AXIS, mixing
 from fisherfast.passes import Pass, check_loss_scale
 from fisherfast.readings import SameReadings
-from fisherfast.tracked import Bare, Tracked
+from fisherfast.tracked import Tracked, Unbatched
 from fisherfast.train_mode import refuse_train_mode, unwrapped
+from fisherfast.uses import Uses
 
 
+@uncompiled
 def fisher(
     model: nn.Module,
     data: Iterable[Any],
@@ -237,8 +240,8 @@ class Measurement:
                 detached = predictions.detached()
                 support = partial(self._support, detached)
                 positions = None if batch.mask is None or batch.mask.dim() != 2 else batch.mask.shape[1]
-                passes = self._passes(detached)
-                self.run.passes.run(predictions.values, passes, count, every=every, positions=positions, support=support)
+                passes, uses = self._passes(detached), self.capture.read(predictions.values)
+                self.run.passes.run(uses, passes, count, every=every, positions=positions, support=support)
                 self._fall_back(batch, output, predictions)
             self.run.num_samples += batch.N
             self.run.num_positions += predictions.num_positions
@@ -311,33 +314,33 @@ class Measurement:
                     "its samples; pass others as [1, ...], or expanded to [N, ...]"
                 )
             raise
+        uses = self.capture.read(values)
         if not self._explored:
-            self.run.note_uses(values)
+            self.run.note_uses(uses)
             if few.N < batch.N and self.run.passes.reached(values) < self.capture.tracked.keys():
                 everything, noted = self._values(batch), batch  # an expert may be none of the few samples'
                 self.run.check_reached(everything)
-                self.run.note_uses(everything)
+                self.run.note_uses(self.capture.read(everything))
             else:
                 self.run.check_reached(values)
-            calls = [call for call, _ in self.capture.calls(values)]
-            self.run.passes.route_mixed_forms(calls)
+            self.run.passes.route_mixed_forms(uses)
             self._explored = True
-            if few.N == 1 and few.offsets is None and _may_hide_a_table(calls):
+            if few.N == 1 and few.offsets is None and _may_hide_a_table(uses.calls):
                 alone = values.detach()
-                del values, calls  # with their graph: a sample may be all that fits
+                del values, uses  # with their graph: a sample may be all that fits
                 self._look_twice(few, alone)
                 return
         if few.N > 1:
-            mixing = self._probe(values)
+            mixing = self._probe(uses)
             if mixing:
-                self._resolve(few, values, mixing, noted)
+                self._resolve(few, uses, mixing, noted)
             self._probed = True
 
     def _values(self, few: Batch) -> Tensor:
         return self.forward(few, exploring=True)[1].values
 
-    def _probe(self, values: Tensor) -> set[str]:
-        return mixing(self.run.passes.probe(values, _noise(values)), self.capture.tracked, self.capture.chosen(values))
+    def _probe(self, uses: Uses) -> set[str]:
+        return mixing(self.run.passes.probe(uses, _noise(uses.root)), self.capture.tracked, uses.chosen)
 
     def _look_twice(self, one: Batch, values: Tensor) -> None:
         """A sample by itself does not show what has no sample axis, which decides about its block: in a batch of two copies it does.
@@ -349,8 +352,8 @@ class Measurement:
         model, two = self.model, one.repeated(0, 2)
         try:
             self.model = copy.deepcopy(model, {id(p): p for p in model.parameters()})
-            twice = self._values(two)
-            check_first(values, twice, self._precision(twice))
+            twice = self.capture.read(self._values(two))
+            check_first(values, twice.root, self._precision(twice.root))
             if mixing := self._probe(twice):
                 self._resolve(two, twice, mixing, one)
         except Exception:  # the model is anybody's, and may say anything to such a batch
@@ -358,36 +361,40 @@ class Measurement:
         finally:
             self.model = model
 
-    def _resolve(self, few: Batch, values: Tensor, mixing: set[str], noted: Batch) -> None:
+    def _resolve(self, few: Batch, uses: Uses, mixing: set[str], noted: Batch) -> None:
         """Parameters without a sample axis where they are used: expand them there, else follow them to where a sample comes in,
         else the fallback. ``noted``: the samples whose uses the collectors were shown.
         """
         hint = f"; rows that mix samples reach {sorted(mixing)[:3]}"
-        check_independent(self._values, few, values, self._precision(values), hint)
+        check_independent(self._values, few, uses.root, self._precision(uses.root), hint)
         if few.offsets is None:  # packed samples have no axis to expand to
-            mixing = self._not_expanded(few, values, mixing)
+            mixing = self._not_expanded(few, uses, mixing)
         further = False
-        while mixing and self.capture.follow_further(values, mixing, NO_AXIS):
-            values, further = self._values(few), True
-            mixing = self._probe(values)
-        followed = self.capture.followed(values)
+        while mixing and self.capture.follow_further(uses, mixing, NO_AXIS):
+            uses, further = self.capture.read(self._values(few)), True
+            mixing = self._probe(uses)
+        followed = uses.followed
         for name in mixing:
             followed[name].give_up(NO_AXIS)
         if further:  # their uses are others now
-            self.run.note_uses(values if noted is few else self._values(noted))
+            self.run.note_uses(uses if noted is few else self.capture.read(self._values(noted)))
 
-    def _not_expanded(self, few: Batch, values: Tensor, mixing: set[str]) -> set[str]:
-        followed = self.capture.followed(values)
+    def _not_expanded(self, few: Batch, uses: Uses, mixing: set[str]) -> set[str]:
+        followed, values = uses.followed, uses.root
         tracked = [followed[name] for name in mixing]
-        uses = [(call, use) for call, _ in self.capture.calls(values) for use in call.uses]
-        tables = {use.tracked.name for _, use in uses if use.form.op == "embedding_sq_"}  # of which few rows are looked up
-        bare = {one.name: {Bare.of(call.shape) for call, use in uses if use.tracked is one} for one in tracked}
+        tables = {use.tracked.name for use in uses.all if use.form.op == "embedding_sq_"}  # of which few rows are looked up
+        every = [(call, use) for call in uses.calls for use in call.uses]
+        bare = {one.name: {Unbatched.of(call.shape) for call, use in every if use.tracked is one} for one in tracked}
         for one in tracked:
-            can = not one.in_chain and (one.name in tables or self.capture.only_broadcast(values, one.name))
+            can = not one.in_chain and (one.name in tables or uses.only_broadcast(one.name))
             one.expand = next(iter(bare[one.name])) if can and len(bare[one.name]) == 1 else None
         try:
             expanded = self._values(few)
-            mixing = self._probe(expanded) if same_but_rounding(expanded, values, self._precision(values)) else mixing
+            mixing = (
+                self._probe(self.capture.read(expanded))
+                if same_but_rounding(expanded, values, self._precision(values))
+                else mixing
+            )
         except Exception:  # the model is anybody's, and may say anything to such a shape: this use cannot be expanded
             pass
         for one in tracked:

@@ -21,6 +21,7 @@ from fisherfast.fisher.protocol import Vector
 from fisherfast.fisher.run import model_name
 from fisherfast.layout import PROBED
 from fisherfast.likelihood import Likelihood, Predictions
+from fisherfast.parameters import measurable
 from fisherfast.readings import SameReadings
 from fisherfast.train_mode import WithoutChance, refuse_train_mode, unwrapped
 
@@ -66,11 +67,7 @@ class FisherOperator:
         self._model, self._data, self._output = unwrapped(model), data, output
         self._without_chance = WithoutChance(self._model)
         self._first = _arguments.whole("FisherOperator", "sample_offset", sample_offset)
-        self._parameters = {name: p for name, p in unwrapped(model).named_parameters() if p.requires_grad}
-        if not self._parameters:
-            raise ValueError("FisherOperator: model must have a parameter that asks for a gradient, got none")
-        if self.device.type == "meta":
-            raise ValueError("model: parameters must hold numbers, got meta tensors; load the weights first")
+        self._parameters = measurable(model)
         self._checked = False  # whether samples were seen not to depend on each other
         self.provenance = self._labelling.provenance(model_name(model))
         self.shapes: dict[str, torch.Size] = {name: p.shape for name, p in self._parameters.items()}

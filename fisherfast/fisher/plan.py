@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor, nn
 
+from fisherfast._eager import uncompiled
 from fisherfast.batches import Batch, Output
 from fisherfast.collector import Collector, Cost, Samples
 from fisherfast.fisher import memory
@@ -141,6 +142,7 @@ class Plan:
         return f"Plan({self.structure}, {rows}, {in_words(self.total_bytes)} of sums; {self._summary()})"
 
 
+@uncompiled
 def plan(
     model: nn.Module,
     batch: Any,
@@ -192,7 +194,7 @@ def plan(
         collector.begin(Samples(every, passes))  # as if all data were one batch: refuses what a run would refuse in the end
     sums = [collector.holds(passes) for collector in run.collectors]
     ledger = _Ledger(run.collectors, passes, whole.N)
-    Passes(capture, [ledger]).run(predictions.values, [Pass(torch.ones_like(predictions.values))], 1)
+    Passes(capture, [ledger]).run(capture.read(predictions.values), [Pass(torch.ones_like(predictions.values))], 1)
     for tracked in capture.tracked.values():
         if tracked.fallback is not None:
             ledger.note_whole(tracked)

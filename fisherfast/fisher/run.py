@@ -28,6 +28,7 @@ from fisherfast.fisher.structure import Structure
 from fisherfast.passes import Passes
 from fisherfast.tracked import Tracked
 from fisherfast.train_mode import unwrapped
+from fisherfast.uses import Uses
 
 _MANY = 0.01  # of the gradients of one parameter
 
@@ -97,6 +98,13 @@ class Run:
         if not lost:
             return
         if len(lost) == len(self.capture.tracked) or not self.allow_missing:
+            graphless = [name for name in lost if name in self.capture.without_graph]
+            if graphless:
+                raise ValueError(
+                    f"model: every parameter with requires_grad must reach the loss, got {len(graphless)} of {len(self.capture.tracked)} that "
+                    f"were used where autograd keeps no graph, {listed(graphless)}: in torch.no_grad(), or in gradient checkpointing with "
+                    "use_reentrant=True; pass use_reentrant=False, or freeze what is not to be measured (requires_grad_(False))"
+                )
             raise ValueError(
                 f"model: every parameter with requires_grad must reach the loss, got {len(lost)} of {len(self.capture.tracked)} that "
                 f"do not, {listed(lost)}; freeze them (requires_grad_(False)), begin with a batch that reaches all "
@@ -104,7 +112,10 @@ class Run:
                 "Calls inside an already compiled model are not seen: pass the model itself"
             )
         for name in lost:
-            self._leave_out(name, "missing: the loss does not depend on it")
+            unseen = name in self.capture.without_graph
+            self._leave_out(
+                name, f"missing: {'it is used where autograd keeps no graph' if unseen else 'the loss does not depend on it'}"
+            )
 
     def _leave_out(self, name: str, why: str) -> None:
         self.missing[name] = why
@@ -112,9 +123,9 @@ class Run:
         for collector in self.collectors:
             collector.forget(name)
 
-    def note_uses(self, root: Tensor) -> None:
+    def note_uses(self, uses: Uses) -> None:
         """Show the collectors how the parameters are used, and remember which op serves each, for the coverage report."""
-        self._show([call for call, _ in self.capture.calls(root)])
+        self._show(uses.calls)
 
     def _show(self, calls: list[Call]) -> None:
         self._shown = calls
@@ -221,12 +232,19 @@ class Run:
 
     def raise_not_finite(self, values: Tensor, what: str) -> NoReturn:
         """Raise before the backward pass that the forward pass produced NaN or infinity, naming where it began."""
-        name = self.capture.first_non_finite(values)
+        name = self.capture.read(values).first_non_finite()
         where = f"the input of {name!r} is the first that is not finite" if name else "all inputs of parameters are finite"
         bad = next((one.name for one in self.capture.tracked.values() if not one.detached.isfinite().all()), None)
         where = where if bad is None else f"the parameter {bad!r} itself is not finite"
         raise NonFiniteError(
             f"batch {self.batches}: {what} must be finite, got NaN or infinity; {where}. Nothing of this batch was added"
+        )
+
+    def raise_not_finite_gradients(self, where: str) -> NoReturn:
+        """Raise after a backward pass that brought NaN or infinity, saying where first."""
+        hint = "; float16 overflows above 65504: give a lower loss_scale" if self.capture.narrow else ""
+        raise NonFiniteError(
+            f"batch {self.batches}: gradients must be finite, and so must their squares, got NaN or infinity, first at {where}{hint}"
         )
 
     @contextmanager
@@ -248,10 +266,7 @@ class Run:
             with self.capture.aside():
                 bad = list(dict.fromkeys(name for collector in self.collectors for name in collector.settle(complete)))
         if bad:
-            raise NonFiniteError(
-                f"batch {self.batches}: gradients must be finite, and so must their squares, got NaN or infinity, first at {bad[0]!r} "
-                f"({len(bad)} parameters in all); they added nothing of this batch"
-            )
+            self.raise_not_finite_gradients(f"{bad[0]!r} ({len(bad)} parameters in all); they added nothing of this batch")
 
     @contextmanager
     def rescue(self) -> Iterator[None]:

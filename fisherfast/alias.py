@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tensors that stand for a parameter in a forward pass: views of one, casts and copies."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fisherfast.rules import Window
+from fisherfast.tracked import Made, Tracked
+
+
+@dataclass(frozen=True)
+class Alias:
+    """One tensor seen in the forward pass that stands for a parameter: the parameter itself, a view of it (``window``), or a cast, copy or
+    constant shift of such a view (``made``, the functions applied in order).
+
+    What ``made`` makes of the part has the identity as its derivative, so a gradient of the one is a gradient of the other, as
+    long as nobody changes it in place: ``version`` is that of the tensor when it was made.
+    """
+
+    tensor: Tensor
+    tracked: Tracked
+    window: Window | None = None
+    made: tuple[Callable[[Tensor], Tensor], ...] = ()
+    version: int = 0
+
+    @property
+    def copied(self) -> bool:
+        """Whether it has memory of its own: it is no parameter, nor a part of one."""
+        return bool(self.made) or isinstance(self.tracked, Made)
+
+    @property
+    def changed(self) -> bool:
+        """Whether it is no longer what it was when it was made."""
+        return self.copied and self.tensor._version != self.version
+
+    def stand_in(self, leaf: bool) -> Tensor:
+        """The tensor that takes its place in a use that is caught: one that autograd differentiates, or one it does not."""
+        tensor = self._part_of(self.tracked.leaf if leaf else self.tracked.detached)
+        for make in self.made:
+            tensor = make(tensor)
+        return tensor
+
+    def outside(self) -> Tensor:
+        """The tensor that takes its place elsewhere; a copy is itself, for it may be changed."""
+        return self.tensor if self.made else self._part_of(self.tracked.outer)
+
+    def _part_of(self, whole: Tensor) -> Tensor:
+        return whole if self.window is None else self.window.of_tensor(whole)
+
+
+class Aliases:
+    """The aliases of one forward pass. They are known by their ids, so each is held: Python would give its id to another tensor."""
+
+    def __init__(self, parameters: Iterable[Tracked]) -> None:
+        self._by_id = {id(one.parameter): Alias(one.parameter, one) for one in parameters}
+
+    def __contains__(self, tensor: Tensor) -> bool:
+        return id(tensor) in self._by_id
+
+    def of(self, tensor: Tensor) -> Alias:
+        """The alias that a tensor is."""
+        return self._by_id[id(tensor)]
+
+    def add(self, alias: Alias) -> None:
+        """Follow one more."""
+        self._by_id[id(alias.tensor)] = alias
+
+    def forget(self, tensor: Tensor) -> None:
+        """Follow a tensor no longer."""
+        self._by_id.pop(id(tensor), None)
+
+    def among(self, items: Iterable[Any]) -> list[Alias]:
+        """Those in arguments, and in lists and dictionaries of these, but for the ones that are left to autograd."""
+        found = []
+        for item in items:
+            if isinstance(item, Tensor):
+                alias = self._by_id.get(id(item))
+                if alias is not None and not self.left(alias):
+                    found.append(alias)
+            elif isinstance(item, (tuple, list)):
+                found += self.among(item)
+            elif isinstance(item, dict):
+                found += self.among(item.values())
+        return found
+
+    def left(self, alias: Alias) -> bool:
+        """Whether a copy of a parameter was changed in place, and so is left to autograd."""
+        if alias.changed:
+            self._leave(alias, "a copy of it that is changed in place")
+        return alias.changed
+
+    def give_up_copies_of(self, tensor: Tensor) -> None:
+        """Leave every followed copy that shares memory with ``tensor`` to autograd, because its ``.data`` is being read: a write through
+        ``.data`` does not increment the version counter by which changed copies are noticed.
+        """
+        if tensor.layout is not torch.strided or torch._C._are_functorch_transforms_active():
+            return
+        memory = tensor.untyped_storage()._cdata
+        for other in list(self._by_id.values()):
+            if other.copied and other.tensor.layout is torch.strided and other.tensor.untyped_storage()._cdata == memory:
+                self._leave(other, "a copy of it that is changed through .data")
+
+    def _leave(self, alias: Alias, reason: str) -> None:
+        self.forget(alias.tensor)
+        alias.tracked.give_up(reason)
+
+
+def is_part(out: Tensor, parameter: Tensor) -> bool:
+    """Whether a tensor is memory of the parameter, each number at most once."""
+    return (
+        out.layout is torch.strided  # a sparse one has no memory of its own
+        and parameter.is_contiguous()
+        and out.dtype == parameter.dtype
+        and out.untyped_storage().data_ptr() == parameter.untyped_storage().data_ptr()
+        and _does_not_overlap(out)
+    )
+
+
+def _does_not_overlap(tensor: Tensor) -> bool:
+    """Whether no two of its entries are one number, as they are in what ``expand`` and, of overlapping windows, ``unfold`` return."""
+    reach = 0
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1:
+            if stride <= reach:
+                return False
+            reach += (size - 1) * stride
+    return True
+
+
+_COPIES = {
+    *(getattr(Tensor, name) for name in ("to", "type", "type_as", "float", "double", "half", "bfloat16", "contiguous", "clone")),
+    torch.clone,
+}
+_SUMS = {torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__}
+
+
+def keeps_derivative(func: Any, args: Any, kwargs: Any, out: Any) -> bool:
+    """Whether a function of one parameter changes its dtype, its place in memory, or its values by a constant, only."""
+    constant = all(isinstance(a, (int, float)) for a in (*args[1:], *kwargs.values()))
+    return isinstance(out, Tensor) and (func in _COPIES or (func in _SUMS and constant))
