@@ -14,7 +14,6 @@ from fisherfast._under_way import Given
 from fisherfast._warning import warn
 from fisherfast.calls import Call, Key, graph
 from fisherfast.collector import Samples
-from fisherfast.fisher import interrupts
 from fisherfast.fisher.asked import requests
 from fisherfast.fisher.labelling import known_type
 from fisherfast.fisher.protocol import Provenance
@@ -143,18 +142,14 @@ class collect:
             if self._fills and run.engine is not None:
                 uses = (use for call in calls for use in call.uses)
                 run.engine.reached = run.passes.reached(loss) | {source.name for use in uses for source in use.tracked.sources}
-            with interrupts.put_off():  # a batch counts as a whole
-                with run.transaction(Samples(N, padded=not every, exists=exists)):
-                    looped = bool(run.looped)
-                    one = self._pass(torch.ones_like(loss))
-                    run.passes.run(loss, [one], 1, keep=looped or retain_graph, every=every, calls=calls)
-                    if looped:
-                        with run.timed("loop"):
-                            self._loop(loss)
-                    fresh = run.fresh(calls)
-                run.num_samples += N if fresh else 0
-                run.num_positions += N if fresh else 0
-                run.batches += 1
+            with run.transaction(Samples(N, padded=not every, exists=exists), positions=N):
+                looped = bool(run.looped)
+                one = self._pass(torch.ones_like(loss))
+                run.passes.run(loss, [one], 1, keep=looped or retain_graph, every=every, calls=calls)
+                if looped:
+                    with run.timed("loop"):
+                        self._loop(loss)
+                run.note_draw(calls)
             for name in self._postponed:
                 capture.tracked[name].fallback = None
                 run.ops[name] = f"loop: {NO_AXIS}, in the first batches"

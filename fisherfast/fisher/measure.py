@@ -22,7 +22,7 @@ from fisherfast.calls import Call
 from fisherfast.collector import Samples
 from fisherfast.dependence import check_first, check_independent, precision, same_but_rounding
 from fisherfast.fallback import SampleGradients
-from fisherfast.fisher import _arguments, interrupts
+from fisherfast.fisher import _arguments
 from fisherfast.fisher.asked import Asked, factors_first, needs_basis, requests, with_basis
 from fisherfast.fisher.block_collector import BlockCollector
 from fisherfast.fisher.checkpoint import Checkpoint, digest, digest_of_function, digest_of_weights
@@ -231,18 +231,14 @@ class Measurement:
             )
         padded = predictions.num_positions < 0.8 * predictions.counted.numel()
         masks = tuple({id(mask): mask for mask in (batch.mask, batch.output_mask) if mask is not None}.values())
-        with interrupts.put_off():  # a batch counts as a whole
-            with self.run.transaction(Samples(batch.N, count, batch.weight, padded, masks)):
-                every = batch.weight is None and all(bool(mask.all()) for mask in masks)
-                detached = predictions.detached()
-                support = partial(self._support, detached)
-                positions = None if batch.mask is None or batch.mask.dim() != 2 else batch.mask.shape[1]
-                passes = self._passes(detached)
-                self.run.passes.run(predictions.values, passes, count, every=every, positions=positions, support=support)
-                self._fall_back(batch, output, predictions)
-            self.run.num_samples += batch.N
-            self.run.num_positions += predictions.num_positions
-            self.run.batches += 1
+        with self.run.transaction(Samples(batch.N, count, batch.weight, padded, masks), predictions.num_positions):
+            every = batch.weight is None and all(bool(mask.all()) for mask in masks)
+            detached = predictions.detached()
+            support = partial(self._support, detached)
+            positions = None if batch.mask is None or batch.mask.dim() != 2 else batch.mask.shape[1]
+            passes = self._passes(detached)
+            self.run.passes.run(predictions.values, passes, count, every=every, positions=positions, support=support)
+            self._fall_back(batch, output, predictions)
 
     def forward(self, batch: Batch, exploring: bool = False, first: int = 0) -> tuple[Tensor, Predictions]:
         """Run the model on a batch whose first sample is number ``first`` of the current one: its output, and what that says."""
