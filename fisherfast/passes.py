@@ -417,6 +417,10 @@ class Passes:
                 found[t.name] = found[t.name] + grad
         return list(found.values())
 
+    def gradients_of_leaves(self, root: Tensor, leaves: list[Tensor], cotangent: Tensor) -> tuple[Tensor | None, ...]:
+        """The same of what is not tracked."""
+        return self._grad(root, leaves, cotangent, lambda *_: None, keep=True)
+
     def _backward(self, root: Tensor, cotangent: Tensor, listener: Listener, keep: bool) -> None:
         self._grad(root, [self.capture.anchor], cotangent, listener, keep)
 

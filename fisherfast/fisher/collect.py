@@ -55,7 +55,8 @@ class collect:
     Inside the block the weights are frozen where they are used: ``.grad``, ``requires_grad``, hooks and modes of the model
     are not touched. With ``gradients=True`` each ``stats.backward(losses)`` adds to ``.grad`` what ``losses.sum().backward()``
     would to the model's parameters (``reduction="mean"``: ``losses.mean()``), from the same products, once the batch is complete: a
-    training step that measures on its way. Hooks of parameters do not run, gradients of ranks are not averaged, those of embeddings are dense and not
+    training step that measures on its way. Where the first loss does not reach a parameter (``allow_missing=True``) later ones do not measure it,
+    and its ``.grad`` is autograd's. Hooks of parameters do not run, gradients of ranks are not averaged, those of embeddings are dense and not
     divided by frequency. ``loss_scale`` multiplies the gradients on their way through a float16 model and is taken out of their
     squares; the loss itself is not scaled. A forward pass without a backward pass counts for nothing; several backward passes through one
     forward pass (``retain_graph=True``) are draws: they are averaged, and their samples counted once; every batch must have as many.
@@ -95,7 +96,8 @@ class collect:
                 "collect: a DistributedDataParallel model with static_graph=True must have taken an ordinary step before, or torch averages no "
                 "later gradients; run model.module in the block otherwise"
             )
-        self._fills, asked = gradients, (*asked, Gradients(reduction)) if gradients else asked
+        self._fills, self._averages = gradients, reduction == "mean"
+        asked = (*asked, Gradients(reduction)) if gradients else asked
         self._run = Run(model, asked, Provenance(fisher_type, name, draws=None, model=model_name(model)), allow_missing)
         self._run.capture.given = Given(unwrapped(model))  # until the first loss
         self._told_of_a_part, self._only_diagonal = False, all(isinstance(one, _OF_ROWS_ALONE) for one in asked)
@@ -142,6 +144,7 @@ class collect:
             if self._fills and run.engine is not None:
                 uses = (use for call in calls for use in call.uses)
                 run.engine.reached = run.passes.reached(loss) | {source.name for use in uses for source in use.tracked.sources}
+            late = self._of_missing(loss) if self._fills and run.missing_parameters else []
             with run.transaction(Samples(N, padded=not every, exists=exists), positions=N):
                 looped = bool(run.looped)
                 one = self._pass(torch.ones_like(loss))
@@ -150,11 +153,21 @@ class collect:
                     with run.timed("loop"):
                         self._loop(loss)
                 run.note_draw(calls)
+            for parameter, gradient in late:
+                parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
             for name in self._postponed:
                 capture.tracked[name].fallback = None
                 run.ops[name] = f"loop: {NO_AXIS}, in the first batches"
             self._postponed.clear()
             capture.begin(exploring=not self._explored)
+
+    def _of_missing(self, loss: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """The gradients of parameters that the first loss did not depend on, which are not measured, where this one does."""
+        missing = {id(p) for p in self._run.missing_parameters}
+        found = [leaf for node in graph(loss) if id(leaf := getattr(node, "variable", None)) in missing]
+        one = self._pass(torch.full_like(loss, 1 / len(loss) if self._averages else 1.0))
+        gradients = self._run.passes.gradients_of_leaves(loss, found, one.cotangent) if found else ()
+        return [(leaf, one.unscaled(g).to(leaf.dtype)) for leaf, g in zip(found, gradients, strict=True) if g is not None]
 
     def _pass(self, samples: Tensor) -> Pass:
         return Pass(samples * self._loss_scale, loss_scale=self._loss_scale)

@@ -225,6 +225,8 @@ class Engine:
         """Add the batch's gradients to ``.grad``, as a backward pass of autograd's would."""
         for name in self._touched.keys() & self._staged_totals.keys() & self.reached:
             parameter, total = self._tracked[name].parameter, self._staged_totals[name].div_(divisor)
+            if not parameter.requires_grad:  # frozen since
+                continue
             if parameter.grad is not None:
                 parameter.grad.add_(total)
             elif (total.dtype, total.stride()) == (parameter.dtype, parameter.stride()):

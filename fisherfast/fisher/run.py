@@ -76,6 +76,7 @@ class Run:
         self.allow_missing = allow_missing
         self.num_samples = self.num_positions = self.batches = 0
         self.missing: dict[str, str] = {} if known is None else dict(known.missing)
+        self.missing_parameters: list[Tensor] = []
         self.writes_inputs = known is not None and known.writes_inputs  # in its forward pass
         self.ops: dict[str, str] = {}
         # Why the fallback must loop over samples, or None while it can use vmap: whoever runs the fallback knows.
@@ -111,6 +112,7 @@ class Run:
 
     def _leave_out(self, name: str, why: str) -> None:
         self.missing[name] = why
+        self.missing_parameters.append(self.capture.tracked[name].parameter)
         self.capture.forget(name)
         for collector in self.collectors:
             collector.forget(name)
