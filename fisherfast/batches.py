@@ -63,7 +63,7 @@ class Batch:
                 "arrays become tensors by torch.as_tensor"
             )
         if offsets is not None:
-            return cls._of_packed(inputs, targets, weight, _moved(torch.as_tensor(offsets), device), device)
+            return cls._of_packed(inputs, targets, weight, _moved(_tensor(offsets), device), device)
         N = first.shape[0]
         if N == 0:
             raise ValueError(f"data: a batch must hold at least one sample, got inputs of shape {tuple(first.shape)}")
@@ -226,10 +226,10 @@ def _parts(item: Any) -> tuple[Any, Any, Any, Any]:
         return inputs, item.get("labels"), item.get("sample_weight"), _offsets(item)
     if isinstance(item, (tuple, list)) and len(item) in (2, 3):
         inputs, targets, weight = (*item, None)[:3]
-        if weight is not None and not torch.as_tensor(weight).is_floating_point():  # the samples' indices, say
+        if weight is not None and not _tensor(weight).is_floating_point():  # the samples' indices, say
             raise TypeError(
                 "data: the third entry of a batch is the weights of its samples and must be floating, got "
-                f"{torch.as_tensor(weight).dtype}; leave it out, or pass weights as .float()"
+                f"{_tensor(weight).dtype}; leave it out, or pass weights as .float()"
             )
         return inputs, targets, weight, None
     raise TypeError(
@@ -261,7 +261,7 @@ def _offsets_by_position(item: Mapping[str, Any]) -> list[int] | None:
     rows = max((v.shape[0] for v in item.values() if isinstance(v, Tensor) and v.dim() > 1 and v.shape[1] == M), default=0)
     if positions.dim() == 1 and rows != 1:  # [N]: a position for each sample
         return None
-    if labels is not None and torch.as_tensor(labels).shape[:2] != (rows, M):  # of samples, whose parts are numbered
+    if labels is not None and _tensor(labels).shape[:2] != (rows, M):  # of samples, whose parts are numbered
         return None
     start, counts = _starts(positions.reshape(-1, M))
     packed = counts & ((start[:, :-1] & ~start[:, 1:]).sum(-1) > 1)  # padding repeats the lowest
@@ -332,7 +332,7 @@ def _named(result: Any, name: str) -> Any:
 
 def _targets(values: Any, device: torch.device) -> Tensor:
     try:
-        tensor = torch.as_tensor(values)
+        tensor = _tensor(values)
     except (TypeError, ValueError, RuntimeError) as error:  # of text, of None, of rows of several lengths
         of = f" of {type(values[0]).__name__}" if isinstance(values, (list, tuple)) and values else ""
         raise TypeError(
@@ -341,10 +341,15 @@ def _targets(values: Any, device: torch.device) -> Tensor:
     return _moved(tensor, device)
 
 
+def _tensor(values: Any) -> Tensor:
+    """As it is, or what lists and arrays hold: torch would move either to its default device."""
+    return values if isinstance(values, Tensor) else torch.as_tensor(values, device="cpu")
+
+
 def _weight(weight: Any, N: int, device: torch.device) -> Tensor | None:
     if weight is None:
         return None
-    weight = torch.as_tensor(weight).detach().to(device, torch.float32).contiguous()
+    weight = _tensor(weight).detach().to(device, torch.float32).contiguous()
     if weight.shape != (N,):
         raise ValueError(f"data: sample weights must be [N] = ({N},), one number per sample, got {tuple(weight.shape)}")
     if not bool((torch.isfinite(weight) & (weight >= 0)).all()):

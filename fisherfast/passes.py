@@ -179,8 +179,8 @@ class Passes:
         would take several. Rows of samples that are left out have no gradient at all.
         """
         N, suspects, leaks = batch.N, set(), {}
-        order = torch.randperm(N, generator=torch.Generator().manual_seed(self.locator.batches))
-        out = torch.zeros(N, dtype=torch.bool).index_fill_(0, order[: N // 2], True).to(batch.root.device)
+        order = torch.randperm(N, generator=torch.Generator().manual_seed(self.locator.batches), device="cpu")
+        out = torch.zeros(N, dtype=torch.bool, device="cpu").index_fill_(0, order[: N // 2], True).to(batch.root.device)
 
         def listen(call: Call, g: Tensor | None, saved: tuple[Tensor, ...]) -> None:
             for use in call.uses:

@@ -401,3 +401,15 @@ def test_names_that_look_like_markup_are_printed_as_they_are():
     console = Console(width=120, file=io.StringIO())
     console.print(ff.plan(model, (torch.randn(4, 3), None)).table())
     assert "[/a].weight" in console.file.getvalue()
+
+
+@pytest.mark.parametrize("structure", ["diagonal", "kfac"])
+def test_a_plan_lets_the_model_go(structure):
+    """What autograd saves are its own leaves, and each would hold the graph that holds it."""
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+    there = weakref.ref(model)
+    planned = ff.plan(model, (torch.randn(64, 4), torch.arange(64) % 3), structure)
+    assert planned.activation_bytes
+    del model
+    gc.collect()
+    assert there() is None

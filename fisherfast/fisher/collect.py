@@ -164,7 +164,7 @@ class collect:
     def _of_missing(self, loss: Tensor) -> list[tuple[Tensor, Tensor]]:
         """The gradients of parameters that the first loss did not depend on, which are not measured, where this one does."""
         missing = {id(p) for p in self._run.missing_parameters}
-        found = [leaf for node in graph(loss) if id(leaf := getattr(node, "variable", None)) in missing]
+        found: list[Tensor] = [node.variable for node in graph(loss) if id(getattr(node, "variable", None)) in missing]
         one = self._pass(torch.full_like(loss, 1 / len(loss) if self._averages else 1.0))
         gradients = self._run.passes.gradients_of_leaves(loss, found, one.cotangent) if found else ()
         return [(leaf, one.unscaled(g).to(leaf.dtype)) for leaf, g in zip(found, gradients, strict=True) if g is not None]

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fisherfast.accumulator import Accumulator
 from fisherfast.fisher import _arguments, _logdet, _pooling, serialize
+from fisherfast.fisher._ordinary import ordinary
 from fisherfast.fisher._plot import Plotted
 from fisherfast.fisher.counts import Counts, Measured
 from fisherfast.fisher.coverage import Coverage
@@ -116,6 +117,7 @@ class DiagonalFisher(Measured, Plotted):
             raise ValueError(f"{method}: F + damping I must be regular, got {zeros} zero entries in {name!r}; pass damping > 0")
         return damped
 
+    @ordinary
     def diagonal(self, *, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
         """``{name: f}``, shaped like the parameters."""
         return {name: self._counted(name).mean(dtype) for name in self.names}

@@ -447,7 +447,8 @@ def _may_hide_a_table(calls: Sequence[Call]) -> bool:
 
 
 def _noise(like: Tensor) -> Tensor:
-    return torch.randn(like.shape, generator=torch.Generator().manual_seed(0)).to(like.device, like.dtype)
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(like.shape, generator=generator, device="cpu").to(like.device, like.dtype)
 
 
 def _length(data: Iterable[Any]) -> int | None:

@@ -306,6 +306,6 @@ def _of_samples(rows: Rows, N: int) -> Rows:
     count, offsets = N, None
     if rows.offsets is not None:
         count = round(len(rows.g) * N / rows.num_samples)
-        offsets = torch.linspace(0, count, N + 1).long()
+        offsets = torch.linspace(0, count, N + 1, device=rows.offsets.device).long()
     lookup = None if rows.lookup is None else _of_samples(rows.lookup, N)
     return rows.each(lambda t: t.new_zeros(()).expand(count, *t.shape[1:]), offsets)._replace(lookup=lookup)
