@@ -96,7 +96,7 @@ def test_squares_that_overflow_are_an_error_that_names_the_layer():
         measure(model, [(x, y), (large, y)], "diagonal")
     found = caught.value.fisher
     assert found.num_samples == 5
-    with pytest.raises(ValueError, match=r"'0\.weight' must have counted samples"):
+    with pytest.raises(ValueError, match=r"0\.weight: must have samples of a weight > 0"):
         found.trace()
     sums = found.accumulators()
     assert sums["2.weight"].weight == 10 and sums["2.weight"].sum.isfinite().all()  # of a layer whose squares fit

@@ -103,8 +103,8 @@ class DiagonalFisher(Measured, Plotted):
     def _counted(self, name: str) -> Accumulator:
         if self._sums[name].weight == 0:
             raise ValueError(
-                f"DiagonalFisher: {name!r} must have counted samples of a weight > 0, got none; the weights were all zero, or the run ended "
-                "before its first backward pass"
+                f"{name}: must have samples of a weight > 0 for a mean, got none: all sample weights were zero, no batch was completed, or "
+                "its sum was dropped with an error; measure more, or pool with what has some"
             )
         return self._sums[name]
 

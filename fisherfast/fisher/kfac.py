@@ -150,6 +150,9 @@ class KFACFisher(BlockFisher[KroneckerBlock | ExactBlock]):
     def inverse(self, damping: Damping, *, dtype: torch.dtype = torch.float32) -> dict[str, tuple[Tensor, Tensor]]:
         """``{layer: (A^-1, B^-1)}`` of ``factored(damping)``, as ``factors()`` gives A and B; for a vector see ``solve``.
 
+        The keys are layers (``"0"``), not parameters (``"0.weight"``): a bias is in A of its layer, as a last column of ones. Where a layer has
+        several blocks, they are the names of the weights or their parts.
+
         Errors:   ValueError, naming the layer, if a factor is singular.
         """
         products, dampings = {}, self._damping_of("inverse", damping)
