@@ -239,9 +239,9 @@ def test_integer_weights_are_repeated_samples(chunks, passes):
         assert mine["weight"].weight == other["weight"].weight == 7
         assert close(mine["weight"].snapshot().mean(), other["weight"].snapshot().mean(), EXACT)
     t = (g.mT @ x).flatten(1).square().sum(1)
-    assert close(engine.norms().sum(0), t, EXACT)  # unweighted
+    assert close(engine.values.norms().sum(0), t, EXACT)  # unweighted
     assert engine.squared_weights["weight"] == float(times.square().sum()) / passes
-    spread, w = engine.spread(), times.double()
+    spread, w = engine.values.spread(), times.double()
     mean = (w * t).sum() / w.sum()
     assert spread.stderr()[None] == pytest.approx(
         float(((w * (t - mean)).square().sum() / (w.sum() ** 2 - w.square().sum())).sqrt()), rel=1e-9
@@ -274,7 +274,7 @@ def test_equal_weights_change_nothing():
 
 def everything(engine):
     sums = [engine.squares["weight"].snapshot().sum, engine.totals["weight"].snapshot().sum]
-    return [*sums, engine.norms(), engine.spread().sums]
+    return [*sums, engine.values.norms(), engine.values.spread().sums]
 
 
 def test_a_staged_batch_that_does_not_complete_adds_nothing():

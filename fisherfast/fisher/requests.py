@@ -30,13 +30,13 @@ class Diagonal(Structure):
     def result(self, engine: Engine, counts: Counts) -> DiagonalFisher:
         """See ``Structure``."""
         sums = {name: running.snapshot() for name, running in engine.squares.items()}
-        return DiagonalFisher.from_accumulators(sums, spread=engine.spread() if self.stderr else None, **vars(counts))
+        return DiagonalFisher.from_accumulators(sums, spread=engine.values.spread() if self.stderr else None, **vars(counts))
 
     def restore(self, engine: Engine, before: DiagonalFisher) -> None:
         """See ``Structure``."""
         engine.restore_squares(before.accumulators())
         if self.stderr:
-            engine.restore_spread(before.spread)
+            engine.values.restore_spread(before.spread)
 
 
 @dataclass(frozen=True)
@@ -62,19 +62,19 @@ class PerSampleNorm(Structure):
 
     def result(self, engine: Engine, counts: Counts) -> SampleNorms:
         """See ``Structure``."""
-        values = engine.norms()
+        values = engine.values.norms()
         return SampleNorms(
-            None if values is None else values.sum(0) if engine.keeps == "layers" else values[0],
-            dict(zip(engine.layers, values, strict=True)) if self.by_layer and values is not None else None,
+            None if values is None else values.sum(0) if engine.values.keeps == "layers" else values[0],
+            dict(zip(engine.values.layers, values, strict=True)) if self.by_layer and values is not None else None,
             counts,
         )
 
     def restore(self, engine: Engine, before: SampleNorms) -> None:
         """See ``Structure``."""
         if self.by_layer:
-            engine.restore_norms(torch.stack(list(before.by_layer().values())))
-        elif engine.keeps == "whole":
-            engine.restore_norms(before.squared_norms.unsqueeze(0))
+            engine.values.restore_norms(torch.stack(list(before.by_layer().values())))
+        elif engine.values.keeps == "whole":
+            engine.values.restore_norms(before.squared_norms.unsqueeze(0))
 
 
 @dataclass(frozen=True)

@@ -163,7 +163,7 @@ class Run:
         if before:
             last = {id(call) for call in self._counted}
             if self.engine is not None:
-                self.engine.again(follows=any(id(call) in last for call in calls))
+                self.engine.values.again(follows=any(id(call) in last for call in calls))
         for call in calls:
             call.counted = before + 1
         self._counted = calls
