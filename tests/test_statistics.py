@@ -268,7 +268,7 @@ def test_weights_of_the_data_are_repeated_samples(name):
 def test_equal_weights_change_nothing():
     x, g = torch.randn(5, 3, 4).double(), torch.randn(5, 3, 7).double()
     one, two = (weighted_engine(WITH_MOMENTS, w, x, g) for w in (None, torch.full((5,), 2.0)))
-    assert one.spread().stderr() == pytest.approx(two.spread().stderr(), rel=1e-12)
+    assert one.values.spread().stderr() == pytest.approx(two.values.spread().stderr(), rel=1e-12)
     assert close(one.totals["weight"].snapshot().mean(), two.totals["weight"].snapshot().mean(), EXACT)
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
@@ -14,17 +15,27 @@ from fisherfast._under_way import Given
 from fisherfast._warning import warn
 from fisherfast.calls import Call, Key, graph
 from fisherfast.collector import Samples
-from fisherfast.fisher.asked import requests
+from fisherfast.fisher.diagonal import Diagonal
 from fisherfast.fisher.labelling import known_type
+from fisherfast.fisher.moments import GradientMoments
+from fisherfast.fisher.norms import PerSampleNorm
+from fisherfast.fisher.parse import parse
 from fisherfast.fisher.protocol import Provenance
-from fisherfast.fisher.requests import Diagonal, GradientMoments, Gradients, PerSampleNorm
+from fisherfast.fisher.request import Request
 from fisherfast.fisher.run import Interrupted, Run, model_name
-from fisherfast.fisher.structure import Structure
 from fisherfast.layout import Finding
 from fisherfast.likelihood import Likelihood, resolve, stored_name
 from fisherfast.locator import NO_AXIS, mixing
 from fisherfast.passes import Pass, check_loss_scale
 from fisherfast.train_mode import refuse_train_mode, unwrapped
+
+
+@dataclass(frozen=True)
+class Gradients(Request):
+    """What ``ff.collect(..., gradients=True)`` adds to what is asked for: the parameters' ``.grad``, and no result."""
+
+    fills: str = "sum"
+
 
 _CHOOSING = {"Slice", "Split", "SplitWithSizes", "Index", "IndexSelect", "MaskedSelect", "Topk"}  # torch's nodes
 _OF_ROWS_ALONE = (Diagonal, PerSampleNorm, GradientMoments, Gradients)  # to which samples without a loss add nothing
@@ -67,7 +78,7 @@ class collect:
     def __init__(
         self,
         model: nn.Module,
-        *structures: str | Structure,
+        *structures: str | Request,
         fisher_type: str = "empirical",
         likelihood: str | Likelihood | None = None,
         gradients: bool = False,
@@ -79,7 +90,7 @@ class collect:
         name = None if likelihood is None else stored_name(resolve(likelihood), fisher_type)
         if not structures:
             raise ValueError("collect: must be given what to collect, got nothing; for example collect(model, ff.Diagonal())")
-        asked = requests("collect", structures)
+        asked = parse("collect", structures)
         if reduction not in ("sum", "mean"):
             raise ValueError(
                 f"collect: reduction must be 'sum' or 'mean', what .grad is filled with the gradient of, got {reduction!r}"

@@ -14,8 +14,8 @@ from fisherfast.calls import Call
 from fisherfast.capture import Capture
 from fisherfast.collector import Cost, Held, Samples
 from fisherfast.fisher import ghost
+from fisherfast.fisher.request import Request
 from fisherfast.fisher.sample_values import SampleValues
-from fisherfast.fisher.structure import Structure
 from fisherfast.passes import in_parts
 from fisherfast.rules import Form, Rows, Window
 from fisherfast.tracked import Tracked
@@ -31,7 +31,7 @@ class Engine:
     only when its batch is complete, and ``.grad`` is filled only then.
     """
 
-    def __init__(self, capture: Capture, structures: Sequence[Structure], transactional: bool = False) -> None:
+    def __init__(self, capture: Capture, structures: Sequence[Request], transactional: bool = False) -> None:
         parameters = {name: t.parameter for name, t in capture.tracked.items()}
         self.squares = {name: RunningSum(p) for name, p in parameters.items() if any(s.squares for s in structures)}
         self.totals = {name: RunningSum(p) for name, p in parameters.items() if any(s.totals for s in structures)}

@@ -22,13 +22,13 @@ from fisherfast.fisher._plot import Plotted
 from fisherfast.fisher.counts import Counts, Measured
 from fisherfast.fisher.gram_sums import GramCollector, Piece, Pieces
 from fisherfast.fisher.protocol import Damping, LayerSummary, Spectrum, Vector
-from fisherfast.fisher.structure import Structure
+from fisherfast.fisher.request import Request
 
 _CHUNK_BYTES = 2**27
 
 
 @dataclass(frozen=True)
-class Gram(Structure):
+class Gram(Request):
     """Ask for the exact Fisher: ``ff.fisher(model, data, structure="gram")``, ``ff.collect(model, ff.Gram())``.
 
     ``max_rows``: at most so many sample gradients, one per sample and backward pass; what is computed of them takes
@@ -41,16 +41,16 @@ class Gram(Structure):
         _arguments.check_limits("Gram", 1, max_rows=self.max_rows)
 
     def collector(self, capture: Capture, transactional: bool) -> GramCollector:
-        """See ``Structure``."""
+        """See ``Request``."""
         return GramCollector(capture, self.max_rows)
 
     def result(self, source: GramCollector, counts: Counts) -> GramFisher:
-        """See ``Structure``."""
+        """See ``Request``."""
         counts = counts.saying("sample gradients", {})
         return GramFisher(source.snapshot(), source.num_rows, source.weight, counts, source.shapes)
 
     def restore(self, source: GramCollector, before: GramFisher) -> None:
-        """See ``Structure``."""
+        """See ``Request``."""
         source.restore(before.pieces, before.num_rows, before.weight)
 
 

@@ -28,13 +28,13 @@ from fisherfast.fisher.kronecker import KroneckerBlock, Place
 from fisherfast.fisher.kronecker_sums import KroneckerSums
 from fisherfast.fisher.protocol import Damping
 from fisherfast.fisher.reduced_sums import ReducedSums
-from fisherfast.fisher.structure import Structure
+from fisherfast.fisher.request import Request
 from fisherfast.rules import Form, Rows
 from fisherfast.tracked import Tracked
 
 
 @dataclass(frozen=True)
-class KFAC(Structure):
+class KFAC(Request):
     """Ask for Kronecker factors: ``ff.collect(model, ff.KFAC())``, ``ff.fisher(model, data, structure="kfac")``.
 
     ``max_exact_dim``: a parameter that is no multiplied weight (a norm's scale, a class token) has all second moments of its
@@ -57,18 +57,18 @@ class KFAC(Structure):
         _arguments.check_limits("KFAC", 0, max_exact_dim=self.max_exact_dim)
 
     def collector(self, capture: Capture, transactional: bool) -> KroneckerCollector:
-        """See ``Structure``."""
+        """See ``Request``."""
         return KroneckerCollector(capture, transactional, self)
 
     def result(self, source: KroneckerCollector, counts: Counts) -> KFACFisher:
-        """See ``Structure``."""
+        """See ``Request``."""
         blocks, diagonals = source.snapshot()
         ways = counts.coverage.ways
         how = described({b: b.place.op if isinstance(b, KroneckerBlock) else ways[b.place.weight] for b in blocks})
         return KFACFisher(blocks, diagonals, counts.saying("diagonal", how), source.shapes)
 
     def restore(self, source: KroneckerCollector, before: KFACFisher) -> None:
-        """See ``Structure``."""
+        """See ``Request``."""
         source.restore(before.blocks, before.diagonals)
 
 

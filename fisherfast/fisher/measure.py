@@ -23,14 +23,14 @@ from fisherfast.collector import Samples
 from fisherfast.dependence import check_first, check_independent, precision, same_but_rounding
 from fisherfast.fallback import SampleGradients
 from fisherfast.fisher import _arguments
-from fisherfast.fisher.asked import Asked, factors_first, needs_basis, requests, with_basis
 from fisherfast.fisher.block_collector import BlockCollector
 from fisherfast.fisher.checkpoint import Checkpoint, digest, digest_of_function, digest_of_weights
+from fisherfast.fisher.diagonal import Diagonal
 from fisherfast.fisher.kfac import KFACFisher
 from fisherfast.fisher.labelling import Labelling
-from fisherfast.fisher.requests import Diagonal
+from fisherfast.fisher.parse import Requests, factors_first, needs_basis, parse, with_basis
+from fisherfast.fisher.request import Request
 from fisherfast.fisher.run import Explored, Run, model_name
-from fisherfast.fisher.structure import Structure
 from fisherfast.layout import PROBED
 from fisherfast.likelihood import Likelihood, Predictions
 from fisherfast.locator import NO_AXIS, mixing
@@ -43,7 +43,7 @@ from fisherfast.train_mode import refuse_train_mode, unwrapped
 def fisher(
     model: nn.Module,
     data: Iterable[Any],
-    structure: Asked = "diagonal",
+    structure: Requests = "diagonal",
     fisher_type: str = "mc",
     likelihood: str | Likelihood = "categorical",
     *,
@@ -83,7 +83,7 @@ def fisher(
               function of (seed, sample number, position, draw) alone.
     Source:   Achille, Paolini, Soatto 2019 (arXiv:1905.12213), Preliminaries; columns of the exact Fisher: docs/semantics.md.
     """
-    structures = requests("fisher", structure)
+    structures = parse("fisher", structure)
     labelling = Labelling.of("fisher", fisher_type, likelihood, draws, seed, max_passes)
     sample_offset = _arguments.whole("fisher", "sample_offset", sample_offset)
     check_loss_scale("fisher", loss_scale)
@@ -92,7 +92,7 @@ def fisher(
     if path is not None and not path.parent.is_dir():
         raise ValueError(f"fisher: checkpoint must be a file in a folder that exists, got {path}; make the folder first")
 
-    def measurement(structures: tuple[Structure, ...], known: Explored | None = None) -> Measurement:
+    def measurement(structures: tuple[Request, ...], known: Explored | None = None) -> Measurement:
         transactional = checkpoint is not None
         return Measurement(model, structures, labelling, sample_offset, output, loss_scale, allow_missing, transactional, known)
 
@@ -110,7 +110,7 @@ def fisher(
 
 
 def _in_two_passes(
-    measurement: Callable[..., Measurement], structures: tuple[Structure, ...], data: Iterable[Any], progress: bool
+    measurement: Callable[..., Measurement], structures: tuple[Request, ...], data: Iterable[Any], progress: bool
 ) -> tuple[Any, ...]:
     """The results of structures some of which need a basis: a first pass over the data finds it."""
     first = {factors_first(asked) for asked in structures if needs_basis(asked)}
@@ -142,7 +142,7 @@ class Measurement:
     def __init__(
         self,
         model: nn.Module,
-        structures: tuple[Structure, ...],
+        structures: tuple[Request, ...],
         labelling: Labelling,
         sample_offset: int,
         output: Output,

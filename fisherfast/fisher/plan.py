@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from fisherfast.batches import Batch, Output
 from fisherfast.collector import Collector, Cost, Samples
 from fisherfast.fisher import memory
-from fisherfast.fisher.asked import Asked, factors_first, needs_basis, requests
 from fisherfast.fisher.labelling import Labelling
 from fisherfast.fisher.measure import Measurement
 from fisherfast.fisher.memory import Held, in_words
+from fisherfast.fisher.parse import Requests, factors_first, needs_basis, parse
 from fisherfast.layout import PROBED
 from fisherfast.likelihood import Likelihood, Predictions
 from fisherfast.passes import Pass, Passes, one_position
@@ -144,7 +144,7 @@ class Plan:
 def plan(
     model: nn.Module,
     batch: Any,
-    structure: Asked = "diagonal",
+    structure: Requests = "diagonal",
     fisher_type: str = "mc",
     likelihood: str | Likelihood = "categorical",
     *,
@@ -171,7 +171,7 @@ def plan(
     Numerics: see ``Plan``.
     Source:   ours.
     """
-    structures = requests("plan", structure)
+    structures = parse("plan", structure)
     labelling = Labelling.of("plan", fisher_type, likelihood, draws, 0, max_passes)
     if num_samples is not None and num_samples < 1:
         raise ValueError(f"plan: num_samples must be >= 1, got {num_samples}; pass how many samples the data hold")

@@ -24,7 +24,7 @@ from fisherfast.fisher.coverage import OPS, Coverage, Stopwatch
 from fisherfast.fisher.engine import Engine
 from fisherfast.fisher.memory import Held, check
 from fisherfast.fisher.protocol import Provenance
-from fisherfast.fisher.structure import Structure
+from fisherfast.fisher.request import Request
 from fisherfast.passes import Passes
 from fisherfast.tracked import Tracked
 from fisherfast.train_mode import unwrapped
@@ -56,7 +56,7 @@ class Run:
     def __init__(
         self,
         model: nn.Module,
-        structures: Sequence[Structure],
+        structures: Sequence[Request],
         provenance: Provenance,
         allow_missing: bool,
         transactional: bool = False,
