@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 import fisherfast as ff
 from fisherfast.accumulator import Accumulator, RunningSum
 from fisherfast.calls import graph
+from fisherfast.fisher.measurement import Measurement
 from fisherfast.fisher.run import Run
 from fisherfast.passes import Passes
 from fisherfast.tracked import Made
@@ -71,7 +72,7 @@ def tensors(thing, found):
 
 def held(run):
     """Bytes of all that the collectors hold, but for what is of samples."""
-    of_samples = ("_batch_norms", "_values", "_last", "_scratch")
+    of_samples = ("values", "_scratch")
     every = [{k: v for k, v in vars(source).items() if k not in of_samples} for source in run.collectors]
     return sum(tensor.nbytes for tensor in tensors([{**one, "_tracked": None} for one in every], {}).values())
 
@@ -174,8 +175,7 @@ def test_the_result_of_a_table_is_turned_round_on_memory_of_its_own():
 
 
 def test_the_sums_of_the_first_pass_are_gone_in_the_second(monkeypatch):
-    measure, alive = importlib.import_module("fisherfast.fisher.measure"), []
-    over = measure.Measurement.over
+    alive, over = [], Measurement.over
 
     def watching(self, batches, checkpoint):
         alive.append([ref() is not None for ref in watching.sums])
@@ -184,7 +184,7 @@ def test_the_sums_of_the_first_pass_are_gone_in_the_second(monkeypatch):
         return results
 
     watching.sums = []
-    monkeypatch.setattr(measure.Measurement, "over", watching)
+    monkeypatch.setattr(Measurement, "over", watching)
     build, data = networks.COVERED["layer-norm"]
     gc.disable()
     try:

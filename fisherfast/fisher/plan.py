@@ -18,7 +18,7 @@ from fisherfast.batches import Batch, Output
 from fisherfast.collector import Collector, Cost, Samples
 from fisherfast.fisher import memory
 from fisherfast.fisher.labelling import Labelling
-from fisherfast.fisher.measure import Measurement
+from fisherfast.fisher.measurement import Measurement
 from fisherfast.fisher.memory import Held, in_words
 from fisherfast.fisher.parse import Requests, factors_first, needs_basis, parse
 from fisherfast.layout import PROBED
@@ -182,7 +182,7 @@ def plan(
     whole = Batch.of(batch, capture.device, measurement.model)
     every = whole.N if num_samples is None else num_samples
     few = whole.cut(0, min(whole.N, PROBED))
-    measurement.explore(whole)
+    measurement.exploration.explore(whole)
     readings = 2 if any(map(needs_basis, structures)) else 1
 
     half = _forward(measurement, few.cut(0, few.N // 2))[0] if whole.N > few.N else None
