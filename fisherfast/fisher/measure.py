@@ -77,8 +77,17 @@ def fisher(
         raise ValueError(f"fisher: checkpoint must be a file in a folder that exists, got {path}; make the folder first")
 
     def measurement(structures: tuple[Request, ...], known: Explored | None = None) -> Measurement:
-        transactional = checkpoint is not None
-        return Measurement(model, structures, labelling, sample_offset, output, loss_scale, allow_missing, transactional, known)
+        return Measurement(
+            model,
+            structures,
+            labelling,
+            sample_offset=sample_offset,
+            output=output,
+            loss_scale=loss_scale,
+            allow_missing=allow_missing,
+            transactional=checkpoint is not None,
+            known=known,
+        )
 
     if not any(map(needs_basis, structures)):
         once = measurement(structures)

@@ -35,11 +35,12 @@ class Measurement:
         model: nn.Module,
         structures: tuple[Request, ...],
         labelling: Labelling,
-        sample_offset: int,
-        output: Output,
-        loss_scale: float,
-        allow_missing: bool,
-        transactional: bool,
+        *,
+        sample_offset: int = 0,
+        output: Output = None,
+        loss_scale: float = 1.0,
+        allow_missing: bool = False,
+        transactional: bool = False,
         known: Explored | None = None,
     ) -> None:
         self.model, self.labelling = unwrapped(model), labelling
