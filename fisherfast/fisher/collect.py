@@ -54,8 +54,8 @@ class collect:
     Shapes:   ``stats.backward`` takes the vector ``[N]`` of negative log-likelihoods, one per sample: for a sequence the sum
               over its positions. A first one that is several times as long as the model's inputs is warned of.
     Scale:    the result is a mean over samples; the loss vector must not be averaged over anything.
-    Errors:   ValueError for a loss that is not such a vector (a mean as ``[1]``, or ``[N]`` of losses over N, is one that cannot
-              be told from a vector), for parameters the loss does not depend on (unless
+    Errors:   ValueError for a loss that is not such a vector (two mistakes cannot be told from one: a mean of shape ``[1]``, and
+              losses that were already divided by N), for parameters the loss does not depend on (unless
               ``allow_missing=True``), for dropout or batch statistics in train mode; NonFiniteError (``err.fisher`` keeps
               what came before) for NaN or infinity; MemoryError, at the first loss, if the sums and the result do not fit.
     Numerics: as the ops; sums over samples with 48 bits or more (``accumulator.RunningSum``).

@@ -58,8 +58,8 @@ class Plan:
               of one batch: ``flops`` of the ops, ``step_flops`` of one plain forward and backward pass, ``run_flops`` of all
               passes and ops, ``ratio = run_flops / step_flops``.
     Errors:   none of its own.
-    Numerics: ``total_bytes`` are exact for runs of more than 64 additions (shorter ones hold half), but for a basis of few rows (EKFAC),
-              which takes less, and where the data choose rows (experts). Activations are extrapolated from two sizes of batch, exactly where samples are of one length. FLOPs are
+    Numerics: ``total_bytes`` is exact for runs of more than 64 additions to a sum (one per batch), except that an EKFAC basis built from
+              few rows takes less and that mixture-of-experts layers depend on the data; shorter runs hold half of it. Activations are extrapolated from two sizes of batch, exactly where samples are of one length. FLOPs are
               an estimate: the products of matrices, a backward pass as twice the forward pass, half of that where the weights are
               frozen. Not counted: the model and the batch, gradients on their way back, the fallback's vmap, the chain rule's products, the kernels' own
               panels, values of single samples, and what is computed from a result later.
