@@ -9,7 +9,7 @@ from torch import nn
 
 import fisherfast as ff
 from fisherfast.accumulator import RunningSum
-from fisherfast.fisher import checkpoint
+from fisherfast.fisher import checkpoint, interrupts
 from fisherfast.fisher.block_sums import BatchSum
 from fisherfast.fisher.engine import Engine
 from fisherfast.fisher.few_rows import FewRows
@@ -285,3 +285,24 @@ def test_an_error_says_that_a_part_of_its_batch_may_have_counted():
         with pytest.raises(ff.NonFiniteError) as caught:
             stats.backward(float("nan") * nn.functional.cross_entropy(model(x), y, reduction="none"))
         assert not any("count twice" in note for note in caught.value.__notes__)
+
+
+def test_every_signal_is_delivered_and_its_handler_put_back_whatever_they_raise(handled):
+    numbers, heard = (signal.SIGINT, signal.SIGTERM, signal.SIGALRM), []
+
+    def handler(number, frame):
+        heard.append(number)
+        raise TimeoutError(number)
+
+    interrupt = signal.getsignal(signal.SIGINT)
+    try:
+        for number in numbers:
+            signal.signal(number, handler)
+        with pytest.raises(TimeoutError), interrupts.put_off(pytest.fail):
+            for number in numbers:
+                signal.raise_signal(number)
+            assert not heard
+        assert all(signal.getsignal(number) is handler for number in numbers)
+    finally:
+        signal.signal(signal.SIGINT, interrupt)
+    assert sorted(heard) == sorted(numbers)

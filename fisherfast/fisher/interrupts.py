@@ -10,14 +10,8 @@ from contextlib import ExitStack, contextmanager
 from types import FrameType
 
 _Handler = Callable[[int, FrameType | None], object]
-_NAMES = (
-    "SIGINT",
-    "SIGTERM",
-    "SIGALRM",
-    "SIGHUP",
-    "SIGUSR1",
-    "SIGUSR2",
-)  # Ctrl-C, a scheduler's, a timeout; Windows has two of them
+# Ctrl-C, a scheduler's, a timeout, and the rest of those that programs handle; Windows has two of them.
+_NAMES = "SIGINT SIGTERM SIGALRM SIGHUP SIGUSR1 SIGUSR2".split()
 _NUMBERS = [getattr(signal, name) for name in _NAMES if hasattr(signal, name)]
 
 
@@ -30,30 +24,28 @@ def put_off(tear: Callable[[], None]) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    came: dict[int, tuple[_Handler, FrameType | None]] = {}
+    came: dict[int, FrameType | None] = {}
+    handlers: dict[int, _Handler] = {number: one for number in _NUMBERS if callable(one := signal.getsignal(number))}
 
-    def waiting(before: _Handler) -> _Handler:
-        def note(number: int, frame: FrameType | None) -> None:
-            if number not in came:
-                came[number] = before, frame
-                return
-            del came[number]  # its handler has its turn now
-            try:
-                before(number, frame)
-            except BaseException:
-                tear()
-                raise
-
-        return note
-
-    handlers = {number: before for number in _NUMBERS if callable(before := signal.getsignal(number))}
-    with ExitStack() as afterwards:  # every handler runs, whatever another one raises
+    def note(number: int, frame: FrameType | None) -> None:
+        if number not in came:
+            came[number] = frame
+            return
+        del came[number]  # its handler has its turn now
         try:
-            for number, before in handlers.items():
-                signal.signal(number, waiting(before))
-            yield
-        finally:
-            for number, before in handlers.items():
-                signal.signal(number, before)
-            for number, (before, frame) in came.items():
-                afterwards.callback(before, number, frame)
+            handlers[number](number, frame)
+        except BaseException:
+            tear()
+            raise
+
+    def deliver(number: int) -> None:
+        if number in came:
+            handlers[number](number, came[number])
+
+    with ExitStack() as afterwards:  # every handler is put back, then every signal delivered, whatever another one raises
+        for number in handlers:
+            afterwards.callback(deliver, number)
+        for number, handler in handlers.items():
+            afterwards.callback(signal.signal, number, handler)
+            signal.signal(number, note)
+        yield

@@ -247,6 +247,7 @@ class Run:
 
         Signals wait for its end. Before the first one nothing is allocated: MemoryError if there is no room.
         """
+        self._partial = False
         if not self._fits:
             check(self.holds(samples.passes), self.capture.device)
             self._fits = True
