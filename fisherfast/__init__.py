@@ -23,14 +23,16 @@ from fisherfast.fisher import (
     load,
 )
 from fisherfast.fisher.collect import collect
+from fisherfast.fisher.diagonal import Diagonal
 from fisherfast.fisher.ekfac import EKFAC
 from fisherfast.fisher.gram import Gram
 from fisherfast.fisher.kfac import KFAC
 from fisherfast.fisher.lanczos import Estimate, SpectralDensity, spectral_density
 from fisherfast.fisher.measure import fisher
+from fisherfast.fisher.moments import GradientMoments
+from fisherfast.fisher.norms import PerSampleNorm
 from fisherfast.fisher.operator import FisherOperator
 from fisherfast.fisher.plan import Plan, plan
-from fisherfast.fisher.requests import Diagonal, GradientMoments, PerSampleNorm
 from fisherfast.fisher.run import Interrupted
 from fisherfast.information import (
     ActivationNoise,

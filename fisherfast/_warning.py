@@ -10,7 +10,7 @@ _BETWEEN = {"contextlib", __package__, "torch"}  # packages whose frames may lie
 
 
 class FisherWarning(UserWarning):
-    """A number is right, but may be mistaken for another one; the message says what it leaves out."""
+    """A result is right but easily misread, because it leaves parameters out, say; the message says what to know before it is used."""
 
 
 def warn(message: str) -> None:

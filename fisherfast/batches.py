@@ -62,7 +62,7 @@ class Batch:
                 "arrays become tensors by torch.as_tensor"
             )
         if offsets is not None:
-            return cls._of_packed(inputs, targets, weight, _moved(torch.as_tensor(offsets), device), device)
+            return cls._of_packed(inputs, targets, weight, _moved(_tensor(offsets), device), device)
         N = first.shape[0]
         if N == 0:
             raise ValueError(f"data: a batch must hold at least one sample, got inputs of shape {tuple(first.shape)}")
@@ -225,10 +225,10 @@ def _parts(item: Any) -> tuple[Any, Any, Any, Any]:
         return inputs, item.get("labels"), item.get("sample_weight"), packing.offsets(item)
     if isinstance(item, (tuple, list)) and len(item) in (2, 3):
         inputs, targets, weight = (*item, None)[:3]
-        if weight is not None and not torch.as_tensor(weight).is_floating_point():  # the samples' indices, say
+        if weight is not None and not _tensor(weight).is_floating_point():  # the samples' indices, say
             raise TypeError(
                 "data: the third entry of a batch is the weights of its samples and must be floating, got "
-                f"{torch.as_tensor(weight).dtype}; leave it out, or pass weights as .float()"
+                f"{_tensor(weight).dtype}; leave it out, or pass weights as .float()"
             )
         return inputs, targets, weight, None
     raise TypeError(
@@ -274,7 +274,7 @@ def _named(result: Any, name: str) -> Any:
 
 def _targets(values: Any, device: torch.device) -> Tensor:
     try:
-        tensor = torch.as_tensor(values)
+        tensor = _tensor(values)
     except (TypeError, ValueError, RuntimeError) as error:  # of text, of None, of rows of several lengths
         of = f" of {type(values[0]).__name__}" if isinstance(values, (list, tuple)) and values else ""
         raise TypeError(
@@ -283,10 +283,15 @@ def _targets(values: Any, device: torch.device) -> Tensor:
     return _moved(tensor, device)
 
 
+def _tensor(values: Any) -> Tensor:
+    """As it is, or what lists and arrays hold: torch would move either to its default device."""
+    return values if isinstance(values, Tensor) else torch.as_tensor(values, device="cpu")
+
+
 def _weight(weight: Any, N: int, device: torch.device) -> Tensor | None:
     if weight is None:
         return None
-    weight = torch.as_tensor(weight).detach().to(device, torch.float32).contiguous()
+    weight = _tensor(weight).detach().to(device, torch.float32).contiguous()
     if weight.shape != (N,):
         raise ValueError(f"data: sample weights must be [N] = ({N},), one number per sample, got {tuple(weight.shape)}")
     if not bool((torch.isfinite(weight) & (weight >= 0)).all()):

@@ -432,7 +432,8 @@ def _without_rows(given: Any) -> bool:
 
 def _without_a_graph(func: Any) -> bool:
     """Whether a call makes nothing to differentiate: an optimizer's step, what is set, and ``.grad`` of the parameter itself."""
-    return not torch.is_grad_enabled() or getattr(func, "__name__", "") == "__set__" or getattr(func, "__self__", None) is _GRAD
+    sets = getattr(func, "__name__", "") in ("__set__", "requires_grad_")
+    return not torch.is_grad_enabled() or sets or getattr(func, "__self__", None) is _GRAD
 
 
 def _name(func: Any) -> str:

@@ -190,8 +190,8 @@ class Passes:
         by a right layout all rows of that half are zero. Returns the uses where some are not, or whose rows do not fit the layout.
         """
         N, suspects, leaks = batch.N, set(), {}
-        order = torch.randperm(N, generator=torch.Generator().manual_seed(self.locator.batches))
-        out = torch.zeros(N, dtype=torch.bool).index_fill_(0, order[: N // 2], True).to(batch.root.device)
+        order = torch.randperm(N, generator=torch.Generator().manual_seed(self.locator.batches), device="cpu")
+        out = torch.zeros(N, dtype=torch.bool, device="cpu").index_fill_(0, order[: N // 2], True).to(batch.root.device)
 
         def listen(call: Call, g: Tensor | None, saved: tuple[Tensor, ...]) -> None:
             for use in call.uses:
@@ -423,6 +423,10 @@ class Passes:
             if grad is not None:
                 found[t.name] = found[t.name] + grad
         return list(found.values())
+
+    def gradients_of_leaves(self, root: Tensor, leaves: list[Tensor], cotangent: Tensor) -> tuple[Tensor | None, ...]:
+        """The same of what is not tracked."""
+        return self._grad(root, leaves, cotangent, lambda *_: None, keep=True)
 
     def _backward(self, root: Tensor, cotangent: Tensor, listener: Listener, keep: bool) -> None:
         self._grad(root, [self.capture.anchor], cotangent, listener, keep)

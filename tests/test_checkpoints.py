@@ -288,3 +288,12 @@ def test_a_function_is_the_same_in_every_process():
         for seed in ("1", "2", "3")
     }
     assert len(found) == 1
+
+
+def test_a_file_that_is_no_checkpoint_is_to_be_removed(tmp_path):
+    path = tmp_path / "run.safetensors"
+    path.write_bytes(b"half a file")
+    with pytest.raises(
+        ff.FisherFileError, match=r"checkpoint must be a file that such a run has written.*run\.safetensors.*remove the file"
+    ):
+        ff.fisher(nn.Linear(4, 3), [(torch.randn(6, 4), None)], checkpoint=path, progress=False)

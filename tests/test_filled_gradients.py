@@ -187,3 +187,34 @@ def test_what_is_not_of_the_model_gets_no_gradient_and_a_warning():
         warnings.simplefilter("error")
         backward(nn.ModuleList([body, head]))
     assert head.weight.grad is not None
+
+
+@pytest.mark.parametrize("structure", ["diagonal", "kfac"])
+def test_what_is_frozen_on_the_way_gets_none_from_then_on(structure):
+    model, (x, y) = networks.mlp(), networks.double_vectors()
+    with ff.collect(model, structure, gradients=True) as stats:
+        stats.backward(losses(model, x, y))
+        model.zero_grad()
+        model[0].requires_grad_(False)
+        stats.backward(losses(model, x, y))
+    assert all(p.grad is None for p in model[0].parameters())
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("loss_scale", [1.0, 64.0])
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+@pytest.mark.filterwarnings("ignore:head1.weight, head1.bias|.*should reach the loss:fisherfast.FisherWarning")
+def test_what_the_first_loss_does_not_reach_gets_its_gradient_from_autograd(reduction, loss_scale):
+    """Heads that take turns: those that begin later are not measured, and are trained."""
+    torch.manual_seed(0)
+    body = [nn.Linear(4, 5), nn.Linear(5, 3), nn.Linear(5, 3)]
+    model, x, y = nn.ModuleList(body).double(), torch.randn(4, 6, 4).double(), torch.arange(6) % 3
+    plain = copy.deepcopy(model)
+    kinds = {"gradients": True, "allow_missing": True, "reduction": reduction, "loss_scale": loss_scale}
+    with ff.collect(model, "diagonal", **kinds) as stats:
+        for number, batch in enumerate(x):
+            one = F.cross_entropy(plain[1 + number % 2](plain[0](batch).tanh()), y, reduction=reduction)
+            one.backward()
+            stats.backward(F.cross_entropy(model[1 + number % 2](model[0](batch).tanh()), y, reduction="none"))
+    same(gradients(model), gradients(plain), rtol=1e-10, atol=1e-13)
+    assert {"2.weight", "2.bias"} == stats.result().coverage.missing.keys()

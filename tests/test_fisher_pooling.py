@@ -305,3 +305,16 @@ def test_results_of_two_kinds_are_refused_by_name():
     for one, other in ((norms, moments), (moments, norms)):
         with pytest.raises(TypeError, match=f"must have one structure, got {type(one).__name__} and {type(other).__name__}"):
             one + other
+
+
+@pytest.mark.parametrize("structure", ["diagonal", "kfac", "gram", ff.PerSampleNorm(), ff.GradientMoments()], ids=str)
+def test_a_list_of_results_has_a_sum(structure):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+    parts = [
+        ff.fisher(model, [(torch.randn(6, 4), torch.arange(6) % 3)], structure, "empirical", progress=False) for _ in range(3)
+    ]
+    assert sum(parts).num_samples == 18
+    assert sum(parts[:1]) is parts[0]
+    with pytest.raises(TypeError):
+        sum(parts, 1)

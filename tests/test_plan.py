@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 import fisherfast as ff
 from fisherfast.accumulator import Accumulator, RunningSum
 from fisherfast.calls import graph
+from fisherfast.fisher.measurement import Measurement
 from fisherfast.fisher.run import Run
 from fisherfast.passes import Passes
 from fisherfast.tracked import Made
@@ -71,7 +72,7 @@ def tensors(thing, found):
 
 def held(run):
     """Bytes of all that the collectors hold, but for what is of samples."""
-    of_samples = ("_batch_norms", "_values", "_last", "_scratch")
+    of_samples = ("values", "_scratch")
     every = [{k: v for k, v in vars(source).items() if k not in of_samples} for source in run.collectors]
     return sum(tensor.nbytes for tensor in tensors([{**one, "_tracked": None} for one in every], {}).values())
 
@@ -174,8 +175,7 @@ def test_the_result_of_a_table_is_turned_round_on_memory_of_its_own():
 
 
 def test_the_sums_of_the_first_pass_are_gone_in_the_second(monkeypatch):
-    measure, alive = importlib.import_module("fisherfast.fisher.measure"), []
-    over = measure.Measurement.over
+    alive, over = [], Measurement.over
 
     def watching(self, batches, checkpoint):
         alive.append([ref() is not None for ref in watching.sums])
@@ -184,7 +184,7 @@ def test_the_sums_of_the_first_pass_are_gone_in_the_second(monkeypatch):
         return results
 
     watching.sums = []
-    monkeypatch.setattr(measure.Measurement, "over", watching)
+    monkeypatch.setattr(Measurement, "over", watching)
     build, data = networks.COVERED["layer-norm"]
     gc.disable()
     try:
@@ -403,3 +403,15 @@ def test_names_that_look_like_markup_are_printed_as_they_are():
     console = Console(width=120, file=io.StringIO())
     console.print(ff.plan(model, (torch.randn(4, 3), None)).table())
     assert "[/a].weight" in console.file.getvalue()
+
+
+@pytest.mark.parametrize("structure", ["diagonal", "kfac"])
+def test_a_plan_lets_the_model_go(structure):
+    """What autograd saves are its own leaves, and each would hold the graph that holds it."""
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+    there = weakref.ref(model)
+    planned = ff.plan(model, (torch.randn(64, 4), torch.arange(64) % 3), structure)
+    assert planned.activation_bytes
+    del model
+    gc.collect()
+    assert there() is None

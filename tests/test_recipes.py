@@ -66,3 +66,17 @@ def test_the_scale_of_float16_is_taken_out(run):
 
 def test_the_noise_scale_is_of_the_losses(run):
     assert math.isfinite(run["stats"].result().noise_scale()) and run["stats"].result().num_samples == 64
+
+
+def test_a_natural_step_solves_its_system_and_influences_are_inner_products(run):
+    curvature, step = run["curvature"], run["step"]
+    for name, product in (curvature @ step).items():
+        torch.testing.assert_close(product + 0.1 * step[name], run["gradient"][name], rtol=1e-4, atol=1e-6)
+    assert len(run["influence"]) == run["N"] and any(run["influence"])
+
+
+def test_merged_weights_lie_between_those_of_the_models(run):
+    weights, fishers = ([one["2.bias"] for one in ones] for ones in (run["weights_of_models"], run["fishers"]))
+    shares = torch.stack(fishers) / sum(fishers)
+    merged = (shares * torch.stack(weights)).sum(0)
+    torch.testing.assert_close(run["merged"].get_parameter("2.bias").detach(), merged, rtol=1e-4, atol=1e-6)

@@ -239,9 +239,9 @@ def test_integer_weights_are_repeated_samples(chunks, passes):
         assert mine["weight"].weight == other["weight"].weight == 7
         assert close(mine["weight"].snapshot().mean(), other["weight"].snapshot().mean(), EXACT)
     t = (g.mT @ x).flatten(1).square().sum(1)
-    assert close(engine.norms().sum(0), t, EXACT)  # unweighted
+    assert close(engine.values.norms().sum(0), t, EXACT)  # unweighted
     assert engine.squared_weights["weight"] == float(times.square().sum()) / passes
-    spread, w = engine.spread(), times.double()
+    spread, w = engine.values.spread(), times.double()
     mean = (w * t).sum() / w.sum()
     assert spread.stderr()[None] == pytest.approx(
         float(((w * (t - mean)).square().sum() / (w.sum() ** 2 - w.square().sum())).sqrt()), rel=1e-9
@@ -268,13 +268,13 @@ def test_weights_of_the_data_are_repeated_samples(name):
 def test_equal_weights_change_nothing():
     x, g = torch.randn(5, 3, 4).double(), torch.randn(5, 3, 7).double()
     one, two = (weighted_engine(WITH_MOMENTS, w, x, g) for w in (None, torch.full((5,), 2.0)))
-    assert one.spread().stderr() == pytest.approx(two.spread().stderr(), rel=1e-12)
+    assert one.values.spread().stderr() == pytest.approx(two.values.spread().stderr(), rel=1e-12)
     assert close(one.totals["weight"].snapshot().mean(), two.totals["weight"].snapshot().mean(), EXACT)
 
 
 def everything(engine):
     sums = [engine.squares["weight"].snapshot().sum, engine.totals["weight"].snapshot().sum]
-    return [*sums, engine.norms(), engine.spread().sums]
+    return [*sums, engine.values.norms(), engine.values.spread().sums]
 
 
 def test_a_staged_batch_that_does_not_complete_adds_nothing():

@@ -9,7 +9,9 @@ from torch import nn
 
 import fisherfast as ff
 from fisherfast.accumulator import RunningSum
+from fisherfast.fisher import checkpoint, interrupts
 from fisherfast.fisher.block_sums import BatchSum
+from fisherfast.fisher.engine import Engine
 from fisherfast.fisher.few_rows import FewRows
 
 ASKED = {
@@ -94,7 +96,7 @@ def test_squares_that_overflow_are_an_error_that_names_the_layer():
         measure(model, [(x, y), (large, y)], "diagonal")
     found = caught.value.fisher
     assert found.num_samples == 5
-    with pytest.raises(ValueError, match=r"'0\.weight' must have counted samples"):
+    with pytest.raises(ValueError, match=r"0\.weight: must have samples of a weight > 0"):
         found.trace()
     sums = found.accumulators()
     assert sums["2.weight"].weight == 10 and sums["2.weight"].sum.isfinite().all()  # of a layer whose squares fit
@@ -177,3 +179,130 @@ def test_an_error_survives_a_result_for_which_there_is_no_room(monkeypatch):
     with pytest.raises(OSError, match="the data are gone") as caught:
         ff.fisher(nn.Linear(4, 3), failing(), progress=False)
     assert any("could not be kept: DefaultCPUAllocator" in note for note in caught.value.__notes__)
+
+
+@pytest.mark.parametrize(
+    "error", [SystemExit(0), TimeoutError("late"), KeyboardInterrupt(), RuntimeError("can't allocate memory")], ids=repr
+)
+@pytest.mark.parametrize("at", [1, 4])
+def test_a_batch_that_is_broken_off_while_it_is_counted_is_in_no_result(at, error, tmp_path, monkeypatch):
+    """Some of the four parameters, or all, have it in their sums; the counts do not."""
+    model, path = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)), tmp_path / "run.safetensors"
+    data = [(torch.randn(6, 4), torch.arange(6) % 3) for _ in range(4)]
+    whole, seen = Engine._counted, []
+
+    def counted(engine, *args):
+        whole(engine, *args)
+        seen.append(args)
+        if len(seen) == 2 * 4 + at:
+            raise error
+
+    monkeypatch.setattr(checkpoint, "_SECONDS", -1.0)
+    monkeypatch.setattr(Engine, "_counted", counted)
+    with pytest.raises((type(error), ff.Interrupted)) as caught:
+        ff.fisher(model, data, fisher_type="empirical", progress=False, checkpoint=path)
+    monkeypatch.undo()
+    assert not hasattr(caught.value, "fisher")
+    if not isinstance(error, SystemExit):
+        assert any("while it was counted" in note or "counted to its end" in note for note in caught.value.__notes__)
+    torch.testing.assert_close(ff.load(path).diagonal(), measure(model, data[:2], "diagonal").diagonal())
+    resumed = ff.fisher(model, data, fisher_type="empirical", progress=False, checkpoint=path)
+    torch.testing.assert_close(resumed.diagonal(), measure(model, data, "diagonal").diagonal())
+
+
+class Signals(torch.autograd.Function):
+    """The identity, that sends the process signals in its backward pass."""
+
+    @staticmethod
+    def forward(ctx, x, signals):
+        ctx.signals = signals
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, g):
+        while ctx.signals:  # once, however often the batch is looked at
+            signal.raise_signal(ctx.signals.pop())
+        return g, None
+
+
+@pytest.fixture
+def handled():
+    """Handlers as people write them."""
+
+    def stop(number, frame):
+        raise {signal.SIGTERM: SystemExit(0), signal.SIGALRM: TimeoutError("late")}[number]
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGALRM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGALRM])
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_a_signal_waits_until_its_batch_is_counted(checkpointed, number, handled, tmp_path):
+    model, path = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)), tmp_path / "run.safetensors"
+    data = [(torch.randn(6, 4), torch.arange(6) % 3) for _ in range(3)]
+    expected = measure(model, data[:2], "diagonal").diagonal()
+
+    def stopped():
+        yield data[0]
+        signals = [number]
+        model[1].register_forward_hook(lambda module, args, out: Signals.apply(out, signals))
+        yield data[1]
+
+    with pytest.raises((ff.Interrupted, SystemExit, TimeoutError)) as caught:
+        ff.fisher(model, stopped(), fisher_type="empirical", progress=False, checkpoint=path if checkpointed else None)
+    if number != signal.SIGTERM:
+        torch.testing.assert_close(caught.value.fisher.diagonal(), expected)
+    if checkpointed:
+        torch.testing.assert_close(ff.load(path).diagonal(), expected)
+
+
+def test_a_second_signal_does_not_wait_and_leaves_no_result(handled):
+    model, x, y = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)), torch.randn(6, 4), torch.arange(6) % 3
+    signals = [signal.SIGALRM, signal.SIGALRM]
+    with ff.collect(model, "diagonal") as stats:
+        stats.backward(nn.functional.cross_entropy(model(x), y, reduction="none"))
+        model[1].register_forward_hook(lambda module, args, out: Signals.apply(out, signals))
+        with pytest.raises(TimeoutError) as caught:
+            stats.backward(nn.functional.cross_entropy(model(x), y, reduction="none"))
+    assert not hasattr(caught.value, "fisher")
+    with pytest.raises(RuntimeError, match="must be counted to its end"):
+        stats.result()
+
+
+def test_an_error_says_that_a_part_of_its_batch_may_have_counted():
+    model, x, y = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)), torch.randn(6, 4), torch.arange(6) % 3
+    with ff.collect(model, "diagonal") as stats:
+        stats.backward(nn.functional.cross_entropy(model(x), y, reduction="none"))
+        hook = model[1].register_forward_hook(lambda module, args, out: Sick.apply(out, True))
+        with pytest.raises(ff.NonFiniteError) as caught:
+            stats.backward(nn.functional.cross_entropy(model(x), y, reduction="none"))
+        hook.remove()
+        assert "count twice" in caught.value.__notes__[-1]
+        assert caught.value.fisher.accumulators()["2.weight"].weight == 12  # which it has
+        with pytest.raises(ff.NonFiniteError) as caught:
+            stats.backward(float("nan") * nn.functional.cross_entropy(model(x), y, reduction="none"))
+        assert not any("count twice" in note for note in caught.value.__notes__)
+
+
+def test_every_signal_is_delivered_and_its_handler_put_back_whatever_they_raise(handled):
+    numbers, heard = (signal.SIGINT, signal.SIGTERM, signal.SIGALRM), []
+
+    def handler(number, frame):
+        heard.append(number)
+        raise TimeoutError(number)
+
+    interrupt = signal.getsignal(signal.SIGINT)
+    try:
+        for number in numbers:
+            signal.signal(number, handler)
+        with pytest.raises(TimeoutError), interrupts.put_off(pytest.fail):
+            for number in numbers:
+                signal.raise_signal(number)
+            assert not heard
+        assert all(signal.getsignal(number) is handler for number in numbers)
+    finally:
+        signal.signal(signal.SIGINT, interrupt)
+    assert sorted(heard) == sorted(numbers)

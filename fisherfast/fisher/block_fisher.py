@@ -16,6 +16,7 @@ from torch import Tensor
 from fisherfast._precision import wide
 from fisherfast.accumulator import Accumulator
 from fisherfast.fisher import _arguments, _logdet, _pooling, serialize
+from fisherfast.fisher._ordinary import ordinary
 from fisherfast.fisher._plot import Plotted
 from fisherfast.fisher.counts import Counts, Measured
 from fisherfast.fisher.exact import ExactBlock
@@ -144,6 +145,7 @@ class BlockFisher(Plotted, Measured, Generic[_Block]):
     def _mean(self, name: str) -> Tensor:
         return self.diagonals[name].mean()
 
+    @ordinary
     def diagonal(self, *, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
         """``{name: tensor}`` shaped like the parameters."""
         found = self._vector(dtype, lambda name: self._mean(name).to(dtype))

@@ -35,7 +35,12 @@ class Checkpoint:
 
     def _resume(self) -> tuple[int, str | None]:
         """How many batches the file holds, and their digest, where it says."""
-        read, extra = serialize.load_with_extra(self._path, device=str(self._run.capture.device))
+        try:
+            read, extra = serialize.load_with_extra(self._path, device=str(self._run.capture.device))
+        except serialize.FisherFileError as error:
+            raise serialize.FisherFileError(
+                f"fisher: checkpoint must be a file that such a run has written, or none, got another ({error}); remove the file or give another"
+            ) from error
         found = extra.pop("batches", None)
         before = read if isinstance(read, tuple) else (read,)
         extra.setdefault("parameters", self._settings["parameters"])  # older files do not say

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
@@ -14,19 +15,28 @@ from fisherfast._under_way import Given
 from fisherfast._warning import warn
 from fisherfast.calls import Key, graph
 from fisherfast.collector import Samples
-from fisherfast.fisher import interrupts
-from fisherfast.fisher.asked import requests
+from fisherfast.fisher.diagonal import Diagonal
 from fisherfast.fisher.labelling import known_type
+from fisherfast.fisher.moments import GradientMoments
+from fisherfast.fisher.norms import PerSampleNorm
+from fisherfast.fisher.parse import parse
 from fisherfast.fisher.protocol import Provenance
-from fisherfast.fisher.requests import Diagonal, GradientMoments, Gradients, PerSampleNorm
+from fisherfast.fisher.request import Request
 from fisherfast.fisher.run import Interrupted, Run, model_name
-from fisherfast.fisher.structure import Structure
 from fisherfast.layout import Finding
 from fisherfast.likelihood import Likelihood, resolve, stored_name
 from fisherfast.locator import NO_AXIS, mixing
 from fisherfast.passes import Pass, check_loss_scale
 from fisherfast.train_mode import refuse_train_mode, unwrapped
 from fisherfast.uses import Uses
+
+
+@dataclass(frozen=True)
+class Gradients(Request):
+    """What ``ff.collect(..., gradients=True)`` adds to what is asked for: the parameters' ``.grad``, and no result."""
+
+    fills: str = "sum"
+
 
 _CHOOSING = {"Slice", "Split", "SplitWithSizes", "Index", "IndexSelect", "MaskedSelect", "Topk"}  # torch's nodes
 _OF_ROWS_ALONE = (Diagonal, PerSampleNorm, GradientMoments, Gradients)  # to which samples without a loss add nothing
@@ -45,8 +55,8 @@ class collect:
     Shapes:   ``stats.backward`` takes the vector ``[N]`` of negative log-likelihoods, one per sample: for a sequence the sum
               over its positions. A first one that is several times as long as the model's inputs is warned of.
     Scale:    the result is a mean over samples; the loss vector must not be averaged over anything.
-    Errors:   ValueError for a loss that is not such a vector (a mean as ``[1]``, or ``[N]`` of losses over N, is one that cannot
-              be told from a vector), for parameters the loss does not depend on (unless
+    Errors:   ValueError for a loss that is not such a vector (two mistakes cannot be told from one: a mean of shape ``[1]``, and
+              losses that were already divided by N), for parameters the loss does not depend on (unless
               ``allow_missing=True``), for dropout or batch statistics in train mode; NonFiniteError (``err.fisher`` keeps
               what came before) for NaN or infinity; MemoryError, at the first loss, if the sums and the result do not fit.
     Numerics: as the ops; sums over samples with 48 bits or more (``accumulator.RunningSum``).
@@ -57,7 +67,8 @@ class collect:
     Inside the block the weights are frozen where they are used: ``.grad``, ``requires_grad``, hooks and modes of the model
     are not touched. With ``gradients=True`` each ``stats.backward(losses)`` adds to ``.grad`` what ``losses.sum().backward()``
     would to the model's parameters (``reduction="mean"``: ``losses.mean()``), from the same products, once the batch is complete: a
-    training step that measures on its way. Hooks of parameters do not run, gradients of ranks are not averaged, those of embeddings are dense and not
+    training step that measures on its way. Where the first loss does not reach a parameter (``allow_missing=True``) later ones do not measure it,
+    and its ``.grad`` is autograd's. Hooks of parameters do not run, gradients of ranks are not averaged, those of embeddings are dense and not
     divided by frequency. ``loss_scale`` multiplies the gradients on their way through a float16 model and is taken out of their
     squares; the loss itself is not scaled. A forward pass without a backward pass counts for nothing; several backward passes through one
     forward pass (``retain_graph=True``) are draws: they are averaged, and their samples counted once; every batch must have as many.
@@ -68,7 +79,7 @@ class collect:
     def __init__(
         self,
         model: nn.Module,
-        *structures: str | Structure,
+        *structures: str | Request,
         fisher_type: str = "empirical",
         likelihood: str | Likelihood | None = None,
         gradients: bool = False,
@@ -80,7 +91,7 @@ class collect:
         name = None if likelihood is None else stored_name(resolve(likelihood), fisher_type)
         if not structures:
             raise ValueError("collect: must be given what to collect, got nothing; for example collect(model, ff.Diagonal())")
-        asked = requests("collect", structures)
+        asked = parse("collect", structures)
         if reduction not in ("sum", "mean"):
             raise ValueError(
                 f"collect: reduction must be 'sum' or 'mean', what .grad is filled with the gradient of, got {reduction!r}"
@@ -97,7 +108,8 @@ class collect:
                 "collect: a DistributedDataParallel model with static_graph=True must have taken an ordinary step before, or torch averages no "
                 "later gradients; run model.module in the block otherwise"
             )
-        self._fills, asked = gradients, (*asked, Gradients(reduction)) if gradients else asked
+        self._fills, self._averages = gradients, reduction == "mean"
+        asked = (*asked, Gradients(reduction)) if gradients else asked
         self._run = Run(model, asked, Provenance(fisher_type, name, draws=None, model=model_name(model)), allow_missing)
         self._run.capture.given = Given(unwrapped(model))  # until the first loss
         self._told_of_a_part, self._only_diagonal = False, all(isinstance(one, _OF_ROWS_ALONE) for one in asked)
@@ -145,23 +157,30 @@ class collect:
             if self._fills and run.engine is not None:
                 sources = {source.name for use in uses.all for source in use.tracked.sources}
                 run.engine.reached = run.passes.reached(loss) | sources
-            with interrupts.put_off():  # a batch counts as a whole
-                with run.transaction(Samples(N, padded=not every, exists=exists)):
-                    looped = bool(run.looped)
-                    one = self._pass(torch.ones_like(loss))
-                    run.passes.run(uses, [one], 1, keep=looped or retain_graph, every=every)
-                    if looped:
-                        with run.timed("loop"):
-                            self._loop(loss)
-                    fresh = run.fresh(uses.calls)
-                run.num_samples += N if fresh else 0
-                run.num_positions += N if fresh else 0
-                run.batches += 1
+            late = self._of_missing(loss) if self._fills and run.missing_parameters else []
+            with run.transaction(Samples(N, padded=not every, exists=exists), positions=N):
+                looped = bool(run.looped)
+                one = self._pass(torch.ones_like(loss))
+                run.passes.run(uses, [one], 1, keep=looped or retain_graph, every=every)
+                if looped:
+                    with run.timed("loop"):
+                        self._loop(loss)
+                run.note_draw(uses.calls)
+            for parameter, gradient in late:
+                parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
             for name in self._postponed:
                 capture.tracked[name].fallback = None
                 run.ops[name] = f"loop: {NO_AXIS}, in the first batches"
             self._postponed.clear()
             capture.begin(exploring=not self._explored)
+
+    def _of_missing(self, loss: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """The gradients of parameters that the first loss did not depend on, which are not measured, where this one does."""
+        missing = {id(p) for p in self._run.missing_parameters}
+        found: list[Tensor] = [node.variable for node in graph(loss) if id(getattr(node, "variable", None)) in missing]
+        one = self._pass(torch.full_like(loss, 1 / len(loss) if self._averages else 1.0))
+        gradients = self._run.passes.gradients_of_leaves(loss, found, one.cotangent) if found else ()
+        return [(leaf, one.unscaled(g).to(leaf.dtype)) for leaf, g in zip(found, gradients, strict=True) if g is not None]
 
     def _pass(self, samples: Tensor) -> Pass:
         return Pass(samples * self._loss_scale, loss_scale=self._loss_scale)

@@ -111,6 +111,10 @@ class Counted:
         """The other names of tied tensors."""
         return self._counts.aliases
 
+    def __radd__(self, other: object) -> Self:
+        """``sum([F1, F2])`` begins with 0."""
+        return self if other == 0 and isinstance(other, int) else NotImplemented
+
     def save(self: serialize.Storable, path: str | os.PathLike[str], *, extra: Mapping[str, str] | None = None) -> None:
         """Write to a safetensors file, whole or not at all; ``fisherfast.load`` reads it back bit by bit."""
         serialize.save(self, path, extra)

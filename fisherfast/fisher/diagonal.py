@@ -7,9 +7,11 @@ different numbers of samples for different parameters, and each mean is right wi
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import operator
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -18,13 +20,40 @@ from torch import Tensor
 
 from fisherfast.accumulator import Accumulator
 from fisherfast.fisher import _arguments, _logdet, _pooling, serialize
+from fisherfast.fisher._ordinary import ordinary
 from fisherfast.fisher._plot import Plotted
 from fisherfast.fisher.counts import Counts, Measured
 from fisherfast.fisher.coverage import Coverage
+from fisherfast.fisher.engine import Engine
 from fisherfast.fisher.protocol import Damping, LayerSummary, Provenance, Spectrum, Vector, layer_of, names_by_layer
+from fisherfast.fisher.request import Request
 from fisherfast.fisher.spread import Spread
 
 _CHUNK = 1 << 16  # entries at a time: temporaries that stay in cache
+
+
+@dataclass(frozen=True)
+class Diagonal(Request):
+    """Ask for the diagonal: ``ff.collect(model, ff.Diagonal())``. ``stderr=False`` leaves out what ``F.stderr`` needs."""
+
+    stderr: bool = True
+    squares = True
+
+    @property
+    def spread(self) -> bool:
+        """See ``Request``."""
+        return self.stderr
+
+    def result(self, engine: Engine, counts: Counts) -> DiagonalFisher:
+        """See ``Request``."""
+        sums = {name: running.snapshot() for name, running in engine.squares.items()}
+        return DiagonalFisher._of(sums, counts, engine.values.spread() if self.stderr else None)
+
+    def restore(self, engine: Engine, before: DiagonalFisher) -> None:
+        """See ``Request``."""
+        engine.restore_squares(before.accumulators())
+        if self.stderr:
+            engine.values.restore_spread(before.spread)
 
 
 @serialize.storable("diagonal")
@@ -58,7 +87,7 @@ class DiagonalFisher(Measured, Plotted):
         for name, mean in diagonal.items():
             _arguments.check_mean(name, mean)
         sums = {name: Accumulator(mean.detach().double() * num_samples, num_samples) for name, mean in diagonal.items()}
-        self._assign(sums, num_samples, num_positions, provenance, coverage, aliases, 0, None)
+        self._hold(sums, _counts(num_samples, num_positions, provenance, coverage, aliases, batches=0), None)
 
     @classmethod
     def from_accumulators(
@@ -74,25 +103,24 @@ class DiagonalFisher(Measured, Plotted):
         spread: Spread | None = None,
     ) -> DiagonalFisher:
         """From sums of squared scores, each with its own weight. The accumulators are kept, not copied."""
+        return cls._of(sums, _counts(num_samples, num_positions, provenance, coverage, aliases, batches=batches), spread)
+
+    @classmethod
+    def _of(cls, sums: Mapping[str, Accumulator], counts: Counts, spread: Spread | None) -> DiagonalFisher:
         fisher = cls.__new__(cls)
-        fisher._assign(sums, num_samples, num_positions, provenance, coverage, aliases, batches, spread)
+        fisher._hold(sums, counts, spread)
         return fisher
 
-    def _assign(self, sums, num_samples, num_positions, provenance, coverage, aliases, batches, spread) -> None:
-        self._sums: dict[str, Accumulator] = dict(sums)
-        if not self._sums:
+    def _hold(self, sums: Mapping[str, Accumulator], counts: Counts, spread: Spread | None) -> None:
+        if not sums:
             raise ValueError("DiagonalFisher: must hold at least one parameter, got none")
-        _arguments.check_distinct(self._sums)
-        self.shapes = {name: accumulator.shape for name, accumulator in self._sums.items()}
-        samples, batches = operator.index(num_samples), operator.index(batches)
-        positions = samples if num_positions is None else operator.index(num_positions)
-        if min(samples, positions, batches) < 0:
-            raise ValueError(f"DiagonalFisher: counts must be >= 0, got {samples}, {positions}, {batches}")
-        covered = Coverage(coverage, {name: shape.numel() for name, shape in self.shapes.items()})
-        self._counts = Counts(samples, positions, batches, provenance or Provenance(), covered, dict(aliases or {}))
-        self.spread: Spread | None = spread
+        _arguments.check_distinct(sums)
+        self._sums, self.spread = dict(sums), spread
+        self.shapes = {name: accumulator.shape for name, accumulator in sums.items()}
+        covered = Coverage(counts.coverage, {name: shape.numel() for name, shape in self.shapes.items()})
+        self._counts = dataclasses.replace(counts, coverage=covered)
         for alias, name in self.aliases.items():
-            if alias in self._sums or name not in self._sums:
+            if alias in sums or name not in sums:
                 raise ValueError(f"DiagonalFisher: aliases must map other names to {self.names}, got {alias!r}: {name!r}")
 
     def accumulators(self) -> dict[str, Accumulator]:
@@ -102,8 +130,8 @@ class DiagonalFisher(Measured, Plotted):
     def _counted(self, name: str) -> Accumulator:
         if self._sums[name].weight == 0:
             raise ValueError(
-                f"DiagonalFisher: {name!r} must have counted samples of a weight > 0, got none; the weights were all zero, or the run ended "
-                "before its first backward pass"
+                f"{name}: must have samples of a weight > 0 for a mean, got none: all sample weights were zero, no batch was completed, or "
+                "its sum was dropped with an error; measure more, or pool with what has some"
             )
         return self._sums[name]
 
@@ -116,6 +144,7 @@ class DiagonalFisher(Measured, Plotted):
             raise ValueError(f"{method}: F + damping I must be regular, got {zeros} zero entries in {name!r}; pass damping > 0")
         return damped
 
+    @ordinary
     def diagonal(self, *, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
         """``{name: f}``, shaped like the parameters."""
         return {name: self._counted(name).mean(dtype) for name in self.names}
@@ -217,7 +246,7 @@ class DiagonalFisher(Measured, Plotted):
         _pooling.check_same(self._identity(), other._identity())
         sums = {name: accumulator + other._sums[name] for name, accumulator in self._sums.items()}
         spread = self.spread + other.spread if self.spread and other.spread else None
-        return DiagonalFisher.from_accumulators(sums, spread=spread, **vars(self._counts.pooled(other._counts)))
+        return DiagonalFisher._of(sums, self._counts.pooled(other._counts), spread)
 
     def all_reduce(self, group: dist.ProcessGroup | None = None) -> DiagonalFisher:
         """Pool the data of all ranks of ``group``, in place on every rank; returns self. ``coverage`` stays the rank's own.
@@ -244,15 +273,11 @@ class DiagonalFisher(Measured, Plotted):
     @classmethod
     def from_state(cls, tensors: dict[str, Tensor], fields: dict[str, Any]) -> DiagonalFisher:
         """The object whose ``state`` this is; its weights, not its tensors, carry the order of the parameters."""
-        sums = {name: Accumulator(tensors[name], weight) for name, weight in fields.pop("weights").items()}
-        provenance, coverage, spread = (
-            Provenance(**fields.pop("provenance")),
-            Coverage.from_state(fields),
-            fields.pop("spread", None),
-        )
+        sums = {name: Accumulator(tensors[name], weight) for name, weight in fields["weights"].items()}
+        spread = fields.get("spread")
         if spread is not None:
             spread = Spread.from_state(spread, next(iter(tensors.values())).device)
-        return cls.from_accumulators(sums, provenance=provenance, coverage=coverage, spread=spread, **fields)
+        return cls._of(sums, Counts.from_state(fields), spread)
 
     def __repr__(self) -> str:
         excluded = len(self.coverage.missing)
@@ -262,3 +287,19 @@ class DiagonalFisher(Measured, Plotted):
             f"{self.num_samples:,} samples, {self.num_positions:,} positions, {self.provenance}"
             f"{f', {excluded} tensors missing' if excluded else ''})"
         )
+
+
+def _counts(
+    num_samples: int,
+    num_positions: int | None,
+    provenance: Provenance | None,
+    coverage: Mapping[str, str] | None,
+    aliases: Mapping[str, str] | None,
+    *,
+    batches: int,
+) -> Counts:
+    samples, batches = operator.index(num_samples), operator.index(batches)
+    positions = samples if num_positions is None else operator.index(num_positions)
+    if min(samples, positions, batches) < 0:
+        raise ValueError(f"DiagonalFisher: counts must be >= 0, got {samples}, {positions}, {batches}")
+    return Counts(samples, positions, batches, provenance or Provenance(), Coverage(coverage), dict(aliases or {}))

@@ -16,11 +16,11 @@ from fisherfast.fisher.eigen_sums import EigenCollector
 from fisherfast.fisher.exact import ExactBlock
 from fisherfast.fisher.kfac import KFACFisher
 from fisherfast.fisher.kronecker import KroneckerBlock
-from fisherfast.fisher.structure import Structure
+from fisherfast.fisher.request import Request
 
 
 @dataclass(frozen=True)
-class EKFAC(Structure):
+class EKFAC(Request):
     """Ask for corrected eigenvalues: ``ff.fisher(model, data, structure="ekfac")``, ``ff.collect(model, ff.EKFAC(basis=kfac))``.
 
     ``basis``: the ``KFACFisher`` whose eigenvectors are taken. ``ff.fisher`` measures it in a first pass over the data if it is
@@ -36,7 +36,7 @@ class EKFAC(Structure):
         _arguments.check_limits("EKFAC", 0, max_exact_dim=self.max_exact_dim)
 
     def collector(self, capture: Capture, transactional: bool) -> EigenCollector:
-        """See ``Structure``."""
+        """See ``Request``."""
         if self.basis is None:
             raise ValueError(
                 "EKFAC: basis must be a KFACFisher where the data pass once, got None; measure ff.KFAC() first, or use "
@@ -48,14 +48,14 @@ class EKFAC(Structure):
         return EigenCollector(capture, basis, transactional, self.max_exact_dim)
 
     def result(self, source: EigenCollector, counts: Counts) -> EKFACFisher:
-        """See ``Structure``."""
+        """See ``Request``."""
         blocks, diagonals = source.snapshot()
         ways = counts.coverage.ways
         how = described({block: ways[block.place.weight] for block in blocks})
         return EKFACFisher(blocks, diagonals, counts.saying("diagonal", how), source.shapes)
 
     def restore(self, source: EigenCollector, before: EKFACFisher) -> None:
-        """See ``Structure``."""
+        """See ``Request``."""
         source.restore(before.blocks, before.diagonals)
 
 

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import reduce
 
 import torch
 from torch import Tensor
@@ -15,16 +14,14 @@ from fisherfast.calls import Call, in_parts
 from fisherfast.capture import Capture
 from fisherfast.collector import Cost, Held, Samples
 from fisherfast.fisher import ghost
-from fisherfast.fisher._columns import Columns
-from fisherfast.fisher.protocol import layer_of
-from fisherfast.fisher.spread import Spread
-from fisherfast.fisher.structure import Structure
+from fisherfast.fisher.request import Request
+from fisherfast.fisher.sample_values import SampleValues
 from fisherfast.rules import Form, Rows, Window
 from fisherfast.tracked import Tracked
 
 
 class Engine:
-    """The sums behind all requests of a run; see ``Collector`` for its protocol.
+    """The sums over parameters behind all requests of a run; see ``Collector`` for its protocol.
 
     A batch of one backward pass goes into the running sums directly; if the pass stops half-way, each parameter's weight
     says what it has. A batch of several passes (columns of the exact Fisher, draws) means nothing until they are complete:
@@ -33,7 +30,7 @@ class Engine:
     only when its batch is complete, and ``.grad`` is filled only then.
     """
 
-    def __init__(self, capture: Capture, structures: Sequence[Structure], transactional: bool = False) -> None:
+    def __init__(self, capture: Capture, structures: Sequence[Request], transactional: bool = False) -> None:
         parameters = {name: t.parameter for name, t in capture.tracked.items()}
         self.squares = {name: RunningSum(p) for name, p in parameters.items() if any(s.squares for s in structures)}
         self.totals = {name: RunningSum(p) for name, p in parameters.items() if any(s.totals for s in structures)}
@@ -43,37 +40,30 @@ class Engine:
         self._tracked = dict(capture.tracked)
         self.reached: set[str] = set()  # by the loss at hand: only these get a .grad
         keeps = [s.keeps for s in structures]
-        self.keeps = "layers" if "layers" in keeps else "whole" if "whole" in keeps else None
+        kept = "layers" if "layers" in keeps else "whole" if "whole" in keeps else None
+        self.values = SampleValues(list(parameters), kept, any(s.spread for s in structures), capture.device)
         self._transactional, self._device = transactional, capture.device
-        self._measures_spread = any(s.spread for s in structures)
-        self._spread: Spread | None = None
         self._arrange(list(parameters))
-        self._values: Columns | None = None  # [layers or 1, N] of all batches, where they are kept
-        self._last: tuple[Tensor, int, Tensor | None] | None = None  # the last batch's sum over draws, draws, weight
-        self._lost = False  # a draw came when its batch was no longer the last one: per-sample values are not known
         self._scratch = torch.zeros(0, device=capture.device)
-        self._staged, self._again = False, False
+        self._staged = False
         self._in_parts: set[str] = set()
         self._samples = Samples(0)
-        self._batch_norms: dict[float, tuple[Tensor, tuple[Tensor, ...]]] = {}  # by the scale of the pass: [layers, N], its rows
         self._staged_squares: dict[str, Tensor] = {}
         self._staged_totals: dict[str, Tensor] = {}
         self._touched: dict[str, None] = {}
 
     def _arrange(self, names: list[str]) -> None:
-        """Give each parameter its flag, and its layer's place in the sums over samples."""
+        """Give each parameter its flag."""
         self._flags = torch.zeros(len(names), dtype=torch.int32, device=self._device)
         self._flag = dict(zip(names, self._flags.split(1), strict=True))
-        self.layers = tuple(dict.fromkeys(layer_of(name) for name in names))
-        self._row = {name: self.layers.index(layer_of(name)) for name in names}
-        if self._measures_spread and (self._spread is None or not self._spread.sums.any()):  # not that of a checkpoint
-            self._spread = Spread.zeros(self.layers, self._device)
 
     def forget(self, name: str) -> None:
         """Drop a parameter that the run does not cover."""
         for sums in (self.squares, self.totals, self.squared_weights):
             sums.pop(name, None)
-        self._arrange([other for other in self._flag if other != name])
+        left = [other for other in self._flag if other != name]
+        self._arrange(left)
+        self.values.arrange(left)
 
     # -- what it takes
 
@@ -120,19 +110,14 @@ class Engine:
     def begin(self, samples: Samples) -> None:
         """See ``Collector``."""
         self._staged = self._transactional or samples.passes > 1
-        self._samples, self._again = samples, False
-        self._batch_norms.clear()
-
-    def again(self, follows: bool) -> None:
-        """The batch's samples were counted before: these passes are another draw; ``follows``: of the batch just before."""
-        self._again = True
-        self._lost = self._lost or not follows
+        self._samples = samples
+        self.values.begin(samples)
 
     def add(self, tracked: Tracked, form: Form, rows: Rows, scale: float, number: int) -> None:
         """See ``Collector``."""
         if self._samples.padded and form.op == "linear_sq_" and rows.g.shape[-2] > 1:
             rows = rows.without_zeros()
-        name, flag, sqnorm = tracked.name, self._flag[tracked.name], self._sqnorm(tracked.name, scale)
+        name, flag, sqnorm = tracked.name, self._flag[tracked.name], self.values.target(tracked.name, scale)
         known = name in self._touched
         self._touched[name] = None
         try:
@@ -164,7 +149,7 @@ class Engine:
         gradients = wide(gradients)
         squares = gradients.square()
         norms = squares.reshape(n, -1).sum(1)
-        sqnorm = self._sqnorm(name, scale)
+        sqnorm = self.values.target(name, scale)
         if not torch.isfinite(norms).all():
             self._flag[name].fill_(1)
             self._touched[name] = None
@@ -214,8 +199,8 @@ class Engine:
         for staged in (self._staged_squares, self._staged_totals):
             for name in self._touched.keys() & staged.keys():
                 staged[name].zero_()
-        if whole and (self._spread is not None or self.keeps):
-            self._count_samples()
+        if whole:
+            self.values.settle()
         self._flags.zero_()
         self._touched.clear()
         return bad
@@ -224,6 +209,8 @@ class Engine:
         """Add the batch's gradients to ``.grad``, as a backward pass of autograd's would."""
         for name in self._touched.keys() & self._staged_totals.keys() & self.reached:
             parameter, total = self._tracked[name].parameter, self._staged_totals[name].div_(divisor)
+            if not parameter.requires_grad:  # frozen since
+                continue
             if parameter.grad is not None:
                 parameter.grad.add_(total)
             elif (total.dtype, total.stride()) == (parameter.dtype, parameter.stride()):
@@ -235,15 +222,14 @@ class Engine:
         return self._staged or name in self._in_parts
 
     def _overflowed(self) -> list[str]:
-        """Parameters whose gradients are finite and the sum of their squares not: one that the batch is in already is void.
+        """Parameters whose gradients are finite but whose sum of squares overflowed.
 
-        Found by the norms, where they are kept: below the largest float32 they have room for every square.
+        If the batch was already added to the running sum, that sum is lost and the caller clears it. Only layers whose per-sample norms,
+        where they are kept, add up to the float32 maximum or more are looked at; below it no square can overflow.
         """
-        if not (self._batch_norms and self.squares):
-            return []
-        norms = reduce(torch.add, (of_layers.sum(1) for of_layers, _ in self._batch_norms.values())).tolist()
+        norms = self.values.totals() if self.squares else {}
         most = torch.finfo(torch.float32).max
-        suspects = [name for name in self._touched if not norms[self._row[name]] < most]
+        suspects = [name for name in self._touched if norms and not norms[name] < most]
         return [name for name in suspects if not self._target(self.squares, self._staged_squares, name).isfinite().all()]
 
     def _target(self, sums: dict[str, RunningSum], stage: dict[str, Tensor], name: str) -> Tensor:
@@ -265,15 +251,6 @@ class Engine:
             self._staged_totals[name] = torch.zeros(parameter.shape, dtype=wide_dtype(parameter.dtype), device=self._device)
         return self._staged_totals[name]
 
-    def _sqnorm(self, name: str, scale: float) -> Tensor | None:
-        """Where the batch's per-sample norms go: [N] of the parameter's layer, kept apart by scale until it ends."""
-        if self._spread is None and self.keeps is None:
-            return None
-        if scale not in self._batch_norms:
-            norms = torch.zeros(len(self.layers), self._samples.N, dtype=torch.float64, device=self._device)
-            self._batch_norms[scale] = (norms, norms.unbind(0))
-        return self._batch_norms[scale][1][self._row[name]]
-
     def _scratch_like(self, parameter: Tensor) -> Tensor:
         """Where an op may write squares that nobody wants; never read."""
         dtype = wide_dtype(parameter.dtype)
@@ -288,54 +265,6 @@ class Engine:
         if name in self.squared_weights:
             self.squared_weights[name] += squared / self._samples.passes  # draws are sample gradients of weight w / draws each
 
-    def _count_samples(self) -> None:
-        values = torch.zeros(len(self.layers), self._samples.N, dtype=torch.float64, device=self._device)
-        for scale, (norms, _) in self._batch_norms.items():
-            values.add_(norms, alpha=scale)
-        if not self._again:
-            self._commit()
-            self._last = (values, 1, self._samples.weight)
-        elif self._last is not None and self._last[0].shape == values.shape:
-            self._last = (self._last[0] + values, self._last[1] + 1, self._last[2])
-        else:
-            self._lost = True
-
-    def _commit(self) -> None:
-        """Count the last batch; until now it could have got more draws."""
-        if self._spread is not None and self._last is not None:
-            self._spread.add(self._last[0] / self._last[1], self._last[2])
-        if self.keeps and self._last is not None:
-            self._keep(self._last_kept())
-        self._last = None
-
-    def _keep(self, values: Tensor) -> None:
-        if self._values is None:
-            self._values = Columns(len(values), values.device)
-        self._values.add(values)
-
-    def _last_kept(self) -> Tensor:
-        assert self._last is not None
-        values = self._last[0] / self._last[1]
-        return values if self.keeps == "layers" else values.sum(0, keepdim=True)
-
-    # -- what was added
-
-    def spread(self) -> Spread | None:
-        """The sums behind the standard errors, on memory of their own; None where they are not known."""
-        if self._spread is None or self._lost:
-            return None
-        spread = self._spread.copy()
-        return spread if self._last is None else spread.add(self._last[0] / self._last[1], self._last[2])
-
-    def norms(self) -> Tensor | None:
-        """The kept norms, ``[layers, num_samples]``, or ``[1, num_samples]`` of the whole; None where they are not known."""
-        if self._lost:
-            return None
-        rows = len(self.layers) if self.keeps == "layers" else 1
-        nothing = torch.zeros(rows, 0, dtype=torch.float64, device=self._device)
-        before = nothing if self._values is None else self._values.tensor
-        return torch.cat([before, nothing if self._last is None else self._last_kept()], dim=1)
-
     # -- going on from a checkpoint
 
     def restore_squares(self, before: dict[str, Accumulator]) -> None:
@@ -348,15 +277,6 @@ class Engine:
         for name, accumulator in before.items():
             self.totals[name].restore(accumulator)
         self.squared_weights.update(squared_weights)
-
-    def restore_spread(self, before: Spread | None) -> None:
-        """Start from these sums; without them (an older file) the run has none either."""
-        self._spread, self._measures_spread = (None, False) if before is None else (before.copy(), True)
-
-    def restore_norms(self, before: Tensor) -> None:
-        """Start from these kept norms."""
-        self._values = None
-        self._keep(before)
 
 
 def _weights(weight: Tensor | None, n: int) -> tuple[float, float]:

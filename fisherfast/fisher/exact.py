@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fisherfast.accumulator import Accumulator
 from fisherfast.fisher import _graded, _logdet
+from fisherfast.fisher._ordinary import ordinary
 from fisherfast.fisher.kronecker import Place, coarser, finite
 from fisherfast.fisher.rank import of_full_rank
 
@@ -39,6 +40,7 @@ class ExactBlock:
     moments: Accumulator
 
     @functools.cached_property
+    @ordinary
     def _spectral(self) -> tuple[Tensor, Tensor]:
         moments = finite(self.moments.mean(), self.place.weight, "its exact block")
         values, vectors = _graded.eigh(moments)

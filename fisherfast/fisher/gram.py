@@ -17,17 +17,18 @@ from fisherfast._names import listed
 from fisherfast._precision import wide_dtype
 from fisherfast.capture import Capture
 from fisherfast.fisher import _arguments, _logdet, _pooling, serialize
+from fisherfast.fisher._ordinary import ordinary
 from fisherfast.fisher._plot import Plotted
 from fisherfast.fisher.counts import Counts, Measured
 from fisherfast.fisher.gram_sums import GramCollector, Piece, Pieces
 from fisherfast.fisher.protocol import Damping, LayerSummary, Spectrum, Vector
-from fisherfast.fisher.structure import Structure
+from fisherfast.fisher.request import Request
 
 _CHUNK_BYTES = 2**27
 
 
 @dataclass(frozen=True)
-class Gram(Structure):
+class Gram(Request):
     """Ask for the exact Fisher: ``ff.fisher(model, data, structure="gram")``, ``ff.collect(model, ff.Gram())``.
 
     ``max_rows``: at most so many sample gradients, one per sample and backward pass; what is computed of them takes
@@ -40,16 +41,16 @@ class Gram(Structure):
         _arguments.check_limits("Gram", 1, max_rows=self.max_rows)
 
     def collector(self, capture: Capture, transactional: bool) -> GramCollector:
-        """See ``Structure``."""
+        """See ``Request``."""
         return GramCollector(capture, self.max_rows)
 
     def result(self, source: GramCollector, counts: Counts) -> GramFisher:
-        """See ``Structure``."""
+        """See ``Request``."""
         counts = counts.saying("sample gradients", {})
         return GramFisher(source.snapshot(), source.num_rows, source.weight, counts, source.shapes)
 
     def restore(self, source: GramCollector, before: GramFisher) -> None:
-        """See ``Structure``."""
+        """See ``Request``."""
         source.restore(before.pieces, before.num_rows, before.weight)
 
 
@@ -131,6 +132,7 @@ class GramFisher(Plotted, Measured):
     # -- what it answers
 
     @cached_property
+    @ordinary
     def _values(self) -> Tensor:
         """The eigenvalues that may differ from zero, largest first."""
         values = torch.linalg.eigvalsh(self.dual()).flip(0)[: self.num_parameters]
@@ -138,6 +140,7 @@ class GramFisher(Plotted, Measured):
         noise = max([torch.finfo(torch.float64).eps, *(torch.finfo(dtype).eps ** 2 for dtype in dtypes)])
         return torch.where(values > len(values) * noise * values[:1], values, 0.0)
 
+    @ordinary
     def diagonal(self, *, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
         """``{name: tensor}`` shaped like the parameters."""
         return {name: self._diagonal(name).to(dtype).view(shape) for name, shape in self.shapes.items()}
@@ -198,11 +201,15 @@ class GramFisher(Plotted, Measured):
 
     def _inner_solve(self, columns: Tensor, dampings: Mapping[str, float]) -> Tensor:
         """``(W I + G D^-1 G^T)^-1`` times ``[M, n]``."""
+        return torch.cholesky_solve(columns, self._factored(dampings)) / self.weight
+
+    @ordinary
+    def _factored(self, dampings: Mapping[str, float]) -> Tensor:
         if self._last is None or self._last[0] != dampings:  # many solves have one damping
             inner = self.dual(dampings)
             inner.diagonal().add_(1.0)
             self._last = dict(dampings), _cholesky(inner, dampings)
-        return torch.cholesky_solve(columns, self._last[1]) / self.weight
+        return self._last[1]
 
     def sample(
         self, n: int, *, damping: Damping = 0.0, generator: torch.Generator | None = None, dtype: torch.dtype = torch.float32

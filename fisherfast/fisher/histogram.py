@@ -52,7 +52,7 @@ def histogram(spectra: Iterable[Spectrum]) -> Histogram:
     Source:   ours.
     """
     bins = (_HIGHEST - _LOWEST) * BINS_PER_DECADE
-    found, parameters = torch.zeros(bins, dtype=torch.int64), 0
+    found, parameters = torch.zeros(bins, dtype=torch.int64, device="cpu"), 0
     for spectrum in spectra:
         parameters += spectrum.num_parameters
         for values in spectrum.chunks(_CHUNK):

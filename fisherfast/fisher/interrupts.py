@@ -1,33 +1,51 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ctrl-C, which Python raises wherever it happens to be, also between adding to a sum and counting what was added."""
+"""Signals, whose handlers Python runs wherever it happens to be, also between adding to a sum and counting what was added."""
 
 from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from types import FrameType
+
+_Handler = Callable[[int, FrameType | None], object]
+# Ctrl-C, a scheduler's, a timeout, and the rest of those that programs handle; Windows has two of them.
+_NAMES = "SIGINT SIGTERM SIGALRM SIGHUP SIGUSR1 SIGUSR2".split()
+_NUMBERS = [getattr(signal, name) for name in _NAMES if hasattr(signal, name)]
 
 
 @contextmanager
-def put_off() -> Iterator[None]:
-    """Have Ctrl-C wait until the block is over; a second one does not wait. In other threads, which get no signals, it does nothing."""
-    before = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or not callable(before):
+def put_off(tear: Callable[[], None]) -> Iterator[None]:
+    """Have handlers of signals wait until the block is over. A second signal of a kind does not wait; ``tear`` hears of it if that raises.
+
+    In other threads, which get no signals, it does nothing.
+    """
+    if threading.current_thread() is not threading.main_thread():
         yield
         return
-    came: list[FrameType | None] = []
+    came: dict[int, FrameType | None] = {}
+    handlers: dict[int, _Handler] = {number: one for number in _NUMBERS if callable(one := signal.getsignal(number))}
 
     def note(number: int, frame: FrameType | None) -> None:
-        came.append(frame)
-        if len(came) > 1:
-            before(number, frame)
+        if number not in came:
+            came[number] = frame
+            return
+        del came[number]  # its handler has its turn now
+        try:
+            handlers[number](number, frame)
+        except BaseException:
+            tear()
+            raise
 
-    signal.signal(signal.SIGINT, note)
-    try:
+    def deliver(number: int) -> None:
+        if number in came:
+            handlers[number](number, came[number])
+
+    with ExitStack() as afterwards:  # every handler is put back, then every signal delivered, whatever another one raises
+        for number in handlers:
+            afterwards.callback(deliver, number)
+        for number, handler in handlers.items():
+            afterwards.callback(signal.signal, number, handler)
+            signal.signal(number, note)
         yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-        if len(came) == 1:
-            before(signal.SIGINT, came[0])

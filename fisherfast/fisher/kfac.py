@@ -28,21 +28,23 @@ from fisherfast.fisher.kronecker import KroneckerBlock, Place
 from fisherfast.fisher.kronecker_sums import KroneckerSums
 from fisherfast.fisher.protocol import Damping
 from fisherfast.fisher.reduced_sums import ReducedSums
-from fisherfast.fisher.structure import Structure
+from fisherfast.fisher.request import Request
 from fisherfast.rules import Form, Rows
 from fisherfast.tracked import Tracked
 
 
 @dataclass(frozen=True)
-class KFAC(Structure):
+class KFAC(Request):
     """Ask for Kronecker factors: ``ff.collect(model, ff.KFAC())``, ``ff.fisher(model, data, structure="kfac")``.
 
-    ``max_exact_dim``: a parameter that is no multiplied weight (a norm's scale, a class token) has all second moments of its
-    gradient kept, ``[D, D]``, if it has at most so many numbers D; the diagonal if it has more. ``max_factor_dim``: the largest
-    factor that is kept as a matrix. An output factor above it (a vocabulary) is kept as its diagonal; an input factor above it is
-    refused. ``sharing``: what is a row of a factor where a weight sees several positions of a sample: every position ("expand"),
-    or with "reduce" the sample, by the mean of its inputs and the sum of its output gradients. ``keep_rows``: the rows behind a
-    factor are kept while they are few, for eigenvectors that are wanted of it at once (EKFAC); they are not saved.
+    ``max_exact_dim``   Parameters that are not the weight of a product (a norm's scale, a class token) have no Kronecker form. Up to
+                        this many entries D their full second-moment matrix ``[D, D]`` is kept, above it the diagonal.
+    ``max_factor_dim``  The largest factor that is kept as a matrix. A larger output factor B (a vocabulary) is kept as its diagonal; a
+                        larger input factor A is refused.
+    ``sharing``         What one row of a factor is where a weight sees several positions of a sample: "expand", each position;
+                        "reduce", the sample, with the mean of its inputs and the sum of its output gradients.
+    ``keep_rows``       Keep the rows a factor was made of up to a third as many as its columns, so that EKFAC can take
+                        eigenvectors from them, which is faster. They are not saved to files.
     """
 
     max_factor_dim: int = 16384
@@ -57,18 +59,18 @@ class KFAC(Structure):
         _arguments.check_limits("KFAC", 0, max_exact_dim=self.max_exact_dim)
 
     def collector(self, capture: Capture, transactional: bool) -> KroneckerCollector:
-        """See ``Structure``."""
+        """See ``Request``."""
         return KroneckerCollector(capture, transactional, self)
 
     def result(self, source: KroneckerCollector, counts: Counts) -> KFACFisher:
-        """See ``Structure``."""
+        """See ``Request``."""
         blocks, diagonals = source.snapshot()
         ways = counts.coverage.ways
         how = described({b: b.place.op if isinstance(b, KroneckerBlock) else ways[b.place.weight] for b in blocks})
         return KFACFisher(blocks, diagonals, counts.saying("diagonal", how), source.shapes)
 
     def restore(self, source: KroneckerCollector, before: KFACFisher) -> None:
-        """See ``Structure``."""
+        """See ``Request``."""
         source.restore(before.blocks, before.diagonals)
 
 
@@ -150,6 +152,9 @@ class KFACFisher(BlockFisher[KroneckerBlock | ExactBlock]):
     def inverse(self, damping: Damping, *, dtype: torch.dtype = torch.float32) -> dict[str, tuple[Tensor, Tensor]]:
         """``{layer: (A^-1, B^-1)}`` of ``factored(damping)``, as ``factors()`` gives A and B; for a vector see ``solve``.
 
+        The keys are layers (``"0"``), not parameters (``"0.weight"``): a bias is in A of its layer, as a last column of ones. Where a layer has
+        several blocks, they are the names of the weights or their parts.
+
         Errors:   ValueError, naming the layer, if a factor is singular.
         """
         products, dampings = {}, self._damping_of("inverse", damping)
@@ -165,7 +170,10 @@ class KFACFisher(BlockFisher[KroneckerBlock | ExactBlock]):
 
 
 class FactoredKFAC(KFACFisher):
-    """A ``KFACFisher`` with damping in its factors: all its methods are of the damped matrix. It is no measurement any more."""
+    """A ``KFACFisher`` whose factors include the damping; all methods answer for the damped matrix.
+
+    It cannot be pooled or saved, because it no longer holds sums over samples.
+    """
 
     def __add__(self, other: Any) -> Any:
         """Refused. Errors: ValueError."""

@@ -98,9 +98,9 @@ def spectral_density(
         raise ValueError(f"spectral_density: probes and steps must be >= 1, got {probes} and {steps}")
     size = F.num_parameters
     generator = torch.Generator().manual_seed(seed)
-    nodes, masses = torch.zeros(2, probes, min(steps, size), dtype=torch.float64)
+    nodes, masses = torch.zeros(2, probes, min(steps, size), dtype=torch.float64, device="cpu")
     for probe in range(probes):
-        signs = torch.randint(0, 2, (size,), generator=generator).to(device, dtype) * 2 - 1
+        signs = torch.randint(0, 2, (size,), generator=generator, device="cpu").to(device, dtype) * 2 - 1
         tridiagonal = _lanczos(F, signs / math.sqrt(size), min(steps, size))
         values, vectors = torch.linalg.eigh(tridiagonal)
         nodes[probe, : len(values)] = values.masked_fill(values <= _NOISE * torch.finfo(dtype).eps * values[-1], 0.0)
@@ -111,7 +111,7 @@ def spectral_density(
 def _lanczos(F: Operator, start: Tensor, steps: int) -> Tensor:
     """The tridiagonal matrix ``Q^T F Q`` float64, Q an orthonormal basis of the Krylov space; smaller where that ends."""
     basis = start.new_empty(steps, len(start))
-    matrix = torch.zeros(steps, steps, dtype=torch.float64)
+    matrix = torch.zeros(steps, steps, dtype=torch.float64, device="cpu")
     basis[0] = start
     scale = 0.0
     for k in range(steps):

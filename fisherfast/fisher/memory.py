@@ -103,7 +103,8 @@ class SavedBytes:
         """Note what is saved."""
 
         def pack(tensor: Tensor) -> _Saved:
-            self._saved.add(saved := _Saved(tensor))
+            with torch._C.DisableTorchFunction():  # a tensor itself would hold the graph that holds it
+                self._saved.add(saved := _Saved(tensor.detach()))
             return saved
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved.tensor):

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -14,6 +15,41 @@ from torch import Tensor
 from fisherfast.accumulator import Accumulator
 from fisherfast.fisher import _pooling, serialize
 from fisherfast.fisher.counts import Counts, Measured
+from fisherfast.fisher.engine import Engine
+from fisherfast.fisher.request import Request
+
+
+@dataclass(frozen=True)
+class GradientMoments(Request):
+    """Ask for mean and variance of the sample gradients, and the gradient noise scale; see the result, ``SampleMoments``.
+
+    Labels of the data or drawn ones. The exact Fisher has no sample gradients: its passes are columns of a square root of
+    the output Hessian, whose squares mean something and whose sum does not.
+    """
+
+    squares, totals = True, True
+
+    def check(self, fisher_type: str | None) -> None:
+        """See ``Request``."""
+        if fisher_type == "exact":
+            raise ValueError(
+                "GradientMoments: fisher_type must be 'empirical' or 'mc', got 'exact'; its backward passes are columns of a square "
+                "root, not gradients of labels. Over all labels the mean is zero and the second moment is ff.Diagonal()"
+            )
+
+    def result(self, engine: Engine, counts: Counts) -> SampleMoments:
+        """See ``Request``."""
+        return SampleMoments(
+            {name: running.snapshot() for name, running in engine.totals.items()},
+            {name: running.snapshot() for name, running in engine.squares.items()},
+            engine.squared_weights,
+            counts,
+        )
+
+    def restore(self, engine: Engine, before: SampleMoments) -> None:
+        """See ``Request``."""
+        engine.restore_squares(before.squares)
+        engine.restore_totals(before.totals, before.squared_weights)
 
 
 @serialize.storable("sample-moments")

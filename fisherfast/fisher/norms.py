@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -12,6 +13,46 @@ from torch import Tensor
 
 from fisherfast.fisher import _pooling, serialize
 from fisherfast.fisher.counts import Counted, Counts
+from fisherfast.fisher.engine import Engine
+from fisherfast.fisher.request import Request
+
+
+@dataclass(frozen=True)
+class PerSampleNorm(Request):
+    """Ask for the squared norm of every sample's gradient, of the whole model and, ``by_layer=True``, of each layer.
+
+    Asked for alone it needs no sums shaped like the parameters: a weight that sees one position per sample needs the norms of
+    x and g only, and what other kernels add up goes to one scratch tensor.
+
+    Shapes:   the result's ``squared_norms`` [num_samples], in the order in which the samples came.
+    Scale:    ``E_y |s_n|^2``, per sample and unweighted; with drawn labels the mean over draws.
+    Errors:   NonFiniteError as every run; a batch that does not complete adds no sample.
+    Numerics: float32 within a sample's layer (float64 for float64 models), float64 from there on.
+    Source:   Goodfellow 2015 (arXiv:1510.01799).
+    """
+
+    by_layer: bool = False
+
+    @property
+    def keeps(self) -> str:
+        """See ``Request``."""
+        return "layers" if self.by_layer else "whole"
+
+    def result(self, engine: Engine, counts: Counts) -> SampleNorms:
+        """See ``Request``."""
+        values = engine.values.norms()
+        return SampleNorms(
+            None if values is None else values.sum(0) if engine.values.keeps == "layers" else values[0],
+            dict(zip(engine.values.layers, values, strict=True)) if self.by_layer and values is not None else None,
+            counts,
+        )
+
+    def restore(self, engine: Engine, before: SampleNorms) -> None:
+        """See ``Request``."""
+        if self.by_layer:
+            engine.values.restore_norms(torch.stack(list(before.by_layer().values())))
+        elif engine.values.keeps == "whole":
+            engine.values.restore_norms(before.squared_norms.unsqueeze(0))
 
 
 @serialize.storable("sample-norms")

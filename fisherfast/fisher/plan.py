@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,10 +18,11 @@ from fisherfast._eager import uncompiled
 from fisherfast.batches import Batch, Output
 from fisherfast.collector import Collector, Cost, Samples
 from fisherfast.fisher import memory
-from fisherfast.fisher.asked import Asked, factors_first, needs_basis, requests
 from fisherfast.fisher.labelling import Labelling
-from fisherfast.fisher.measure import Measurement
+from fisherfast.fisher.measurement import Measurement
 from fisherfast.fisher.memory import Held, in_words
+from fisherfast.fisher.parse import Requests, factors_first, needs_basis, parse
+from fisherfast.fisher.run import Run
 from fisherfast.layout import PROBED
 from fisherfast.likelihood import Likelihood, Predictions
 from fisherfast.passes import Pass, Passes, one_position
@@ -58,8 +59,8 @@ class Plan:
               of one batch: ``flops`` of the ops, ``step_flops`` of one plain forward and backward pass, ``run_flops`` of all
               passes and ops, ``ratio = run_flops / step_flops``.
     Errors:   none of its own.
-    Numerics: ``total_bytes`` are exact for runs of more than 64 additions (shorter ones hold half), but for a basis of few rows (EKFAC),
-              which takes less, and where the data choose rows (experts). Activations are extrapolated from two sizes of batch, exactly where samples are of one length. FLOPs are
+    Numerics: ``total_bytes`` is exact for runs of more than 64 additions to a sum (one per batch), except that an EKFAC basis built from
+              few rows takes less and that mixture-of-experts layers depend on the data; shorter runs hold half of it. Activations are extrapolated from two sizes of batch, exactly where samples are of one length. FLOPs are
               an estimate: the products of matrices, a backward pass as twice the forward pass, half of that where the weights are
               frozen. Not counted: the model and the batch, gradients on their way back, the fallback's vmap, the chain rule's products, the kernels' own
               panels, values of single samples, and what is computed from a result later.
@@ -146,7 +147,7 @@ class Plan:
 def plan(
     model: nn.Module,
     batch: Any,
-    structure: Asked = "diagonal",
+    structure: Requests = "diagonal",
     fisher_type: str = "mc",
     likelihood: str | Likelihood = "categorical",
     *,
@@ -173,54 +174,74 @@ def plan(
     Numerics: see ``Plan``.
     Source:   ours.
     """
-    structures = requests("plan", structure)
+    structures = parse("plan", structure)
     labelling = Labelling.of("plan", fisher_type, likelihood, draws, 0, max_passes)
     if num_samples is not None and num_samples < 1:
         raise ValueError(f"plan: num_samples must be >= 1, got {num_samples}; pass how many samples the data hold")
     refuse_train_mode(model)
-    asked = tuple(map(factors_first, structures))
-    measurement = Measurement(model, asked, labelling, 0, output, 1.0, allow_missing, checkpoint)
-    run, capture = measurement.run, measurement.run.capture
-    whole = Batch.of(batch, capture.device, measurement.model)
-    every = whole.N if num_samples is None else num_samples
-    few = whole.cut(0, min(whole.N, PROBED))
-    measurement.explore(whole)
+    measurement = Measurement(
+        model,
+        tuple(map(factors_first, structures)),
+        labelling,
+        output=output,
+        allow_missing=allow_missing,
+        transactional=checkpoint,
+    )
+    whole = Batch.of(batch, measurement.capture.device, measurement.model)
     readings = 2 if any(map(needs_basis, structures)) else 1
+    name = structure if isinstance(structure, str) else ", ".join(type(one).__name__ for one in structures)
+    return _planned(measurement, whole, whole.N if num_samples is None else num_samples, readings, name)
 
+
+def _planned(measurement: Measurement, whole: Batch, every: int, readings: int, structure: str) -> Plan:
+    """Of so many samples in all, in batches like ``whole``."""
+    run, device = measurement.run, measurement.capture.device
+    few = whole.cut(0, min(whole.N, PROBED))
+    measurement.exploration.explore(whole)
     half = _forward(measurement, few.cut(0, few.N // 2))[0] if whole.N > few.N else None
     forward, predictions = _forward(measurement, few)  # after the other: the capture is left as this one needs it
-    passes = labelling.num_passes(predictions)
+    passes = measurement.labelling.num_passes(predictions)
     for collector in run.collectors:
         collector.begin(Samples(every, passes))  # as if all data were one batch: refuses what a run would refuse in the end
     sums = [collector.holds(passes) for collector in run.collectors]
-    ledger = _Ledger(run.collectors, passes, whole.N)
+    ledger = _ledger(measurement, predictions, passes, whole.N)
+    step = 3 * forward.flops * whole.N / few.N
+    held = [[_with_rows(one, costs, every / whole.N) for one in mine] for mine, costs in zip(sums, ledger.costs, strict=True)]
+    together = [one for mine in held for one in mine]
+    activations, free = forward.extrapolated(half, whole), memory.free_bytes(device)
+    scratch = max((cost.scratch for mine in ledger.costs for cost in mine.values()), default=0)
+    return Plan(
+        structure=structure,
+        rows=tuple(_rows(run, held, ledger, of_loop=readings * passes * step)),
+        peak_bytes=memory.peak(together),
+        activation_bytes=activations,
+        scratch_bytes=scratch,
+        free_bytes=free,
+        passes=passes,
+        readings=readings,
+        step_flops=step,
+        problem=memory.refusal(together, activations + scratch, free, device),
+    )
+
+
+def _ledger(measurement: Measurement, predictions: Predictions, passes: int, N: int) -> _Ledger:
+    """What so many backward passes of such samples take."""
+    capture = measurement.capture
+    ledger = _Ledger(measurement.run.collectors, passes, N)
     Passes(capture, [ledger]).run(capture.read(predictions.values), [Pass(torch.ones_like(predictions.values))], 1)
     for tracked in capture.tracked.values():
         if tracked.fallback is not None:
             ledger.note_whole(tracked)
+    return ledger
 
-    step = 3 * forward.flops * whole.N / few.N
-    held = [[_with_rows(one, costs, every / whole.N) for one in mine] for mine, costs in zip(sums, ledger.costs, strict=True)]
-    # The fallback goes forward and backward once more, for all its parameters and collectors together.
-    of_loop = readings * passes * step / max(1, len(run.looped) * len(held))
-    works = [{name: cost.flops for name, cost in mine.items()} | dict.fromkeys(run.looped, of_loop) for mine in ledger.costs]
-    rows = [_row(one, run.coverage, work) for mine, work in zip(held, works, strict=True) for one in mine]
-    rows += [Row((name,), why, "nothing", 0, 0.0) for name, why in run.missing.items()]
-    together = [one for mine in held for one in mine]
-    activations, free = forward.extrapolated(half, whole), memory.free_bytes(capture.device)
-    scratch = max((cost.scratch for mine in ledger.costs for cost in mine.values()), default=0)
-    return Plan(
-        structure if isinstance(structure, str) else ", ".join(type(one).__name__ for one in structures),
-        tuple(rows),
-        memory.peak(together),
-        activations,
-        scratch,
-        free,
-        passes,
-        readings,
-        step,
-        memory.refusal(together, activations + scratch, free, capture.device),
-    )
+
+def _rows(run: Run, held: Sequence[Sequence[Held]], ledger: _Ledger, of_loop: float) -> Iterator[Row]:
+    """The table's; ``of_loop``: the FLOPs of the fallback, which goes forward and backward once more for all its parameters and collectors."""
+    each = of_loop / max(1, len(run.looped) * len(held))
+    for mine, costs in zip(held, ledger.costs, strict=True):
+        work = {name: cost.flops for name, cost in costs.items()} | dict.fromkeys(run.looped, each)
+        yield from (_row(one, run.coverage, work) for one in mine)
+    yield from (Row((name,), why, "nothing", 0, 0.0) for name, why in run.missing.items())
 
 
 def _with_rows(held: Held, costs: Mapping[str, Cost], times: float) -> Held:
@@ -308,6 +329,6 @@ def _of_samples(rows: Rows, N: int) -> Rows:
     count, offsets = N, None
     if rows.offsets is not None:
         count = round(len(rows.g) * N / rows.num_samples)
-        offsets = torch.linspace(0, count, N + 1).long()
+        offsets = torch.linspace(0, count, N + 1, device=rows.offsets.device).long()
     lookup = None if rows.lookup is None else _of_samples(rows.lookup, N)
     return rows.each(lambda t: t.new_zeros(()).expand(count, *t.shape[1:]), offsets)._replace(lookup=lookup)

@@ -67,13 +67,13 @@ class LayerSummary:
 
 @dataclass(frozen=True, eq=False)
 class Spectrum:
-    """The eigenvalues of one block: every product of one entry of each factor, over ``divisor``, and ``zeros`` that are zero.
+    """The eigenvalues of one block, factored: all products of one entry from each factor, over ``divisor``, and ``zeros`` further zeros.
 
     Shapes:   factors 1-D: ``(f,)`` of a diagonal, ``(b, a)`` of a Kronecker block
               ``B (x) A``; the block has ``prod(len(factor)) + zeros`` eigenvalues, which is ``num_parameters``. ``parameters`` are those that it is over: a
               packed one is in the spectra of all its parts.
-    Scale:    a diagonal's f are its sums, and ``divisor`` the samples in them: read factors only. Of a short run they are in float32,
-              which has all their digits; what is made of them is float64.
+    Scale:    for a diagonal the factor is the sum over samples and ``divisor`` their number, so that no copy is made: do not write to
+              it. Factors of a short run are float32, which is exact for them; ``eigenvalues`` and ``chunks`` return float64.
     """
 
     layer: str

@@ -24,7 +24,7 @@ from fisherfast.fisher.coverage import OPS, Coverage, Stopwatch
 from fisherfast.fisher.engine import Engine
 from fisherfast.fisher.memory import Held, check
 from fisherfast.fisher.protocol import Provenance
-from fisherfast.fisher.structure import Structure
+from fisherfast.fisher.request import Request
 from fisherfast.passes import Passes
 from fisherfast.tracked import Tracked
 from fisherfast.train_mode import unwrapped
@@ -57,7 +57,7 @@ class Run:
     def __init__(
         self,
         model: nn.Module,
-        structures: Sequence[Structure],
+        structures: Sequence[Request],
         provenance: Provenance,
         allow_missing: bool,
         transactional: bool = False,
@@ -77,6 +77,7 @@ class Run:
         self.allow_missing = allow_missing
         self.num_samples = self.num_positions = self.batches = 0
         self.missing: dict[str, str] = {} if known is None else dict(known.missing)
+        self.missing_parameters: list[Tensor] = []
         self.writes_inputs = known is not None and known.writes_inputs  # in its forward pass
         self.ops: dict[str, str] = {}
         # Why the fallback must loop over samples, or None while it can use vmap: whoever runs the fallback knows.
@@ -84,6 +85,10 @@ class Run:
         self._sizes = {name: t.parameter.numel() for name, t in self.capture.tracked.items()} if known is None else known.sizes
         self._watch = Stopwatch(self.capture.device)
         self._fits = False  # whether the sums were found to
+        self._torn = False  # a batch may be in the sums without its weight
+        self._fresh = True  # whether the samples of the batch at hand are new
+        self._partial = False  # whether the batch that failed may be in some of the sums, with its weight there
+        self._transactional = transactional
         self._counted: list[Call] = []  # the calls of the batch counted last
         self._batches_of: Counter[int] = Counter()  # how many batches have had so many draws
         self._shown: list[Call] = []  # to the collectors, last
@@ -119,6 +124,7 @@ class Run:
 
     def _leave_out(self, name: str, why: str) -> None:
         self.missing[name] = why
+        self.missing_parameters.append(self.capture.tracked[name].parameter)
         self.capture.forget(name)
         for collector in self.collectors:
             collector.forget(name)
@@ -160,20 +166,19 @@ class Run:
         for structure, source, result in zip(self.structures, self.sources, before, strict=True):
             structure.restore(source, result)
 
-    def fresh(self, calls: list[Call]) -> bool:
-        """Inside a transaction: whether the samples behind ``calls`` are new. If not, the batch is another draw for them."""
+    def note_draw(self, calls: list[Call]) -> None:
+        """Inside a transaction: if the samples behind ``calls`` were counted before, the batch is another draw for them."""
         before = max((call.counted for call in calls), default=0)
         self._batches_of[before] -= 1
         self._batches_of[before + 1] += 1
-        fresh = not before
-        if not fresh:
+        self._fresh = not before
+        if before:
             last = {id(call) for call in self._counted}
             if self.engine is not None:
-                self.engine.again(follows=any(id(call) in last for call in calls))
+                self.engine.values.again(follows=any(id(call) in last for call in calls))
         for call in calls:
             call.counted = before + 1
         self._counted = calls
-        return fresh
 
     @property
     def coverage(self) -> Coverage:
@@ -223,11 +228,16 @@ class Run:
         return [name for name, t in self.capture.tracked.items() if t.looped]
 
     def results(self) -> tuple[Any, ...]:
-        """What has been accumulated so far, for each structure."""
+        """What has been accumulated so far, for each structure. Errors: RuntimeError if a batch was broken off while it was counted."""
+        if self._torn:
+            raise RuntimeError(
+                f"batch {self.batches}: must be counted to its end, got an error or a second signal in between, so that sums may hold what their "
+                "weights lack; measure again, from a checkpoint if there is one"
+            )
         aliases = {alias: name for alias, name in self.capture.aliases.items() if name in self.capture.tracked}
         counts = Counts(self.num_samples, self.num_positions, self.batches, self.provenance, self.coverage, aliases)
         asked = zip(self.structures, self.sources, strict=True)
-        with interrupts.put_off():  # sums are folded on the way
+        with interrupts.put_off(self._tear):  # sums are folded on the way
             return tuple(structure.result(source, counts) for structure, source in asked if structure.fills is None)
 
     def raise_not_finite(self, values: Tensor, what: str) -> NoReturn:
@@ -247,26 +257,44 @@ class Run:
             f"batch {self.batches}: gradients must be finite, and so must their squares, got NaN or infinity, first at {where}{hint}"
         )
 
+    def _tear(self) -> None:
+        self._torn = True
+
     @contextmanager
-    def transaction(self, samples: Samples) -> Iterator[None]:
+    def transaction(self, samples: Samples, positions: int) -> Iterator[None]:
         """One batch: whatever happens inside, what was added gets its weight and the error carries the result so far.
 
-        Before the first one nothing is allocated: MemoryError if there is no room.
+        Signals wait for its end. Before the first one nothing is allocated: MemoryError if there is no room.
         """
+        self._partial = False
         if not self._fits:
             check(self.holds(samples.passes), self.capture.device)
             self._fits = True
-        for collector in self.collectors:
-            collector.begin(samples)
-        complete = False
-        try:
-            yield
-            complete = True
-        finally:
-            with self.capture.aside():
-                bad = list(dict.fromkeys(name for collector in self.collectors for name in collector.settle(complete)))
+        staged = self._transactional or samples.passes > 1
+        with interrupts.put_off(lambda: None if staged else self._tear()):  # what is staged is dropped whole
+            for collector in self.collectors:
+                collector.begin(samples)
+            self._fresh, complete = True, False
+            try:
+                yield
+                complete = True
+            finally:
+                bad = self._settle(complete, samples.N, positions)
+                self._partial = not (staged or (complete and not bad))
         if bad:
             self.raise_not_finite_gradients(f"{bad[0]!r} ({len(bad)} parameters in all); they added nothing of this batch")
+
+    def _settle(self, complete: bool, samples: int, positions: int) -> list[str]:
+        """Weights for what was added, and the counts if that is all: until they are there, the sums are no result."""
+        self._torn, torn = True, self._torn
+        with self.capture.aside():
+            bad = list(dict.fromkeys(name for collector in self.collectors for name in collector.settle(complete)))
+        if complete and not bad:
+            self.num_samples += samples if self._fresh else 0
+            self.num_positions += positions if self._fresh else 0
+            self.batches += 1
+        self._torn = torn
+        return bad
 
     @contextmanager
     def rescue(self) -> Iterator[None]:
@@ -299,6 +327,12 @@ class Run:
         error.add_note(
             f"fisherfast: stopped in batch {self.batches}; the {self.num_samples} samples of the batches before are kept in .fisher"
         )
+        if self._partial:
+            self._partial = False  # later errors are not of this batch
+            error.add_note(
+                "fisherfast: some parameters may hold this batch, too, in sum and weight, so that their means are right; taken again, its "
+                "samples count twice for them"
+            )
 
 
 def model_name(model: nn.Module) -> str:

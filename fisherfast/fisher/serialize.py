@@ -23,6 +23,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fisherfast.fisher._ordinary import ordinary
+
 FORMAT, FORMAT_VERSION = "fisherfast", 2  # 2: standard errors, coverage in numbers and seconds, several results in a file
 State = tuple[dict[str, Tensor], dict[str, Any]]  # tensors, and fields of plain values that JSON keeps exactly
 _OWN = ("format", "format_version", "fisherfast_version", "structure", "extra", "checksum")
@@ -158,6 +160,7 @@ def load(path: str | os.PathLike[str], device: str = "cpu") -> Any:
     return load_with_extra(path, device)[0]
 
 
+@ordinary
 def load_with_extra(path: str | os.PathLike[str], device: str = "cpu") -> tuple[Any, dict[str, str]]:
     """``load`` and the ``extra`` strings given to ``save``: what a checkpoint needs to go on. Errors: as ``load``."""
     path = Path(path)

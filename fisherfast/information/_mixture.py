@@ -79,7 +79,7 @@ class Mixture:
         for chosen in range(len(self.mean)):
             members = (self.group == self.group[chosen]).nonzero()[:, 0]
             log_share = log_weight[members].logsumexp(0)
-            noise = torch.randn((samples, self.dimension), dtype=torch.float64, generator=generator)
+            noise = torch.randn((samples, self.dimension), dtype=torch.float64, device=generator.device, generator=generator)
             for w in (self.mean[chosen] + self.variance[chosen].sqrt() * noise).split(rows):
                 each = self.log_densities(w)
                 own = each[:, chosen].clone()

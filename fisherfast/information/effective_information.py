@@ -207,7 +207,7 @@ def _by_draws(noise: ActivationNoise, dtype: torch.dtype, draws: int, seed: int)
             f"{whites[lacking[0]].rank} for input {lacking[0]}; choose fewer units with units=, or name the layer before its activation"
         )
     generator = torch.Generator().manual_seed(seed)
-    normal = torch.randn(N, draws, D, dtype=torch.float64, generator=generator).to(noise.mean.device)
+    normal = torch.randn(N, draws, D, dtype=torch.float64, device="cpu", generator=generator).to(noise.mean.device)
     # W S W^T = 1, so z = f + W^-1 e has covariance S.
     white = torch.stack([one.matrix for one in whites])
     z = noise.mean[:, None] + torch.linalg.solve(white, normal.mT).mT

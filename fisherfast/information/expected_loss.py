@@ -71,7 +71,7 @@ def expected_loss(
         for name, mean in posterior.mean.items():
             weights[name].neg_().add_(mean, alpha=2)
         each.append((there + losses.mean(data, weights, f"of draw {n}, mirrored")) / 2)
-    return (LogLoss if loss is None else Estimate).of(torch.tensor(each, dtype=torch.float64))
+    return (LogLoss if loss is None else Estimate).of(torch.tensor(each, dtype=torch.float64, device="cpu"))
 
 
 @torch.no_grad()

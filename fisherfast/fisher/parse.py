@@ -6,21 +6,21 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TypeGuard
 
+from fisherfast.fisher.diagonal import Diagonal
 from fisherfast.fisher.ekfac import EKFAC
 from fisherfast.fisher.gram import Gram
 from fisherfast.fisher.kfac import KFAC, KFACFisher
-from fisherfast.fisher.requests import Diagonal
-from fisherfast.fisher.structure import Structure
+from fisherfast.fisher.request import Request
 
-Asked = str | Structure | tuple[str | Structure, ...]  # names or requests; a tuple gives a tuple of results
-_STRUCTURES: dict[str, type[Structure]] = {"diagonal": Diagonal, "kfac": KFAC, "ekfac": EKFAC, "gram": Gram}
+Requests = str | Request | tuple[str | Request, ...]  # names or requests; a tuple gives a tuple of results
+_STRUCTURES: dict[str, type[Request]] = {"diagonal": Diagonal, "kfac": KFAC, "ekfac": EKFAC, "gram": Gram}
 
 
-def requests(caller: str, structure: Asked) -> tuple[Structure, ...]:
+def parse(caller: str, structure: Requests) -> tuple[Request, ...]:
     """What is asked for. Errors: ValueError."""
     several = structure if isinstance(structure, tuple) else (structure,)
     asked = [_STRUCTURES[one]() if isinstance(one, str) and one in _STRUCTURES else one for one in several]
-    known = tuple(one for one in asked if isinstance(one, Structure))
+    known = tuple(one for one in asked if isinstance(one, Request))
     if not known or len(known) < len(asked):
         raise ValueError(
             f"{caller}: structure must be one of {sorted(_STRUCTURES)}, a request such as ff.KFAC(), or a tuple of these, got {structure!r}"
@@ -28,16 +28,16 @@ def requests(caller: str, structure: Asked) -> tuple[Structure, ...]:
     return known
 
 
-def needs_basis(asked: Structure) -> TypeGuard[EKFAC]:
+def needs_basis(asked: Request) -> TypeGuard[EKFAC]:
     """Whether it is an EKFAC without a basis, which a first pass over the data has to find."""
     return isinstance(asked, EKFAC) and asked.basis is None
 
 
-def factors_first(asked: Structure) -> Structure:
+def factors_first(asked: Request) -> Request:
     """What the first pass over the data is asked for: the factors behind the basis of an EKFAC; any other request unchanged."""
     return KFAC(asked.max_factor_dim, asked.max_exact_dim, keep_rows=True) if needs_basis(asked) else asked
 
 
-def with_basis(asked: Structure, basis: KFACFisher) -> Structure:
+def with_basis(asked: Request, basis: KFACFisher) -> Request:
     """The request of the second pass."""
     return replace(asked, basis=basis) if needs_basis(asked) else asked

@@ -10,8 +10,12 @@ from fisherfast.collector import Collector
 from fisherfast.fisher.counts import Counts
 
 
-class Structure:
-    """A request: which sums of the engine it needs (none, if it does not say so), or its own collector, and its result."""
+class Request:
+    """What a user asks a run for.
+
+    It declares which of the engine's sums it needs (by default none) or brings its own collector, and turns what was collected into a
+    result.
+    """
 
     @property
     def squares(self) -> bool:

@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run finds out on its first batches: how the model uses its parameters, and where the sample axis is."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from fisherfast.batches import Batch
+from fisherfast.calls import Call
+from fisherfast.dependence import check_first, check_independent, same_but_rounding
+from fisherfast.fisher.block_collector import BlockCollector
+from fisherfast.fisher.forward import Forward
+from fisherfast.fisher.run import Run
+from fisherfast.layout import PROBED
+from fisherfast.locator import NO_AXIS, mixing
+from fisherfast.tracked import Unbatched
+from fisherfast.uses import Uses
+
+
+class Exploration:
+    """Expands parameters, follows them, or leaves them to the fallback. ``explored``: an earlier run has."""
+
+    def __init__(self, run: Run, forward: Forward, explored: bool) -> None:
+        self._run, self._forward = run, forward
+        self._explored = self._probed = explored
+
+    def look(self, batch: Batch) -> None:
+        """Explore the first batch, and the first of several samples."""
+        if not self._explored or (not self._probed and batch.N > 1):
+            self.explore(batch)
+
+    def explore(self, batch: Batch) -> None:
+        """On a few samples: what is reached, in which forms, where the sample axis is; expands or loops where it has to."""
+        few = batch.cut(0, min(batch.N, PROBED))
+        try:
+            values, noted = self._forward.values(few), few
+        except Exception as error:
+            if few.N < batch.N:
+                error.add_note(
+                    f"fisherfast: these were the batch's first {few.N} samples. Inputs whose first axis is as long as the batch must hold "
+                    "its samples; pass others as [1, ...], or expanded to [N, ...]"
+                )
+            raise
+        uses = self._run.capture.read(values)
+        if not self._explored:
+            self._run.note_uses(uses)
+            if few.N < batch.N and self._run.passes.reached(values) < self._run.capture.tracked.keys():
+                everything, noted = self._forward.values(batch), batch  # an expert may be none of the few samples'
+                self._run.check_reached(everything)
+                self._run.note_uses(self._run.capture.read(everything))
+            else:
+                self._run.check_reached(values)
+            self._run.passes.route_mixed_forms(uses)
+            self._explored = True
+            if few.N == 1 and few.offsets is None and _may_hide_a_table(uses.calls):
+                alone = values.detach()
+                del values, uses  # with their graph: a sample may be all that fits
+                self._explore_as_pair(few, alone)
+                return
+        if few.N > 1:
+            mixing = self._probe(uses)
+            if mixing:
+                self._resolve(self._forward.values, few, uses, mixing, noted)
+            self._probed = True
+
+    def _probe(self, uses: Uses) -> set[str]:
+        return mixing(self._run.passes.probe(uses, noise(uses.root)), self._run.capture.tracked, uses.chosen)
+
+    def _explore_as_pair(self, one: Batch, values: Tensor) -> None:
+        """For a first batch of one sample: explore a batch of two copies of it, because with N = 1 a tensor without a sample axis cannot be
+        told from one with it, and that decides which block a parameter gets.
+
+        A copy of the model takes that batch, so that what it may keep of it is lost. A model that takes no such batch is left as it is.
+        """
+        if not any(isinstance(collector, BlockCollector) for collector in self._run.collectors):
+            return
+        model, two = self._forward.model, one.repeated(0, 2)
+        try:
+            of = partial(self._forward.values, model=copy.deepcopy(model, {id(p): p for p in model.parameters()}))
+            twice = self._run.capture.read(of(two))
+            check_first(values, twice.root, self._forward.precision(twice.root))
+            if mixing := self._probe(twice):
+                self._resolve(of, two, twice, mixing, one)
+        except Exception:  # the model is anybody's, and may say anything to such a batch
+            pass
+
+    def _resolve(self, of: Callable[[Batch], Tensor], few: Batch, uses: Uses, mixing: set[str], noted: Batch) -> None:
+        """Parameters without a sample axis where they are used: expand them there, else follow them to where a sample comes in,
+        else the fallback. ``of``: the model's values; ``noted``: the samples whose uses the collectors were shown.
+        """
+        hint = f"; rows that mix samples reach {sorted(mixing)[:3]}"
+        check_independent(of, few, uses.root, self._forward.precision(uses.root), hint)
+        if few.offsets is None:  # packed samples have no axis to expand to
+            mixing = self._not_expanded(of, few, uses, mixing)
+        further = False
+        while mixing and self._run.capture.follow_further(uses, mixing, NO_AXIS):
+            uses, further = self._run.capture.read(of(few)), True
+            mixing = self._probe(uses)
+        followed = uses.followed
+        for name in mixing:
+            followed[name].give_up(NO_AXIS)
+        if further:  # their uses are others now
+            self._run.note_uses(uses if noted is few else self._run.capture.read(of(noted)))
+
+    def _not_expanded(self, of: Callable[[Batch], Tensor], few: Batch, uses: Uses, mixing: set[str]) -> set[str]:
+        followed, values = uses.followed, uses.root
+        tracked = [followed[name] for name in mixing]
+        every = [(call, use) for call in uses.calls for use in call.uses]
+        tables = {use.tracked.name for use in uses.all if use.form.op == "embedding_sq_"}  # of which few rows are looked up
+        bare = {one.name: {Unbatched.of(call.shape) for call, use in every if use.tracked is one} for one in tracked}
+        for one in tracked:
+            can = not one.in_chain and (one.name in tables or uses.only_broadcast(one.name))
+            one.expand = next(iter(bare[one.name])) if can and len(bare[one.name]) == 1 else None
+        try:
+            expanded = of(few)
+            if same_but_rounding(expanded, values, self._forward.precision(values)):
+                mixing = self._probe(self._run.capture.read(expanded))
+        except Exception:  # the model is anybody's, and may say anything to such a shape: this use cannot be expanded
+            pass
+        for one in tracked:
+            one.expand = None if one.name in mixing else one.expand
+        return mixing
+
+
+def _may_hide_a_table(calls: Sequence[Call]) -> bool:
+    """Whether a use in a batch of one sample may be of none: it has no axis of one, or there is another of the same parameter, of samples."""
+    uses = Counter((use.tracked.name, use.form.op) for call in calls for use in call.uses)
+    return any(call.shape[:1] != (1,) for call in calls) or max(uses.values(), default=0) > 1
+
+
+def noise(like: Tensor) -> Tensor:
+    """Normal numbers, the same on every device."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(like.shape, generator=generator, device="cpu").to(like.device, like.dtype)

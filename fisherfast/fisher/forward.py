@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The model's forward passes, and what its output says."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from fisherfast.batches import Batch, Output
+from fisherfast.dependence import precision, same_but_rounding
+from fisherfast.fisher.labelling import Labelling
+from fisherfast.fisher.run import Run
+from fisherfast.likelihood import Predictions
+from fisherfast.passes import Pass
+
+
+class Forward:
+    """Runs the model under the run's capture; ``passes`` are the backward passes of what comes out."""
+
+    def __init__(
+        self, run: Run, model: nn.Module, labelling: Labelling, *, sample_offset: int, output: Output, loss_scale: float
+    ) -> None:
+        self._run, self.model, self._labelling = run, model, labelling
+        self._sample_offset, self._output, self._loss_scale = sample_offset, output, loss_scale
+
+    def __call__(
+        self, batch: Batch, exploring: bool = False, first: int = 0, model: nn.Module | None = None
+    ) -> tuple[Tensor, Predictions]:
+        """Run the model, or a copy, on a batch whose first sample is number ``first`` of the current one: its output, and what that says."""
+        with torch.enable_grad():
+            output = self.output_of(batch, exploring, model)
+            if self._run.capture.doubtful and not exploring:
+                self._check_expanded(batch, output)
+            predictions = self._labelling.predictions(batch, output, self._sample_offset + self._run.num_samples + first)
+        if not self._labelling.says_something(predictions):
+            self._run.raise_not_finite(predictions.values, "the model's output")
+        return output, predictions
+
+    def _check_expanded(self, batch: Batch, output: Tensor) -> None:
+        """A use was given a sample axis whose first axis is as long as the batch, and may hold the samples: compare without."""
+        # The same shapes and mode of autograd: the same kernels and rounding.
+        alone = batch.copied().feed(self.model, self._output)
+        if not same_but_rounding(alone, output, self.precision(output)):
+            raise ValueError(
+                f"model: what has no sample axis in one batch must not have one in another of as many positions as samples, got {batch.N} "
+                "of both; give batches of another size"
+            )
+
+    def precision(self, values: Tensor) -> float:
+        """Of the digits of what the model returns."""
+        return precision(self.model, values)
+
+    def values(self, batch: Batch, model: nn.Module | None = None) -> Tensor:
+        """The likelihood's values, for a batch that is looked at."""
+        return self(batch, exploring=True, model=model)[1].values
+
+    def output_of(self, batch: Batch, exploring: bool, model: nn.Module | None = None) -> Tensor:
+        """What the model, or a copy, returns, caught by the capture."""
+        self._run.capture.begin(exploring, batch.N, batch.offsets)
+        fed = batch.copied() if exploring or self._run.writes_inputs else batch  # they are fed again
+        before = fed.versions()
+        with self._run.capture, torch.enable_grad():
+            output = fed.feed(self.model if model is None else model, self._output)
+        if fed.versions() != before:
+            self._run.writes_inputs = True
+            if fed is batch and self._run.looped:
+                raise ValueError(
+                    "model: must not begin in a later batch to write into its inputs, which the fallback reads again; have it clone them"
+                )
+        return output
+
+    def passes(self, predictions: Predictions) -> Iterator[Pass]:
+        """The likelihood's, with the loss scale in them."""
+        for one in self._labelling.passes(predictions):
+            yield Pass(one.cotangent * self._loss_scale, one.scale, self._loss_scale) if self._loss_scale != 1 else one

@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``Measurement``: the batches of one run, from the data to the sums."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from fisherfast.batches import Batch, Output
+from fisherfast.collector import Samples
+from fisherfast.fallback import SampleGradients
+from fisherfast.fisher._progress import shown
+from fisherfast.fisher.checkpoint import Checkpoint, digest, digest_of_function, digest_of_weights
+from fisherfast.fisher.diagonal import Diagonal
+from fisherfast.fisher.exploration import Exploration, noise
+from fisherfast.fisher.forward import Forward
+from fisherfast.fisher.labelling import Labelling
+from fisherfast.fisher.request import Request
+from fisherfast.fisher.run import Explored, Run, model_name
+from fisherfast.fisher.sample_loop import SampleLoop
+from fisherfast.likelihood import Predictions
+from fisherfast.passes import Pass
+from fisherfast.train_mode import unwrapped
+
+
+class Measurement:
+    """One call of ``fisher``: feeds batches to the model and turns the likelihood into passes."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        structures: tuple[Request, ...],
+        labelling: Labelling,
+        *,
+        sample_offset: int = 0,
+        output: Output = None,
+        loss_scale: float = 1.0,
+        allow_missing: bool = False,
+        transactional: bool = False,
+        known: Explored | None = None,
+    ) -> None:
+        self.model, self.labelling = unwrapped(model), labelling
+        labelling.check_model(self.model)
+        self.sample_offset, self.output, self.loss_scale = sample_offset, output, loss_scale
+        self.run = Run(model, structures, labelling.provenance(model_name(model)), allow_missing, transactional, known)
+        self.capture = self.run.capture
+        self.forward = Forward(self.run, self.model, labelling, sample_offset=sample_offset, output=output, loss_scale=loss_scale)
+        self.exploration = Exploration(self.run, self.forward, explored=known is not None)
+        self._loop = SampleLoop(self.run, self.forward, SampleGradients(model, output))
+
+    # -- the data set
+
+    def batches(self, data: Iterable[Any], progress: bool, what: str) -> Iterator[Batch]:
+        """What the data set yields, on the model's device. Errors: TypeError."""
+        if not hasattr(data, "__iter__") and not hasattr(data, "__getitem__"):
+            raise TypeError(
+                f"fisher: data must be an iterable of batches, got {type(data).__name__}; pass a DataLoader or a list"
+            )
+        for item in shown(data, progress, what):
+            yield Batch.of(item, self.capture.device, self.model)
+
+    def over(self, batches: Iterable[Batch], path: Path | None) -> tuple[Any, ...]:
+        """Measure all of them; ``path`` is the checkpoint's."""
+        checkpoint = None if path is None else Checkpoint(path, self.run, self._settings())
+        with self.run.rescue():
+            try:
+                self._add_all(batches, checkpoint)
+            except BaseException as error:
+                if checkpoint is not None:
+                    checkpoint.end(error)
+                raise
+            if checkpoint is not None:
+                checkpoint.end()
+            self.run.warn_of_underflow()
+            self.run.warn_of_no_labels()
+        return self.run.results()
+
+    def _add_all(self, batches: Iterable[Batch], checkpoint: Checkpoint | None) -> None:
+        for batch in batches:
+            if checkpoint is not None and checkpoint.holds(batch):
+                self.exploration.look(batch)  # as the run did before it stopped
+                continue
+            self.batch(batch)
+            if checkpoint is not None:
+                checkpoint.write_if_due()
+        if checkpoint is not None:
+            checkpoint.check_all_read()
+        if not self.run.num_samples:
+            raise ValueError("fisher: data must yield at least one batch, got none; was the iterator used up?")
+
+    def _settings(self) -> dict[str, str]:
+        """What a checkpoint must agree in, besides the provenance."""
+        asked = self.run.structures
+        return {
+            "sample_offset": str(self.sample_offset),
+            "weights": digest_of_weights(self.model),
+            "parameters": digest(" ".join(sorted(self.capture.tracked))),
+            **self.labelling.counting(),
+            **(
+                {}
+                if self.output is None
+                else {"output": self.output if isinstance(self.output, str) else digest_of_function(self.output)}
+            ),
+            **({} if asked == (Diagonal(),) else {"structure": ", ".join(map(repr, asked))}),
+        }
+
+    # -- one batch
+
+    def batch(self, batch: Batch) -> None:
+        """Add one batch."""
+        self.labelling.check(batch)
+        self.capture.check_parameters()
+        self.exploration.look(batch)
+        output, predictions = self.forward(batch)
+        count = self.labelling.num_passes(predictions)
+        if predictions.values.grad_fn is None:
+            raise ValueError(
+                "model: the output must depend on the parameters through autograd, got one without a graph; is grad disabled?"
+            )
+        padded = predictions.num_positions < 0.8 * predictions.counted.numel()
+        masks = tuple({id(mask): mask for mask in (batch.mask, batch.output_mask) if mask is not None}.values())
+        with self.run.transaction(Samples(batch.N, count, batch.weight, padded, masks), predictions.num_positions):
+            every = batch.weight is None and all(bool(mask.all()) for mask in masks)
+            detached = predictions.detached()
+            support = partial(self._support, detached)
+            positions = None if batch.mask is None or batch.mask.dim() != 2 else batch.mask.shape[1]
+            passes, uses = self.forward.passes(detached), self.capture.read(predictions.values)
+            self.run.passes.run(uses, passes, count, every=every, positions=positions, support=support)
+            self._loop.add(batch, output, predictions)
+
+    def _support(self, predictions: Predictions) -> Pass:
+        """A pass that gives a gradient to all that any pass of the batch gives one, and is no larger than they."""
+        cotangent = noise(predictions.values)
+        largest = cotangent.abs().amax().clamp_min(1e-4) * predictions.values[0].numel() ** 0.5
+        return Pass(cotangent / largest * predictions.everywhere() * self.loss_scale, loss_scale=self.loss_scale)

@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The fallback, for what no rule covers: by vmap, else a loop over samples.
+
+Labels and columns come from the whole batch's output, so that every parameter sees the same ones.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from fisherfast.batches import Batch
+from fisherfast.dependence import check_first
+from fisherfast.fallback import SampleGradients
+from fisherfast.fisher.forward import Forward
+from fisherfast.fisher.run import Run
+from fisherfast.likelihood import Predictions
+from fisherfast.tracked import Tracked
+
+
+class SampleLoop:
+    """Sample gradients of the parameters that a run leaves to autograd."""
+
+    def __init__(self, run: Run, forward: Forward, sample_gradients: SampleGradients) -> None:
+        self._run, self._forward, self._sample_gradients = run, forward, sample_gradients
+        run.vmap_problem = None
+
+    def add(self, batch: Batch, output: Tensor, predictions: Predictions) -> None:
+        """Hand over the sample gradients of what no rule covers."""
+        tracked = [self._run.capture.tracked[name] for name in self._run.looped]
+        if tracked and not self._by_vmap(batch, output, predictions, tracked):
+            with self._run.timed("loop"):
+                self._loop(batch, output, predictions.detached(), tracked)
+
+    def _by_vmap(self, batch: Batch, output: Tensor, predictions: Predictions, tracked: list[Tracked]) -> bool:
+        """Hand over several samples' gradients at a time; False, with nothing handed over, if that cannot be done."""
+        if batch.offsets is not None:
+            self._run.vmap_problem = "vmap cannot take packed samples apart"
+            return False
+        if batch.nested:
+            self._run.vmap_problem = "vmap takes no nested inputs apart"
+            return False
+        with self._run.timed("vmap"):
+            for number, one in enumerate(self._forward.passes(predictions.detached())):
+                (cotangent,) = torch.autograd.grad(predictions.values, output, one.cotangent, retain_graph=True)
+                chunks = self._sample_gradients(
+                    batch, cotangent, tracked, partial(self._first, batch, output, cotangent, tracked)
+                )
+                if chunks is None:
+                    self._run.vmap_problem = self._sample_gradients.problem
+                    return False
+                for first, gradients in chunks:
+                    for which in tracked:
+                        unscaled = one.unscaled(gradients[which.name])
+                        self._run.passes.hand_over_gradients(which, unscaled, first, one.scale, number)
+        return True
+
+    def _first(self, batch: Batch, output: Tensor, cotangent: Tensor, tracked: list[Tracked]) -> dict[str, Tensor]:
+        """The first sample's gradients by autograd."""
+        alone = self._forward.output_of(batch.cut(0, 1), exploring=True)
+        check_first(alone, output, self._forward.precision(output))
+        gradients = self._run.passes.gradients(alone, tracked, cotangent[:1])
+        return {which.name: gradient for which, gradient in zip(tracked, gradients, strict=True)}
+
+    def _loop(self, batch: Batch, output: Tensor, predictions: Predictions, tracked: list[Tracked]) -> None:
+        if batch.offsets is None:
+            check_first(self._forward.output_of(batch.cut(0, 1), exploring=False), output, self._forward.precision(output))
+        for n in range(batch.N):
+            values = self._forward(batch.cut(n, n + 1), exploring=True, first=n)[1].values
+            passes = self._forward.passes(predictions.one(n))
+            if batch.offsets is not None:  # a packed sample by itself is as long as it is, not as the longest
+                passes = (replace(one, cotangent=one.cotangent[:, : values.shape[1]]) for one in passes)
+            self._run.passes.loop(values, tracked, n, passes)
