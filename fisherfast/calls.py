@@ -97,7 +97,7 @@ class Tap(torch.autograd.Function):
         return (g, None, None, *(None for _ in saved))
 
 
-def graph(root: Tensor, closed: bool = False) -> Iterator[Any]:
+def nodes(root: Tensor, closed: bool = False) -> Iterator[Any]:
     """All autograd nodes behind ``root``; ``closed``: without those behind a ``Door``."""
     seen, stack = set(), [root.grad_fn]
     while stack:
@@ -105,12 +105,18 @@ def graph(root: Tensor, closed: bool = False) -> Iterator[Any]:
         if node is None or node in seen:
             continue
         seen.add(node)
+        yield node
+        if closed and hasattr(node, "door"):
+            continue
+        stack.extend(parent for parent, _ in node.next_functions)
+
+
+def graph(root: Tensor, closed: bool = False) -> Iterator[Any]:
+    """The ``nodes`` behind a loss or a model's output. Errors: ValueError where they hide some."""
+    for node in nodes(root, closed):
         if type(node).__name__ == "CheckpointFunctionBackward":
             raise ValueError(
                 "model: gradient checkpointing must be torch's with use_reentrant=False, got use_reentrant=True, which hides the layers "
                 "from autograd; pass use_reentrant=False (Hugging Face: gradient_checkpointing_kwargs)"
             )
         yield node
-        if closed and hasattr(node, "door"):
-            continue
-        stack.extend(parent for parent, _ in node.next_functions)

@@ -29,14 +29,14 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from fisherfast._eager import EAGER
 from fisherfast._nested import replaced, tensors
-from fisherfast._under_way import Given
+from fisherfast._under_way import Given, under_way
 from fisherfast._warning import warn
-from fisherfast.calls import Call, CallUse, Decisions, Key, Site, Tap, graph
+from fisherfast.calls import Call, CallUse, Decisions, Key, Site, Tap, graph, nodes
 from fisherfast.chosen_rows import ChosenRows
 from fisherfast.layout import Layout
 from fisherfast.rules import DECOMPOSITIONS, RULES, Use, Window, part
 from fisherfast.tracked import Bare, Made, Reference, Tracked
-from fisherfast.train_mode import CHANCE, DRAWING, Draws, is_parameter, refuse_chance, undivided, unwrapped
+from fisherfast.train_mode import CHANCE, DRAWING, Draws, is_parameter, refused_chance, undivided, unwrapped
 
 _GRAD = vars(torch._C.TensorBase)["grad"]
 _DATA = vars(torch._C.TensorBase)["data"]
@@ -213,11 +213,24 @@ class Capture(TorchFunctionMode):
         """Run ``func`` as ``_run`` does, unless it is one of those that leave no sample a gradient of its own."""
         kwargs = kwargs or {}
         if func in CHANCE:
-            refuse_chance(func, args, kwargs, lambda tensor: id(tensor) in self._references or is_parameter(tensor))
+            why = refused_chance(func, args, kwargs, lambda tensor: id(tensor) in self._references or is_parameter(tensor))
+            if why and self._concerns((args, kwargs)):
+                raise ValueError(why)
         out = self._run(func, *undivided(func, args, kwargs))
         if func in DRAWING:
             self._draws.look(func, kwargs, out)
         return out
+
+    def _concerns(self, given: Any) -> bool:
+        """Whether a call is the measured model's: a module of it is running, or a tensor that it was given depends on a parameter."""
+        if under_way(self._root):
+            return True
+        leaves = {id(leaf) for t in self.tracked.values() for leaf in t.leaves}
+
+        def ours(node: Any) -> bool:
+            return self._call_of(node) is not None or id(getattr(node, "variable", None)) in leaves
+
+        return any(id(t) in leaves or id(t) in self._references or any(map(ours, nodes(t))) for t in tensors(given))
 
     def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Run ``func``; where it receives tracked parameters, with their stand-ins and a tap."""
@@ -462,12 +475,12 @@ class Capture(TorchFunctionMode):
         """Whether all that ``root`` makes of a parameter's uses is sums and products that have the sample axis in front, where a
         use that is expanded has it.
         """
-        nodes = list(graph(root))
+        every = list(graph(root))
         taps = {node: call for call, node in self.calls(root) if any(use.tracked.name == name for use in call.uses)}
-        firsts = ((node, node.next_functions[0][0]) for node in nodes if node.next_functions)
+        firsts = ((node, node.next_functions[0][0]) for node in every if node.next_functions)
         views = {node: taps[tap] for node, tap in firsts if tap in taps and taps[tap].viewed}
         outputs = {node: call for node, call in taps.items() if not call.viewed} | views
-        consumed = ((node, outputs[parent]) for node in nodes for parent, _ in node.next_functions if parent in outputs)
+        consumed = ((node, outputs[parent]) for node in every for parent, _ in node.next_functions if parent in outputs)
         return all(
             type(node).__name__ in {"AddBackward0", "SubBackward0", "MulBackward0"}
             and len(node._input_metadata[0].shape) == len(Bare.of(call.shape).with_samples(1, call.shape))

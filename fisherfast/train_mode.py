@@ -83,10 +83,9 @@ def is_parameter(tensor: Tensor) -> bool:
     return isinstance(tensor if tensor._base is None else tensor._base, nn.Parameter)
 
 
-def refuse_chance(func: Any, args: Any, kwargs: Any, known: Callable[[Tensor], bool] = is_parameter) -> None:
-    """Raise ValueError if a call of one of these functions draws, or takes statistics of the batch.
-
-    ``known``: whether a tensor is a parameter or a view of one, whose statistics are the model's own.
+def refused_chance(func: Any, args: Any, kwargs: Any, known: Callable[[Tensor], bool] = is_parameter) -> str | None:
+    """Why a call of one of these functions leaves no sample a gradient of its own, because it draws, or takes statistics of the batch; else
+    None. ``known``: whether a tensor is a parameter or a view of one, whose statistics are the model's own.
     """
 
     def given(name: str, place: int, otherwise: Any) -> Any:
@@ -97,22 +96,21 @@ def refuse_chance(func: Any, args: Any, kwargs: Any, known: Callable[[Tensor], b
         probability = given("dropout_p" if func is F.multi_head_attention_forward else "p", where, usual)
         training = given("train" if "train" in kwargs else "training", when, trains)
         if training is not False and probability > 0:  # None, of native_dropout, is True
-            raise ValueError(
-                f"model: must not draw dropout, got {func.__name__}(p={probability}, training=True); call model.eval()"
-            )
+            return f"model: must not draw dropout, got {func.__name__}(p={probability}, training=True); call model.eval()"
     elif func is F.gumbel_softmax:
-        raise ValueError("model: must not draw, got gumbel_softmax; there is no Fisher of one draw")
+        return "model: must not draw, got gumbel_softmax; there is no Fisher of one draw"
     elif func is F.scaled_dot_product_attention:
         if (probability := given("dropout_p", 4, 0.0)) > 0:
-            raise ValueError(f"model: must not draw dropout, got attention with dropout_p={probability}; call model.eval()")
+            return f"model: must not draw dropout, got attention with dropout_p={probability}; call model.eval()"
     elif func in _SLOPES:
         if given("training", _SLOPES[func], False):
-            raise ValueError("model: must not draw slopes, got rrelu(training=True); call model.eval()")
+            return "model: must not draw slopes, got rrelu(training=True); call model.eval()"
     elif func in _STATISTICS and given("training", _STATISTICS[func], False) and not known(given("input", 0, None)):
-        raise ValueError(
+        return (
             "model: must not use batch statistics, got batch_norm(training=True); call model.eval(), and where "
             "a BatchNorm has no running statistics (track_running_stats=False), which it then computes of the batch all the same, use another norm"
         )
+    return None
 
 
 class Draws:
@@ -170,8 +168,8 @@ class WithoutChance(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run ``func``."""
         kwargs = kwargs or {}
-        if func in CHANCE:
-            refuse_chance(func, args, kwargs)
+        if func in CHANCE and (why := refused_chance(func, args, kwargs)):
+            raise ValueError(why)
         args, kwargs = undivided(func, args, kwargs)
         out = func(*args, **kwargs)
         if func in DRAWING:

@@ -247,6 +247,9 @@ def test_is_invariant_to_the_units_of_the_data(structure):
     other = ff.shannon_from_stability(F, A @ J, beta=1e-3, entropy=0.4 - torch.logdet(A).item())
     assert one.nats == pytest.approx(other.nats, rel=1e-9)
     assert "d = 2" in str(one) and "exact formula" in str(one) and structure in str(one)
+    # Also where one number is in a unit by which its sensitivity is lost beside another one's.
+    far = ff.shannon_from_stability(F, J * torch.tensor([[1.0], [1e-9]]).double(), beta=1e-3, entropy=0.4 + 9 * math.log(10))
+    assert one.nats == pytest.approx(far.nats, rel=1e-9)
 
 
 def test_stability_refuses():
@@ -265,6 +268,9 @@ def test_stability_refuses():
     for message, (sensitivity, given_options) in refused.items():
         with pytest.raises(ValueError, match="shannon_from_stability: .*" + message):
             ff.shannon_from_stability(F, sensitivity, **given_options)
+    nearly = DiagonalFisher({"w": torch.tensor([1.0, 1.0, 1e-16])}, num_samples=9)  # of the largest: rounding, of any structure
+    with pytest.raises(ValueError, match=r"J\^T F J must be regular"):
+        ff.shannon_from_stability(nearly, J, **options)
     with pytest.raises(ValueError, match="a flat v must have one axis of all 3 parameters"):
         ff.shannon_from_stability(F, torch.ones(2, 2), **options)
     two = DiagonalFisher({"w": torch.ones(2), "v": torch.ones(1)}, num_samples=9)

@@ -182,9 +182,9 @@ def _by_determinant(method: str, found: InputFisher, entropy: float | None) -> E
             f"{int(rank.min())} from {found.num_units} units; "
             + ("leave entropy out" if method == "spectrum" else "give fewer or other nuisances, or a layer with more units")
         )
-    if entropy is None and int(rank.min()) < min(found.num_units, found.dim):
+    if entropy is None and int(rank.min()) < found.max_rank:
         warn(
-            f"effective_information: F_{{z|x}} should have rank {min(found.num_units, found.dim)} at every input, got {_ranks(found)}: a "
+            f"effective_information: F_{{z|x}} should have rank {found.max_rank} at every input, got {_ranks(found)}: a "
             "direction that z has lost adds nothing, where one that it hardly tells takes nats away; compare by .trace, or at equal rank"
         )
     each = (entropy or 0.0) + (found.logdet() - rank.double() * math.log(2 * math.pi * math.e)) / 2
