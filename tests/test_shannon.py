@@ -248,7 +248,9 @@ def test_is_invariant_to_the_units_of_the_data(structure):
     assert one.nats == pytest.approx(other.nats, rel=1e-9)
     assert "d = 2" in str(one) and "exact formula" in str(one) and structure in str(one)
     # Also where one number is in a unit by which its sensitivity is lost beside another one's.
-    far = ff.shannon_from_stability(F, J * torch.tensor([[1.0], [1e-9]]).double(), beta=1e-3, entropy=0.4 + 9 * math.log(10))
+    far = ff.shannon_from_stability(
+        F, J * torch.tensor([[1.0], [1e-9]], dtype=torch.float64), beta=1e-3, entropy=0.4 + 9 * math.log(10)
+    )
     assert one.nats == pytest.approx(far.nats, rel=1e-9)
 
 
