@@ -14,7 +14,7 @@ from torch import nn
 from fisherfast import expected_loss, fisher, zero_one
 from fisherfast.fisher import DiagonalFisher
 from fisherfast.fisher.lanczos import Estimate
-from fisherfast.information import information_in_weights, optimal_posterior, pac_bayes_bound
+from fisherfast.information import information_in_weights, optimal_posterior, pac_bayes, pac_bayes_bound
 
 VECTOR = {"expected_loss": 0.02, "nats": 5000.0, "num_samples": 50000}  # science.md 1.11, delta = .05
 
@@ -255,3 +255,13 @@ def test_log_losses_have_no_limit():
 
 def test_betas_of_numpy():
     assert pac_bayes_bound(0.1, 5.0, 1000, beta=numpy.array([1.0, 2.0])) == pac_bayes_bound(0.1, 5.0, 1000, beta=[1.0, 2.0])
+
+
+@pytest.mark.parametrize("q", [1e-9, 0.1, 0.5, 0.999, 1 - 2**-53])
+@pytest.mark.parametrize("c", [1e-300, 1e-40, 1e-12, 1e-6, 0.01, 1.0, 36.0])
+def test_the_largest_chance_is_rounded_up(q, c):
+    """No chance above it is within c, also where the divergence itself is rounded: the exact one at the result is c at least."""
+    p = pac_bayes._largest(q, c)
+    with mpmath.workdps(400):
+        q, p = mpmath.mpf(q), mpmath.mpf(p)
+        assert p == 1 or q * mpmath.log(q / p) + (1 - q) * mpmath.log((1 - q) / (1 - p)) >= c * (1 - mpmath.mpf("1e-9"))

@@ -298,3 +298,11 @@ def test_runs_that_are_no_pairs_are_refused():
         ValueError, match=r"a list of runs, each \(mean, variance\), numbers or tensors \[d\], got a run that is a Tensor"
     ):
         ff.shannon_information([(torch.zeros(2), torch.ones(2))])
+
+
+def test_runs_that_are_narrower_than_the_rounding_of_their_means_are_refused():
+    """Draws would be the mean itself, whose density says nothing of the divergence."""
+    with pytest.raises(
+        ValueError, match="standard deviations must be above the rounding of their means, got smaller ones; subtract"
+    ):
+        ff.shannon_information([[(1.0, 1e-36)], [(2.0, 1e-36)]])

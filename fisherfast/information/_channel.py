@@ -44,7 +44,8 @@ class Channel:
         inverted: bool = True,
     ) -> Channel:
         """Raise ValueError unless the noise is well defined: a prior, a damping, or a Fisher that is regular by itself."""
-        beta = _checks.positive(caller, "beta", beta, "1 / (number of training samples) is the Bayesian choice")
+        _checks.fisher(caller, F)
+        beta = _checks.beta(caller, beta)
         if not inverted:
             return cls(layer, beta, None, {}, F)
         if prior_scale is None:

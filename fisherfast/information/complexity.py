@@ -15,10 +15,11 @@ from fisherfast.batches import Output
 from fisherfast.fisher import Fisher
 from fisherfast.information import _checks
 from fisherfast.information._prior import PriorScale
+from fisherfast.information._weights import Weights
 from fisherfast.information.expected_loss import expected_loss, mean_loss
 from fisherfast.information.posterior import GaussianPosterior, Posterior
 from fisherfast.information.result import Information
-from fisherfast.information.weights import Weights, informations
+from fisherfast.information.weights import informations
 from fisherfast.likelihood import Likelihood, beside, resolve
 from fisherfast.readings import check_rereadable
 

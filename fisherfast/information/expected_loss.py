@@ -15,8 +15,8 @@ from fisherfast.fisher import _arguments
 from fisherfast.fisher.lanczos import Estimate
 from fisherfast.information import _checks
 from fisherfast.information._losses import Loss, SampleLosses
+from fisherfast.information._weights import tensors
 from fisherfast.information.posterior import GaussianPosterior
-from fisherfast.information.weights import tensors
 from fisherfast.likelihood import Likelihood
 from fisherfast.readings import check_rereadable
 
@@ -97,12 +97,14 @@ def mean_loss(
     """
     replaced = weights or {}
     _check_model("mean_loss", model, replaced)
-    return SampleLosses.of("mean_loss", model, likelihood, loss, output).mean(data, replaced, "without noise")
+    return SampleLosses.of("mean_loss", model, likelihood, loss, output).mean(
+        data, replaced, "without noise", "look at the data and the weights, or bound the loss (loss=)"
+    )
 
 
 def _check_model(caller: str, model: nn.Module, mean: Mapping[str, Tensor]) -> None:
     """Raise ValueError unless the model has every parameter of ``mean``, in its shape."""
-    own = tensors(model)
+    own = tensors(caller, model)
     _checks.named(caller, "model", own, mean, "posterior")
     _checks.shaped(caller, "model", own, mean, "posterior")
 

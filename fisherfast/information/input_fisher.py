@@ -17,8 +17,8 @@ from fisherfast.information import _checks, nuisances
 from fisherfast.information._activation import Activation, Jacobians
 from fisherfast.information._channel import Channel, Whitening
 from fisherfast.information._prior import PriorScale
+from fisherfast.information._weights import VARIANTS
 from fisherfast.information.activation_noise import covariance
-from fisherfast.information.weights import VARIANTS
 
 TERMS = ("mean", "both")
 MAX_MATRIX = 1024

@@ -189,7 +189,7 @@ def _betas(beta: float | Sequence[float] | None, N: int, delta: float) -> list[f
 
 
 def _largest(q: float, c: float) -> float:
-    """The largest p with ``q log(q / p) + (1 - q) log((1 - q) / (1 - p)) <= c``, by bisection from q to 1; rounded up."""
+    """The largest p with ``q log(q / p) + (1 - q) log((1 - q) / (1 - p)) <= c``, by bisection from q to 1; rounded up, as is what ``_coins`` rounds."""
     low, high = q, 1.0
     for _ in range(_BISECTIONS):
         middle = (low + high) / 2
@@ -199,7 +199,7 @@ def _largest(q: float, c: float) -> float:
             low = middle
         else:
             high = middle
-    return high
+    return math.nextafter(high, 1.0)
 
 
 def _coins(q: float, p: float) -> float:

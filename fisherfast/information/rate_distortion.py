@@ -14,8 +14,9 @@ from fisherfast.batches import Output
 from fisherfast.fisher import Fisher
 from fisherfast.information import _checks
 from fisherfast.information._prior import PriorScale
+from fisherfast.information._weights import Weights
 from fisherfast.information.complexity import Complexity, LossSource
-from fisherfast.information.weights import Weights, informations
+from fisherfast.information.weights import informations
 from fisherfast.likelihood import Likelihood
 
 

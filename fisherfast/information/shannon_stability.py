@@ -13,7 +13,7 @@ from torch import Tensor
 from fisherfast._names import listed
 from fisherfast.fisher import Fisher
 from fisherfast.information import _checks, _conditions
-from fisherfast.information.weights import VARIANTS
+from fisherfast.information._weights import VARIANTS
 
 _CALLER = "shannon_from_stability"
 _SINGULAR = 1e-13  # of the largest eigenvalue, at unit diagonal: rounding of a sum of many products in float64
@@ -67,7 +67,8 @@ def shannon_from_stability(
     Numerics: products and log-determinant in float64.
     Source:   Proposition 2.9 of arXiv:1905.12213, after Brunel and Nadal 1998.
     """
-    beta = _checks.positive(_CALLER, "beta", beta, "1 / (number of training samples) is the Bayesian choice")
+    _checks.fisher(_CALLER, F)
+    beta = _checks.beta(_CALLER, beta)
     entropy = _checks.number(_CALLER, "entropy", entropy, "it is the differential entropy of the numbers that make a data set")
     _checks.one_of(_CALLER, "variant", variant, VARIANTS)
     rows = _rows(F, sensitivity)

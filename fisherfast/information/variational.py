@@ -24,8 +24,8 @@ from fisherfast.information._diagonal_gaussian import DiagonalGaussian
 from fisherfast.information._local_noise import LocalNoise
 from fisherfast.information._losses import SampleLosses
 from fisherfast.information._prior import PriorScale
+from fisherfast.information._weights import Weights
 from fisherfast.information.posterior import GaussianPosterior
-from fisherfast.information.weights import Weights
 from fisherfast.likelihood import Likelihood
 from fisherfast.readings import check_rereadable
 
@@ -42,7 +42,7 @@ _CALLER = "variational_posterior"
 class VariationalPosterior(GaussianPosterior):
     """``Q = N(mean, diag(std^2))``; made by ``variational_posterior``, which says how.
 
-    ``history`` is the Lagrangian ``E_Q loss + beta KL`` of each epoch, as it was estimated on the way.
+    ``center_norm`` is ``||c||``; ``history`` is the Lagrangian ``E_Q loss + beta KL`` of each epoch, as it was estimated on the way.
     """
 
     mean: Mapping[str, Tensor] = field(repr=False)
@@ -52,6 +52,7 @@ class VariationalPosterior(GaussianPosterior):
     prior_scale: PriorScale
     prior_scales: Mapping[str, float] = field(repr=False)
     centered: bool
+    center_norm: float
     num_samples: int
     history: tuple[float, ...] = field(repr=False)
     settings: str
@@ -144,7 +145,7 @@ def variational_posterior(
     Source:   Definition 2.1 of arXiv:1905.12213; Kingma, Salimans & Welling 2015 for noise at the output; Task2Vec (Achille et
               al. 2019), whose divergence lacks the factor 1/2, so that its beta is half of this one.
     """
-    beta = _checks.positive(_CALLER, "beta", beta, "1 / (number of training samples) is the Bayesian choice")
+    beta = _checks.beta(_CALLER, beta)
     prior_scale = _prior.checked(prior_scale, _CALLER)
     lr = _checks.positive(_CALLER, "lr", lr, "it is Adam's step on log sigma")
     mean_lr = _checks.positive(_CALLER, "mean_lr", mean_lr, "it is Adam's step on the means")
@@ -170,6 +171,7 @@ def variational_posterior(
             prior_scale=prior_scale,
             prior_scales=scales,
             centered=center is not None,
+            center_norm=q.center_norm,
             num_samples=num_samples,
             history=history,
             settings=f"{losses.likelihood.name}, {noise} noise, {epochs} epochs, lr {lr:g}, seed {seed}, around {around}",
