@@ -187,7 +187,7 @@ GAUSSIANS = [[(0.0, 1.0)], [(1.0, 1.0)]]
         ([[(0.0, 0.0)]], {}, "variances must be finite and > 0"),
         ([[(math.nan, 1.0)]], {}, "means must be finite"),
         ([[(torch.zeros(2), 1.0)]], {}, r"means and variances must have one shape, .* got \[\(1,\), \(2,\)\]"),
-        (GAUSSIANS, {"samples": 1}, "samples must be an integer >= 2, got 1"),
+        (GAUSSIANS, {"samples": 1}, "samples must be >= 2, got 1"),
         (GAUSSIANS, {"reference": torch.ones(2)}, r"reference must be \(mean, variance\) of a Gaussian"),
         (GAUSSIANS, {"reference": (0.0, -1.0)}, "variances must be finite and > 0"),
         (GAUSSIANS, {"weights": [1.0, math.nan]}, "weights must be 2 finite numbers > 0"),

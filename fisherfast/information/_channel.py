@@ -37,6 +37,7 @@ class Channel:
         caller: str,
         model: nn.Module,
         F: Fisher,
+        *,
         layer: str | None,
         beta: float,
         prior_scale: PriorScale | None,

@@ -65,7 +65,7 @@ def activation_noise(
     Source:   Definition 3.1 and the proof of Proposition 3.2 of Achille, Paolini and Soatto (arXiv:1905.12213).
     """
     z = Activation("activation_noise", model, F, layer, units, output)
-    channel = Channel.of("activation_noise", model, F, layer, beta, prior_scale, damping)
+    channel = Channel.of("activation_noise", model, F, layer=layer, beta=beta, prior_scale=prior_scale, damping=damping)
     return noise_of(z, channel, z.check_inputs(x))
 
 

@@ -59,9 +59,7 @@ def expected_loss(
               float32 or wider, means in float64. The standard error is over draws (nan of a single one), not over samples.
     Source:   the first term of Definition 2.1 of arXiv:1905.12213.
     """
-    draws = _arguments.whole("expected_loss", "draws", draws)
-    if draws < 1:
-        raise ValueError(f"expected_loss: draws must be >= 1, got {draws}")
+    draws = _arguments.whole("expected_loss", "draws", draws, 1)
     check_rereadable("expected_loss", data)
     _check_model("expected_loss", model, posterior.mean)
     losses = SampleLosses.of("expected_loss", model, likelihood, loss, output)

@@ -157,7 +157,9 @@ def input_fisher(
     z = Activation("input_fisher", model, F, layer, units, output)
     x = z.check_inputs(x)
     directions = [None] * len(x) if along is None else nuisances.tangents("input_fisher", x, along)
-    channel = Channel.of("input_fisher", model, F, layer, beta, prior_scale, damping, inverted=variant == "exact")
+    channel = Channel.of(
+        "input_fisher", model, F, layer=layer, beta=beta, prior_scale=prior_scale, damping=damping, inverted=variant == "exact"
+    )
     factors, sizes, num_units = [], [], 0
     for sample, tangent in zip(x, directions, strict=True):
         local = z.jacobians(sample)

@@ -150,9 +150,7 @@ def variational_posterior(
     lr = _checks.positive(_CALLER, "lr", lr, "it is Adam's step on log sigma")
     mean_lr = _checks.positive(_CALLER, "mean_lr", mean_lr, "it is Adam's step on the means")
     _checks.one_of(_CALLER, "noise", noise, NOISES)
-    epochs = _arguments.whole(_CALLER, "epochs", epochs)
-    if epochs < 1:
-        raise ValueError(f"{_CALLER}: epochs must be >= 1, got {epochs}")
+    epochs = _arguments.whole(_CALLER, "epochs", epochs, 1)
     check_rereadable(_CALLER, data)
     losses = SampleLosses.of(_CALLER, model, likelihood, None, output)
     q = DiagonalGaussian(_CALLER, losses.model, prior_scale, center, train_mean)
