@@ -272,3 +272,10 @@ def test_logits_that_are_nan_are_not_right():
     assert str(ff.zero_one(logits, torch.tensor([0, 0])).tolist()) == "[nan, 0.0]"
     several = torch.stack([logits, logits.flip(0)])
     assert str(ff.zero_one(several, torch.tensor([[-100, 0], [0, -100]])).tolist()) == "[0.0, 0.0]"
+
+
+def test_a_loss_without_noise_is_not_advised_to_have_less():
+    net = nn.Linear(2, 2)
+    data = [(torch.full((3, 2), math.nan), torch.zeros(3, dtype=torch.long))]
+    with pytest.raises(ff.NonFiniteError, match="without noise; look at the data and the weights"):
+        ff.mean_loss(net, data)

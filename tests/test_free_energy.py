@@ -191,3 +191,9 @@ def test_free_energy_refuses(options, message):
 def test_escape_time_refuses(minimum, saddle, curvature, message):
     with pytest.raises(ValueError, match="escape_time: " + message):
         ff.escape_time(ff.FreeEnergy(*minimum), ff.FreeEnergy(*saddle), curvature=curvature)
+
+
+def test_what_is_refused_of_the_temperature_is_called_so():
+    F = DiagonalFisher({"w": torch.ones(3)}, num_samples=3)
+    with pytest.raises(ValueError, match=r"free_energy: prior_scale\^2 / temperature must be finite, got temperature = 1e-300"):
+        ff.free_energy(F, 1.0, temperature=1e-300, prior_scale=1e20)

@@ -393,3 +393,32 @@ def test_numbers_may_be_numpys():
     )
     assert found.nats == plain.nats
     assert ff.information_in_weights(F, model, prior_scale=1, beta=np.float32(0.25)).nats > 0
+
+
+def test_a_fit_that_no_number_can_be_is_refused():
+    F = DiagonalFisher({"w": torch.full((3,), 1e60, dtype=torch.float64)}, num_samples=3)
+    with pytest.raises(
+        ValueError, match="prior_scale must be a number for a beta this far from the Fisher's eigenvalues, got 'fit'"
+    ):
+        ff.information_in_weights(F, {"w": torch.full((3,), 1e-25, dtype=torch.float64)}, prior_scale="fit", beta=1e-300)
+
+
+def test_an_operator_is_no_fisher_to_measure_by():
+    """It has products only: each estimator says so, and what to pass."""
+    net, x = torch.nn.Linear(3, 2), torch.randn(5, 3)
+    O = ff.FisherOperator(net, [(x, None)], "exact")
+    options = {"beta": 0.1, "prior_scale": 1.0}
+    for name, call in {
+        "information_in_weights": lambda: ff.information_in_weights(O, net, **options),
+        "effective_dimension": lambda: ff.effective_dimension(O, **options),
+        "path_stability": lambda: ff.path_stability(O, net, net, beta=0.1),
+        "shannon_from_stability": lambda: ff.shannon_from_stability(O, torch.eye(8)[:2], beta=0.1, entropy=0.0),
+        "task_embedding": lambda: ff.task_embedding(O, net),
+        "free_energy": lambda: ff.free_energy(O, 1.0, temperature=0.1, damping=0.1),
+        "activation_noise": lambda: ff.activation_noise(net, x, O, **options),
+        "input_fisher": lambda: ff.input_fisher(net, x, O, **options),
+    }.items():
+        with pytest.raises(
+            TypeError, match=rf"{name}: F must be a Fisher that was measured, got FisherOperator; pass ff\.fisher"
+        ):
+            call()

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The Fisher of an activation about its input, and the noise it comes from: closed forms, a dense oracle, scalings, refusals."""
 
+import copy
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,9 +13,8 @@ from oracle import dense
 from torch import nn
 
 import fisherfast as ff
-from fisherfast.fisher import Spectrum
 from fisherfast.information import _activation
-from fisherfast.information._channel import Whitening, _check_regular
+from fisherfast.information._channel import Whitening
 
 DOUBLE = torch.float64
 
@@ -453,14 +452,95 @@ def test_singular_fisher_needs_a_prior(structure):
     assert ff.activation_noise(net, x, F, beta=0.1, damping=1e-3).covariance.isfinite().all()
 
 
-def test_kronecker_factor_that_is_zero_but_for_rounding():
-    one, rounded = torch.ones(1, dtype=DOUBLE), torch.tensor([3.0, 1e-16], dtype=DOUBLE)
-    for factors in ((one, rounded), (rounded, one)):
-        F = SimpleNamespace(spectra=lambda factors=factors: iter([Spectrum("", ("w",), factors)]))
-        with pytest.raises(ValueError, match=r"test: F must be regular without a prior, got zero eigenvalues in \['w'\]"):
-            _check_regular("test", F)
-    # A diagonal has no such rounding.
-    _check_regular("test", SimpleNamespace(spectra=lambda: iter([Spectrum("", ("w",), (rounded,))])))
+@pytest.mark.parametrize("structure", ["diagonal", "kfac", "ekfac"])
+def test_what_is_zero_but_for_rounding_is_no_matter_of_units(structure):
+    """Inputs 1e9 times as small have an eigenvalue 1e18 times as small, and weights 1e9 times as loose: the noise is the same."""
+    small = torch.tensor([1.0, 1e-9], dtype=DOUBLE)
+    x = torch.randn(20, 2, dtype=DOUBLE)
+    noises = []
+    for inputs in (x, x * small):
+        net, F = linear(inputs, structure=structure)
+        noises.append(ff.activation_noise(net, inputs, F, beta=0.1).covariance)
+    torch.testing.assert_close(*noises)
+    net, F = linear(x[:, :1] * torch.ones(2, dtype=DOUBLE), structure=structure)
+    if structure != "diagonal":  # which does not see that the inputs are one
+        with pytest.raises(ValueError, match=r"F must be regular without a prior, got zero eigenvalues in \['weight'\]"):
+            ff.activation_noise(net, x, F, beta=0.1)
+
+
+def test_a_gram_that_is_regular_needs_a_prior_all_the_same():
+    net, F = linear(x := torch.randn(20, 2, dtype=DOUBLE), structure="gram")
+    message = r"activation_noise: F must be solved without damping .* got structure 'gram' .*; give prior_scale, or damping > 0"
+    with pytest.raises(ValueError, match=message):
+        ff.activation_noise(net, x, F, beta=0.1)
+
+
+HALVES = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+
+
+@HALVES
+@pytest.mark.parametrize("dim, hidden, D", [(40, 2, 8), (300, 12, 40), (784, 3, 32), (784, 32, 10)])
+def test_rank_and_determinant_in_16_bits(dtype, dim, hidden, D):
+    """min(hidden, D) directions of the input pass the layers; what rounding adds to the others is none."""
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(dim, hidden), nn.Linear(hidden, D)), torch.randn(3, dim) / dim**0.5
+    got, exact = (
+        ff.input_fisher(one, x.to(to), ff.DiagonalFisher({n: torch.ones_like(p) for n, p in one.named_parameters()}, 7), beta=0.1)
+        for one, to in ((copy.deepcopy(net).to(dtype), dtype), (copy.deepcopy(net).double(), DOUBLE))
+    )
+    assert got.rank().tolist() == exact.rank().tolist() == [min(hidden, D)] * 3
+    torch.testing.assert_close(got.logdet(), exact.logdet(), rtol=0, atol=20 * torch.finfo(dtype).eps)
+
+
+@HALVES
+def test_in_16_bits_information_without_noise_is_as_infinite(dtype):
+    """The first input is multiplied by a weight, the second is not; z is both of them, turned."""
+
+    class Turned(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.ones(1))
+            self.register_buffer("turn", torch.tensor([[0.8, -0.6], [0.6, 0.8]]))
+
+        def forward(self, x):
+            return torch.stack([self.w * x[:, 0], x[:, 1]], 1) @ self.turn.T
+
+    net, x = Turned().to(dtype), torch.randn(5, 2, dtype=dtype)
+    with pytest.raises(ValueError, match="2 units and noise of rank 1: the information is infinite"):
+        ff.input_fisher(net, x, ff.DiagonalFisher({"w": torch.ones(1)}, 7), beta=0.1)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, DOUBLE])
+@pytest.mark.parametrize("variant", ["exact", "paper"])
+def test_rank_is_no_matter_of_units(dtype, variant):
+    """Of nuisances ``theta / s`` the Fisher is s^2 times as small, its determinant too, and its rank the same."""
+    net, x = mlp()
+    net, x = net.to(dtype), x[:4].to(dtype)
+    F = ff.DiagonalFisher({name: torch.ones_like(p) for name, p in net.named_parameters()}, 7)
+    a, b, s = torch.randn_like(x), torch.randn_like(x), 2.0**-30
+    one, other = (ff.input_fisher(net, x, F, beta=0.1, variant=variant, along={"a": a, "b": b * scale}) for scale in (1.0, s))
+    assert one.rank().tolist() == other.rank().tolist() == [2] * 4
+    torch.testing.assert_close(
+        other.logdet(), one.logdet() + 2 * math.log(s), rtol=1e-3 if dtype == torch.bfloat16 else 1e-6, atol=0.02
+    )
+    # Along what moves z by rounding only, z tells nothing, small as every entry of it may be.
+    G = torch.stack([torch.func.jacrev(net)(one) for one in x]).double()
+    unseen = torch.linalg.svd(G)[2][:, 2].to(dtype)
+    assert ff.input_fisher(net, x, F, beta=0.1, variant=variant, along={"a": a, "b": unseen * s}).rank().tolist() == [1] * 4
+
+
+def test_the_covariance_tells_more_numbers_than_there_are_units():
+    """z = w x of two numbers, ``w ~ N(w, S)``: by the mean z tells w x, by its variance x^T S x."""
+    net, x = nn.Linear(2, 1, bias=False).double(), torch.tensor([[0.3, 0.9]], dtype=DOUBLE)
+    F = ff.DiagonalFisher({"weight": torch.tensor([[1.0, 4.0]])}, 7)
+    got = ff.input_fisher(net, x, F, beta=0.5, terms="both")
+    values = torch.linalg.eigvalsh(got.matrix()).flip(1)
+    torch.testing.assert_close(got.eigenvalues(), values)
+    assert got.rank().tolist() == [2]
+    torch.testing.assert_close(got.logdet(), values.log().sum(1))
+    assert ff.effective_information(net, x, F, method="spectrum", beta=0.5, terms="both", entropy=2.0).nats == pytest.approx(
+        2 - math.log(2 * math.pi * math.e) + values.log().sum().item() / 2
+    )
 
 
 def test_fitted_prior_without_distance():

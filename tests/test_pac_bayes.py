@@ -14,7 +14,7 @@ from torch import nn
 from fisherfast import expected_loss, fisher, zero_one
 from fisherfast.fisher import DiagonalFisher
 from fisherfast.fisher.lanczos import Estimate
-from fisherfast.information import information_in_weights, optimal_posterior, pac_bayes_bound
+from fisherfast.information import information_in_weights, optimal_posterior, pac_bayes, pac_bayes_bound
 
 VECTOR = {"expected_loss": 0.02, "nats": 5000.0, "num_samples": 50000}  # science.md 1.11, delta = .05
 
@@ -221,10 +221,10 @@ def test_refuses_beta(bad):
         ({"method": "kl", "beta": 2.0}, "beta must be None for method='kl'"),
         ({"delta": 0.0}, r"delta must be in \(0, 1\), got 0.0"),
         ({"delta": 1}, r"delta must be in \(0, 1\), got 1"),
-        ({"draws": 0}, "draws must be an integer >= 1, got 0"),
+        ({"draws": 0}, "draws must be >= 1, got 0"),
         ({"draws": 5, "sample_delta": 2.0}, r"sample_delta must be in \(0, 1\), got 2.0"),
         ({"draws": 5, "delta": 0.5, "sample_delta": 0.5}, r"delta \+ sample_delta must be < 1, got 0.5 \+ 0.5"),
-        ({"num_samples": 0}, "num_samples must be an integer >= 1, got 0"),
+        ({"num_samples": 0}, "num_samples must be >= 1, got 0"),
         ({"nats": -1.0}, "nats must be a finite number >= 0, got -1.0"),
         ({"nats": math.inf}, "nats must be a finite number >= 0, got inf"),
     ],
@@ -255,3 +255,13 @@ def test_log_losses_have_no_limit():
 
 def test_betas_of_numpy():
     assert pac_bayes_bound(0.1, 5.0, 1000, beta=numpy.array([1.0, 2.0])) == pac_bayes_bound(0.1, 5.0, 1000, beta=[1.0, 2.0])
+
+
+@pytest.mark.parametrize("q", [1e-9, 0.1, 0.5, 0.999, 1 - 2**-53])
+@pytest.mark.parametrize("c", [1e-300, 1e-40, 1e-12, 1e-6, 0.01, 1.0, 36.0])
+def test_the_largest_chance_is_rounded_up(q, c):
+    """No chance above it is within c, also where the divergence itself is rounded: the exact one at the result is c at least."""
+    p = pac_bayes._largest(q, c)
+    with mpmath.workdps(400):
+        q, p = mpmath.mpf(q), mpmath.mpf(p)
+        assert p == 1 or q * mpmath.log(q / p) + (1 - q) * mpmath.log((1 - q) / (1 - p)) >= c * (1 - mpmath.mpf("1e-9"))

@@ -120,3 +120,9 @@ def test_refuses():
         ff.path_stability(F, w, w | {"v": torch.full((2,), math.nan)}, beta=1.0)
     with pytest.raises(ValueError, match=r"v\['v'\] must be \(2,\), got \(3,\)"):
         ff.path_stability(F, w | {"v": torch.ones(3)}, w | {"v": torch.ones(3)}, beta=1.0)
+
+
+def test_weights_of_another_kind_are_refused_by_the_name_of_the_call():
+    F = DiagonalFisher({"w": torch.ones(3)}, num_samples=3)
+    with pytest.raises(TypeError, match=r"path_stability: weights must be a network or \{name: tensor\}, got int"):
+        ff.path_stability(F, 3, {"w": torch.ones(3)}, beta=1)

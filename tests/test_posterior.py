@@ -151,3 +151,16 @@ def test_missing_parameters_are_warned_of_at_the_caller():
         posterior = ff.optimal_posterior(F, {"w": W, "b": torch.zeros(2)}, prior_scale=1.0, beta=0.01)
     assert caught[0].filename == __file__
     assert set(posterior.mean) == {"w"}
+
+
+@pytest.mark.parametrize("structure", ["diagonal", "kfac", "ekfac"])
+@pytest.mark.parametrize("beta", [1e-60, 1e-80, 1e-100])
+def test_flat_directions_have_the_priors_noise_whatever_the_beta(structure, beta):
+    """A draw of ``N(0, (F + beta)^-1)`` is ``1 / sqrt(beta)`` there, more than float32 holds, before it is scaled."""
+    torch.manual_seed(0)
+    net, x = nn.Linear(3, 1, bias=False), torch.randn(20, 3)
+    x[:, 2] = 0
+    F = ff.fisher(net, [(x, None)], structure, "exact", "gaussian", progress=False)
+    q = ff.optimal_posterior(F, net, prior_scale=1.0, beta=beta)
+    noise = q.sample(2000, seed=0)["weight"][:, 0] - q.mean["weight"]
+    assert noise.std(0).tolist() == pytest.approx([0.0, 0.0, 1.0], abs=0.05)

@@ -187,7 +187,7 @@ GAUSSIANS = [[(0.0, 1.0)], [(1.0, 1.0)]]
         ([[(0.0, 0.0)]], {}, "variances must be finite and > 0"),
         ([[(math.nan, 1.0)]], {}, "means must be finite"),
         ([[(torch.zeros(2), 1.0)]], {}, r"means and variances must have one shape, .* got \[\(1,\), \(2,\)\]"),
-        (GAUSSIANS, {"samples": 1}, "samples must be an integer >= 2, got 1"),
+        (GAUSSIANS, {"samples": 1}, "samples must be >= 2, got 1"),
         (GAUSSIANS, {"reference": torch.ones(2)}, r"reference must be \(mean, variance\) of a Gaussian"),
         (GAUSSIANS, {"reference": (0.0, -1.0)}, "variances must be finite and > 0"),
         (GAUSSIANS, {"weights": [1.0, math.nan]}, "weights must be 2 finite numbers > 0"),
@@ -247,6 +247,11 @@ def test_is_invariant_to_the_units_of_the_data(structure):
     other = ff.shannon_from_stability(F, A @ J, beta=1e-3, entropy=0.4 - torch.logdet(A).item())
     assert one.nats == pytest.approx(other.nats, rel=1e-9)
     assert "d = 2" in str(one) and "exact formula" in str(one) and structure in str(one)
+    # Also where one number is in a unit by which its sensitivity is lost beside another one's.
+    far = ff.shannon_from_stability(
+        F, J * torch.tensor([[1.0], [1e-9]], dtype=torch.float64), beta=1e-3, entropy=0.4 + 9 * math.log(10)
+    )
+    assert one.nats == pytest.approx(far.nats, rel=1e-9)
 
 
 def test_stability_refuses():
@@ -265,6 +270,9 @@ def test_stability_refuses():
     for message, (sensitivity, given_options) in refused.items():
         with pytest.raises(ValueError, match="shannon_from_stability: .*" + message):
             ff.shannon_from_stability(F, sensitivity, **given_options)
+    nearly = DiagonalFisher({"w": torch.tensor([1.0, 1.0, 1e-16])}, num_samples=9)  # of the largest: rounding, of any structure
+    with pytest.raises(ValueError, match=r"J\^T F J must be regular"):
+        ff.shannon_from_stability(nearly, J, **options)
     with pytest.raises(ValueError, match="a flat v must have one axis of all 3 parameters"):
         ff.shannon_from_stability(F, torch.ones(2, 2), **options)
     two = DiagonalFisher({"w": torch.ones(2), "v": torch.ones(1)}, num_samples=9)
@@ -290,3 +298,11 @@ def test_runs_that_are_no_pairs_are_refused():
         ValueError, match=r"a list of runs, each \(mean, variance\), numbers or tensors \[d\], got a run that is a Tensor"
     ):
         ff.shannon_information([(torch.zeros(2), torch.ones(2))])
+
+
+def test_runs_that_are_narrower_than_the_rounding_of_their_means_are_refused():
+    """Draws would be the mean itself, whose density says nothing of the divergence."""
+    with pytest.raises(
+        ValueError, match="standard deviations must be above the rounding of their means, got smaller ones; subtract"
+    ):
+        ff.shannon_information([[(1.0, 1e-36)], [(2.0, 1e-36)]])

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is singular is found to be, in float32 as in float64: a classifier's Fisher always is, since its scores sum to zero over classes."""
 
+import copy
 import itertools
 import math
 
@@ -191,6 +192,77 @@ def test_a_file_has_the_precision(tmp_path):
     assert math.isfinite(F.logdet()) and again.logdet() == F.logdet()
 
 
+def rounded(layers, way, structure, x, likelihood="categorical"):
+    """Measured where gradients come in 16 bits: of a model in them, or under autocast."""
+    autocast = way == "autocast"
+    model = copy.deepcopy(layers) if autocast else copy.deepcopy(layers).to(way)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        return ff.fisher(model, [(x if autocast else x.to(way), None)], structure, "exact", likelihood, progress=False)
+
+
+WAYS = pytest.mark.parametrize("way", [torch.bfloat16, torch.float16, "autocast"], ids=str)
+
+
+@WAYS
+@pytest.mark.parametrize(
+    "structure, widths",
+    [("kfac", (3, 4)), ("ekfac", (3, 4)), ("gram", (3, 4)), ("kfac", (20, 64, 10)), ("ekfac", (20, 64, 10))],
+    ids=str,
+)
+def test_scores_that_were_rounded_to_16_bits_sum_to_zero_all_the_same(structure, widths, way):
+    """The scores of C classes leave a zero for each input and the bias: what their rounding makes of these is no information."""
+    torch.manual_seed(0)
+    layers = [module for pair in itertools.pairwise(widths) for module in (nn.Linear(*pair), nn.ReLU())][:-1]
+    F = rounded(nn.Sequential(*layers), way, structure, torch.randn(400, widths[0]))
+    assert int((F.eigenvalues() == 0).sum()) == widths[-2] + 1
+    with pytest.warns(ff.FisherWarning, match="are zero: -inf"):
+        assert F.logdet() == -math.inf
+
+
+@WAYS
+@STRUCTURES
+def test_eigenvalues_that_are_small_and_not_zero_survive_16_bits(structure, way):
+    """Those of a regression are the inputs', a thousandfold apart, times the squares of what the second layer multiplies by."""
+    torch.manual_seed(0)
+    layers = nn.Sequential(nn.Linear(4, 3, bias=False), nn.Linear(3, 3, bias=False))
+    layers[1].requires_grad_(False)
+    layers[1].weight.copy_(torch.diag(torch.tensor([1.0, 0.5, 0.25])))
+    x = torch.randn(64, 4) * torch.tensor([1.0, 0.5, 0.25, 0.125])
+    F, exact = rounded(layers, way, structure, x, "gaussian"), rounded(layers, torch.float64, structure, x, "gaussian")
+    torch.testing.assert_close(F.eigenvalues(), exact.eigenvalues(), rtol=0.02, atol=0.0)
+
+
+@pytest.mark.parametrize("structure", ["kfac", "ekfac", "gram"])
+def test_a_file_and_a_sum_know_how_coarse_the_gradients_came(structure, tmp_path):
+    torch.manual_seed(0)
+    layer, x = nn.Linear(3, 4), torch.randn(400, 3)
+    F = rounded(layer, "autocast", structure, x)
+    F.save(tmp_path / "f.safetensors")
+    again = ff.load(tmp_path / "f.safetensors")
+    basis = {} if structure != "ekfac" else {"basis": again}
+    assert int((again.eigenvalues() == 0).sum()) == 4
+    if not basis:
+        finer = ff.fisher(layer, [(x, None)], structure, "exact", progress=False)
+        assert [int((both.eigenvalues() == 0).sum()) for both in (finer + F, F + finer)] == [4, 4]
+
+
+def test_gradients_in_16_bits_are_judged_as_such_in_a_basis_that_is_of_finer_ones():
+    torch.manual_seed(0)
+    layer, x = nn.Linear(3, 4), torch.randn(400, 3)
+    basis = ff.fisher(layer, [(x, None)], "kfac", "exact", progress=False)
+    F = rounded(layer, "autocast", ff.EKFAC(basis=basis), x)
+    assert int((F.eigenvalues() == 0).sum()) == 4
+    assert basis.blocks[0].place.of_g == "float32"
+
+
+def test_eigenvectors_of_small_eigenvalues_are_mixed_no_further_than_their_rounding():
+    """In float64 as well: of many classes, where a network is sure, most have next to nothing."""
+    torch.manual_seed(0)
+    layer, x = nn.Linear(5, 300, bias=False).double(), 30 * torch.randn(1200, 5).double()
+    found = [ff.fisher(layer, [(x, None)], s, "mc", progress=False) for s in ("kfac", "ekfac")]
+    assert [int((F.eigenvalues() == 0).sum()) for F in found] == [5, 5]
+
+
 @STRUCTURES
 def test_a_file_and_a_sum_know_the_precision_of_what_they_are_of(structure, tmp_path):
     F = measured(structure, torch.float32)
@@ -201,7 +273,8 @@ def test_a_file_and_a_sum_know_the_precision_of_what_they_are_of(structure, tmp_
 
 
 def test_files_that_say_no_precision_are_of_float32():
-    assert Place.from_state(["w", None, 1, False, "gram_", "expand", None]).precision == "float32"
+    old = Place.from_state(["w", None, 1, False, "gram_", "expand", None])
+    assert (old.precision, old.eps_of_g) == ("float32", torch.finfo(torch.float32).eps)
     assert Place("w", precision="float64").eps == torch.finfo(torch.float64).eps
 
 

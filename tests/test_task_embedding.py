@@ -315,5 +315,37 @@ def test_distances_are_of_one_prior_and_architecture():
     with pytest.raises(ValueError, match="both must be of one prior"):
         ff.task_distance(one, other)
     prior = "fit"
-    with pytest.raises(ValueError, match=r"must be of one prior, got other scales of \['bias', 'weight'\]"):
+    with pytest.raises(ValueError, match=r"must be of one prior_scale, got .* of \['bias', 'weight'\]"):
         ff.task_distance(measured(2, 1.0), measured(2, 9.0))
+
+
+def test_priors_around_other_centers_are_others():
+    """And the same prior is the same, however its scales were given."""
+    F, w = (
+        DiagonalFisher({"w": torch.tensor([1.0, 2.0]), "b": torch.tensor([3.0])}, num_samples=3),
+        {"w": torch.ones(2), "b": torch.ones(1)},
+    )
+    options = {"prior_scale": 0.3, "beta": 0.1}
+    zero, one = ({name: torch.full_like(t, value) for name, t in w.items()} for value in (0.0, 1.0))
+    at_zero, at_one = (ff.information_in_weights(F, w, center=center, **options) for center in (zero, one))
+    with pytest.raises(ValueError, match=r"must be of one center_norm, got 0\.0 and 1\.73"):
+        ff.task_distance(at_zero, at_one)
+    assert ff.compare(at_zero, at_one, names=("a", "b")).notes == ("norm of the center: 0 in a, 1.73205 in b",)
+    by_name = ff.information_in_weights(F, w, center=zero, prior_scale={"w": 0.3, "b": 0.3}, beta=0.1)
+    assert ff.task_distance(at_zero, by_name) == 0
+
+
+@pytest.mark.parametrize("kind", ["cosine", "normalized_cosine"])
+@pytest.mark.parametrize("tiny", [2.0**-500, 2.0**-550])
+def test_angles_are_of_directions_however_short(kind, tiny):
+    """``d / (p + d)`` of all filters is d times as small with d; ``p / (p + q)`` too, where q is beyond p."""
+    first, second = [0.1, 2.0, 3.0], [1.0, 0.2, 5.0]
+
+    def distance(factor):
+        a, b = (ff.TaskEmbedding({"w": torch.tensor(v, dtype=torch.float64)}, "test") for v in (first, second))
+        if kind == "cosine":
+            a = ff.TaskEmbedding({"w": a.vector() * factor}, "test")
+            return ff.embedding_distance(a, b, kind=kind)
+        return ff.embedding_distance(a, b, kind=kind, damping=factor)
+
+    assert distance(tiny) == pytest.approx(distance(2.0**-100), rel=1e-12)

@@ -3,6 +3,7 @@
 
 import dataclasses
 import math
+import warnings
 
 import pytest
 import torch
@@ -392,3 +393,33 @@ def test_batches_count_by_the_weights_of_their_samples(size, weights):
     q = ff.variational_posterior(net, data, beta=0.05, prior_scale=0.8, likelihood="gaussian", epochs=300)
     best = 0.05 / (weight @ x.square() / weight.sum() + 0.05 / 0.8**2)
     torch.testing.assert_close(q.variance()["weight"], best.double().expand(2, 3), rtol=0.2, atol=0)
+
+
+def of_one_weight(curvature, N=512):
+    """``(w x - x)^2 / 2`` at its minimum w = 1, batches of 8, the mean of x^2 the curvature h."""
+    torch.manual_seed(0)
+    x = torch.randn(N, 1)
+    x = x / x.square().mean().sqrt() * math.sqrt(curvature)
+    net = nn.Linear(1, 1, bias=False)
+    with torch.no_grad():
+        net.weight.fill_(1.0)
+    return net, x
+
+
+@pytest.mark.parametrize("beta, curvature", [(1 / 512, 100.0), (2e-5, 30.0), (1e-6, 1.0)])
+def test_a_price_that_is_small_against_the_curvature_is_no_obstacle(beta, curvature):
+    """The first gradients are ``h / beta`` times as large as those at the optimum ``beta / (h + beta)``, and soon forgotten."""
+    net, x = of_one_weight(curvature)
+    q = ff.variational_posterior(net, [(b, b) for b in x.split(8)], beta=beta, prior_scale=1.0, likelihood="gaussian")
+    assert q.variance()["weight"].item() == pytest.approx(beta / (curvature + beta), rel=0.03)
+
+
+def test_says_when_it_was_stopped_on_its_way():
+    net, x = of_one_weight(1.0)
+    options = {"beta": 1 / 512, "prior_scale": 1.0, "likelihood": "gaussian"}
+    with pytest.warns(ff.FisherWarning, match="sigma should have come to rest, is still moving .* pass more epochs, or smaller"):
+        ff.variational_posterior(net, [(x, x)], **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        q = ff.variational_posterior(net, [(x, x)], epochs=200, **options)
+    assert q.variance()["weight"].item() == pytest.approx(1 / 513, rel=0.03)

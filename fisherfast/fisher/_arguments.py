@@ -17,19 +17,22 @@ from fisherfast.accumulator import Accumulator
 from fisherfast.fisher.protocol import Damping, Vector, layer_of
 
 
-def whole(caller: str, name: str, value: Any) -> int:
-    """The integer that ``value`` is, of Python, numpy or a tensor without axes. Errors: ValueError."""
+def whole(caller: str, name: str, value: Any, least: int | None = None, advice: str = "") -> int:
+    """The integer, of ``least`` or more, that ``value`` is, of Python, numpy or a tensor without axes. Errors: ValueError."""
+    why = f"; {advice}" if advice else ""
     try:
-        return operator.index(value)
+        found = operator.index(value)
     except TypeError:
-        raise ValueError(f"{caller}: {name} must be an integer, got {value!r}") from None
+        raise ValueError(f"{caller}: {name} must be an integer, got {value!r}{why}") from None
+    if least is not None and found < least:
+        raise ValueError(f"{caller}: {name} must be >= {least}, got {value}{why}")
+    return found
 
 
 def check_limits(caller: str, least: int, **limits: Any) -> None:
     """Raise ValueError for a limit that is no integer, or below the least that makes sense."""
     for name, limit in limits.items():
-        if whole(caller, name, limit) < least:
-            raise ValueError(f"{caller}: {name} must be >= {least}, got {limit}")
+        whole(caller, name, limit, least)
 
 
 def split(method: str, v: Tensor | Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
@@ -91,9 +94,7 @@ def _checked_damping(method: str, what: str, damping: float) -> float:
 
 def draws(method: str, n: int) -> int:
     """A number of draws. Errors: ValueError."""
-    if (count := whole(method, "n", n)) < 0:
-        raise ValueError(f"{method}: n must be >= 0, got {n}")
-    return count
+    return whole(method, "n", n, 0)
 
 
 def check_mean(name: str, mean: Tensor) -> None:

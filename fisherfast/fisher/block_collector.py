@@ -143,6 +143,7 @@ class BlockCollector:
             )
         sums = self._sums[name]
         sums.check(form)
+        sums.saw(rows.g.dtype)
         with sums.main.visiting(self._samples.total_weight()):
             sums.add(form, rows, scale, number, self._samples, self._waits(name))
         if name in self._with_bias:
@@ -156,6 +157,7 @@ class BlockCollector:
                 f"{tracked.name}: must be used as in the first batch, got a use without a rule; begin with a batch that shows all uses, "
                 "of 2 samples or more"
             )
+        sums.saw(gradients.dtype)
         with sums.main.visiting(self._samples.total_weight()):
             sums.add_gradients(gradients, first, scale, self._samples, self._waits(tracked.name))
 
@@ -239,6 +241,7 @@ class BlockCollector:
             if isinstance(sums, DiagonalSums):
                 sums.squares.running.restore(diagonals[name])
             else:
+                sums.saw(getattr(torch, blocks[name].place.of_g))
                 sums.restore(blocks[name])
         self._before = ([], {})
 

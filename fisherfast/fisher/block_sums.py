@@ -105,6 +105,9 @@ class BlockSums(Protocol):
     def check(self, form: Form) -> None:
         """Raise ValueError if it is used in a form that it cannot take."""
 
+    def saw(self, g: torch.dtype) -> None:
+        """Rows of g come in this dtype."""
+
     @property
     def main(self) -> BatchSum:
         """The one in which every sample counts."""
@@ -131,6 +134,9 @@ class BlockSums(Protocol):
 class BatchwiseSums:
     """Those that keep nothing of a batch once it is over, and to which the ops add the rows as they are."""
 
+    def saw(self, g: torch.dtype) -> None:
+        """See ``BlockSums``: nothing depends on it."""
+
     def end(self) -> None:
         """See ``BlockSums``: nothing is kept of a batch."""
 
@@ -149,6 +155,10 @@ class WeightSums(BatchwiseSums):
         """Raise ValueError if it is used in another form than in the first batch."""
         if form != self.form:
             raise ValueError(f"{self.place.name}: must be used as in the first batch ({self.form}), got {form}")
+
+    def saw(self, g: torch.dtype) -> None:
+        """See ``BlockSums``."""
+        self.place = self.place.seeing(g)
 
     def leave(self) -> None:
         """Have inputs of its own from the next batch on, if it shares those of another weight."""

@@ -20,8 +20,9 @@ from fisherfast.fisher import _graded, _logdet
 from fisherfast.fisher.kronecker import KroneckerBlock, Place, rotated
 
 _CHUNK_BYTES = 2**24  # of matrices that are decomposed in one call
-# Eps of the largest projection, below which there is next to nothing: in a basis of few rows' span, and where the basis's factor has nothing.
-_SPAN_NOISE, _NULL_NOISE = 256, 4096
+# What is next to nothing beside the largest: in a basis of few rows' span a projection of so many eps, and where the basis's factor
+# has nothing an eigenvalue of so many, which is how far eigenvectors of small eigenvalues are mixed with each other.
+_SPAN_NOISE, _NULL_NOISE = 256, 2
 
 
 @dataclass(eq=False)
@@ -46,12 +47,13 @@ class EigenBlock:
     def _eigenvalues(self) -> Tensor:
         """Those of the block, ``[G, q, r]``, without those of directions of the inputs or outputs in which there is only rounding."""
         values = self.values.mean()
-        of_inputs = self._nothing(values.amax(1), self.U, lambda: self.kronecker.zeros_of_A)
-        of_outputs = self._nothing(values.amax(2), self.V, lambda: self.kronecker.zeros_of_B)
+        of_inputs = self._nothing(values.amax(1), self.U, 0.0, lambda: self.kronecker.zeros_of_A)
+        of_outputs = self._nothing(values.amax(2), self.V, self.place.noise_of_g, lambda: self.kronecker.zeros_of_B)
         return values.masked_fill(of_inputs.unsqueeze(1) | of_outputs.unsqueeze(2), 0.0)
 
-    def _nothing(self, largest: Tensor, basis: Tensor | None, of_factor: Callable[[], Tensor]) -> Tensor:
-        """The directions ``[G, r]`` in which there is only rounding; ``largest`` is the largest eigenvalue along each.
+    def _nothing(self, largest: Tensor, basis: Tensor | None, of_rows: float, of_factor: Callable[[], Tensor]) -> Tensor:
+        """The directions ``[G, r]`` in which there is only rounding; ``largest`` is the largest eigenvalue along each, ``of_rows`` what
+        the rounding of the rows makes of one.
 
         Those are the directions along which neither the factor behind the basis nor these data have anything. A basis of the span
         of few rows has no such directions of the factor: there next to nothing in the data is enough.
@@ -59,8 +61,8 @@ class EigenBlock:
         if basis is None:
             return torch.zeros_like(largest, dtype=torch.bool)  # nothing was projected
         of_span = basis.shape[1] > basis.shape[2]
-        most = (_SPAN_NOISE if of_span else _NULL_NOISE) * self.place.eps
-        small = largest <= most**2 * largest.amax(1, keepdim=True)
+        most = max((_SPAN_NOISE * self.place.eps) ** 2 if of_span else _NULL_NOISE * self.place.eps, of_rows)
+        small = largest <= most * largest.amax(1, keepdim=True)
         return small if of_span or not bool(small.any()) else small & of_factor()
 
     def _into(self, v: Tensor) -> Tensor:
@@ -121,7 +123,8 @@ class EigenBlock:
 
     def pooled(self, other: EigenBlock, made: Mapping[str, Any]) -> EigenBlock:
         """The block of both data sets, in their one basis."""
-        return EigenBlock(self.kronecker, self.U, self.V, self.values + other.values)
+        kronecker = self.kronecker.at(self.place.coarser(other.place))
+        return EigenBlock(kronecker, self.U, self.V, self.values + other.values)
 
     def identity(self) -> list[Any]:
         """What must be equal for pooling to mean anything: the basis, by its bits."""

@@ -15,7 +15,7 @@ from torch import Tensor
 from fisherfast.accumulator import Accumulator
 from fisherfast.fisher import _graded, _logdet
 from fisherfast.fisher._ordinary import ordinary
-from fisherfast.fisher.kronecker import Place, coarser, finite
+from fisherfast.fisher.kronecker import Place, finite
 from fisherfast.fisher.rank import of_full_rank
 
 
@@ -44,7 +44,7 @@ class ExactBlock:
     def _spectral(self) -> tuple[Tensor, Tensor]:
         moments = finite(self.moments.mean(), self.place.weight, "its exact block")
         values, vectors = _graded.eigh(moments)
-        return of_full_rank(values, moments, self.place.eps), vectors
+        return of_full_rank(values, moments, self.place.eps_of_g), vectors
 
     def __matmul__(self, v: Tensor) -> Tensor:
         """The block times a matrix ``[1, 1, D]``."""
@@ -88,7 +88,7 @@ class ExactBlock:
 
     def pooled(self, other: ExactBlock, made: Mapping[str, Any]) -> ExactBlock:
         """The block of both data sets."""
-        return ExactBlock(coarser(self.place, other.place), self.moments + other.moments)
+        return ExactBlock(self.place.coarser(other.place), self.moments + other.moments)
 
     def identity(self) -> list[Any]:
         """What must be equal for pooling to mean anything."""

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fisherfast._precision import wide, wide_name
@@ -32,6 +33,10 @@ class ExactSums(GradientSums):
         running = self.moments.running
         held = running.held(staged)
         return Held(self.place.names, f"exact {list(running.shape)}", held, (held,), "gram_", result=running.nbytes)
+
+    def saw(self, g: torch.dtype) -> None:
+        """See ``BlockSums``."""
+        self.place = self.place.seeing(g)
 
     def flops(self, form: Form, rows: Rows, number: int) -> int:
         """See ``BlockSums``; of a symmetric product one half is computed."""

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fisherfast._names import listed
-from fisherfast._precision import wide_dtype
+from fisherfast._precision import noise_of_rows, wide_dtype
 from fisherfast.capture import Capture
 from fisherfast.fisher import _arguments, _logdet, _pooling, serialize
 from fisherfast.fisher._ordinary import ordinary
@@ -67,8 +67,8 @@ class GramFisher(Plotted, Measured):
     Scale:    a mean over samples, as every Fisher's. ``damping`` is Tikhonov, ``F + damping I``; by layer it is exact too.
     Errors:   ValueError for vectors and dampings that do not fit, for systems that are not damped everywhere, and for
               ``all_reduce``.
-    Numerics: float64 from the rows on; eigenvalues below ``min(M, P) 2^-46`` of the largest (2^-52 of float64 rows) are rounding and
-              count as zero.
+    Numerics: float64 from the rows on; eigenvalues below ``min(M, P) 2^-46`` of the largest (2^-52 of float64 rows, and at least
+              2^-16 where the backward pass was in bfloat16, 2^-22 in float16) are rounding and count as zero.
     Source:   Amari 1998; the dual: Karakida, Akaho & Amari 2019 (arXiv:1806.01316), section 3.
     """
 
@@ -136,9 +136,10 @@ class GramFisher(Plotted, Measured):
     def _values(self) -> Tensor:
         """The eigenvalues that may differ from zero, largest first."""
         values = torch.linalg.eigvalsh(self.dual()).flip(0)[: self.num_parameters]
-        dtypes = {wide_dtype(piece.rows.g.dtype) for pieces in self.pieces.values() for piece in pieces}
-        noise = max([torch.finfo(torch.float64).eps, *(torch.finfo(dtype).eps ** 2 for dtype in dtypes)])
-        return torch.where(values > len(values) * noise * values[:1], values, 0.0)
+        dtypes = {getattr(torch, piece.of_g) for pieces in self.pieces.values() for piece in pieces}
+        of_products = max([torch.finfo(torch.float64).eps, *(torch.finfo(wide_dtype(dtype)).eps ** 2 for dtype in dtypes)])
+        of_rows = max(map(noise_of_rows, dtypes), default=0.0)
+        return torch.where(values > max(len(values) * of_products, of_rows) * values[:1], values, 0.0)
 
     @ordinary
     def diagonal(self, *, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fisherfast._precision import wide, wide_dtype
+from fisherfast._precision import dtype_name, wide, wide_dtype
 from fisherfast.calls import Call
 from fisherfast.capture import Capture
 from fisherfast.collector import Cost, Held, Samples
@@ -28,13 +28,15 @@ _FORMS: dict[str, Any] = {form.__name__: form for form in (MatMul, Convolution, 
 class Piece:
     """The sample gradients of one parameter, or of a part of it, in one backward pass: rows ``first, ..., first + n - 1`` of G.
 
-    ``root`` ``[n]``: what each is multiplied by, the root of its weight in the sum.
+    ``root`` ``[n]``: what each is multiplied by, the root of its weight in the sum. ``of_g``: the dtype in which the backward pass
+    gave g, which may be coarser than the rows that are kept.
     """
 
     first: int
     form: Form
     rows: Rows
     root: Tensor
+    of_g: str
 
     @property
     def end(self) -> int:
@@ -53,15 +55,16 @@ class Piece:
 
     def state(self) -> tuple[dict[str, Tensor], list[Any]]:
         """Tensors and plain values."""
-        return {"root": self.root, **_tensors(self.rows)}, [self.first, *_plain(self.form)]
+        return {"root": self.root, **_tensors(self.rows)}, [[self.first, self.of_g], *_plain(self.form)]
 
     @classmethod
     def from_state(cls, tensors: Mapping[str, Tensor], fields: list[Any]) -> Piece:
-        """The piece whose ``state`` this is."""
-        first, *form = fields
+        """The piece whose ``state`` this is; older files do not have the dtype."""
+        where, *form = fields
         lookup = {name.removeprefix("lookup."): t for name, t in tensors.items() if name.startswith("lookup.")}
         rows = _rows(tensors)._replace(lookup=_rows(lookup) if lookup else None)
-        return cls(first, _formed(form), rows, tensors["root"])
+        first, of_g = where if isinstance(where, list) else (where, dtype_name(rows.g.dtype))
+        return cls(first, _formed(form), rows, tensors["root"], of_g)
 
 
 def _tensors(rows: Rows) -> dict[str, Tensor]:
@@ -162,21 +165,24 @@ class GramCollector:
     @torch.no_grad()
     def add(self, tracked: Tracked, form: Form, rows: Rows, scale: float, number: int) -> None:
         """See ``Collector``."""
+        of_g = rows.g.dtype
         form, rows = _smallest(form, rows, tracked.parameter.shape)
-        self._keep(tracked.name, form, rows, scale, number * self._samples.N, slice(None))
+        self._keep(tracked.name, form, rows, of_g, scale, number * self._samples.N, slice(None))
 
     @torch.no_grad()
     def add_gradients(self, tracked: Tracked, gradients: Tensor, first: int, scale: float, number: int) -> None:
         """See ``Collector``."""
         rows = Rows(None, gradients.reshape(len(gradients), 1, -1).clone())
         few = slice(first, first + len(gradients))
-        self._keep(tracked.name, Elementwise(tuple(tracked.parameter.shape)), rows, scale, number * self._samples.N + first, few)
+        form, first = Elementwise(tuple(tracked.parameter.shape)), number * self._samples.N + first
+        self._keep(tracked.name, form, rows, gradients.dtype, scale, first, few)
 
-    def _keep(self, name: str, form: Form, rows: Rows, scale: float, first: int, few: slice) -> None:
+    def _keep(self, name: str, form: Form, rows: Rows, of_g: torch.dtype, scale: float, first: int, few: slice) -> None:
         weight = self._samples.weight
         weight = rows.g.new_ones(rows.num_samples, dtype=torch.float64) if weight is None else weight[few].double()
         finite = torch.stack([t.isfinite().all() for t in _tensors(rows).values()]).all()
-        self._batch.append((name, Piece(self.num_rows + first, form, rows, (weight * scale).sqrt()), finite))
+        piece = Piece(self.num_rows + first, form, rows, (weight * scale).sqrt(), dtype_name(of_g))
+        self._batch.append((name, piece, finite))
 
     def expect(self, tracked: Tracked, windows: set[Window | None]) -> None:
         """See ``Collector``: nothing of a batch counts before all of it does."""

@@ -12,15 +12,16 @@ import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
+from fisherfast._precision import dtype_name, noise_of_rows
 from fisherfast.accumulator import Accumulator
 from fisherfast.fisher import _graded
 from fisherfast.fisher._ordinary import ordinary
-from fisherfast.fisher.rank import of_full_rank, zeros
+from fisherfast.fisher.rank import GRAM_NOISE, of_full_rank, zeros
 from fisherfast.ops.kron_log1p_sum import kron_log1p_sum
 from fisherfast.rules import ALL, Entries
 
@@ -31,7 +32,8 @@ class Place:
 
     ``transposed``: the weight is stored ``[I, O]``, as an embedding table, a Conv1D of Hugging Face or a transposed convolution.
     ``weight_part``, ``bias_part``: the entries of a packed parameter that the block is over; all, unless said. ``precision``: the
-    dtype in which rows were multiplied, which tells an eigenvalue from rounding; sums may be kept in a wider one.
+    dtype in which rows were multiplied, which tells an eigenvalue from rounding; sums may be kept in a wider one. ``of_g``: the
+    coarsest dtype in which rows of g came, in 16 bits coarser than that.
     """
 
     weight: str
@@ -44,6 +46,7 @@ class Place:
     weight_part: Entries = ALL
     bias_part: Entries = ALL
     precision: str = field(default="float32", compare=False)
+    of_g: str = field(default="float64", compare=False)
 
     @property
     def name(self) -> str:
@@ -58,7 +61,29 @@ class Place:
     @property
     def eps(self) -> float:
         """Of ``precision``."""
-        return torch.finfo(getattr(torch, self.precision)).eps
+        return _eps(self.precision)
+
+    @property
+    def noise_of_g(self) -> float:
+        """The most that the rounding of g makes of an eigenvalue of its moments that is zero, relative to the largest."""
+        return noise_of_rows(getattr(torch, self.of_g))
+
+    @property
+    def eps_of_g(self) -> float:
+        """``eps``, of moments of g: no less than what its rounding leaves of them, by ``rank``'s measure."""
+        return max(self.eps, self.noise_of_g / GRAM_NOISE)
+
+    def seeing(self, g: torch.dtype) -> Self:
+        """The place, if rows of g come in this dtype too."""
+        return self._at(self.precision, dtype_name(g))
+
+    def coarser(self, other: Place) -> Self:
+        """The place, where the products and the rows of g were as coarse as the other's, too."""
+        return self._at(other.precision, other.of_g)
+
+    def _at(self, precision: str, of_g: str) -> Self:
+        coarsest = max(self.precision, precision, key=_eps), max(self.of_g, of_g, key=_eps)
+        return dataclasses.replace(self, precision=coarsest[0], of_g=coarsest[1])
 
     @property
     def parts(self) -> dict[str, Entries]:
@@ -98,7 +123,8 @@ class Place:
         return cls(*fields[:7], *map(Entries, fields[7:9]), *fields[9:])
 
 
-_Place = TypeVar("_Place", bound=Place)
+def _eps(dtype: str) -> float:
+    return float(torch.finfo(getattr(torch, dtype)).eps)
 
 
 def _put(values: Tensor, where: Tensor) -> None:
@@ -135,7 +161,7 @@ class KroneckerBlock:
     @ordinary
     def values_of_B(self) -> Tensor:
         """Those of B ``[G, O]``."""
-        return _eigenvalues(self.finite(self.B.mean(), "output"), self.place.eps)
+        return _eigenvalues(self.finite(self.B.mean(), "output"), self.place.eps_of_g)
 
     @functools.cached_property
     @ordinary
@@ -149,7 +175,7 @@ class KroneckerBlock:
     @ordinary
     def zeros_of_B(self) -> Tensor:
         """Those of B ``[G, O]``."""
-        return zeros(self.finite(self.B.mean(), "output"), self.place.eps)
+        return zeros(self.finite(self.B.mean(), "output"), self.place.eps_of_g)
 
     @functools.cached_property
     @ordinary
@@ -161,7 +187,11 @@ class KroneckerBlock:
     @functools.cached_property
     @ordinary
     def _eigen_of_B(self) -> tuple[Tensor, Tensor | None]:
-        return _eigen(self.finite(self.B.mean(), "output"), self.place.eps)
+        return _eigen(self.finite(self.B.mean(), "output"), self.place.eps_of_g)
+
+    def at(self, place: Place) -> KroneckerBlock:
+        """The block where its rows were as coarse as those of ``place``."""
+        return self if place.of_g == self.place.of_g else dataclasses.replace(self, place=place)
 
     def changed(self) -> None:
         """The sums have changed: what was computed from them is void."""
@@ -217,7 +247,7 @@ class KroneckerBlock:
     def pooled(self, other: KroneckerBlock, made: Mapping[str, Any]) -> KroneckerBlock:
         """The block of both data sets; its factor A is its own where only one of them had it from another weight."""
         shared = self.place.input_of == other.place.input_of
-        place = coarser(self.place, other.place)
+        place = self.place.coarser(other.place)
         place = place if shared else dataclasses.replace(place, input_of=None)
         return KroneckerBlock.following(place, lambda: self.A + other.A, self.B + other.B, made)
 
@@ -253,8 +283,8 @@ class KroneckerBlock:
         shifts = (pi * damping**0.5, damping**0.5 / pi)
         A, B = (Accumulator(_shifted(f, shift), 1.0) for f, shift in zip(self.factors(), shifts, strict=True))
         # pi is B's too: nothing is shared. A shift is no rounding.
-        precision = "float64" if damping else self.place.precision
-        return KroneckerBlock(dataclasses.replace(self.place, input_of=None, precision=precision), A, B)
+        place = dataclasses.replace(self.place, precision="float64", of_g="float64") if damping else self.place
+        return KroneckerBlock(dataclasses.replace(place, input_of=None), A, B)
 
     def inverse(self, dtype: torch.dtype, damped: bool) -> tuple[Tensor, Tensor]:
         """The inverses of A and B. Errors: torch.linalg.LinAlgError if one is singular, which Cholesky does not see under rounding."""
@@ -318,11 +348,6 @@ def _shifted(factor: Tensor, shift: Tensor) -> Tensor:
 
 def _inverse(factor: Tensor) -> Tensor:
     return 1 / factor if factor.dim() == 2 else torch.cholesky_inverse(torch.linalg.cholesky(factor))
-
-
-def coarser(one: _Place, other: _Place) -> _Place:
-    """The place whose products were the less precise."""
-    return one if one.eps >= other.eps else other
 
 
 def _eigenvalues(factor: Tensor, eps: float) -> Tensor:

@@ -93,9 +93,7 @@ def spectral_density(
     Numerics: the recurrence in ``dtype``, the quadrature in float64; the same seed gives the same probes on every device.
     Source:   Golub & Meurant 1993 for the quadrature; Hutchinson 1990 for the signs.
     """
-    probes, steps = (_arguments.whole("spectral_density", name, n) for name, n in (("probes", probes), ("steps", steps)))
-    if probes < 1 or steps < 1:
-        raise ValueError(f"spectral_density: probes and steps must be >= 1, got {probes} and {steps}")
+    probes, steps = (_arguments.whole("spectral_density", name, n, 1) for name, n in (("probes", probes), ("steps", steps)))
     size = F.num_parameters
     generator = torch.Generator().manual_seed(seed)
     nodes, masses = torch.zeros(2, probes, min(steps, size), dtype=torch.float64, device="cpu")

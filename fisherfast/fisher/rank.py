@@ -9,7 +9,7 @@ from torch import Tensor
 from fisherfast.fisher import _graded
 
 _POWERS = 8  # products with a vector, for the bounds of the largest eigenvalue
-_GRAM_NOISE = 4  # eps of the products' dtype: what is zero in a Gram matrix came out as 0.65 at most, of 5 to 2,000 columns
+GRAM_NOISE = 4  # eps of the products' dtype: what is zero in a Gram matrix came out as 0.65 at most, of 5 to 2,000 columns
 
 
 def of_full_rank(values: Tensor, gram: Tensor, eps: float) -> Tensor:
@@ -87,4 +87,4 @@ def _large(values: Tensor, eps: float) -> Tensor:
 
 def _noise(D: int, dtype: torch.dtype, eps: float) -> float:
     """Of a Gram matrix with D columns and of its decomposition, relative to the largest eigenvalue."""
-    return max(_GRAM_NOISE * eps, D * torch.finfo(dtype).eps)
+    return max(GRAM_NOISE * eps, D * torch.finfo(dtype).eps)

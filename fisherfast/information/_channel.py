@@ -37,6 +37,7 @@ class Channel:
         caller: str,
         model: nn.Module,
         F: Fisher,
+        *,
         layer: str | None,
         beta: float,
         prior_scale: PriorScale | None,
@@ -44,7 +45,8 @@ class Channel:
         inverted: bool = True,
     ) -> Channel:
         """Raise ValueError unless the noise is well defined: a prior, a damping, or a Fisher that is regular by itself."""
-        beta = _checks.positive(caller, "beta", beta, "1 / (number of training samples) is the Bayesian choice")
+        _checks.fisher(caller, F)
+        beta = _checks.beta(caller, beta)
         if not inverted:
             return cls(layer, beta, None, {}, F)
         if prior_scale is None:
@@ -85,14 +87,19 @@ class Channel:
 
 
 def _check_regular(caller: str, F: Fisher) -> None:
-    """Raise ValueError for a zero eigenvalue, or one of a Kronecker factor that is zero but for rounding."""
+    """Raise ValueError for a zero eigenvalue, which what is zero but for rounding is in any spectrum, and where F solves damped only."""
     for spectrum in F.spectra():
-        rounding = torch.finfo(torch.float64).eps if len(spectrum.factors) > 1 else 0.0
-        flat = any(bool((f <= len(f) * rounding * f.max()).any()) for f in spectrum.factors)
-        if flat or spectrum.zeros:
+        if spectrum.zeros or any(bool((factor <= 0).any()) for factor in spectrum.factors):
             raise ValueError(
                 f"{caller}: F must be regular without a prior, got zero eigenvalues in {list(spectrum.parameters)}; give prior_scale, or damping > 0"
             )
+    try:
+        F.solve(torch.zeros(F.num_parameters, dtype=torch.float64))
+    except ValueError as error:
+        raise ValueError(
+            f"{caller}: F must be solved without damping where there is no prior, got structure {F.structure!r} ({error}); give "
+            "prior_scale, or damping > 0, or measure another structure"
+        ) from error
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,7 +126,8 @@ class Whitening:
         kept = values > len(S) * max(torch.finfo(dtype).eps ** 2, torch.finfo(torch.float64).eps)
         roots = torch.where(kept, values, 1.0).rsqrt() * kept
         logdet = float(values[kept].log().sum() + 2 * deviations[deviations > 0].log().sum())
-        tolerance = max(1e3 * torch.finfo(dtype).eps, 1e-6)
+        # Not more than a tenth, where eps is large: else slopes all across the noise would pass as rounding.
+        tolerance = max(min(1e3 * torch.finfo(dtype).eps, 0.1), 1e-6)
         return cls(roots[:, None] * vectors.mT * inverse, int(kept.sum()), logdet, vectors[:, ~kept].mT, inverse, tolerance)
 
     def carries(self, columns: Tensor) -> bool:

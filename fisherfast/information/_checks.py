@@ -45,6 +45,19 @@ def positive(caller: str, name: str, value: object, advice: str) -> float:
     return found
 
 
+def beta(caller: str, value: object) -> float:
+    """The price of a nat that ``value`` is, or ValueError."""
+    return positive(caller, "beta", value, "1 / (number of training samples) is the Bayesian choice")
+
+
+def fisher(caller: str, F: object) -> None:
+    """Raise TypeError unless F has all that the ``Fisher`` protocol does: an operator has products only."""
+    if not hasattr(F, "spectra"):
+        raise TypeError(
+            f"{caller}: F must be a Fisher that was measured, got {type(F).__name__}; pass ff.fisher(model, data, structure=...)"
+        )
+
+
 def not_negative(caller: str, name: str, value: object, advice: str) -> float:
     """The finite number of zero or more that ``value`` is, or ValueError."""
     if (found := _finite(value)) is None or found < 0:

@@ -14,7 +14,7 @@ from fisherfast._precision import wide_dtype
 from fisherfast.fisher.protocol import names_by_layer
 from fisherfast.information import _checks, _prior, _series
 from fisherfast.information._prior import PriorScale
-from fisherfast.information.weights import Weights, tensors
+from fisherfast.information._weights import Weights, tensors
 
 _START = 0.1  # the first std, in units of the weights or the prior, whichever is smaller
 
@@ -63,6 +63,11 @@ class DiagonalGaussian:
         if self._given is None:
             return _START * rms
         return _START * (min(rms, self._given[name]) if rms else self._given[name])
+
+    @property
+    def center_norm(self) -> float:
+        """``||c||``."""
+        return math.sqrt(math.fsum(_series.squared_distance(c, None) for c in self._centers.values()))
 
     def _size(self, layer: tuple[str, ...]) -> int:
         return sum(self._parameters[name].numel() for name in layer)
@@ -125,7 +130,7 @@ def _centers(caller: str, parameters: Mapping[str, Tensor], center: Weights | No
     """The center by name, checked; empty for the center 0."""
     if center is None:
         return {}
-    centers = tensors(center)
+    centers = tensors(caller, center)
     _checks.named(caller, "center", centers, parameters, "model")
     _checks.shaped(caller, "center", centers, parameters, "model")
     return {name: centers[name].detach().clone() for name in parameters}

@@ -11,23 +11,26 @@ from torch import Tensor
 
 from fisherfast._names import listed
 from fisherfast.fisher import Fisher
-from fisherfast.information import _prior, _series
+from fisherfast.information import _checks, _prior, _series
 from fisherfast.information._prior import GivenScale
 
 
 def sums_by_layer(
-    caller: str, F: Fisher, prior_scale: GivenScale, temperature: float, term: Callable[[Tensor], Tensor]
+    caller: str, F: Fisher, prior_scale: GivenScale, temperature: float, term: Callable[[Tensor], Tensor], price: str = "beta"
 ) -> dict[str, float]:
-    """``sum_j term(lambda^2 f_j / t)`` for each layer, in the order of F's parameters; one block's spectrum at a time."""
+    """``sum_j term(lambda^2 f_j / t)`` for each layer, in the order of F's parameters; one block's spectrum at a time. ``price``: what t is called."""
+    _checks.fisher(caller, F)
     layers = {name: layer.parameters for name, layer in F.by_layer().items()}
     scales = _prior.given(prior_scale, layers, caller)
     sums: dict[str, list[float]] = {layer: [] for layer in layers}
     for spectrum in F.spectra():
         scale = _prior.of_block(spectrum, scales, caller)
         if temperature / 2 == 0 or scale**2 / temperature > sys.float_info.max / 4:
-            raise ValueError(f"{caller}: prior_scale^2 / beta must be finite, got beta = {temperature} with {scale}")
+            raise ValueError(f"{caller}: prior_scale^2 / {price} must be finite, got {price} = {temperature} with {scale}")
         sums[spectrum.layer] += _series.sum_over(spectrum, scale**2 / temperature, term)
     totals = {layer: math.fsum(parts) for layer, parts in sums.items()}
     if bad := [layer for layer, total in totals.items() if not math.isfinite(total)]:
-        raise ValueError(f"{caller}: prior_scale^2 f / beta must be finite for every eigenvalue f, got others in {listed(bad)}")
+        raise ValueError(
+            f"{caller}: prior_scale^2 f / {price} must be finite for every eigenvalue f, got others in {listed(bad)}"
+        )
     return totals

@@ -74,7 +74,7 @@ class SampleLosses:
         return each
 
     @torch.no_grad()
-    def mean(self, data: Iterable[Any], weights: Mapping[str, Tensor], where: str) -> float:
+    def mean(self, data: Iterable[Any], weights: Mapping[str, Tensor], where: str, advice: str = "") -> float:
         """The mean over the data's samples, in float64. Errors: ValueError for no samples, NonFiniteError naming ``where``."""
         own = dict(self.model.named_parameters())
         placed = {name: value.to(own[name]) for name, value in weights.items()}
@@ -83,8 +83,8 @@ class SampleLosses:
             each = self.of_batch(batch, placed).double()
             if bad := int((~each.isfinite()).sum()):
                 raise NonFiniteError(
-                    f"{self.caller}: losses must be finite, got {bad} others in batch {number} {where}; less noise (a smaller "
-                    "beta or prior_scale) or a bounded loss (loss=) keeps them so"
+                    f"{self.caller}: losses must be finite, got {bad} others in batch {number} {where}; "
+                    + (advice or "less noise (a smaller beta or prior_scale) or a bounded loss (loss=) keeps them so")
                 )
             weight = torch.ones_like(each) if batch.weight is None else batch.weight.double()
             sums.append(float((weight * each).sum()))

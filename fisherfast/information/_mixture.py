@@ -50,6 +50,11 @@ class Mixture:
             raise ValueError(
                 f"{caller}: variances must be finite and > 0, got others; a run without noise is a point of no density"
             )
+        if (stacked.variance.sqrt() < torch.finfo(torch.float64).eps * stacked.mean.abs()).any():
+            raise ValueError(
+                f"{caller}: standard deviations must be above the rounding of their means, got smaller ones; subtract a mean that all "
+                "runs share, or multiply weights that differ by more"
+            )
         return stacked
 
     @property

@@ -124,4 +124,6 @@ def _solved(
         if abs(value) * min(1.0, abs(previous) / 8) < _CONVERGED:
             return log_square, slope
         previous = value
-    raise ArithmeticError(f"information_in_weights: prior_scale='fit' did not converge in {_MAX_STEPS} steps; give a number")
+    raise ValueError(
+        f"information_in_weights: prior_scale must be a number for a beta this far from the Fisher's eigenvalues, got 'fit' at {temperature:g}"
+    )

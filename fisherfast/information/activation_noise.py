@@ -53,19 +53,19 @@ def activation_noise(
 
     ``layer``        the output of this submodule; None is the model's own output.
     ``prior_scale``  lambda, as in ``information_in_weights``. None is the limit of an uninformative prior: ``beta F^-1``, for a
-                     regular F, or ``beta (F + damping)^-1`` with ``damping=``.
+                     regular F of any structure but "gram", or ``beta (F + damping)^-1`` with ``damping=``.
     ``units``        indices into the flat activation; all if not given.
     ``output``       which part of what the model returns, as for ``ff.fisher``.
 
     Shapes:   x ``[N, ...]``; mean ``[N, D]``, covariance ``[N, D, D]``, D units.
     Scale:    squared units of z. F is a mean over samples, and beta goes with a mean loss.
-    Errors:   ValueError for x, layer, units or beta that do not fit, a singular F without prior and damping, and where units
+    Errors:   ValueError for x, layer, units or beta that do not fit, an F that is singular, or a Gram, without prior and damping, and where units
               times weights exceed 2^28. FisherWarning as from ``information_in_weights``.
     Numerics: Jacobians in the model's precision, one sample at a time; D solves with F for each, in float64.
     Source:   Definition 3.1 and the proof of Proposition 3.2 of Achille, Paolini and Soatto (arXiv:1905.12213).
     """
     z = Activation("activation_noise", model, F, layer, units, output)
-    channel = Channel.of("activation_noise", model, F, layer, beta, prior_scale, damping)
+    channel = Channel.of("activation_noise", model, F, layer=layer, beta=beta, prior_scale=prior_scale, damping=damping)
     return noise_of(z, channel, z.check_inputs(x))
 
 

@@ -133,6 +133,7 @@ def _may_differ(info: Information) -> dict[str, str]:
     span = f"{scales[0]:.6g}" if len(scales) == 1 else f"{scales[0]:.6g} to {scales[-1]:.6g}" if scales else "none"
     return {
         "prior scale": f"{span} ({info.prior_in_words()})",
+        "norm of the center": f"{info.center_norm:.6g}",
         "samples": f"{info.fisher.num_samples:,}",
         "draws per sample": str(info.fisher.provenance.draws),
         "excluded parameters": ", ".join(info.excluded) or "none",

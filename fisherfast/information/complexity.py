@@ -15,10 +15,11 @@ from fisherfast.batches import Output
 from fisherfast.fisher import Fisher
 from fisherfast.information import _checks
 from fisherfast.information._prior import PriorScale
+from fisherfast.information._weights import Weights
 from fisherfast.information.expected_loss import expected_loss, mean_loss
 from fisherfast.information.posterior import GaussianPosterior, Posterior
 from fisherfast.information.result import Information
-from fisherfast.information.weights import Weights, informations
+from fisherfast.information.weights import informations
 from fisherfast.likelihood import Likelihood, beside, resolve
 from fisherfast.readings import check_rereadable
 
@@ -104,7 +105,16 @@ def task_complexity(
     Numerics: theirs.
     Source:   Definition 2.1 and Proposition 2.5 of Achille, Paolini and Soatto (arXiv:1905.12213).
     """
-    source = LossSource("task_complexity", method, data, F.provenance.likelihood, likelihood, draws, seed, output)
+    source = LossSource(
+        "task_complexity",
+        method,
+        data,
+        stored=F.provenance.likelihood,
+        given=likelihood,
+        draws=draws,
+        seed=seed,
+        output=output,
+    )
     loss = source.loss_of(model, loss)
     (info,) = informations(F, model, (beta,), prior_scale=prior_scale, center=center, variant=variant, loss=loss)
     return source.complexity(info, loss, model)

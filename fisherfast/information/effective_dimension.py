@@ -55,6 +55,6 @@ def effective_dimension(F: Fisher, *, beta: float, prior_scale: GivenScale) -> E
     Numerics: float64 sums, one block's eigenvalues at a time; nothing cancels.
     Source:   MacKay 1992, "Bayesian Interpolation" (gamma); the trace term of Proposition 2.5 of arXiv:1905.12213.
     """
-    beta = _checks.positive("effective_dimension", "beta", beta, "1 / (number of training samples) is the Bayesian choice")
+    beta = _checks.beta("effective_dimension", beta)
     layers = _directions.sums_by_layer("effective_dimension", F, prior_scale, beta, _log1p.share)
     return EffectiveDimension(layers, beta, prior_scale, F)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fisherfast._warning import warn
 from fisherfast.batches import Output
-from fisherfast.fisher import Fisher
+from fisherfast.fisher import Fisher, _arguments
 from fisherfast.fisher.lanczos import Estimate
 from fisherfast.information import _checks, nuisances
 from fisherfast.information._activation import Activation
@@ -118,7 +118,7 @@ def effective_information(
     _check_arguments(method, variant, terms, entropy, along, nuisance_scales, draws)
     if method == "monte-carlo":
         z = Activation("effective_information", model, F, layer, units, output)
-        channel = Channel.of("effective_information", model, F, layer, beta, prior_scale, damping)
+        channel = Channel.of("effective_information", model, F, layer=layer, beta=beta, prior_scale=prior_scale, damping=damping)
         return _by_draws(noise_of(z, channel, z.check_inputs(x)), z.dtype, draws, seed)
     if along is not None:
         entropy = _entropy(nuisance_prior, along, nuisance_scales)
@@ -160,8 +160,7 @@ def _check_arguments(
     if method == "monte-carlo":
         if (variant, terms) != ("exact", "mean"):
             raise ValueError(f"{what}: variant and terms must be left out for 'monte-carlo', got {variant!r} and {terms!r}")
-        if draws < 2:
-            raise ValueError(f"{what}: draws must be >= 2, for a standard error, got {draws}")
+        _arguments.whole(what, "draws", draws, 2, "a standard error is of two")
 
 
 def _entropy(prior: str, along: Mapping[str, nuisances.Nuisance], scales: Mapping[str, float] | None) -> float:
@@ -182,9 +181,9 @@ def _by_determinant(method: str, found: InputFisher, entropy: float | None) -> E
             f"{int(rank.min())} from {found.num_units} units; "
             + ("leave entropy out" if method == "spectrum" else "give fewer or other nuisances, or a layer with more units")
         )
-    if entropy is None and int(rank.min()) < min(found.num_units, found.dim):
+    if entropy is None and int(rank.min()) < found.max_rank:
         warn(
-            f"effective_information: F_{{z|x}} should have rank {min(found.num_units, found.dim)} at every input, got {_ranks(found)}: a "
+            f"effective_information: F_{{z|x}} should have rank {found.max_rank} at every input, got {_ranks(found)}: a "
             "direction that z has lost adds nothing, where one that it hardly tells takes nats away; compare by .trace, or at equal rank"
         )
     each = (entropy or 0.0) + (found.logdet() - rank.double() * math.log(2 * math.pi * math.e)) / 2

@@ -102,6 +102,7 @@ def _one_minus_cosine(a: Tensor, b: Tensor) -> float:
     """``1 - cos`` of the angle, as half the squared distance of the two directions; 1 from a vector of zeros."""
     if not (a.any() and b.any()):
         return float(bool(a.any()) != bool(b.any()))
+    a, b = (v / v.max() for v in (a, b))  # so that squares neither vanish nor overflow
     return float((a / a.norm() - b / b.norm()).square().sum()) / 2
 
 

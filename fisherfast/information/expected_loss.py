@@ -15,8 +15,8 @@ from fisherfast.fisher import _arguments
 from fisherfast.fisher.lanczos import Estimate
 from fisherfast.information import _checks
 from fisherfast.information._losses import Loss, SampleLosses
+from fisherfast.information._weights import tensors
 from fisherfast.information.posterior import GaussianPosterior
-from fisherfast.information.weights import tensors
 from fisherfast.likelihood import Likelihood
 from fisherfast.readings import check_rereadable
 
@@ -59,9 +59,7 @@ def expected_loss(
               float32 or wider, means in float64. The standard error is over draws (nan of a single one), not over samples.
     Source:   the first term of Definition 2.1 of arXiv:1905.12213.
     """
-    draws = _arguments.whole("expected_loss", "draws", draws)
-    if draws < 1:
-        raise ValueError(f"expected_loss: draws must be >= 1, got {draws}")
+    draws = _arguments.whole("expected_loss", "draws", draws, 1)
     check_rereadable("expected_loss", data)
     _check_model("expected_loss", model, posterior.mean)
     losses = SampleLosses.of("expected_loss", model, likelihood, loss, output)
@@ -97,12 +95,14 @@ def mean_loss(
     """
     replaced = weights or {}
     _check_model("mean_loss", model, replaced)
-    return SampleLosses.of("mean_loss", model, likelihood, loss, output).mean(data, replaced, "without noise")
+    return SampleLosses.of("mean_loss", model, likelihood, loss, output).mean(
+        data, replaced, "without noise", "look at the data and the weights, or bound the loss (loss=)"
+    )
 
 
 def _check_model(caller: str, model: nn.Module, mean: Mapping[str, Tensor]) -> None:
     """Raise ValueError unless the model has every parameter of ``mean``, in its shape."""
-    own = tensors(model)
+    own = tensors(caller, model)
     _checks.named(caller, "model", own, mean, "posterior")
     _checks.shaped(caller, "model", own, mean, "posterior")
 

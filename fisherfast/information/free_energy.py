@@ -102,6 +102,7 @@ def free_energy(
     Numerics: float64 sums, one block's eigenvalues at a time; log(1 + s) keeps its digits for small s.
     Source:   Proposition 2.8 of arXiv:1905.12213; with the prior, Proposition 2.5.
     """
+    _checks.fisher("free_energy", F)
     loss = _checks.number("free_energy", "loss", loss, "it is the mean loss at the point")
     temperature = _checks.positive("free_energy", "temperature", temperature, "of SGD it goes with learning rate / batch size")
     if (damping is None) == (prior_scale is None):
@@ -110,7 +111,8 @@ def free_energy(
             "prior_scale is finite for a singular Fisher"
         )
     if prior_scale is not None:
-        logdet = math.fsum(_directions.sums_by_layer("free_energy", F, prior_scale, temperature, torch.log1p).values())
+        sums = _directions.sums_by_layer("free_energy", F, prior_scale, temperature, torch.log1p, price="temperature")
+        logdet = math.fsum(sums.values())
         return FreeEnergy(loss, logdet, temperature, 0.0, prior_scale, F)
     damping = _checks.not_negative("free_energy", "damping", damping, "0 is F itself")
     return FreeEnergy(loss, F.logdet(damping), temperature, damping, None, F)

@@ -10,28 +10,31 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from fisherfast._precision import wide_dtype
 from fisherfast.batches import Output
 from fisherfast.fisher import Fisher
 from fisherfast.information import _checks, nuisances
 from fisherfast.information._activation import Activation, Jacobians
 from fisherfast.information._channel import Channel, Whitening
 from fisherfast.information._prior import PriorScale
+from fisherfast.information._weights import VARIANTS
 from fisherfast.information.activation_noise import covariance
-from fisherfast.information.weights import VARIANTS
 
 TERMS = ("mean", "both")
 MAX_MATRIX = 1024
+_NOISE = 16  # eps^2, of the largest eigenvalue: what is zero came out as 0.6 at most
 
 
 @dataclass(frozen=True, eq=False)
 class InputFisher:
     """``F_{z|x}`` of every input, as ``R^T R``; made by ``input_fisher``, which says what the numbers mean.
 
-    ``factor`` is R ``[N, rows, dim]`` float64, dim that of x, or the number of nuisances if ``along`` names some; ``precision`` the
-    model's, which its entries are good to.
+    ``factor`` is R ``[N, rows, dim]`` float64, dim that of x, or the number of nuisances if ``along`` names some; ``sizes`` ``[N, dim]``
+    what its columns are before anything in them cancels; ``precision`` the model's, which its entries are good to.
     """
 
     factor: Tensor = field(repr=False)
+    sizes: Tensor = field(repr=False)
     num_units: int
     variant: str
     terms: str
@@ -53,25 +56,43 @@ class InputFisher:
         """The mean of ``trace()`` over the inputs."""
         return float(self.trace().mean())
 
+    @property
+    def max_rank(self) -> int:
+        """How many eigenvalues may differ from zero: those of the mean of dim z numbers, with "both" of their covariance, too."""
+        D = self.num_units
+        return min(D if self.terms == "mean" else D * (D + 3) // 2, self.dim)
+
     def eigenvalues(self) -> Tensor:
-        """The top ``min(dim z, dim)`` of each input, largest first, ``[N, min(dim z, dim)]``; the mean term has no others.
+        """The top ``min(dim z, dim)`` of each input, largest first, ``[N, min(dim z, dim)]``: the mean term has no others. ``max_rank`` with "both".
 
         Numerics: squared singular values of R, so dim x squared numbers are never formed.
         """
-        return torch.linalg.svdvals(self.factor).square()[:, : min(self.num_units, self.dim)]
+        return self._values(self.factor)
 
     def rank(self) -> Tensor:
-        """How many of ``eigenvalues()`` are not zero but for rounding, ``[N]``."""
-        return self._positive(self.eigenvalues()).sum(1)
+        """How many of ``eigenvalues()`` are not zero but for rounding, ``[N]``, whatever the units of what they are about."""
+        return self._positive(self._values(self._scaled())).sum(1)
 
     def logdet(self) -> Tensor:
         """The log pseudo-determinant of each input, ``[N]``: the sum of the logarithms of ``eigenvalues()`` that are not zero."""
-        values = self.eigenvalues()
-        return torch.where(self._positive(values), values, 1.0).log().sum(1)
+        scaled = self._values(self._scaled())
+        rank, values = self._positive(scaled).sum(1), self.eigenvalues()
+        kept = torch.arange(values.shape[1], device=values.device) < rank[:, None]
+        found = torch.where(kept, values, 1.0).log().sum(1)
+        # A determinant has the units as factors, so that none of its eigenvalues is lost beside another.
+        whole = scaled.log().sum(1) + 2 * self.sizes.log().sum(1)
+        return torch.where(rank == self.dim, whole, found)
+
+    def _values(self, factor: Tensor) -> Tensor:
+        return torch.linalg.svdvals(factor).square()[:, : self.max_rank]
+
+    def _scaled(self) -> Tensor:
+        return self.factor / torch.where(self.sizes > 0, self.sizes, 1.0)[:, None]
 
     def _positive(self, values: Tensor) -> Tensor:
-        # Of singular values, max(rows, dim) eps is rounding; these are their squares.
-        rounding = (max(self.factor.shape[1:]) * torch.finfo(self.precision).eps) ** 2
+        # Products in 16 bits are summed in float32: what grows with their number is of that.
+        of_sums = max(self.factor.shape[1:]) * torch.finfo(wide_dtype(self.precision)).eps
+        rounding = max(_NOISE * torch.finfo(self.precision).eps ** 2, of_sums**2)
         return values > rounding * values[:, :1]
 
     def matrix(self) -> Tensor:
@@ -120,7 +141,7 @@ def input_fisher(
 
     Shapes:   x ``[N, ...]``; see ``InputFisher``.
     Scale:    nats per squared unit of x (or of theta).
-    Errors:   ValueError for arguments that do not fit, a singular F without prior and damping, too many units, and where z moves
+    Errors:   ValueError for arguments that do not fit, an F that is singular, or a Gram, without prior and damping, too many units, and where z moves
               with x in a direction without noise: there the information is infinite (a layer with more units than weights
               before it; choose fewer with ``units``). A unit that neither moves nor has noise (a dead ReLU) counts as nothing.
     Numerics: Jacobians in the model's precision, all else float64. The second term takes dim z^2 backward passes through a
@@ -136,15 +157,28 @@ def input_fisher(
     z = Activation("input_fisher", model, F, layer, units, output)
     x = z.check_inputs(x)
     directions = [None] * len(x) if along is None else nuisances.tangents("input_fisher", x, along)
-    channel = Channel.of("input_fisher", model, F, layer, beta, prior_scale, damping, inverted=variant == "exact")
-    factors, num_units = [], 0
+    channel = Channel.of(
+        "input_fisher", model, F, layer=layer, beta=beta, prior_scale=prior_scale, damping=damping, inverted=variant == "exact"
+    )
+    factors, sizes, num_units = [], [], 0
     for sample, tangent in zip(x, directions, strict=True):
         local = z.jacobians(sample)
         num_units = len(local.z)
-        factors.append(
+        factor, size = (
             _printed(local, channel, tangent) if variant == "paper" else _exact(z, sample, local, channel, terms, tangent)
         )
-    return InputFisher(torch.stack(factors), num_units, variant, terms, None if along is None else tuple(along), z.dtype, channel)
+        factors.append(factor)
+        sizes.append(size)
+    return InputFisher(
+        factor=torch.stack(factors),
+        sizes=torch.stack(sizes),
+        num_units=num_units,
+        variant=variant,
+        terms=terms,
+        along=None if along is None else tuple(along),
+        precision=z.dtype,
+        channel=channel,
+    )
 
 
 def _along(slopes: Tensor, tangent: Tensor | None) -> Tensor:
@@ -152,20 +186,29 @@ def _along(slopes: Tensor, tangent: Tensor | None) -> Tensor:
     return slopes if tangent is None else slopes @ tangent.mT
 
 
-def _printed(local: Jacobians, channel: Channel, tangent: Tensor | None) -> Tensor:
-    """R with ``R^T R = (1 / beta) G^T (J F J^T) G``."""
+def _sizes(left: Tensor, slopes: Tensor, tangent: Tensor | None) -> Tensor:
+    """Of the columns of ``left @ _along(slopes, tangent)``, with every product counted as it is large."""
+    each = left.abs() @ slopes.abs()
+    return (each if tangent is None else each @ tangent.abs().mT).norm(dim=0)
+
+
+def _printed(local: Jacobians, channel: Channel, tangent: Tensor | None) -> tuple[Tensor, Tensor]:
+    """R with ``R^T R = (1 / beta) G^T (J F J^T) G``, and the sizes of its columns."""
     middle = covariance(local.by_weights, channel.metric(local.by_weights))
     values, vectors = torch.linalg.eigh(middle)
-    return (values.clamp_min(0) / channel.beta).sqrt()[:, None] * (vectors.mT @ _along(local.by_input, tangent))
+    root = (values.clamp_min(0) / channel.beta).sqrt()[:, None] * vectors.mT
+    return root @ _along(local.by_input, tangent), _sizes(root, local.by_input, tangent)
 
 
-def _exact(z: Activation, x: Tensor, local: Jacobians, channel: Channel, terms: str, tangent: Tensor | None) -> Tensor:
-    """R with ``R^T R = F_{z|x}``: whitened slopes of the mean, below them those of the covariance."""
+def _exact(
+    z: Activation, x: Tensor, local: Jacobians, channel: Channel, terms: str, tangent: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """R with ``R^T R = F_{z|x}``, whitened slopes of the mean, below them those of the covariance; and the sizes of its columns."""
     noise = channel.noise(local.by_weights)
     white = Whitening.of(covariance(local.by_weights, noise), z.dtype)
     slopes = _along(local.by_input, tangent)
     _check_noise(white, slopes)
-    rows = [white.matrix @ slopes]
+    rows, sizes = [white.matrix @ slopes], _sizes(white.matrix, local.by_input, tangent)
     if terms == "both":
         # S = J Sigma J^T, so its slope is that of J (Sigma J^T) with the bracket held, and the transpose of that.
         half = _along(z.slopes_of_products(x, noise), tangent)
@@ -173,7 +216,8 @@ def _exact(z: Activation, x: Tensor, local: Jacobians, channel: Channel, terms: 
         _check_noise(white, of_covariance.flatten(1))
         whitened = torch.einsum("ij,jka,lk->ila", white.matrix, of_covariance, white.matrix)
         rows.append(whitened.flatten(0, 1) / math.sqrt(2))
-    return torch.cat(rows)
+        sizes = torch.hypot(sizes, rows[1].norm(dim=0))
+    return torch.cat(rows), sizes
 
 
 def _check_noise(white: Whitening, slopes: Tensor) -> None:

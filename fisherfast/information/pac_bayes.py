@@ -10,10 +10,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from numbers import Integral, Real
+from numbers import Real
 from typing import Any
 
 from fisherfast._names import listed
+from fisherfast.fisher import _arguments
 from fisherfast.fisher.lanczos import Estimate
 from fisherfast.information import _checks
 from fisherfast.information.expected_loss import LogLoss
@@ -135,7 +136,7 @@ def pac_bayes_bound(
         raise ValueError(f"{_CALLER}: expected_loss must be in [0, {max_loss:g}], got {loss!r}; clip the loss at max_loss")
     loss, stderr = float(loss), float(stderr)
     kl = _divergence(nats)
-    N = _count("num_samples", num_samples)
+    N = _arguments.whole(_CALLER, "num_samples", num_samples, 1)
     _check_probability("delta", delta)
     scaled = loss / max_loss
     if draws is None:
@@ -146,7 +147,7 @@ def pac_bayes_bound(
             raise ValueError(
                 f"{_CALLER}: delta + sample_delta must be < 1, got {delta:g} + {sample_delta:g}; the bound holds for less"
             )
-        scaled, stderr = _largest(scaled, math.log(2 / sample_delta) / _count("draws", draws)), 0.0
+        scaled, stderr = _largest(scaled, math.log(2 / sample_delta) / _arguments.whole(_CALLER, "draws", draws, 1)), 0.0
     if method == "kl":
         if beta is not None:
             raise ValueError(f"{_CALLER}: beta must be None for method='kl', which has none, got {beta!r}")
@@ -156,7 +157,18 @@ def pac_bayes_bound(
         complexity = (kl + math.log(len(betas) / delta)) / N
         value, best = min(((scaled + b * complexity) / (1 - 1 / (2 * b)), b) for b in betas)
     return Bound(
-        value * max_loss, scaled * max_loss, kl, N, delta, method, max_loss, best, len(betas), draws, sample_delta, stderr
+        value=value * max_loss,
+        expected_loss=scaled * max_loss,
+        nats=kl,
+        num_samples=N,
+        delta=delta,
+        method=method,
+        max_loss=max_loss,
+        beta=best,
+        num_betas=len(betas),
+        draws=draws,
+        sample_delta=sample_delta,
+        stderr=stderr,
     )
 
 
@@ -189,7 +201,7 @@ def _betas(beta: float | Sequence[float] | None, N: int, delta: float) -> list[f
 
 
 def _largest(q: float, c: float) -> float:
-    """The largest p with ``q log(q / p) + (1 - q) log((1 - q) / (1 - p)) <= c``, by bisection from q to 1; rounded up."""
+    """The largest p with ``q log(q / p) + (1 - q) log((1 - q) / (1 - p)) <= c``, by bisection from q to 1; rounded up, as is what ``_coins`` rounds."""
     low, high = q, 1.0
     for _ in range(_BISECTIONS):
         middle = (low + high) / 2
@@ -199,7 +211,7 @@ def _largest(q: float, c: float) -> float:
             low = middle
         else:
             high = middle
-    return high
+    return math.nextafter(high, 1.0)
 
 
 def _coins(q: float, p: float) -> float:
@@ -208,12 +220,6 @@ def _coins(q: float, p: float) -> float:
     share = (p - q) / (1 - q)  # may round to 1, where 1 - p does not to 0
     zeros = math.log1p(-share) if share < 0.5 else math.log((1 - p) / (1 - q))
     return ones - (1 - q) * zeros
-
-
-def _count(name: str, value: int) -> int:
-    if not (isinstance(value, Integral) and value >= 1):
-        raise ValueError(f"{_CALLER}: {name} must be an integer >= 1, got {value!r}")
-    return value
 
 
 def _check_probability(name: str, value: float) -> None:

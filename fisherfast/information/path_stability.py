@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fisherfast.fisher import Fisher
 from fisherfast.information import _checks, _conditions
-from fisherfast.information.weights import Weights, tensors
+from fisherfast.information._weights import Weights, tensors
 
 _CALLER = "path_stability"
 
@@ -80,9 +80,10 @@ def path_stability(F: Fisher, first: Weights, second: Weights, *, beta: float, d
     Source:   Figure 2 and Proposition 2.9 of arXiv:1905.12213; smooth sample information of Harutyunyan et al. 2021
               (arXiv:2101.06640).
     """
-    beta = _checks.positive(_CALLER, "beta", beta, "1 / (number of training samples) is the Bayesian choice")
+    _checks.fisher(_CALLER, F)
+    beta = _checks.beta(_CALLER, beta)
     damping = _checks.not_negative(_CALLER, "damping", damping, "beta / lambda^2 is that of information_in_weights")
-    displacement = _displacement(F, tensors(first), tensors(second))
+    displacement = _displacement(F, tensors(_CALLER, first), tensors(_CALLER, second))
     product = F @ displacement
     along = {name: (d * product[name]).sum().item() for name, d in displacement.items()}
     squares = {name: d.square().sum().item() for name, d in displacement.items()}

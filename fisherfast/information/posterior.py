@@ -15,8 +15,11 @@ from fisherfast._names import listed
 from fisherfast._precision import wide, wide_dtype
 from fisherfast.fisher import Fisher
 from fisherfast.information._prior import PriorScale
+from fisherfast.information._weights import Weights, tensors
 from fisherfast.information.result import Information
-from fisherfast.information.weights import Weights, informations, tensors
+from fisherfast.information.weights import informations
+
+_LEAST = 1e-60  # damping of draws in float32
 
 
 class GaussianPosterior(ABC):
@@ -86,7 +89,7 @@ class Posterior(GaussianPosterior):
     @classmethod
     def of(cls, information: Information, model: Weights) -> Posterior:
         """Around the weights of ``model`` as they are now, for nats that are known."""
-        weights = tensors(model)
+        weights = tensors("optimal_posterior", model)
         return cls({name: weights[name].detach().clone() for name in information.fisher.names}, information)
 
     @property
@@ -123,7 +126,9 @@ class Posterior(GaussianPosterior):
         t = info.temperature
         # A fitted scale of 0 leaves no noise at all: any regular damping will do, since its draws are multiplied by 0.
         dampings = {name: t / scale**2 if scale else 1.0 for name, scale in info.prior_scales.items()}
-        dtype = torch.float64 if any(mean.dtype == torch.float64 for mean in self.mean.values()) else torch.float32
+        # A draw of a flat direction is 1 / sqrt(damping) before it is scaled, which may not fit float32.
+        needed = min(dampings.values(), default=1.0) < _LEAST or any(mean.dtype == torch.float64 for mean in self.mean.values())
+        dtype = torch.float64 if needed else torch.float32
         draw = info.fisher.sample(1, damping=dampings, generator=generator, dtype=dtype)
         factors = {name: math.sqrt(t) if scale else 0.0 for name, scale in info.prior_scales.items()}
         return {name: draw[name][0].mul_(factors[name]).to(wide_dtype(mean.dtype)) for name, mean in self.mean.items()}

@@ -14,8 +14,9 @@ from fisherfast.batches import Output
 from fisherfast.fisher import Fisher
 from fisherfast.information import _checks
 from fisherfast.information._prior import PriorScale
+from fisherfast.information._weights import Weights
 from fisherfast.information.complexity import Complexity, LossSource
-from fisherfast.information.weights import Weights, informations
+from fisherfast.information.weights import informations
 from fisherfast.likelihood import Likelihood
 
 
@@ -112,7 +113,16 @@ def rate_distortion(
     prices = _checks.several(betas)
     if not prices:
         raise ValueError("rate_distortion: betas must hold at least one price of a nat, got none")
-    source = LossSource("rate_distortion", method, data, F.provenance.likelihood, likelihood, draws, seed, output)
+    source = LossSource(
+        "rate_distortion",
+        method,
+        data,
+        stored=F.provenance.likelihood,
+        given=likelihood,
+        draws=draws,
+        seed=seed,
+        output=output,
+    )
     loss = source.loss_of(model, loss)
     infos = informations(F, model, prices, prior_scale=prior_scale, center=center, variant=variant, loss=loss)
     return RateDistortion(tuple(source.complexity(info, loss, model) for info in infos))

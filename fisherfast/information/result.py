@@ -54,7 +54,7 @@ class Information:
     """The information in a network's weights; made by ``information_in_weights``, which says what the numbers mean.
 
     ``nats`` is ``kl`` for ``variant="exact"`` and the printed eq. 8 for ``variant="paper"``. ``prior_scale`` is as given,
-    ``prior_scales`` what it came to for each parameter. ``excluded`` names the parameters the Fisher lacks.
+    ``prior_scales`` what it came to for each parameter; ``center_norm`` is ``||c||``, which tells centers apart. ``excluded`` names the parameters the Fisher lacks.
     """
 
     layers: Mapping[str, LayerInformation] = field(repr=False)
@@ -62,6 +62,7 @@ class Information:
     prior_scale: PriorScale
     prior_scales: Mapping[str, float] = field(repr=False)
     centered: bool
+    center_norm: float
     variant: str
     loss: float | None
     excluded: tuple[str, ...]

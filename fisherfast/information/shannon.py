@@ -10,11 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from numbers import Integral
 
 import torch
 from torch import Tensor
 
+from fisherfast.fisher import _arguments
 from fisherfast.fisher.lanczos import Estimate
 from fisherfast.information._mixture import Mixture
 
@@ -120,8 +120,7 @@ def _of_runs(
 ) -> ShannonInformation:
     if not len(runs) or not all(len(of_one) for of_one in runs):
         raise ValueError(f"{_CALLER}: every data set must have at least one run, got {[len(of_one) for of_one in runs]} runs")
-    if not (isinstance(samples, Integral) and samples >= 2):
-        raise ValueError(f"{_CALLER}: samples must be an integer >= 2, got {samples!r}; the error is estimated from them")
+    samples = _arguments.whole(_CALLER, "samples", samples, 2, "the error is estimated from them")
     pi = _dataset_weights(weights, len(runs))
     Q = Mixture.of_runs(_CALLER, runs, pi)
     P = None if reference is None else _gaussian(reference, Q.dimension)

@@ -13,10 +13,10 @@ from torch import Tensor
 from fisherfast._names import listed
 from fisherfast.fisher import Fisher
 from fisherfast.information import _checks, _conditions
-from fisherfast.information.weights import VARIANTS
+from fisherfast.information._weights import VARIANTS
 
 _CALLER = "shannon_from_stability"
-_SINGULAR = 1e-13  # of the largest eigenvalue: rounding of a sum of many products in float64
+_SINGULAR = 1e-13  # of the largest eigenvalue, at unit diagonal: rounding of a sum of many products in float64
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,7 +67,8 @@ def shannon_from_stability(
     Numerics: products and log-determinant in float64.
     Source:   Proposition 2.9 of arXiv:1905.12213, after Brunel and Nadal 1998.
     """
-    beta = _checks.positive(_CALLER, "beta", beta, "1 / (number of training samples) is the Bayesian choice")
+    _checks.fisher(_CALLER, F)
+    beta = _checks.beta(_CALLER, beta)
     entropy = _checks.number(_CALLER, "entropy", entropy, "it is the differential entropy of the numbers that make a data set")
     _checks.one_of(_CALLER, "variant", variant, VARIANTS)
     rows = _rows(F, sensitivity)
@@ -78,16 +79,20 @@ def shannon_from_stability(
             "be 0: describe the data sets by fewer numbers"
         )
     matrix = _stability(F, rows)
-    eigenvalues = torch.linalg.eigvalsh(matrix)
+    roots = _roots(matrix, rows)
+    scales = torch.where(roots > 0, 1 / roots, 0.0)
+    # No unit of the data counts at unit diagonal: of the determinant it is a factor.
+    eigenvalues = torch.linalg.eigvalsh(scales[:, None] * matrix * scales)
     if eigenvalues[0] <= _SINGULAR * eigenvalues[-1]:
         raise ValueError(
-            f"{_CALLER}: J^T F J must be regular, got eigenvalues from {eigenvalues[0]:.3g} to {eigenvalues[-1]:.3g}; leave out "
-            "changes of the data that the network does not see"
+            f"{_CALLER}: J^T F J must be regular, got eigenvalues from {eigenvalues[0]:.3g} to {eigenvalues[-1]:.3g} at unit diagonal; "
+            "leave out changes of the data that the network does not see"
         )
     log_volume = d * math.log(2 * math.pi * math.e * beta)
     if variant == "paper":
         log_volume = math.log(beta) + k * math.log(2 * math.pi * math.e)
-    nats = entropy - (log_volume - float(eigenvalues.log().sum())) / 2
+    log_determinant = float(eigenvalues.log().sum() + 2 * roots.log().sum())
+    nats = entropy - (log_volume - log_determinant) / 2
     return StabilityInformation(nats, matrix, entropy, beta, variant, F)
 
 
@@ -104,6 +109,12 @@ def _rows(F: Fisher, sensitivity: Tensor | Mapping[str, Tensor]) -> Tensor:
     if rows.dim() != 2 or not rows.numel() or not rows.isfinite().all():
         raise ValueError(f"{_CALLER}: sensitivity must be finite and [d, k] with d > 0, got {tuple(rows.shape)}")
     return rows
+
+
+def _roots(matrix: Tensor, rows: Tensor) -> Tensor:
+    """Of the diagonal of ``J^T F J``; 0 for a change of the data that moves the weights where F has rounding only, beside the others."""
+    seen = matrix.diagonal().clamp_min(0) / rows.square().sum(1).clamp_min(torch.finfo(rows.dtype).tiny)
+    return torch.where(seen > _SINGULAR * seen.max(), matrix.diagonal(), 0.0).sqrt()
 
 
 def _stability(F: Fisher, rows: Tensor) -> Tensor:

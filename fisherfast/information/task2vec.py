@@ -109,6 +109,7 @@ def task_embedding(
     Numerics: float64.
     Source:   Achille et al. 2019, Task2Vec (arXiv:1902.03545).
     """
+    _checks.fisher("task_embedding", F)
     return TaskEmbedding(
         _averaged(F.diagonal(dtype=torch.float64), model, layers, skip, norms), _conditions.measured_and_missing(F)
     )

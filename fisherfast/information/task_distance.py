@@ -54,7 +54,7 @@ def task_distance(joint: float | Any, alone: float | Any) -> float:
     Source:   Achille, Mbeng, Paolini and Soatto 2019 (arXiv:1904.03292).
     """
     joint, alone = (getattr(value, "information", value) for value in (joint, alone))
-    for name in ("beta", "prior_scale", "centered", "variant"):
+    for name in ("beta", "centered", "center_norm", "variant"):
         one, other = (getattr(information, name, None) for information in (joint, alone))
         if one != other:
             raise ValueError(f"task_distance: both must be of one {name}, got {one!r} and {other!r}")
@@ -62,8 +62,10 @@ def task_distance(joint: float | Any, alone: float | Any) -> float:
         if problems := _alike.differences(joint, alone):
             raise ValueError(f"task_distance: both must be of one architecture and measured alike, got {'; '.join(problems)}")
     mine, theirs = (getattr(information, "prior_scales", {}) for information in (joint, alone))
-    if others := [name for name in {*mine, *theirs} if mine.get(name) != theirs.get(name)]:
-        raise ValueError(f"task_distance: both must be of one prior, got other scales of {listed(others)}")
+    if others := [name for name in sorted({*mine, *theirs}) if mine.get(name) != theirs.get(name)]:
+        raise ValueError(
+            f"task_distance: both must be of one prior_scale, got {mine.get(others[0])!r} and {theirs.get(others[0])!r} of {listed(others)}"
+        )
     both, first = (
         _checks.number("task_distance", name, getattr(value, "kl", value), "it is in nats, or in units of the loss")
         for name, value in (("joint", joint), ("alone", alone))

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fisherfast._error import NonFiniteError
+from fisherfast._warning import warn
 from fisherfast.batches import Batch, Output
 from fisherfast.fisher import _arguments
 from fisherfast.information import _checks, _prior
@@ -23,12 +24,17 @@ from fisherfast.information._diagonal_gaussian import DiagonalGaussian
 from fisherfast.information._local_noise import LocalNoise
 from fisherfast.information._losses import SampleLosses
 from fisherfast.information._prior import PriorScale
+from fisherfast.information._weights import Weights
 from fisherfast.information.posterior import GaussianPosterior
-from fisherfast.information.weights import Weights
 from fisherfast.likelihood import Likelihood
 from fisherfast.readings import check_rereadable
 
 NOISES = ("local", "weight")
+# Gradients by log sigma are of order 1 at the optimum. Before it they are s = sigma^2 h / beta, which may be anything: all that they
+# say is which way to go, and Adam's second moments, of 20 steps first, must forget them.
+_LARGEST = 1e4
+_BETAS = ((0.9, 0.95), (0.9, 0.999))  # of the first half of the epochs, and of the second
+_MOVING = 0.5  # of all that Adam's steps can move log sigma: noise alone does less, a way that is not over does more
 _CALLER = "variational_posterior"
 
 
@@ -36,7 +42,7 @@ _CALLER = "variational_posterior"
 class VariationalPosterior(GaussianPosterior):
     """``Q = N(mean, diag(std^2))``; made by ``variational_posterior``, which says how.
 
-    ``history`` is the Lagrangian ``E_Q loss + beta KL`` of each epoch, as it was estimated on the way.
+    ``center_norm`` is ``||c||``; ``history`` is the Lagrangian ``E_Q loss + beta KL`` of each epoch, as it was estimated on the way.
     """
 
     mean: Mapping[str, Tensor] = field(repr=False)
@@ -46,6 +52,7 @@ class VariationalPosterior(GaussianPosterior):
     prior_scale: PriorScale
     prior_scales: Mapping[str, float] = field(repr=False)
     centered: bool
+    center_norm: float
     num_samples: int
     history: tuple[float, ...] = field(repr=False)
     settings: str
@@ -120,7 +127,9 @@ def variational_posterior(
                      and every position its own draw (Task2Vec's form). For one position per sample that is the weight noise
                      exactly; where positions share a weight it leaves out what their common noise does together.
                      ``"weight"``: one draw of all weights for every batch. It is exact throughout, and takes more epochs.
-    ``epochs``       readings of ``data``; Adam's step on log sigma falls from ``lr`` to 0 over them.
+    ``epochs``       readings of ``data``; Adam's step on log sigma falls from ``lr`` to 0 over them. From a tenth of the weights' size
+                     to the optimum it is some ``log(0.1 |w| / sigma) / lr`` steps, twice as many to be near it: with large batches
+                     more epochs. FisherWarning where sigma is still on its way.
     ``train_mean``   train the means, too, with steps from ``mean_lr``; by default they stay at the model's weights.
 
     Parameters of other layers, and of layers that are tied or called several times, have weight noise in either case. The
@@ -131,19 +140,17 @@ def variational_posterior(
     Scale:    a mean loss over samples, and beta goes with it; a batch counts as an estimate of that mean.
     Errors:   ValueError for settings out of range, for data as ``expected_loss``, and for a model without a parameter that asks
               for a gradient; NonFiniteError for a loss that is not finite.
-    Numerics: log sigma in float32 (float64 for such weights); the KL of the result in float64. The result is as noisy as its
-              last epochs are: ``.history`` shows whether more would help.
+    Numerics: log sigma in float32 (float64 for such weights), and noise below the rounding of the weights is lost on the loss: a beta
+              that asks for less needs them in float64. The KL of the result in float64. The result is as noisy as its last epochs are: ``.history`` shows whether more would help.
     Source:   Definition 2.1 of arXiv:1905.12213; Kingma, Salimans & Welling 2015 for noise at the output; Task2Vec (Achille et
               al. 2019), whose divergence lacks the factor 1/2, so that its beta is half of this one.
     """
-    beta = _checks.positive(_CALLER, "beta", beta, "1 / (number of training samples) is the Bayesian choice")
+    beta = _checks.beta(_CALLER, beta)
     prior_scale = _prior.checked(prior_scale, _CALLER)
     lr = _checks.positive(_CALLER, "lr", lr, "it is Adam's step on log sigma")
     mean_lr = _checks.positive(_CALLER, "mean_lr", mean_lr, "it is Adam's step on the means")
     _checks.one_of(_CALLER, "noise", noise, NOISES)
-    epochs = _arguments.whole(_CALLER, "epochs", epochs)
-    if epochs < 1:
-        raise ValueError(f"{_CALLER}: epochs must be >= 1, got {epochs}")
+    epochs = _arguments.whole(_CALLER, "epochs", epochs, 1)
     check_rereadable(_CALLER, data)
     losses = SampleLosses.of(_CALLER, model, likelihood, None, output)
     q = DiagonalGaussian(_CALLER, losses.model, prior_scale, center, train_mean)
@@ -162,6 +169,7 @@ def variational_posterior(
             prior_scale=prior_scale,
             prior_scales=scales,
             centered=center is not None,
+            center_norm=q.center_norm,
             num_samples=num_samples,
             history=history,
             settings=f"{losses.likelihood.name}, {noise} noise, {epochs} epochs, lr {lr:g}, seed {seed}, around {around}",
@@ -198,11 +206,15 @@ def _train(
     """Adam on ``E_Q L / beta + KL``; returns the Lagrangian of each epoch and how many samples one has."""
     trained_means = [mean for mean in q.means.values() if mean.requires_grad]
     groups = [{"params": list(q.log_stds.values()), "lr": lr}, {"params": trained_means, "lr": mean_lr}]
-    optimizer = torch.optim.Adam([group for group in groups if group["params"]])
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: 1 - epoch / epochs)
-    history, samples = [], 0
+    groups = [group for group in groups if group["params"]]
+    history, samples, way = [], 0, _Way(q)
     usual = 0.0  # the mean weight of a batch, known after the first epoch: batches count by their samples
     for epoch in range(epochs):
+        if epoch in (0, epochs // 2):
+            optimizer = torch.optim.Adam([dict(group) for group in groups], betas=_BETAS[epoch >= epochs // 2])
+            way = _Way(q)
+        for group, step in zip(optimizer.param_groups, (lr, mean_lr), strict=False):
+            group["lr"] = step * (1 - epoch / epochs)
         values, samples, weight = [], 0, 0.0
         for number, batch in enumerate(losses.batches(data)):
             optimizer.zero_grad()
@@ -213,18 +225,50 @@ def _train(
             size = float(batch.N if batch.weight is None else batch.weight.sum(dtype=torch.float64))
             weight += size
             share = size / (usual or weight / (number + 1)) if weight else 0.0
-            objective = share * loss.double() / beta + q.kl(stds, q.scales(stds))
+            objective = share * loss.double() + beta * q.kl(stds, q.scales(stds))
             with torch.autocast(q.device.type, enabled=False):  # a backward pass has the precisions of its forward pass already
                 objective.backward()
+            _in_nats(q.log_stds.values(), beta, _LARGEST)
+            _in_nats(trained_means, beta, math.inf)
             optimizer.step()
-            values.append(beta * objective.item())
+            way.add(optimizer.param_groups[0]["lr"])
+            values.append(objective.item())
             samples += batch.N
         if not values:
             raise ValueError(f"{_CALLER}: data must yield at least one batch in every epoch, got none in epoch {epoch}")
         usual = weight / len(values)
         history.append(math.fsum(values) / len(values))
-        schedule.step()
+    if way.share() > _MOVING:
+        warn(
+            f"{_CALLER}: sigma should have come to rest, is still moving {way.share():.0%} of what lr allows: the nats are those of a "
+            "training that was stopped on its way; pass more epochs, or smaller batches"
+        )
     return tuple(history), samples
+
+
+class _Way:
+    """How straight log sigma moves: the distance, over the length of all steps if each were as long as Adam makes them."""
+
+    def __init__(self, q: DiagonalGaussian) -> None:
+        self._q, self._length = q, 0.0
+        self._start = {name: log_std.detach().clone() for name, log_std in q.log_stds.items()}
+
+    def add(self, step: float) -> None:
+        """One step."""
+        self._length += step
+
+    def share(self) -> float:
+        """Of the mean distance over weights."""
+        moved = [(self._q.log_stds[name].detach() - start).abs().double() for name, start in self._start.items()]
+        return float(torch.cat([one.flatten() for one in moved]).mean()) / self._length if self._length else 0.0
+
+
+def _in_nats(parameters: Iterable[Tensor], beta: float, largest: float) -> None:
+    """Gradients of the loss as of ``loss / beta``, which may not fit float32 before it is cut."""
+    for parameter in parameters:
+        if parameter.grad is not None:
+            most = min(largest, torch.finfo(parameter.dtype).max ** 0.25)  # Adam squares it, and adds up
+            parameter.grad.clamp_(-most * beta, most * beta).div_(beta)
 
 
 def _noisy_loss(

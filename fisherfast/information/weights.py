@@ -22,12 +22,10 @@ from fisherfast._warning import warn
 from fisherfast.fisher import Fisher, LayerSummary, Spectrum
 from fisherfast.information import _checks, _prior, _series
 from fisherfast.information._prior import PriorScale
+from fisherfast.information._weights import VARIANTS, Weights, tensors
 from fisherfast.information.result import Information, LayerInformation
-from fisherfast.train_mode import unwrapped
 
-VARIANTS = ("exact", "paper")
 _CALLER = "information_in_weights"
-Weights = nn.Module | Mapping[str, Tensor]
 
 
 @torch.no_grad()
@@ -80,7 +78,8 @@ def informations(
     loss: float | None,
 ) -> list[Information]:
     """``information_in_weights`` at several betas: every spectrum is asked for once, and one layer's is in memory at a time."""
-    betas = [_checks.positive(_CALLER, "beta", beta, "1 / (number of training samples) is the Bayesian choice") for beta in betas]
+    _checks.fisher(_CALLER, F)
+    betas = [_checks.beta(_CALLER, beta) for beta in betas]
     _checks.one_of(_CALLER, "variant", variant, VARIANTS)
     prior_scale = _prior.checked(prior_scale)
     loss = None if loss is None else _checks.number(_CALLER, "loss", loss, "it is the mean loss at the weights")
@@ -90,9 +89,10 @@ def informations(
         if isinstance(prior_scale, str)
         else _prior.given(prior_scale, {name: layer.parameters for name, layer in summaries.items()})
     )
-    weights, centers = tensors(model), None if center is None else tensors(center)
+    weights, centers = tensors(_CALLER, model), None if center is None else tensors(_CALLER, center)
     excluded = _check_names(F, model, weights)
     _check_center(F, weights, centers)
+    norm = math.sqrt(math.fsum(_series.squared_distance(centers[name], None) for name in F.names)) if centers else 0.0
     for beta in betas:
         if beta / 2 == 0 or max(given.values(), default=0.0) ** 2 / beta > sys.float_info.max / 4:
             raise ValueError(f"{_CALLER}: prior_scale^2 / beta must be finite, got beta = {beta} with {max(given.values())}")
@@ -117,6 +117,7 @@ def informations(
             prior_scale=prior_scale,
             prior_scales=mine,
             centered=center is not None,
+            center_norm=norm,
             variant=variant,
             loss=loss,
             excluded=excluded,
@@ -137,15 +138,6 @@ class _Block:
 
     spectrum: Spectrum
     squared_distance: float
-
-
-def tensors(source: Weights) -> dict[str, Tensor]:
-    """The weights by name. Errors: TypeError."""
-    if not isinstance(source, nn.Module | Mapping):
-        raise TypeError(
-            f"{_CALLER}: weights must be a network or {{name: tensor}}, got {type(source).__name__}; zero is the center unless said"
-        )
-    return dict(unwrapped(source).named_parameters()) if isinstance(source, nn.Module) else dict(source)
 
 
 def _check_names(F: Fisher, model: Weights, weights: Mapping[str, Tensor]) -> tuple[str, ...]:
