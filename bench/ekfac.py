@@ -17,7 +17,7 @@ from models import loss_per_sample
 from torch import Tensor, nn
 
 import fisherfast as ff
-from fisherfast.fisher.eigen import eigenbasis
+from fisherfast.fisher.blocks.eigen import eigenbasis
 
 Bases = dict[str, tuple[Tensor, Tensor]]
 

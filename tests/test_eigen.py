@@ -11,15 +11,15 @@ from torch import nn
 
 import fisherfast as ff
 from fisherfast.accumulator import Accumulator
+from fisherfast.fisher.blocks.eigen import EigenBlock
+from fisherfast.fisher.blocks.exact import ExactBlock, Flat
+from fisherfast.fisher.blocks.kronecker import KroneckerBlock, Place
 from fisherfast.fisher.counts import Counts
 from fisherfast.fisher.coverage import Coverage
-from fisherfast.fisher.eigen import EigenBlock
-from fisherfast.fisher.exact import ExactBlock, Flat
-from fisherfast.fisher.kronecker import KroneckerBlock, Place
 from fisherfast.fisher.protocol import Provenance
 
-eigen = importlib.import_module("fisherfast.fisher.eigen")
-graded = importlib.import_module("fisherfast.fisher._graded")
+eigen = importlib.import_module("fisherfast.fisher.blocks.eigen")
+graded = importlib.import_module("fisherfast.fisher.blocks._graded")
 EXACT = 1e-9
 
 

@@ -14,9 +14,9 @@ from oracle import close
 from torch import nn
 
 import fisherfast as ff
-from fisherfast.fisher.exact import ExactBlock
+from fisherfast.fisher.blocks.exact import ExactBlock
 
-eigen_sums = importlib.import_module("fisherfast.fisher.eigen_sums")
+eigen_sums = importlib.import_module("fisherfast.fisher.blocks.eigen_sums")
 EXACT = 1e-11
 
 
@@ -367,7 +367,7 @@ def test_the_basis_of_few_images_is_that_of_their_patches(weighted):
 @pytest.mark.parametrize("rank", [5, 20])
 def test_the_basis_of_few_float32_rows_is_orthonormal_whatever_their_rank(rank):
     """Eigenvalues that span ten decades, and rows that repeat each other."""
-    eigen = importlib.import_module("fisherfast.fisher.eigen")
+    eigen = importlib.import_module("fisherfast.fisher.blocks.eigen")
     left, right = (torch.linalg.qr(torch.randn(n, rank).double())[0] for n in (20, 101))
     rows = (left * torch.logspace(0, -4, rank).double()) @ right.mT
     U = eigen.eigenbasis(torch.empty(1, 101, 101), rows.float(), torch.float32)[0].double()

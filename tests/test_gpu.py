@@ -14,7 +14,7 @@ from gpu import calls, clock, cost, model_cases, problems, run
 
 import fisherfast as ff
 from fisherfast import _backend
-from fisherfast.fisher import rank
+from fisherfast.fisher.blocks import rank
 
 GPU = torch.cuda.is_available()
 DEVICE, BACKENDS = ("cuda", ("triton", "cuda")) if GPU else ("cpu", ("cpu",))

@@ -15,8 +15,8 @@ from torch import nn
 
 import fisherfast as ff
 from fisherfast.accumulator import Accumulator
-from fisherfast.fisher.block_sums import mirrored
-from fisherfast.fisher.exact import ExactBlock
+from fisherfast.fisher.blocks.block_sums import mirrored
+from fisherfast.fisher.blocks.exact import ExactBlock
 
 EXACT = 1e-11
 

@@ -9,7 +9,7 @@ from oracle import close
 from torch import nn
 
 import fisherfast as ff
-from fisherfast.fisher.exact import ExactBlock
+from fisherfast.fisher.blocks.exact import ExactBlock
 
 EXACT = 1e-10
 

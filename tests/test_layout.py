@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fisherfast.layout import MIXED, UNKNOWN, Finding, Gathered, Kind, Layout, Sightings, Tags, candidates
+from fisherfast.capture.layout import MIXED, UNKNOWN, Finding, Gathered, Kind, Layout, Sightings, Tags, candidates
 
 CPU = torch.device("cpu")
 

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import fisherfast as ff
-from fisherfast import fallback, passes
+from fisherfast.capture import fallback, passes
 
 EXACT = 1e-12
 FAMILIES = ["mlp-inplace-relu", "layer-norm", "embedding", "conv1d-addmm", "weight-used-twice", "positions-without-samples"]

@@ -8,7 +8,7 @@ from networks import BesideMask
 from torch import nn
 
 import fisherfast as ff
-from fisherfast.fisher import block_sums, kronecker_sums
+from fisherfast.fisher.blocks import block_sums, kronecker_sums
 
 IGNORED = -100
 

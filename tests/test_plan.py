@@ -17,11 +17,11 @@ from torch.utils.checkpoint import checkpoint
 
 import fisherfast as ff
 from fisherfast.accumulator import Accumulator, RunningSum
-from fisherfast.calls import graph
+from fisherfast.capture.calls import graph
+from fisherfast.capture.passes import Passes
+from fisherfast.capture.tracked import Made
 from fisherfast.fisher.measurement import Measurement
 from fisherfast.fisher.run import Run
-from fisherfast.passes import Passes
-from fisherfast.tracked import Made
 
 STRUCTURES = ["diagonal", "kfac", "ekfac"]
 MANY = 227  # samples: no factor of the networks has seen fewer rows than a third of its columns
@@ -318,7 +318,7 @@ def test_checkpointed_layers_keep_their_inputs_only():
 def test_scratch_is_what_a_chunk_is_turned_into(monkeypatch):
     N, T, I, O = 30, 3, 7, 5
     model, batch = nn.Linear(I, O, bias=False), (torch.randn(N, T, I), torch.randint(O, (N, T)))
-    eigen_sums = importlib.import_module("fisherfast.fisher.eigen_sums")
+    eigen_sums = importlib.import_module("fisherfast.fisher.blocks.eigen_sums")
     assert ff.plan(model, batch, "kfac").scratch_bytes == ff.plan(model, batch).scratch_bytes == 0
     Order = eigen_sums.Order
     for order, of_sample in ((Order.GRADIENTS, O * I), (Order.HALF, O * I), (Order.ROWS, T * (I + O))):

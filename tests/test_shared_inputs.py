@@ -14,7 +14,7 @@ from torch import nn
 
 import fisherfast as ff
 
-block_sums = importlib.import_module("fisherfast.fisher.block_sums")
+block_sums = importlib.import_module("fisherfast.fisher.blocks.block_sums")
 N, T = 6, 5
 EXACT = 1e-11
 

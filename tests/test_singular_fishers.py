@@ -12,9 +12,9 @@ from torch import nn
 
 import fisherfast as ff
 from fisherfast.accumulator import Accumulator
-from fisherfast.fisher import kronecker, rank
-from fisherfast.fisher.exact import ExactBlock, Flat
-from fisherfast.fisher.kronecker import Place
+from fisherfast.fisher.blocks import kronecker, rank
+from fisherfast.fisher.blocks.exact import ExactBlock, Flat
+from fisherfast.fisher.blocks.kronecker import Place
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 STRUCTURES = pytest.mark.parametrize("structure", ["kfac", "ekfac", "gram"])

@@ -20,9 +20,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import fisherfast as ff
-from fisherfast import fallback
-from fisherfast.capture import Capture
-from fisherfast.collector import Samples
+from fisherfast.capture import fallback
+from fisherfast.capture.collector import Samples
+from fisherfast.capture.mode import Capture
 from fisherfast.fisher import ghost, serialize
 from fisherfast.fisher.coverage import OPS, Stopwatch
 from fisherfast.fisher.engine import Engine

@@ -10,9 +10,9 @@ from torch import nn
 import fisherfast as ff
 from fisherfast.accumulator import RunningSum
 from fisherfast.fisher import checkpoint, interrupts
-from fisherfast.fisher.block_sums import BatchSum
+from fisherfast.fisher.blocks.block_sums import BatchSum
+from fisherfast.fisher.blocks.few_rows import FewRows
 from fisherfast.fisher.engine import Engine
-from fisherfast.fisher.few_rows import FewRows
 
 ASKED = {
     "diagonal": "diagonal",

@@ -11,10 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from fisherfast._names import listed
-from fisherfast._under_way import Given
 from fisherfast._warning import warn
-from fisherfast.calls import Key, graph
-from fisherfast.collector import Samples
+from fisherfast.capture.calls import Key, graph
+from fisherfast.capture.collector import Samples
+from fisherfast.capture.layout import Finding
+from fisherfast.capture.locator import NO_AXIS, mixing
+from fisherfast.capture.passes import Pass, check_loss_scale
+from fisherfast.capture.train_mode import refuse_train_mode, unwrapped
+from fisherfast.capture.under_way import Given
+from fisherfast.capture.uses import Uses
 from fisherfast.fisher.diagonal import Diagonal
 from fisherfast.fisher.labelling import known_type
 from fisherfast.fisher.moments import GradientMoments
@@ -23,12 +28,7 @@ from fisherfast.fisher.parse import parse
 from fisherfast.fisher.protocol import Provenance
 from fisherfast.fisher.request import Request
 from fisherfast.fisher.run import Interrupted, Run, model_name
-from fisherfast.layout import Finding
 from fisherfast.likelihood import Likelihood, resolve, stored_name
-from fisherfast.locator import NO_AXIS, mixing
-from fisherfast.passes import Pass, check_loss_scale
-from fisherfast.train_mode import refuse_train_mode, unwrapped
-from fisherfast.uses import Uses
 
 
 @dataclass(frozen=True)

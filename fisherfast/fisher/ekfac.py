@@ -7,15 +7,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from fisherfast.capture import Capture
+from fisherfast.capture.mode import Capture
 from fisherfast.fisher import _arguments, serialize
-from fisherfast.fisher.block_fisher import BlockFisher, described
+from fisherfast.fisher.blocks.block_fisher import BlockFisher, described
+from fisherfast.fisher.blocks.eigen import EigenBlock
+from fisherfast.fisher.blocks.eigen_sums import EigenCollector
+from fisherfast.fisher.blocks.exact import ExactBlock
+from fisherfast.fisher.blocks.kronecker import KroneckerBlock
 from fisherfast.fisher.counts import Counts
-from fisherfast.fisher.eigen import EigenBlock
-from fisherfast.fisher.eigen_sums import EigenCollector
-from fisherfast.fisher.exact import ExactBlock
 from fisherfast.fisher.kfac import KFACFisher
-from fisherfast.fisher.kronecker import KroneckerBlock
 from fisherfast.fisher.request import Request
 
 

@@ -10,14 +10,14 @@ from torch import Tensor
 
 from fisherfast._precision import wide, wide_dtype
 from fisherfast.accumulator import Accumulator, RunningSum
-from fisherfast.calls import Call, in_parts
-from fisherfast.capture import Capture
-from fisherfast.collector import Cost, Held, Samples
+from fisherfast.capture.calls import Call, in_parts
+from fisherfast.capture.collector import Cost, Held, Samples
+from fisherfast.capture.mode import Capture
+from fisherfast.capture.tracked import Tracked
 from fisherfast.fisher import ghost
 from fisherfast.fisher.request import Request
 from fisherfast.fisher.sample_values import SampleValues
 from fisherfast.rules import Form, Rows, Window
-from fisherfast.tracked import Tracked
 
 
 class Engine:

@@ -12,15 +12,15 @@ import torch
 from torch import Tensor
 
 from fisherfast.batches import Batch
-from fisherfast.calls import Call
-from fisherfast.dependence import check_first, check_independent, same_but_rounding
-from fisherfast.fisher.block_collector import BlockCollector
+from fisherfast.capture.calls import Call
+from fisherfast.capture.dependence import check_first, check_independent, same_but_rounding
+from fisherfast.capture.layout import PROBED
+from fisherfast.capture.locator import NO_AXIS, mixing
+from fisherfast.capture.tracked import Unbatched
+from fisherfast.capture.uses import Uses
+from fisherfast.fisher.blocks.block_collector import BlockCollector
 from fisherfast.fisher.forward import Forward
 from fisherfast.fisher.run import Run
-from fisherfast.layout import PROBED
-from fisherfast.locator import NO_AXIS, mixing
-from fisherfast.tracked import Unbatched
-from fisherfast.uses import Uses
 
 
 class Exploration:

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from fisherfast.batches import Batch, Output
-from fisherfast.dependence import precision, same_but_rounding
+from fisherfast.capture.dependence import precision, same_but_rounding
+from fisherfast.capture.passes import Pass
 from fisherfast.fisher.labelling import Labelling
 from fisherfast.fisher.run import Run
 from fisherfast.likelihood import Predictions
-from fisherfast.passes import Pass
 
 
 class Forward:

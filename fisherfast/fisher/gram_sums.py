@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from fisherfast._precision import dtype_name, wide, wide_dtype
-from fisherfast.calls import Call
-from fisherfast.capture import Capture
-from fisherfast.collector import Cost, Held, Samples
+from fisherfast.capture.calls import Call
+from fisherfast.capture.collector import Cost, Held, Samples
+from fisherfast.capture.mode import Capture
+from fisherfast.capture.tracked import Tracked
 from fisherfast.rules import Convolution, Elementwise, Form, Lookup, MatMul, Part, Rows, Tied, Window
-from fisherfast.tracked import Tracked
 
 Pieces = dict[str, tuple["Piece", ...]]  # of each parameter
 _FORMS: dict[str, Any] = {form.__name__: form for form in (MatMul, Convolution, Elementwise, Lookup, Tied)}

@@ -16,21 +16,21 @@ import torch
 from torch import Tensor
 
 from fisherfast.accumulator import Accumulator
-from fisherfast.capture import Capture
-from fisherfast.collector import Cost, Held
+from fisherfast.capture.collector import Cost, Held
+from fisherfast.capture.mode import Capture
+from fisherfast.capture.tracked import Tracked
 from fisherfast.fisher import _arguments, _pooling, serialize
-from fisherfast.fisher.block_collector import BlockCollector
-from fisherfast.fisher.block_fisher import BlockFisher, described
+from fisherfast.fisher.blocks.block_collector import BlockCollector
+from fisherfast.fisher.blocks.block_fisher import BlockFisher, described
+from fisherfast.fisher.blocks.eigen_sums import EigenCollector
+from fisherfast.fisher.blocks.exact import ExactBlock
+from fisherfast.fisher.blocks.kronecker import KroneckerBlock, Place
+from fisherfast.fisher.blocks.kronecker_sums import KroneckerSums
+from fisherfast.fisher.blocks.reduced_sums import ReducedSums
 from fisherfast.fisher.counts import Counts
-from fisherfast.fisher.eigen_sums import EigenCollector
-from fisherfast.fisher.exact import ExactBlock
-from fisherfast.fisher.kronecker import KroneckerBlock, Place
-from fisherfast.fisher.kronecker_sums import KroneckerSums
 from fisherfast.fisher.protocol import Damping
-from fisherfast.fisher.reduced_sums import ReducedSums
 from fisherfast.fisher.request import Request
 from fisherfast.rules import Form, Rows
-from fisherfast.tracked import Tracked
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fisherfast.batches import Batch
+from fisherfast.capture.passes import Pass
 from fisherfast.fisher import _arguments
 from fisherfast.fisher.protocol import Provenance
 from fisherfast.likelihood import (
@@ -26,7 +27,6 @@ from fisherfast.likelihood import (
     resolve,
     stored_name,
 )
-from fisherfast.passes import Pass
 
 _LABELS = ("label", "target", "targets", "label_ids")  # what labels are called elsewhere
 

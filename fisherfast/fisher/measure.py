@@ -10,8 +10,10 @@ from typing import Any
 
 from torch import nn
 
-from fisherfast._eager import uncompiled
 from fisherfast.batches import Output
+from fisherfast.capture.eager import uncompiled
+from fisherfast.capture.passes import check_loss_scale
+from fisherfast.capture.train_mode import refuse_train_mode
 from fisherfast.fisher import _arguments
 from fisherfast.fisher.kfac import KFACFisher
 from fisherfast.fisher.labelling import Labelling
@@ -20,9 +22,7 @@ from fisherfast.fisher.parse import Requests, factors_first, needs_basis, parse,
 from fisherfast.fisher.request import Request
 from fisherfast.fisher.run import Explored
 from fisherfast.likelihood import Likelihood
-from fisherfast.passes import check_loss_scale
 from fisherfast.readings import SameReadings
-from fisherfast.train_mode import refuse_train_mode
 
 
 @uncompiled

@@ -11,8 +11,10 @@ from typing import Any
 from torch import nn
 
 from fisherfast.batches import Batch, Output
-from fisherfast.collector import Samples
-from fisherfast.fallback import SampleGradients
+from fisherfast.capture.collector import Samples
+from fisherfast.capture.fallback import SampleGradients
+from fisherfast.capture.passes import Pass
+from fisherfast.capture.train_mode import unwrapped
 from fisherfast.fisher._progress import shown
 from fisherfast.fisher.checkpoint import Checkpoint, digest, digest_of_function, digest_of_weights
 from fisherfast.fisher.diagonal import Diagonal
@@ -23,8 +25,6 @@ from fisherfast.fisher.request import Request
 from fisherfast.fisher.run import Explored, Run, model_name
 from fisherfast.fisher.sample_loop import SampleLoop
 from fisherfast.likelihood import Predictions
-from fisherfast.passes import Pass
-from fisherfast.train_mode import unwrapped
 
 
 class Measurement:

@@ -14,16 +14,16 @@ from fisherfast import _nested
 from fisherfast._error import NonFiniteError
 from fisherfast._names import listed
 from fisherfast.batches import Batch, Output
-from fisherfast.dependence import check_first, check_independent, precision
+from fisherfast.capture.dependence import check_first, check_independent, precision
+from fisherfast.capture.layout import PROBED
+from fisherfast.capture.parameters import measurable
+from fisherfast.capture.train_mode import WithoutChance, refuse_train_mode, unwrapped
 from fisherfast.fisher import _arguments
 from fisherfast.fisher.labelling import Labelling
 from fisherfast.fisher.protocol import Vector
 from fisherfast.fisher.run import model_name
-from fisherfast.layout import PROBED
 from fisherfast.likelihood import Likelihood, Predictions
-from fisherfast.parameters import measurable
 from fisherfast.readings import SameReadings
-from fisherfast.train_mode import WithoutChance, refuse_train_mode, unwrapped
 
 
 class FisherOperator:

@@ -14,21 +14,21 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor, nn
 
-from fisherfast._eager import uncompiled
 from fisherfast.batches import Batch, Output
-from fisherfast.collector import Collector, Cost, Samples
+from fisherfast.capture.collector import Collector, Cost, Samples
+from fisherfast.capture.eager import uncompiled
+from fisherfast.capture.layout import PROBED
+from fisherfast.capture.passes import Pass, Passes, one_position
+from fisherfast.capture.tracked import Tracked
+from fisherfast.capture.train_mode import refuse_train_mode
 from fisherfast.fisher import memory
 from fisherfast.fisher.labelling import Labelling
 from fisherfast.fisher.measurement import Measurement
 from fisherfast.fisher.memory import Held, in_words
 from fisherfast.fisher.parse import Requests, factors_first, needs_basis, parse
 from fisherfast.fisher.run import Run
-from fisherfast.layout import PROBED
 from fisherfast.likelihood import Likelihood, Predictions
-from fisherfast.passes import Pass, Passes, one_position
 from fisherfast.rules import ALL, Elementwise, Form, Rows, Window
-from fisherfast.tracked import Tracked
-from fisherfast.train_mode import refuse_train_mode
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,13 @@ from torch import Tensor, nn
 from fisherfast._error import NonFiniteError
 from fisherfast._names import listed
 from fisherfast._warning import warn
-from fisherfast.calls import Call, Key
-from fisherfast.capture import Capture
-from fisherfast.collector import Collector, Samples
+from fisherfast.capture.calls import Call, Key
+from fisherfast.capture.collector import Collector, Samples
+from fisherfast.capture.mode import Capture
+from fisherfast.capture.passes import Passes
+from fisherfast.capture.tracked import Tracked
+from fisherfast.capture.train_mode import unwrapped
+from fisherfast.capture.uses import Uses
 from fisherfast.fisher import interrupts
 from fisherfast.fisher.counts import Counts
 from fisherfast.fisher.coverage import OPS, Coverage, Stopwatch
@@ -25,10 +29,6 @@ from fisherfast.fisher.engine import Engine
 from fisherfast.fisher.memory import Held, check
 from fisherfast.fisher.protocol import Provenance
 from fisherfast.fisher.request import Request
-from fisherfast.passes import Passes
-from fisherfast.tracked import Tracked
-from fisherfast.train_mode import unwrapped
-from fisherfast.uses import Uses
 
 _MANY = 0.01  # of the gradients of one parameter
 

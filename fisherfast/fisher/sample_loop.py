@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from fisherfast.batches import Batch
-from fisherfast.dependence import check_first
-from fisherfast.fallback import SampleGradients
+from fisherfast.capture.dependence import check_first
+from fisherfast.capture.fallback import SampleGradients
+from fisherfast.capture.tracked import Tracked
 from fisherfast.fisher.forward import Forward
 from fisherfast.fisher.run import Run
 from fisherfast.likelihood import Predictions
-from fisherfast.tracked import Tracked
 
 
 class SampleLoop:

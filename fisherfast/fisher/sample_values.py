@@ -8,7 +8,7 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from fisherfast.collector import Samples
+from fisherfast.capture.collector import Samples
 from fisherfast.fisher._columns import Columns
 from fisherfast.fisher.protocol import layer_of
 from fisherfast.fisher.spread import Spread

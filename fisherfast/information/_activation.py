@@ -12,9 +12,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fisherfast._functional import call_with
 from fisherfast.batches import Batch, Output
+from fisherfast.capture.train_mode import WithoutChance, refuse_train_mode, unwrapped
 from fisherfast.fisher import Fisher
 from fisherfast.information import _checks
-from fisherfast.train_mode import WithoutChance, refuse_train_mode, unwrapped
 
 MAX_NUMBERS = 2**28  # of what is held of one sample: 2 GiB in float64
 _CHUNK_NUMBERS = 2**24  # of what one vectorised backward pass makes

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from fisherfast._error import NonFiniteError
 from fisherfast._functional import call_with
 from fisherfast.batches import Batch, Output
+from fisherfast.capture.train_mode import WithoutChance, refuse_train_mode, unwrapped
 from fisherfast.likelihood import Likelihood, check_model, predictions_of, resolve
-from fisherfast.train_mode import WithoutChance, refuse_train_mode, unwrapped
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 

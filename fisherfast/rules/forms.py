@@ -7,7 +7,7 @@
 * ``Lookup``       ``y = W[ids]``: ids ``[...]``, g ``[..., D]``                        -> ``embedding_sq_``
 * ``Tied``         a table that is looked up and multiplied by: both, and a cross term
 
-The leading axes ``[...]`` hold samples and positions in any layout; ``fisherfast.layout`` finds out which is which.
+The leading axes ``[...]`` hold samples and positions in any layout; ``fisherfast.capture.layout`` finds out which is which.
 """
 
 from __future__ import annotations

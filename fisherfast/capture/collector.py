@@ -9,9 +9,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from fisherfast.calls import Call
+from fisherfast.capture.calls import Call
+from fisherfast.capture.tracked import Tracked
 from fisherfast.rules import Form, Rows, Window
-from fisherfast.tracked import Tracked
 
 
 @dataclass(frozen=True)

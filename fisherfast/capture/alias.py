@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fisherfast.capture.tracked import Made, Tracked
 from fisherfast.rules import Window
-from fisherfast.tracked import Made, Tracked
 
 
 @dataclass(frozen=True)

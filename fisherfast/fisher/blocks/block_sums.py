@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from fisherfast.accumulator import Accumulator, RunningSum
-from fisherfast.collector import Held, Samples
-from fisherfast.fisher.few_rows import FewRows
-from fisherfast.fisher.kronecker import Place
+from fisherfast.capture.collector import Held, Samples
+from fisherfast.capture.tracked import Tracked
+from fisherfast.fisher.blocks.few_rows import FewRows
+from fisherfast.fisher.blocks.kronecker import Place
 from fisherfast.ops.gram import gram_
 from fisherfast.rules import Form, Rows
-from fisherfast.tracked import Tracked
 
 _BAND = 256  # rows that are mirrored at a time: what is copied stays in the caches
 

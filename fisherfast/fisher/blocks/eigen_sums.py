@@ -19,12 +19,12 @@ from torch import Tensor
 
 from fisherfast._precision import wide_dtype
 from fisherfast.accumulator import Accumulator
-from fisherfast.capture import Capture
-from fisherfast.collector import Held, Samples
-from fisherfast.fisher.block_collector import BlockCollector
-from fisherfast.fisher.block_sums import BatchSum, WeightSums
-from fisherfast.fisher.eigen import EigenBlock, eigenbasis, workspace
-from fisherfast.fisher.kronecker import KroneckerBlock, Place
+from fisherfast.capture.collector import Held, Samples
+from fisherfast.capture.mode import Capture
+from fisherfast.fisher.blocks.block_collector import BlockCollector
+from fisherfast.fisher.blocks.block_sums import BatchSum, WeightSums
+from fisherfast.fisher.blocks.eigen import EigenBlock, eigenbasis, workspace
+from fisherfast.fisher.blocks.kronecker import KroneckerBlock, Place
 from fisherfast.ops import _conv as conv
 from fisherfast.ops.conv_sq import conv_sq_
 from fisherfast.ops.embedding_sq import embedding_sq_

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from fisherfast._nested import tensors
+from fisherfast.capture.tracked import Tracked, Unbatched
 from fisherfast.rules import Form, Window
-from fisherfast.tracked import Tracked, Unbatched
 
 Key = tuple[str, Window | None, int, int]  # parameter, part of it, number among the uses of that part, and how many they are
 

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from fisherfast._precision import dtype_name, noise_of_rows
 from fisherfast.accumulator import Accumulator
-from fisherfast.fisher import _graded
 from fisherfast.fisher._ordinary import ordinary
-from fisherfast.fisher.rank import GRAM_NOISE, of_full_rank, zeros
+from fisherfast.fisher.blocks import _graded
+from fisherfast.fisher.blocks.rank import GRAM_NOISE, of_full_rank, zeros
 from fisherfast.ops.kron_log1p_sum import kron_log1p_sum
 from fisherfast.rules import ALL, Entries
 

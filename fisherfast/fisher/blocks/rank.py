@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fisherfast.fisher import _graded
+from fisherfast.fisher.blocks import _graded
 
 _POWERS = 8  # products with a vector, for the bounds of the largest eigenvalue
 GRAM_NOISE = 4  # eps of the products' dtype: what is zero in a Gram matrix came out as 0.65 at most, of 5 to 2,000 columns

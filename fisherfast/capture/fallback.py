@@ -19,8 +19,8 @@ from torch.func import grad, vmap
 
 from fisherfast._functional import call_with
 from fisherfast.batches import Batch, Output
-from fisherfast.tracked import Tracked
-from fisherfast.train_mode import WithoutChance, unwrapped
+from fisherfast.capture.tracked import Tracked
+from fisherfast.capture.train_mode import WithoutChance, unwrapped
 
 _BUDGET = 2**28  # bytes of sample gradients at a time
 _MOST = 16  # samples at a time: activations are held too

@@ -15,10 +15,10 @@ from typing import Any
 
 from torch import Tensor
 
-from fisherfast.calls import Call, CallUse
+from fisherfast.capture.calls import Call, CallUse
+from fisherfast.capture.tracked import Tracked
 from fisherfast.fisher.protocol import layer_of
 from fisherfast.rules import ALL, Convolution, Elementwise, Entries, Form, Lookup, MatMul, Window
-from fisherfast.tracked import Tracked
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fisherfast.calls import Call, CallUse, Key, graph
+from fisherfast.capture.calls import Call, CallUse, Key, graph
+from fisherfast.capture.tracked import Made, Tracked, Unbatched
 from fisherfast.rules import Window
-from fisherfast.tracked import Made, Tracked, Unbatched
 
 
 @dataclass(frozen=True, eq=False)

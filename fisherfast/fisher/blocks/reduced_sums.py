@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from fisherfast._precision import wide
-from fisherfast.collector import Samples
-from fisherfast.fisher.kronecker import Place
-from fisherfast.fisher.kronecker_sums import KroneckerSums, existing
+from fisherfast.capture.collector import Samples
+from fisherfast.fisher.blocks.kronecker import Place
+from fisherfast.fisher.blocks.kronecker_sums import KroneckerSums, existing
 from fisherfast.rules import Convolution, Form, Lookup, Rows
 
 

@@ -17,16 +17,16 @@ from torch import Tensor
 
 from fisherfast._precision import wide_name
 from fisherfast.accumulator import Accumulator
-from fisherfast.calls import Call, in_parts
-from fisherfast.capture import Capture
-from fisherfast.collector import Cost, Held, Samples
-from fisherfast.fisher import units
-from fisherfast.fisher.block_sums import BlockSums, DiagonalSums, GradientSums, WeightSums
-from fisherfast.fisher.exact_sums import ExactSums
-from fisherfast.fisher.kronecker import Place
-from fisherfast.fisher.units import Unit
+from fisherfast.capture.calls import Call, in_parts
+from fisherfast.capture.collector import Cost, Held, Samples
+from fisherfast.capture.mode import Capture
+from fisherfast.capture.tracked import Tracked
+from fisherfast.fisher.blocks import units
+from fisherfast.fisher.blocks.block_sums import BlockSums, DiagonalSums, GradientSums, WeightSums
+from fisherfast.fisher.blocks.exact_sums import ExactSums
+from fisherfast.fisher.blocks.kronecker import Place
+from fisherfast.fisher.blocks.units import Unit
 from fisherfast.rules import Convolution, Form, Lookup, Rows, Window
-from fisherfast.tracked import Tracked
 
 _ROUNDED = 1e-2  # sums of the same numbers differ by less, though some were rounded to 16 bits
 

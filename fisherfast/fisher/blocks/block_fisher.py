@@ -18,9 +18,9 @@ from fisherfast.accumulator import Accumulator
 from fisherfast.fisher import _arguments, _logdet, _pooling, serialize
 from fisherfast.fisher._ordinary import ordinary
 from fisherfast.fisher._plot import Plotted
+from fisherfast.fisher.blocks.exact import ExactBlock
+from fisherfast.fisher.blocks.kronecker import Place
 from fisherfast.fisher.counts import Counts, Measured
-from fisherfast.fisher.exact import ExactBlock
-from fisherfast.fisher.kronecker import Place
 from fisherfast.fisher.protocol import Damping, LayerSummary, Spectrum, Vector, layer_of
 from fisherfast.rules import ALL
 

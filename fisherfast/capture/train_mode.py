@@ -13,8 +13,8 @@ from torch.overrides import TorchFunctionMode
 
 from fisherfast._names import listed
 from fisherfast._nested import tensors
-from fisherfast._under_way import under_way
 from fisherfast._warning import warn
+from fisherfast.capture.under_way import under_way
 
 # By function: the positions of the probability and of the training flag, and their defaults.
 _DROPOUTS: dict[Any, tuple[int, int, float, bool]] = {

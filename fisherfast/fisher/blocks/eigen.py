@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from fisherfast.accumulator import Accumulator
-from fisherfast.fisher import _graded, _logdet
-from fisherfast.fisher.kronecker import KroneckerBlock, Place, rotated
+from fisherfast.fisher import _logdet
+from fisherfast.fisher.blocks import _graded
+from fisherfast.fisher.blocks.kronecker import KroneckerBlock, Place, rotated
 
 _CHUNK_BYTES = 2**24  # of matrices that are decomposed in one call
 # What is next to nothing beside the largest: in a basis of few rows' span a projection of so many eps, and where the basis's factor

@@ -18,14 +18,14 @@ import torch
 from torch import Tensor
 
 from fisherfast._precision import wide, wide_dtype
-from fisherfast.calls import Call, CallUse, Key, graph
-from fisherfast.capture import Capture, Listener
-from fisherfast.collector import Receiver
-from fisherfast.layout import PROBED, UNKNOWN, Finding, Sightings, Tags
-from fisherfast.locator import Locator
+from fisherfast.capture.calls import Call, CallUse, Key, graph
+from fisherfast.capture.collector import Receiver
+from fisherfast.capture.layout import PROBED, UNKNOWN, Finding, Sightings, Tags
+from fisherfast.capture.locator import Locator
+from fisherfast.capture.mode import Capture, Listener
+from fisherfast.capture.tracked import Tracked
+from fisherfast.capture.uses import Uses
 from fisherfast.rules import Form, Rows, Window, combines, joined
-from fisherfast.tracked import Tracked
-from fisherfast.uses import Uses
 
 Group = tuple[str, Window | None]  # a parameter, or a part of it
 _MOST_CHAINED, _CHAINED_BYTES = 16, 2**26  # samples, and bytes of their gradients, at a time

@@ -25,19 +25,19 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from fisherfast._eager import EAGER
 from fisherfast._nested import replaced, tensors
-from fisherfast._under_way import Given, under_way
 from fisherfast._warning import warn
-from fisherfast.alias import Alias, Aliases, is_part, keeps_derivative
-from fisherfast.calls import Call, CallUse, Decisions, Key, Site, Tap, graph, nodes, writable
-from fisherfast.chosen_rows import ChosenRows
-from fisherfast.layout import Layout
-from fisherfast.parameters import measurable
+from fisherfast.capture.alias import Alias, Aliases, is_part, keeps_derivative
+from fisherfast.capture.calls import Call, CallUse, Decisions, Key, Site, Tap, graph, nodes, writable
+from fisherfast.capture.chosen_rows import ChosenRows
+from fisherfast.capture.eager import EAGER
+from fisherfast.capture.layout import Layout
+from fisherfast.capture.parameters import measurable
+from fisherfast.capture.tracked import Made, Tracked
+from fisherfast.capture.train_mode import CHANCE, DRAWING, Draws, is_parameter, refused_chance, undivided, unwrapped
+from fisherfast.capture.under_way import Given, under_way
+from fisherfast.capture.uses import Uses, number
 from fisherfast.rules import DECOMPOSITIONS, RULES, Use, Window, part
-from fisherfast.tracked import Made, Tracked
-from fisherfast.train_mode import CHANCE, DRAWING, Draws, is_parameter, refused_chance, undivided, unwrapped
-from fisherfast.uses import Uses, number
 
 _GRAD = vars(torch._C.TensorBase)["grad"]
 _DATA = vars(torch._C.TensorBase)["data"]

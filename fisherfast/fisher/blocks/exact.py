@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from fisherfast.accumulator import Accumulator
-from fisherfast.fisher import _graded, _logdet
+from fisherfast.fisher import _logdet
 from fisherfast.fisher._ordinary import ordinary
-from fisherfast.fisher.kronecker import Place, finite
-from fisherfast.fisher.rank import of_full_rank
+from fisherfast.fisher.blocks import _graded
+from fisherfast.fisher.blocks.kronecker import Place, finite
+from fisherfast.fisher.blocks.rank import of_full_rank
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from fisherfast.train_mode import unwrapped
+from fisherfast.capture.train_mode import unwrapped
 
 
 def measurable(model: nn.Module) -> dict[str, nn.Parameter]:

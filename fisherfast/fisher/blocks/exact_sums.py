@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from fisherfast._precision import wide, wide_name
-from fisherfast.collector import Held, Samples
-from fisherfast.fisher.block_sums import BatchSum, GradientSums, mirrored
-from fisherfast.fisher.exact import ExactBlock, Flat
+from fisherfast.capture.collector import Held, Samples
+from fisherfast.capture.tracked import Tracked
+from fisherfast.fisher.blocks.block_sums import BatchSum, GradientSums, mirrored
+from fisherfast.fisher.blocks.exact import ExactBlock, Flat
 from fisherfast.ops.gram import gram_
 from fisherfast.rules import Form, Rows
-from fisherfast.tracked import Tracked
 
 
 class ExactSums(GradientSums):
