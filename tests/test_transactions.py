@@ -259,17 +259,32 @@ def test_a_signal_waits_until_its_batch_is_counted(checkpointed, number, handled
         torch.testing.assert_close(ff.load(path).diagonal(), expected)
 
 
-def test_a_second_signal_does_not_wait_and_leaves_no_result(handled):
+def test_a_third_signal_does_not_wait_and_leaves_no_result(handled, capfd):
     model, x, y = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)), torch.randn(6, 4), torch.arange(6) % 3
-    signals = [signal.SIGALRM, signal.SIGALRM]
+    signals = [signal.SIGALRM] * 3
     with ff.collect(model, "diagonal") as stats:
         stats.backward(nn.functional.cross_entropy(model(x), y, reduction="none"))
         model[1].register_forward_hook(lambda module, args, out: Signals.apply(out, signals))
         with pytest.raises(TimeoutError) as caught:
             stats.backward(nn.functional.cross_entropy(model(x), y, reduction="none"))
     assert not hasattr(caught.value, "fisher")
+    assert "once more stops at once" in capfd.readouterr().err
     with pytest.raises(RuntimeError, match="must be counted to its end"):
         stats.result()
+
+
+def test_a_second_signal_waits_and_says_so(handled, capfd):
+    model, x, y = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)), torch.randn(6, 4), torch.arange(6) % 3
+    expected = measure(model, [(x, y)], "diagonal").diagonal()
+    with ff.collect(model, "diagonal") as stats:
+        stats.backward(nn.functional.cross_entropy(model(x), y, reduction="none"))
+        signals = [signal.SIGINT, signal.SIGINT]
+        model[1].register_forward_hook(lambda module, args, out: Signals.apply(out, signals))
+        with pytest.raises(KeyboardInterrupt) as caught:
+            stats.backward(nn.functional.cross_entropy(model(x), y, reduction="none"))
+    assert caught.value.fisher.num_samples == 12
+    assert "once more stops at once" in capfd.readouterr().err
+    torch.testing.assert_close(caught.value.fisher.diagonal(), expected)
 
 
 def test_an_error_says_that_a_part_of_its_batch_may_have_counted():

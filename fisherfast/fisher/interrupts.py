@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import signal
+import sys
 import threading
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from types import FrameType
@@ -17,19 +19,25 @@ _NUMBERS = [getattr(signal, name) for name in _NAMES if hasattr(signal, name)]
 
 @contextmanager
 def put_off(tear: Callable[[], None]) -> Iterator[None]:
-    """Have handlers of signals wait until the block is over. A second signal of a kind does not wait; ``tear`` hears of it if that raises.
+    """Have handlers of signals wait until the block is over. The second signal of a kind is told so, the third does not wait; ``tear``
+    hears of it if that raises.
 
     In other threads, which get no signals, it does nothing.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    came: dict[int, FrameType | None] = {}
+    came: dict[int, list[FrameType | None]] = defaultdict(list)
     handlers: dict[int, _Handler] = {number: one for number in _NUMBERS if callable(one := signal.getsignal(number))}
 
     def note(number: int, frame: FrameType | None) -> None:
-        if number not in came:
-            came[number] = frame
+        came[number].append(frame)
+        if len(came[number]) == 2:
+            print(
+                f"fisherfast: waits for the end of this batch; once more stops at once, and what was measured is lost ({signal.Signals(number).name})",
+                file=sys.stderr,
+            )
+        if len(came[number]) < 3:
             return
         del came[number]  # its handler has its turn now
         try:
@@ -40,7 +48,7 @@ def put_off(tear: Callable[[], None]) -> Iterator[None]:
 
     def deliver(number: int) -> None:
         if number in came:
-            handlers[number](number, came[number])
+            handlers[number](number, came[number][0])
 
     with ExitStack() as afterwards:  # every handler is put back, then every signal delivered, whatever another one raises
         for number in handlers:

@@ -231,7 +231,7 @@ class Run:
         """What has been accumulated so far, for each structure. Errors: RuntimeError if a batch was broken off while it was counted."""
         if self._torn:
             raise RuntimeError(
-                f"batch {self.batches}: must be counted to its end, got an error or a second signal in between, so that sums may hold what their "
+                f"batch {self.batches}: must be counted to its end, got an error or a third signal in between, so that sums may hold what their "
                 "weights lack; measure again, from a checkpoint if there is one"
             )
         aliases = {alias: name for alias, name in self.capture.aliases.items() if name in self.capture.tracked}
