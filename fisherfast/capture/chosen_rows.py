@@ -87,16 +87,15 @@ class ChosenRows:
 
     def _of_many_lengths(self, parts: list[Tensor], out: Tensor, axis: int) -> bool:
         """Whether as many tensors as there are samples, of several lengths, were put one after the other: sequences of their own
-        lengths, and not tensors of all samples, which have them along another axis.
+        lengths, and not tensors of all samples, which have these along their first axis.
         """
         N = self._num_samples
         enough = len(parts) >= _FEWEST if N is None else len(parts) == N > 1
         if not enough or out.dim() < 2 or any(part.dim() != out.dim() for part in parts):
             return False
-        axis %= out.dim()
-        # The last axis is one of features; where N is not known, it is taken to come before what is joined.
-        others = range(axis) if N is None else (other for other in range(out.dim() - 1) if other != axis)
-        if any(out.shape[other] > 1 if N is None else out.shape[other] == N for other in others):
+        first = out.shape[0]
+        # Of two axes the first may be one of features as well.
+        if axis % out.dim() and out.dim() > 2 and (first > 1 if N is None else first == N):
             return False
         return any(len({part.shape[axis] for part in parts}) > 1 for axis in range(out.dim()))
 
