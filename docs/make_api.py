@@ -16,7 +16,7 @@ import fisherfast as ff
 PAGE = Path(__file__).parent / "api.md"
 
 SECTIONS = {
-    "Measure": "fisher collect plan load compare backend ops rule rules",
+    "Measure": "fisher collect plan load load_with_extra compare backend ops rule rules",
     "What to measure": "Diagonal KFAC EKFAC Gram PerSampleNorm GradientMoments",
     "Likelihoods": "Categorical CausalLM Bernoulli Gaussian LogLikelihood",
     "Results": "DiagonalFisher KFACFisher EKFACFisher GramFisher SampleNorms SampleMoments FisherOperator spectral_density SpectralDensity "

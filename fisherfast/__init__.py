@@ -21,6 +21,7 @@ from fisherfast.fisher import (
     SampleNorms,
     Spectrum,
     load,
+    load_with_extra,
 )
 from fisherfast.fisher.collect import collect
 from fisherfast.fisher.diagonal import Diagonal
@@ -152,6 +153,7 @@ __all__ = [
     "information_in_weights",
     "input_fisher",
     "load",
+    "load_with_extra",
     "mean_loss",
     "measured_complexity",
     "ops",

@@ -276,3 +276,24 @@ def test_a_name_as_long_as_the_file_system_takes(tmp_path):
     path = tmp_path / ("n" * 243 + ".safetensors")
     example().save(path)
     assert load(path).num_samples == example().num_samples
+
+
+@pytest.mark.parametrize("structure", ["diagonal", "kfac", "ekfac", "gram"])
+def test_a_copy_on_a_device_is_what_a_file_gives_and_shares_nothing(structure, tmp_path):
+    data = [(torch.randn(6, 3), torch.randint(0, 2, (6,)))]
+    F = ff.fisher(
+        torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2)),
+        data,
+        structure=structure,
+        progress=False,
+    )
+    moved = F.to("cpu")
+    F.save(tmp_path / "fisher.safetensors")
+    states = [one.state() for one in (F, moved, load(tmp_path / "fisher.safetensors"))]
+    for tensors, fields in states[1:]:
+        assert json.dumps(fields) == json.dumps(states[0][1])
+        assert all(torch.equal(tensor, tensors[name]) for name, tensor in states[0][0].items())
+    pointers = [{tensor.data_ptr() for tensor in tensors.values() if tensor.numel()} for tensors, _ in states]
+    assert not pointers[0] & pointers[1]
+    with pytest.raises(ValueError, match="to: device must be one of this machine's"):
+        F.to("cuda:77")

@@ -115,6 +115,10 @@ class Counted:
         """``sum([F1, F2])`` begins with 0."""
         return self if other == 0 and isinstance(other, int) else NotImplemented
 
+    def to(self: serialize.Stored, device: str | torch.device) -> serialize.Stored:
+        """A copy on another device, as a file of it would be read there. Errors: ValueError for a device that is not here."""
+        return serialize.moved(self, str(device))
+
     def save(self: serialize.Storable, path: str | os.PathLike[str], *, extra: Mapping[str, str] | None = None) -> None:
         """Write to a safetensors file, whole or not at all; ``fisherfast.load`` reads it back bit by bit."""
         serialize.save(self, path, extra)

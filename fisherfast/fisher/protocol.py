@@ -192,5 +192,8 @@ class Fisher(Protocol):
     def all_reduce(self, group: dist.ProcessGroup | None = None) -> Any:
         """Pool the data of all ranks, in place on every rank; returns self."""
 
+    def to(self, device: str | torch.device) -> Any:
+        """A copy on another device."""
+
     def save(self, path: str | os.PathLike[str], *, extra: Mapping[str, str] | None = None) -> None:
         """Write to a safetensors file, whole or not at all."""

@@ -47,6 +47,7 @@ class Storable(Protocol):
         """The object whose ``state`` this is."""
 
 
+Stored = TypeVar("Stored", bound=Storable)
 _STRUCTURES: dict[str, type[Storable]] = {}
 _Class = TypeVar("_Class", bound=type[Storable])
 
@@ -123,6 +124,16 @@ def save(fisher: Storable, path: str | os.PathLike[str], extra: Mapping[str, str
     _write_whole(path, tensors, metadata)
 
 
+@ordinary
+def moved(fisher: Stored, device: str) -> Stored:
+    """What a file of ``fisher`` would give on another device."""
+    _check_device("to", device)
+    tensors, fields = fisher.state()
+    copies = {name: tensor.detach().to(device, copy=True) for name, tensor in tensors.items()}
+    again: Stored = type(fisher).from_state(copies, json.loads(json.dumps(fields)))
+    return again
+
+
 def remove_unfinished(path: Path) -> None:
     """Remove what processes that were killed while they wrote ``path`` have left beside it."""
     for left in path.parent.glob(f".{glob.escape(path.name[:200])}.{'[0-9a-f]' * 8}.tmp"):
@@ -164,7 +175,7 @@ def load(path: str | os.PathLike[str], device: str = "cpu") -> Any:
 def load_with_extra(path: str | os.PathLike[str], device: str = "cpu") -> tuple[Any, dict[str, str]]:
     """``load`` and the ``extra`` strings given to ``save``: what a checkpoint needs to go on. Errors: as ``load``."""
     path = Path(path)
-    _check_device(device)
+    _check_device("load", device)
     if path.is_dir():
         raise _bad(path, "it is a folder")
     try:
@@ -181,12 +192,12 @@ def load_with_extra(path: str | os.PathLike[str], device: str = "cpu") -> tuple[
     return _STRUCTURES[metadata["structure"]].from_state(tensors, fields), json.loads(metadata["extra"])
 
 
-def _check_device(device: str) -> None:
+def _check_device(caller: str, device: str) -> None:
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # the latter where torch was built without CUDA
         reason = str(error).partition("\n")[0]
-        raise ValueError(f"load: device must be one of this machine's, got {str(device)!r} ({reason}); pass 'cpu'") from error
+        raise ValueError(f"{caller}: device must be one of this machine's, got {str(device)!r} ({reason}); pass 'cpu'") from error
 
 
 def _check_readable(path: Path, metadata: Mapping[str, str]) -> None:
