@@ -101,6 +101,27 @@ def test_chance_in_the_model_is_refused_without_a_graph_too():
         model.train()(torch.randn(N, I).double())
 
 
+class Method(nn.Module):
+    """Its own method drops entries of the input, before any parameter."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(I, C)
+
+    def forward(self, x):
+        return self.layer(F.dropout(x, 0.5, True))
+
+    def other(this, x):
+        return this.layer(F.dropout(x, 0.5, True))
+
+
+@pytest.mark.parametrize("call", [Method.forward, Method.other])
+def test_chance_in_a_method_that_is_called_by_its_name_is_refused(call):
+    model = Method().eval()
+    with ff.collect(model, "diagonal"), pytest.raises(ValueError, match="model: must not draw dropout"):
+        call(model, torch.randn(N, I))
+
+
 def selective(policy):
     return lambda: create_selective_checkpoint_contexts(lambda ctx, op, *_, **__: policy)
 

@@ -2,6 +2,7 @@
 """Fishers of parts pool to the Fisher of the whole, in one process and over ranks; unlike measurements are refused."""
 
 import itertools
+import math
 import os
 import subprocess
 import sys
@@ -269,6 +270,31 @@ def test_all_reduce_equals_pooling(tmp_path):
         ).read_text() == f"all_reduce: fisher_type must be the same on all ranks, got {kind!r} here; measure them alike"
     for rank in range(2):
         assert "structure must be the same on all ranks" in (tmp_path / f"gram{rank}").read_text()
+
+
+RANKS_OF_DTYPES = """
+    import sys, torch, torch.distributed as dist, fisherfast as ff
+    from torch import nn
+
+    rank, folder = int(sys.argv[1]), sys.argv[2]
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4)), torch.randn(40, 6)
+    with torch.autocast("cpu", torch.bfloat16, enabled=rank == 0):
+        K = ff.fisher(model, [(x[20 * rank : 20 * rank + 20], None)], ff.KFAC(max_exact_dim=0), "exact", progress=False)
+    K.all_reduce().save(f"{folder}/dtypes{rank}")
+    dist.destroy_process_group()
+"""
+
+
+def test_ranks_that_measured_in_several_precisions_have_one_answer(tmp_path):
+    run_ranks(RANKS_OF_DTYPES, tmp_path)
+    first, second = (load(tmp_path / f"dtypes{rank}") for rank in range(2))
+    assert [block.place.of_g for block in first.blocks] == [block.place.of_g for block in second.blocks] == ["bfloat16"] * 2
+    for one, other in zip(first.spectra(), second.spectra(), strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one.factors, other.factors, strict=True))
+    with pytest.warns(ff.FisherWarning):
+        assert first.logdet() == second.logdet() == -math.inf
 
 
 RANK_WITH_ROWS = """

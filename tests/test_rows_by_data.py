@@ -368,6 +368,56 @@ def test_a_table_of_positions_a_prompt_and_a_list_of_features_choose_no_rows(cha
             torch.testing.assert_close(found[layer][0], A, rtol=1e-9, atol=1e-12, msg=lambda text, c=case: f"{c}: {text}")
 
 
+class PackedWithTable(nn.Module):
+    """Rows chosen by a mask, to which others are added that a table has for them: where they lie is still the data's choice."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.inner, self.head = nn.Embedding(T, I), nn.Linear(I, D), nn.Linear(D, C)
+
+    def forward(self, x, lengths):
+        mask = torch.arange(T) < lengths[:, None]
+        place, owner = (t.expand(len(x), T)[mask] for t in (torch.arange(T), torch.arange(len(x))[:, None]))
+        rows = self.head(self.inner(x[mask] + self.table(place)).tanh())
+        return rows.new_zeros(len(x), C).index_add(0, owner, rows)
+
+
+class HeadsFirst(nn.Module):
+    """Sequences of their own lengths put one after the other, behind an axis as long as the batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.head = nn.Linear(I, D), nn.Linear(D, C)
+
+    def forward(self, x, lengths):
+        rows = torch.cat([x[n, :length].expand(N, length, I) for n, length in enumerate(lengths.tolist())], 1)
+        return self.head(torch.stack([own.mean((0, 1)) for own in self.inner(rows).tanh().split(lengths.tolist(), 1)]))
+
+
+class ListBehindEllipsis(nn.Module):
+    """The rows of all samples in the order of a list, behind an ellipsis that stands for nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.head = nn.Linear(I, D), nn.Linear(D, C)
+
+    def forward(self, x, lengths):
+        order = sorted(range(len(x) * T), key=lambda row: (row // T * 7 + int(lengths[row // T])) % 5 * 100 + row)
+        rows = self.inner(x.flatten(0, 1)[..., order, :]).tanh()
+        back = [order.index(row) for row in range(len(order))]
+        return self.head(rows[..., back, :].unflatten(0, (len(x), T)).mean(1))
+
+
+@pytest.mark.parametrize("model", [PackedWithTable, HeadsFirst, ListBehindEllipsis])
+def test_rows_that_data_may_have_chosen_are_looked_at_in_every_batch(model):
+    """The third batch is the first of another layout, and no look is due in it."""
+    model, lengths = model().double(), [[T] * N, [T] * N, [1, 3, 4, 4], [T] * N]
+    batches = [((torch.randn(N, T, I).double(), torch.tensor(one)), torch.randint(C, (N,))) for one in lengths]
+    found = ff.fisher(model, batches, fisher_type="empirical", progress=False).diagonal(dtype=torch.float64)
+    for parameter, gradients in sample_gradients(model, batches).items():
+        torch.testing.assert_close(found[parameter], gradients.square().mean(0), rtol=1e-6, atol=1e-12)
+
+
 def test_chosen_rows_behind_an_axis_of_one_are_no_positions():
     """An expert that gets its rows as a batch of one: those of padding are left out, in a batch of one sample too."""
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fisherfast._nested import tensors
+from fisherfast.capture.chosen_rows import Chosen
 from fisherfast.capture.tracked import Tracked, Unbatched
 from fisherfast.rules import Form, Window
 
@@ -56,8 +57,13 @@ class CallUse:
     picks: tuple[int, ...]
     inputs: tuple[int, ...] = ()  # which tensors they are: a number for each; autograd sees to it that nobody changes them
     key: Key = ("", None, 0, 0)
-    gathered: bool = False  # its rows were chosen by what the data holds
+    chosen: Chosen = Chosen.NO  # whether its rows were by what the data holds
     differentiated: bool = True  # whether autograd can differentiate it, too
+
+    @property
+    def gathered(self) -> bool:
+        """Whether data surely chose its rows: those without a gradient may be padding."""
+        return self.chosen is Chosen.YES
 
     @property
     def window(self) -> Window | None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import itertools
 import weakref
+from collections.abc import Iterable
+from enum import IntEnum
 from typing import Any
 
 import torch
@@ -40,64 +42,78 @@ _ELEMENTWISE = _both("add", "sub", "subtract", "mul", "multiply", "div", "divide
 }
 
 
+class Chosen(IntEnum):
+    """Whether data chose the rows of a tensor.
+
+    Where it is possible, and nothing shows it, the rows are tagged in every batch like those that were; as to padding they are like
+    rows that were not: those without a gradient are inputs.
+    """
+
+    NO = 0
+    POSSIBLY = 1
+    YES = 2
+
+
 class ChosenRows:
     """The tensors of one forward pass that hold such rows; ``num_samples``: of the batch, where known."""
 
     def __init__(self, num_samples: int | None) -> None:
         self._num_samples = num_samples
-        self._known: dict[int, weakref.ref[Tensor]] = {}
+        self._known: dict[int, tuple[weakref.ref[Tensor], Chosen]] = {}
 
-    def __bool__(self) -> bool:
-        return bool(self._known)
+    def of(self, leaves: Iterable[Any]) -> Chosen:
+        """Of the tensors the one that data chose most surely."""
+        return max(map(self._of, leaves), default=Chosen.NO) if self._known else Chosen.NO
 
-    def __contains__(self, leaf: Any) -> bool:
-        known = self._known.get(id(leaf))
-        return known is not None and known() is leaf
+    def _of(self, leaf: Any) -> Chosen:
+        known, chosen = self._known.get(id(leaf), (None, Chosen.NO))
+        return chosen if known is not None and known() is leaf else Chosen.NO
 
-    def add(self, tensor: Tensor) -> None:
-        """Note that the rows of a tensor were chosen by data."""
-        self._known[id(tensor)] = weakref.ref(tensor)
+    def add(self, tensor: Tensor, chosen: Chosen) -> None:
+        """Note it of a tensor."""
+        if chosen:
+            self._known[id(tensor)] = weakref.ref(tensor), chosen
+        else:
+            self._known.pop(id(tensor), None)
 
     def follow(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
         """Note the outputs of a function that is given such rows, or chooses rows by data itself."""
         if func in _SCATTERS or not (self._known or func in _GATHERS or func in _SLOTS or func in _JOINS):
             return
         leaves = list(tensors((args, kwargs)))
-        if func in _ELEMENTWISE and isinstance(out, Tensor) and self._placed(leaves, out):
-            self._known.pop(id(out), None)  # written in place
-            return
-        if func in _JOINS:
-            by_data = self._of_many_lengths(leaves, out, _axis(func, args, kwargs))
-        elif func in _SLOTS:
-            by_data = any(not leaf.is_floating_point() and leaf.dtype != torch.bool for leaf in leaves[1:])
+        given = self.of(leaves)
+        if func in _SLOTS:
+            filled = any(not leaf.is_floating_point() and leaf.dtype != torch.bool for leaf in leaves[1:])
+            given, here = Chosen.NO, Chosen.YES if filled else Chosen.NO
             out = args[0] if out is None else out
+        elif func in _JOINS:
+            here = self._of_many_lengths(leaves, out, _axis(func, args, kwargs))
         else:
-            listed = func is Tensor.__getitem__ and any(isinstance(leaf, list) for leaf in _leading(args[1]))
-            by_data = func in _GATHERS and (listed or any(not leaf.is_floating_point() for leaf in leaves))
-        if by_data or (func not in _SLOTS and any(leaf in self for leaf in leaves)):
+            here = _picked(func, args, leaves) if func in _GATHERS else Chosen.NO
+        if given and func in _ELEMENTWISE and isinstance(out, Tensor) and self._placed(leaves, out):
+            given = Chosen.POSSIBLY
+        if chosen := max(given, here):
             for tensor in tensors(out):
-                if tensor.is_floating_point():
-                    self.add(tensor)
+                self.add(tensor, chosen)
 
     def _placed(self, leaves: list[Tensor], out: Tensor) -> bool:
-        """Whether numbers computed entry by entry lie where those of an operand lie whose rows nothing has chosen: a hidden state to
-        which a table's rows were added, or scores.
+        """Whether numbers computed entry by entry may lie where those of an operand lie whose rows nothing has chosen: a hidden state
+        to which a table's rows were added, or scores.
         """
-        return any(leaf.grad_fn is not None and leaf.shape == out.shape and leaf not in self for leaf in leaves)
+        return any(leaf.grad_fn is not None and leaf.shape == out.shape and not self._of(leaf) for leaf in leaves)
 
-    def _of_many_lengths(self, parts: list[Tensor], out: Tensor, axis: int) -> bool:
+    def _of_many_lengths(self, parts: list[Tensor], out: Tensor, axis: int) -> Chosen:
         """Whether as many tensors as there are samples, of several lengths, were put one after the other: sequences of their own
-        lengths, and not tensors of all samples, which have these along their first axis.
+        lengths, or tensors of all samples, which have these along their first axis.
         """
         N = self._num_samples
         enough = len(parts) >= _FEWEST if N is None else len(parts) == N > 1
         if not enough or out.dim() < 2 or any(part.dim() != out.dim() for part in parts):
-            return False
-        first = out.shape[0]
-        # Of two axes the first may be one of features as well.
-        if axis % out.dim() and out.dim() > 2 and (first > 1 if N is None else first == N):
-            return False
-        return any(len({part.shape[axis] for part in parts}) > 1 for axis in range(out.dim()))
+            return Chosen.NO
+        if all(len({part.shape[axis] for part in parts}) == 1 for axis in range(out.dim())):
+            return Chosen.NO
+        of_all = axis % out.dim() > 0 and (out.shape[0] > 1 if N is None else out.shape[0] == N)
+        return Chosen.POSSIBLY if of_all else Chosen.YES
 
 
 def _axis(func: Any, args: Any, kwargs: Any) -> int:
@@ -107,7 +123,13 @@ def _axis(func: Any, args: Any, kwargs: Any) -> int:
     return int(kwargs.get("dim", kwargs.get("axis", args[1] if len(args) > 1 else 0)))
 
 
-def _leading(index: Any) -> list[Any]:
-    """The entries of an index before its ellipsis: those behind it choose features, or one position of every sample."""
+def _picked(func: Any, args: Any, leaves: list[Tensor]) -> Chosen:
+    """Whether rows are looked up by numbers; those in a list behind an ellipsis may choose features, or one position of every sample."""
+    if any(not leaf.is_floating_point() for leaf in leaves[1:]):  # the first is what they are picked from
+        return Chosen.YES
+    index = args[1] if func is Tensor.__getitem__ else None
     entries = index if isinstance(index, tuple) else (index,)
-    return list(itertools.takewhile(lambda entry: entry is not Ellipsis, entries))
+    if not any(isinstance(entry, list) for entry in entries):
+        return Chosen.NO
+    before = itertools.takewhile(lambda entry: entry is not Ellipsis, entries)
+    return Chosen.YES if any(isinstance(entry, list) for entry in before) else Chosen.POSSIBLY

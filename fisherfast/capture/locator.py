@@ -50,7 +50,7 @@ class Locator:
         if N == 1:
             return set(), set()
         uses = list(uses)
-        self.scattered |= {use.key for use in uses if use.gathered}  # a layout that rows chosen by data seem to have is none
+        self.scattered |= {use.key for use in uses if use.chosen}  # a layout that rows chosen by data seem to have is none
         known = {use.key for use in uses if use.key in self._capture.layouts} - self.scattered
         return {use.key for use in uses} - known, self._due(known, N)
 

@@ -29,13 +29,13 @@ from fisherfast._nested import replaced, tensors
 from fisherfast._warning import warn
 from fisherfast.capture.alias import Alias, Aliases, is_part, keeps_derivative
 from fisherfast.capture.calls import Call, CallUse, Decisions, Key, Site, Tap, graph, nodes, writable
-from fisherfast.capture.chosen_rows import ChosenRows
+from fisherfast.capture.chosen_rows import Chosen, ChosenRows
 from fisherfast.capture.eager import EAGER
 from fisherfast.capture.layout import Layout
 from fisherfast.capture.parameters import measurable
 from fisherfast.capture.tracked import Made, Tracked
 from fisherfast.capture.train_mode import CHANCE, DRAWING, Draws, is_parameter, refused_chance, undivided, unwrapped
-from fisherfast.capture.under_way import Given, under_way
+from fisherfast.capture.under_way import Given, runs
 from fisherfast.capture.uses import Uses, number
 from fisherfast.rules import DECOMPOSITIONS, RULES, Use, Window, part
 
@@ -202,8 +202,8 @@ class Capture(TorchFunctionMode):
         return out
 
     def _concerns(self, given: Any) -> bool:
-        """Whether a call is the measured model's: a module of it is running, or a tensor that it was given depends on a parameter."""
-        if under_way(self._root):
+        """Whether a call is the measured model's: a method of it is running, or a tensor that it was given depends on a parameter."""
+        if runs(self._root):
             return True
         leaves = {id(leaf) for t in self.tracked.values() for leaf in t.leaves}
 
@@ -245,10 +245,9 @@ class Capture(TorchFunctionMode):
         stand_ins = {id(r.tensor): r.stand_in(r.tracked.differentiated) for r in found}
         args, kwargs = replaced(args, stand_ins), replaced(kwargs, stand_ins)
         out = func(*args, **kwargs)
-        gathered = bool(self._chosen) and any(tensor in self._chosen for tensor in tensors((args, kwargs)))
-        tapped = self._tapped(out, uses, gathered, (args, kwargs), site)
-        if gathered:
-            self._chosen.add(tapped)
+        chosen = self._chosen.of(tensors((args, kwargs)))
+        tapped = self._tapped(out, uses, chosen, (args, kwargs), site)
+        self._chosen.add(tapped, chosen)
         return tapped
 
     def _covered(self, func: Any, args: Any, kwargs: Any, found: list[Alias]) -> list[Use] | None:
@@ -326,7 +325,7 @@ class Capture(TorchFunctionMode):
                 made = Made(_name(func), out, sources, _structure(func, found))
                 self._aliases.add(Alias(out, made, version=out._version))
 
-    def _tapped(self, out: Tensor, uses: list[Use], gathered: bool, given: Any, site: Site | None) -> Tensor:
+    def _tapped(self, out: Tensor, uses: list[Use], chosen: Chosen, given: Any, site: Site | None) -> Tensor:
         aliases = [self._aliases.of(use.parameter) for use in uses]
         caught = [(use, r) for use, r in zip(uses, aliases, strict=True) if r.tracked.caught]
         if not caught:
@@ -349,7 +348,7 @@ class Capture(TorchFunctionMode):
             form = use.form if alias.window is None else part(use.form, alias.window, alias.tracked.parameter)
             inputs = tuple(self._seen.setdefault(tensor, next(self._numbers)) for tensor in use.inputs)
             differentiated = alias.tracked.differentiated
-            call.uses.append(CallUse(alias.tracked, form, tuple(picks), inputs, gathered=gathered, differentiated=differentiated))
+            call.uses.append(CallUse(alias.tracked, form, tuple(picks), inputs, chosen=chosen, differentiated=differentiated))
         saved = [tensor.detach() if tensor in self._aliases else tensor for tensor in saved]
         tapped = Tap.apply(writable(out, given), self.anchor, call, *saved)
         call.viewed = tapped.shape != out.shape

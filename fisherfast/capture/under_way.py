@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any, NamedTuple
 
 import torch
@@ -27,6 +27,23 @@ class Running(NamedTuple):
 def under_way(model: nn.Module) -> list[Running]:
     """The model's modules that are being called, the innermost first; none where it is not the model that runs."""
     return _own(model, _stack())
+
+
+def runs(model: nn.Module) -> bool:
+    """Whether a method of the model's, or of a module in it, is running, called as a module or by its name."""
+    own = {id(module) for module in model.modules()}
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        code = frame.f_code
+        first = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
+        if id(first) in own and (code.co_varnames[0] == "self" or _is_method(code, first)):
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _is_method(code: CodeType, of: object) -> bool:
+    return getattr(getattr(type(of), code.co_name, None), "__code__", None) is code
 
 
 def _stack() -> Iterator[Running]:

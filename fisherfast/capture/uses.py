@@ -34,8 +34,8 @@ class Uses:
 
     @property
     def chosen(self) -> set[Key]:
-        """The uses whose rows were chosen by data."""
-        return {use.key for use in self.all if use.gathered}
+        """The uses whose rows were chosen by data, or may have been."""
+        return {use.key for use in self.all if use.chosen}
 
     @property
     def followed(self) -> dict[str, Tracked]:

@@ -80,6 +80,14 @@ def differing_fields(mine: Mapping[str, Any], group: dist.ProcessGroup | None, d
     return [field for field, differs in zip(mine, _differ(map(_digest, mine.values()), group, device), strict=True) if differs]
 
 
+def largest(mine: list[list[float]], group: dist.ProcessGroup | None, device: torch.device) -> list[list[float]]:
+    """The largest of each number over all ranks."""
+    numbers = torch.tensor(mine, dtype=torch.float64, device=device)
+    dist.all_reduce(numbers, op=dist.ReduceOp.MAX, group=group)
+    found: list[list[float]] = numbers.tolist()
+    return found
+
+
 def _differ(digests: Iterable[int], group: dist.ProcessGroup | None, device: torch.device) -> list[bool]:
     one = torch.tensor(list(digests), device=device)
     extremes = torch.stack([one, -one])

@@ -138,7 +138,9 @@ class GramFisher(Plotted, Measured):
         values = torch.linalg.eigvalsh(self.dual()).flip(0)[: self.num_parameters]
         dtypes = {getattr(torch, piece.of_g) for pieces in self.pieces.values() for piece in pieces}
         of_products = max([torch.finfo(torch.float64).eps, *(torch.finfo(wide_dtype(dtype)).eps ** 2 for dtype in dtypes)])
-        of_rows = max(map(noise_of_rows, dtypes), default=0.0)
+        # With rows to spare a direction without any is there for rounding to fill: 0.016 eps^2 at most, all layers in one matrix. With
+        # fewer rows than parameters there is none, and small eigenvalues are good to percents far below that.
+        of_rows = max(map(noise_of_rows, dtypes), default=0.0) / 8 if self.num_rows > self.num_parameters else 0.0
         return torch.where(values > max(len(values) * of_products, of_rows) * values[:1], values, 0.0)
 
     @ordinary

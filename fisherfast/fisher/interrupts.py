@@ -19,8 +19,8 @@ _NUMBERS = [getattr(signal, name) for name in _NAMES if hasattr(signal, name)]
 
 @contextmanager
 def put_off(tear: Callable[[], None]) -> Iterator[None]:
-    """Have handlers of signals wait until the block is over. The second signal of a kind is told so, the third does not wait; ``tear``
-    hears of it if that raises.
+    """Have handlers of signals wait until the block is over. The second signal of a kind is told so, the third and later ones do not
+    wait; ``tear`` hears of it if one raises. A handler that is set in the block stays.
 
     In other threads, which get no signals, it does nothing.
     """
@@ -34,12 +34,11 @@ def put_off(tear: Callable[[], None]) -> Iterator[None]:
         came[number].append(frame)
         if len(came[number]) == 2:
             print(
-                f"fisherfast: waits for the end of this batch; once more stops at once, and what was measured is lost ({signal.Signals(number).name})",
+                f"fisherfast: {signal.Signals(number).name} waits for the end of this batch; once more does not, and what was measured is lost",
                 file=sys.stderr,
             )
         if len(came[number]) < 3:
             return
-        del came[number]  # its handler has its turn now
         try:
             handlers[number](number, frame)
         except BaseException:
@@ -47,13 +46,17 @@ def put_off(tear: Callable[[], None]) -> Iterator[None]:
             raise
 
     def deliver(number: int) -> None:
-        if number in came:
+        if 0 < len(came[number]) < 3:
             handlers[number](number, came[number][0])
+
+    def put_back(number: int) -> None:
+        if signal.getsignal(number) is note:
+            signal.signal(number, handlers[number])
 
     with ExitStack() as afterwards:  # every handler is put back, then every signal delivered, whatever another one raises
         for number in handlers:
             afterwards.callback(deliver, number)
-        for number, handler in handlers.items():
-            afterwards.callback(signal.signal, number, handler)
+        for number in handlers:
+            afterwards.callback(put_back, number)
             signal.signal(number, note)
         yield

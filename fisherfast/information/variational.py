@@ -129,7 +129,8 @@ def variational_posterior(
                      ``"weight"``: one draw of all weights for every batch. It is exact throughout, and takes more epochs.
     ``epochs``       readings of ``data``; Adam's step on log sigma falls from ``lr`` to 0 over them. From a tenth of the weights' size
                      to the optimum it is some ``log(0.1 |w| / sigma) / lr`` steps, twice as many to be near it: with large batches
-                     more epochs. FisherWarning where sigma is still on its way.
+                     more epochs. FisherWarning where sigma is plainly on its way; where gradients
+                     are noisy, or few weights are, only more epochs tell.
     ``train_mean``   train the means, too, with steps from ``mean_lr``; by default they stay at the model's weights.
 
     Parameters of other layers, and of layers that are tied or called several times, have weight noise in either case. The

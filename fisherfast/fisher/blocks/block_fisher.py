@@ -62,6 +62,9 @@ class Block(Protocol):
     def accumulators(self) -> list[Accumulator]:
         """What samples add to."""
 
+    def see(self, place: Any) -> None:
+        """Take the same place, where rows may have been coarser: those of other ranks."""
+
     def changed(self) -> None:
         """The sums have changed: what was computed from them is void."""
 
@@ -312,9 +315,12 @@ class BlockFisher(Plotted, Measured, Generic[_Block]):
         """
         inputs = {block.place.name: block.place.input_of for block in self.blocks}  # whose sums are sent once
         _pooling.check_ranks(self._identity() | {"shared inputs": inputs}, group, self._device)
-        for block in sorted(self.blocks, key=lambda block: block.place.name):
+        blocks = sorted(self.blocks, key=lambda block: block.place.name)
+        coarsest = _pooling.largest([block.place.coarseness for block in blocks], group, self._device)
+        for block, coarseness in zip(blocks, coarsest, strict=True):
             for accumulator in block.accumulators():
                 accumulator.all_reduce(group)
+            block.see(block.place.as_coarse_as(coarseness))
             block.changed()
         for name in sorted(self.diagonals):
             self.diagonals[name].all_reduce(group)

@@ -119,6 +119,10 @@ class EigenBlock:
         """What samples add to: the basis stays as it is."""
         return [self.values]
 
+    def see(self, place: Place) -> None:
+        """See ``block_fisher.Block``; the basis itself stays what it was."""
+        self.kronecker = self.kronecker.at(place)
+
     def changed(self) -> None:
         """Nothing is remembered of the values."""
 

@@ -83,6 +83,10 @@ class ExactBlock:
         """What samples add to."""
         return [self.moments]
 
+    def see(self, place: Flat) -> None:
+        """See ``block_fisher.Block``."""
+        self.place = place
+
     def changed(self) -> None:
         """The sums have changed: what was computed from them is void."""
         self.__dict__.pop("_spectral", None)

@@ -81,6 +81,16 @@ class Place:
         """The place, where the products and the rows of g were as coarse as the other's, too."""
         return self._at(other.precision, other.of_g)
 
+    @property
+    def coarseness(self) -> list[float]:
+        """The eps of both dtypes."""
+        return [_eps(self.precision), _eps(self.of_g)]
+
+    def as_coarse_as(self, coarseness: Iterable[float]) -> Self:
+        """The place, with the dtypes of these eps."""
+        precision, of_g = (_BY_EPS[eps] for eps in coarseness)
+        return dataclasses.replace(self, precision=precision, of_g=of_g)
+
     def _at(self, precision: str, of_g: str) -> Self:
         coarsest = max(self.precision, precision, key=_eps), max(self.of_g, of_g, key=_eps)
         return dataclasses.replace(self, precision=coarsest[0], of_g=coarsest[1])
@@ -125,6 +135,9 @@ class Place:
 
 def _eps(dtype: str) -> float:
     return float(torch.finfo(getattr(torch, dtype)).eps)
+
+
+_BY_EPS = {_eps(name): name for name in ("float64", "float32", "float16", "bfloat16")}
 
 
 def _put(values: Tensor, where: Tensor) -> None:
@@ -191,7 +204,11 @@ class KroneckerBlock:
 
     def at(self, place: Place) -> KroneckerBlock:
         """The block where its rows were as coarse as those of ``place``."""
-        return self if place.of_g == self.place.of_g else dataclasses.replace(self, place=place)
+        return self if place.coarseness == self.place.coarseness else dataclasses.replace(self, place=place)
+
+    def see(self, place: Place) -> None:
+        """See ``block_fisher.Block``."""
+        self.place = place
 
     def changed(self) -> None:
         """The sums have changed: what was computed from them is void."""
