@@ -71,10 +71,7 @@ class ChosenRows:
 
     def add(self, tensor: Tensor, chosen: Chosen) -> None:
         """Note it of a tensor."""
-        if chosen:
-            self._known[id(tensor)] = weakref.ref(tensor), chosen
-        else:
-            self._known.pop(id(tensor), None)
+        self._known[id(tensor)] = weakref.ref(tensor), chosen
 
     def follow(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
         """Note the outputs of a function that is given such rows, or chooses rows by data itself."""

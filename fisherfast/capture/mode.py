@@ -247,7 +247,8 @@ class Capture(TorchFunctionMode):
         out = func(*args, **kwargs)
         chosen = self._chosen.of(tensors((args, kwargs)))
         tapped = self._tapped(out, uses, chosen, (args, kwargs), site)
-        self._chosen.add(tapped, chosen)
+        if chosen:
+            self._chosen.add(tapped, chosen)
         return tapped
 
     def _covered(self, func: Any, args: Any, kwargs: Any, found: list[Alias]) -> list[Use] | None:
