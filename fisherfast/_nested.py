@@ -3,21 +3,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 
 
-def tensors(tree: Any) -> Iterator[Tensor]:
-    """All tensors of a tree of tuples, lists and dictionaries, from left to right."""
-    if isinstance(tree, Tensor):
-        yield tree
-    elif isinstance(tree, (tuple, list)):
-        for branch in tree:
-            yield from tensors(branch)
-    elif isinstance(tree, dict):
-        yield from tensors(tuple(tree.values()))
+def tensors(*trees: Any) -> list[Tensor]:
+    """All tensors of trees of tuples, lists and dictionaries, from left to right."""
+    found: list[Tensor] = []
+    for tree in trees:
+        if isinstance(tree, Tensor):
+            found.append(tree)
+        elif isinstance(tree, (tuple, list)):
+            found += tensors(*tree)
+        elif isinstance(tree, dict):
+            found += tensors(*tree.values())
+    return found
 
 
 def mapped(tree: Any, function: Callable[[Tensor], Tensor]) -> Any:

@@ -150,6 +150,7 @@ def test_triton_not_installed_is_named(monkeypatch):
 def test_missing_native_code_warns_once_and_runs_the_reference(op, monkeypatch):
     monkeypatch.setattr(_backend, "native_problem", lambda: "fisherfast._C is not built; reinstall")
     monkeypatch.setattr(op, "_warned", set())
+    monkeypatch.setattr(op, "_settled", {})
     args, more = arguments(op), keywords(op)
     with pytest.warns(
         UserWarning, match=f"{op.name}: backend 'cpu' is not used: fisherfast._C is not built; reinstall. Running a slower"

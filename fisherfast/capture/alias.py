@@ -75,19 +75,10 @@ class Aliases:
         """Follow a tensor no longer."""
         self._by_id.pop(id(tensor), None)
 
-    def among(self, items: Iterable[Any]) -> list[Alias]:
-        """Those in arguments, and in lists and dictionaries of these, but for the ones that are left to autograd."""
-        found = []
-        for item in items:
-            if isinstance(item, Tensor):
-                alias = self._by_id.get(id(item))
-                if alias is not None and not self.left(alias):
-                    found.append(alias)
-            elif isinstance(item, (tuple, list)):
-                found += self.among(item)
-            elif isinstance(item, dict):
-                found += self.among(item.values())
-        return found
+    def among(self, tensors: Iterable[Tensor]) -> list[Alias]:
+        """Those that are among these tensors, but for the ones that are left to autograd."""
+        found = (self._by_id.get(id(tensor)) for tensor in tensors)
+        return [alias for alias in found if alias is not None and not self.left(alias)]
 
     def left(self, alias: Alias) -> bool:
         """Whether a copy of a parameter was changed in place, and so is left to autograd."""

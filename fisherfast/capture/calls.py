@@ -55,7 +55,9 @@ class CallUse:
     tracked: Tracked
     form: Form
     picks: tuple[int, ...]
-    inputs: tuple[int, ...] = ()  # which tensors they are: a number for each; autograd sees to it that nobody changes them
+    inputs: tuple[
+        int, ...
+    ] = ()  # while exploring, which tensors these are, a number each; autograd sees to it that nobody changes them
     key: Key = ("", None, 0, 0)
     chosen: Chosen = Chosen.NO  # whether its rows were by what the data holds
     differentiated: bool = True  # whether autograd can differentiate it, too

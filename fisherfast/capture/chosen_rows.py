@@ -73,11 +73,10 @@ class ChosenRows:
         """Note it of a tensor."""
         self._known[id(tensor)] = weakref.ref(tensor), chosen
 
-    def follow(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
-        """Note the outputs of a function that is given such rows, or chooses rows by data itself."""
+    def follow(self, func: Any, args: Any, kwargs: Any, leaves: list[Tensor], out: Any) -> None:
+        """Note the outputs of a function that is given such rows, or chooses rows by data itself; ``leaves``: all tensors that it is given."""
         if func in _SCATTERS or not (self._known or func in _GATHERS or func in _SLOTS or func in _JOINS):
             return
-        leaves = list(tensors((args, kwargs)))
         given = self.of(leaves)
         if func in _SLOTS:
             filled = any(not leaf.is_floating_point() and leaf.dtype != torch.bool for leaf in leaves[1:])

@@ -194,14 +194,14 @@ class Capture(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in CHANCE:
             why = refused_chance(func, args, kwargs, lambda tensor: tensor in self._aliases or is_parameter(tensor))
-            if why and self._concerns((args, kwargs)):
+            if why and self._concerns(tensors(args, kwargs)):
                 raise ValueError(why)
         out = self._run(func, *undivided(func, args, kwargs))
         if func in DRAWING:
             self._draws.look(func, kwargs, out)
         return out
 
-    def _concerns(self, given: Any) -> bool:
+    def _concerns(self, given: list[Tensor]) -> bool:
         """Whether a call is the measured model's: a method of it is running, or a tensor that it was given depends on a parameter."""
         if runs(self._root):
             return True
@@ -210,86 +210,86 @@ class Capture(TorchFunctionMode):
         def ours(node: Any) -> bool:
             return self._call_of(node) is not None or id(getattr(node, "variable", None)) in leaves
 
-        return any(id(t) in leaves or t in self._aliases or any(map(ours, nodes(t))) for t in tensors(given))
+        return any(id(t) in leaves or t in self._aliases or any(map(ours, nodes(t))) for t in given)
 
     def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Run ``func``; where it receives tracked parameters, with their stand-ins and a tap."""
-        found = self._aliases.among(args) + self._aliases.among(kwargs.values())
         if getattr(func, "__self__", None) is _DATA:
             self._aliases.give_up_copies_of(args[0])
-            found = self._aliases.among(args)
+        given = tensors(args, kwargs)
+        found = self._aliases.among(given)
         if not found or _without_a_graph(func):
             out = func(*args, **kwargs)
             for alias in found:
                 alias.tracked.follow()
                 if not torch.is_grad_enabled():
                     self.without_graph |= {source.name for source in alias.tracked.sources}
-            self._chosen.follow(func, args, kwargs, out)
+            self._chosen.follow(func, args, kwargs, given, out)
             return out
         if getattr(func, "__name__", "") == "__get__" and not isinstance(func(*args, **kwargs), Tensor):
             return func(*args, **kwargs)
         if torch._C._are_functorch_transforms_active():  # whose tensors a tap cannot see through
-            return self._uncovered(func, args, kwargs, found, "a transform of torch.func", alone=False)
-        if func in DECOMPOSITIONS and torch.is_grad_enabled() and _fits(func, args, kwargs):
+            return self._uncovered(func, args, kwargs, found, "a transform of torch.func", transformed=True)
+        if func in DECOMPOSITIONS and _fits(func, args, kwargs):
             with self:
                 out = DECOMPOSITIONS[func](*args, **kwargs)
             if out is not NotImplemented:
                 return out
-        uses = self._covered(func, args, kwargs, found)
+        uses = self._covered(func, args, kwargs, given, found)
         if uses is None:
             return self._uncovered(func, args, kwargs, found, f"no rule for {_name(func)}")
-        found = [r for r in found if any(use.parameter is r.tensor for use in uses)]
-        site = self._site(func, args, kwargs, found)
+        site = self._site(func, given, uses)
         if site in self._now.early:
-            return self._uncovered(func, args, kwargs, found, self._now.early[site])
-        stand_ins = {id(r.tensor): r.stand_in(r.tracked.differentiated) for r in found}
+            return self._uncovered(func, args, kwargs, [alias for _, alias in uses], self._now.early[site])
+        stand_ins = {id(alias.tensor): alias.stand_in(alias.tracked.differentiated) for _, alias in uses}
         args, kwargs = replaced(args, stand_ins), replaced(kwargs, stand_ins)
         out = func(*args, **kwargs)
-        chosen = self._chosen.of(tensors((args, kwargs)))
+        chosen = self._chosen.of(given)
         tapped = self._tapped(out, uses, chosen, (args, kwargs), site)
         if chosen:
             self._chosen.add(tapped, chosen)
         return tapped
 
-    def _covered(self, func: Any, args: Any, kwargs: Any, found: list[Alias]) -> list[Use] | None:
+    def _covered(
+        self, func: Any, args: Any, kwargs: Any, given: list[Tensor], found: list[Alias]
+    ) -> list[tuple[Use, Alias]] | None:
         """The uses the function's rule declares, or None unless they cover every tracked argument exactly once.
 
         What was made of parameters may also be what the others are used on: then it holds samples, and is no parameter.
         """
-        if func not in RULES or not torch.is_grad_enabled() or _without_rows((args, kwargs)):
+        if func not in RULES or any(
+            tensor.is_complex() or tensor.is_nested for tensor in given
+        ):  # rows are of real numbers, side by side
             return None
         try:
             declared = RULES[func](*args, **kwargs)  # a generator: nothing in it has run yet
         except TypeError:
             return None  # not the form that the rule is written for: ``out=``, or arguments of old
-        uses = [u for u in declared if u.parameter in self._aliases]
-        covered = [id(u.parameter) for u in uses]
-        others = [r for r in found if id(r.tensor) not in covered]
+        uses = [(use, self._aliases.of(use.parameter)) for use in declared if use.parameter in self._aliases]
+        covered = [id(use.parameter) for use, _ in uses]
+        others = [alias for alias in found if id(alias.tensor) not in covered]
         if not uses or len(covered) != len(found) - len(others):
             return None
-        if not all(isinstance(r.tracked, Made) for r in others):
+        if not all(isinstance(alias.tracked, Made) for alias in others):
             return None
         for alias in others:
             alias.tracked.give_up(f"no rule for {_name(func)} of what is made of it")
         return uses
 
-    def _site(self, func: Any, args: Any, kwargs: Any, found: list[Alias]) -> Site | None:
+    def _site(self, func: Any, given: list[Tensor], uses: list[tuple[Use, Alias]]) -> Site | None:
         """The site of a covered call that no sample enters; None if one does, or if nobody will ask for it."""
-        if not (self._now.exploring or self._now.early) or not self._before_samples(args, kwargs, found):
+        if not (self._now.exploring or self._now.early):
             return None
-        mine = {id(r.tensor) for r in found}
-        others = [tensor for tensor in tensors((args, kwargs)) if id(tensor) not in mine]
-        return Site(_structure(func, found), frozenset(itertools.chain(*(tensor.shape for tensor in others))))
+        mine = [alias for _, alias in uses]
+        others = _but(given, mine)
+        if any(tensor.requires_grad for tensor in others):
+            return None
+        return Site(_structure(func, mine), frozenset(itertools.chain(*(tensor.shape for tensor in others))))
 
-    def _before_samples(self, args: Any, kwargs: Any, found: list[Alias]) -> bool:
-        """Whether a call is of parameters alone, or of them and tensors that no parameter went into."""
-        mine = {id(r.tensor) for r in found}
-        others = (leaf for leaf in tensors((args, kwargs)) if id(leaf) not in mine)
-        return torch.is_grad_enabled() and not any(leaf.requires_grad for leaf in others)
-
-    def _uncovered(self, func: Any, args: Any, kwargs: Any, found: list[Alias], reason: str, alone: bool | None = None) -> Any:
+    def _uncovered(self, func: Any, args: Any, kwargs: Any, found: list[Alias], reason: str, transformed: bool = False) -> Any:
         stand_ins = {id(r.tensor): r.outside() for r in found}
-        alone = self._before_samples(args, kwargs, found) if alone is None else alone
+        # Of parameters alone, or of them and tensors that no parameter went into: no sample has come in.
+        alone = not transformed and not any(tensor.requires_grad for tensor in _but(tensors(args, kwargs), found))
 
         def make(tensor: Tensor) -> Any:
             mine = {**stand_ins, id(found[0].tensor): tensor}
@@ -297,7 +297,7 @@ class Capture(TorchFunctionMode):
 
         with _kept(self._keepers[-1]) if alone else nullcontext():
             out = make(stand_ins[id(found[0].tensor)])
-        written = tensors((args, kwargs) if out is None else out)  # t[...] = parameter returns nothing
+        written = tensors(args, kwargs) if out is None else tensors(out)  # t[...] = parameter returns nothing
         outputs = [o for o in written if o.requires_grad]
         if len(found) == 1 and outputs and not found[0].made and all(is_part(o, found[0].tracked.parameter) for o in outputs):
             for o in outputs:
@@ -326,30 +326,27 @@ class Capture(TorchFunctionMode):
                 made = Made(_name(func), out, sources, _structure(func, found))
                 self._aliases.add(Alias(out, made, version=out._version))
 
-    def _tapped(self, out: Tensor, uses: list[Use], chosen: Chosen, given: Any, site: Site | None) -> Tensor:
-        aliases = [self._aliases.of(use.parameter) for use in uses]
-        caught = [(use, r) for use, r in zip(uses, aliases, strict=True) if r.tracked.caught]
+    def _tapped(self, out: Tensor, uses: list[tuple[Use, Alias]], chosen: Chosen, given: Any, site: Site | None) -> Tensor:
+        caught = [(use, alias) for use, alias in uses if alias.tracked.caught]
         if not caught:
             return out
         if self.given is not None:
             self.given.note()
         self._halves |= out.dtype == torch.float16
-        bare = next(filter(None, (r.tracked.expanding for _, r in caught)), None)
+        bare = next((alias.tracked.expanding for _, alias in caught if alias.tracked.expanding), None)
         if self._now.num_samples is not None and bare is not None:
             self.doubtful |= bare.doubts(out.shape, self._now.num_samples)
             out = out.expand(bare.with_samples(self._now.num_samples, out.shape))
         saved: list[Tensor] = []
         call = Call(next(self._counter), self, out.shape, self._now, site)
         for use, alias in caught:
-            picks = []
-            for tensor in use.inputs:
-                if all(tensor is not s for s in saved):
-                    saved.append(tensor)
-                picks.append(next(i for i, s in enumerate(saved) if s is tensor))
             form = use.form if alias.window is None else part(use.form, alias.window, alias.tracked.parameter)
-            inputs = tuple(self._seen.setdefault(tensor, next(self._numbers)) for tensor in use.inputs)
+            picks = tuple(_place(tensor, saved) for tensor in use.inputs)
+            numbers = (
+                tuple(self._seen.setdefault(tensor, next(self._numbers)) for tensor in use.inputs) if self._now.exploring else ()
+            )
             differentiated = alias.tracked.differentiated
-            call.uses.append(CallUse(alias.tracked, form, tuple(picks), inputs, chosen=chosen, differentiated=differentiated))
+            call.uses.append(CallUse(alias.tracked, form, picks, numbers, chosen=chosen, differentiated=differentiated))
         saved = [tensor.detach() if tensor in self._aliases else tensor for tensor in saved]
         tapped = Tap.apply(writable(out, given), self.anchor, call, *saved)
         call.viewed = tapped.shape != out.shape
@@ -425,9 +422,19 @@ def _fits(func: Any, args: Any, kwargs: Any) -> bool:
     return True
 
 
-def _without_rows(given: Any) -> bool:
-    """Whether complex or nested tensors are among them: a rule's rows are of real numbers, side by side."""
-    return any(tensor.is_complex() or tensor.is_nested for tensor in tensors(given))
+def _but(given: list[Tensor], found: list[Alias]) -> list[Tensor]:
+    """Those of the tensors that stand for no parameter found among them."""
+    mine = {id(alias.tensor) for alias in found}
+    return [tensor for tensor in given if id(tensor) not in mine]
+
+
+def _place(tensor: Tensor, saved: list[Tensor]) -> int:
+    """Where a tensor is among those to be saved; it is put there if it is not."""
+    for place, other in enumerate(saved):
+        if other is tensor:
+            return place
+    saved.append(tensor)
+    return len(saved) - 1
 
 
 def _without_a_graph(func: Any) -> bool:

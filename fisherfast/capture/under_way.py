@@ -76,4 +76,4 @@ class Given:
             self._last = one.kwargs
             # A list may be of samples, or of parts of them.
             several = any(isinstance(value, list | tuple) for value in (*one.args, *one.kwargs.values()))
-            self.shapes.append([] if several else [t.shape for t in tensors((one.args, one.kwargs)) if t.dim()])
+            self.shapes.append([] if several else [t.shape for t in tensors(one.args, one.kwargs) if t.dim()])

@@ -45,19 +45,16 @@ def require(condition: Any, message: Callable[[], str], error: type[Exception] =
 
 def check_dtype(op: str, name: str, tensor: Tensor, allowed: tuple[torch.dtype, ...]) -> None:
     """Raise TypeError unless ``tensor`` has one of the allowed dtypes."""
-    require(
-        tensor.dtype in allowed,
-        lambda: f"{op}: {name} must be one of {[str(d).removeprefix('torch.') for d in allowed]}, got {tensor.dtype}",
-        TypeError,
-    )
+    if tensor.dtype not in allowed:
+        raise TypeError(f"{op}: {name} must be one of {[str(d).removeprefix('torch.') for d in allowed]}, got {tensor.dtype}")
 
 
 def check_shape(op: str, name: str, tensor: Tensor, symbols: str, expected: tuple[int, ...]) -> None:
     """Raise ValueError unless ``tensor`` is contiguous and has the expected shape."""
-    require(tensor.shape == expected, lambda: f"{op}: {name} must be {symbols} = {expected}, got {shape(tensor)}")
-    require(
-        tensor.is_contiguous(), lambda: f"{op}: {name} must be contiguous, got strides {tensor.stride()}; it is written in place"
-    )
+    if tensor.shape != expected:
+        raise ValueError(f"{op}: {name} must be {symbols} = {expected}, got {shape(tensor)}")
+    if not tensor.is_contiguous():
+        raise ValueError(f"{op}: {name} must be contiguous, got strides {tensor.stride()}; it is written in place")
 
 
 def check_optional(

@@ -123,7 +123,7 @@ def same_inputs(weights: Iterable[Unit], with_bias: Container[str]) -> dict[str,
     shared = {}
     for unit in weights:
         # Rows chosen by the data come in the order of their gradients, which weights that see the same inputs do not share.
-        if isinstance(unit.form, MatMul) and len(unit.uses) == 1 and not unit.uses[0].gathered:
+        if isinstance(unit.form, MatMul) and len(unit.uses) == 1 and unit.uses[0].inputs and not unit.uses[0].gathered:
             (use,) = unit.uses
             leader = first.setdefault((use.inputs, unit.form.left, unit.tracked.expand, unit.name in with_bias), unit.name)
             if leader != unit.name:
