@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import fisherfast as ff
-from fisherfast.capture import fallback, passes
+from fisherfast.capture import fallback, folded
 
 EXACT = 1e-12
 FAMILIES = ["mlp-inplace-relu", "layer-norm", "embedding", "conv1d-addmm", "weight-used-twice", "positions-without-samples"]
@@ -54,8 +54,8 @@ def test_result_does_not_depend_on_the_split_into_batches(name, fisher_type):
 
 
 def test_passes_of_a_call_are_squared_once_for_all_its_parameters(monkeypatch):
-    classes, squared, add = 5, [], passes._Folded.add
-    monkeypatch.setattr(passes._Folded, "add", lambda self, g, scale: (squared.append(g.shape), add(self, g, scale)))
+    classes, squared, add = 5, [], folded.Folded.add
+    monkeypatch.setattr(folded.Folded, "add", lambda self, g, scale: (squared.append(g.shape), add(self, g, scale)))
     model = nn.Sequential(nn.Linear(7, 11), nn.LayerNorm(11), nn.ReLU(), nn.Linear(11, classes)).double()
     x = torch.randn(13, 7, dtype=torch.float64)
     expected = oracle.diagonal(model, [(x, None)], oracle.every_label)

@@ -21,8 +21,8 @@ from torch import nn
 
 import fisherfast as ff
 from fisherfast.capture import fallback
+from fisherfast.capture.capture import Capture
 from fisherfast.capture.collector import Samples
-from fisherfast.capture.mode import Capture
 from fisherfast.fisher import ghost, serialize
 from fisherfast.fisher.coverage import OPS, Stopwatch
 from fisherfast.fisher.engine import Engine

@@ -14,7 +14,7 @@ from torch import Tensor
 from fisherfast._nested import tensors
 from fisherfast.capture.chosen_rows import Chosen
 from fisherfast.capture.tracked import Tracked, Unbatched
-from fisherfast.rules import Form, Window
+from fisherfast.rules import Form, Rows, Window
 
 Key = tuple[str, Window | None, int, int]  # parameter, part of it, number among the uses of that part, and how many they are
 
@@ -67,6 +67,10 @@ class CallUse:
         """Whether data surely chose its rows: those without a gradient may be padding."""
         return self.chosen is Chosen.YES
 
+    def rows(self, g: Tensor, saved: tuple[Tensor, ...]) -> Rows:
+        """Its rows, from the gradient of the call's output and all that the call saved."""
+        return self.form.rows(g, tuple([saved[i] for i in self.picks]))
+
     @property
     def window(self) -> Window | None:
         """The part of the parameter that is used; None for all of it."""
@@ -112,6 +116,12 @@ class Tap(torch.autograd.Function):
         saved, call = ctx.saved_tensors, ctx.call  # once: a checkpointed tensor can be unpacked only once
         g = call.capture.heard(call, g, saved)  # also of no gradient at all: a visit counts
         return (g, None, None, *(None for _ in saved))
+
+
+def tapped(node: Any, hears: Hears) -> Call | None:
+    """The call whose tap an autograd node is, if it is one that ``hears`` is told of."""
+    call = getattr(node, "call", None)
+    return call if isinstance(call, Call) and call.capture is hears else None
 
 
 def writable(out: Tensor, given: Any) -> Tensor:

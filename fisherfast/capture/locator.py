@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from fisherfast.capture.calls import CallUse, Key
+from fisherfast.capture.capture import Capture
 from fisherfast.capture.layout import PROBED, UNKNOWN, Finding, Gathered, Kind, Layout
-from fisherfast.capture.mode import Capture
 from fisherfast.rules import Rows
 
 NO_AXIS = "no sample axis where it is used"  # why a parameter whose rows are of several samples is covered otherwise

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from fisherfast._names import listed
 from fisherfast._warning import warn
+from fisherfast.capture.backward import Pass, check_loss_scale
 from fisherfast.capture.calls import Key, graph
 from fisherfast.capture.collector import Samples
 from fisherfast.capture.layout import Finding
 from fisherfast.capture.locator import NO_AXIS, mixing
-from fisherfast.capture.passes import Pass, check_loss_scale
 from fisherfast.capture.train_mode import refuse_train_mode, unwrapped
 from fisherfast.capture.under_way import Given
 from fisherfast.capture.uses import Uses
@@ -111,7 +111,7 @@ class collect:
         self._fills, self._averages = gradients, reduction == "mean"
         asked = (*asked, Gradients(reduction)) if gradients else asked
         self._run = Run(model, asked, Provenance(fisher_type, name, draws=None, model=model_name(model)), allow_missing)
-        self._run.capture.given = Given(unwrapped(model))  # until the first loss
+        self._run.capture.mode.given = Given(unwrapped(model))  # until the first loss
         self._told_of_a_part, self._only_diagonal = False, all(isinstance(one, _OF_ROWS_ALONE) for one in asked)
         self._explored = False  # whether the parameters' forms are known, and samples were told apart at least once
         self._postponed: set[str] = set()  # in the fallback for the batch at hand, to be followed further from the next on
@@ -143,9 +143,9 @@ class collect:
             every = all(bool(one.all()) for one in exists)
             if not bool(loss.detach().isfinite().all()):
                 run.raise_not_finite(loss, "the loss")
-            if capture.given is not None:
-                self._warn_of_positions(loss.shape[0], capture.given.shapes)
-                capture.given = None
+            if capture.mode.given is not None:
+                self._warn_of_positions(loss.shape[0], capture.mode.given.shapes)
+                capture.mode.given = None
             uses = capture.read(loss)
             if not self._explored or uses.outdated:
                 self._explore(uses)
@@ -156,7 +156,7 @@ class collect:
                 self._warn_of_others(loss)
             if self._fills and run.engine is not None:
                 sources = {source.name for use in uses.all for source in use.tracked.sources}
-                run.engine.reached = run.passes.reached(loss) | sources
+                run.engine.reached = run.passes.backward.reached(loss) | sources
             late = self._of_missing(loss) if self._fills and run.missing_parameters else []
             with run.transaction(Samples(N, padded=not every, exists=exists), positions=N):
                 looped = bool(run.looped)
@@ -179,7 +179,7 @@ class collect:
         missing = {id(p) for p in self._run.missing_parameters}
         found: list[Tensor] = [node.variable for node in graph(loss) if id(getattr(node, "variable", None)) in missing]
         one = self._pass(torch.full_like(loss, 1 / len(loss) if self._averages else 1.0))
-        gradients = self._run.passes.gradients_of_leaves(loss, found, one.cotangent) if found else ()
+        gradients = self._run.passes.backward.gradients_of_leaves(loss, found, one.cotangent) if found else ()
         return [(leaf, one.unscaled(g).to(leaf.dtype)) for leaf, g in zip(found, gradients, strict=True) if g is not None]
 
     def _pass(self, samples: Tensor) -> Pass:
@@ -265,9 +265,9 @@ class collect:
         run.note_uses(uses)
         if loss.shape[0] > 1:
             one = self._pass(torch.ones_like(loss))
-            findings = run.passes.probe(uses, one.cotangent, large=self._loss_scale > 1)
+            findings = run.passes.tagging.probe(uses, one.cotangent, large=self._loss_scale > 1)
             names = sorted(mixing(findings, run.capture.tracked, uses.chosen))
-            if names and (bad := run.passes.first_non_finite(loss, one)):  # which looks like a row of several samples
+            if names and (bad := run.passes.backward.first_non_finite(loss, one)):  # which looks like a row of several samples
                 run.raise_not_finite_gradients(f"{bad!r}; nothing of this batch was added")
             self._route_mixing(uses, findings, names)
             self._explored = not self._postponed

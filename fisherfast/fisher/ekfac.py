@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from fisherfast.capture.mode import Capture
+from fisherfast.capture.capture import Capture
 from fisherfast.fisher import _arguments, serialize
 from fisherfast.fisher.blocks.block_fisher import BlockFisher, described
 from fisherfast.fisher.blocks.eigen import EigenBlock

@@ -11,8 +11,8 @@ from torch import Tensor
 from fisherfast._precision import wide, wide_dtype
 from fisherfast.accumulator import Accumulator, RunningSum
 from fisherfast.capture.calls import Call, in_parts
+from fisherfast.capture.capture import Capture
 from fisherfast.capture.collector import Cost, Held, Samples
-from fisherfast.capture.mode import Capture
 from fisherfast.capture.tracked import Tracked
 from fisherfast.fisher import ghost
 from fisherfast.fisher.request import Request

@@ -50,7 +50,7 @@ class Exploration:
         uses = self._run.capture.read(values)
         if not self._explored:
             self._run.note_uses(uses)
-            if few.N < batch.N and self._run.passes.reached(values) < self._run.capture.tracked.keys():
+            if few.N < batch.N and self._run.passes.backward.reached(values) < self._run.capture.tracked.keys():
                 everything, noted = self._forward.values(batch), batch  # an expert may be none of the few samples'
                 self._run.check_reached(everything)
                 self._run.note_uses(self._run.capture.read(everything))
@@ -70,7 +70,7 @@ class Exploration:
             self._probed = True
 
     def _probe(self, uses: Uses) -> set[str]:
-        return mixing(self._run.passes.probe(uses, noise(uses.root)), self._run.capture.tracked, uses.chosen)
+        return mixing(self._run.passes.tagging.probe(uses, noise(uses.root)), self._run.capture.tracked, uses.chosen)
 
     def _explore_as_pair(self, one: Batch, values: Tensor) -> None:
         """For a first batch of one sample: explore a batch of two copies of it, because with N = 1 a tensor without a sample axis cannot be

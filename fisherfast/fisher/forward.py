@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from fisherfast.batches import Batch, Output
+from fisherfast.capture.backward import Pass
 from fisherfast.capture.dependence import precision, same_but_rounding
-from fisherfast.capture.passes import Pass
 from fisherfast.fisher.labelling import Labelling
 from fisherfast.fisher.run import Run
 from fisherfast.likelihood import Predictions
@@ -31,7 +31,7 @@ class Forward:
         """Run the model, or a copy, on a batch whose first sample is number ``first`` of the current one: its output, and what that says."""
         with torch.enable_grad():
             output = self.output_of(batch, exploring, model)
-            if self._run.capture.doubtful and not exploring:
+            if self._run.capture.mode.doubtful and not exploring:
                 self._check_expanded(batch, output)
             predictions = self._labelling.predictions(batch, output, self._sample_offset + self._run.num_samples + first)
         if not self._labelling.says_something(predictions):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fisherfast._names import listed
 from fisherfast._precision import noise_of_rows, wide_dtype
-from fisherfast.capture.mode import Capture
+from fisherfast.capture.capture import Capture
 from fisherfast.fisher import _arguments, _logdet, _pooling, serialize
 from fisherfast.fisher._ordinary import ordinary
 from fisherfast.fisher._plot import Plotted

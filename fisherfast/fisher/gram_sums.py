@@ -15,8 +15,8 @@ from torch import Tensor
 
 from fisherfast._precision import dtype_name, wide, wide_dtype
 from fisherfast.capture.calls import Call
+from fisherfast.capture.capture import Capture
 from fisherfast.capture.collector import Cost, Held, Samples
-from fisherfast.capture.mode import Capture
 from fisherfast.capture.tracked import Tracked
 from fisherfast.rules import Convolution, Elementwise, Form, Lookup, MatMul, Part, Rows, Tied, Window
 

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from fisherfast.accumulator import Accumulator
+from fisherfast.capture.capture import Capture
 from fisherfast.capture.collector import Cost, Held
-from fisherfast.capture.mode import Capture
 from fisherfast.capture.tracked import Tracked
 from fisherfast.fisher import _arguments, _pooling, serialize
 from fisherfast.fisher.blocks.block_collector import BlockCollector

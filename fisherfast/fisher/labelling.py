@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fisherfast.batches import Batch
-from fisherfast.capture.passes import Pass
+from fisherfast.capture.backward import Pass
 from fisherfast.fisher import _arguments
 from fisherfast.fisher.protocol import Provenance
 from fisherfast.likelihood import (

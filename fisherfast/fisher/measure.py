@@ -11,8 +11,8 @@ from typing import Any
 from torch import nn
 
 from fisherfast.batches import Output
+from fisherfast.capture.backward import check_loss_scale
 from fisherfast.capture.eager import uncompiled
-from fisherfast.capture.passes import check_loss_scale
 from fisherfast.capture.train_mode import refuse_train_mode
 from fisherfast.fisher import _arguments
 from fisherfast.fisher.kfac import KFACFisher

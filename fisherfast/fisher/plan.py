@@ -15,10 +15,12 @@ from rich.text import Text
 from torch import Tensor, nn
 
 from fisherfast.batches import Batch, Output
+from fisherfast.capture.backward import Pass
 from fisherfast.capture.collector import Collector, Cost, Samples
 from fisherfast.capture.eager import uncompiled
+from fisherfast.capture.folded import one_position
 from fisherfast.capture.layout import PROBED
-from fisherfast.capture.passes import Pass, Passes, one_position
+from fisherfast.capture.passes import Passes
 from fisherfast.capture.tracked import Tracked
 from fisherfast.capture.train_mode import refuse_train_mode
 from fisherfast.fisher import memory

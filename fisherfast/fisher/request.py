@@ -5,8 +5,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from fisherfast.capture.capture import Capture
 from fisherfast.capture.collector import Collector
-from fisherfast.capture.mode import Capture
 from fisherfast.fisher.counts import Counts
 
 

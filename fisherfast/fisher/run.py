@@ -16,8 +16,8 @@ from fisherfast._error import NonFiniteError
 from fisherfast._names import listed
 from fisherfast._warning import warn
 from fisherfast.capture.calls import Call, Key
+from fisherfast.capture.capture import Capture
 from fisherfast.capture.collector import Collector, Samples
-from fisherfast.capture.mode import Capture
 from fisherfast.capture.passes import Passes
 from fisherfast.capture.tracked import Tracked
 from fisherfast.capture.train_mode import unwrapped
@@ -98,12 +98,12 @@ class Run:
 
     def check_reached(self, root: Tensor) -> None:
         """After a first forward pass: raise, or record, parameters that the loss does not depend on."""
-        reached = self.passes.reached(root)
+        reached = self.passes.backward.reached(root)
         lost = [name for name in self.capture.tracked if name not in reached]
         if not lost:
             return
         if len(lost) == len(self.capture.tracked) or not self.allow_missing:
-            graphless = [name for name in lost if name in self.capture.without_graph]
+            graphless = [name for name in lost if name in self.capture.mode.without_graph]
             if graphless:
                 raise ValueError(
                     f"model: every parameter with requires_grad must reach the loss, got {len(graphless)} of {len(self.capture.tracked)} that "
@@ -117,7 +117,7 @@ class Run:
                 "Calls inside an already compiled model are not seen: pass the model itself"
             )
         for name in lost:
-            unseen = name in self.capture.without_graph
+            unseen = name in self.capture.mode.without_graph
             self._leave_out(
                 name, f"missing: {'it is used where autograd keeps no graph' if unseen else 'the loss does not depend on it'}"
             )

@@ -62,7 +62,7 @@ class SampleLoop:
         """The first sample's gradients by autograd."""
         alone = self._forward.output_of(batch.cut(0, 1), exploring=True)
         check_first(alone, output, self._forward.precision(output))
-        gradients = self._run.passes.gradients(alone, tracked, cotangent[:1])
+        gradients = self._run.passes.backward.gradients(alone, tracked, cotangent[:1])
         return {which.name: gradient for which, gradient in zip(tracked, gradients, strict=True)}
 
     def _loop(self, batch: Batch, output: Tensor, predictions: Predictions, tracked: list[Tracked]) -> None:

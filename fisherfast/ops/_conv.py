@@ -54,6 +54,15 @@ def framed(x: Tensor, positions: Sequence[int], kernel: Sequence[int], stride, p
     return x
 
 
+def patches(frames: Tensor, positions: Sequence[int], kernel: Sequence[int], stride, dilation) -> Tensor:
+    """The pixel that each entry of the kernel meets at each position, ``[..., *kernel, *positions]`` of framed images: a view."""
+    lead = frames.dim() - len(kernel)
+    ahead, steps = frames.stride()[:lead], frames.stride()[lead:]
+    along_kernel = [step * d for step, d in zip(steps, dilation, strict=True)]
+    along_positions = [step * s for step, s in zip(steps, stride, strict=True)]
+    return frames.as_strided((*frames.shape[:lead], *kernel, *positions), (*ahead, *along_kernel, *along_positions))
+
+
 def positions(size: Sequence[int], kernel: Sequence[int], given: Sequence[int], stride, padding, dilation) -> tuple[int, ...]:
     """The output's size: as given, or that of a convolution with as much padding after an axis as before it."""
     axes = zip(size, kernel, stride, padding, dilation, strict=True)

@@ -97,7 +97,7 @@ def conv_gram_(
     sums = torch.zeros_like(acc, dtype=torch.float64)
     for n, frame in enumerate(frames):
         u = (
-            _patches(frame, positions, kernel, stride, dilation)
+            conv.patches(frame, positions, kernel, stride, dilation)
             .unflatten(0, (groups, x.shape[1] // groups))
             .flatten(1, 1 + axes)
             .flatten(2)
@@ -108,11 +108,3 @@ def conv_gram_(
         sums += w * (u @ u.mT).double()
     i, j = torch.triu_indices(D, D, device=acc.device)
     acc[:, i, j] += (scale * sums[:, i, j]).to(acc.dtype)
-
-
-def _patches(frame: Tensor, positions, kernel, stride, dilation) -> Tensor:
-    """``[C, *K, *P]`` of one framed image, without a copy."""
-    channel, *steps = frame.stride()
-    along_kernel = [step * d for step, d in zip(steps, dilation, strict=True)]
-    along_positions = [step * s for step, s in zip(steps, stride, strict=True)]
-    return frame.as_strided((frame.shape[0], *kernel, *positions), (channel, *along_kernel, *along_positions))

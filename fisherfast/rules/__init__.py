@@ -7,8 +7,10 @@ blind to the layer. A function that is made of such functions is taken apart ins
 """
 
 from fisherfast.rules import contractions, decompositions, functions
+from fisherfast.rules.convolution import Convolution
 from fisherfast.rules.decompositions import DECOMPOSITIONS
-from fisherfast.rules.forms import Convolution, Elementwise, Form, Lookup, MatMul, Part, Tied, combines, joined, part
+from fisherfast.rules.forms import Elementwise, Form, Lookup, MatMul, Part, part
+from fisherfast.rules.joining import Tied, combines, joined
 from fisherfast.rules.rows import Rows
 from fisherfast.rules.table import RULES, Use, rule
 from fisherfast.rules.windows import ALL, Entries, Window

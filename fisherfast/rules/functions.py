@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fisherfast._precision import wide
-from fisherfast.rules.forms import Convolution, Elementwise, Lookup, MatMul
+from fisherfast.rules.convolution import Convolution
+from fisherfast.rules.forms import Elementwise, Lookup, MatMul
 from fisherfast.rules.table import Use, rule
 
 

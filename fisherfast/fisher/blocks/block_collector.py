@@ -18,8 +18,8 @@ from torch import Tensor
 from fisherfast._precision import wide_name
 from fisherfast.accumulator import Accumulator
 from fisherfast.capture.calls import Call, in_parts
+from fisherfast.capture.capture import Capture
 from fisherfast.capture.collector import Cost, Held, Samples
-from fisherfast.capture.mode import Capture
 from fisherfast.capture.tracked import Tracked
 from fisherfast.fisher.blocks import units
 from fisherfast.fisher.blocks.block_sums import BlockSums, DiagonalSums, GradientSums, WeightSums

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from fisherfast._precision import wide_dtype
 from fisherfast.accumulator import Accumulator
+from fisherfast.capture.capture import Capture
 from fisherfast.capture.collector import Held, Samples
-from fisherfast.capture.mode import Capture
 from fisherfast.fisher.blocks.block_collector import BlockCollector
 from fisherfast.fisher.blocks.block_sums import BatchSum, WeightSums
 from fisherfast.fisher.blocks.eigen import EigenBlock, eigenbasis, workspace
