@@ -86,6 +86,8 @@ from fisherfast.information import (
 from fisherfast.likelihood import Bernoulli, Categorical, CausalLM, Gaussian, LogLikelihood
 from fisherfast.rules import rule
 
+__version__ = "0.1.0"
+
 __all__ = [
     "EKFAC",
     "KFAC",

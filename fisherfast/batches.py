@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from fisherfast import _nested, packing
 from fisherfast._random import GOLDEN
@@ -228,13 +229,18 @@ def _parts(item: Any) -> tuple[Any, Any, Any, Any]:
         if weight is not None and not _tensor(weight).is_floating_point():  # the samples' indices, say
             raise TypeError(
                 "data: the third entry of a batch is the weights of its samples and must be floating, got "
-                f"{_tensor(weight).dtype}; leave it out, or pass weights as .float()"
+                f"{_tensor(weight).dtype}; several inputs are one entry, ((x1, x2), y); leave indices out, or pass weights as .float()"
             )
         return inputs, targets, weight, None
+    several = f" of {len(item)}" if isinstance(item, (tuple, list)) else ""
+    if isinstance(item, Tensor):
+        way = "data is a list of batches, [(inputs, targets)], and inputs without labels are (inputs, None)"
+    elif isinstance(item, DataLoader):
+        way = "take one batch of it, next(iter(loader))"
+    else:
+        way = "several inputs are one entry, ((x1, x2), targets)"
     raise TypeError(
-        "data: a batch must be (inputs, targets), (inputs, targets, weights) or a dict, got "
-        f"{type(item).__name__}{f' of {len(item)}' if isinstance(item, (tuple, list)) else ''}; "
-        "wrap inputs without labels as (inputs, None)"
+        f"data: a batch must be (inputs, targets), (inputs, targets, weights) or a dict, got {type(item).__name__}{several}; {way}"
     )
 
 

@@ -24,9 +24,26 @@ import fisherfast as ff
 from fisherfast import environment, loading, report, timing
 from fisherfast import likelihood as likelihoods
 
-app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_show_locals=False)
+app = typer.Typer(
+    help=(__doc__ or "").replace("``", ""), no_args_is_help=True, add_completion=False, pretty_exceptions_show_locals=False
+)
 
 _TIMED_BATCHES = 8
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(ff.__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and stop.")
+    ] = False,
+) -> None:
+    """What all commands have in common."""
 
 
 class FisherType(StrEnum):

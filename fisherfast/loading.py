@@ -78,14 +78,17 @@ def _function(spec: str, option: str) -> Callable[[], Any]:
     """The function that ``module:function`` names."""
     module_name, _, name = spec.partition(":")
     if not (module_name and name) or "/" in module_name or module_name.startswith("."):
-        raise typer.BadParameter(f"must be module:function, got {spec!r}", param_hint=option)
+        raise typer.BadParameter(
+            f"must be module:function, or a folder of a Hugging Face model on this machine, got {spec!r}", param_hint=option
+        )
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if not f"{module_name}.".startswith(f"{error.name}."):
             raise
+        hint = f"; leave out .py: {module_name.removesuffix('.py')}:{name}" if module_name.endswith(".py") else ""
         raise typer.BadParameter(
-            f"there is no module {error.name!r} here or among the installed packages", param_hint=option
+            f"there is no module {error.name!r} here or among the installed packages{hint}", param_hint=option
         ) from None
     function = getattr(module, name, None)
     if function is None:

@@ -67,7 +67,8 @@ def test_indices_are_no_weights():
     """A data set that yields each sample's number is not weighted by it."""
     x, y = torch.randn(N, 3), torch.randint(0, 2, (N,))
     with pytest.raises(
-        TypeError, match=r"third entry of a batch is the weights .* must be floating, got torch.int64; leave it out"
+        TypeError,
+        match=r"third entry of a batch is the weights .* must be floating, got torch.int64; several inputs are one entry",
     ):
         measure(nn.Linear(3, 2), (x, y, torch.arange(N)))
     twice = measure(nn.Linear(3, 2), (x, y, torch.full((N,), 2.0)))
@@ -267,3 +268,38 @@ def test_a_part_of_the_output_is_one_that_there_is(kind):
     there = r"of a mapping of \['logits', 'extra'\]" if kind is dict else "of a SimpleNamespace without it"
     with pytest.raises(ValueError, match=rf"output: must be the name of a part .*, got 'logit' {there}; or pass a function"):
         measure(Named(kind), item, output="logit")
+
+
+@pytest.mark.parametrize(
+    ("item", "way"),
+    [
+        (torch.zeros(N, 5), r"data is a list of batches, \[\(inputs, targets\)\]"),
+        (torch.utils.data.DataLoader([(0, 1)]), r"next\(iter\(loader\)\)"),
+        ((torch.zeros(N, 5),) * 4, r"of 4; several inputs are one entry, \(\(x1, x2\), targets\)"),
+        ((torch.zeros(N, 5), torch.zeros(N, 5), torch.zeros(N).long()), r"several inputs are one entry, \(\(x1, x2\), y\)"),
+    ],
+)
+def test_another_container_is_told_the_right_one(item, way):
+    with pytest.raises(TypeError, match=way):
+        measure(nn.Linear(5, 3), item)
+
+
+def test_only_a_model_that_fails_is_told_of_inputs_that_hold_no_samples():
+    hint, x = "must hold its samples", torch.zeros(9, 5)
+    with pytest.raises(ValueError, match="labels must lie in") as ours:
+        measure(nn.Linear(5, 3), (x, torch.full((9,), 7)))
+    with pytest.raises(RuntimeError) as theirs:
+        measure(nn.Linear(4, 3), (x, torch.zeros(9).long()))
+    assert [hint in "".join(getattr(error.value, "__notes__", [])) for error in (ours, theirs)] == [False, True]
+    assert not any("0 samples" in note for error in (ours, theirs) for note in getattr(error.value, "__notes__", []))
+
+
+def test_an_output_without_a_graph_is_named():
+    class Detached(nn.Linear):
+        def forward(self, x):
+            return super().forward(x).detach()
+
+    with pytest.raises(
+        ValueError, match=r"the output must depend on the parameters, got one without a graph; leave out detach\(\)"
+    ):
+        measure(Detached(5, 3), (torch.zeros(N, 5), torch.zeros(N).long()))

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command line: the main job from a user's own files, its errors, and what ``env`` says."""
 
+import importlib.metadata
 import itertools
 import json
 import math
@@ -146,8 +147,9 @@ def test_info_without_timing(module):
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        ("nowhere", "must be module:function, got 'nowhere'"),
+        ("nowhere", "on this machine, got 'nowhere'"),
         ("no_such_module:model", "there is no module 'no_such_module' here"),
+        ("no_such_module.py:model", "leave out .py: no_such_module:model"),
         ("{module}:modle", "has no 'modle'; its functions: ['broken_data', 'data', 'interrupted_data'"),
         ("{module}:value", "must be a function, got int"),
         ("{module}:number", "must return a torch.nn.Module, got int"),
@@ -318,3 +320,8 @@ def test_options_are_checked_before_anything_is_measured(module, tmp_path, optio
 def test_a_file_is_no_module(module):
     result = run("info", "--model", f"./{module}.py:model", "--data", f"{module}:data")
     assert result.exit_code == 2 and "must be module:function" in result.output
+
+
+def test_the_version_is_that_of_the_package():
+    result = CliRunner().invoke(cli.app, ["--version"])
+    assert result.exit_code == 0 and result.output.strip() == ff.__version__ == importlib.metadata.version("fisherfast")

@@ -163,7 +163,9 @@ def test_draws_of_weights_cost_confidence():
     exact, drawn = (pac_bayes_bound(0.1, 20.0, 1000, method="kl", draws=m) for m in (None, 100))
     assert drawn.value > exact.value
     assert (exact.confidence, drawn.confidence) == (0.95, pytest.approx(0.94))
-    loss = drawn.expected_loss
+    assert (exact.expected_loss, exact.loss_limit, drawn.expected_loss) == (0.1, 0.1, 0.1)
+    assert f"E_Q loss = 0.1 (<= {drawn.loss_limit:.4g} by 100 draws from Q" in str(drawn)
+    loss = drawn.loss_limit
     assert 0.1 * math.log(0.1 / loss) + 0.9 * math.log(0.9 / (1 - loss)) == pytest.approx(math.log(2 / 0.01) / 100, rel=1e-12)
     many = pac_bayes_bound(0.1, 20.0, 1000, method="kl", draws=10**12)
     assert many.value == pytest.approx(exact.value, rel=1e-4)

@@ -43,9 +43,12 @@ def wheel(tmp_path_factory):
 
 def test_wheel_holds_kernels_inside_the_package(wheel):
     names = zipfile.ZipFile(wheel).namelist()
-    assert {"fisherfast/kernels/linear_sq.py", "fisherfast/report/page.py", "fisherfast/templates/report.html.jinja"} <= set(
-        names
-    )
+    assert {
+        "fisherfast/kernels/linear_sq.py",
+        "fisherfast/report/page.py",
+        "fisherfast/templates/report.html.jinja",
+        "fisherfast/py.typed",
+    } <= set(names)
     assert {name.partition("/")[0] for name in names if ".dist-info" not in name} == {"fisherfast"}
 
 

@@ -86,16 +86,34 @@ def same_but_rounding(a: Tensor, b: Tensor, eps: float) -> bool:
     return bool((_apart(a, b) < eps * (4 * b.abs() + 16 * scale))[different].all())  # one that is infinite in one is another
 
 
+def _roughly_same(a: Tensor, b: Tensor, eps: float) -> bool:
+    """Whether outputs are the same but for rounding that differs, as that of other kernels for another number of samples."""
+    if a.shape != b.shape:
+        return False
+    different = a != b  # an output that masks is the same, and says nothing of how large the others are
+    if not different.any():
+        return True
+    others = b[different].abs()
+    return bool((_apart(a, b)[different] < max(0.02, 16 * eps) * (others + others.median())).all())
+
+
+def dependent(outputs: Callable[[Batch], Tensor], few: Batch, values: Tensor, eps: float) -> int | None:
+    """Which of the first two samples plainly has another output in a batch of its copies; None if neither has.
+
+    Where no gradient passes from sample to sample nothing else shows it: statistics of the batch that were detached. One of the two shows
+    also a maximum over the batch, which the other may be. A model that gives another output each time is not looked at.
+    """
+    two = few.cut(0, 2)
+    for n in range(2):
+        if not _roughly_same(_without_others(outputs, two, values[:2], n), values[n : n + 1].detach(), eps):
+            return n if _roughly_same(outputs(few).detach(), values.detach(), eps) else None
+    return None
+
+
 def check_first(alone: Tensor, together: Tensor, eps: float) -> None:
     """Raise ValueError if the first sample by itself is plainly another than in its batch: an input was cut that holds no samples."""
-    alone, first = alone.detach(), together[:1].detach()
-    if alone.shape == first.shape:
-        different = alone != first  # an output that masks is the same, and says nothing of how large the others are
-        if not different.any():
-            return
-        others = first[different].abs()
-        if bool((_apart(alone, first)[different] < max(0.02, 16 * eps) * (others + others.median())).all()):
-            return
+    if _roughly_same(alone.detach(), together[:1].detach(), eps):
+        return
     raise ValueError(
         "data: inputs whose first axis is as long as the batch must hold its samples, got one that does not: the first sample alone "
         "has another output than in its batch; pass such an input as [1, ...], or expanded to [N, ...]. A model that draws random "

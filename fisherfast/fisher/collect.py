@@ -144,7 +144,7 @@ class collect:
             if not bool(loss.detach().isfinite().all()):
                 run.raise_not_finite(loss, "the loss")
             if capture.mode.given is not None:
-                self._warn_of_positions(loss.shape[0], capture.mode.given.shapes)
+                self._warn_of_positions(loss, capture.mode.given.shapes)
                 capture.mode.given = None
             uses = capture.read(loss)
             if not self._explored or uses.outdated:
@@ -224,9 +224,14 @@ class collect:
             "differentiates them all, which is slow",
         )
 
-    def _warn_of_positions(self, N: int, calls: list[list[torch.Size]]) -> None:
-        """A vector of the losses of all samples' positions makes each of these a sample, which is rarely meant."""
-        firsts = [shapes[0][0] if shapes else 0 for shapes in calls]
+    def _warn_of_positions(self, loss: Tensor, calls: list[list[torch.Size]]) -> None:
+        """A vector of the losses of all samples' positions makes each of these a sample, and a number one sample of all: both rarely meant."""
+        N, firsts = len(loss), [shapes[0][0] if shapes else 0 for shapes in calls]
+        if N == 1 < min(firsts, default=0) and _was_a_number(loss):
+            warn(
+                f"collect: the loss should have one entry for each sample, got one number for inputs of {sum(firsts)}, which counts as one "
+                "sample; use reduction='none', and sum over the positions of a sample"
+            )
         known = min(firsts, default=0) > 1 and not any(N in shape for shapes in calls for shape in shapes)
         if known and N > (samples := sum(firsts)) and N % samples == 0:
             warn(
@@ -331,3 +336,9 @@ class collect:
                 f"collect: result must be asked for where there is one structure, got {len(results)}; take results()"
             )
         return results[0]
+
+
+def _was_a_number(loss: Tensor) -> bool:
+    """Whether a vector of one entry was made of a number, as a mean over a batch is."""
+    parents = [parent for parent, _ in getattr(loss.grad_fn, "next_functions", ()) if parent is not None]
+    return len(parents) == 1 and len(parents[0]._input_metadata[0].shape) == 0

@@ -11,9 +11,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from fisherfast._warning import warn
 from fisherfast.batches import Batch
 from fisherfast.capture.calls import Call
-from fisherfast.capture.dependence import check_first, check_independent, same_but_rounding
+from fisherfast.capture.dependence import check_first, check_independent, dependent, same_but_rounding
 from fisherfast.capture.layout import PROBED
 from fisherfast.capture.locator import NO_AXIS, mixing
 from fisherfast.capture.tracked import Unbatched
@@ -41,7 +42,7 @@ class Exploration:
         try:
             values, noted = self._forward.values(few), few
         except Exception as error:
-            if few.N < batch.N:
+            if few.N < batch.N and not _ours(error):
                 error.add_note(
                     f"fisherfast: these were the batch's first {few.N} samples. Inputs whose first axis is as long as the batch must hold "
                     "its samples; pass others as [1, ...], or expanded to [N, ...]"
@@ -67,10 +68,24 @@ class Exploration:
             mixing = self._probe(uses)
             if mixing:
                 self._resolve(self._forward.values, few, uses, mixing, noted)
+            else:
+                self._warn_if_dependent(few, values.detach())
             self._probed = True
 
     def _probe(self, uses: Uses) -> set[str]:
         return mixing(self._run.passes.tagging.probe(uses, noise(uses.root)), self._run.capture.tracked, uses.chosen)
+
+    def _warn_if_dependent(self, few: Batch, values: Tensor) -> None:
+        """Samples that depend on each other through what is detached have a gradient each, but of the batch that they were in."""
+        try:
+            n = dependent(self._forward.values, few, values, self._forward.precision(values))
+        except Exception:  # the model is anybody's, and may say anything to two copies of a sample
+            return
+        if n is not None:
+            warn(
+                f"model: samples should not depend on each other, got one, sample {n}, whose output changes with its batch; the result is of the "
+                "batches that were given, and others have another. Statistics of a batch do this, also where they are detached"
+            )
 
     def _explore_as_pair(self, one: Batch, values: Tensor) -> None:
         """For a first batch of one sample: explore a batch of two copies of it, because with N = 1 a tensor without a sample axis cannot be
@@ -126,6 +141,20 @@ class Exploration:
         for one in tracked:
             one.expand = None if one.name in mixing else one.expand
         return mixing
+
+
+def _ours(error: Exception) -> bool:
+    """Whether this library raised an error, which says what to do, and not the model; torch's functions are called from here, too, and
+    raise others.
+    """
+    last = error.__traceback__
+    while last is not None and last.tb_next is not None:
+        last = last.tb_next
+    return (
+        isinstance(error, ValueError | TypeError)
+        and last is not None
+        and last.tb_frame.f_globals.get("__name__", "").startswith("fisherfast.")
+    )
 
 
 def _may_hide_a_table(calls: Sequence[Call]) -> bool:

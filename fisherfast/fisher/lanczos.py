@@ -60,6 +60,10 @@ class SpectralDensity:
     nodes: Tensor
     masses: Tensor
 
+    def __repr__(self) -> str:
+        probes, steps = self.nodes.shape
+        return f"SpectralDensity({probes} probes, {steps} steps, nodes from {float(self.nodes.min()):.3g} to {float(self.nodes.max()):.3g})"
+
     def sum(self, function: Callable[[Tensor], Tensor]) -> Estimate:
         """``sum_j f(lambda_j)``; f must be finite at 0."""
         return Estimate.of((self.masses * function(self.nodes)).sum(1))

@@ -137,7 +137,7 @@ class Plan:
         return (
             f"{in_words(self.peak_bytes)} at most with the result, at least {in_words(self.activation_bytes)} of activations and "
             f"{in_words(self.scratch_bytes)} of scratch for a batch, {free} free: {'fits' if self.fits else 'does not fit'}; "
-            f"{passes}; a batch takes {self.ratio:.2f} plain steps"
+            f"{passes}; a batch takes {self.ratio:.2f} times the FLOPs of a plain step"
         )
 
     def __repr__(self) -> str:

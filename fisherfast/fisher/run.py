@@ -110,6 +110,11 @@ class Run:
                     f"were used where autograd keeps no graph, {listed(graphless)}: in torch.no_grad(), or in gradient checkpointing with "
                     "use_reentrant=True; pass use_reentrant=False, or freeze what is not to be measured (requires_grad_(False))"
                 )
+            if root.grad_fn is None:
+                raise ValueError(
+                    "model: the output must depend on the parameters, got one without a graph; leave out detach(), torch.no_grad(), NumPy and "
+                    "argmax on the way to it"
+                )
             raise ValueError(
                 f"model: every parameter with requires_grad must reach the loss, got {len(lost)} of {len(self.capture.tracked)} that "
                 f"do not, {listed(lost)}; freeze them (requires_grad_(False)), begin with a batch that reaches all "
@@ -324,6 +329,8 @@ class Run:
             error.add_note(f"fisherfast: stopped in batch {self.batches}; what came before could not be kept: {problem}")
             return
         error.fisher = results[0] if len(results) == 1 else results  # type: ignore[attr-defined]
+        if not self.num_samples and not self._partial:
+            return  # a result of nothing is not worth a word
         error.add_note(
             f"fisherfast: stopped in batch {self.batches}; the {self.num_samples} samples of the batches before are kept in .fisher"
         )

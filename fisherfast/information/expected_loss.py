@@ -59,6 +59,10 @@ def expected_loss(
               float32 or wider, means in float64. The standard error is over draws (nan of a single one), not over samples.
     Source:   the first term of Definition 2.1 of arXiv:1905.12213.
     """
+    if not isinstance(posterior, GaussianPosterior):
+        raise TypeError(
+            f"expected_loss: posterior must be an optimal_posterior or a variational_posterior, got {type(posterior).__name__}; it comes first"
+        )
     draws = _arguments.whole("expected_loss", "draws", draws, 1)
     check_rereadable("expected_loss", data)
     _check_model("expected_loss", model, posterior.mean)

@@ -29,12 +29,14 @@ _BISECTIONS = 200  # ends sooner, where the interval has no number inside
 class Bound:
     """An upper bound on the mean loss of Q on new data, with everything it depends on; made by ``pac_bayes_bound``.
 
-    ``value`` and ``expected_loss`` are in units of the loss. ``beta`` is the one of ``num_betas`` that gave the smallest
-    bound, None for ``method="kl"``. ``nats`` is KL(Q || P). ``stderr`` is that of an ``Estimate`` that was taken as exact.
+    ``value`` and the losses are in units of the loss: ``expected_loss`` as it was given, ``loss_limit`` what entered the bound, with
+    ``draws`` the estimate's upper limit. ``beta`` is the one of ``num_betas`` that gave the smallest bound, None for ``method="kl"``.
+    ``nats`` is KL(Q || P). ``stderr`` is that of an ``Estimate`` that was taken as exact.
     """
 
     value: float
     expected_loss: float
+    loss_limit: float
     nats: float
     num_samples: int
     delta: float
@@ -69,15 +71,16 @@ class Bound:
         grid could gain.
         """
         complexity = (self.nats - math.log(self.delta)) / self.num_samples
-        return (1 + math.sqrt(1 + 2 * self.expected_loss / self.max_loss / complexity)) / 2
+        return (1 + math.sqrt(1 + 2 * self.loss_limit / self.max_loss / complexity)) / 2
 
     def conditions(self) -> str:
         """Everything the bound depends on, in one line."""
         grid = "" if self.beta is None else f", beta = {self.beta:.3g}" + (f" of {self.num_betas}" if self.num_betas > 1 else "")
-        drawn = "" if self.draws is None else f", {self.draws:,} draws from Q at sample_delta = {self.sample_delta:g}"
         error = f" (+- {self.stderr:.2g}, not part of delta)" if self.stderr else ""
+        if self.draws is not None:
+            error = f" (<= {self.loss_limit:.4g} by {self.draws:,} draws from Q, sample_delta = {self.sample_delta:g})"
         return (
-            f"{self.method}{grid}, delta = {self.delta:g}{drawn}, E_Q loss = {self.expected_loss:.4g}{error}, "
+            f"{self.method}{grid}, delta = {self.delta:g}, E_Q loss = {self.expected_loss:.4g}{error}, "
             f"KL = {self.nats:,.4g} nats, N = {self.num_samples:,} samples, loss in [0, {self.max_loss:g}]"
         )
 
@@ -158,7 +161,8 @@ def pac_bayes_bound(
         value, best = min(((scaled + b * complexity) / (1 - 1 / (2 * b)), b) for b in betas)
     return Bound(
         value=value * max_loss,
-        expected_loss=scaled * max_loss,
+        expected_loss=loss,
+        loss_limit=scaled * max_loss,
         nats=kl,
         num_samples=N,
         delta=delta,

@@ -68,6 +68,13 @@ class Information:
     excluded: tuple[str, ...]
     fisher: Fisher = field(repr=False)
 
+    def __repr__(self) -> str:
+        prior = f"{self.prior_scale:.3g}" if isinstance(self.prior_scale, float) else self.prior_scale
+        return (
+            f"Information({self.nats:,.6g} nats in {len(self.layers)} layers, beta={self.beta:.3g}, prior_scale={prior}, "
+            f"variant={self.variant!r})"
+        )
+
     @property
     def nats(self) -> float:
         """The information in the weights: ``kl``, or the printed eq. 8."""

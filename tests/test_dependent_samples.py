@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Samples that depend on each other where no gradient shows it: said once, of a measurement's first batch."""
+
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+import fisherfast as ff
+
+
+class Scaled(nn.Module):
+    """A network whose hidden state is divided by a number of its own, or of the batch's, that no gradient passes through."""
+
+    def __init__(self, scale):
+        super().__init__()
+        self.inner, self.head, self.scale = nn.Linear(5, 7), nn.Linear(7, 3), scale
+
+    def forward(self, x):
+        hidden = self.inner(x)
+        return self.head(hidden / self.scale(hidden.detach()))
+
+
+ALONE = {
+    "a number of each sample": lambda hidden: hidden.std(1, keepdim=True),
+    "a constant": lambda hidden: 2.0,
+    "no samples": lambda hidden: hidden.new_tensor(3.0),
+}
+TOGETHER = {
+    "standard deviations of the batch": lambda hidden: hidden.std(0) + 1e-3,
+    "the maximum of the batch": lambda hidden: hidden.abs().max(),
+    "its length": lambda hidden: float(len(hidden)),
+}
+
+
+def data(N=6):
+    return [(torch.randn(N, 5), torch.randint(3, (N,))) for _ in range(2)]
+
+
+@pytest.mark.parametrize("structure", ["diagonal", "kfac"])
+@pytest.mark.parametrize("scale", TOGETHER.values(), ids=list(TOGETHER))
+def test_what_a_batch_does_to_a_sample_is_said(scale, structure):
+    with pytest.warns(ff.FisherWarning, match=r"samples should not depend on each other, got one, sample [01]") as caught:
+        ff.fisher(Scaled(scale), data(), structure, progress=False)
+    assert len([one for one in caught if "depend on each other" in str(one.message)]) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("scale", ALONE.values(), ids=list(ALONE))
+def test_independent_samples_are_passed_in_silence(scale, dtype):
+    batches = [(x.to(dtype), y) for x, y in data()]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ff.fisher(Scaled(scale).to(dtype), batches, progress=False)
+
+
+def test_a_model_that_draws_is_not_said_to_mix_its_samples():
+    noisy = Scaled(lambda hidden: torch.rand(len(hidden), 1) + 0.1).eval()
+    with pytest.warns(ff.FisherWarning) as caught:
+        ff.fisher(noisy, data(), progress=False)
+    assert ["draw no random numbers" in str(one.message) for one in caught] == [True]
+
+
+def test_one_sample_has_no_others():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ff.fisher(Scaled(TOGETHER["the maximum of the batch"]), data(1), progress=False)
+
+
+@pytest.mark.parametrize("make", [lambda losses: losses.mean().view(1), lambda losses: losses.sum()[None]])
+def test_a_loss_of_one_number_counts_as_one_sample(make):
+    net, (x, y) = nn.Linear(5, 3), data()[0]
+    with pytest.warns(ff.FisherWarning, match=r"got one number for inputs of 6, which counts as one sample"):
+        with ff.collect(net, "diagonal") as stats:
+            stats.backward(make(nn.functional.cross_entropy(net(x), y, reduction="none")))
+    assert stats.result().num_samples == 1
+
+
+def test_one_sample_is_one_loss():
+    net, (x, y) = nn.Linear(5, 3), data(1)[0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with ff.collect(net, "diagonal") as stats:
+            stats.backward(nn.functional.cross_entropy(net(x), y).view(1))
