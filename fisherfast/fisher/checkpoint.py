@@ -63,10 +63,10 @@ class Checkpoint:
         return True
 
     def _check_batches(self) -> None:
-        if self._samples != self._run.num_samples:
+        if self._samples != self._run.tally.samples:
             raise ValueError(
                 f"fisher: data must come in the batches that {self._path} was made of, got {self._samples} samples in the first "
-                f"{self._done}, where it holds {self._run.num_samples}; give the same data, or remove the file"
+                f"{self._done}, where it holds {self._run.tally.samples}; give the same data, or remove the file"
             )
         if self._digest not in (None, self._read[-1]):
             raise ValueError(
@@ -90,7 +90,7 @@ class Checkpoint:
 
     def end(self, error: BaseException | None = None) -> None:
         """Write what is new, at the end or where an ``error`` ends the run, which nothing that writing meets must hide."""
-        if self._run.batches <= self._done:
+        if self._run.tally.batches <= self._done:
             return
         try:
             self._write()
@@ -101,7 +101,7 @@ class Checkpoint:
 
     def _write(self) -> None:
         results = self._run.results()
-        extra = {**self._settings, "batches": self._read[self._run.batches - 1]}
+        extra = {**self._settings, "batches": self._read[self._run.tally.batches - 1]}
         serialize.save(results[0] if len(results) == 1 else serialize.Several(results), self._path, extra=extra)
 
 

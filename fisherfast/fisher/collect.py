@@ -152,7 +152,7 @@ class collect:
             self._check_caught(uses)
             self._warn_of_a_part(loss, again=any(call.counted for call in uses.calls))
             self._check_fallback(uses)
-            if self._fills and not run.batches:
+            if self._fills and not run.tally.batches:
                 self._warn_of_others(loss)
             if self._fills and run.engine is not None:
                 sources = {source.name for use in uses.all for source in use.tracked.sources}
@@ -265,9 +265,9 @@ class collect:
     def _explore(self, uses: Uses) -> None:
         """First batches: which parameters are reached, in which forms, and where their sample axis is."""
         run, loss = self._run, uses.root
-        if not run.batches:
+        if not run.tally.batches:
             run.check_reached(loss)
-        run.note_uses(uses)
+        run.show(uses.calls)
         if loss.shape[0] > 1:
             one = self._pass(torch.ones_like(loss))
             findings = run.passes.tagging.probe(uses, one.cotangent, large=self._loss_scale > 1)
@@ -287,7 +287,7 @@ class collect:
         free = {use.key for call in uses.calls if call.site and not call.site.may_hold(len(uses.root)) for use in call.uses}
         with_axis = {key[0] for key, one in findings.items() if one.mixes_samples and one.had_sample_axis and key not in free}
         for name in names:
-            if name in with_axis and not self._run.batches:
+            if name in with_axis and not self._run.tally.batches:
                 raise ValueError(
                     f"{name}: a row must belong to one sample, got rows that depend on several; batch statistics and contrastive losses "
                     "have no per-sample gradient. If this is a table that has no sample axis but is as long as the batch, use ff.fisher, "
@@ -323,9 +323,9 @@ class collect:
 
     def results(self) -> tuple[Any, ...]:
         """One result per structure asked for, in that order."""
-        if not self._run.num_samples:
+        if not self._run.tally.samples:
             raise ValueError("collect: there must be at least one stats.backward(loss) before results, got none")
-        self._run.warn_of_unequal_draws()
+        self._run.tally.warn_of_unequal_draws()
         return self._run.results()
 
     def result(self) -> Any:

@@ -50,11 +50,11 @@ class Exploration:
             raise
         uses = self._run.capture.read(values)
         if not self._explored:
-            self._run.note_uses(uses)
+            self._run.show(uses.calls)
             if few.N < batch.N and self._run.passes.backward.reached(values) < self._run.capture.tracked.keys():
                 everything, noted = self._forward.values(batch), batch  # an expert may be none of the few samples'
                 self._run.check_reached(everything)
-                self._run.note_uses(self._run.capture.read(everything))
+                self._run.show(self._run.capture.read(everything).calls)
             else:
                 self._run.check_reached(values)
             self._run.passes.route_mixed_forms(uses)
@@ -121,7 +121,7 @@ class Exploration:
         for name in mixing:
             followed[name].give_up(NO_AXIS)
         if further:  # their uses are others now
-            self._run.note_uses(uses if noted is few else self._run.capture.read(of(noted)))
+            self._run.show((uses if noted is few else self._run.capture.read(of(noted))).calls)
 
     def _not_expanded(self, of: Callable[[Batch], Tensor], few: Batch, uses: Uses, mixing: set[str]) -> set[str]:
         followed, values = uses.followed, uses.root

@@ -33,7 +33,7 @@ class Forward:
             output = self.output_of(batch, exploring, model)
             if self._run.capture.mode.doubtful and not exploring:
                 self._check_expanded(batch, output)
-            predictions = self._labelling.predictions(batch, output, self._sample_offset + self._run.num_samples + first)
+            predictions = self._labelling.predictions(batch, output, self._sample_offset + self._run.tally.samples + first)
         if not self._labelling.says_something(predictions):
             self._run.raise_not_finite(predictions.values, "the model's output")
         return output, predictions

@@ -125,7 +125,7 @@ def _in_two_passes(
     try:
         return corrected.over(twice.read(corrected.batches(data, progress, "Fisher")), None)
     except (Exception, KeyboardInterrupt) as error:
-        if not corrected.run.num_samples:
+        if not corrected.run.tally.samples:
             error.fisher = basis  # type: ignore[union-attr]
             error.add_note("fisherfast: no batch of the second pass counts; .fisher holds the factors of the first")
         raise

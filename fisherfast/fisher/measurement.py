@@ -76,7 +76,7 @@ class Measurement:
             if checkpoint is not None:
                 checkpoint.end()
             self.run.warn_of_underflow()
-            self.run.warn_of_no_labels()
+            self.run.tally.warn_of_no_labels()
         return self.run.results()
 
     def _add_all(self, batches: Iterable[Batch], checkpoint: Checkpoint | None) -> None:
@@ -89,7 +89,7 @@ class Measurement:
                 checkpoint.write_if_due()
         if checkpoint is not None:
             checkpoint.check_all_read()
-        if not self.run.num_samples:
+        if not self.run.tally.samples:
             raise ValueError("fisher: data must yield at least one batch, got none; was the iterator used up?")
 
     def _settings(self) -> dict[str, str]:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -21,7 +21,6 @@ from fisherfast.capture.collector import Collector, Samples
 from fisherfast.capture.passes import Passes
 from fisherfast.capture.tracked import Tracked
 from fisherfast.capture.train_mode import unwrapped
-from fisherfast.capture.uses import Uses
 from fisherfast.fisher import interrupts
 from fisherfast.fisher.counts import Counts
 from fisherfast.fisher.coverage import OPS, Coverage, Stopwatch
@@ -29,6 +28,7 @@ from fisherfast.fisher.engine import Engine
 from fisherfast.fisher.memory import Held, check
 from fisherfast.fisher.protocol import Provenance
 from fisherfast.fisher.request import Request
+from fisherfast.fisher.tally import Tally
 
 _MANY = 0.01  # of the gradients of one parameter
 
@@ -75,7 +75,7 @@ class Run:
         self.passes = Passes(self.capture, self.collectors)
         self.provenance = provenance
         self.allow_missing = allow_missing
-        self.num_samples = self.num_positions = self.batches = 0
+        self.tally = Tally()
         self.missing: dict[str, str] = {} if known is None else dict(known.missing)
         self.missing_parameters: list[Tensor] = []
         self.writes_inputs = known is not None and known.writes_inputs  # in its forward pass
@@ -86,15 +86,12 @@ class Run:
         self._watch = Stopwatch(self.capture.device)
         self._fits = False  # whether the sums were found to
         self._torn = False  # a batch may be in the sums without its weight
-        self._fresh = True  # whether the samples of the batch at hand are new
         self._partial = False  # whether the batch that failed may be in some of the sums, with its weight there
         self._transactional = transactional
-        self._counted: list[Call] = []  # the calls of the batch counted last
-        self._batches_of: Counter[int] = Counter()  # how many batches have had so many draws
         self._shown: list[Call] = []  # to the collectors, last
         if known is not None:
             self.passes.locator.scattered |= known.scattered
-            self._show(known.calls)
+            self.show(known.calls)
 
     def check_reached(self, root: Tensor) -> None:
         """After a first forward pass: raise, or record, parameters that the loss does not depend on."""
@@ -134,11 +131,8 @@ class Run:
         for collector in self.collectors:
             collector.forget(name)
 
-    def note_uses(self, uses: Uses) -> None:
+    def show(self, calls: list[Call]) -> None:
         """Show the collectors how the parameters are used, and remember which op serves each, for the coverage report."""
-        self._show(uses.calls)
-
-    def _show(self, calls: list[Call]) -> None:
         self._shown = calls
         for collector in self.collectors:
             collector.explore(calls)
@@ -164,7 +158,7 @@ class Run:
     def restore(self, before: Sequence[Any]) -> None:
         """Go on from a checkpoint: one earlier result for each structure."""
         first, self._fits = before[0], True
-        self.num_samples, self.num_positions, self.batches = first.num_samples, first.num_positions, first.batches
+        self.tally.restore(first.num_samples, first.num_positions, first.batches)
         for name, how in first.coverage.items():
             if how.startswith("missing"):
                 self._leave_out(name, how)
@@ -173,17 +167,9 @@ class Run:
 
     def note_draw(self, calls: list[Call]) -> None:
         """Inside a transaction: if the samples behind ``calls`` were counted before, the batch is another draw for them."""
-        before = max((call.counted for call in calls), default=0)
-        self._batches_of[before] -= 1
-        self._batches_of[before + 1] += 1
-        self._fresh = not before
-        if before:
-            last = {id(call) for call in self._counted}
-            if self.engine is not None:
-                self.engine.values.again(follows=any(id(call) in last for call in calls))
-        for call in calls:
-            call.counted = before + 1
-        self._counted = calls
+        follows = self.tally.draw(calls)
+        if follows is not None and self.engine is not None:
+            self.engine.values.again(follows)
 
     @property
     def coverage(self) -> Coverage:
@@ -204,23 +190,6 @@ class Run:
                 "where digits are lost; pass loss_scale=2**10 or larger, or use bfloat16. F.coverage.underflow counts them",
             )
 
-    def warn_of_unequal_draws(self) -> None:
-        """Say so if some batches have had more backward passes than others, so that their samples weigh more in the means."""
-        draws = [number for number, batches in sorted(self._batches_of.items()) if number and batches]
-        if len(draws) > 1:
-            warn(
-                f"collect: every batch must have as many backward passes as the others, got some of {draws[0]} and some of {draws[-1]}; each pass "
-                "counts as its samples do, so the result is no longer a mean over samples, but one over draws",
-            )
-
-    def warn_of_no_labels(self) -> None:
-        """At the end: say so if no position counted, so that all there is are zeros."""
-        if not self.num_positions:
-            warn(
-                f"data: some of the {self.num_samples} samples must have a label that counts, got none: all are ignored or masked, and the "
-                "Fisher is zero",
-            )
-
     def _fallback(self, tracked: Tracked) -> str:
         reason = tracked.fallback
         if tracked.chained:
@@ -236,11 +205,11 @@ class Run:
         """What has been accumulated so far, for each structure. Errors: RuntimeError if a batch was broken off while it was counted."""
         if self._torn:
             raise RuntimeError(
-                f"batch {self.batches}: must be counted to its end, got an error or a third signal in between, so that sums may hold what their "
+                f"batch {self.tally.batches}: must be counted to its end, got an error or a third signal in between, so that sums may hold what their "
                 "weights lack; measure again, from a checkpoint if there is one"
             )
         aliases = {alias: name for alias, name in self.capture.aliases.items() if name in self.capture.tracked}
-        counts = Counts(self.num_samples, self.num_positions, self.batches, self.provenance, self.coverage, aliases)
+        counts = Counts(self.tally.samples, self.tally.positions, self.tally.batches, self.provenance, self.coverage, aliases)
         asked = zip(self.structures, self.sources, strict=True)
         with interrupts.put_off(self._tear):  # sums are folded on the way
             return tuple(structure.result(source, counts) for structure, source in asked if structure.fills is None)
@@ -252,14 +221,14 @@ class Run:
         bad = next((one.name for one in self.capture.tracked.values() if not one.detached.isfinite().all()), None)
         where = where if bad is None else f"the parameter {bad!r} itself is not finite"
         raise NonFiniteError(
-            f"batch {self.batches}: {what} must be finite, got NaN or infinity; {where}. Nothing of this batch was added"
+            f"batch {self.tally.batches}: {what} must be finite, got NaN or infinity; {where}. Nothing of this batch was added"
         )
 
     def raise_not_finite_gradients(self, where: str) -> NoReturn:
         """Raise after a backward pass that brought NaN or infinity, saying where first."""
         hint = "; float16 overflows above 65504: give a lower loss_scale" if self.capture.narrow else ""
         raise NonFiniteError(
-            f"batch {self.batches}: gradients must be finite, and so must their squares, got NaN or infinity, first at {where}{hint}"
+            f"batch {self.tally.batches}: gradients must be finite, and so must their squares, got NaN or infinity, first at {where}{hint}"
         )
 
     def _tear(self) -> None:
@@ -279,7 +248,8 @@ class Run:
         with interrupts.put_off(lambda: None if staged else self._tear()):  # what is staged is dropped whole
             for collector in self.collectors:
                 collector.begin(samples)
-            self._fresh, complete = True, False
+            self.tally.begin()
+            complete = False
             try:
                 yield
                 complete = True
@@ -295,9 +265,7 @@ class Run:
         with self.capture.aside():
             bad = list(dict.fromkeys(name for collector in self.collectors for name in collector.settle(complete)))
         if complete and not bad:
-            self.num_samples += samples if self._fresh else 0
-            self.num_positions += positions if self._fresh else 0
-            self.batches += 1
+            self.tally.complete(samples, positions)
         self._torn = torn
         return bad
 
@@ -326,13 +294,13 @@ class Run:
         try:
             results = self.results()
         except Exception as problem:  # no memory for what a result takes: what went wrong first is what counts
-            error.add_note(f"fisherfast: stopped in batch {self.batches}; what came before could not be kept: {problem}")
+            error.add_note(f"fisherfast: stopped in batch {self.tally.batches}; what came before could not be kept: {problem}")
             return
         error.fisher = results[0] if len(results) == 1 else results  # type: ignore[attr-defined]
-        if not self.num_samples and not self._partial:
+        if not self.tally.samples and not self._partial:
             return  # a result of nothing is not worth a word
         error.add_note(
-            f"fisherfast: stopped in batch {self.batches}; the {self.num_samples} samples of the batches before are kept in .fisher"
+            f"fisherfast: stopped in batch {self.tally.batches}; the {self.tally.samples} samples of the batches before are kept in .fisher"
         )
         if self._partial:
             self._partial = False  # later errors are not of this batch
