@@ -69,6 +69,8 @@ CALLS = {
     "a sum in place with a factor": lambda w, x: (x * 1.0).add_(w, alpha=2),
     "a product with a factor": lambda w, x: torch.addmm(w, x, w.exp().diag(), alpha=2),
     "a product of a parameter, with factors": lambda w, x: torch.addmm(w, x, w.view(2, 2).repeat(2, 2), beta=3, alpha=2),
+    "a gradient inside": lambda w, x: torch.vmap(torch.func.grad(lambda v: F.linear(v, w.diag()).tanh().sum()))(x),
+    "a product with a gradient inside": lambda w, x: torch.func.vjp(lambda v: F.linear(v, w.diag()).tanh(), x)[1](x)[0],
     "repeated": lambda w, x: x * w[:2].repeat(2),
     "repeated along another axis": lambda w, x: x * w.repeat(2, 1).sum(0),
 }
@@ -80,6 +82,8 @@ LAYERS = {
 TABLES = {
     "rows counted from the end": lambda m, ids: m.table[ids - V].sum(1),
     "padding counted from the end": lambda m, ids: F.embedding(ids, m.table, padding_idx=-1).sum(1),
+    "bags padded from the end": lambda m, ids: F.embedding_bag(ids, m.table, padding_idx=-1),
+    "sums padded from the end": lambda m, ids: F.embedding_bag(ids, m.table, padding_idx=-1, mode="sum"),
     "rows of a length at most": lambda m, ids: F.embedding_bag(ids, m.table.clone(), max_norm=0.5, mode="sum"),
 }
 

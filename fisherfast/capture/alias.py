@@ -106,6 +106,7 @@ def is_part(out: Tensor, parameter: Tensor) -> bool:
     """Whether a tensor is memory of the parameter, each number at most once."""
     return (
         out.layout is torch.strided  # a sparse one has no memory of its own
+        and not torch._C._are_functorch_transforms_active()  # nor does what a transform wraps
         and parameter.is_contiguous()
         and out.dtype == parameter.dtype
         and out.untyped_storage().data_ptr() == parameter.untyped_storage().data_ptr()

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import itertools
 import weakref
 from collections.abc import Iterable
 from enum import IntEnum
@@ -85,12 +84,22 @@ class ChosenRows:
         elif func in _JOINS:
             here = self._of_many_lengths(leaves, out, _axis(func, args, kwargs))
         else:
-            here = _picked(func, args, leaves) if func in _GATHERS else Chosen.NO
+            here = self._picked(func, args, kwargs, leaves) if func in _GATHERS else Chosen.NO
         if given and func in _ELEMENTWISE and isinstance(out, Tensor) and self._placed(leaves, out):
             given = Chosen.POSSIBLY
         if chosen := max(given, here):
             for tensor in tensors(out):
                 self.add(tensor, chosen)
+
+    def _picked(self, func: Any, args: Any, kwargs: Any, leaves: list[Tensor]) -> Chosen:
+        """Whether rows are looked up by numbers. Where the first axis stays as it is, and samples may lie along it, the numbers choose
+        features, or positions of each sample.
+        """
+        by_numbers = any(not leaf.is_floating_point() for leaf in leaves[1:])  # the first is what they are picked from
+        if not by_numbers and not _by_lists(func, args):
+            return Chosen.NO
+        stays = _leaves_first_axis(func, leaves[0], args, kwargs, self._num_samples)
+        return Chosen.POSSIBLY if stays else Chosen.YES
 
     def _placed(self, leaves: list[Tensor], out: Tensor) -> bool:
         """Whether numbers computed entry by entry may lie where those of an operand lie whose rows nothing has chosen: a hidden state
@@ -119,13 +128,26 @@ def _axis(func: Any, args: Any, kwargs: Any) -> int:
     return int(kwargs.get("dim", kwargs.get("axis", args[1] if len(args) > 1 else 0)))
 
 
-def _picked(func: Any, args: Any, leaves: list[Tensor]) -> Chosen:
-    """Whether rows are looked up by numbers; those in a list behind an ellipsis may choose features, or one position of every sample."""
-    if any(not leaf.is_floating_point() for leaf in leaves[1:]):  # the first is what they are picked from
-        return Chosen.YES
-    index = args[1] if func is Tensor.__getitem__ else None
-    entries = index if isinstance(index, tuple) else (index,)
-    if not any(isinstance(entry, list) for entry in entries):
-        return Chosen.NO
-    before = itertools.takewhile(lambda entry: entry is not Ellipsis, entries)
-    return Chosen.YES if any(isinstance(entry, list) for entry in before) else Chosen.POSSIBLY
+def _entries(index: Any) -> tuple[Any, ...]:
+    return index if isinstance(index, tuple) else (index,)
+
+
+def _by_lists(func: Any, args: Any) -> bool:
+    """Whether numbers are in a list of Python's."""
+    return func is Tensor.__getitem__ and any(isinstance(entry, list) for entry in _entries(args[1]))
+
+
+def _leaves_first_axis(func: Any, source: Tensor, args: Any, kwargs: Any, N: int | None) -> bool:
+    """Whether rows are picked along the last axes, or, where samples may lie along the first, along others, or in each of its entries."""
+    entries = _entries(args[1]) if func is Tensor.__getitem__ else ()
+    if entries and entries[0] is Ellipsis:
+        return source.dim() >= len(entries)  # at least one axis is left to it
+    if source.dim() == 0 or N not in (None, len(source)):
+        return False
+    if func is not Tensor.__getitem__:
+        dim = kwargs.get("dim", next((a for a in args[1:] if isinstance(a, int)), None))
+        return dim is not None and dim % source.dim() != 0
+    first = entries[0] if entries else None
+    if isinstance(first, Tensor) and first.dtype == torch.int64 and first.shape == source.shape[:1]:
+        return len(entries) > 1 and torch.equal(first, torch.arange(len(source), device=first.device))
+    return isinstance(first, slice) and first == slice(None)

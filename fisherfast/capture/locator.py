@@ -29,7 +29,8 @@ class Locator:
         self._capture = capture
         self.batches = 0  # so far, this one included
         self._positions: int | None = None  # as many as a mask says something of
-        self._every = True  # whether every row counts as an input, also one without a gradient: there is no padding
+        self._padding = False  # whether some positions do not exist
+        self._every = True  # whether every row counts as an input, whosever it is: there is no padding, and samples weigh alike
         self.scattered: set[Key] = set()  # uses whose rows lie as the data has it (experts): tagged in every batch
         # Of the batches the last in which all rows were looked at, of layouts that are flat or not; and the one before it.
         self._looked = self._before = {True: 0, False: 0}
@@ -38,15 +39,17 @@ class Locator:
         """Keep the layouts that a probe found."""
         self._capture.layouts.update((key, found.layout) for key, found in findings.items() if found.layout is not None)
 
-    def begin(self, uses: Iterable[CallUse], N: int, every: bool, positions: int | None = None) -> tuple[set[Key], set[Key]]:
+    def begin(
+        self, uses: Iterable[CallUse], N: int, padding: bool, alike: bool, positions: int | None = None
+    ) -> tuple[set[Key], set[Key]]:
         """Start a batch. Returns ``(unlocated, again)``: the uses without a known layout, and those whose known layout is to be checked in
         this batch.
 
-        ``every``: no padding and no sample weights, so a row without a gradient may be counted as any sample's input. ``positions``: the
-        length of the mask.
+        ``padding``: some positions do not exist. ``alike``: all samples have one weight, so that without padding a row that has no gradient
+        may be counted as any sample's input. ``positions``: the length of the mask.
         """
         self.batches += 1
-        self._every, self._positions = every, positions
+        self._padding, self._every, self._positions = padding, alike and not padding, positions
         if N == 1:
             return set(), set()
         uses = list(uses)
@@ -116,7 +119,7 @@ class Locator:
             return self._laid_out(layout, rows, N, use.form.features)
         if use.key not in self.scattered and before is not None:
             self._distrust(use, before)
-        if before is None and finding.possible and not use.gathered and use.key not in self.scattered:
+        if before is None and finding.possible and not use.gathered:
             # Too few rows have a gradient to tell.
             return self._laid_out(self._likely(finding.possible), rows, N, use.form.features)
         self.scattered.add(use.key)
@@ -124,7 +127,7 @@ class Locator:
 
     def _may_be_padding(self, use: CallUse, numbers: Tensor, N: int) -> bool:
         """Whether some of these rows, chosen by the data, may be padding: they have no gradient, and no mask is of them."""
-        if self._every or not use.gathered or numbers.numel() == N * (self._positions or 0):
+        if not self._padding or not use.gathered or numbers.numel() == N * (self._positions or 0):
             return False
         return bool((numbers == UNKNOWN).any())
 
@@ -152,7 +155,7 @@ class Locator:
         ``numbers``: the sample of each row, ``UNKNOWN`` for padding, where that was found for all passes together.
         """
         lead = rows.g.shape[: rows.g.dim() - use.form.features]
-        if self._every or not use.gathered or tuple(lead) == (1, self._positions):
+        if not self._padding or not use.gathered or tuple(lead) == (1, self._positions):
             return self.samples_first(use, rows, 1)
         if numbers is None:
             features = use.form.features

@@ -90,13 +90,14 @@ class Passes:
         passes: Iterable[Pass],
         count: int,
         keep: bool = False,
-        every: bool = True,
+        padding: bool = False,
+        alike: bool = True,
         positions: int | None = None,
         support: Callable[[], Pass] | None = None,
     ) -> None:
         """Back-propagate ``count`` passes and hand each parameter's rows, all its uses joined, to the collectors.
 
-        ``every``, ``positions``: see ``Locator.begin``. ``support``: makes a pass that gives a gradient to every row that any of several passes gives
+        ``padding``, ``alike``, ``positions``: see ``Locator.begin``. ``support``: makes a pass that gives a gradient to every row that any of several passes gives
         one; rows chosen by the data are those, in each of them.
         """
         root = uses.root
@@ -113,11 +114,11 @@ class Passes:
                 for collector in self.collectors:
                     collector.expect(tracked, windows[name])
         N = root.shape[0]
-        unlocated, again = self.locator.begin(chain.from_iterable(groups.values()), N, every, positions)
+        unlocated, again = self.locator.begin(chain.from_iterable(groups.values()), N, padding, alike, positions)
         owners: dict[Key, Tensor] = {}
         if support is not None and count > 1:
             chosen = {use.key for uses in groups.values() for use in uses if N == 1 and use.gathered}
-            shared = unlocated | (set() if every else again | chosen)
+            shared = unlocated | (again | chosen if padding or not alike else set())
             owners = self.tagging.owners(root, support(), shared) if shared else {}
             again -= owners.keys()
         batch = _Batch(root, groups, unlocated, again, owners, count > 1 and not self._separate)

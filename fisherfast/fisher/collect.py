@@ -140,7 +140,7 @@ class collect:
             self._check(loss)
             N = loss.shape[0]
             exists = () if mask is None else (self._positions(mask, N),)
-            every = all(bool(one.all()) for one in exists)
+            padding = not all(bool(one.all()) for one in exists)
             if not bool(loss.detach().isfinite().all()):
                 run.raise_not_finite(loss, "the loss")
             if capture.mode.given is not None:
@@ -158,10 +158,10 @@ class collect:
                 sources = {source.name for use in uses.all for source in use.tracked.sources}
                 run.engine.reached = run.passes.backward.reached(loss) | sources
             late = self._of_missing(loss) if self._fills and run.missing_parameters else []
-            with run.transaction(Samples(N, padded=not every, exists=exists), positions=N):
+            with run.transaction(Samples(N, padded=padding, exists=exists), positions=N):
                 looped = bool(run.looped)
                 one = self._pass(torch.ones_like(loss))
-                run.passes.run(uses, [one], 1, keep=looped or retain_graph, every=every)
+                run.passes.run(uses, [one], 1, keep=looped or retain_graph, padding=padding)
                 if looped:
                     with run.timed("loop"):
                         self._loop(loss)

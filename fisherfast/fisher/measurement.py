@@ -124,12 +124,13 @@ class Measurement:
         padded = predictions.num_positions < 0.8 * predictions.counted.numel()
         masks = tuple({id(mask): mask for mask in (batch.mask, batch.output_mask) if mask is not None}.values())
         with self.run.transaction(Samples(batch.N, count, batch.weight, padded, masks), predictions.num_positions):
-            every = batch.weight is None and all(bool(mask.all()) for mask in masks)
+            padding = not all(bool(mask.all()) for mask in masks)
+            alike = batch.weight is None or bool((batch.weight == batch.weight[0]).all())
             detached = predictions.detached()
             support = partial(self._support, detached)
             positions = None if batch.mask is None or batch.mask.dim() != 2 else batch.mask.shape[1]
             passes, uses = self.forward.passes(detached), self.capture.read(predictions.values)
-            self.run.passes.run(uses, passes, count, every=every, positions=positions, support=support)
+            self.run.passes.run(uses, passes, count, padding=padding, alike=alike, positions=positions, support=support)
             self._loop.add(batch, output, predictions)
 
     def _support(self, predictions: Predictions) -> Pass:

@@ -111,6 +111,7 @@ def _embedding_bag(
 ):  # fmt: skip
     if mode == "max" or max_norm is not None:  # scale_grad_by_freq: see the rule of F.embedding
         return NotImplemented
+    padding_idx = None if padding_idx is None else padding_idx % weight.shape[0]
     rows = F.embedding(input, weight, padding_idx)
     counted = torch.ones_like(input, dtype=rows.dtype) if padding_idx is None else (input != padding_idx).to(rows.dtype)
     weights = counted if per_sample_weights is None else counted * per_sample_weights
