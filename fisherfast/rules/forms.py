@@ -159,10 +159,11 @@ class Elementwise(Form):
         return Rows(x, self._flat(-g if self.negative else g))
 
     def _flat(self, tensor: Tensor) -> Tensor:
-        if len(self.shape) == 1 and self.shape[0] == tensor.shape[-1]:
-            return tensor  # the common case: one feature axis, last
-        aligned = (1,) * (tensor.dim() - len(self.shape)) + self.shape
-        kept = [axis for axis, size in enumerate(aligned) if size != 1]
+        first = tensor.dim() - len(self.shape)  # where they meet
+        kept = [axis for axis, size in enumerate(self.shape, first) if size != 1]
+        if len(kept) == 1:
+            last = kept[0] == tensor.dim() - 1
+            return tensor if last else tensor.movedim(kept[0], -1)  # the common cases: features, and channels
         lead = [axis for axis in range(tensor.dim()) if axis not in kept]
         return tensor.permute([*lead, *kept]).reshape([tensor.shape[axis] for axis in lead] + [math.prod(self.shape)])
 
