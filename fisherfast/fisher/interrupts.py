@@ -33,7 +33,7 @@ def put_off(tear: Callable[[], None]) -> Iterator[None]:
     def note(number: int, frame: FrameType | None) -> None:
         came[number].append(frame)
         if len(came[number]) == 2:
-            print(
+            print(  # noqa: T201  not a warning, which may be an error and would raise here, in the middle of the batch
                 f"fisherfast: {signal.Signals(number).name} waits for the end of this batch; once more does not, and what was measured is lost",
                 file=sys.stderr,
             )

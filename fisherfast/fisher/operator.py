@@ -142,7 +142,7 @@ class FisherOperator:
             of_few = values[: few.N] if alone else self._predictions(few).values
             if not alone:
                 check_first(of_few[:1], values, eps)
-        except Exception:  # an input without samples that is as long as the batch, a sparse one: the model is right as it is
+        except Exception:  # noqa: BLE001  an input without samples that is as long as the batch, a sparse one: the model is right as it is
             return
         check_independent(lambda batch: self._predictions(batch).values, few, of_few, eps, ran=batch if alone else few)
 
