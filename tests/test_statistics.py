@@ -15,8 +15,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from oracle import close
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from torch import nn
 
 import fisherfast as ff
@@ -495,34 +493,6 @@ def test_files_give_everything_back(tmp_path):
     assert ff.load(tmp_path / "0").coverage.share_of_time() == results[0].coverage.share_of_time()
     serialize.save(serialize.Several(results), tmp_path / "all")
     assert [type(r) for r in ff.load(tmp_path / "all")] == [type(r) for r in results]
-
-
-def test_norms_of_a_file_without_their_number_are_read():
-    model, x, y = networks.doubles("mlp-inplace-relu", 6)
-    (norms,) = measure(model, [(x, y)], (ff.PerSampleNorm(by_layer=True),))
-    tensors, fields = norms.state()
-    before = {k: v for k, v in fields.items() if k not in ("num_samples", "aliases")}
-    again = type(norms).from_state(tensors, before)
-    assert again.num_samples == len(x) and again.state()[1] == fields
-
-
-def test_files_of_the_first_format_are_read(tmp_path):
-    path = tmp_path / "old"
-    model, x, y = networks.doubles("mlp-inplace-relu", 6)
-    new = measure(model, [(x, y)])
-    new.save(path)
-    with safe_open(path, framework="pt") as file:
-        later = ("spread", "coverage_sizes", "coverage_seconds", "checksum")
-        metadata = {k: v for k, v in file.metadata().items() if k not in later} | {"format_version": "1"}
-    tensors = load_file(path)
-    save_file(tensors, path, metadata | {"checksum": serialize._checksum(metadata, tensors)})
-    old = ff.load(path)
-    assert old.trace() == new.trace() and old.coverage == new.coverage
-    with pytest.raises(ValueError, match="must have been recorded, got none"):
-        old.stderr("trace")
-    with pytest.raises(ValueError, match="time must have been recorded"):
-        old.coverage.share_of_time()
-    assert old.coverage.share_of_parameters() == new.coverage.share_of_parameters()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

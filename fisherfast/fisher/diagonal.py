@@ -52,7 +52,7 @@ class Diagonal(Request):
     def restore(self, engine: Engine, before: DiagonalFisher) -> None:
         """See ``Request``."""
         engine.restore_squares(before.accumulators())
-        if self.stderr:
+        if before.spread is not None:
             engine.values.restore_spread(before.spread)
 
 
@@ -160,14 +160,14 @@ class DiagonalFisher(Measured, Plotted):
         the chance in the labels is part of the error. Over the samples of whole batches; weights: see ``fisher.spread``.
 
         Errors: ValueError below two samples, and where the sums were not recorded: ``Diagonal(stderr=False)``, a Fisher built
-        from tensors or read from a file of an older version, or one pooled with such.
+        from tensors, or one pooled with such.
         """
         if what not in ("trace", "by_layer"):
             raise ValueError(f"stderr: must be of 'trace' or 'by_layer', got {what!r}")
         if self.spread is None:
             raise ValueError(
                 "stderr: the trace's sums over samples must have been recorded, got none; measure with ff.fisher or ff.collect(model, "
-                "ff.Diagonal()) of this version, and pool only such Fishers"
+                "ff.Diagonal()), and pool only such Fishers"
             )
         errors = self.spread.stderr()
         whole = errors.pop(None)
@@ -274,7 +274,7 @@ class DiagonalFisher(Measured, Plotted):
     def from_state(cls, tensors: dict[str, Tensor], fields: dict[str, Any]) -> DiagonalFisher:
         """The object whose ``state`` this is; its weights, not its tensors, carry the order of the parameters."""
         sums = {name: Accumulator(tensors[name], weight) for name, weight in fields["weights"].items()}
-        spread = fields.get("spread")
+        spread = fields["spread"]
         if spread is not None:
             spread = Spread.from_state(spread, next(iter(tensors.values())).device)
         return cls._of(sums, Counts.from_state(fields), spread)

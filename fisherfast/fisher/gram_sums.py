@@ -55,15 +55,14 @@ class Piece:
 
     def state(self) -> tuple[dict[str, Tensor], list[Any]]:
         """Tensors and plain values."""
-        return {"root": self.root, **_tensors(self.rows)}, [[self.first, self.of_g], *_plain(self.form)]
+        return {"root": self.root, **_tensors(self.rows)}, [self.first, self.of_g, *_plain(self.form)]
 
     @classmethod
     def from_state(cls, tensors: Mapping[str, Tensor], fields: list[Any]) -> Piece:
-        """The piece whose ``state`` this is; older files do not have the dtype."""
-        where, *form = fields
+        """The piece whose ``state`` this is."""
+        first, of_g, *form = fields
         lookup = {name.removeprefix("lookup."): t for name, t in tensors.items() if name.startswith("lookup.")}
         rows = _rows(tensors)._replace(lookup=_rows(lookup) if lookup else None)
-        first, of_g = where if isinstance(where, list) else (where, dtype_name(rows.g.dtype))
         return cls(first, _formed(form), rows, tensors["root"], of_g)
 
 

@@ -141,8 +141,7 @@ class SampleNorms(Counted):
         """The object whose ``state`` this is."""
         norms, layers = tensors["squared_norms"], fields["layers"]
         by_layer = None if layers is None else dict(zip(layers, tensors.get("by_layer", ()), strict=True))
-        once = {"num_samples": len(norms), "aliases": {}}  # were not written
-        return cls(norms, by_layer, Counts.from_state(once | fields))
+        return cls(norms, by_layer, Counts.from_state(fields))
 
     def __repr__(self) -> str:
         layers = "" if self._by_layer is None else f", {len(self._by_layer)} layers"

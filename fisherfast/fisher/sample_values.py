@@ -124,9 +124,9 @@ class SampleValues:
 
     # -- going on from a checkpoint
 
-    def restore_spread(self, before: Spread | None) -> None:
-        """Start from these sums; without them (an older file) the run has none either."""
-        self._spread, self._measures_spread = (None, False) if before is None else (before.copy(), True)
+    def restore_spread(self, before: Spread) -> None:
+        """Start from these sums."""
+        self._spread = before.copy()
 
     def restore_norms(self, before: Tensor) -> None:
         """Start from these kept norms."""
