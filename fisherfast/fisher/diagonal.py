@@ -26,7 +26,7 @@ from fisherfast.fisher.counts import Counts, Measured
 from fisherfast.fisher.coverage import Coverage
 from fisherfast.fisher.engine import Engine
 from fisherfast.fisher.protocol import Damping, LayerSummary, Provenance, Spectrum, Vector, layer_of, names_by_layer
-from fisherfast.fisher.request import Request
+from fisherfast.fisher.request import Needs, Request
 from fisherfast.fisher.spread import Spread
 
 _CHUNK = 1 << 16  # entries at a time: temporaries that stay in cache
@@ -37,12 +37,11 @@ class Diagonal(Request):
     """Ask for the diagonal: ``ff.collect(model, ff.Diagonal())``. ``stderr=False`` leaves out what ``F.stderr`` needs."""
 
     stderr: bool = True
-    squares = True
 
     @property
-    def spread(self) -> bool:
+    def needs(self) -> Needs:
         """See ``Request``."""
-        return self.stderr
+        return Needs(squares=True, spread=self.stderr)
 
     def result(self, engine: Engine, counts: Counts) -> DiagonalFisher:
         """See ``Request``."""

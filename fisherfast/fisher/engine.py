@@ -16,7 +16,7 @@ from fisherfast.capture.collector import Cost, Held, Samples
 from fisherfast.capture.tracked import Tracked
 from fisherfast.fisher import ghost
 from fisherfast.fisher.request import Request
-from fisherfast.fisher.sample_values import SampleValues
+from fisherfast.fisher.sample_values import Norms, SampleValues
 from fisherfast.rules import Form, Rows, Window
 
 
@@ -32,16 +32,17 @@ class Engine:
 
     def __init__(self, capture: Capture, structures: Sequence[Request], transactional: bool = False) -> None:
         parameters = {name: t.parameter for name, t in capture.tracked.items()}
-        self.squares = {name: RunningSum(p) for name, p in parameters.items() if any(s.squares for s in structures)}
-        self.totals = {name: RunningSum(p) for name, p in parameters.items() if any(s.totals for s in structures)}
-        self._copies = [sums for s in structures for sums, asked in ((self.squares, s.squares), (self.totals, s.totals)) if asked]
+        needs = [structure.needs for structure in structures]
+        self.squares = {name: RunningSum(p) for name, p in parameters.items() if any(need.squares for need in needs)}
+        self.totals = {name: RunningSum(p) for name, p in parameters.items() if any(need.totals for need in needs)}
+        self._copies = [self.squares for need in needs if need.squares] + [self.totals for need in needs if need.totals]
         self.squared_weights = dict.fromkeys(self.totals, 0.0)  # sum of w^2, where the sum of w is in the running sums
         self._fills = next((s.fills for s in structures if s.fills), None)
         self._tracked = dict(capture.tracked)
         self.reached: set[str] = set()  # by the loss at hand: only these get a .grad
-        keeps = [s.keeps for s in structures]
-        kept = "layers" if "layers" in keeps else "whole" if "whole" in keeps else None
-        self.values = SampleValues(list(parameters), kept, any(s.spread for s in structures), capture.device)
+        norms = {need.norms for need in needs}
+        kept: Norms | None = "layers" if "layers" in norms else "whole" if "whole" in norms else None
+        self.values = SampleValues(list(parameters), kept, any(need.spread for need in needs), capture.device)
         self._transactional, self._device = transactional, capture.device
         self._arrange(list(parameters))
         self._scratch = torch.zeros(0, device=capture.device)
