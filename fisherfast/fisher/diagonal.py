@@ -216,7 +216,7 @@ class DiagonalFisher(Measured, Plotted):
         self, n: int, *, damping: Damping = 0.0, generator: torch.Generator | None = None, dtype: torch.dtype = torch.float32
     ) -> dict[str, Tensor]:
         """``n`` draws from ``N(0, (F + damping I)^-1)``, {name: [n, *shape]}. Errors: ValueError if that is singular."""
-        n = _arguments.draws("sample", n)
+        n = _arguments.whole("sample", "n", n, 0)
         dampings = _arguments.damping_by_name("sample", damping, self.names)
         draws = {}
         for name in self.names:

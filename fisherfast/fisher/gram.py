@@ -38,7 +38,7 @@ class Gram(Request):
     max_rows: int = 8192
 
     def __post_init__(self) -> None:
-        _arguments.check_limits("Gram", 1, max_rows=self.max_rows)
+        _arguments.whole("Gram", "max_rows", self.max_rows, 1)
 
     def collector(self, capture: Capture, transactional: bool) -> GramCollector:
         """See ``Request``."""
@@ -221,7 +221,7 @@ class GramFisher(Plotted, Measured):
 
         A draw x of ``N(0, D^-1)`` is corrected as if ``G x + noise = 0`` had been observed (Matheron's rule).
         """
-        n = _arguments.draws("sample", n)
+        n = _arguments.whole("sample", "n", n, 0)
         dampings = _arguments.damping_by_name("sample", damping, self.names)
         self._check_damped("sample", dampings)
         source = self._device if generator is None else generator.device

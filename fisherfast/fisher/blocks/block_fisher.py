@@ -250,7 +250,7 @@ class BlockFisher(Plotted, Measured, Generic[_Block]):
         self, n: int, *, damping: Damping = 0.0, generator: torch.Generator | None = None, dtype: torch.dtype = torch.float32
     ) -> dict[str, Tensor]:
         """``n`` draws from ``N(0, (F + damping I)^-1)``, {name: [n, *shape]}. Errors: ValueError if that is singular."""
-        n = _arguments.draws("sample", n)
+        n = _arguments.whole("sample", "n", n, 0)
         inverse_root = self._damped("sample", damping, torch.rsqrt)
         draws = {name: torch.empty(n, *shape, dtype=dtype, device=self._device) for name, shape in self.shapes.items()}
         each = [{name: values[i] for name, values in draws.items()} for i in range(n)]
