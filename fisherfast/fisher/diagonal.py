@@ -20,12 +20,13 @@ from torch import Tensor
 
 from fisherfast.accumulator import Accumulator
 from fisherfast.fisher import _arguments, _logdet, _pooling, serialize
+from fisherfast.fisher._layers import Layered
 from fisherfast.fisher._ordinary import ordinary
 from fisherfast.fisher._plot import Plotted
-from fisherfast.fisher.counts import Counts, Measured
+from fisherfast.fisher.counts import Counts
 from fisherfast.fisher.coverage import Coverage
 from fisherfast.fisher.engine import Engine
-from fisherfast.fisher.protocol import Damping, LayerSummary, Provenance, Spectrum, Vector, layer_of, names_by_layer
+from fisherfast.fisher.protocol import Damping, Provenance, Spectrum, Vector, layer_of
 from fisherfast.fisher.request import Needs, Request
 from fisherfast.fisher.spread import Spread
 
@@ -56,7 +57,7 @@ class Diagonal(Request):
 
 
 @serialize.storable("diagonal")
-class DiagonalFisher(Measured, Plotted):
+class DiagonalFisher(Layered, Plotted):
     """``f_i = (1/N) sum_n E_y[(d/dw_i log p_w(y | x_n))^2]``, the diagonal of the Fisher matrix; all else is taken as zero.
 
     Built here from means computed elsewhere, by ``fisher`` and ``collect`` from sums (``from_accumulators``).
@@ -138,19 +139,15 @@ class DiagonalFisher(Measured, Plotted):
         return self._counted(name).mean()
 
     def _regular(self, method: str, name: str, damping: float) -> Tensor:
-        damped = self._mean(name) + damping
-        if zeros := int((damped == 0).sum()):
-            raise ValueError(f"{method}: F + damping I must be regular, got {zeros} zero entries in {name!r}; pass damping > 0")
-        return damped
+        return _logdet.regular(method, name, self._mean(name) + damping, "entries")
 
     @ordinary
     def diagonal(self, *, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
         """``{name: f}``, shaped like the parameters."""
         return {name: self._counted(name).mean(dtype) for name in self.names}
 
-    def trace(self) -> float:
-        """``sum_i f_i``."""
-        return math.fsum(self._counted(name).mean_sum() for name in self.names)
+    def _traces(self) -> Iterator[tuple[str, float]]:
+        return ((name, self._counted(name).mean_sum()) for name in self.names)
 
     def stderr(self, what: str = "trace") -> Any:
         """The standard error of ``trace()``, or with ``"by_layer"`` of each layer's trace, ``{layer: error}``.
@@ -225,14 +222,6 @@ class DiagonalFisher(Measured, Plotted):
             normal = torch.randn((n, *scale.shape), dtype=dtype, device=source, generator=generator)
             draws[name] = normal.to(scale.device).mul_(scale)
         return draws
-
-    def by_layer(self) -> dict[str, LayerSummary]:
-        """Each layer's parameters and trace, in the order of ``names``."""
-        return {layer: self._summarised(layer, members) for layer, members in names_by_layer(self.names).items()}
-
-    def _summarised(self, layer: str, members: tuple[str, ...]) -> LayerSummary:
-        trace = math.fsum(self._counted(name).mean_sum() for name in members)
-        return LayerSummary(layer, members, sum(self.shapes[name].numel() for name in members), trace)
 
     def __add__(self, other: DiagonalFisher) -> DiagonalFisher:
         """The Fisher of both data sets together. Errors: ValueError if they were measured in different ways.
