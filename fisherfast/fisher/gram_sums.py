@@ -67,9 +67,9 @@ class Piece:
 
 
 def _tensors(rows: Rows) -> dict[str, Tensor]:
-    mine = {"x": rows.x, "g": rows.g, "offsets": rows.offsets}
+    own = {"x": rows.x, "g": rows.g, "offsets": rows.offsets}
     more = {} if rows.lookup is None else {f"lookup.{name}": t for name, t in _tensors(rows.lookup).items()}
-    return {name: t for name, t in mine.items() if t is not None} | more
+    return {name: t for name, t in own.items() if t is not None} | more
 
 
 def _rows(tensors: Mapping[str, Tensor]) -> Rows:
@@ -207,5 +207,5 @@ class GramCollector:
 
     def restore(self, pieces: Mapping[str, Sequence[Piece]], num_rows: int, weight: float) -> None:
         """Start from a snapshot."""
-        self._pieces.update({name: list(mine) for name, mine in pieces.items()})
+        self._pieces.update({name: list(of_parameter) for name, of_parameter in pieces.items()})
         self.num_rows, self.weight = num_rows, weight

@@ -28,7 +28,7 @@ def put_off(tear: Callable[[], None]) -> Iterator[None]:
         yield
         return
     came: dict[int, list[FrameType | None]] = defaultdict(list)
-    handlers: dict[int, _Handler] = {number: one for number in _NUMBERS if callable(one := signal.getsignal(number))}
+    handlers: dict[int, _Handler] = {number: handler for number in _NUMBERS if callable(handler := signal.getsignal(number))}
 
     def note(number: int, frame: FrameType | None) -> None:
         came[number].append(frame)
