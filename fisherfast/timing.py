@@ -75,7 +75,7 @@ def _plain(model: nn.Module, batches: Sequence[Any], likelihood: Likelihood) -> 
 
 def _timed(work: Callable[[], Any], device: torch.device) -> float:
     # Work on an accelerator is only queued when a call returns.
-    wait = torch.accelerator.synchronize if device.type != "cpu" else lambda: None
+    wait = torch.accelerator.synchronize if device.type != "cpu" else lambda: None  # noqa: TID251
     wait()
     start = time.perf_counter()
     work()

@@ -40,6 +40,33 @@ def every_label(model, x, y):
         yield float(value.detach().exp()), -value
 
 
+def sample_gradients(model, x, y, losses=cross_entropy):
+    """For each sample, ``(weight, {name: gradient})`` of each of its labels, by autograd."""
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    result = []
+    for n in range(len(x)):
+        pairs = []
+        for weight, loss in losses(model, x[n : n + 1], y[n : n + 1]):
+            grads = torch.autograd.grad(loss, list(named.values()), retain_graph=True, allow_unused=True)
+            pairs.append(
+                (weight, {k: torch.zeros_like(p) if g is None else g for (k, p), g in zip(named.items(), grads, strict=True)})
+            )
+        result.append(pairs)
+    return result
+
+
+def layer_norms(gradients):
+    """``{layer: [N]}``: the expectation over labels of the squared norm."""
+    layers = {}
+    for n, pairs in enumerate(gradients):
+        for weight, gradient in pairs:
+            for name, g in gradient.items():
+                layers.setdefault(name.rpartition(".")[0], torch.zeros(len(gradients), dtype=torch.float64))[n] += (
+                    weight * g.square().sum()
+                )
+    return layers
+
+
 def error(result, expected):
     """Largest error over all parameters, relative to the largest entry of all."""
     scale = max(float(e.abs().max()) for e in expected.values())

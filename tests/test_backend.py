@@ -243,7 +243,6 @@ FLOORS = {
     "__main__": 8,
     "demo": 7,
     "environment": 7,
-    "integrations": 7,
     "loading": 7,
     "report": 7,
     "timing": 7,

@@ -14,7 +14,6 @@ import fisherfast as ff
 from fisherfast.accumulator import Accumulator
 from fisherfast.fisher.blocks import kronecker, rank
 from fisherfast.fisher.blocks.exact import ExactBlock, Flat
-from fisherfast.fisher.blocks.kronecker import Place
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 STRUCTURES = pytest.mark.parametrize("structure", ["kfac", "ekfac", "gram"])
@@ -270,12 +269,6 @@ def test_a_file_and_a_sum_know_the_precision_of_what_they_are_of(structure, tmp_
     for same in (ff.load(tmp_path / "f.safetensors"), F + F):
         with pytest.warns(ff.FisherWarning, match="are zero: -inf"):
             assert same.logdet() == -math.inf
-
-
-def test_files_that_say_no_precision_are_of_float32():
-    old = Place.from_state(["w", None, 1, False, "gram_", "expand", None])
-    assert (old.precision, old.eps_of_g) == ("float32", torch.finfo(torch.float32).eps)
-    assert Place("w", precision="float64").eps == torch.finfo(torch.float64).eps
 
 
 @pytest.mark.parametrize("structure", ["kfac", "ekfac"])

@@ -106,7 +106,7 @@ class Document:
         faulthandler.dump_traceback_later(seconds, exit=True, file=sys.__stderr__)
         try:
             found = measure()
-        except Exception as raised:  # the others are still to be measured
+        except Exception as raised:  # noqa: BLE001  the others are still to be measured
             found = {"why": reason(raised)}
         except BaseException:
             records.pop()

@@ -21,18 +21,12 @@ def whole(caller: str, name: str, value: Any, least: int | None = None, advice: 
     """The integer, of ``least`` or more, that ``value`` is, of Python, numpy or a tensor without axes. Errors: ValueError."""
     why = f"; {advice}" if advice else ""
     try:
-        found = operator.index(value)
+        integer = operator.index(value)
     except TypeError:
         raise ValueError(f"{caller}: {name} must be an integer, got {value!r}{why}") from None
-    if least is not None and found < least:
+    if least is not None and integer < least:
         raise ValueError(f"{caller}: {name} must be >= {least}, got {value}{why}")
-    return found
-
-
-def check_limits(caller: str, least: int, **limits: Any) -> None:
-    """Raise ValueError for a limit that is no integer, or below the least that makes sense."""
-    for name, limit in limits.items():
-        whole(caller, name, limit, least)
+    return integer
 
 
 def split(method: str, v: Tensor | Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
@@ -90,11 +84,6 @@ def _checked_damping(method: str, what: str, damping: float) -> float:
     if 0 < value < sys.float_info.min:
         raise ValueError(f"{method}: {what} must be 0 or at least {sys.float_info.min:.3g}, whose inverse is finite, got {value}")
     return value
-
-
-def draws(method: str, n: int) -> int:
-    """A number of draws. Errors: ValueError."""
-    return whole(method, "n", n, 0)
 
 
 def check_mean(name: str, mean: Tensor) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Log-determinants of ``F + damping I`` from the eigenvalues of a block, and what is said where one is singular."""
+"""What is computed of the eigenvalues of ``F + damping I``: its log-determinant, and what is said where it is singular."""
 
 from __future__ import annotations
 
@@ -20,6 +20,13 @@ def of_values(values: Tensor, others: int, damping: float) -> tuple[float, int]:
         return float(sums[0]) + (values.numel() + others) * math.log(damping), 0
     positive = values[values > 0]
     return float(positive.log().sum()), values.numel() + others - positive.numel()
+
+
+def regular(method: str, name: str, damped: Tensor, what: str = "eigenvalues") -> Tensor:
+    """The eigenvalues of ``F + damping I`` for the parameter ``name``. Errors: ValueError if one is zero."""
+    if zeros := int((damped == 0).sum()):
+        raise ValueError(f"{method}: F + damping I must be regular, got {zeros} zero {what} in {name!r}; pass damping > 0")
+    return damped
 
 
 def singular(zeros: int, of: int, what: str = "eigenvalues") -> float:

@@ -30,27 +30,26 @@ class Checkpoint:
         self._read: list[str] = []  # digests of the batches up to each that was read
         self._samples = 0  # in those of them that the file holds
         serialize.remove_unfinished(path)
-        self._done, self._digest = self._resume() if path.exists() else (0, None)
+        self._done, self._digest = self._resume() if path.exists() else (0, "")
         self._written = time.monotonic()
 
-    def _resume(self) -> tuple[int, str | None]:
-        """How many batches the file holds, and their digest, where it says."""
+    def _resume(self) -> tuple[int, str]:
+        """How many batches the file holds, and their digest."""
         try:
             read, extra = serialize.load_with_extra(self._path, device=str(self._run.capture.device))
         except serialize.FisherFileError as error:
             raise serialize.FisherFileError(
                 f"fisher: checkpoint must be a file that such a run has written, or none, got another ({error}); remove the file or give another"
             ) from error
-        found = extra.pop("batches", None)
+        digest_of_batches = extra.pop("batches", "")  # which a result that was saved by hand lacks, as it does the settings
         before = read if isinstance(read, tuple) else (read,)
-        extra.setdefault("parameters", self._settings["parameters"])  # older files do not say
         if extra != self._settings or before[0].provenance != self._run.provenance:
             raise ValueError(
                 f"fisher: {self._path} must be of the same measurement, got {before[0].provenance} {extra} instead of "
                 f"{self._run.provenance} {self._settings}; remove the file or give another"
             )
         self._run.restore(before)
-        return before[0].batches, found
+        return before[0].batches, digest_of_batches
 
     def holds(self, batch: Batch) -> bool:
         """Note that a batch was read; whether it is in the file. Errors: ValueError if the file was made of others."""
@@ -68,7 +67,7 @@ class Checkpoint:
                 f"fisher: data must come in the batches that {self._path} was made of, got {self._samples} samples in the first "
                 f"{self._done}, where it holds {self._run.tally.samples}; give the same data, or remove the file"
             )
-        if self._digest not in (None, self._read[-1]):
+        if self._digest != self._read[-1]:
             raise ValueError(
                 f"fisher: data must be those that {self._path} was made of, got others in the first {self._done} batches; turn off "
                 "shuffling and random augmentation, or remove the file"
@@ -112,13 +111,13 @@ def digest(text: str) -> str:
 
 def digest_of_weights(model: nn.Module) -> str:
     """Of the model's numbers, with the buffers that its files lack: a measurement goes on only with the model it began with."""
-    found = hashlib.blake2b(digest_size=8)
+    state = hashlib.blake2b(digest_size=8)
     for name, value in (model.state_dict() | dict(model.named_buffers())).items():
         if isinstance(value, Tensor):
-            found.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+            state.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
             for part in _dense_parts(value.detach()):
-                found.update(part.cpu().reshape(-1).view(torch.uint8).numpy().data)
-    return found.hexdigest()
+                state.update(part.cpu().reshape(-1).view(torch.uint8).numpy().data)
+    return state.hexdigest()
 
 
 def _dense_parts(value: Tensor) -> list[Tensor]:

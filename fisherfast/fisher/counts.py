@@ -72,7 +72,7 @@ class Counts:
     def from_state(cls, fields: Mapping[str, Any]) -> Self:
         """The counts whose ``state`` is among the fields."""
         samples, positions, batches = (fields[name] for name in ("num_samples", "num_positions", "batches"))
-        provenance, coverage = Provenance(**fields["provenance"]), Coverage.from_state(dict(fields))
+        provenance, coverage = Provenance(**fields["provenance"]), Coverage.from_state(fields)
         return cls(samples, positions, batches, provenance, coverage, fields["aliases"])
 
 

@@ -24,7 +24,7 @@ class Coverage(dict[str, str]):
     Shapes:   ``sizes`` {parameter name: how many numbers it holds}; ``seconds`` {way: wall time}; ``underflow`` {parameter name:
               [float16 gradients so small that they lose digits, all that were seen]}.
     Scale:    shares are fractions of one.
-    Errors:   ValueError for a share of what was not recorded (a Fisher built from tensors, a file of an older version).
+    Errors:   ValueError for a share of what was not recorded (a Fisher built from tensors).
     Numerics: times are those of the host; on a GPU the fallback ways are synchronised, the rest is not.
     Source:   ours.
     """
@@ -85,14 +85,13 @@ class Coverage(dict[str, str]):
 
     def state(self) -> dict[str, Any]:
         """Fields for a file: plain values."""
-        fields = {"coverage": dict(self), "coverage_sizes": self.sizes, "coverage_seconds": self.seconds}
-        return {**fields, **({"coverage_underflow": self.underflow} if self.underflow else {})}
+        parts = {"sizes": self.sizes, "seconds": self.seconds, "underflow": self.underflow}
+        return {"coverage": dict(self), **{f"coverage_{name}": part for name, part in parts.items()}}
 
     @classmethod
-    def from_state(cls, fields: dict[str, Any]) -> Coverage:
-        """Take a file's fields out of ``fields``; files of older versions have ``"coverage"`` alone."""
-        more = (fields.pop(f"coverage_{name}", None) for name in ("sizes", "seconds", "underflow"))
-        return cls(fields.pop("coverage"), *more)
+    def from_state(cls, fields: Mapping[str, Any]) -> Coverage:
+        """The coverage whose ``state`` is among the fields."""
+        return cls(fields["coverage"], *(fields[f"coverage_{name}"] for name in ("sizes", "seconds", "underflow")))
 
     def __str__(self) -> str:
         """A table: a line for each way, then the parameters outside the ops with the reason."""
@@ -143,7 +142,7 @@ class Stopwatch:
 
     def _charge(self, wait: bool = False) -> None:
         if wait and self._device.type == "cuda":
-            torch.accelerator.synchronize(self._device)
+            torch.accelerator.synchronize(self._device)  # noqa: TID251  to time a fallback, which waits for every sample anyway
         now = time.perf_counter()
         if self._open:
             self._seconds[self._open[-1]] = self._seconds.get(self._open[-1], 0.0) + now - self._since

@@ -20,13 +20,14 @@ from torch import Tensor
 
 from fisherfast.accumulator import Accumulator
 from fisherfast.fisher import _arguments, _logdet, _pooling, serialize
+from fisherfast.fisher._layers import Layered
 from fisherfast.fisher._ordinary import ordinary
 from fisherfast.fisher._plot import Plotted
-from fisherfast.fisher.counts import Counts, Measured
+from fisherfast.fisher.counts import Counts
 from fisherfast.fisher.coverage import Coverage
 from fisherfast.fisher.engine import Engine
-from fisherfast.fisher.protocol import Damping, LayerSummary, Provenance, Spectrum, Vector, layer_of, names_by_layer
-from fisherfast.fisher.request import Request
+from fisherfast.fisher.protocol import Damping, Provenance, Spectrum, Vector, layer_of
+from fisherfast.fisher.request import Needs, Request
 from fisherfast.fisher.spread import Spread
 
 _CHUNK = 1 << 16  # entries at a time: temporaries that stay in cache
@@ -37,12 +38,11 @@ class Diagonal(Request):
     """Ask for the diagonal: ``ff.collect(model, ff.Diagonal())``. ``stderr=False`` leaves out what ``F.stderr`` needs."""
 
     stderr: bool = True
-    squares = True
 
     @property
-    def spread(self) -> bool:
+    def needs(self) -> Needs:
         """See ``Request``."""
-        return self.stderr
+        return Needs(squares=True, spread=self.stderr)
 
     def result(self, engine: Engine, counts: Counts) -> DiagonalFisher:
         """See ``Request``."""
@@ -52,12 +52,12 @@ class Diagonal(Request):
     def restore(self, engine: Engine, before: DiagonalFisher) -> None:
         """See ``Request``."""
         engine.restore_squares(before.accumulators())
-        if self.stderr:
+        if before.spread is not None:
             engine.values.restore_spread(before.spread)
 
 
 @serialize.storable("diagonal")
-class DiagonalFisher(Measured, Plotted):
+class DiagonalFisher(Layered, Plotted):
     """``f_i = (1/N) sum_n E_y[(d/dw_i log p_w(y | x_n))^2]``, the diagonal of the Fisher matrix; all else is taken as zero.
 
     Built here from means computed elsewhere, by ``fisher`` and ``collect`` from sums (``from_accumulators``).
@@ -139,19 +139,15 @@ class DiagonalFisher(Measured, Plotted):
         return self._counted(name).mean()
 
     def _regular(self, method: str, name: str, damping: float) -> Tensor:
-        damped = self._mean(name) + damping
-        if zeros := int((damped == 0).sum()):
-            raise ValueError(f"{method}: F + damping I must be regular, got {zeros} zero entries in {name!r}; pass damping > 0")
-        return damped
+        return _logdet.regular(method, name, self._mean(name) + damping, "entries")
 
     @ordinary
     def diagonal(self, *, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
         """``{name: f}``, shaped like the parameters."""
         return {name: self._counted(name).mean(dtype) for name in self.names}
 
-    def trace(self) -> float:
-        """``sum_i f_i``."""
-        return math.fsum(self._counted(name).mean_sum() for name in self.names)
+    def _traces(self) -> Iterator[tuple[str, float]]:
+        return ((name, self._counted(name).mean_sum()) for name in self.names)
 
     def stderr(self, what: str = "trace") -> Any:
         """The standard error of ``trace()``, or with ``"by_layer"`` of each layer's trace, ``{layer: error}``.
@@ -160,14 +156,14 @@ class DiagonalFisher(Measured, Plotted):
         the chance in the labels is part of the error. Over the samples of whole batches; weights: see ``fisher.spread``.
 
         Errors: ValueError below two samples, and where the sums were not recorded: ``Diagonal(stderr=False)``, a Fisher built
-        from tensors or read from a file of an older version, or one pooled with such.
+        from tensors, or one pooled with such.
         """
         if what not in ("trace", "by_layer"):
             raise ValueError(f"stderr: must be of 'trace' or 'by_layer', got {what!r}")
         if self.spread is None:
             raise ValueError(
                 "stderr: the trace's sums over samples must have been recorded, got none; measure with ff.fisher or ff.collect(model, "
-                "ff.Diagonal()) of this version, and pool only such Fishers"
+                "ff.Diagonal()), and pool only such Fishers"
             )
         errors = self.spread.stderr()
         whole = errors.pop(None)
@@ -217,7 +213,7 @@ class DiagonalFisher(Measured, Plotted):
         self, n: int, *, damping: Damping = 0.0, generator: torch.Generator | None = None, dtype: torch.dtype = torch.float32
     ) -> dict[str, Tensor]:
         """``n`` draws from ``N(0, (F + damping I)^-1)``, {name: [n, *shape]}. Errors: ValueError if that is singular."""
-        n = _arguments.draws("sample", n)
+        n = _arguments.whole("sample", "n", n, 0)
         dampings = _arguments.damping_by_name("sample", damping, self.names)
         draws = {}
         for name in self.names:
@@ -226,14 +222,6 @@ class DiagonalFisher(Measured, Plotted):
             normal = torch.randn((n, *scale.shape), dtype=dtype, device=source, generator=generator)
             draws[name] = normal.to(scale.device).mul_(scale)
         return draws
-
-    def by_layer(self) -> dict[str, LayerSummary]:
-        """Each layer's parameters and trace, in the order of ``names``."""
-        return {layer: self._summarised(layer, members) for layer, members in names_by_layer(self.names).items()}
-
-    def _summarised(self, layer: str, members: tuple[str, ...]) -> LayerSummary:
-        trace = math.fsum(self._counted(name).mean_sum() for name in members)
-        return LayerSummary(layer, members, sum(self.shapes[name].numel() for name in members), trace)
 
     def __add__(self, other: DiagonalFisher) -> DiagonalFisher:
         """The Fisher of both data sets together. Errors: ValueError if they were measured in different ways.
@@ -274,7 +262,7 @@ class DiagonalFisher(Measured, Plotted):
     def from_state(cls, tensors: dict[str, Tensor], fields: dict[str, Any]) -> DiagonalFisher:
         """The object whose ``state`` this is; its weights, not its tensors, carry the order of the parameters."""
         sums = {name: Accumulator(tensors[name], weight) for name, weight in fields["weights"].items()}
-        spread = fields.get("spread")
+        spread = fields["spread"]
         if spread is not None:
             spread = Spread.from_state(spread, next(iter(tensors.values())).device)
         return cls._of(sums, Counts.from_state(fields), spread)

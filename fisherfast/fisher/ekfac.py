@@ -32,8 +32,8 @@ class EKFAC(Request):
     max_exact_dim: int = 256
 
     def __post_init__(self) -> None:
-        _arguments.check_limits("EKFAC", 1, max_factor_dim=self.max_factor_dim)
-        _arguments.check_limits("EKFAC", 0, max_exact_dim=self.max_exact_dim)
+        _arguments.whole("EKFAC", "max_factor_dim", self.max_factor_dim, 1)
+        _arguments.whole("EKFAC", "max_exact_dim", self.max_exact_dim, 0)
 
     def collector(self, capture: Capture, transactional: bool) -> EigenCollector:
         """See ``Request``."""

@@ -16,7 +16,7 @@ from fisherfast.capture.collector import Cost, Held, Samples
 from fisherfast.capture.tracked import Tracked
 from fisherfast.fisher import ghost
 from fisherfast.fisher.request import Request
-from fisherfast.fisher.sample_values import SampleValues
+from fisherfast.fisher.sample_values import Norms, SampleValues
 from fisherfast.rules import Form, Rows, Window
 
 
@@ -32,16 +32,17 @@ class Engine:
 
     def __init__(self, capture: Capture, structures: Sequence[Request], transactional: bool = False) -> None:
         parameters = {name: t.parameter for name, t in capture.tracked.items()}
-        self.squares = {name: RunningSum(p) for name, p in parameters.items() if any(s.squares for s in structures)}
-        self.totals = {name: RunningSum(p) for name, p in parameters.items() if any(s.totals for s in structures)}
-        self._copies = [sums for s in structures for sums, asked in ((self.squares, s.squares), (self.totals, s.totals)) if asked]
+        needs = [structure.needs for structure in structures]
+        self.squares = {name: RunningSum(p) for name, p in parameters.items() if any(need.squares for need in needs)}
+        self.totals = {name: RunningSum(p) for name, p in parameters.items() if any(need.totals for need in needs)}
+        self._copies = [self.squares for need in needs if need.squares] + [self.totals for need in needs if need.totals]
         self.squared_weights = dict.fromkeys(self.totals, 0.0)  # sum of w^2, where the sum of w is in the running sums
         self._fills = next((s.fills for s in structures if s.fills), None)
         self._tracked = dict(capture.tracked)
         self.reached: set[str] = set()  # by the loss at hand: only these get a .grad
-        keeps = [s.keeps for s in structures]
-        kept = "layers" if "layers" in keeps else "whole" if "whole" in keeps else None
-        self.values = SampleValues(list(parameters), kept, any(s.spread for s in structures), capture.device)
+        norms = {need.norms for need in needs}
+        kept: Norms | None = "layers" if "layers" in norms else "whole" if "whole" in norms else None
+        self.values = SampleValues(list(parameters), kept, any(need.spread for need in needs), capture.device)
         self._transactional, self._device = transactional, capture.device
         self._arrange(list(parameters))
         self._scratch = torch.zeros(0, device=capture.device)
@@ -71,15 +72,15 @@ class Engine:
         """What batches of so many backward passes take; values of samples are not counted."""
         staged = self._transactional or passes > 1
         held = [self._held(name, staged or name in self._in_parts) for name in self._flag]
-        return [one.written() for one in held] if self._transactional else held
+        return [of_parameter.written() for of_parameter in held] if self._transactional else held
 
     def _held(self, name: str, staged: bool) -> Held:
         sums = [group[name] for group in (self.squares, self.totals) if name in group]
-        of_sums = sum(one.held(staged) for one in sums) + self._filled(name)
+        of_sums = sum(running.held(staged) for running in sums) + self._filled(name)
         kinds = [kind for kind, group in (("diagonal", self.squares), ("mean", self.totals)) if name in group]
         what = f"{' and '.join(kinds)} {list(sums[0].shape)}" if sums else "norms"
         of_results = sum(copied[name].nbytes for copied in self._copies)
-        copies = of_results - sum(one.nbytes for one in sums)  # of what several results are made of
+        copies = of_results - sum(running.nbytes for running in sums)  # of what several results are made of
         return Held((name,), what, of_sums, (of_sums + copies,), result=of_results)
 
     def _filled(self, name: str) -> int:
@@ -179,34 +180,47 @@ class Engine:
 
     def settle(self, complete: bool) -> list[str]:
         """See ``Collector``. Parameters come in the order of the backward pass."""
+        bad = self._bad()
+        whole = complete and not bad
+        weights = _weights(self._samples.weight, self._samples.N)
+        for name in self._touched:
+            if whole or not (self._waits(name) or name in bad):
+                self._take_staged(name)
+                self._counted(name, *weights)
+        if whole and self._fills:
+            self._fill()
+        if whole:
+            self.values.settle()
+        self._clear_batch()
+        return list(bad)
+
+    def _bad(self) -> dict[str, None]:
+        """Parameters of the batch with something that is not finite. Where that spoiled a running sum, the sum is dropped."""
         flagged = dict(zip(self._flag, self._flags.tolist(), strict=True))
         for name in self._overflowed():
             flagged[name] = 1
             if not self._waits(name):
                 self.squares[name].clear()
-        bad = [name for name in self._touched if flagged[name]]
-        whole = complete and not bad
-        weights = _weights(self._samples.weight, self._samples.N)
-        for name in self._touched:
-            if whole or not (self._waits(name) or flagged[name]):
-                if name in self._staged_squares:
-                    self.squares[name].low.add_(self._staged_squares[name])
-                if name in self._staged_totals and name in self.totals:
-                    self.totals[name].low.add_(self._staged_totals[name], alpha=1 / self._samples.passes)
-                self._counted(name, *weights)
-        if whole and self._fills:
-            self._fill(divisor=self._samples.N if self._fills == "mean" else 1)
+        return {name: None for name in self._touched if flagged[name]}
+
+    def _take_staged(self, name: str) -> None:
+        """Add what waited for the batch's end to the running sums."""
+        if name in self._staged_squares:
+            self.squares[name].low.add_(self._staged_squares[name])
+        if name in self._staged_totals and name in self.totals:
+            self.totals[name].low.add_(self._staged_totals[name], alpha=1 / self._samples.passes)
+
+    def _clear_batch(self) -> None:
+        """Make room for the next one, on the same memory."""
         for staged in (self._staged_squares, self._staged_totals):
             for name in self._touched.keys() & staged.keys():
                 staged[name].zero_()
-        if whole:
-            self.values.settle()
         self._flags.zero_()
         self._touched.clear()
-        return bad
 
-    def _fill(self, divisor: int) -> None:
+    def _fill(self) -> None:
         """Add the batch's gradients to ``.grad``, as a backward pass of autograd's would."""
+        divisor = self._samples.N if self._fills == "mean" else 1
         for name in self._touched.keys() & self._staged_totals.keys() & self.reached:
             parameter, total = self._tracked[name].parameter, self._staged_totals[name].div_(divisor)
             if not parameter.requires_grad:  # frozen since
@@ -224,8 +238,8 @@ class Engine:
     def _overflowed(self) -> list[str]:
         """Parameters whose gradients are finite but whose sum of squares overflowed.
 
-        If the batch was already added to the running sum, that sum is lost and the caller clears it. Only layers whose per-sample norms,
-        where they are kept, add up to the float32 maximum or more are looked at; below it no square can overflow.
+        If the batch was already added to the running sum, that sum is lost. Only layers whose per-sample norms, where they are kept, add
+        up to the float32 maximum or more are looked at; below it no square can overflow.
         """
         norms = self.values.totals() if self.squares else {}
         most = torch.finfo(torch.float32).max
@@ -284,8 +298,8 @@ def _weights(weight: Tensor | None, n: int) -> tuple[float, float]:
     if weight is None:
         return float(n), float(n)
     wide = weight.double()
-    one, two = torch.stack([wide.sum(), wide.square().sum()]).tolist()
-    return one, two
+    total, squared = torch.stack([wide.sum(), wide.square().sum()]).tolist()
+    return total, squared
 
 
 def _weighted_sum(values: Tensor, weight: Tensor | None) -> Tensor:

@@ -79,7 +79,7 @@ class Exploration:
         """Samples that depend on each other through what is detached have a gradient each, but of the batch that they were in."""
         try:
             n = dependent(self._forward.values, few, values, self._forward.precision(values))
-        except Exception:  # the model is anybody's, and may say anything to two copies of a sample
+        except Exception:  # noqa: BLE001  the model is anybody's, and may say anything to two copies of a sample
             return
         if n is not None:
             warn(
@@ -102,7 +102,7 @@ class Exploration:
             check_first(values, twice.root, self._forward.precision(twice.root))
             if mixing := self._probe(twice):
                 self._resolve(of, two, twice, mixing, one)
-        except Exception:  # the model is anybody's, and may say anything to such a batch
+        except Exception:  # noqa: BLE001  the model is anybody's, and may say anything to such a batch
             pass
 
     def _resolve(self, of: Callable[[Batch], Tensor], few: Batch, uses: Uses, mixing: set[str], noted: Batch) -> None:
@@ -136,7 +136,7 @@ class Exploration:
             expanded = of(few)
             if same_but_rounding(expanded, values, self._forward.precision(values)):
                 mixing = self._probe(self._run.capture.read(expanded))
-        except Exception:  # the model is anybody's, and may say anything to such a shape: this use cannot be expanded
+        except Exception:  # noqa: BLE001  the model is anybody's, and may say anything to such a shape: this use cannot be expanded
             pass
         for one in tracked:
             one.expand = None if one.name in mixing else one.expand

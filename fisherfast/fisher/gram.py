@@ -38,7 +38,7 @@ class Gram(Request):
     max_rows: int = 8192
 
     def __post_init__(self) -> None:
-        _arguments.check_limits("Gram", 1, max_rows=self.max_rows)
+        _arguments.whole("Gram", "max_rows", self.max_rows, 1)
 
     def collector(self, capture: Capture, transactional: bool) -> GramCollector:
         """See ``Request``."""
@@ -103,20 +103,20 @@ class GramFisher(Plotted, Measured):
     def _times(self, columns: Mapping[str, Tensor]) -> Tensor:
         """G times ``{name: [numel, n]}``: ``[M, n]``."""
         n = next(iter(columns.values())).shape[1]
-        found = torch.zeros(self.num_rows, n, dtype=torch.float64, device=self._device)
+        product = torch.zeros(self.num_rows, n, dtype=torch.float64, device=self._device)
         for name, column in columns.items():
             for rows, G in self._of(name):
-                found[rows] += G @ column
-        return found
+                product[rows] += G @ column
+        return product
 
     def _back(self, columns: Tensor) -> dict[str, Tensor]:
         """The transpose of G times ``[M, n]``: ``{name: [numel, n]}``."""
-        found = {}
+        products = {}
         for name, shape in self.shapes.items():
-            found[name] = columns.new_zeros(shape.numel(), columns.shape[1])
+            products[name] = columns.new_zeros(shape.numel(), columns.shape[1])
             for rows, G in self._of(name):
-                found[name] += G.mT @ columns[rows]
-        return found
+                products[name] += G.mT @ columns[rows]
+        return products
 
     def dual(self, dampings: Mapping[str, float] | None = None) -> Tensor:
         """``G D^-1 G^T / W``, D the damping of each parameter, or without D: float64 ``[M, M]``."""
@@ -221,7 +221,7 @@ class GramFisher(Plotted, Measured):
 
         A draw x of ``N(0, D^-1)`` is corrected as if ``G x + noise = 0`` had been observed (Matheron's rule).
         """
-        n = _arguments.draws("sample", n)
+        n = _arguments.whole("sample", "n", n, 0)
         dampings = _arguments.damping_by_name("sample", damping, self.names)
         self._check_damped("sample", dampings)
         source = self._device if generator is None else generator.device
@@ -241,8 +241,8 @@ class GramFisher(Plotted, Measured):
         return {name: part.to(self._device, torch.float64).reshape(-1, 1) for name, part in parts.items()}
 
     def _like(self, v: Vector, parts: dict[str, Tensor], columns: Mapping[str, Tensor]) -> Vector:
-        found = {name: columns[name].view(part.shape).to(part.device, part.dtype) for name, part in parts.items()}
-        return _arguments.like(v, found)
+        results = {name: columns[name].view(part.shape).to(part.device, part.dtype) for name, part in parts.items()}
+        return _arguments.like(v, results)
 
     # -- pooling and files
 
@@ -251,9 +251,8 @@ class GramFisher(Plotted, Measured):
         if not _pooling.check_kind(self, other):
             return NotImplemented
         _pooling.check_same(self._identity(), other._identity())
-        pieces = {
-            name: (*mine, *(piece.moved(self.num_rows) for piece in other.pieces[name])) for name, mine in self.pieces.items()
-        }
+        below = {name: [piece.moved(self.num_rows) for piece in pieces] for name, pieces in other.pieces.items()}
+        pieces = {name: (*above, *below[name]) for name, above in self.pieces.items()}
         rows, weight = self.num_rows + other.num_rows, self.weight + other.weight
         return GramFisher(pieces, rows, weight, self._counts.pooled(other._counts), self.shapes)
 
@@ -268,7 +267,7 @@ class GramFisher(Plotted, Measured):
         fields: dict[str, Any] = {}
         for name, pieces in self.pieces.items():
             states = [piece.state() for piece in pieces]
-            tensors |= {f"{name}.{k}.{part}": t for k, (mine, _) in enumerate(states) for part, t in mine.items()}
+            tensors |= {f"{name}.{k}.{part}": t for k, (of_piece, _) in enumerate(states) for part, t in of_piece.items()}
             fields[name] = [plain for _, plain in states]
         counted = {"num_rows": self.num_rows, "weight": self.weight, "shapes": {n: list(s) for n, s in self.shapes.items()}}
         return tensors, {**self._counts.state(), **counted, "pieces": fields}
@@ -277,11 +276,11 @@ class GramFisher(Plotted, Measured):
     def from_state(cls, tensors: dict[str, Tensor], fields: dict[str, Any]) -> GramFisher:
         """The object whose ``state`` this is."""
 
-        def mine(prefix: str) -> dict[str, Tensor]:
+        def of_piece(prefix: str) -> dict[str, Tensor]:
             return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
 
         pieces = {
-            name: tuple(Piece.from_state(mine(f"{name}.{k}."), plain) for k, plain in enumerate(plains))
+            name: tuple(Piece.from_state(of_piece(f"{name}.{k}."), plain) for k, plain in enumerate(plains))
             for name, plains in fields["pieces"].items()
         }
         return cls(pieces, fields["num_rows"], fields["weight"], Counts.from_state(fields), fields["shapes"])

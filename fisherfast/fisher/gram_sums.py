@@ -55,22 +55,21 @@ class Piece:
 
     def state(self) -> tuple[dict[str, Tensor], list[Any]]:
         """Tensors and plain values."""
-        return {"root": self.root, **_tensors(self.rows)}, [[self.first, self.of_g], *_plain(self.form)]
+        return {"root": self.root, **_tensors(self.rows)}, [self.first, self.of_g, *_plain(self.form)]
 
     @classmethod
     def from_state(cls, tensors: Mapping[str, Tensor], fields: list[Any]) -> Piece:
-        """The piece whose ``state`` this is; older files do not have the dtype."""
-        where, *form = fields
+        """The piece whose ``state`` this is."""
+        first, of_g, *form = fields
         lookup = {name.removeprefix("lookup."): t for name, t in tensors.items() if name.startswith("lookup.")}
         rows = _rows(tensors)._replace(lookup=_rows(lookup) if lookup else None)
-        first, of_g = where if isinstance(where, list) else (where, dtype_name(rows.g.dtype))
         return cls(first, _formed(form), rows, tensors["root"], of_g)
 
 
 def _tensors(rows: Rows) -> dict[str, Tensor]:
-    mine = {"x": rows.x, "g": rows.g, "offsets": rows.offsets}
+    own = {"x": rows.x, "g": rows.g, "offsets": rows.offsets}
     more = {} if rows.lookup is None else {f"lookup.{name}": t for name, t in _tensors(rows.lookup).items()}
-    return {name: t for name, t in mine.items() if t is not None} | more
+    return {name: t for name, t in own.items() if t is not None} | more
 
 
 def _rows(tensors: Mapping[str, Tensor]) -> Rows:
@@ -208,5 +207,5 @@ class GramCollector:
 
     def restore(self, pieces: Mapping[str, Sequence[Piece]], num_rows: int, weight: float) -> None:
         """Start from a snapshot."""
-        self._pieces.update({name: list(mine) for name, mine in pieces.items()})
+        self._pieces.update({name: list(of_parameter) for name, of_parameter in pieces.items()})
         self.num_rows, self.weight = num_rows, weight

@@ -28,12 +28,12 @@ def put_off(tear: Callable[[], None]) -> Iterator[None]:
         yield
         return
     came: dict[int, list[FrameType | None]] = defaultdict(list)
-    handlers: dict[int, _Handler] = {number: one for number in _NUMBERS if callable(one := signal.getsignal(number))}
+    handlers: dict[int, _Handler] = {number: handler for number in _NUMBERS if callable(handler := signal.getsignal(number))}
 
     def note(number: int, frame: FrameType | None) -> None:
         came[number].append(frame)
         if len(came[number]) == 2:
-            print(
+            print(  # noqa: T201  not a warning, which may be an error and would raise here, in the middle of the batch
                 f"fisherfast: {signal.Signals(number).name} waits for the end of this batch; once more does not, and what was measured is lost",
                 file=sys.stderr,
             )

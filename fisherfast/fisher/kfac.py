@@ -55,8 +55,8 @@ class KFAC(Request):
     def __post_init__(self) -> None:
         if self.sharing not in ("expand", "reduce"):
             raise ValueError(f"KFAC: sharing must be 'expand' or 'reduce', got {self.sharing!r}")
-        _arguments.check_limits("KFAC", 1, max_factor_dim=self.max_factor_dim)
-        _arguments.check_limits("KFAC", 0, max_exact_dim=self.max_exact_dim)
+        _arguments.whole("KFAC", "max_factor_dim", self.max_factor_dim, 1)
+        _arguments.whole("KFAC", "max_exact_dim", self.max_exact_dim, 0)
 
     def collector(self, capture: Capture, transactional: bool) -> KroneckerCollector:
         """See ``Request``."""

@@ -16,7 +16,7 @@ from fisherfast.accumulator import Accumulator
 from fisherfast.fisher import _pooling, serialize
 from fisherfast.fisher.counts import Counts, Measured
 from fisherfast.fisher.engine import Engine
-from fisherfast.fisher.request import Request
+from fisherfast.fisher.request import Needs, Request
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,10 @@ class GradientMoments(Request):
     the output Hessian, whose squares mean something and whose sum does not.
     """
 
-    squares, totals = True, True
+    @property
+    def needs(self) -> Needs:
+        """See ``Request``."""
+        return Needs(squares=True, totals=True)
 
     def check(self, fisher_type: str | None) -> None:
         """See ``Request``."""

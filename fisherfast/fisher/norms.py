@@ -14,7 +14,7 @@ from torch import Tensor
 from fisherfast.fisher import _pooling, serialize
 from fisherfast.fisher.counts import Counted, Counts
 from fisherfast.fisher.engine import Engine
-from fisherfast.fisher.request import Request
+from fisherfast.fisher.request import Needs, Request
 
 
 @dataclass(frozen=True)
@@ -34,9 +34,9 @@ class PerSampleNorm(Request):
     by_layer: bool = False
 
     @property
-    def keeps(self) -> str:
+    def needs(self) -> Needs:
         """See ``Request``."""
-        return "layers" if self.by_layer else "whole"
+        return Needs(norms="layers" if self.by_layer else "whole")
 
     def result(self, engine: Engine, counts: Counts) -> SampleNorms:
         """See ``Request``."""
@@ -141,8 +141,7 @@ class SampleNorms(Counted):
         """The object whose ``state`` this is."""
         norms, layers = tensors["squared_norms"], fields["layers"]
         by_layer = None if layers is None else dict(zip(layers, tensors.get("by_layer", ()), strict=True))
-        once = {"num_samples": len(norms), "aliases": {}}  # were not written
-        return cls(norms, by_layer, Counts.from_state(once | fields))
+        return cls(norms, by_layer, Counts.from_state(fields))
 
     def __repr__(self) -> str:
         layers = "" if self._by_layer is None else f", {len(self._by_layer)} layers"

@@ -101,10 +101,10 @@ class FisherOperator:
             total += batch.N if batch.weight is None else float(batch.weight.sum(dtype=torch.float64))
         if not total:
             raise ValueError("FisherOperator: data must hold samples of a weight > 0, got none")
-        found = {name: (value / total).to(parts[name].device, parts[name].dtype) for name, value in sums.items()}
-        if bad := [name for name, value in found.items() if not bool(value.isfinite().all())]:
+        means = {name: (value / total).to(parts[name].device, parts[name].dtype) for name, value in sums.items()}
+        if bad := [name for name, value in means.items() if not bool(value.isfinite().all())]:
             raise NonFiniteError(f"FisherOperator: F v must be finite, got others in {listed(bad)}")
-        return _arguments.like(v, found)
+        return _arguments.like(v, means)
 
     def _product(self, batch: Batch, along: Mapping[str, Tensor], first: int) -> dict[str, Tensor]:
         """``sum_n w_n E_y[s_n s_n^T v]`` of one batch whose first sample is number ``first``; a parameter out of reach is left out."""
@@ -117,12 +117,12 @@ class FisherOperator:
             self._labelling.num_passes(predictions)
             derivative = self._along(values, along)
             back = torch.zeros_like(derivative)
-            for one in self._labelling.passes(predictions.detached()):
-                share = one.scale * (one.cotangent * derivative).unsqueeze(1).flatten(1).sum(1)
+            for backward in self._labelling.passes(predictions.detached()):
+                share = backward.scale * (backward.cotangent * derivative).unsqueeze(1).flatten(1).sum(1)
                 share = share if batch.weight is None else share * batch.weight
-                back += share.view(-1, *[1] * (back.dim() - 1)) * one.cotangent
-            found = torch.autograd.grad(values, list(self._parameters.values()), back, allow_unused=True)
-        return {name: part.detach() for name, part in zip(self._parameters, found, strict=True) if part is not None}
+                back += share.view(-1, *[1] * (back.dim() - 1)) * backward.cotangent
+            gradients = torch.autograd.grad(values, list(self._parameters.values()), back, allow_unused=True)
+        return {name: part.detach() for name, part in zip(self._parameters, gradients, strict=True) if part is not None}
 
     def _predictions(self, batch: Batch, first: int = 0) -> Predictions:
         with self._without_chance:
@@ -142,7 +142,7 @@ class FisherOperator:
             of_few = values[: few.N] if alone else self._predictions(few).values
             if not alone:
                 check_first(of_few[:1], values, eps)
-        except Exception:  # an input without samples that is as long as the batch, a sparse one: the model is right as it is
+        except Exception:  # noqa: BLE001  an input without samples that is as long as the batch, a sparse one: the model is right as it is
             return
         check_independent(lambda batch: self._predictions(batch).values, few, of_few, eps, ran=batch if alone else few)
 

@@ -3,44 +3,38 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from fisherfast.capture.capture import Capture
 from fisherfast.capture.collector import Collector
 from fisherfast.fisher.counts import Counts
+from fisherfast.fisher.sample_values import Norms
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Which of the engine's sums a request is made of."""
+
+    squares: bool = False  # ``sum_n w_n s_n^2`` of each parameter
+    totals: bool = False  # ``sum_n w_n s_n`` of each parameter
+    spread: bool = False  # the sums behind the standard error of the trace
+    norms: Norms | None = None  # the norm of each sample's gradient
 
 
 class Request:
     """What a user asks a run for.
 
-    It declares which of the engine's sums it needs (by default none) or brings its own collector, and turns what was collected into a
-    result.
+    It declares which of the engine's sums it needs or brings its own collector, and turns what was collected into a result. ``fills``:
+    that it asks for the parameters' ``.grad`` instead, filled with the sum over a batch or its mean, ``"sum"`` or ``"mean"``.
     """
 
-    @property
-    def squares(self) -> bool:
-        """Whether it needs ``sum_n w_n s_n^2`` of each parameter."""
-        return False
+    fills: str | None = None
 
     @property
-    def totals(self) -> bool:
-        """Whether it needs ``sum_n w_n s_n`` of each parameter."""
-        return False
-
-    @property
-    def spread(self) -> bool:
-        """Whether it needs the sums behind the standard error of the trace."""
-        return False
-
-    @property
-    def keeps(self) -> str | None:
-        """Which per-sample norms it needs: ``"whole"``, ``"layers"`` or None."""
-        return None
-
-    @property
-    def fills(self) -> str | None:
-        """Whether the parameters' ``.grad`` is filled, with the sum over a batch or its mean: ``"sum"``, ``"mean"`` or None."""
-        return None
+    def needs(self) -> Needs:
+        """Of the engine's sums: by default none."""
+        return Needs()
 
     def check(self, fisher_type: str | None) -> None:
         """Raise ValueError if it has no meaning for this kind of labels."""

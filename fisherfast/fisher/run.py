@@ -293,7 +293,7 @@ class Run:
             return  # a result, even of nothing, takes the memory that is not there
         try:
             results = self.results()
-        except Exception as problem:  # no memory for what a result takes: what went wrong first is what counts
+        except Exception as problem:  # noqa: BLE001  no memory for what a result takes: what went wrong first is what counts
             error.add_note(f"fisherfast: stopped in batch {self.tally.batches}; what came before could not be kept: {problem}")
             return
         error.fisher = results[0] if len(results) == 1 else results  # type: ignore[attr-defined]

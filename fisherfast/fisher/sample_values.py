@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from functools import reduce
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -13,14 +14,16 @@ from fisherfast.fisher._columns import Columns
 from fisherfast.fisher.protocol import layer_of
 from fisherfast.fisher.spread import Spread
 
+Norms = Literal["whole", "layers"]  # of all parameters, or of those of each layer
+
 
 class SampleValues:
     """The values of every sample; those of a batch count when it is complete, and may get more draws until the next one.
 
-    ``keeps``: which norms are kept, of ``"layers"`` or the ``"whole"``; ``measures_spread``: whether the sums behind the standard errors are.
+    ``keeps``: which norms are kept; ``measures_spread``: whether the sums behind the standard errors are.
     """
 
-    def __init__(self, names: list[str], keeps: str | None, measures_spread: bool, device: torch.device) -> None:
+    def __init__(self, names: list[str], keeps: Norms | None, measures_spread: bool, device: torch.device) -> None:
         self.keeps, self._measures_spread, self._device = keeps, measures_spread, device
         self._spread: Spread | None = None
         self.arrange(names)
@@ -124,9 +127,9 @@ class SampleValues:
 
     # -- going on from a checkpoint
 
-    def restore_spread(self, before: Spread | None) -> None:
-        """Start from these sums; without them (an older file) the run has none either."""
-        self._spread, self._measures_spread = (None, False) if before is None else (before.copy(), True)
+    def restore_spread(self, before: Spread) -> None:
+        """Start from these sums."""
+        self._spread = before.copy()
 
     def restore_norms(self, before: Tensor) -> None:
         """Start from these kept norms."""

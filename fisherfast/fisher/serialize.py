@@ -25,7 +25,7 @@ from torch import Tensor
 
 from fisherfast.fisher._ordinary import ordinary
 
-FORMAT, FORMAT_VERSION = "fisherfast", 2  # 2: standard errors, coverage in numbers and seconds, several results in a file
+FORMAT, FORMAT_VERSION = "fisherfast", "1"  # the only version that is read; one more for every change of what a structure writes
 State = tuple[dict[str, Tensor], dict[str, Any]]  # tensors, and fields of plain values that JSON keeps exactly
 _OWN = ("format", "format_version", "fisherfast_version", "structure", "extra", "checksum")
 
@@ -114,7 +114,7 @@ def save(fisher: Storable, path: str | os.PathLike[str], extra: Mapping[str, str
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     metadata = {
         "format": FORMAT,
-        "format_version": str(FORMAT_VERSION),
+        "format_version": FORMAT_VERSION,
         "fisherfast_version": importlib.metadata.version("fisherfast"),
         "structure": fisher.structure,
         "extra": json.dumps(extra),
@@ -164,7 +164,7 @@ def load(path: str | os.PathLike[str], device: str = "cpu") -> Any:
     Shapes:   as saved.
     Scale:    as saved.
     Errors:   FileNotFoundError; FisherFileError (a ValueError) for a damaged, truncated or foreign file, and for one
-              written by a newer version; ValueError for a device that is not here.
+              of another format version; ValueError for a device that is not here.
     Numerics: bit-exact; a checksum over metadata and tensors is verified.
     Source:   the safetensors format.
     """
@@ -203,12 +203,9 @@ def _check_device(caller: str, device: str) -> None:
 def _check_readable(path: Path, metadata: Mapping[str, str]) -> None:
     if metadata.get("format") != FORMAT:
         raise _bad(path, f"it is a safetensors file of something else (format {metadata.get('format')!r})")
-    version = metadata.get("format_version", "")
-    if not version.isdecimal():
-        raise _bad(path, f"it is damaged: format_version is {version!r}")
-    writer = f"it was written by fisherfast {metadata.get('fisherfast_version')}"
-    if int(version) > FORMAT_VERSION:
-        raise _bad(path, f"{writer} in format {version}, this version reads up to {FORMAT_VERSION}; upgrade fisherfast")
+    writer, version = f"it was written by fisherfast {metadata.get('fisherfast_version')}", metadata.get("format_version")
+    if version != FORMAT_VERSION:
+        raise _bad(path, f"{writer} in format {version}, this version reads format {FORMAT_VERSION}; load it with that version")
     if metadata.get("structure") not in _STRUCTURES:
         raise _bad(path, f"{writer}, with structure {metadata.get('structure')!r}; known here: {sorted(_STRUCTURES)}")
 

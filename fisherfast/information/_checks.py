@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Iterable, Mapping
 from numbers import Real
 from typing import Any
@@ -11,6 +12,8 @@ from typing import Any
 from torch import Tensor
 
 from fisherfast._names import listed
+
+_COMPARED = {">": operator.gt, ">=": operator.ge, "<": operator.lt}
 
 
 def _finite(value: object) -> float | None:
@@ -31,18 +34,28 @@ def several(values: Any) -> list[Any]:
     return [values] if not isinstance(values, Iterable) or getattr(values, "shape", None) == () else list(values)
 
 
-def number(caller: str, name: str, value: object, advice: str) -> float:
-    """The finite number that ``value`` is, or ValueError."""
-    if (found := _finite(value)) is None:
-        raise ValueError(f"{caller}: {name} must be a finite number, got {value!r}; {advice}")
-    return found
+def number(caller: str, name: str, value: object, advice: str, compared: str = "") -> float:
+    """The finite number that ``value`` is, ``compared`` to zero in the way said, or ValueError."""
+    finite = _finite(value)
+    if finite is None or (compared and not _COMPARED[compared](finite, 0)):
+        rule = f"a finite number {compared} 0" if compared else "a finite number"
+        raise ValueError(f"{caller}: {name} must be {rule}, got {value!r}; {advice}")
+    return finite
 
 
 def positive(caller: str, name: str, value: object, advice: str) -> float:
     """The finite number above zero that ``value`` is, or ValueError."""
-    if (found := _finite(value)) is None or found <= 0:
-        raise ValueError(f"{caller}: {name} must be a finite number > 0, got {value!r}; {advice}")
-    return found
+    return number(caller, name, value, advice, ">")
+
+
+def not_negative(caller: str, name: str, value: object, advice: str) -> float:
+    """The finite number of zero or more that ``value`` is, or ValueError."""
+    return number(caller, name, value, advice, ">=")
+
+
+def negative(caller: str, name: str, value: object, advice: str) -> float:
+    """The finite number below zero that ``value`` is, or ValueError."""
+    return number(caller, name, value, advice, "<")
 
 
 def beta(caller: str, value: object) -> float:
@@ -56,20 +69,6 @@ def fisher(caller: str, F: object) -> None:
         raise TypeError(
             f"{caller}: F must be a Fisher that was measured, got {type(F).__name__}; pass ff.fisher(model, data, structure=...)"
         )
-
-
-def not_negative(caller: str, name: str, value: object, advice: str) -> float:
-    """The finite number of zero or more that ``value`` is, or ValueError."""
-    if (found := _finite(value)) is None or found < 0:
-        raise ValueError(f"{caller}: {name} must be a finite number >= 0, got {value!r}; {advice}")
-    return found
-
-
-def negative(caller: str, name: str, value: object, advice: str) -> float:
-    """The finite number below zero that ``value`` is, or ValueError."""
-    if (found := _finite(value)) is None or found >= 0:
-        raise ValueError(f"{caller}: {name} must be a finite number < 0, got {value!r}; {advice}")
-    return found
 
 
 def one_of(caller: str, name: str, value: str, choices: tuple[str, ...]) -> str:

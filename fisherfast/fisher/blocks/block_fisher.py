@@ -16,12 +16,13 @@ from torch import Tensor
 from fisherfast._precision import wide
 from fisherfast.accumulator import Accumulator
 from fisherfast.fisher import _arguments, _logdet, _pooling, serialize
+from fisherfast.fisher._layers import Layered
 from fisherfast.fisher._ordinary import ordinary
 from fisherfast.fisher._plot import Plotted
 from fisherfast.fisher.blocks.exact import ExactBlock
 from fisherfast.fisher.blocks.kronecker import Place
-from fisherfast.fisher.counts import Counts, Measured
-from fisherfast.fisher.protocol import Damping, LayerSummary, Spectrum, Vector, layer_of
+from fisherfast.fisher.counts import Counts
+from fisherfast.fisher.protocol import Damping, Spectrum, Vector, layer_of
 from fisherfast.rules import ALL
 
 
@@ -94,7 +95,7 @@ def described(ways: Mapping[Any, str]) -> dict[str, str]:
     return how
 
 
-class BlockFisher(Plotted, Measured, Generic[_Block]):
+class BlockFisher(Plotted, Layered, Generic[_Block]):
     """Blocks and diagonals that together hold every parameter once; parameters of different blocks are independent.
 
     See the structures for what the numbers mean, and ``protocol.Fisher`` for the methods.
@@ -139,11 +140,11 @@ class BlockFisher(Plotted, Measured, Generic[_Block]):
     @staticmethod
     def _by_layer(products: Mapping[Place, tuple[Tensor, Tensor]]) -> dict[str, tuple[Tensor, Tensor]]:
         layers = [layer_of(place.weight) for place in products]
-        found = {}
+        factors = {}
         for layer, (place, (A, B)) in zip(layers, products.items(), strict=True):
             name = layer if layers.count(layer) == 1 else place.name
-            found[name] = (A, B) if place.groups > 1 else (A[0], B[0])
-        return found
+            factors[name] = (A, B) if place.groups > 1 else (A[0], B[0])
+        return factors
 
     def _mean(self, name: str) -> Tensor:
         return self.diagonals[name].mean()
@@ -151,10 +152,10 @@ class BlockFisher(Plotted, Measured, Generic[_Block]):
     @ordinary
     def diagonal(self, *, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
         """``{name: tensor}`` shaped like the parameters."""
-        found = self._vector(dtype, lambda name: self._mean(name).to(dtype))
+        diagonal = self._vector(dtype, lambda name: self._mean(name).to(dtype))
         for block in self.blocks:
-            block.place.write(block.diagonal(), found)
-        return found
+            block.place.write(block.diagonal(), diagonal)
+        return diagonal
 
     def _vector(self, dtype: torch.dtype, of_diagonal: Callable[[str], Tensor]) -> dict[str, Tensor]:
         """A vector by names: these values where there are diagonals, room for those of the blocks."""
@@ -164,13 +165,11 @@ class BlockFisher(Plotted, Measured, Generic[_Block]):
         }
 
     def _traces(self) -> Iterator[tuple[str, float]]:
-        """Of each block, and of each diagonal, with the weight that it is of."""
         yield from ((block.place.weight, block.trace()) for block in self.blocks)
         yield from ((name, self.diagonals[name].mean_sum()) for name in self.diagonals)
 
-    def trace(self) -> float:
-        """The sum of the eigenvalues."""
-        return math.fsum(trace for _, trace in self._traces())
+    def _counts_to(self) -> dict[str, str]:
+        return {name: block.place.weight for block in self.blocks for name in block.place.names}
 
     def _damping_of(self, method: str, damping: Damping) -> dict[str, float]:
         """The damping of each parameter, one for all of a block."""
@@ -218,12 +217,7 @@ class BlockFisher(Plotted, Measured, Generic[_Block]):
         dampings = self._damping_of(method, damping)
 
         def of(name: str, eigenvalues: Tensor) -> Tensor:
-            values = eigenvalues + dampings[name]
-            if zeros := int((values == 0).sum()):
-                raise ValueError(
-                    f"{method}: F + damping I must be regular, got {zeros} zero eigenvalues in {name!r}; pass damping > 0"
-                )
-            return function(values)
+            return function(_logdet.regular(method, name, eigenvalues + dampings[name]))
 
         return lambda name: partial(of, name)
 
@@ -243,27 +237,27 @@ class BlockFisher(Plotted, Measured, Generic[_Block]):
 
     @property
     def _device(self) -> torch.device:
-        accumulators = [one for block in self.blocks for one in block.accumulators()] + list(self.diagonals.values())
+        accumulators = [factor for block in self.blocks for factor in block.accumulators()] + list(self.diagonals.values())
         return accumulators[0].device
 
     def sample(
         self, n: int, *, damping: Damping = 0.0, generator: torch.Generator | None = None, dtype: torch.dtype = torch.float32
     ) -> dict[str, Tensor]:
         """``n`` draws from ``N(0, (F + damping I)^-1)``, {name: [n, *shape]}. Errors: ValueError if that is singular."""
-        n = _arguments.draws("sample", n)
+        n = _arguments.whole("sample", "n", n, 0)
         inverse_root = self._damped("sample", damping, torch.rsqrt)
         draws = {name: torch.empty(n, *shape, dtype=dtype, device=self._device) for name, shape in self.shapes.items()}
-        each = [{name: values[i] for name, values in draws.items()} for i in range(n)]
+        vectors = [{name: values[i] for name, values in draws.items()} for i in range(n)]
         source = self._device if generator is None else generator.device
-        for draw in each:
-            for value in draw.values():
+        for vector in vectors:
+            for value in vector.values():
                 value.copy_(torch.randn(value.shape, dtype=dtype, device=source, generator=generator))
         for name in self.diagonals:
             draws[name].mul_(inverse_root(name)(self._mean(name)))
         for block in self.blocks:
-            normals = (wide(block.place.matrix(draw)) for draw in each)
-            for draw, drawn in zip(each, block.drawn(normals, inverse_root(block.place.weight)), strict=True):
-                block.place.write(drawn, draw)
+            normals = (wide(block.place.matrix(vector)) for vector in vectors)
+            for vector, drawn in zip(vectors, block.drawn(normals, inverse_root(block.place.weight)), strict=True):
+                block.place.write(drawn, vector)
         return draws
 
     def eigenvalues(self) -> Tensor:
@@ -282,20 +276,6 @@ class BlockFisher(Plotted, Measured, Generic[_Block]):
             for block in blocks[name]:
                 yield Spectrum(layer_of(name), block.place.names, *block.spectrum())
 
-    def by_layer(self) -> dict[str, LayerSummary]:
-        """Each layer's parameters and trace, in the order of ``names``; a bias counts to the layer of its weight."""
-        members: defaultdict[str, list[str]] = defaultdict(list)
-        with_weight = {name: block.place.weight for block in self.blocks for name in block.place.names}
-        for name in self.names:
-            members[layer_of(with_weight.get(name, name))].append(name)
-        traces: defaultdict[str, list[float]] = defaultdict(list)
-        for name, trace in self._traces():
-            traces[layer_of(name)].append(trace)
-        return {
-            layer: LayerSummary(layer, tuple(names), sum(self.shapes[name].numel() for name in names), math.fsum(traces[layer]))
-            for layer, names in members.items()
-        }
-
     def __add__(self, other: Self) -> Self:
         """The Fisher of both data sets together: sums are pooled. Errors: ValueError if measured in different ways."""
         if not _pooling.check_kind(self, other):
@@ -303,9 +283,9 @@ class BlockFisher(Plotted, Measured, Generic[_Block]):
         _pooling.check_same(self._identity(), other._identity())
         theirs = {block.place.name: block for block in other.blocks}  # which may have come in another order
         blocks: dict[str, Any] = {}
-        for mine in self.blocks:
-            blocks[mine.place.name] = mine.pooled(theirs[mine.place.name], blocks)
-        diagonals = {name: one + other.diagonals[name] for name, one in self.diagonals.items()}
+        for block in self.blocks:
+            blocks[block.place.name] = block.pooled(theirs[block.place.name], blocks)
+        diagonals = {name: sums + other.diagonals[name] for name, sums in self.diagonals.items()}
         return type(self)(tuple(blocks.values()), diagonals, self._counts.pooled(other._counts), self.shapes)
 
     def all_reduce(self, group: dist.ProcessGroup | None = None) -> Self:

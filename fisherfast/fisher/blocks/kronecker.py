@@ -129,7 +129,7 @@ class Place:
 
     @classmethod
     def from_state(cls, fields: list[Any]) -> Self:
-        """The place of these values, in order; older files do not have the last ones."""
+        """The place of these values, in order."""
         return cls(*fields[:7], *map(Entries, fields[7:9]), *fields[9:])
 
 
