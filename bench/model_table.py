@@ -23,17 +23,18 @@ N, EXACT_N, WIDTH, LENGTH, ROUNDS = 8, 5, 16, 64, 7
 HEAD = """\
 # Models
 
-Hugging Face architectures that are measured as they are, from dict batches, every parameter covered. Written by
-`python bench/model_table.py` from `bench/results/*/architectures/latest.json`; `tests/test_huggingface.py` holds each to autograd.
+Hugging Face architectures, built small from a configuration with random weights and measured with their code as it is, from dict batches,
+every parameter covered. Written by `python bench/model_table.py` from `bench/results/*/architectures/latest.json`;
+`tests/test_huggingface.py` holds each to autograd.
 
 *error*: of the empirical diagonal of 5 samples against autograd's per-sample gradients in float64, relative to the largest entry.
-Some architectures compute in float32 inside whatever their parameters are, and so does autograd: there 1e-7 is as equal as can be.
-*ratio*: time of one further batch of `ff.fisher` to one plain forward and backward of it, for a model 16 times as wide as
+Some architectures compute internally in float32 whatever their parameters' precision, and so does autograd: there 1e-7 is exact.
+*ratio*: time of a batch after the first of `ff.fisher` to one plain forward and backward of it, for a model 16 times as wide as
 the tests' (hidden size 256, 2 layers, 8 samples of 64 tokens, or of one image of 32 x 32), float32, 2 threads, median of 7. So
-small a model spends much of its time between the kernels, where the Fisher does more than a plain step; what larger models
+small a model spends much of its time outside the kernels, where the Fisher does more than a plain step; what larger models
 cost is in [performance.md](performance.md).
-*without a rule*: the share of the parameters that go through autograd instead of a kernel, and why; "chain": through what a function makes of
-them alone, "loop" and "vmap": through the whole model.
+*without a rule*: the share of the parameters that go through autograd instead of a kernel, and why; "chain": only through the function
+that transforms them, "loop" and "vmap": through the whole model.
 """
 
 

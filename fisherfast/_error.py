@@ -3,4 +3,4 @@
 
 
 class NonFiniteError(ArithmeticError):
-    """A NaN or an infinity where a finite number was needed; ``.fisher`` holds what was accumulated before."""
+    """A NaN or an infinity where a finite number was needed; ``.fisher`` holds the result of the batches before."""

@@ -10,7 +10,7 @@ _BETWEEN = {"contextlib", __package__, "torch"}  # packages whose frames may lie
 
 
 class FisherWarning(UserWarning):
-    """A result is right but easily misread, because it leaves parameters out, say; the message says what to know before it is used."""
+    """A result is correct but easily misread, for example because it leaves parameters out; the message says what to know before using it."""
 
 
 def warn(message: str) -> None:

@@ -111,15 +111,15 @@ def _prior_scale(text: str) -> float | str:
 
 _MODEL = typer.Option(help="module:function that returns the network, a torch.nn.Module; or the folder of a Hugging Face model")
 _DATA = typer.Option(help="module:function that returns an iterable of (inputs, targets) batches")
-_TYPE = typer.Option(help="labels drawn from the model, all of them weighted, or those of the data")
+_TYPE = typer.Option(help="labels: drawn from the model, the expectation over all, or those of the data (not the Fisher)")
 _STRUCTURE = typer.Option(
-    help="the diagonal, or blocks where a weight multiplies: Kronecker factors, or eigenvalues in their basis (two passes)"
+    help="diagonal; kfac: Kronecker factors; ekfac: corrected eigenvalues in their basis (two passes); gram: exact, small models"
 )
-_LIKELIHOOD = typer.Option(help="what the outputs parameterise")
+_LIKELIHOOD = typer.Option(help="distribution of the labels that the outputs parameterise")
 _BETA = typer.Option(
     callback=_positive,
     show_default="1 / N",
-    help="what one nat may cost, in units of the mean loss; N: the samples measured, so give 1 / those trained on if they are others",
+    help="price of a nat in mean loss; N: the samples measured; give 1 / training samples, if those were not what is measured",
 )
 _PRIOR = typer.Option(
     parser=_prior_scale, metavar="NUMBER|fit", help="standard deviation of the prior; fit: the best one, by layer"
@@ -129,13 +129,11 @@ _CENTER = typer.Option(
     help="module:function, or folder, of the network this one started from: the nats are what was added to it since",
 )
 _DRAWS = typer.Option(min=1, help="labels drawn per sample, with mc")
-_SEED = typer.Option(help="of the drawn labels")
+_SEED = typer.Option(help="seed of the drawn labels")
 _OUT = typer.Option(file_okay=False, help="folder for the page, the plot, the numbers and the Fisher")
 _MISSING = typer.Option("--allow-missing", help="leave out parameters that cannot be measured, and say so")
 _DEVICE = typer.Option(callback=_device, show_default="where the network is", help="cpu, cuda, cuda:1")
-_NUM_SAMPLES = typer.Option(
-    min=1, show_default="those of a batch", help="of all data, for gram, which keeps what it knows of each"
-)
+_NUM_SAMPLES = typer.Option(min=1, show_default="those of a batch", help="samples in all the data; gram keeps rows of each")
 _STRUCTURES = typer.Option("--structure", show_default="diagonal, kfac", help="what to time; may be given several times")
 _TIMES = typer.Option(min=1, help="timed runs of each, beside as many of plain forward+backward")
 _ROUNDS = typer.Option(min=0, help=f"timed runs against plain forward+backward, over the first {_TIMED_BATCHES} batches; 0: none")

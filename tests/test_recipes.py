@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 from torch.nn.functional import cross_entropy
 
 import fisherfast as ff
@@ -80,3 +81,16 @@ def test_merged_weights_lie_between_those_of_the_models(run):
     shares = torch.stack(fishers) / sum(fishers)
     merged = (shares * torch.stack(weights)).sum(0)
     torch.testing.assert_close(run["merged"].get_parameter("2.bias").detach(), merged, rtol=1e-4, atol=1e-6)
+
+
+def test_an_accumulated_gradient_is_that_of_the_mean(run):
+    (block,) = (b for b in re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL) if "as accumulated" in b)
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 3))
+    names = {**run, "model": model, "optimizer": torch.optim.SGD(model.parameters(), lr=0.0)}
+    exec(block, names)
+    squares = ff.fisher(model, run["loader"], fisher_type="empirical", progress=False)
+    expected = torch.autograd.grad(cross_entropy(model(run["x"]), run["y"]), list(model.parameters()))
+    for p, gradient in zip(model.parameters(), expected, strict=True):
+        torch.testing.assert_close(p.grad, gradient, rtol=1e-4, atol=1e-6)
+    assert names["accumulated"].result().trace() == pytest.approx(squares.trace(), rel=1e-5)

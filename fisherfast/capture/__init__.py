@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Capture: which parameter is used where in a forward pass, whose each row of its gradient is, and the backward passes that hear them."""
+"""Capture: parameter uses in a forward pass, the sample owning each row of their gradients, and the backward passes that read them."""

@@ -20,7 +20,8 @@ _SECONDS = 60.0  # between two writes
 
 
 class Checkpoint:
-    """A file that a run goes on from if it exists, and that is written every minute, on any error and at the end.
+    """A file that a run goes on from if it exists, and that is written every minute, on any error and at the end; not by a signal that
+    ends the process without a Python exception.
 
     Errors: ValueError if it is of another measurement.
     """

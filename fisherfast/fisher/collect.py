@@ -62,7 +62,9 @@ class collect:
     Numerics: as the ops; sums over samples with 48 bits or more (``accumulator.RunningSum``).
     Source:   the empirical Fisher if the labels are the data's; the Fisher if you drew them from the model: say which with
               ``fisher_type``. It and ``likelihood``, of which the losses are, are recorded and not checked; results pool with
-              those of ``ff.fisher`` where both are the same.
+              those of ``ff.fisher`` where both are the same, but for KFAC of a table without a sample axis where it is used
+              (GPT-2's ``wpe``): ``ff.fisher``, which runs the model itself, expands it and gives it a Kronecker block; here it
+              has an exact block or its diagonal.
 
     Inside the block the weights are frozen where they are used: ``.grad``, ``requires_grad``, hooks and modes of the model
     are not touched. With ``gradients=True`` each ``stats.backward(losses)`` adds to ``.grad`` what ``losses.sum().backward()``

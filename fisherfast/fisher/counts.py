@@ -116,7 +116,7 @@ class Counted:
         return self if other == 0 and isinstance(other, int) else NotImplemented
 
     def to(self: serialize.Stored, device: str | torch.device) -> serialize.Stored:
-        """A copy on another device, as a file of it would be read there. Errors: ValueError for a device that is not here."""
+        """A copy on another device, as if saved and loaded there. Errors: ValueError for a device that is not available."""
         return serialize.moved(self, str(device))
 
     def save(self: serialize.Storable, path: str | os.PathLike[str], *, extra: Mapping[str, str] | None = None) -> None:

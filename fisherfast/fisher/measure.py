@@ -56,15 +56,17 @@ def fisher(
     the same passes.
     ``loss_scale`` multiplies the gradients on their way through a float16 model and is taken out of their squares.
     ``sample_offset`` is the number of the first sample: give each rank its own, so that no two share random numbers.
-    ``checkpoint``: a file written every minute, on any error and at the end; if it exists, the run resumes after its
-    batches and ends with the same numbers up to rounding (every batch is then staged, which takes one more tensor per parameter).
-    The data must yield the same batches again: without shuffling or random augmentation.
+    ``checkpoint``: a file written every minute, on any error (Ctrl-C and SystemExit included) and at the end; if it exists, the
+    run resumes after its batches and ends with the same numbers up to rounding (every batch is then staged, which takes one more
+    tensor per parameter). The data must yield the same batches again: without shuffling or random augmentation. SIGTERM and SIGKILL
+    write nothing, unless a handler of yours turns SIGTERM into ``SystemExit`` or ``KeyboardInterrupt``.
 
     Shapes:   the output has the sample axis first; see the likelihoods for the rest.
     Scale:    per sample, mean over samples; independent of loss reduction, batch size and number of devices.
-    Errors:   ValueError, TypeError or NonFiniteError for what cannot be measured, naming parameter or batch; any error has
-              ``.fisher`` with what was accumulated before, and Ctrl-C raises ``ff.Interrupted`` with it. MemoryError, without
-              one and before a sum is allocated, if the sums and the result do not fit: ``ff.plan`` tells beforehand.
+    Errors:   ValueError, TypeError or NonFiniteError for what cannot be measured, naming parameter or batch. Once the data are
+              being read, every ``Exception`` and Ctrl-C (``ff.Interrupted``) have ``.fisher``, the result of the batches before;
+              only an error that breaks a batch off while it is counted has none, and the MemoryError, before a sum is
+              allocated, of sums and a result that do not fit: ``ff.plan`` tells beforehand.
     Numerics: gradients in the model's precision, squares in float32 or wider, sums over samples with 48 bits or more. Labels are a
               function of (seed, sample number, position, draw) alone.
     Source:   Achille, Paolini, Soatto 2019 (arXiv:1905.12213), Preliminaries; columns of the exact Fisher: docs/semantics.md.

@@ -82,27 +82,27 @@ class Plan:
 
     @property
     def total_bytes(self) -> int:
-        """Of all rows of the table."""
+        """Bytes of all rows of the table."""
         return sum(row.bytes for row in self.rows)
 
     @property
     def needed_bytes(self) -> int:
-        """At once, at most."""
+        """The most bytes needed at once."""
         return self.peak_bytes + self.activation_bytes + self.scratch_bytes
 
     @property
     def fits(self) -> bool:
-        """Whether ``needed_bytes`` are free, or not known not to be; if not, ``problem`` says how they could be."""
+        """Whether ``needed_bytes`` are free, or what is free is unknown; if not, ``problem`` says what would help."""
         return self.problem is None
 
     @property
     def flops(self) -> float:
-        """Of the ops, for one batch."""
+        """FLOPs of the ops, for one batch."""
         return sum(row.flops for row in self.rows)
 
     @property
     def run_flops(self) -> float:
-        """Of one batch, all its passes and ops; the weights are frozen, so a backward pass is as long as a forward pass."""
+        """FLOPs of one batch, all its passes and ops; the weights are frozen, so a backward pass costs as much as a forward pass."""
         return self.readings * (1 + self.passes) * self.step_flops / 3 + self.flops
 
     @property

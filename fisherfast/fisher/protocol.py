@@ -67,7 +67,7 @@ class LayerSummary:
 
 @dataclass(frozen=True, eq=False)
 class Spectrum:
-    """The eigenvalues of one block, factored: all products of one entry from each factor, over ``divisor``, and ``zeros`` further zeros.
+    """The eigenvalues of one block, factored: all products of one entry from each factor, over ``divisor``, plus ``zeros`` zeros.
 
     Shapes:   factors 1-D: ``(f,)`` of a diagonal, ``(b, a)`` of a Kronecker block
               ``B (x) A``; the block has ``prod(len(factor)) + zeros`` eigenvalues, which is ``num_parameters``. ``parameters`` are those that it is over: a

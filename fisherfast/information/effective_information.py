@@ -30,7 +30,7 @@ PRIORS: Mapping[str, Callable[[float], float]] = {
 
 @dataclass(frozen=True, eq=False)
 class EffectiveInformation:
-    """``I(x; z_n)`` in nats, and of what; made by ``effective_information``, which says what the numbers mean.
+    """``I(x; z_n)`` in nats, with what it depends on; made by ``effective_information``, which says what the numbers mean.
 
     ``each`` ``[N]`` are the nats of every input, whose mean is ``nats``. ``entropy`` is the H(x) or H(theta) in them; without one
     they are ``I - H``, of which only differences between networks on the same inputs mean something. ``bound`` is what nats

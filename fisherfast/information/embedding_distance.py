@@ -20,7 +20,7 @@ _CALLER = "embedding_distance"
 def embedding_distance(
     first: TaskEmbedding, second: TaskEmbedding, *, kind: str = "cosine", damping: Damping = 0.0, alpha: float = 0.0
 ) -> float:
-    """How unlike two tasks are: 0 for one and the same; with ``alpha`` above 0, how far it is *from* the first *to* the second.
+    """How unlike two tasks are: 0 for identical tasks; with ``alpha`` above 0, how far it is *from* the first *to* the second.
 
     With p and q the two precisions, ``h + damping``:
 

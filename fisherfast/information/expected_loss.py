@@ -112,7 +112,7 @@ def _check_model(caller: str, model: nn.Module, mean: Mapping[str, Tensor]) -> N
 
 
 def zero_one(output: Tensor, targets: Tensor) -> Tensor:
-    """``[N]``: 1 where the largest logit is not the label's, 0 where it is; the share of wrong labels of several.
+    """``[N]``: 1 where the largest logit is not the label's, 0 where it is; with several labels per sample, the share that is wrong.
 
     Shapes:   output ``[N, C]`` or ``[N, L, C]``, targets ``[N]`` or ``[N, L]`` integers; -100 is not counted.
     Scale:    between 0 and 1; 0 for a sample without a counted label, NaN for one with logits that are NaN.

@@ -23,7 +23,7 @@ _LEAST = 1e-60  # damping of draws in float32
 
 
 class GaussianPosterior(ABC):
-    """``Q = N(mean, Sigma)`` over weights by name: what ``expected_loss`` needs, whatever Sigma is and wherever it is from.
+    """``Q = N(mean, Sigma)`` over weights by name: what ``expected_loss`` needs, for any Sigma from any source.
 
     ``mean`` is {parameter name: tensor}; a parameter of the model that is not in it has no noise.
     """

@@ -112,7 +112,7 @@ class Information:
 
     @property
     def complexity(self) -> float | None:
-        """``E_Q loss + beta KL`` at the variant's Sigma, of "exact" its minimum over Sigma; None without a loss."""
+        """``E_Q loss + beta KL`` at the variant's Sigma (for "exact" the minimum over Sigma); None without a loss."""
         return None if self.loss is None else self.loss + self.lagrangian_rise
 
     @property

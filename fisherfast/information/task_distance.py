@@ -41,7 +41,7 @@ class TaskDistances:
 
 
 def task_distance(joint: float | Any, alone: float | Any) -> float:
-    """``d(i -> j) = I_ij - I_i``: what is to be learned for task j by who knows task i.
+    """``d(i -> j) = I_ij - I_i``: the information that task j needs beyond what is known from task i.
 
     ``joint`` is the information in weights trained on both, ``alone`` on i only: numbers of one unit, or two ``Information``
     or posteriors, of which ``.kl`` is taken; they must be of one architecture, at one beta and prior (two that are fitted are two), for only then

@@ -265,7 +265,7 @@ class BlockFisher(Plotted, Layered, Generic[_Block]):
         return torch.cat([part.eigenvalues() for part in self.spectra()]).sort(descending=True).values
 
     def spectra(self) -> Iterator[Spectrum]:
-        """Of each block, and of each diagonal."""
+        """The eigenvalues of each block, and of each diagonal."""
         blocks: defaultdict[str, list[_Block]] = defaultdict(list)
         for block in self.blocks:
             blocks[block.place.weight].append(block)
