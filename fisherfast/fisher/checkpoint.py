@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from types import CodeType
 
@@ -44,10 +45,12 @@ class Checkpoint:
             ) from error
         digest_of_batches = extra.pop("batches", "")  # which a result that was saved by hand lacks, as it does the settings
         before = read if isinstance(read, tuple) else (read,)
-        if extra != self._settings or before[0].provenance != self._run.provenance:
+        there, here = {**asdict(before[0].provenance), **extra}, {**asdict(self._run.provenance), **self._settings}
+        others = [name for name in {**here, **there} if there.get(name) != here.get(name)]
+        if others:
             raise ValueError(
-                f"fisher: {self._path} must be of the same measurement, got {before[0].provenance} {extra} instead of "
-                f"{self._run.provenance} {self._settings}; remove the file or give another"
+                f"fisher: {self._path} must be of the same measurement, got "
+                f"{', '.join(f'{name} {there.get(name)!r} instead of {here.get(name)!r}' for name in others)}; remove the file or give another"
             )
         self._run.restore(before)
         return before[0].batches, digest_of_batches

@@ -32,7 +32,7 @@ from fisherfast.likelihood import Likelihood, resolve, stored_name
 
 
 @dataclass(frozen=True)
-class Gradients(Request):
+class Gradients(Request[None]):
     """What ``ff.collect(..., gradients=True)`` adds to what is asked for: the parameters' ``.grad``, and no result."""
 
     fills: str = "sum"

@@ -34,7 +34,7 @@ _CHUNK = 1 << 16  # entries at a time: temporaries that stay in cache
 
 
 @dataclass(frozen=True)
-class Diagonal(Request):
+class Diagonal(Request["DiagonalFisher"]):
     """Ask for the diagonal: ``ff.collect(model, ff.Diagonal())``. ``stderr=False`` leaves out what ``F.stderr`` needs."""
 
     stderr: bool = True

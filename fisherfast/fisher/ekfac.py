@@ -20,7 +20,7 @@ from fisherfast.fisher.request import Request
 
 
 @dataclass(frozen=True)
-class EKFAC(Request):
+class EKFAC(Request["EKFACFisher"]):
     """Ask for corrected eigenvalues: ``ff.fisher(model, data, structure="ekfac")``, ``ff.collect(model, ff.EKFAC(basis=kfac))``.
 
     ``basis``: the ``KFACFisher`` whose eigenvectors are taken. ``ff.fisher`` measures it in a first pass over the data if it is

@@ -28,7 +28,7 @@ _CHUNK_BYTES = 2**27
 
 
 @dataclass(frozen=True)
-class Gram(Request):
+class Gram(Request["GramFisher"]):
     """Ask for the exact Fisher: ``ff.fisher(model, data, structure="gram")``, ``ff.collect(model, ff.Gram())``.
 
     ``max_rows``: at most so many sample gradients, one per sample and backward pass; what is computed of them takes

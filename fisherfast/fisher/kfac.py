@@ -34,7 +34,7 @@ from fisherfast.rules import Form, Rows
 
 
 @dataclass(frozen=True)
-class KFAC(Request):
+class KFAC(Request["KFACFisher"]):
     """Ask for Kronecker factors: ``ff.collect(model, ff.KFAC())``, ``ff.fisher(model, data, structure="kfac")``.
 
     ``max_exact_dim``   Parameters that are not the weight of a product (a norm's scale, a class token) have no Kronecker form. Up to

@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias, TypedDict, Unpack, overload
 
 from torch import nn
 
@@ -15,17 +15,53 @@ from fisherfast.capture.backward import check_loss_scale
 from fisherfast.capture.eager import uncompiled
 from fisherfast.capture.train_mode import refuse_train_mode
 from fisherfast.fisher import _arguments
+from fisherfast.fisher.diagonal import DiagonalFisher
+from fisherfast.fisher.ekfac import EKFACFisher
+from fisherfast.fisher.gram import GramFisher
 from fisherfast.fisher.kfac import KFACFisher
 from fisherfast.fisher.labelling import Labelling
 from fisherfast.fisher.measurement import Measurement
 from fisherfast.fisher.parse import Requests, factors_first, needs_basis, parse, with_basis
-from fisherfast.fisher.request import Request
+from fisherfast.fisher.request import Request, Result
 from fisherfast.fisher.run import Explored
 from fisherfast.likelihood import Likelihood
 from fisherfast.readings import SameReadings
 
 
-@uncompiled
+class _Options(TypedDict, total=False):
+    fisher_type: str
+    likelihood: str | Likelihood
+    draws: int
+    seed: int
+    sample_offset: int
+    max_passes: int
+    output: Output
+    loss_scale: float
+    allow_missing: bool
+    checkpoint: str | os.PathLike[str] | None
+    progress: bool
+
+
+_Data: TypeAlias = Iterable[Any]
+
+
+@overload
+def fisher(
+    model: nn.Module, data: _Data, structure: Literal["diagonal"] = ..., *more: Any, **options: Unpack[_Options]
+) -> DiagonalFisher: ...
+@overload
+def fisher(model: nn.Module, data: _Data, structure: Literal["kfac"], *more: Any, **options: Unpack[_Options]) -> KFACFisher: ...
+@overload
+def fisher(
+    model: nn.Module, data: _Data, structure: Literal["ekfac"], *more: Any, **options: Unpack[_Options]
+) -> EKFACFisher: ...
+@overload
+def fisher(model: nn.Module, data: _Data, structure: Literal["gram"], *more: Any, **options: Unpack[_Options]) -> GramFisher: ...
+@overload
+def fisher(model: nn.Module, data: _Data, structure: Request[Result], *more: Any, **options: Unpack[_Options]) -> Result: ...
+@overload
+def fisher(model: nn.Module, data: _Data, structure: Requests, *more: Any, **options: Unpack[_Options]) -> Any: ...
+@uncompiled  # type: ignore[misc]  # what is *more above has names here
 def fisher(
     model: nn.Module,
     data: Iterable[Any],

@@ -20,7 +20,7 @@ from fisherfast.fisher.request import Needs, Request
 
 
 @dataclass(frozen=True)
-class GradientMoments(Request):
+class GradientMoments(Request["SampleMoments"]):
     """Ask for mean and variance of the sample gradients, and the gradient noise scale; see the result, ``SampleMoments``.
 
     Labels of the data or drawn ones. The exact Fisher has no sample gradients: its passes are columns of a square root of

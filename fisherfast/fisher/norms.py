@@ -18,7 +18,7 @@ from fisherfast.fisher.request import Needs, Request
 
 
 @dataclass(frozen=True)
-class PerSampleNorm(Request):
+class PerSampleNorm(Request["SampleNorms"]):
     """Ask for the squared norm of every sample's gradient, of the whole model and, ``by_layer=True``, of each layer.
 
     Asked for alone it needs no sums shaped like the parameters: a weight that sees one position per sample needs the norms of

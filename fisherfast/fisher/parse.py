@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 from fisherfast.fisher.diagonal import Diagonal
 from fisherfast.fisher.ekfac import EKFAC
@@ -12,7 +12,7 @@ from fisherfast.fisher.gram import Gram
 from fisherfast.fisher.kfac import KFAC, KFACFisher
 from fisherfast.fisher.request import Request
 
-Requests = str | Request | tuple[str | Request, ...]  # names or requests; a tuple gives a tuple of results
+Requests = str | Request[Any] | tuple[str | Request[Any], ...]  # names or requests; a tuple gives a tuple of results
 _STRUCTURES: dict[str, type[Request]] = {"diagonal": Diagonal, "kfac": KFAC, "ekfac": EKFAC, "gram": Gram}
 
 

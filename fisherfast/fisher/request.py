@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from fisherfast.capture.capture import Capture
 from fisherfast.capture.collector import Collector
 from fisherfast.fisher.counts import Counts
 from fisherfast.fisher.sample_values import Norms
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,7 @@ class Needs:
     norms: Norms | None = None  # the norm of each sample's gradient
 
 
-class Request:
+class Request(Generic[Result]):
     """What a user asks a run for.
 
     It declares which of the engine's sums it needs or brings its own collector, and turns what was collected into a result. ``fills``:
@@ -43,7 +45,7 @@ class Request:
         """A collector of its own, which ``result`` and ``restore`` are then given; None: the engine's sums are enough."""
         return None
 
-    def result(self, source: Any, counts: Counts) -> Any:
+    def result(self, source: Any, counts: Counts) -> Result:
         """What has been added so far, on memory of its own."""
         raise NotImplementedError
 
