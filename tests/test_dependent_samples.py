@@ -83,3 +83,45 @@ def test_one_sample_is_one_loss():
         warnings.simplefilter("error")
         with ff.collect(net, "diagonal") as stats:
             stats.backward(nn.functional.cross_entropy(net(x), y).view(1))
+
+
+def test_what_no_label_counts_for_may_change_with_the_batch():
+    class Trimmed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table, self.head = nn.Embedding(7, 5), nn.Linear(5, 3)
+
+        def forward(self, input_ids, attention_mask):
+            longest = int(attention_mask.sum(1).max())
+            return nn.functional.pad(self.head(self.table(input_ids[:, :longest])), (0, 0, 0, input_ids.shape[1] - longest))
+
+    mask = (torch.arange(4) < torch.tensor([2, 4, 1, 3])[:, None]).long()
+    labels = torch.where(mask == 1, torch.randint(3, (4, 4)), -100)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ff.fisher(Trimmed(), [{"input_ids": torch.randint(7, (4, 4)), "attention_mask": mask, "labels": labels}], progress=False)
+
+
+def test_what_the_model_keeps_of_a_batch_is_of_batches_that_were_given():
+    class Counting(nn.Linear):
+        def __init__(self):
+            super().__init__(5, 3)
+            self.register_buffer("seen", torch.zeros(()))
+            self.kept = []
+
+        def forward(self, x):
+            self.seen += x.sum()
+            self.kept.append(x.clone())
+            return super().forward(x)
+
+    net, (given, _) = Counting(), data()
+    ff.fisher(net, [given], progress=False)
+    assert {tuple(x.shape) for x in net.kept} == {(4, 5), (6, 5)}
+    assert all(torch.equal(x, given[0][: len(x)]) for x in net.kept)
+    assert torch.allclose(net.seen, sum(x.sum() for x in net.kept))
+
+
+def test_global_random_numbers_are_left_as_they_were():
+    net, before = nn.Linear(5, 3), torch.get_rng_state()
+    ff.fisher(net, [(torch.ones(6, 5), torch.zeros(6).long())], progress=False)
+    assert torch.equal(torch.get_rng_state(), before)

@@ -314,3 +314,23 @@ def test_a_layer_of_nested_tensors(layout):
     )
     found = ff.fisher(model, data, fisher_type="empirical", progress=False)
     assert oracle.error(found.diagonal(dtype=torch.float64), oracle.diagonal(model, data, oracle.cross_entropy)) < 1e-12
+
+
+def test_a_module_that_is_cast_inside_of_the_model_goes_to_the_loop():
+    """As Hugging Face's SwitchTransformers does; torch 2.13 would break down in ``vmap``."""
+
+    class Cast(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.head, self.scale = nn.Linear(I, I), nn.Linear(I, C), nn.Parameter(torch.randn(I))
+
+        def forward(self, x):
+            self.inner = self.inner.to(self.scale.dtype)
+            hidden = self.inner(x)
+            return self.head(hidden.tanh() * torch.hypot(hidden, self.scale))
+
+    model, (x, y) = Cast().double(), (torch.randn(N, I).double(), torch.randint(C, (N,)))
+    result = ff.fisher(model, [(x, y)], fisher_type="empirical", progress=False)
+    assert "given other memory" in result.coverage["scale"]
+    expected = oracle.diagonal(model, [(x, y)], oracle.cross_entropy)
+    assert oracle.error(result.diagonal(dtype=torch.float64), expected) < 1e-12

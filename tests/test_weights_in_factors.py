@@ -110,3 +110,55 @@ def test_the_last_token_of_each_sample_is_an_input_whatever_is_padded():
     (A, _) = ff.fisher(net, [batch], "kfac", "empirical", progress=False).factors(dtype=torch.float64)["first"]
     assert torch.allclose(A, rows.mT @ rows / N, rtol=1e-9)
     assert (F.relu(rows[:, :-1] @ net.first.weight.T + net.first.bias) == 0).any()
+
+
+class Kept(nn.Module):
+    """Keeps some positions of each sample, those that exist first."""
+
+    def __init__(self, pick):
+        super().__init__()
+        self.first, self.head, self.pick = nn.Linear(D, D), nn.Linear(D, C), pick
+
+    def forward(self, x, attention_mask):
+        kept = attention_mask.double().add(torch.linspace(0, 0.5, T)).topk(T - 1, 1).indices
+        return self.head(self.first(self.pick(x, kept)).tanh())
+
+
+PICKS = {
+    "gathered": lambda x, kept: x.gather(1, kept.unsqueeze(-1).expand(-1, -1, D)),
+    "indexed": lambda x, kept: x[torch.arange(len(x))[:, None], kept],
+}
+
+
+@pytest.mark.parametrize("sharing", ["expand", "reduce"])
+@pytest.mark.parametrize("pick", PICKS.values(), ids=list(PICKS))
+def test_padding_that_is_picked_is_no_input(pick, sharing):
+    net, lengths = Kept(pick).double(), torch.tensor([4, 2, 3, 1, 4])
+    mask, x = (torch.arange(T) < lengths[:, None]).long(), torch.randn(N, T, D).double()
+    exists = lengths.clamp_max(T - 1)  # of the rows that are kept, which come first
+    labels = torch.where(torch.arange(T - 1) < exists[:, None], torch.randint(C, (N, T - 1)), IGNORED)
+    batch = {"x": x, "attention_mask": mask, "labels": labels}
+    kept = mask.double().add(torch.linspace(0, 0.5, T)).topk(T - 1, 1).indices
+    each = [PICKS["gathered"](x, kept)[n, : exists[n]] for n in range(N)]
+    rows = torch.cat(each) if sharing == "expand" else torch.stack([one.mean(0) for one in each])
+    rows = torch.cat([rows, torch.ones(len(rows), 1).double()], 1)
+    (A, _) = ff.fisher(net, [batch], ff.KFAC(sharing=sharing), "empirical", progress=False).factors(dtype=torch.float64)["first"]
+    assert torch.allclose(A, rows.mT @ rows / len(rows), rtol=1e-9)
+
+
+def test_the_mean_of_a_samples_inputs_is_of_its_own_rows():
+    class Sorted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.head = nn.Linear(D, D), nn.Linear(D, C)
+
+        def forward(self, x):
+            order = x[:, 0, 0].argsort()
+            last = self.first(x[order])[:, -1].tanh()
+            return self.head(last)[order.argsort()]
+
+    net, x = Sorted().double(), torch.randn(N, T, D).double()
+    rows = torch.cat([x.mean(1), torch.ones(N, 1).double()], 1)
+    data = [(x, torch.randint(C, (N,)))]
+    (A, _) = ff.fisher(net, data, ff.KFAC(sharing="reduce"), "empirical", progress=False).factors(dtype=torch.float64)["first"]
+    assert torch.allclose(A, rows.mT @ rows / N, rtol=1e-9)

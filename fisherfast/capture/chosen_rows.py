@@ -92,14 +92,14 @@ class ChosenRows:
                 self.add(tensor, chosen)
 
     def _picked(self, func: Any, args: Any, kwargs: Any, leaves: list[Tensor]) -> Chosen:
-        """Whether rows are looked up by numbers. Where the first axis stays as it is, and samples may lie along it, the numbers choose
-        features, or positions of each sample.
-        """
+        """Whether rows are looked up by numbers, which may also choose features, or one row of each sample in order."""
         by_numbers = any(not leaf.is_floating_point() for leaf in leaves[1:])  # the first is what they are picked from
         if not by_numbers and not _by_lists(func, args):
             return Chosen.NO
-        stays = _leaves_first_axis(func, leaves[0], args, kwargs, self._num_samples)
-        return Chosen.POSSIBLY if stays else Chosen.YES
+        source = leaves[0]
+        if _one_of_each(func, source, args) and self._num_samples in (None, len(source)):
+            return Chosen.NO
+        return Chosen.POSSIBLY if _picks_features(func, source, args, kwargs) else Chosen.YES
 
     def _placed(self, leaves: list[Tensor], out: Tensor) -> bool:
         """Whether numbers computed entry by entry may lie where those of an operand lie whose rows nothing has chosen: a hidden state
@@ -137,17 +137,22 @@ def _by_lists(func: Any, args: Any) -> bool:
     return func is Tensor.__getitem__ and any(isinstance(entry, list) for entry in _entries(args[1]))
 
 
-def _leaves_first_axis(func: Any, source: Tensor, args: Any, kwargs: Any, N: int | None) -> bool:
-    """Whether rows are picked along the last axes, or, where samples may lie along the first, along others, or in each of its entries."""
-    entries = _entries(args[1]) if func is Tensor.__getitem__ else ()
-    if entries and entries[0] is Ellipsis:
-        return source.dim() >= len(entries)  # at least one axis is left to it
-    if source.dim() == 0 or N not in (None, len(source)):
+def _one_of_each(func: Any, source: Tensor, args: Any) -> bool:
+    """Whether the first of several indices is 0, 1, ... up to the last entry of the first axis: ``hidden[arange(N), last]``."""
+    first, *more = _entries(args[1]) if func is Tensor.__getitem__ else (None,)
+    if not more or not isinstance(first, Tensor) or first.dtype != torch.int64 or first.shape != source.shape[:1]:
+        return False
+    return torch.equal(first, torch.arange(len(source), device=first.device))
+
+
+def _picks_features(func: Any, source: Tensor, args: Any, kwargs: Any) -> bool:
+    """Whether entries are picked along the last of several axes of real numbers."""
+    if source.dim() < 2 or not source.is_floating_point():
         return False
     if func is not Tensor.__getitem__:
         dim = kwargs.get("dim", next((a for a in args[1:] if isinstance(a, int)), None))
-        return dim is not None and dim % source.dim() != 0
-    first = entries[0] if entries else None
-    if isinstance(first, Tensor) and first.dtype == torch.int64 and first.shape == source.shape[:1]:
-        return len(entries) > 1 and torch.equal(first, torch.arange(len(source), device=first.device))
-    return isinstance(first, slice) and first == slice(None)
+        return dim in (-1, source.dim() - 1)
+    *others, last = _entries(args[1])
+    if others and others[0] is Ellipsis:
+        return True
+    return len(others) == source.dim() - 1 and all(isinstance(one, slice) for one in others) and not isinstance(last, slice)

@@ -91,6 +91,10 @@ class Receiver(Protocol):
     def separate(self) -> bool:
         """Whether it needs every pass's own rows; if not, passes may be added up where only their squares count."""
 
+    @property
+    def averages(self) -> bool:
+        """Whether it averages a sample's rows, so that it matters whose a row without a gradient is."""
+
     def expect(self, tracked: Tracked, windows: set[Window | None]) -> None:
         """Before the passes of a batch: the parts in which a parameter's rows will come; none if it is not used, and adds nothing."""
 

@@ -98,7 +98,8 @@ def _roughly_same(a: Tensor, b: Tensor, eps: float) -> bool:
 
 
 def dependent(outputs: Callable[[Batch], Tensor], few: Batch, values: Tensor, eps: float) -> int | None:
-    """Which of the first two samples plainly has another output in a batch of its copies; None if neither has.
+    """Which of the first two samples plainly has another output in a batch of its copies; None if neither has. The outputs are those that
+    count, and the rest zero.
 
     Where no gradient passes from sample to sample nothing else shows it: statistics of the batch that were detached. One of the two shows
     also a maximum over the batch, which the other may be. A model that gives another output each time is not looked at.

@@ -98,6 +98,22 @@ def candidates(lead: tuple[int, ...], N: int, offsets: Tensor | None = None) -> 
     return [c for c in exact if c.kind in (Kind.AXIS, Kind.PACKED) or lead[c.axis] != N]
 
 
+def completed(numbers: Tensor, N: int) -> Tensor:
+    """``numbers`` ``[*lead]`` where rows of unknown owners have that of their neighbours along an axis that holds whole samples in any order:
+    of each entry all known rows are of one sample, and no two entries are of the same.
+    """
+    for axis in range(numbers.dim()):
+        if numbers.shape[axis] != N or not numbers.numel():
+            continue
+        entries = numbers.movedim(axis, 0).reshape(N, -1)
+        owners = entries.amax(1)
+        whole = ((entries == owners.unsqueeze(1)) | (entries == UNKNOWN)).all() & (owners >= 0).all()
+        if bool(whole) and len(owners.unique()) == N:
+            shape = [N if other == axis else 1 for other in range(numbers.dim())]
+            return torch.where(numbers == UNKNOWN, owners.view(shape), numbers)
+    return numbers
+
+
 class Gathered:
     """Rows that belong to the samples ``numbers`` ``[*lead]`` says, in one batch.
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fisherfast.capture.calls import CallUse, Key
 from fisherfast.capture.capture import Capture
-from fisherfast.capture.layout import PROBED, UNKNOWN, Finding, Gathered, Kind, Layout
+from fisherfast.capture.layout import PROBED, UNKNOWN, Finding, Gathered, Kind, Layout, completed
 from fisherfast.rules import Rows
 
 NO_AXIS = "no sample axis where it is used"  # why a parameter whose rows are of several samples is covered otherwise
@@ -45,8 +45,8 @@ class Locator:
         """Start a batch. Returns ``(unlocated, again)``: the uses without a known layout, and those whose known layout is to be checked in
         this batch.
 
-        ``padding``: some positions do not exist. ``alike``: all samples have one weight, so that without padding a row that has no gradient
-        may be counted as any sample's input. ``positions``: the length of the mask.
+        ``padding``: some positions do not exist. ``alike``: all samples have one weight, and nobody averages a sample's rows, so that
+        without padding a row that has no gradient may be counted as any sample's input. ``positions``: the length of the mask.
         """
         self.batches += 1
         self._padding, self._every, self._positions = padding, alike and not padding, positions
@@ -119,11 +119,12 @@ class Locator:
             return self._laid_out(layout, rows, N, use.form.features)
         if use.key not in self.scattered and before is not None:
             self._distrust(use, before)
-        if before is None and finding.possible and not use.gathered:
+        if before is None and finding.possible and not (use.gathered and self._padding):
             # Too few rows have a gradient to tell.
             return self._laid_out(self._likely(finding.possible), rows, N, use.form.features)
         self.scattered.add(use.key)
-        return self._packed(use, rows, finding.numbers, N)
+        numbers = finding.numbers if self._padding else completed(finding.numbers, N)
+        return self._packed(use, rows, numbers, N)
 
     def _may_be_padding(self, use: CallUse, numbers: Tensor, N: int) -> bool:
         """Whether some of these rows, chosen by the data, may be padding: they have no gradient, and no mask is of them."""
@@ -146,7 +147,11 @@ class Locator:
         if self._every:
             return self._packed(use, rows, nobodys, N)
         possible = Finding.of(nobodys, N, self._capture.offsets).possible
-        return None if use.gathered or not possible else self._laid_out(self._likely(possible), rows, N, use.form.features)
+        return (
+            None
+            if (use.gathered and self._padding) or not possible
+            else self._laid_out(self._likely(possible), rows, N, use.form.features)
+        )
 
     def alone(self, use: CallUse, rows: Rows, numbers: Tensor | None) -> Rows:
         """Rows of a batch of one sample. Rows that were chosen by the data and have no gradient may be padding: they are left out, as

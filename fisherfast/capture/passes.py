@@ -57,6 +57,7 @@ class Passes:
 
     def __init__(self, capture: Capture, collectors: Sequence[Receiver]) -> None:
         self.capture, self.collectors = capture, collectors
+        self._averages = any(collector.averages for collector in collectors)
         self._separate = any(collector.separate for collector in collectors)
         self._combine: set[tuple[Any, ...]] = set()  # the ways in which a parameter was used several times that combine
         self.locator, self.backward = Locator(capture), Backward(capture)
@@ -113,7 +114,7 @@ class Passes:
             if tracked.fallback is None:
                 for collector in self.collectors:
                     collector.expect(tracked, windows[name])
-        N = root.shape[0]
+        N, alike = root.shape[0], alike and not self._averages
         unlocated, again = self.locator.begin(chain.from_iterable(groups.values()), N, padding, alike, positions)
         owners: dict[Key, Tensor] = {}
         if support is not None and count > 1:

@@ -99,6 +99,8 @@ class Engine:
 
     # -- one batch
 
+    averages = False
+
     @property
     def separate(self) -> bool:
         """See ``Collector``: passes added up leave the sum of their squares, and no sum of gradients."""

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fisherfast._warning import warn
 from fisherfast.batches import Batch
@@ -18,10 +18,14 @@ from fisherfast.capture.dependence import check_first, check_independent, depend
 from fisherfast.capture.layout import PROBED
 from fisherfast.capture.locator import NO_AXIS, mixing
 from fisherfast.capture.tracked import Unbatched
+from fisherfast.capture.train_mode import unwrapped
 from fisherfast.capture.uses import Uses
 from fisherfast.fisher.blocks.block_collector import BlockCollector
 from fisherfast.fisher.forward import Forward
 from fisherfast.fisher.run import Run
+from fisherfast.likelihood import Predictions
+
+_LARGE = 2**26  # bytes of a buffer
 
 
 class Exploration:
@@ -40,7 +44,8 @@ class Exploration:
         """On a few samples: what is reached, in which forms, where the sample axis is; expands or loops where it has to."""
         few = batch.cut(0, min(batch.N, PROBED))
         try:
-            values, noted = self._forward.values(few), few
+            _, predictions = self._forward(few, exploring=True)
+            values, noted = predictions.values, few
         except Exception as error:
             if few.N < batch.N and not _ours(error):
                 error.add_note(
@@ -61,7 +66,7 @@ class Exploration:
             self._explored = True
             if few.N == 1 and few.offsets is None and _may_hide_a_table(uses.calls):
                 alone = values.detach()
-                del values, uses  # with their graph: a sample may be all that fits
+                del values, uses, predictions  # with their graph: a sample may be all that fits
                 self._explore_as_pair(few, alone)
                 return
         if few.N > 1:
@@ -69,7 +74,7 @@ class Exploration:
             if mixing:
                 self._resolve(self._forward.values, few, uses, mixing, noted)
             else:
-                self._warn_if_dependent(few, values.detach())
+                self._warn_if_dependent(few, _counted(predictions))
             self._probed = True
 
     def _probe(self, uses: Uses) -> set[str]:
@@ -77,14 +82,23 @@ class Exploration:
 
     def _warn_if_dependent(self, few: Batch, values: Tensor) -> None:
         """Samples that depend on each other through what is detached have a gradient each, but of the batch that they were in."""
+        device = self._run.capture.device
         try:
-            n = dependent(self._forward.values, few, values, self._forward.precision(values))
+            model = _without_state(self._forward.model)
+            with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
+                n = dependent(
+                    lambda batch: _counted(self._forward(batch, exploring=True, model=model)[1]),
+                    few,
+                    values,
+                    self._forward.precision(values),
+                )
         except Exception:  # noqa: BLE001  the model is anybody's, and may say anything to two copies of a sample
             return
         if n is not None:
             warn(
                 f"model: samples should not depend on each other, got one, sample {n}, whose output changes with its batch; the result is of the "
-                "batches that were given, and others have another. Statistics of a batch do this, also where they are detached"
+                "batches that were given, and others have another. Statistics of a batch do this, also where they are detached; an input "
+                "without samples that is as long as the batch does, too: pass it as [1, ...]"
             )
 
     def _explore_as_pair(self, one: Batch, values: Tensor) -> None:
@@ -97,7 +111,7 @@ class Exploration:
             return
         model, two = self._forward.model, one.repeated(0, 2)
         try:
-            of = partial(self._forward.values, model=copy.deepcopy(model, {id(p): p for p in model.parameters()}))
+            of = partial(self._forward.values, model=_without_state(model))
             twice = self._run.capture.read(of(two))
             check_first(values, twice.root, self._forward.precision(twice.root))
             if mixing := self._probe(twice):
@@ -141,6 +155,19 @@ class Exploration:
         for one in tracked:
             one.expand = None if one.name in mixing else one.expand
         return mixing
+
+
+def _counted(predictions: Predictions) -> Tensor:
+    """The values for which a label counts, and zeros: of padding a model may say what it likes."""
+    values, counted = predictions.values.detach(), predictions.counted
+    return torch.where(counted.view(*counted.shape, *[1] * (values.dim() - counted.dim())), values, 0.0)
+
+
+def _without_state(model: nn.Module) -> nn.Module:
+    """A copy with the same parameters: what it keeps of a batch is lost. Large buffers, as those of quantised weights, are no copies."""
+    model = unwrapped(model)  # whose copy waits for no other rank
+    large = [buffer for buffer in model.buffers() if buffer.nbytes > _LARGE]
+    return copy.deepcopy(model, {id(one): one for one in (*model.parameters(), *large)})
 
 
 def _ours(error: Exception) -> bool:

@@ -120,6 +120,7 @@ class GramCollector:
     """Keeps the sample gradients of all batches; see ``Collector`` for its protocol. A batch counts as a whole."""
 
     separate = True  # every pass is a row of its own
+    averages = False
 
     def __init__(self, capture: Capture, max_rows: int) -> None:
         self._tracked, self._device = capture.tracked, capture.device

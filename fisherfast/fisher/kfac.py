@@ -79,7 +79,7 @@ class KroneckerCollector(BlockCollector):
 
     def __init__(self, capture: Capture, transactional: bool, asked: KFAC) -> None:
         super().__init__(capture, transactional, asked.max_exact_dim)
-        self._asked = asked
+        self._asked, self.averages = asked, asked.sharing == "reduce"
         self._second = EigenCollector(capture, {}, transactional, asked.max_exact_dim) if asked.keep_rows else None
 
     def new_block(self, place: Place, form: Form, weight: Tensor, made: Mapping[str, Any]) -> KroneckerSums:

@@ -62,7 +62,7 @@ class SpectralDensity:
 
     def __repr__(self) -> str:
         probes, steps = self.nodes.shape
-        return f"SpectralDensity({probes} probes, {steps} steps, nodes from {float(self.nodes.min()):.3g} to {float(self.nodes.max()):.3g})"
+        return f"SpectralDensity({probes} probes of {steps} steps)"
 
     def sum(self, function: Callable[[Tensor], Tensor]) -> Estimate:
         """``sum_j f(lambda_j)``; f must be finite at 0."""

@@ -293,6 +293,7 @@ class _Ledger:
     """A ``Receiver`` that stands in for the collectors ``asked``: notes what each would take for the rows of ``N`` such samples, and lets the rows go."""
 
     separate = True
+    averages = False
 
     def __init__(self, asked: Sequence[Collector], passes: int, N: int) -> None:
         self._asked, self._more, self._N = asked, passes - 1, N
