@@ -97,17 +97,21 @@ def _roughly_same(a: Tensor, b: Tensor, eps: float) -> bool:
     return bool((_apart(a, b)[different] < max(0.02, 16 * eps) * (others + others.median())).all())
 
 
-def dependent(outputs: Callable[[Batch], Tensor], few: Batch, values: Tensor, eps: float) -> int | None:
-    """Which of the first two samples plainly has another output in a batch of its copies; None if neither has. The outputs are those that
-    count, and the rest zero.
+def dependent(outputs: Callable[[Batch], Tensor], batch: Batch, values: Tensor, eps: float) -> int | None:
+    """Which of the first two samples plainly has another output in a batch of its copies, or packed by itself; None if neither has.
 
     Where no gradient passes from sample to sample nothing else shows it: statistics of the batch that were detached. One of the two shows
-    also a maximum over the batch, which the other may be. A model that gives another output each time is not looked at.
+    also a maximum over the batch, which the other may be. A model that gives another output each time is not looked at. ``values``: the
+    outputs of the batch's first few samples; those that do not count are zero.
     """
-    two = few.cut(0, 2)
     for n in range(2):
-        if not _roughly_same(_without_others(outputs, two, values[:2], n), values[n : n + 1].detach(), eps):
-            return n if _roughly_same(outputs(few).detach(), values.detach(), eps) else None
+        if batch.offsets is None:
+            alone, together = outputs(batch.repeated(n, 2))[n : n + 1], values[n : n + 1]
+        else:
+            alone = outputs(batch.cut(n, n + 1))
+            together = values[n : n + 1, : alone.shape[1]]  # where the batch is longer
+        if not _roughly_same(alone, together, eps):
+            return n if _roughly_same(outputs(batch.cut(0, len(values))), values, eps) else None
     return None
 
 

@@ -74,24 +74,20 @@ class Exploration:
             if mixing:
                 self._resolve(self._forward.values, few, uses, mixing, noted)
             else:
-                self._warn_if_dependent(few, _counted(predictions))
+                self._warn_if_dependent(batch, _counted(predictions))
             self._probed = True
 
     def _probe(self, uses: Uses) -> set[str]:
         return mixing(self._run.passes.tagging.probe(uses, noise(uses.root)), self._run.capture.tracked, uses.chosen)
 
-    def _warn_if_dependent(self, few: Batch, values: Tensor) -> None:
+    def _warn_if_dependent(self, batch: Batch, values: Tensor) -> None:
         """Samples that depend on each other through what is detached have a gradient each, but of the batch that they were in."""
         device = self._run.capture.device
         try:
             model = _without_state(self._forward.model)
             with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
-                n = dependent(
-                    lambda batch: _counted(self._forward(batch, exploring=True, model=model)[1]),
-                    few,
-                    values,
-                    self._forward.precision(values),
-                )
+                outputs = partial(self._forward, exploring=True, model=model)
+                n = dependent(lambda few: _counted(outputs(few)[1]), batch, values, self._forward.precision(values))
         except Exception:  # noqa: BLE001  the model is anybody's, and may say anything to two copies of a sample
             return
         if n is not None:
@@ -160,6 +156,7 @@ class Exploration:
 def _counted(predictions: Predictions) -> Tensor:
     """The values for which a label counts, and zeros: of padding a model may say what it likes."""
     values, counted = predictions.values.detach(), predictions.counted
+    counted = counted if values.dim() > 1 else counted.any(1)
     return torch.where(counted.view(*counted.shape, *[1] * (values.dim() - counted.dim())), values, 0.0)
 
 
