@@ -41,8 +41,11 @@ def data(N=6):
 @pytest.mark.parametrize("structure", ["diagonal", "kfac"])
 @pytest.mark.parametrize("scale", TOGETHER.values(), ids=list(TOGETHER))
 def test_what_a_batch_does_to_a_sample_is_said(scale, structure):
-    with pytest.warns(ff.FisherWarning, match=r"samples should not depend on each other, got one, sample [01]") as caught:
-        ff.fisher(Scaled(scale), data(), structure, progress=False)
+    batches = data()
+    for x, _ in batches:
+        x[2] *= 5  # of which the maximum is
+    with pytest.warns(ff.FisherWarning, match=r"samples should not depend on each other, got one, sample [013]") as caught:
+        ff.fisher(Scaled(scale), batches, structure, progress=False)
     assert len([one for one in caught if "depend on each other" in str(one.message)]) == 1
 
 

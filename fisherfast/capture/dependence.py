@@ -98,21 +98,20 @@ def _roughly_same(a: Tensor, b: Tensor, eps: float) -> bool:
 
 
 def dependent(outputs: Callable[[Batch], Tensor], batch: Batch, values: Tensor, eps: float) -> int | None:
-    """Which of the first two samples plainly has another output in a batch of its copies, or packed by itself; None if neither has.
+    """The sample that plainly has another output in a batch of its copies, or packed by itself; None if that one has not.
 
-    Where no gradient passes from sample to sample nothing else shows it: statistics of the batch that were detached. One of the two shows
-    also a maximum over the batch, which the other may be. A model that gives another output each time is not looked at. ``values``: the
-    outputs of the batch's first few samples; those that do not count are zero.
+    Where no gradient passes from sample to sample nothing else shows it: statistics of the batch that were detached. It is the one of the
+    smallest outputs: a maximum over the batch is rather another's. A model that gives another output each time is not looked at.
+    ``values``: the outputs of the batch's first few samples; those that do not count are zero.
     """
-    for n in range(2):
-        if batch.offsets is None:
-            alone, together = outputs(batch.repeated(n, 2))[n : n + 1], values[n : n + 1]
-        else:
-            alone = outputs(batch.cut(n, n + 1))
-            together = values[n : n + 1, : alone.shape[1]]  # where the batch is longer
-        if not _roughly_same(alone, together, eps):
-            return n if _roughly_same(outputs(batch.cut(0, len(values))), values, eps) else None
-    return None
+    n = int(values.reshape(len(values), -1).abs().sum(1).argmin())
+    if batch.offsets is None:
+        alone, together = outputs(batch.repeated(n, 2))[:1], values[n : n + 1]
+    else:
+        alone = outputs(batch.cut(n, n + 1))
+        together = values[n : n + 1, : alone.shape[1]]  # where the batch is longer
+    depends = not _roughly_same(alone, together, eps)
+    return n if depends and _roughly_same(outputs(batch.cut(0, len(values))), values, eps) else None
 
 
 def check_first(alone: Tensor, together: Tensor, eps: float) -> None:
