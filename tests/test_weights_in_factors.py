@@ -127,6 +127,7 @@ class Kept(nn.Module):
 PICKS = {
     "gathered": lambda x, kept: x.gather(1, kept.unsqueeze(-1).expand(-1, -1, D)),
     "indexed": lambda x, kept: x[torch.arange(len(x))[:, None], kept],
+    "indexed behind an ellipsis": lambda x, kept: torch.stack([one[..., which, :] for one, which in zip(x, kept, strict=True)]),
 }
 
 

@@ -150,9 +150,9 @@ def _picks_features(func: Any, source: Tensor, args: Any, kwargs: Any) -> bool:
     if source.dim() < 2 or not source.is_floating_point():
         return False
     if func is not Tensor.__getitem__:
-        dim = kwargs.get("dim", next((a for a in args[1:] if isinstance(a, int)), None))
+        dim = kwargs.get("dim", next((a for a in args[1:] if type(a) is int), None))
         return dim in (-1, source.dim() - 1)
     *others, last = _entries(args[1])
-    if others and others[0] is Ellipsis:
-        return True
+    if others and others[0] is Ellipsis:  # a list may also choose one position of every sample, as [..., [0], :] does
+        return len(others) == 1 or not any(isinstance(entry, Tensor) for entry in (*others, last))
     return len(others) == source.dim() - 1 and all(isinstance(one, slice) for one in others) and not isinstance(last, slice)
