@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import fisherfast as ff
+from fisherfast.capture.tagging import Tagging
 
 N = 5
 
@@ -72,3 +73,14 @@ def test_grouped_experts_in_float32():
     result = ff.fisher(model, [batch], fisher_type="empirical", likelihood=ff.CausalLM(), progress=False)
     assert oracle.error(result.diagonal(), expected(architecture, model, batch)) < 1e-5
     assert not {way for way in result.coverage.ways.values() if way in ("loop", "vmap")}
+
+
+@pytest.mark.parametrize("name", ["GPT-2", "Llama", "BERT, classifier", "T5", "BART", "OPT", "Swin"])
+def test_rows_of_dense_models_are_not_tagged_in_every_batch(name, monkeypatch):
+    """Masks, and tables of positions or segments, are looked up by numbers, which chooses no rows: a backward pass less."""
+    batches, sightings = [], Tagging.sightings
+    monkeypatch.setattr(Tagging, "sightings", lambda self, *more: batches.append(self._locator.batches) or sightings(self, *more))
+    architecture = architectures.ARCHITECTURES[name]
+    model, batch = architecture.make(N)
+    ff.fisher(model, [batch] * 3, fisher_type="empirical", likelihood=architecture.likelihood, progress=False)
+    assert batches and 3 not in batches

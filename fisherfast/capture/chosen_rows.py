@@ -9,7 +9,7 @@ from enum import IntEnum
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fisherfast._nested import tensors
 
@@ -54,10 +54,10 @@ class Chosen(IntEnum):
 
 
 class ChosenRows:
-    """The tensors of one forward pass that hold such rows; ``num_samples``: of the batch, where known."""
+    """The tensors of one forward pass that hold such rows; ``num_samples``: of the batch, where known; ``model``: whose buffers hold none."""
 
-    def __init__(self, num_samples: int | None) -> None:
-        self._num_samples = num_samples
+    def __init__(self, num_samples: int | None, model: nn.Module) -> None:
+        self._num_samples, self._model = num_samples, model
         self._known: dict[int, tuple[weakref.ref[Tensor], Chosen]] = {}
 
     def of(self, leaves: Iterable[Any]) -> Chosen:
@@ -76,7 +76,8 @@ class ChosenRows:
         """Note the outputs of a function that is given such rows, or chooses rows by data itself; ``leaves``: all tensors that it is given."""
         if func in _SCATTERS or not (self._known or func in _GATHERS or func in _SLOTS or func in _JOINS):
             return
-        given = self.of(leaves)
+        # Rows of hidden states, where there are any: what else is given is a mask, or the cosines of positions, however it was looked up.
+        given = self.of([leaf for leaf in leaves if leaf.requires_grad] or leaves)
         if func in _SLOTS:
             filled = any(not leaf.is_floating_point() and leaf.dtype != torch.bool for leaf in leaves[1:])
             given, here = Chosen.NO, Chosen.YES if filled else Chosen.NO
@@ -97,9 +98,18 @@ class ChosenRows:
         if not by_numbers and not _by_lists(func, args):
             return Chosen.NO
         source = leaves[0]
+        if self._is_buffer(source):  # a table, as of cosines or numbers of segments: what is looked up lies as the numbers do
+            return self.of(leaves[1:])
         if _one_of_each(func, source, args) and self._num_samples in (None, len(source)):
             return Chosen.NO
         return Chosen.POSSIBLY if _picks_features(func, source, args, kwargs) else Chosen.YES
+
+    def _is_buffer(self, tensor: Tensor) -> bool:
+        if tensor.requires_grad or tensor.layout is not torch.strided or torch._C._are_functorch_transforms_active():
+            return False
+        memory = tensor.untyped_storage()._cdata
+        strided = (buffer for buffer in self._model.buffers() if buffer.layout is torch.strided)
+        return any(buffer.untyped_storage()._cdata == memory for buffer in strided)
 
     def _placed(self, leaves: list[Tensor], out: Tensor) -> bool:
         """Whether numbers computed entry by entry may lie where those of an operand lie whose rows nothing has chosen: a hidden state
@@ -138,11 +148,15 @@ def _by_lists(func: Any, args: Any) -> bool:
 
 
 def _one_of_each(func: Any, source: Tensor, args: Any) -> bool:
-    """Whether the first of several indices is 0, 1, ... up to the last entry of the first axis: ``hidden[arange(N), last]``."""
+    """Whether the first of several indices is 0, 1, ... up to the last entry of the first axis: ``hidden[arange(N), last]``. Of a mask also
+    where that index is a column, ``mask[arange(N)[:, None], positions]``; of a hidden state such an index may pick padding.
+    """
     first, *more = _entries(args[1]) if func is Tensor.__getitem__ else (None,)
-    if not more or not isinstance(first, Tensor) or first.dtype != torch.int64 or first.shape != source.shape[:1]:
+    if not more or not isinstance(first, Tensor) or first.dtype != torch.int64 or first.shape[:1] != source.shape[:1]:
         return False
-    return torch.equal(first, torch.arange(len(source), device=first.device))
+    if first.numel() != len(source) or (first.dim() > 1 and source.dtype != torch.bool):
+        return False
+    return torch.equal(first.flatten(), torch.arange(len(source), device=first.device))
 
 
 def _picks_features(func: Any, source: Tensor, args: Any, kwargs: Any) -> bool:

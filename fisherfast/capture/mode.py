@@ -62,7 +62,7 @@ class Mode(TorchFunctionMode):
         self.now, self._tracked = now, tracked
         self.doubtful = False
         self.without_graph: set[str] = set()
-        self._chosen = ChosenRows(now.num_samples)
+        self._chosen = ChosenRows(now.num_samples, self._root)
         self._seen = WeakTensorKeyDictionary()  # inputs of calls, numbered
         self._aliases = Aliases(tracked)
 
