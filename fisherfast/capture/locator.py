@@ -140,8 +140,8 @@ class Locator:
     def without_gradient(self, use: CallUse, rows: Rows, N: int) -> Rows | None:
         """Rows of a use none of whose rows has a gradient, so that tags cannot tell the samples.
 
-        Without padding it does not matter whose they are, and the last sample gets them; with a mask they take the layout that most other
-        uses have. None if they may be padding that no mask describes: then they are left out.
+        Where every row counts alike it does not matter whose they are, and the last sample gets them; else they take the layout that most
+        other uses have. None if they fit none, or may be padding that no mask describes: then they are left out.
         """
         nobodys = torch.full(rows.g.shape[: rows.g.dim() - use.form.features], UNKNOWN, device=rows.g.device)
         if self._every:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Capture: what is caught is the use of a parameter by a function, whatever module wrote the call.
+"""Mode: what is caught is the use of a parameter by a function, whatever module wrote the call.
 
 A ``TorchFunctionMode`` sees every torch function that receives a tracked parameter, or a view of one. Where a rule covers
 the call, the parameter is replaced by its detached alias (so autograd never runs the weight-gradient GEMM) and the output
@@ -30,12 +30,11 @@ from fisherfast.capture.alias import Alias, Aliases, is_part, keeps_derivative
 from fisherfast.capture.calls import Call, CallUse, Decisions, Hears, Site, Tap, nodes, tapped, writable
 from fisherfast.capture.chosen_rows import Chosen, ChosenRows
 from fisherfast.capture.tracked import Made, Tracked
-from fisherfast.capture.train_mode import CHANCE, DRAWING, Draws, is_parameter, refused_chance, undivided
+from fisherfast.capture.train_mode import CHANCE, DATA, DRAWING, Draws, is_parameter, refused_chance, undivided
 from fisherfast.capture.under_way import Given, runs
 from fisherfast.rules import DECOMPOSITIONS, RULES, Use, Window, part
 
 _GRAD = vars(torch._C.TensorBase)["grad"]
-_DATA = vars(torch._C.TensorBase)["data"]
 Hooks = tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]
 
 
@@ -95,7 +94,7 @@ class Mode(TorchFunctionMode):
 
     def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Run ``func``; where it receives tracked parameters, with their stand-ins and a tap."""
-        if getattr(func, "__self__", None) is _DATA:
+        if getattr(func, "__self__", None) is DATA:
             self._aliases.give_up_copies_of(args[0])
         given = tensors(args, kwargs)
         found = self._aliases.among(given)

@@ -146,7 +146,7 @@ def _several(drawn: Any) -> bool:
     return any(tensor.numel() > 1 or tensor.dim() > 1 for tensor in tensors(drawn))
 
 
-_DATA = vars(torch._C.TensorBase)["data"]
+DATA = vars(torch._C.TensorBase)["data"]  # the attribute, which is seen when it is read or set
 _BY_FREQUENCY = {F.embedding: 5, F.embedding_bag: 5}  # the positions of scale_grad_by_freq
 
 
@@ -171,11 +171,7 @@ class WithoutChance(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in CHANCE and (why := refused_chance(func, args, kwargs)):
             raise ValueError(why)
-        if (
-            getattr(func, "__self__", None) is _DATA
-            and func.__name__ == "__set__"
-            and torch._C._are_functorch_transforms_active()
-        ):
+        if getattr(func, "__self__", None) is DATA and func.__name__ == "__set__" and torch._C._are_functorch_transforms_active():
             raise RuntimeError(
                 "a parameter is given other memory inside of the model"
             )  # torch 2.13 breaks down later, without an error
