@@ -10,16 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fisherfast._names import listed
 from fisherfast._warning import warn
 from fisherfast.capture.backward import Pass, check_loss_scale
-from fisherfast.capture.calls import Key, graph
+from fisherfast.capture.calls import graph
 from fisherfast.capture.collector import Samples
-from fisherfast.capture.layout import Finding
-from fisherfast.capture.locator import NO_AXIS, mixing
 from fisherfast.capture.train_mode import refuse_train_mode, unwrapped
 from fisherfast.capture.under_way import Given
-from fisherfast.capture.uses import Uses
+from fisherfast.fisher import loss_vector
 from fisherfast.fisher.diagonal import Diagonal
 from fisherfast.fisher.labelling import known_type
 from fisherfast.fisher.moments import GradientMoments
@@ -27,6 +24,7 @@ from fisherfast.fisher.norms import PerSampleNorm
 from fisherfast.fisher.parse import parse
 from fisherfast.fisher.protocol import Provenance
 from fisherfast.fisher.request import Request
+from fisherfast.fisher.routing import Routing
 from fisherfast.fisher.run import Interrupted, Run, model_name
 from fisherfast.likelihood import Likelihood, resolve, stored_name
 
@@ -38,7 +36,6 @@ class Gradients(Request[None]):
     fills: str = "sum"
 
 
-_CHOOSING = {"Slice", "Split", "SplitWithSizes", "Index", "IndexSelect", "MaskedSelect", "Topk"}  # torch's nodes
 _OF_ROWS_ALONE = (Diagonal, PerSampleNorm, GradientMoments, Gradients)  # to which samples without a loss add nothing
 
 
@@ -114,9 +111,8 @@ class collect:
         asked = (*asked, Gradients(reduction)) if gradients else asked
         self._run = Run(model, asked, Provenance(fisher_type, name, draws=None, model=model_name(model)), allow_missing)
         self._run.capture.mode.given = Given(unwrapped(model))  # until the first loss
+        self._routing = Routing(self._run)
         self._told_of_a_part, self._only_diagonal = False, all(isinstance(one, _OF_ROWS_ALONE) for one in asked)
-        self._explored = False  # whether the parameters' forms are known, and samples were told apart at least once
-        self._postponed: set[str] = set()  # in the fallback for the batch at hand, to be followed further from the next on
 
     def __enter__(self) -> collect:
         self._run.capture.__enter__()
@@ -139,30 +135,29 @@ class collect:
         """
         run, capture = self._run, self._run.capture
         with torch._C.DisableTorchFunction(), run.rescue():  # the capture, still active, would look at each line below
-            self._check(loss)
+            capture.check_parameters()
+            loss_vector.check(loss)
             N = loss.shape[0]
             exists = () if mask is None else (self._positions(mask, N),)
             padding = not all(bool(one.all()) for one in exists)
             if not bool(loss.detach().isfinite().all()):
                 run.raise_not_finite(loss, "the loss")
             if capture.mode.given is not None:
-                self._warn_of_positions(loss, capture.mode.given.shapes)
+                loss_vector.warn_of_length(loss, capture.mode.given.shapes)
                 capture.mode.given = None
             uses = capture.read(loss)
-            if not self._explored or uses.outdated:
-                self._explore(uses)
-            self._check_caught(uses)
-            self._warn_of_a_part(loss, again=any(call.counted for call in uses.calls))
-            self._check_fallback(uses)
+            one = self._pass(torch.ones_like(loss))
+            self._routing.look(uses, one)
+            matters = not self._only_diagonal or any(call.counted for call in uses.calls)
+            self._told_of_a_part = self._told_of_a_part or (matters and loss_vector.warn_of_part(loss))
             if self._fills and not run.tally.batches:
-                self._warn_of_others(loss)
+                loss_vector.warn_of_others(loss, capture.tracked)
             if self._fills and run.engine is not None:
                 sources = {source.name for use in uses.all for source in use.tracked.sources}
                 run.engine.reached = run.passes.backward.reached(loss) | sources
             late = self._of_missing(loss) if self._fills and run.missing_parameters else []
             with run.transaction(Samples(N, padded=padding, exists=exists), positions=N):
                 looped = bool(run.looped)
-                one = self._pass(torch.ones_like(loss))
                 run.passes.run(uses, [one], 1, keep=looped or retain_graph, padding=padding)
                 if looped:
                     with run.timed("loop"):
@@ -170,11 +165,8 @@ class collect:
                 run.note_draw(uses.calls)
             for parameter, gradient in late:
                 parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
-            for name in self._postponed:
-                capture.tracked[name].fallback = None
-                run.ops[name] = f"loop: {NO_AXIS}, in the first batches"
-            self._postponed.clear()
-            capture.begin(exploring=not self._explored)
+            self._routing.settle()
+            capture.begin(exploring=not self._routing.known)
 
     def _of_missing(self, loss: Tensor) -> list[tuple[Tensor, Tensor]]:
         """The gradients of parameters that the first loss did not depend on, which are not measured, where this one does."""
@@ -187,133 +179,11 @@ class collect:
     def _pass(self, samples: Tensor) -> Pass:
         return Pass(samples * self._loss_scale, loss_scale=self._loss_scale)
 
-    def _check(self, loss: Tensor) -> None:
-        self._run.capture.check_parameters()
-        if not isinstance(loss, Tensor):
-            raise TypeError(f"collect: the loss must be a vector [N], got {type(loss).__name__}")
-        if loss.dim() != 1:
-            raise ValueError(
-                f"collect: the loss must be a vector [N], one negative log-likelihood per sample, got shape {tuple(loss.shape)}; "
-                "use reduction='none' and sum over the positions of a sample"
-            )
-        if loss.shape[0] == 0:
-            raise ValueError("collect: the loss must hold at least one sample, got an empty vector")
-        if loss.grad_fn is None:
-            raise ValueError(
-                "collect: the loss must depend on the model's parameters, got one without a graph; run the model in the block"
-            )
-
     def _positions(self, mask: Tensor, N: int) -> Tensor:
         if not isinstance(mask, Tensor) or mask.dim() != 2 or len(mask) != N:
             shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
             raise ValueError(f"collect: mask must be [N, L], which positions of {N} samples exist, got {shape}")
         return mask.to(self._run.capture.device).bool()
-
-    def _check_caught(self, uses: Uses) -> None:
-        """What is used where no function shows it is left to the fallback, with a warning if that is all.
-
-        Errors: ValueError if there is nothing.
-        """
-        if uses.calls:
-            return
-        if not self._run.looped:
-            raise ValueError(
-                "collect: the loss must depend on the model's parameters, got one that none of them reaches; run the model itself, "
-                "not with other tensors in their place"
-            )
-        warn(
-            "collect: the model should run in the block, got a loss in which no use of a parameter was caught; a loop over samples "
-            "differentiates them all, which is slow",
-        )
-
-    def _warn_of_positions(self, loss: Tensor, calls: list[list[torch.Size]]) -> None:
-        """A vector of the losses of all samples' positions makes each of these a sample, and a number one sample of all: both rarely meant."""
-        N, firsts = len(loss), [shapes[0][0] if shapes else 0 for shapes in calls]
-        if N == 1 < min(firsts, default=0) and _was_a_number(loss):
-            warn(
-                f"collect: the loss should have one entry for each sample, got one number for inputs of {sum(firsts)}, which counts as one "
-                "sample; use reduction='none', and sum over the positions of a sample"
-            )
-        known = min(firsts, default=0) > 1 and not any(N in shape for shapes in calls for shape in shapes)
-        if known and N > (samples := sum(firsts)) and N % samples == 0:
-            warn(
-                f"collect: the loss should have one entry for each sample, got {N} for inputs of {samples}; each entry counts as a sample. "
-                f"Sum the losses of a sample's positions: losses.view({samples}, -1).sum(1)"
-            )
-
-    def _warn_of_a_part(self, loss: Tensor, again: bool) -> None:
-        """Some of the losses of a forward pass: rows of the other samples are inputs in KFAC's A, and the next part is another draw."""
-        chosen = type(loss.grad_fn).__name__.removesuffix("Backward0") in _CHOOSING
-        whole: tuple[int, ...] = getattr(loss.grad_fn, "_saved_self_sym_sizes", ()) if chosen else ()
-        matters = again or not self._only_diagonal
-        if matters and not self._told_of_a_part and len(whole) == 1 and whole[0] > len(loss):
-            self._told_of_a_part = True
-            warn(
-                f"collect: the loss should hold all samples of a forward pass, got a part of a vector, {len(loss)} of {whole[0]}; the others "
-                "are inputs in KFAC's factors, and several parts count as several draws of one. Call the model with each part"
-            )
-
-    def _warn_of_others(self, loss: Tensor) -> None:
-        """``.grad`` is filled for the model's parameters; a head outside of it would never be trained, and nobody know."""
-        own = {id(one.parameter) for one in self._run.capture.tracked.values()}
-        leaves = (getattr(node, "variable", None) for node in graph(loss, closed=True))
-        others = {id(leaf): tuple(leaf.shape) for leaf in leaves if isinstance(leaf, nn.Parameter) and id(leaf) not in own}
-        if others:
-            warn(
-                "collect: gradients=True fills the .grad of the model's own parameters, but the loss depends on others, "
-                f"of shapes {listed(map(str, others.values()))}, which get none; collect over all that is trained, nn.ModuleList([...]) say"
-            )
-
-    def _explore(self, uses: Uses) -> None:
-        """First batches: which parameters are reached, in which forms, and where their sample axis is."""
-        run, loss = self._run, uses.root
-        if not run.tally.batches:
-            run.check_reached(loss)
-        run.show(uses.calls)
-        if loss.shape[0] > 1:
-            one = self._pass(torch.ones_like(loss))
-            findings = run.passes.tagging.probe(uses, one.cotangent, large=self._loss_scale > 1)
-            names = sorted(mixing(findings, run.capture.tracked, uses.chosen))
-            if names and (bad := run.passes.backward.first_non_finite(loss, one)):  # which looks like a row of several samples
-                run.raise_not_finite_gradients(f"{bad!r}; nothing of this batch was added")
-            self._route_mixing(uses, findings, names)
-            self._explored = not self._postponed
-
-    def _route_mixing(self, uses: Uses, findings: dict[Key, Finding], names: list[str]) -> None:
-        """Parameters without a sample axis where they are used.
-
-        The forward pass is the user's and cannot be run again: loop over this batch's samples, and follow what is made of them from
-        the next on, if there is more to follow. In a later batch an axis may be as long as the batch by chance.
-        """
-        capture = self._run.capture
-        free = {use.key for call in uses.calls if call.site and not call.site.may_hold(len(uses.root)) for use in call.uses}
-        with_axis = {key[0] for key, one in findings.items() if one.mixes_samples and one.had_sample_axis and key not in free}
-        for name in names:
-            if name in with_axis and not self._run.tally.batches:
-                raise ValueError(
-                    f"{name}: a row must belong to one sample, got rows that depend on several; batch statistics and contrastive losses "
-                    "have no per-sample gradient. If this is a table that has no sample axis but is as long as the batch, use ff.fisher, "
-                    "which can tell, or another batch size"
-                )
-        further = capture.follow_further(uses, set(names) - with_axis, NO_AXIS)
-        followed = uses.followed
-        for source in {source.name: source for name in names for source in followed[name].sources}.values():
-            if further and not source.looped:
-                self._postponed.add(source.name)
-            source.give_up(NO_AXIS)
-
-    def _check_fallback(self, uses: Uses) -> None:
-        """Raise ValueError if a parameter is to be differentiated by autograd, and is used where that is cut off."""
-        looped = self._run.looped
-        if not looped:
-            return
-        cut = {source.name for use in uses.all if not use.differentiated for source in use.tracked.sources}
-        late = [name for name in looped if name in cut]
-        if late:
-            raise ValueError(
-                f"{late[0]}: its uses must be those of the first batch, got a function without a rule in a later one "
-                f"({self._run.capture.tracked[late[0]].fallback}); use ff.fisher, or begin with a batch that shows all uses"
-            )
 
     def _loop(self, loss: Tensor) -> None:
         run = self._run
@@ -338,9 +208,3 @@ class collect:
                 f"collect: result must be asked for where there is one structure, got {len(results)}; take results()"
             )
         return results[0]
-
-
-def _was_a_number(loss: Tensor) -> bool:
-    """Whether a vector of one entry was made of a number, as a mean over a batch is."""
-    parents = [parent for parent, _ in getattr(loss.grad_fn, "next_functions", ()) if parent is not None]
-    return len(parents) == 1 and len(parents[0]._input_metadata[0].shape) == 0

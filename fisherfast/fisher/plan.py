@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import math
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,25 +10,23 @@ from typing import Any
 import torch
 from rich.table import Table
 from rich.text import Text
-from torch import Tensor, nn
+from torch import nn
 
 from fisherfast.batches import Batch, Output
 from fisherfast.capture.backward import Pass
-from fisherfast.capture.collector import Collector, Cost, Samples
+from fisherfast.capture.collector import Cost, Samples
 from fisherfast.capture.eager import uncompiled
-from fisherfast.capture.folded import one_position
 from fisherfast.capture.layout import PROBED
 from fisherfast.capture.passes import Passes
-from fisherfast.capture.tracked import Tracked
 from fisherfast.capture.train_mode import refuse_train_mode
 from fisherfast.fisher import memory
 from fisherfast.fisher.labelling import Labelling
+from fisherfast.fisher.ledger import Ledger
 from fisherfast.fisher.measurement import Measurement
 from fisherfast.fisher.memory import Held, in_words
 from fisherfast.fisher.parse import Requests, factors_first, needs_basis, parse
 from fisherfast.fisher.run import Run
 from fisherfast.likelihood import Likelihood, Predictions
-from fisherfast.rules import ALL, Elementwise, Form, Rows, Window
 
 
 @dataclass(frozen=True)
@@ -226,10 +222,10 @@ def _planned(measurement: Measurement, whole: Batch, every: int, readings: int, 
     )
 
 
-def _ledger(measurement: Measurement, predictions: Predictions, passes: int, N: int) -> _Ledger:
+def _ledger(measurement: Measurement, predictions: Predictions, passes: int, N: int) -> Ledger:
     """What so many backward passes of such samples take."""
     capture = measurement.capture
-    ledger = _Ledger(measurement.run.collectors, passes, N)
+    ledger = Ledger(measurement.run.collectors, passes, N)
     Passes(capture, [ledger]).run(capture.read(predictions.values), [Pass(torch.ones_like(predictions.values))], 1)
     for tracked in capture.tracked.values():
         if tracked.fallback is not None:
@@ -237,7 +233,7 @@ def _ledger(measurement: Measurement, predictions: Predictions, passes: int, N: 
     return ledger
 
 
-def _rows(run: Run, held: Sequence[Sequence[Held]], ledger: _Ledger, of_loop: float) -> Iterator[Row]:
+def _rows(run: Run, held: Sequence[Sequence[Held]], ledger: Ledger, of_loop: float) -> Iterator[Row]:
     """The table's; ``of_loop``: the FLOPs of the fallback, which goes forward and backward once more for all its parameters and collectors."""
     each = of_loop / max(1, len(run.looped) * len(held))
     for mine, costs in zip(held, ledger.costs, strict=True):
@@ -287,51 +283,3 @@ def _forward(measurement: Measurement, batch: Batch) -> tuple[_Forward, Predicti
         output, predictions = measurement.forward(batch)
     values = predictions.values
     return _Forward(batch, counter.get_total_flops(), saved.with_those_of((output, values)) + values.nbytes), predictions
-
-
-class _Ledger:
-    """A ``Receiver`` that stands in for the collectors ``asked``: notes what each would take for the rows of ``N`` such samples, and lets the rows go."""
-
-    separate = True
-    averages = False
-
-    def __init__(self, asked: Sequence[Collector], passes: int, N: int) -> None:
-        self._asked, self._more, self._N = asked, passes - 1, N
-        self._folds = not any(collector.separate for collector in asked)
-        self.costs: list[defaultdict[str, Cost]] = [defaultdict(Cost) for _ in asked]
-
-    def add(self, tracked: Tracked, form: Form, rows: Rows, scale: float, number: int) -> None:
-        """See ``Collector``."""
-        more = 0 if self._folds and one_position(rows) else self._more
-        entries = None if form.window is None else form.window.entries(tracked.parameter.shape)
-        names = {tracked.name, (entries or ALL).named(tracked.name)}  # what is held may be of the part alone
-        many = _of_samples(rows, self._N)
-        for collector, mine in zip(self._asked, self.costs, strict=True):
-            first, later = (collector.cost(tracked, form, many, number) for number in (0, 1))
-            for name in names:
-                mine[name] += first + later.times(more)
-
-    def expect(self, tracked: Tracked, windows: set[Window | None]) -> None:
-        """See ``Receiver``: nothing is kept."""
-
-    def add_gradients(self, tracked: Tracked, gradients: Tensor, first: int, scale: float, number: int) -> None:
-        """See ``Receiver``: what comes whole is noted by ``note_whole``."""
-
-    def touch(self, tracked: Tracked, window: Window | None) -> None:
-        """See ``Receiver``: nothing is kept."""
-
-    def note_whole(self, tracked: Tracked) -> None:
-        """The same of a parameter whose sample gradients come whole."""
-        shape = tuple(tracked.parameter.shape)
-        g = tracked.parameter.new_zeros(()).expand(self._N, 1, math.prod(shape))
-        self.add(tracked, Elementwise(shape), Rows(None, g), 1.0, 0)
-
-
-def _of_samples(rows: Rows, N: int) -> Rows:
-    """Rows as N samples like these have them, on no memory."""
-    count, offsets = N, None
-    if rows.offsets is not None:
-        count = round(len(rows.g) * N / rows.num_samples)
-        offsets = torch.linspace(0, count, N + 1, device=rows.offsets.device).long()
-    lookup = None if rows.lookup is None else _of_samples(rows.lookup, N)
-    return rows.each(lambda t: t.new_zeros(()).expand(count, *t.shape[1:]), offsets)._replace(lookup=lookup)
