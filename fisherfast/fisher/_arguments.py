@@ -78,6 +78,10 @@ def damping_by_name(method: str, damping: Damping, names: Iterable[str]) -> dict
 
 
 def _checked_damping(method: str, what: str, damping: float) -> float:
+    if isinstance(damping, Tensor) and damping.requires_grad:
+        raise ValueError(
+            f"{method}: {what} must be a number, got a tensor that asks for a gradient, which would be lost; pass its .item()"
+        )
     value = float(damping)
     if not (math.isfinite(value) and value >= 0):
         raise ValueError(f"{method}: {what} must be a finite number >= 0, got {value}")
