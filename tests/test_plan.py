@@ -19,7 +19,7 @@ import fisherfast as ff
 from fisherfast.accumulator import Accumulator, RunningSum
 from fisherfast.capture.calls import graph
 from fisherfast.capture.passes import Passes
-from fisherfast.capture.tracked import Made
+from fisherfast.capture.tracked import Derived
 from fisherfast.fisher.measurement import Measurement
 from fisherfast.fisher.run import Run
 
@@ -261,7 +261,7 @@ def saved_by_the_graph(model, batch):
     def reading(self, uses, *more, **options):
         root = uses.root
         made = [
-            use.tracked.parameter for use in uses.all if isinstance(use.tracked, Made)
+            use.tracked.parameter for use in uses.all if isinstance(use.tracked, Derived)
         ]  # of parameters: behind them the graph is kept as well
         tensors = [root]
         for node in itertools.chain(*map(graph, [root, *made])):

@@ -306,12 +306,12 @@ def test_a_handler_that_returns_is_called_from_the_third_signal_on_and_one_that_
     heard, before = [], signal.getsignal(signal.SIGUSR1)
     try:
         signal.signal(signal.SIGUSR1, lambda number, frame: heard.append(number))
-        with interrupts.put_off(pytest.fail):
+        with interrupts.deferred(pytest.fail):
             for _ in range(5):
                 signal.raise_signal(signal.SIGUSR1)
             assert len(heard) == 3
         assert len(heard) == 3 and capfd.readouterr().err.count("SIGUSR1 waits") == 1
-        with interrupts.put_off(pytest.fail):
+        with interrupts.deferred(pytest.fail):
             signal.signal(signal.SIGUSR1, signal.SIG_IGN)
         assert signal.getsignal(signal.SIGUSR1) is signal.SIG_IGN
     finally:
@@ -329,7 +329,7 @@ def test_every_signal_is_delivered_and_its_handler_put_back_whatever_they_raise(
     try:
         for number in numbers:
             signal.signal(number, handler)
-        with pytest.raises(TimeoutError), interrupts.put_off(pytest.fail):
+        with pytest.raises(TimeoutError), interrupts.deferred(pytest.fail):
             for number in numbers:
                 signal.raise_signal(number)
             assert not heard

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fisherfast.capture.tracked import Made, Tracked
+from fisherfast.capture.tracked import Derived, Tracked
 from fisherfast.rules import Window
 
 
@@ -32,7 +32,7 @@ class Alias:
     @property
     def copied(self) -> bool:
         """Whether it has memory of its own: it is no parameter, nor a part of one."""
-        return bool(self.made) or isinstance(self.tracked, Made)
+        return bool(self.made) or isinstance(self.tracked, Derived)
 
     @property
     def changed(self) -> bool:

@@ -58,7 +58,7 @@ class Backward:
         variables = (getattr(node, "variable", None) for node in graph(root))
         return {leaves[id(variable)] for variable in variables if id(variable) in leaves}
 
-    def heard(self, root: Tensor, cotangent: Tensor, listener: Listener, keep: bool = True) -> None:
+    def run(self, root: Tensor, cotangent: Tensor, listener: Listener, keep: bool = True) -> None:
         """One pass; ``listener`` hears of each caught call."""
         self._gradients(root, [self._capture.mode.anchor], cotangent, listener, keep)
 
@@ -70,7 +70,7 @@ class Backward:
             if not found and g is not None and not bool(g.isfinite().all()):
                 found.append(call.uses[0].tracked.name)
 
-        self.heard(root, one.cotangent, listen)
+        self.run(root, one.cotangent, listen)
         return next(iter(found), None)
 
     def gradients(self, root: Tensor, tracked: Sequence[Tracked], cotangent: Tensor) -> list[Tensor]:

@@ -35,7 +35,7 @@ class Site:
 
 
 @dataclass(frozen=True, eq=False)
-class Decisions:
+class ForwardSettings:
     """The settings that a forward pass runs under.
 
     Kept with its calls, because gradient checkpointing runs parts of that pass again during the backward pass, by when later decisions may
@@ -44,17 +44,19 @@ class Decisions:
 
     exploring: bool
     num_samples: int | None
-    early: dict[Site, str]  # calls that no sample enters and whose results are followed like parameters; and why they are
+    followed_sites: dict[
+        Site, str
+    ]  # calls that no sample enters and whose results are followed like parameters; and why they are
     ways: dict[str, tuple[bool, bool, Unbatched | None]]  # of each parameter; see ``Tracked.ways``
 
 
 @dataclass
 class CallUse:
-    """One tracked parameter in one caught call; ``picks`` are the positions of its inputs among the call's saved ones."""
+    """One tracked parameter in one caught call; ``saved_at`` are the positions of its inputs among the call's saved ones."""
 
     tracked: Tracked
     form: Form
-    picks: tuple[int, ...]
+    saved_at: tuple[int, ...]
     inputs: tuple[
         int, ...
     ] = ()  # while exploring, which tensors these are, a number each; autograd sees to it that nobody changes them
@@ -69,7 +71,7 @@ class CallUse:
 
     def rows(self, g: Tensor, saved: tuple[Tensor, ...]) -> Rows:
         """Its rows, from the gradient of the call's output and all that the call saved."""
-        return self.form.rows(g, tuple([saved[i] for i in self.picks]))
+        return self.form.rows(g, tuple([saved[i] for i in self.saved_at]))
 
     @property
     def window(self) -> Window | None:
@@ -77,10 +79,10 @@ class CallUse:
         return self.form.window
 
 
-class Hears(Protocol):
+class TapOwner(Protocol):
     """A capture, as its taps see it."""
 
-    def heard(self, call: Call, g: Tensor | None, saved: tuple[Tensor, ...]) -> Tensor | None:
+    def on_gradient(self, call: Call, g: Tensor | None, saved: tuple[Tensor, ...]) -> Tensor | None:
         """Take a tap's gradient and saved inputs; the gradient that goes on."""
 
 
@@ -89,9 +91,9 @@ class Call:
     """One caught call: its place in the forward pass and the uses that share its tap."""
 
     index: int
-    capture: Hears
+    capture: TapOwner
     shape: torch.Size  # of the output
-    under: Decisions
+    under: ForwardSettings
     site: Site | None = None  # if no sample came in here
     viewed: bool = False  # whether the tap is on what the output is a view of
     uses: list[CallUse] = field(default_factory=list)
@@ -114,14 +116,14 @@ class Tap(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor | None) -> tuple[Tensor | None, ...]:
         """``g``, once the capture has heard it."""
         saved, call = ctx.saved_tensors, ctx.call  # once: a checkpointed tensor can be unpacked only once
-        g = call.capture.heard(call, g, saved)  # also of no gradient at all: a visit counts
+        g = call.capture.on_gradient(call, g, saved)  # also of no gradient at all: a visit counts
         return (g, None, None, *(None for _ in saved))
 
 
-def tapped(node: Any, hears: Hears) -> Call | None:
-    """The call whose tap an autograd node is, if it is one that ``hears`` is told of."""
+def tapped(node: Any, owner: TapOwner) -> Call | None:
+    """The call whose tap an autograd node is, if it is one that ``owner`` is told of."""
     call = getattr(node, "call", None)
-    return call if isinstance(call, Call) and call.capture is hears else None
+    return call if isinstance(call, Call) and call.capture is owner else None
 
 
 def writable(out: Tensor, given: Any) -> Tensor:

@@ -11,13 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from fisherfast._warning import warn
-from fisherfast.capture.calls import Call, Decisions, Key, Site, graph, tapped
+from fisherfast.capture.calls import Call, ForwardSettings, Key, Site, graph, tapped
 from fisherfast.capture.eager import EAGER
 from fisherfast.capture.layout import Layout
 from fisherfast.capture.mode import Mode
-from fisherfast.capture.parameters import measurable
+from fisherfast.capture.parameters import measurable, unwrapped
 from fisherfast.capture.tracked import Tracked
-from fisherfast.capture.train_mode import unwrapped
 from fisherfast.capture.uses import Uses, number
 
 Listener = Callable[[Call, Tensor | None, tuple[Tensor, ...]], None]
@@ -42,7 +41,7 @@ class Capture:
         }
         self.layouts: dict[Key, Layout] = {}
         self.listener: Listener | None = None
-        self._early: dict[Site, str] = {}  # see ``Decisions``; from the next forward pass on
+        self._followed_sites: dict[Site, str] = {}  # see ``ForwardSettings``; from the next forward pass on
         self.mode = Mode(root, self.device, self)
         self.begin(exploring=True)
 
@@ -51,17 +50,17 @@ class Capture:
             raise ValueError(
                 "model: must be measured outside torch.inference_mode(), which keeps no graph; torch.no_grad() is no obstacle"
             )
-        EAGER.take()
-        keepers = self.mode.keepers
-        outermost = not keepers  # inside, they are those of a part of the model
-        keepers.append(torch._C._autograd._top_saved_tensors_default_hooks(True) if outermost else keepers[-1])
+        EAGER.acquire()
+        saved_hooks = self.mode.saved_hooks
+        outermost = not saved_hooks  # inside, they are those of a part of the model
+        saved_hooks.append(torch._C._autograd._top_saved_tensors_default_hooks(True) if outermost else saved_hooks[-1])
         self.mode.__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
         self.mode.__exit__(*error)
-        EAGER.give_back()
-        self.mode.keepers.pop()
+        EAGER.release()
+        self.mode.saved_hooks.pop()
 
     def begin(self, exploring: bool, num_samples: int | None = None, offsets: Tensor | None = None) -> None:
         """Prepare a forward pass: what was decided since the last one comes into force.
@@ -73,13 +72,13 @@ class Capture:
         for tracked in self.tracked.values():
             tracked.begin(exploring)
         ways = {tracked.name: tracked.ways for tracked in self.tracked.values()}
-        self.mode.begin(Decisions(exploring, num_samples, dict(self._early), ways), self.tracked.values())
+        self.mode.begin(ForwardSettings(exploring, num_samples, dict(self._followed_sites), ways), self.tracked.values())
 
     @contextmanager
     def again(self, root: Tensor) -> Iterator[None]:
         """Where parts of the forward pass behind ``root`` run again: under the decisions that were in force in it."""
         first = next(filter(None, (tapped(node, self) for node in graph(root))), None)
-        then, now = self.mode.now if first is None else first.under, self.mode.now
+        then, now = self.mode.settings if first is None else first.under, self.mode.settings
         if then is now:
             yield
             return
@@ -89,8 +88,8 @@ class Capture:
         finally:
             self._set(now)
 
-    def _set(self, decisions: Decisions) -> None:
-        self.mode.now = decisions
+    def _set(self, decisions: ForwardSettings) -> None:
+        self.mode.settings = decisions
         for name, tracked in self.tracked.items():
             tracked.ways = decisions.ways[name]
 
@@ -107,9 +106,9 @@ class Capture:
         """
         calls = [call for call in uses.calls if all(use.tracked.name in names for use in call.uses)]
         sites = {call.site for call in calls if call.site is not None}
-        if sites - self._early.keys():  # what is made of parameters is numbered, and will have other numbers
+        if sites - self._followed_sites.keys():  # what is made of parameters is numbered, and will have other numbers
             self.layouts = {key: layout for key, layout in self.layouts.items() if key[0] in self.tracked}
-        self._early.update((site, reason) for site in sites)
+        self._followed_sites.update((site, reason) for site in sites)
         return bool(sites)
 
     def forget(self, name: str) -> None:
@@ -130,7 +129,7 @@ class Capture:
                     "begin another measurement, or change numbers in place"
                 )
 
-    def heard(self, call: Call, g: Tensor | None, saved: tuple[Tensor, ...]) -> Tensor | None:
+    def on_gradient(self, call: Call, g: Tensor | None, saved: tuple[Tensor, ...]) -> Tensor | None:
         """Pass a tap's gradient on to the listener of the current backward pass. Returns it for the model's own functions."""
         if self.listener is None:
             raise RuntimeError(
@@ -172,7 +171,7 @@ class Capture:
         found = self._taps(root)
         calls = [call for call, _ in found]
         number(calls)
-        outdated = bool(self._early) and any(call.site in self._early for call in calls)
+        outdated = bool(self._followed_sites) and any(call.site in self._followed_sites for call in calls)
         return Uses(root, calls, [node for _, node in found], self.tracked, outdated)
 
     def _taps(self, root: Tensor) -> list[tuple[Call, Any]]:

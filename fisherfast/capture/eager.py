@@ -27,8 +27,8 @@ class Eager:
         self._lock, self._captures = threading.Lock(), 0
         self._stance: AbstractContextManager[None] | None = None
 
-    def take(self) -> None:
-        """Hold the stance; each call needs one ``give_back``."""
+    def acquire(self) -> None:
+        """Hold the stance; each call needs one ``release``."""
         with self._lock:
             compiled = "torch._dynamo" in sys.modules  # importing it takes a second, and only then can anything be compiled
             if compiled and self._stance is None:
@@ -38,8 +38,8 @@ class Eager:
                 self._stance = stance
             self._captures += 1
 
-    def give_back(self) -> None:
-        """Undo one ``take``; the last one restores the stance that was there before."""
+    def release(self) -> None:
+        """Undo one ``acquire``; the last one restores the stance that was there before."""
         with self._lock:
             self._captures -= 1
             if not self._captures and self._stance is not None:

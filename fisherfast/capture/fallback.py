@@ -19,8 +19,9 @@ from torch.func import grad, vmap
 
 from fisherfast._functional import call_with
 from fisherfast.batches import Batch, Output
+from fisherfast.capture.parameters import unwrapped
+from fisherfast.capture.refusals import Refusals
 from fisherfast.capture.tracked import Tracked
-from fisherfast.capture.train_mode import WithoutChance, unwrapped
 
 _BUDGET = 2**28  # bytes of sample gradients at a time
 _MOST = 16  # samples at a time: activations are held too
@@ -31,7 +32,7 @@ class SampleGradients:
 
     def __init__(self, model: nn.Module, output: Output) -> None:
         self._model, self._output = unwrapped(model), output
-        self._without_chance = WithoutChance(self._model)
+        self._refusals = Refusals(self._model)
         self.problem: str | None = None
         self._verified = False
 
@@ -82,7 +83,7 @@ class SampleGradients:
         return vmap(grad(scalar), in_dims=(None, 0, 0))(parameters, tensors, cotangent)
 
     def _call(self, parameters: dict[str, Tensor], *inputs: Any, **named: Any) -> Any:
-        with self._without_chance:
+        with self._refusals:
             return call_with(self._model, parameters, inputs, named)
 
 

@@ -27,11 +27,12 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from fisherfast._nested import replaced, tensors
 from fisherfast.capture.alias import Alias, Aliases, is_part, keeps_derivative
-from fisherfast.capture.calls import Call, CallUse, Decisions, Hears, Site, Tap, nodes, tapped, writable
+from fisherfast.capture.calls import Call, CallUse, ForwardSettings, Site, Tap, TapOwner, nodes, tapped, writable
 from fisherfast.capture.chosen_rows import Chosen, ChosenRows
-from fisherfast.capture.tracked import Made, Tracked
-from fisherfast.capture.train_mode import CHANCE, DATA, DRAWING, Draws, is_parameter, refused_chance, undivided
-from fisherfast.capture.under_way import Given, runs
+from fisherfast.capture.parameters import is_parameter
+from fisherfast.capture.refusals import CHECKED, DATA, RANDOM, RandomDraws, refusal, undivided
+from fisherfast.capture.running import InputShapes, runs
+from fisherfast.capture.tracked import Derived, Tracked
 from fisherfast.rules import DECOMPOSITIONS, RULES, Use, Window, part
 
 _GRAD = vars(torch._C.TensorBase)["grad"]
@@ -41,27 +42,27 @@ Hooks = tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]
 class Mode(TorchFunctionMode):
     """The mode that catches the uses of a model's parameters in the forward passes for which it is entered.
 
-    ``hears``: whom the taps tell of gradients. ``given``: what the model is called with, where someone asks. ``keepers``: what autograd's
+    ``owner``: whom the taps tell of gradients. ``input_shapes``: of what the model is called with, where someone asks. ``saved_hooks``: what autograd's
     saved tensors went through, each time the mode was entered. ``halves``: whether a use had a float16 output; autocast may be over when
     it is differentiated. And of the last forward pass, ``doubtful``: whether an output that seemed to lack the sample axis may have had it;
     ``without_graph``: names of parameters that were used where no graph is kept.
     """
 
-    def __init__(self, root: nn.Module, device: torch.device, hears: Hears) -> None:
+    def __init__(self, root: nn.Module, device: torch.device, owner: TapOwner) -> None:
         super().__init__()
-        self._root, self._draws, self._hears = root, Draws(root), hears
+        self._root, self._draws, self._owner = root, RandomDraws(root), owner
         self.anchor = torch.zeros((), device=device, requires_grad=True)
-        self.given: Given | None = None
-        self.keepers: list[Hooks | None] = []
+        self.input_shapes: InputShapes | None = None
+        self.saved_hooks: list[Hooks | None] = []
         self.halves = False
         self._counter, self._numbers = itertools.count(), itertools.count()
 
-    def begin(self, now: Decisions, tracked: Collection[Tracked]) -> None:
+    def begin(self, settings: ForwardSettings, tracked: Collection[Tracked]) -> None:
         """Prepare a forward pass, in which these parameters are followed as was decided."""
-        self.now, self._tracked = now, tracked
+        self.settings, self._tracked = settings, tracked
         self.doubtful = False
         self.without_graph: set[str] = set()
-        self._chosen = ChosenRows(now.num_samples, self._root)
+        self._chosen = ChosenRows(settings.num_samples, self._root)
         self._seen = WeakTensorKeyDictionary()  # inputs of calls, numbered
         self._aliases = Aliases(tracked)
 
@@ -72,12 +73,12 @@ class Mode(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run ``func`` as ``_run`` does, unless it is one of those that leave no sample a gradient of its own."""
         kwargs = kwargs or {}
-        if func in CHANCE:
-            why = refused_chance(func, args, kwargs, lambda tensor: tensor in self._aliases or is_parameter(tensor))
+        if func in CHECKED:
+            why = refusal(func, args, kwargs, lambda tensor: tensor in self._aliases or is_parameter(tensor))
             if why and self._concerns(tensors(args, kwargs)):
                 raise ValueError(why)
         out = self._run(func, *undivided(func, args, kwargs))
-        if func in DRAWING:
+        if func in RANDOM:
             self._draws.look(func, kwargs, out)
         return out
 
@@ -88,7 +89,7 @@ class Mode(TorchFunctionMode):
         leaves = {id(leaf) for t in self._tracked for leaf in t.leaves}
 
         def ours(node: Any) -> bool:
-            return tapped(node, self._hears) is not None or id(getattr(node, "variable", None)) in leaves
+            return tapped(node, self._owner) is not None or id(getattr(node, "variable", None)) in leaves
 
         return any(id(t) in leaves or t in self._aliases or any(map(ours, nodes(t))) for t in given)
 
@@ -119,8 +120,8 @@ class Mode(TorchFunctionMode):
         if uses is None:
             return self._uncovered(func, args, kwargs, found, f"no rule for {_name(func)}")
         site = self._site(func, given, uses)
-        if site in self.now.early:
-            return self._uncovered(func, args, kwargs, [alias for _, alias in uses], self.now.early[site])
+        if site in self.settings.followed_sites:
+            return self._uncovered(func, args, kwargs, [alias for _, alias in uses], self.settings.followed_sites[site])
         stand_ins = {id(alias.tensor): alias.stand_in(alias.tracked.differentiated) for _, alias in uses}
         args, kwargs = replaced(args, stand_ins), replaced(kwargs, stand_ins)
         out = func(*args, **kwargs)
@@ -150,7 +151,7 @@ class Mode(TorchFunctionMode):
         others = [alias for alias in found if id(alias.tensor) not in covered]
         if not uses or len(covered) != len(found) - len(others):
             return None
-        if not all(isinstance(alias.tracked, Made) for alias in others):
+        if not all(isinstance(alias.tracked, Derived) for alias in others):
             return None
         for alias in others:
             alias.tracked.give_up(f"no rule for {_name(func)} of what is made of it")
@@ -158,7 +159,7 @@ class Mode(TorchFunctionMode):
 
     def _site(self, func: Any, given: list[Tensor], uses: list[tuple[Use, Alias]]) -> Site | None:
         """The site of a covered call that no sample enters; None if one does, or if nobody will ask for it."""
-        if not (self.now.exploring or self.now.early):
+        if not (self.settings.exploring or self.settings.followed_sites):
             return None
         mine = [alias for _, alias in uses]
         others = _but(given, mine)
@@ -175,7 +176,7 @@ class Mode(TorchFunctionMode):
             mine = {**stand_ins, id(found[0].tensor): tensor}
             return func(*replaced(args, mine), **replaced(kwargs, mine))
 
-        with _kept(self.keepers[-1]) if alone else nullcontext():
+        with _kept(self.saved_hooks[-1]) if alone else nullcontext():
             out = make(stand_ins[id(found[0].tensor)])
         written = tensors(args, kwargs) if out is None else tensors(out)  # t[...] = parameter returns nothing
         outputs = [o for o in written if o.requires_grad]
@@ -203,30 +204,32 @@ class Mode(TorchFunctionMode):
             source.give_up(reason) if lost else source.chain(reason)
         for out in outputs:
             if not lost and out not in self._aliases:
-                made = Made(_name(func), out, sources, _structure(func, found))
+                made = Derived(_name(func), out, sources, _structure(func, found))
                 self._aliases.add(Alias(out, made, version=out._version))
 
     def _with_tap(self, out: Tensor, uses: list[tuple[Use, Alias]], chosen: Chosen, given: Any, site: Site | None) -> Tensor:
         caught = [(use, alias) for use, alias in uses if alias.tracked.caught]
         if not caught:
             return out
-        if self.given is not None:
-            self.given.note()
+        if self.input_shapes is not None:
+            self.input_shapes.note()
         self.halves |= out.dtype == torch.float16
         bare = next((alias.tracked.expanding for _, alias in caught if alias.tracked.expanding), None)
-        if self.now.num_samples is not None and bare is not None:
-            self.doubtful |= bare.doubts(out.shape, self.now.num_samples)
-            out = out.expand(bare.with_samples(self.now.num_samples, out.shape))
+        if self.settings.num_samples is not None and bare is not None:
+            self.doubtful |= bare.doubts(out.shape, self.settings.num_samples)
+            out = out.expand(bare.with_samples(self.settings.num_samples, out.shape))
         saved: list[Tensor] = []
-        call = Call(next(self._counter), self._hears, out.shape, self.now, site)
+        call = Call(next(self._counter), self._owner, out.shape, self.settings, site)
         for use, alias in caught:
             form = use.form if alias.window is None else part(use.form, alias.window, alias.tracked.parameter)
-            picks = tuple(_place(tensor, saved) for tensor in use.inputs)
+            saved_at = tuple(_place(tensor, saved) for tensor in use.inputs)
             numbers = (
-                tuple(self._seen.setdefault(tensor, next(self._numbers)) for tensor in use.inputs) if self.now.exploring else ()
+                tuple(self._seen.setdefault(tensor, next(self._numbers)) for tensor in use.inputs)
+                if self.settings.exploring
+                else ()
             )
             differentiated = alias.tracked.differentiated
-            call.uses.append(CallUse(alias.tracked, form, picks, numbers, chosen=chosen, differentiated=differentiated))
+            call.uses.append(CallUse(alias.tracked, form, saved_at, numbers, chosen=chosen, differentiated=differentiated))
         saved = [tensor.detach() if tensor in self._aliases else tensor for tensor in saved]
         base = Tap.apply(writable(out, given), self.anchor, call, *saved)
         call.viewed = base.shape != out.shape
@@ -274,7 +277,7 @@ def _name(func: Any) -> str:
 
 def _structure(func: Any, found: list[Alias]) -> int:
     # A part of what was made of parameters is larger in longer batches: that it is a part is all that stays.
-    windows = (r.window is not None if isinstance(r.tracked, Made) else r.window for r in found)
+    windows = (r.window is not None if isinstance(r.tracked, Derived) else r.window for r in found)
     return hash((_name(func), *((r.tracked.structure, window) for r, window in zip(found, windows, strict=True))))
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which parameters of a model a measurement is of, and whether they can be measured."""
+"""The parameters of a model that a measurement is of, and whether they can be measured."""
 
 from __future__ import annotations
 
@@ -7,7 +7,21 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from fisherfast.capture.train_mode import unwrapped
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The user's own module inside compile and data-parallel wrappers."""
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        if inner is None and isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+            inner = model.module
+        if inner is None:
+            return model
+        model = inner
+
+
+def is_parameter(tensor: Tensor) -> bool:
+    """Whether it is one, or a view of one."""
+    return isinstance(tensor if tensor._base is None else tensor._base, nn.Parameter)
 
 
 def measurable(model: nn.Module) -> dict[str, nn.Parameter]:

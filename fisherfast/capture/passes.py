@@ -161,7 +161,7 @@ class Passes:
                 if visited[group] == len(batch.groups[group]) and group not in held:
                     self._joined(batch, group, waiting.pop(group, []), one.scale, number)
 
-        self.backward.heard(batch.root, one.cotangent, listen, keep or bool(batch.unlocated))
+        self.backward.run(batch.root, one.cotangent, listen, keep or bool(batch.unlocated))
         if held:
             sightings = self.tagging.sightings(batch.root, one, {use.key for uses in held.values() for use, _ in uses})
         with self.capture.aside():
@@ -240,7 +240,7 @@ class Passes:
                     gradients = form.gradients(rows.samples(first, last), made.parameter.shape) * one.loss_scale
                     gradients = gradients.to(made.parameter.dtype)
                 for n, gradient in enumerate(gradients):
-                    for source, pulled in zip(made.sources, made.pull(gradient), strict=True):
+                    for source, pulled in zip(made.sources, made.pull_back(gradient), strict=True):
                         if source.name in sums:
                             sums[source.name][n] += one.unscaled(pulled)
             for which in tracked:

@@ -71,7 +71,7 @@ class Tagging:
                 left_out = out if rows.offsets is None else out.repeat_interleave(rows.offsets.diff())
                 leaks[use.key] = rows.g[left_out].any()
 
-        self._backward.heard(root, one.times(~out), listen)
+        self._backward.run(root, one.times(~out), listen)
         found = torch.stack(list(leaks.values())).tolist() if leaks else []
         return suspects | {key for key, leaking in zip(leaks, found, strict=True) if leaking}
 
@@ -85,7 +85,7 @@ class Tagging:
                     sightings[use.key].see(use.rows(one.unscaled(g), saved).g, use.form.features)
 
         for factors in tags.factors(root.device):
-            self._backward.heard(root, one.times(factors), listen)
+            self._backward.run(root, one.times(factors), listen)
         return sightings
 
     def _numbers(self, root: Tensor, one: Pass, sightings: Mapping[Key, Sightings]) -> dict[Key, Tensor]:
@@ -98,5 +98,5 @@ class Tagging:
                     rows = use.rows(one.unscaled(g), saved)
                     numbers[use.key] = sightings[use.key].numbers(rows.g, use.form.features)
 
-        self._backward.heard(root, one.cotangent, listen)
+        self._backward.run(root, one.cotangent, listen)
         return numbers

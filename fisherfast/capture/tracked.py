@@ -107,12 +107,12 @@ class Tracked:
         if self.fallback is None:
             self.fallback, self.chained = reason, True
 
-    def pull(self, gradient: Tensor) -> list[Tensor]:
+    def pull_back(self, gradient: Tensor) -> list[Tensor]:
         """The gradients of its sources, from its own gradient."""
         return [gradient]
 
 
-class Made(Tracked):
+class Derived(Tracked):
     """What a function without samples has made of parameters: a normed weight, a table of biases looked up at every position.
 
     For the uses that follow it is a parameter, of this forward pass: its sample gradients are those of its sources, by the chain rule.
@@ -151,7 +151,7 @@ class Made(Tracked):
         for source in self.sources:
             source.chain(reason)
 
-    def pull(self, gradient: Tensor) -> list[Tensor]:
+    def pull_back(self, gradient: Tensor) -> list[Tensor]:
         """See ``Tracked``. The graph is kept."""
         inputs = [source.outer for source in self.sources]
         found = torch.autograd.grad(self.parameter, inputs, gradient, retain_graph=True, allow_unused=True)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fisherfast.capture.calls import Call, CallUse, Key, graph
-from fisherfast.capture.tracked import Made, Tracked, Unbatched
+from fisherfast.capture.tracked import Derived, Tracked, Unbatched
 from fisherfast.rules import Window
 
 
@@ -74,10 +74,10 @@ def number(calls: list[Call]) -> None:
     """
     uses = [use for call in calls for use in call.uses]
     numbers: defaultdict[tuple[str, Window | None], int] = defaultdict(int)
-    made: defaultdict[str, list[Made]] = defaultdict(list)
+    made: defaultdict[str, list[Derived]] = defaultdict(list)
     for use in uses:
         one = use.tracked
-        if isinstance(one, Made) and all(one is not other for other in made[one.kind]):
+        if isinstance(one, Derived) and all(one is not other for other in made[one.kind]):
             made[one.kind].append(one)
             one.name = f"{one.kind} ({len(made[one.kind])})"
             one.chain(one.reason)

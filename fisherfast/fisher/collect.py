@@ -14,8 +14,9 @@ from fisherfast._warning import warn
 from fisherfast.capture.backward import Pass, check_loss_scale
 from fisherfast.capture.calls import graph
 from fisherfast.capture.collector import Samples
-from fisherfast.capture.train_mode import refuse_train_mode, unwrapped
-from fisherfast.capture.under_way import Given
+from fisherfast.capture.parameters import unwrapped
+from fisherfast.capture.refusals import refuse_train_mode
+from fisherfast.capture.running import InputShapes
 from fisherfast.fisher import loss_vector
 from fisherfast.fisher.diagonal import Diagonal
 from fisherfast.fisher.labelling import known_type
@@ -110,7 +111,7 @@ class collect:
         self._fills, self._averages = gradients, reduction == "mean"
         asked = (*asked, Gradients(reduction)) if gradients else asked
         self._run = Run(model, asked, Provenance(fisher_type, name, draws=None, model=model_name(model)), allow_missing)
-        self._run.capture.mode.given = Given(unwrapped(model))  # until the first loss
+        self._run.capture.mode.input_shapes = InputShapes(unwrapped(model))  # until the first loss
         self._routing = Routing(self._run)
         self._told_of_a_part, self._only_diagonal = False, all(isinstance(one, _OF_ROWS_ALONE) for one in asked)
 
@@ -142,9 +143,9 @@ class collect:
             padding = not all(bool(one.all()) for one in exists)
             if not bool(loss.detach().isfinite().all()):
                 run.raise_not_finite(loss, "the loss")
-            if capture.mode.given is not None:
-                loss_vector.warn_of_length(loss, capture.mode.given.shapes)
-                capture.mode.given = None
+            if capture.mode.input_shapes is not None:
+                loss_vector.warn_of_length(loss, capture.mode.input_shapes.shapes)
+                capture.mode.input_shapes = None
             uses = capture.read(loss)
             one = self._pass(torch.ones_like(loss))
             self._routing.look(uses, one)

@@ -17,8 +17,8 @@ from fisherfast.capture.calls import Call
 from fisherfast.capture.dependence import check_first, check_independent, dependent, same_but_rounding
 from fisherfast.capture.layout import PROBED
 from fisherfast.capture.locator import NO_AXIS, mixing
+from fisherfast.capture.parameters import unwrapped
 from fisherfast.capture.tracked import Unbatched
-from fisherfast.capture.train_mode import unwrapped
 from fisherfast.capture.uses import Uses
 from fisherfast.fisher.blocks.block_collector import BlockCollector
 from fisherfast.fisher.forward import Forward

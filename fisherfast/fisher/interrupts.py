@@ -18,7 +18,7 @@ _NUMBERS = [getattr(signal, name) for name in _NAMES if hasattr(signal, name)]
 
 
 @contextmanager
-def put_off(tear: Callable[[], None]) -> Iterator[None]:
+def deferred(tear: Callable[[], None]) -> Iterator[None]:
     """Have handlers of signals wait until the block is over. The second signal of a kind is told so, the third and later ones do not
     wait; ``tear`` hears of it if one raises. A handler that is set in the block stays.
 

@@ -13,7 +13,7 @@ from torch import nn
 from fisherfast.batches import Output
 from fisherfast.capture.backward import check_loss_scale
 from fisherfast.capture.eager import uncompiled
-from fisherfast.capture.train_mode import refuse_train_mode
+from fisherfast.capture.refusals import refuse_train_mode
 from fisherfast.fisher import _arguments
 from fisherfast.fisher.diagonal import DiagonalFisher
 from fisherfast.fisher.ekfac import EKFACFisher

@@ -14,7 +14,7 @@ from fisherfast.batches import Batch, Output
 from fisherfast.capture.backward import Pass
 from fisherfast.capture.collector import Samples
 from fisherfast.capture.fallback import SampleGradients
-from fisherfast.capture.train_mode import unwrapped
+from fisherfast.capture.parameters import unwrapped
 from fisherfast.fisher._progress import shown
 from fisherfast.fisher.checkpoint import Checkpoint, digest, digest_of_function, digest_of_weights
 from fisherfast.fisher.diagonal import Diagonal

@@ -16,8 +16,8 @@ from fisherfast._names import listed
 from fisherfast.batches import Batch, Output
 from fisherfast.capture.dependence import check_first, check_independent, precision
 from fisherfast.capture.layout import PROBED
-from fisherfast.capture.parameters import measurable
-from fisherfast.capture.train_mode import WithoutChance, refuse_train_mode, unwrapped
+from fisherfast.capture.parameters import measurable, unwrapped
+from fisherfast.capture.refusals import Refusals, refuse_train_mode
 from fisherfast.fisher import _arguments
 from fisherfast.fisher.labelling import Labelling
 from fisherfast.fisher.protocol import Vector
@@ -65,7 +65,7 @@ class FisherOperator:
         self._labelling.check_model(unwrapped(model))
         self._readings = SameReadings(data, "FisherOperator", "in every product")  # or products are those of several matrices
         self._model, self._data, self._output = unwrapped(model), data, output
-        self._without_chance = WithoutChance(self._model)
+        self._refusals = Refusals(self._model)
         self._first = _arguments.whole("FisherOperator", "sample_offset", sample_offset)
         self._parameters = measurable(model)
         self._checked = False  # whether samples were seen not to depend on each other
@@ -125,7 +125,7 @@ class FisherOperator:
         return {name: part.detach() for name, part in zip(self._parameters, gradients, strict=True) if part is not None}
 
     def _predictions(self, batch: Batch, first: int = 0) -> Predictions:
-        with self._without_chance:
+        with self._refusals:
             output = batch.copied().feed(self._model, self._output)  # the data are read again for every product
         predictions = self._labelling.predictions(batch, output, first)
         if not self._labelling.says_something(predictions):

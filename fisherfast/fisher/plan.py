@@ -18,7 +18,7 @@ from fisherfast.capture.collector import Cost, Samples
 from fisherfast.capture.eager import uncompiled
 from fisherfast.capture.layout import PROBED
 from fisherfast.capture.passes import Passes
-from fisherfast.capture.train_mode import refuse_train_mode
+from fisherfast.capture.refusals import refuse_train_mode
 from fisherfast.fisher import memory
 from fisherfast.fisher.labelling import Labelling
 from fisherfast.fisher.ledger import Ledger

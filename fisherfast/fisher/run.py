@@ -18,9 +18,9 @@ from fisherfast._warning import warn
 from fisherfast.capture.calls import Call, Key
 from fisherfast.capture.capture import Capture
 from fisherfast.capture.collector import Collector, Samples
+from fisherfast.capture.parameters import unwrapped
 from fisherfast.capture.passes import Passes
 from fisherfast.capture.tracked import Tracked
-from fisherfast.capture.train_mode import unwrapped
 from fisherfast.fisher import interrupts
 from fisherfast.fisher.counts import Counts
 from fisherfast.fisher.coverage import OPS, Coverage, Stopwatch
@@ -211,7 +211,7 @@ class Run:
         aliases = {alias: name for alias, name in self.capture.aliases.items() if name in self.capture.tracked}
         counts = Counts(self.tally.samples, self.tally.positions, self.tally.batches, self.provenance, self.coverage, aliases)
         asked = zip(self.structures, self.sources, strict=True)
-        with interrupts.put_off(self._tear):  # sums are folded on the way
+        with interrupts.deferred(self._tear):  # sums are folded on the way
             return tuple(structure.result(source, counts) for structure, source in asked if structure.fills is None)
 
     def raise_not_finite(self, values: Tensor, what: str) -> NoReturn:
@@ -245,7 +245,7 @@ class Run:
             check(self.holds(samples.passes), self.capture.device)
             self._fits = True
         staged = self._transactional or samples.passes > 1
-        with interrupts.put_off(lambda: None if staged else self._tear()):  # what is staged is dropped whole
+        with interrupts.deferred(lambda: None if staged else self._tear()):  # what is staged is dropped whole
             for collector in self.collectors:
                 collector.begin(samples)
             self.tally.begin()

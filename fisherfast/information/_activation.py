@@ -12,7 +12,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fisherfast._functional import call_with
 from fisherfast.batches import Batch, Output
-from fisherfast.capture.train_mode import WithoutChance, refuse_train_mode, unwrapped
+from fisherfast.capture.parameters import unwrapped
+from fisherfast.capture.refusals import Refusals, refuse_train_mode
 from fisherfast.fisher import Fisher
 from fisherfast.information import _checks
 
@@ -36,7 +37,7 @@ class Activation:
     ) -> None:
         refuse_train_mode(model)
         self.caller, self.layer, self._root, self._output = caller, layer, unwrapped(model), output
-        self._without_chance = WithoutChance(self._root)
+        self._refusals = Refusals(self._root)
         weights = dict(self._root.named_parameters())
         _checks.named(caller, "model", weights, F.names, "F")
         self._weights = {name: weights[name].detach() for name in F.names}
@@ -93,7 +94,7 @@ class Activation:
     def _bound(self, weights: Mapping[str, Tensor]) -> Any:
         def call(*inputs: Tensor) -> Any:
             # The attention whose backward pass can be vectorised and has a derivative.
-            with self._without_chance, sdpa_kernel(SDPBackend.MATH):
+            with self._refusals, sdpa_kernel(SDPBackend.MATH):
                 return call_with(self._root, weights, inputs)
 
         return call

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from fisherfast._error import NonFiniteError
 from fisherfast._functional import call_with
 from fisherfast.batches import Batch, Output
-from fisherfast.capture.train_mode import WithoutChance, refuse_train_mode, unwrapped
+from fisherfast.capture.parameters import unwrapped
+from fisherfast.capture.refusals import Refusals, refuse_train_mode
 from fisherfast.likelihood import Likelihood, check_model, predictions_of, resolve
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -43,8 +44,8 @@ class SampleLosses:
         return cls(caller, unwrapped(model), chosen, loss, output)
 
     @cached_property
-    def _without_chance(self) -> WithoutChance:
-        return WithoutChance(self.model)
+    def _refusals(self) -> Refusals:
+        return Refusals(self.model)
 
     def batches(self, data: Iterable[Any]) -> Iterator[Batch]:
         """What the data set yields, on the model's device, with labels. Errors: ValueError."""
@@ -59,7 +60,7 @@ class SampleLosses:
         """``[N]``: each sample's loss where the parameters named in ``weights`` are replaced; differentiable in them."""
 
         def replaced(*args: Any, **kwargs: Any) -> Any:
-            with self._without_chance:
+            with self._refusals:
                 return call_with(self.model, weights, args, kwargs)
 
         output = batch.copied().feed(replaced, self.output)  # the data are read again

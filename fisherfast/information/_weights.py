@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from fisherfast.capture.train_mode import unwrapped
+from fisherfast.capture.parameters import unwrapped
 
 VARIANTS = ("exact", "paper")
 Weights = nn.Module | Mapping[str, Tensor]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fisherfast._names import listed
-from fisherfast.capture.train_mode import unwrapped
+from fisherfast.capture.parameters import unwrapped
 from fisherfast.fisher import Fisher
 from fisherfast.fisher.protocol import names_by_layer
 from fisherfast.information import _checks, _conditions, _prior

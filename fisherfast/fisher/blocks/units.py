@@ -60,7 +60,7 @@ def of_weights(tracked: Mapping[str, Tracked], calls: Iterable[Call]) -> tuple[l
             uses[use.tracked.name].setdefault(use.window, []).append((call.index, use))
     units = [unit for name, one in tracked.items() if not one.fallback for unit in _units(one, uses[name])]
     weights = _all_of(units, lambda unit: isinstance(unit.form, (MatMul, Lookup, Convolution)))
-    biases = _all_of(units, lambda unit: isinstance(unit.form, Elementwise) and not any(use.picks for use in unit.uses))
+    biases = _all_of(units, lambda unit: isinstance(unit.form, Elementwise) and not any(use.saved_at for use in unit.uses))
     return weights, _joined(weights, biases)
 
 

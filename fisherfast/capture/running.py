@@ -24,7 +24,7 @@ class Running(NamedTuple):
     kwargs: dict[str, Any]
 
 
-def under_way(model: nn.Module) -> list[Running]:
+def running_modules(model: nn.Module) -> list[Running]:
     """The model's modules that are being called, the innermost first; none where it is not the model that runs."""
     return _own(model, _stack())
 
@@ -60,7 +60,7 @@ def _own(model: nn.Module, running: Iterable[Running]) -> list[Running]:
     return [one for one in running if one.module in own]
 
 
-class Given:
+class InputShapes:
     """The shapes of what a model is called with, call by call, as far as ``note`` is called while it runs; none where lists are given."""
 
     def __init__(self, model: nn.Module) -> None:
