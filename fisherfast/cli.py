@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
-import linecache
 import math
 import shlex
 import sys
@@ -23,6 +22,7 @@ from rich.table import Table
 import fisherfast as ff
 from fisherfast import environment, loading, report, timing
 from fisherfast import likelihood as likelihoods
+from fisherfast._error import raised_here
 
 app = typer.Typer(
     help=(__doc__ or "").replace("``", ""), no_args_is_help=True, add_completion=False, pretty_exceptions_show_locals=False
@@ -276,7 +276,7 @@ def _kept(out: Path | None = None, done: Path | None = None) -> Iterator[None]:
             typer.echo(f"the measured Fisher is kept in {done}", err=True)
         if isinstance(error, KeyboardInterrupt):
             raise typer.Exit(130) from None  # what shells expect of a process stopped by Ctrl-C
-        if not _ours(error):
+        if not raised_here(error):
             raise
         typer.echo(f"Error: {error}", err=True)
         raise typer.Exit(2) from None
@@ -292,16 +292,3 @@ def _folder(out: Path) -> None:
         raise typer.BadParameter(
             f"must be a folder that can be made and written to, got {out}: {error.strerror}", param_hint="--out"
         ) from None
-
-
-def _ours(error: BaseException) -> bool:
-    """Whether fisherfast itself raised the error, rather than the user's code or a library under it.
-
-    What torch raises inside the model passes through the capture's frames: there nothing is raised by name.
-    """
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    if trace is None or not trace.tb_frame.f_globals.get("__name__", "").startswith("fisherfast."):
-        return False
-    return linecache.getline(trace.tb_frame.f_code.co_filename, trace.tb_lineno).lstrip().startswith("raise ")

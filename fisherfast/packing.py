@@ -36,11 +36,8 @@ def _by_position(item: Mapping[str, Any]) -> list[int] | None:
     rows = max((v.shape[0] for v in item.values() if isinstance(v, Tensor) and v.dim() > 1 and v.shape[1] == M), default=0)
     if positions.dim() == 1 and rows != 1:  # [N]: a position for each sample
         return None
-    if labels is not None and torch.as_tensor(labels, device="cpu").shape[:2] != (
-        rows,
-        M,
-    ):  # of samples, whose parts are numbered
-        return None
+    if labels is not None and torch.as_tensor(labels, device="cpu").shape[:2] != (rows, M):
+        return None  # labels of samples, whose parts are numbered
     start, counts = _starts(positions.reshape(-1, M))
     packed = counts & ((start[:, :-1] & ~start[:, 1:]).sum(-1) > 1)  # padding repeats the lowest
     bounds = start[0].nonzero().flatten().tolist()

@@ -57,9 +57,8 @@ class CallUse:
     tracked: Tracked
     form: Form
     saved_at: tuple[int, ...]
-    inputs: tuple[
-        int, ...
-    ] = ()  # while exploring, which tensors these are, a number each; autograd sees to it that nobody changes them
+    # While exploring, which tensors its inputs are, a number each; autograd sees to it that nobody changes them.
+    inputs: tuple[int, ...] = ()
     key: Key = ("", None, 0, 0)
     chosen: Chosen = Chosen.NO  # whether its rows were by what the data holds
     differentiated: bool = True  # whether autograd can differentiate it, too

@@ -138,10 +138,8 @@ class Mode(TorchFunctionMode):
 
         What was made of parameters may also be what the others are used on: then it holds samples, and is no parameter.
         """
-        if func not in RULES or any(
-            tensor.is_complex() or tensor.is_nested for tensor in given
-        ):  # rows are of real numbers, side by side
-            return None
+        if func not in RULES or any(tensor.is_complex() or tensor.is_nested for tensor in given):
+            return None  # rows are of real numbers, side by side
         try:
             declared = RULES[func](*args, **kwargs)  # a generator: nothing in it has run yet
         except TypeError:

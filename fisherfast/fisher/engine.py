@@ -86,9 +86,9 @@ class Engine:
     def _filled(self, name: str) -> int:
         """The batch's sum of gradients, which becomes ``.grad`` where that may be as wide."""
         parameter = self._tracked[name].parameter
-        wide = wide_dtype(parameter.dtype)
-        of_grad = 0 if wide == parameter.dtype else parameter.nbytes
-        return parameter.numel() * wide.itemsize + of_grad if self._fills else 0
+        dtype = wide_dtype(parameter.dtype)
+        of_grad = 0 if dtype == parameter.dtype else parameter.nbytes
+        return parameter.numel() * dtype.itemsize + of_grad if self._fills else 0
 
     def cost(self, tracked: Tracked, form: Form, rows: Rows, number: int) -> Cost:
         """See ``Collector``."""
@@ -299,8 +299,8 @@ def _weights(weight: Tensor | None, n: int) -> tuple[float, float]:
     """The sum of the weights of n samples and of their squares."""
     if weight is None:
         return float(n), float(n)
-    wide = weight.double()
-    total, squared = torch.stack([wide.sum(), wide.square().sum()]).tolist()
+    weights = weight.double()
+    total, squared = torch.stack([weights.sum(), weights.square().sum()]).tolist()
     return total, squared
 
 

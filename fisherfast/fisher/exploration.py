@@ -11,6 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from fisherfast._error import raised_here
 from fisherfast._warning import warn
 from fisherfast.batches import Batch
 from fisherfast.capture.calls import Call
@@ -47,7 +48,7 @@ class Exploration:
             _, predictions = self._forward(few, exploring=True)
             values, noted = predictions.values, few
         except Exception as error:
-            if few.N < batch.N and not _ours(error):
+            if few.N < batch.N and not raised_here(error):
                 error.add_note(
                     f"fisherfast: these were the batch's first {few.N} samples. Inputs whose first axis is as long as the batch must hold "
                     "its samples; pass others as [1, ...], or expanded to [N, ...]"
@@ -70,9 +71,9 @@ class Exploration:
                 self._explore_as_pair(few, alone)
                 return
         if few.N > 1:
-            mixing = self._probe(uses)
-            if mixing:
-                self._resolve(self._forward.values, few, uses, mixing, noted)
+            mixed = self._probe(uses)
+            if mixed:
+                self._resolve(self._forward.values, few, uses, mixed, noted)
             else:
                 self._warn_if_dependent(batch, _counted(predictions))
             self._probed = True
@@ -110,32 +111,32 @@ class Exploration:
             of = partial(self._forward.values, model=_without_state(model))
             twice = self._run.capture.read(of(two))
             check_first(values, twice.root, self._forward.precision(twice.root))
-            if mixing := self._probe(twice):
-                self._resolve(of, two, twice, mixing, one)
+            if mixed := self._probe(twice):
+                self._resolve(of, two, twice, mixed, one)
         except Exception:  # noqa: BLE001  the model is anybody's, and may say anything to such a batch
             pass
 
-    def _resolve(self, of: Callable[[Batch], Tensor], few: Batch, uses: Uses, mixing: set[str], noted: Batch) -> None:
+    def _resolve(self, of: Callable[[Batch], Tensor], few: Batch, uses: Uses, mixed: set[str], noted: Batch) -> None:
         """Parameters without a sample axis where they are used: expand them there, else follow them to where a sample comes in,
         else the fallback. ``of``: the model's values; ``noted``: the samples whose uses the collectors were shown.
         """
-        hint = f"; rows that mix samples reach {sorted(mixing)[:3]}"
+        hint = f"; rows that mix samples reach {sorted(mixed)[:3]}"
         check_independent(of, few, uses.root, self._forward.precision(uses.root), hint)
         if few.offsets is None:  # packed samples have no axis to expand to
-            mixing = self._not_expanded(of, few, uses, mixing)
+            mixed = self._not_expanded(of, few, uses, mixed)
         further = False
-        while mixing and self._run.capture.follow_further(uses, mixing, NO_AXIS):
+        while mixed and self._run.capture.follow_further(uses, mixed, NO_AXIS):
             uses, further = self._run.capture.read(of(few)), True
-            mixing = self._probe(uses)
+            mixed = self._probe(uses)
         followed = uses.followed
-        for name in mixing:
+        for name in mixed:
             followed[name].give_up(NO_AXIS)
         if further:  # their uses are others now
             self._run.show((uses if noted is few else self._run.capture.read(of(noted))).calls)
 
-    def _not_expanded(self, of: Callable[[Batch], Tensor], few: Batch, uses: Uses, mixing: set[str]) -> set[str]:
+    def _not_expanded(self, of: Callable[[Batch], Tensor], few: Batch, uses: Uses, mixed: set[str]) -> set[str]:
         followed, values = uses.followed, uses.root
-        tracked = [followed[name] for name in mixing]
+        tracked = [followed[name] for name in mixed]
         every = [(call, use) for call in uses.calls for use in call.uses]
         tables = {use.tracked.name for use in uses.all if use.form.op == "embedding_sq_"}  # of which few rows are looked up
         bare = {one.name: {Unbatched.of(call.shape) for call, use in every if use.tracked is one} for one in tracked}
@@ -145,12 +146,12 @@ class Exploration:
         try:
             expanded = of(few)
             if same_but_rounding(expanded, values, self._forward.precision(values)):
-                mixing = self._probe(self._run.capture.read(expanded))
+                mixed = self._probe(self._run.capture.read(expanded))
         except Exception:  # noqa: BLE001  the model is anybody's, and may say anything to such a shape: this use cannot be expanded
             pass
         for one in tracked:
-            one.expand = None if one.name in mixing else one.expand
-        return mixing
+            one.expand = None if one.name in mixed else one.expand
+        return mixed
 
 
 def _counted(predictions: Predictions) -> Tensor:
@@ -165,20 +166,6 @@ def _without_state(model: nn.Module) -> nn.Module:
     model = unwrapped(model)  # whose copy waits for no other rank
     large = [buffer for buffer in model.buffers() if buffer.nbytes > _LARGE]
     return copy.deepcopy(model, {id(one): one for one in (*model.parameters(), *large)})
-
-
-def _ours(error: Exception) -> bool:
-    """Whether this library raised an error, which says what to do, and not the model; torch's functions are called from here, too, and
-    raise others.
-    """
-    last = error.__traceback__
-    while last is not None and last.tb_next is not None:
-        last = last.tb_next
-    return (
-        isinstance(error, ValueError | TypeError)
-        and last is not None
-        and last.tb_frame.f_globals.get("__name__", "").startswith("fisherfast.")
-    )
 
 
 def _may_hide_a_table(calls: Sequence[Call]) -> bool:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -14,8 +15,8 @@ from fisherfast.ops._common import require
 
 
 @contextmanager
-def exactly() -> Iterator[None]:
-    """Torch's convolutions in float32 proper and in one order: on a GPU cuDNN multiplies in TF32 unless told not to."""
+def float32_convolutions() -> Iterator[None]:
+    """Torch's convolutions in full float32 and one order of addition: on a GPU cuDNN multiplies in TF32 unless told not to."""
     cudnn: Any = torch.backends.cudnn
     before = cudnn.conv.fp32_precision, cudnn.deterministic
     cudnn.conv.fp32_precision, cudnn.deterministic = "ieee", True
@@ -23,6 +24,16 @@ def exactly() -> Iterator[None]:
         yield
     finally:
         cudnn.conv.fp32_precision, cudnn.deterministic = before
+
+
+def weight_gradient(x: Tensor, g: Tensor, shape: Sequence[int], stride, padding, dilation, groups: int) -> Tensor:
+    """The gradient of a weight of that shape, summed over the images; zero of none. Padding is the same at both ends."""
+    if len(x) == 0 or math.prod(shape) == 0:
+        return g.new_zeros(shape)
+    weight, mask = g.new_zeros(()).expand(shape), [False, True, False]
+    geometry = (stride, padding, dilation, False, [0] * len(stride), groups)
+    with float32_convolutions():
+        return torch.ops.aten.convolution_backward(g, x, weight, None, *geometry, mask)[1]
 
 
 def options(

@@ -3,11 +3,6 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
-from contextlib import contextmanager
-
-import torch
 from torch import Tensor
 
 from fisherfast import _backend
@@ -105,26 +100,5 @@ def conv_sq_(
     padded = conv.framed(x, g.shape[2:], acc.shape[2:], stride, padding, dilation)
     for n, images in samples:
         images = slice(n, n + 1) if isinstance(images, int) else images
-        sums.add(n, _weight_gradient(padded[images], g[images], acc.shape, stride, dilation, groups))
+        sums.add(n, conv.weight_gradient(padded[images], g[images], acc.shape, stride, (0,) * axes, dilation, groups))
     sums.store()
-
-
-def _weight_gradient(x: Tensor, g: Tensor, shape, stride, dilation, groups) -> Tensor:
-    axes = len(shape) - 2
-    if len(x) == 0 or math.prod(shape) == 0:
-        return g.new_zeros(shape)
-    mask, flat = [False, True, False], [0] * axes
-    weight = g.new_zeros(()).expand(shape)
-    with _without_cudnn():
-        return torch.ops.aten.convolution_backward(g, x, weight, None, stride, flat, dilation, False, flat, groups, mask)[1]
-
-
-@contextmanager
-def _without_cudnn() -> Iterator[None]:
-    """On a GPU cuDNN would multiply in TF32 unless told not to, and may add in any order."""
-    before = torch.backends.cudnn.enabled
-    torch.backends.cudnn.enabled = False
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.enabled = before

@@ -7,7 +7,6 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -67,13 +66,13 @@ class Convolution(Form):
         geometry = {"stride": self.stride, "padding": self.padding, "dilation": self.dilation, "groups": self.groups}
         conv_sq_(acc, rows.inputs, rows.g, scale, offsets=rows.offsets, **outputs, **geometry)
 
-    def framed(self, rows: Rows, kernel: tuple[int, ...]) -> tuple[Tensor, tuple[Any, ...]]:
-        """The images, and the arguments by which torch's convolution has the positions of g: it pads both ends alike."""
+    def framed(self, rows: Rows, kernel: tuple[int, ...]) -> tuple[Tensor, tuple[int, ...]]:
+        """The images, and the padding by which torch's convolution, which pads both ends alike, has the positions of g."""
         x, padding = rows.inputs, self.padding
         if conv.positions(x.shape[2:], kernel, (), self.stride, padding, self.dilation) != rows.g.shape[2:]:
             x = conv.framed(x, rows.g.shape[2:], kernel, self.stride, padding, self.dilation)
             padding = (0,) * len(kernel)
-        return x, (self.stride, padding, self.dilation, False, (0,) * len(kernel), self.groups)
+        return x, padding
 
     def patches(self, rows: Rows, kernel: tuple[int, ...]) -> Tensor:
         """What the kernel sees of every image at every position, ``[images, positions, C * prod(kernel)]``: unfolded, for few rows."""
@@ -99,17 +98,10 @@ class Convolution(Form):
 
     def each_gradient(self, rows: Rows, shape: tuple[int, ...]) -> Iterator[Tensor]:
         """The sample gradients, one by one: torch has no others."""
-        x, geometry = self.framed(rows, shape[2:])
-        weight = x.new_empty(shape)
+        x, padding = self.framed(rows, shape[2:])
         bounds = range(len(x) + 1) if rows.offsets is None else rows.offsets.tolist()
         for a, b in pairwise(bounds):
-            if a == b:
-                yield torch.zeros_like(weight)  # no image
-            else:
-                mask = (False, True, False)
-                with conv.exactly():
-                    gradient = torch.ops.aten.convolution_backward(rows.g[a:b], x[a:b], weight, None, *geometry, mask)[1]
-                yield gradient
+            yield conv.weight_gradient(x[a:b], rows.g[a:b], shape, self.stride, padding, self.dilation, self.groups)
 
 
 def _one_size(images: list[Tensor]) -> list[Tensor]:

@@ -287,9 +287,10 @@ class _OfImages(EigenSums):
         kernel, bias = self._shape[2:], self.place.bias is not None
         if basis is None:
             return form.patches(rows, kernel).mT.unflatten(2, rows.g.shape[2:])
-        x, geometry = form.framed(rows, kernel)
+        x, padding = form.framed(rows, kernel)
+        geometry = (form.stride, padding, form.dilation, False, (0,) * len(kernel), form.groups)
         filters = (basis[:, :-1] if bias else basis).mT.reshape(-1, *self._shape[1:])
-        with conv.exactly():
+        with conv.float32_convolutions():
             return torch.ops.aten.convolution(x, filters, basis[:, -1].flatten() if bias else None, *geometry)
 
     def _turned(self, g: Tensor) -> Tensor:

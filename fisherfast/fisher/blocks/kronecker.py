@@ -290,8 +290,8 @@ class KroneckerBlock:
             return float(sums[0]) + a.numel() * b.shape[1] * math.log(damping), 0
         positive_a, positive_b = (a > 0).sum(1), (b > 0).sum(1)
         logs_a, logs_b = (torch.where(v > 0, v.log(), 0.0).sum(1) for v in (a, b))
-        zeros = a.numel() * b.shape[1] - int((positive_a * positive_b).sum())
-        return float((positive_b * logs_a + positive_a * logs_b).sum()), zeros
+        zero = a.numel() * b.shape[1] - int((positive_a * positive_b).sum())
+        return float((positive_b * logs_a + positive_a * logs_b).sum()), zero
 
     def factored(self, damping: float) -> KroneckerBlock:
         """``(B + sqrt(damping) / pi I) (x) (A + pi sqrt(damping) I)``, pi^2 the ratio of the factors' mean eigenvalues."""
