@@ -12,7 +12,7 @@ NATIVE := $(wildcard csrc/*.* csrc/*/*.*)
 demo: $(VENV)/.demo $(VENV)/.built  ## train a small network on real digits, measure its Fisher, write table, plot and file
 	PYTHONSAFEPATH=1 $(VENV)/bin/fisherfast info --model fisherfast.demo:model --data fisherfast.demo:data --out out/digits
 
-test: lint  ## everything CI runs; a thread for each worker: with two each, on two processors, the tests took 1,173 s instead of 609
+test: lint  ## everything CI runs, one thread per worker (609 s on two cores; with two threads each, 1,173 s)
 	OMP_NUM_THREADS=1 $(RUN) -m pytest tests -q -n 2
 
 lint: $(VENV)/.dev $(VENV)/.built

@@ -155,8 +155,8 @@ class RunningSum:
     float64 models are one float64 tensor and need no folds. Nothing is allocated before the first addition: what a run will
     hold (``nbytes``) is known before it holds it.
 
-    A snapshot is given the tensors themselves, which are written no more: what is added later goes to new ones. A second one of
-    the same sum gets copies: results share no memory.
+    The first snapshot takes the tensors themselves, and later additions go to new ones. A second snapshot of the same sum is a
+    copy, so that results never share memory.
 
     Shapes:   any; contiguous.
     Scale:    a sum; ``weight`` is the number of samples in it.

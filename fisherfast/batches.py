@@ -43,8 +43,8 @@ class Batch:
         targets, its ``sample_weight`` its weights, and neither is passed to the model. A sample of weight 2 counts as
         two: means become ``sum_n w_n (...) / sum_n w_n``. ``"sample_offsets"`` ``[N + 1]``, Hugging Face's ``"cu_seq_lens_q"`` or
         flash-attention's ``"cu_seqlens"`` say where samples packed into one row ``[1, M]`` begin and end; without them
-        ``"position_ids"`` that start again do. Where an encoder-decoder ``model`` is given labels alone, it is asked what they
-        make its decoder read, as it would ask itself.
+        ``"position_ids"`` that start again do. If an encoder-decoder ``model`` is given labels without decoder inputs,
+        these come from its ``prepare_decoder_input_ids_from_labels``, as in its own forward pass.
         """
         inputs, targets, weight, offsets = _parts(item)
         if isinstance(inputs, Mapping):
@@ -161,9 +161,7 @@ class Batch:
         return [t._version for t in self.tensors() if not t.is_inference()]
 
     def fingerprint(self) -> int:
-        """A number that another batch, or the same samples in another order, has with no more than chance 2**-60; the same in every
-        process.
-        """
+        """A hash of contents and order, the same in every process; two different batches collide with probability 2**-60 at most."""
         inputs = sorted(self.inputs.items()) if isinstance(self.inputs, dict) else self.inputs
         given = _nested.tensors((inputs, self.targets, self.weight, self.offsets))
         every = chain.from_iterable(map(_flat, given))

@@ -193,7 +193,7 @@ def test_pooling_is_measuring_together(tmp_path):
         measure(model, [(x, y)], "gram"),
     )
     assert close((A + B).dual(), whole.dual(), EXACT) and (A + B).num_samples == 6
-    with pytest.raises(ValueError, match="all_reduce must have sums"):
+    with pytest.raises(ValueError, match="all_reduce must be of sums"):
         A.all_reduce()
     with pytest.raises(ValueError, match="must have the same fisher_type"):
         A + measure(model, [(x, None)], "gram", "exact")

@@ -89,7 +89,7 @@ def test_an_axis_as_long_as_the_batch_that_holds_its_samples_is_found_out():
     first = ((torch.randn(4, D).double(), torch.arange(3)), torch.randint(0, C, (4,)))
     later = ((torch.randn(5, D).double(), torch.randint(0, 9, (5,))), torch.randint(0, C, (5,)))
     with pytest.raises(
-        ValueError, match=r"must not have one in another of as many positions as samples|must belong to one sample"
+        ValueError, match=r"must not have one in another, got a batch of as many positions as samples|must belong to one sample"
     ):
         ff.fisher(Picks().double(), [first, later], fisher_type="empirical", progress=False)
 
@@ -262,7 +262,7 @@ def test_a_model_that_begins_late_to_write_into_its_inputs():
 
     model = Wrapped(forward, layer=nn.Linear(3, C), low=nn.Parameter(torch.zeros(C)))
     data = [(torch.randn(n, 3), torch.randint(0, C, (n,))) for n in (3, 5)]
-    with pytest.raises(ValueError, match="must not begin in a later batch to write into its inputs"):
+    with pytest.raises(ValueError, match="must not write into its inputs, got a later batch in which it does"):
         ff.fisher(model, data, fisher_type="empirical", progress=False)
 
 

@@ -117,8 +117,7 @@ def completed(numbers: Tensor, N: int) -> Tensor:
 class Gathered:
     """Rows that belong to the samples ``numbers`` ``[*lead]`` says, in one batch.
 
-    Rows without a gradient are nobody's: they are left out, or with ``every`` given to the last sample, where it does not matter
-    whose they are.
+    Rows without a gradient are left out or, with ``every``, assigned to the last sample, where it does not matter whose they are.
     """
 
     def __init__(self, numbers: Tensor, N: int, every: bool = False) -> None:

@@ -100,7 +100,9 @@ class collect:
         refuse_train_mode(model)
         self._loss_scale = loss_scale
         if reduction != "sum" and not gradients:
-            raise ValueError(f"collect: reduction must come with gradients=True, which it is of, got {reduction!r} alone")
+            raise ValueError(
+                f"collect: reduction must come with gradients=True, got {reduction!r} without it; pass gradients=True"
+            )
         if gradients and isinstance(model, nn.parallel.DistributedDataParallel):
             warn("collect: gradients=True fills .grad with this rank's gradients; all_reduce them before the optimizer's step")
         if isinstance(model, nn.parallel.DistributedDataParallel) and model.static_graph:
@@ -205,7 +207,5 @@ class collect:
         """The only result, where one structure was asked for."""
         results = self.results()
         if len(results) > 1:
-            raise ValueError(
-                f"collect: result must be asked for where there is one structure, got {len(results)}; take results()"
-            )
+            raise ValueError(f"collect: result() must be used with exactly one structure, got {len(results)}; use results()")
         return results[0]

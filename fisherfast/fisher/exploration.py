@@ -89,7 +89,7 @@ class Exploration:
             with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
                 outputs = partial(self._forward, exploring=True, model=model)
                 n = dependent(lambda few: _counted(outputs(few)[1]), batch, values, self._forward.precision(values))
-        except Exception:  # noqa: BLE001  the model is anybody's, and may say anything to two copies of a sample
+        except Exception:  # noqa: BLE001  user code may raise anything for two copies of a sample
             return
         if n is not None:
             warn(
@@ -113,7 +113,7 @@ class Exploration:
             check_first(values, twice.root, self._forward.precision(twice.root))
             if mixed := self._probe(twice):
                 self._resolve(of, two, twice, mixed, one)
-        except Exception:  # noqa: BLE001  the model is anybody's, and may say anything to such a batch
+        except Exception:  # noqa: BLE001  user code may raise anything for such a batch
             pass
 
     def _resolve(self, of: Callable[[Batch], Tensor], few: Batch, uses: Uses, mixed: set[str], noted: Batch) -> None:
@@ -147,7 +147,7 @@ class Exploration:
             expanded = of(few)
             if same_but_rounding(expanded, values, self._forward.precision(values)):
                 mixed = self._probe(self._run.capture.read(expanded))
-        except Exception:  # noqa: BLE001  the model is anybody's, and may say anything to such a shape: this use cannot be expanded
+        except Exception:  # noqa: BLE001  user code may raise anything for such a shape: then this use cannot be expanded
             pass
         for one in tracked:
             one.expand = None if one.name in mixed else one.expand
@@ -155,14 +155,14 @@ class Exploration:
 
 
 def _counted(predictions: Predictions) -> Tensor:
-    """The values for which a label counts, and zeros: of padding a model may say what it likes."""
+    """The values for which a label counts, and zeros elsewhere: what a model says of padding is arbitrary."""
     values, counted = predictions.values.detach(), predictions.counted
     counted = counted if values.dim() > 1 else counted.any(1)
     return torch.where(counted.view(*counted.shape, *[1] * (values.dim() - counted.dim())), values, 0.0)
 
 
 def _without_state(model: nn.Module) -> nn.Module:
-    """A copy with the same parameters: what it keeps of a batch is lost. Large buffers, as those of quantised weights, are no copies."""
+    """A copy that shares parameters and large buffers (as those of quantised weights): what it stores of a batch is discarded with it."""
     model = unwrapped(model)  # whose copy waits for no other rank
     large = [buffer for buffer in model.buffers() if buffer.nbytes > _LARGE]
     return copy.deepcopy(model, {id(one): one for one in (*model.parameters(), *large)})

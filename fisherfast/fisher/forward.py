@@ -44,8 +44,8 @@ class Forward:
         alone = batch.copied().feed(self.model, self._output)
         if not same_but_rounding(alone, output, self.precision(output)):
             raise ValueError(
-                f"model: what has no sample axis in one batch must not have one in another of as many positions as samples, got {batch.N} "
-                "of both; give batches of another size"
+                f"model: what has no sample axis in one batch must not have one in another, got a batch of as many positions as samples, {batch.N}; "
+                "give batches of another size"
             )
 
     def precision(self, values: Tensor) -> float:
@@ -67,7 +67,7 @@ class Forward:
             self._run.writes_inputs = True
             if fed is batch and self._run.looped:
                 raise ValueError(
-                    "model: must not begin in a later batch to write into its inputs, which the fallback reads again; have it clone them"
+                    "model: must not write into its inputs, got a later batch in which it does; clone them in forward, because the fallback reads them again"
                 )
         return output
 

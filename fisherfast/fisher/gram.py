@@ -259,7 +259,9 @@ class GramFisher(Plotted, Measured):
     def all_reduce(self, group: dist.ProcessGroup | None = None) -> GramFisher:
         """Refused, on every rank: the rows of all ranks would have to be on each of them."""
         _pooling.check_structure(self.structure, group, self._device)
-        raise ValueError("gram: all_reduce must have sums, got rows that differ on every rank; save each and add them with +")
+        raise ValueError(
+            "gram: all_reduce must be of sums, got rows, which differ on every rank; save each rank's result and add them with +"
+        )
 
     def state(self) -> serialize.State:
         """See ``serialize.Storable``."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Signals, whose handlers Python runs wherever it happens to be, also between adding to a sum and counting what was added."""
+"""Defers the handlers of signals, so that none runs between adding to a sum and counting what was added."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ _NUMBERS = [getattr(signal, name) for name in _NAMES if hasattr(signal, name)]
 
 
 @contextmanager
-def deferred(tear: Callable[[], None]) -> Iterator[None]:
-    """Have handlers of signals wait until the block is over. The second signal of a kind is told so, the third and later ones do not
-    wait; ``tear`` hears of it if one raises. A handler that is set in the block stays.
+def deferred(on_interrupt: Callable[[], None]) -> Iterator[None]:
+    """Defer the handlers of signals to the end of the block. The second signal of a kind prints a notice; from the third on handlers run
+    at once, and ``on_interrupt`` is called if one raises. A handler that is set in the block stays.
 
     In other threads, which get no signals, it does nothing.
     """
@@ -42,7 +42,7 @@ def deferred(tear: Callable[[], None]) -> Iterator[None]:
         try:
             handlers[number](number, frame)
         except BaseException:
-            tear()
+            on_interrupt()
             raise
 
     def deliver(number: int) -> None:

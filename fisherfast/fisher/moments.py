@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Mean and variance of the sample gradients, and the gradient noise scale: how many samples make a gradient worth its step."""
+"""Mean and variance of the sample gradients, and the gradient noise scale: the batch size beyond which a step gains little."""
 
 from __future__ import annotations
 

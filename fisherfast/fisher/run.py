@@ -205,8 +205,8 @@ class Run:
         """What has been accumulated so far, for each structure. Errors: RuntimeError if a batch was broken off while it was counted."""
         if self._torn:
             raise RuntimeError(
-                f"batch {self.tally.batches}: must be counted to its end, got an error or a third signal in between, so that sums may hold what their "
-                "weights lack; measure again, from a checkpoint if there is one"
+                f"batch {self.tally.batches}: must be counted to its end, got an error or a third signal in between, which leaves the sums inconsistent; "
+                "resume from a checkpoint, or measure again"
             )
         aliases = {alias: name for alias, name in self.capture.aliases.items() if name in self.capture.tracked}
         counts = Counts(self.tally.samples, self.tally.positions, self.tally.batches, self.provenance, self.coverage, aliases)

@@ -30,7 +30,7 @@ def resolve(likelihood: str | Likelihood) -> Likelihood:
 
 
 def beside(caller: str, stored: str | None, given: str | Likelihood | None) -> Likelihood:
-    """The likelihood whose loss stands beside a result stored under ``stored``: the given one, else the result's own.
+    """The likelihood for losses that are compared with a stored result: the argument if given, else that of the result, ``stored``.
 
     FisherWarning where they differ; ValueError where none is given and the name does not say how to make it again.
     """

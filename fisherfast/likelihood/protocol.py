@@ -44,7 +44,7 @@ class Predictions:
         return Predictions(self.values[cut], targets, self.counted[cut], self.sample[cut])
 
     def keys(self) -> tuple[Tensor, Tensor]:
-        """Sample number and position among the counted ones, broadcast to ``[N, L]``: what random numbers hang on."""
+        """Sample number and position among the counted ones, broadcast to ``[N, L]``: the keys of the counter-based random numbers."""
         position = (self.counted.cumsum(1) - 1).clamp_min(0)
         return self.sample.unsqueeze(1).expand_as(position), position
 
@@ -61,7 +61,7 @@ class Predictions:
     def turns(self) -> Iterator[tuple[tuple[Tensor, Tensor], Tensor]]:
         """Each sample's first counted label, then each one's second, ...: their index ``(n, label)``, and which samples have one.
 
-        Samples take turns together wherever their labels are, since their gradients do not meet; labels of one never do.
+        One label of every sample a round: the gradients of different samples are independent, those of one sample's labels are not.
         """
         n = torch.arange(len(self.counted), device=self.counted.device)
         order = self.counted.logical_not().to(torch.uint8).argsort(dim=1, stable=True)
