@@ -295,12 +295,17 @@ def _tensor(values: Any) -> Tensor:
 def _weight(weight: Any, N: int, device: torch.device) -> Tensor | None:
     if weight is None:
         return None
-    weight = _tensor(weight).detach().to(device, torch.float32).contiguous()
+    weight = _tensor(weight).detach().to(device, torch.float32).contiguous()  # as the ops take them
     if weight.shape != (N,):
         raise ValueError(f"data: sample weights must be [N] = ({N},), one number per sample, got {tuple(weight.shape)}")
     if not bool((torch.isfinite(weight) & (weight >= 0)).all()):
         raise ValueError(
             f"data: sample weights must be finite and not negative, got {float(weight.min())} .. {float(weight.max())}"
+        )
+    if bool(((weight > 0) & (weight < (least := torch.finfo(torch.float32).tiny))).any()):
+        raise ValueError(
+            f"data: sample weights must be 0 or at least {least:.3g}, where float32 has its digits, got {float(weight[weight > 0].min()):.3g}; "
+            "multiply all by one factor: only their ratios count"
         )
     return weight
 

@@ -447,6 +447,7 @@ def test_batches_carry_and_cut_weights():
     ("weight", "message"),
     [
         (torch.ones(N - 1), r"sample weights must be \[N\] = \(7,\), one number per sample, got \(6,\)"),
+        (torch.full((N,), 1e-40), "sample weights must be 0 or at least 1.18e-38, where float32 has its digits, got 1e-40"),
         (torch.ones(N, 1), r"got \(7, 1\)"),
         (torch.full((N,), -1.0), "must be finite and not negative, got -1.0"),
         (torch.full((N,), float("nan")), "must be finite and not negative"),
@@ -615,3 +616,74 @@ def test_columns_without_end_are_too_many():
     none = ff.LogLikelihood(lambda o, y: -(o - y).square().sum(1), None, lambda output: None, name="none")
     with pytest.raises(TypeError, match="none: columns_of must give columns, got NoneType"):
         ff.fisher(nn.Linear(3, 2), [(torch.randn(2, 3), None)], "diagonal", "exact", none, progress=False)
+
+
+class Heteroscedastic(nn.Module):
+    """Mean and log of the standard deviation of K numbers of each sample, from the mean over its words: ``[N, K, 2]``."""
+
+    def __init__(self):
+        super().__init__()
+        self.words, self.head = nn.Embedding(20, 8), nn.Linear(8, 2 * K)
+
+    def forward(self, ids, attention_mask):
+        weights = attention_mask / attention_mask.sum(1, keepdim=True)
+        return self.head((self.words(ids) * weights[..., None]).sum(1)).view(-1, K, 2)
+
+
+def normal_log_prob(output, y):
+    return torch.distributions.Normal(output[..., 0], output[..., 1].exp()).log_prob(y).sum(1)
+
+
+def normal_columns(output):
+    for k in range(K):
+        for column, value in ((0, (-output[:, k, 1]).exp()), (1, torch.full_like(output[:, k, 1], 2**0.5))):
+            made = torch.zeros_like(output)
+            made[:, k, column] = value
+            yield made
+
+
+@pytest.mark.parametrize("fisher_type", ["exact", "mc", "empirical"])
+def test_a_mask_of_the_outputs_shape_by_chance_masks_no_output_of_a_sample(fisher_type):
+    """log_prob returns ``[N]``, so the second axis of the output is not positions, however far the batch is padded."""
+    model = Heteroscedastic().double().eval()
+    ids, length, y = torch.randint(1, 20, (4, 2)), torch.tensor([1, 2, 2, 1]), torch.randn(4, K)
+    own = ff.LogLikelihood(
+        normal_log_prob, lambda z, draws: z[..., 0] + z[..., 1].exp() * draws.normal(K), normal_columns, name="heteroscedastic"
+    )
+    found = []
+    for T in (K - 1, K, K + 1):
+        mask = (torch.arange(T) < length[:, None]).long()
+        batch = {"ids": F.pad(ids, (0, T - 2)), "attention_mask": mask, "labels": y}
+        found.append(ff.fisher(model, [batch], fisher_type=fisher_type, likelihood=own, progress=False))
+    assert [one.num_positions for one in found] == [4] * 3
+    assert [one.trace() for one in found] == pytest.approx([found[0].trace()] * 3, rel=1e-12)
+
+
+def test_without_labels_or_sample_nobody_knows_what_log_prob_is_of():
+    model, mask = Heteroscedastic().eval(), torch.tensor([[1, 1, 1], [1, 0, 0]])
+    own = ff.LogLikelihood(normal_log_prob, columns_of=normal_columns, name="heteroscedastic")
+    batch = {"ids": torch.ones(2, 3, dtype=torch.long), "attention_mask": mask}
+    with pytest.raises(ValueError, match=r"log_prob must be known to return \[N\] or \[N, L\] beside an attention mask"):
+        ff.fisher(model, [batch], fisher_type="exact", likelihood=own, progress=False)
+    ff.fisher(model, [{**batch, "attention_mask": torch.ones_like(mask)}], fisher_type="exact", likelihood=own, progress=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("likelihood", "output", "target"),
+    [
+        (ff.Gaussian(), 1000.0, 1001.25),
+        (ff.Gaussian(torch.tensor([300.0])), 100.0, 400.0),
+        (ff.Bernoulli(), 6.0, 0.9985),
+        (ff.Bernoulli(pos_weight=torch.tensor(1.001)), 6.0, 0.9985),
+    ],
+    ids=["gaussian", "sigma", "bernoulli", "pos_weight"],
+)
+def test_targets_of_16_bit_outputs_are_not_rounded(likelihood, output, target, dtype):
+    """A residual is small beside what it is the difference of, and squares of sigma overflow."""
+    z, y = torch.full((1, 1), output, dtype=dtype), torch.full((1, 1), target)
+    score = likelihood.empirical(predictions(likelihood, z, y))
+    leaf = z.double().requires_grad_()
+    (true,) = torch.autograd.grad(likelihood.losses(predictions(likelihood, leaf, y.double())).sum(), leaf)
+    assert score.dtype == dtype
+    torch.testing.assert_close(score.double(), true, rtol=2 * torch.finfo(dtype).eps, atol=0)

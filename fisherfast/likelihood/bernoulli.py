@@ -34,7 +34,7 @@ class Bernoulli:
     Shapes:   targets like the output.
     Scale:    a sum over the outputs of a sample.
     Errors:   ValueError for shapes that do not fit, targets outside [0, 1], and weights out of range.
-    Numerics: in the output's dtype; ``p - y`` keeps its relative precision where p is close to a target of 0 or 1.
+    Numerics: in the output's dtype, or float32 for 16 bits; ``p - y`` keeps its relative precision where p is close to a target of 0 or 1.
     Source:   the score of the logistic.
     """
 
@@ -73,7 +73,8 @@ class Bernoulli:
     def empirical(self, predictions: Predictions) -> Tensor:
         """See ``Likelihood``: ``sigmoid(z) - y``."""
         assert predictions.targets is not None
-        z, y = predictions.values.detach(), predictions.targets.to(predictions.values.dtype)
+        z = wide(predictions.values.detach())  # 16 bits would round the target, and lose a small residual
+        y = predictions.targets.to(z.dtype)
         w = 1.0 if self.pos_weight is None else tiled(self.pos_weight, z)
         return counted_only(predictions, (1 - y) * z.sigmoid() - w * y * (-z).sigmoid())
 

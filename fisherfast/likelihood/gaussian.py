@@ -27,7 +27,7 @@ class Gaussian:
     Shapes:   targets like the output.
     Scale:    a sum over the outputs of a sample.
     Errors:   ValueError for shapes that do not fit, counted targets that are not finite, and sigma out of range.
-    Numerics: in the output's dtype.
+    Numerics: in the output's dtype, or float32 for 16 bits; the score is rounded to the output's dtype at the end.
     Source:   the score of the normal distribution in its mean.
     """
 
@@ -60,7 +60,7 @@ class Gaussian:
     def empirical(self, predictions: Predictions) -> Tensor:
         """See ``Likelihood``: ``(z - y) / sigma^2``."""
         assert predictions.targets is not None
-        z = predictions.values.detach()
+        z = wide(predictions.values.detach())  # 16 bits would round the target, and lose a small residual
         return counted_only(predictions, (z - predictions.targets.to(z.dtype)) / self._sigma(z) ** 2)
 
     def losses(self, predictions: Predictions) -> Tensor:
@@ -82,4 +82,5 @@ class Gaussian:
 
     def columns(self, predictions: Predictions) -> Iterator[Tensor]:
         """See ``Likelihood``: ``e_k / sigma_k``."""
-        yield from unit_columns(predictions, torch.ones_like(predictions.values) / self._sigma(predictions.values))
+        z = wide(predictions.values.detach())
+        yield from unit_columns(predictions, torch.ones_like(z) / self._sigma(z))

@@ -73,10 +73,26 @@ class LogLikelihood:
 
     def predictions(self, output: Tensor, targets: Tensor | None, mask: Tensor | None, sample: Tensor) -> Predictions:
         """See ``Likelihood``."""
-        counted = existing_positions(output, mask)
-        if counted is None:
-            counted = torch.ones(len(output), 1, dtype=torch.bool, device=output.device)
-        return Predictions(output, targets, counted, sample)
+        samples = torch.ones(len(output), 1, dtype=torch.bool, device=output.device)
+        positions = existing_positions(output, mask)
+        if positions is None or not self._is_of_positions(Predictions(output.detach(), targets, positions, sample)):
+            return Predictions(output, targets, samples, sample)
+        return Predictions(output, targets, positions, sample)
+
+    def _is_of_positions(self, predictions: Predictions) -> bool:
+        """Whether ``log_prob`` is of each position ``[N, L]``, not of each sample: the mask may have the output's shape by chance."""
+        if self.sample is not None:
+            y = self.sample(predictions.values, Draws(predictions, 0, 0))
+        elif predictions.targets is not None:
+            y = predictions.targets
+        elif bool(predictions.counted.all()):
+            return True  # it does not matter
+        else:
+            raise ValueError(
+                f"{self.name}: log_prob must be known to return [N] or [N, L] beside an attention mask of the output's first axes, "
+                f"{tuple(predictions.counted.shape)}, got neither labels nor LogLikelihood(sample=...) to ask it with; pass one of them"
+            )
+        return self.log_prob(predictions.values, y).dim() == 2
 
     def _score(self, predictions: Predictions, y: Tensor) -> Tensor:
         with torch.enable_grad():
