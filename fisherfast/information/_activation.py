@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from fisherfast import _checks
 from fisherfast._functional import call_with
 from fisherfast.batches import Batch, Output
 from fisherfast.capture.train_mode import WithoutChance, refuse_train_mode, unwrapped
 from fisherfast.fisher import Fisher
-from fisherfast.information import _checks
 
 MAX_NUMBERS = 2**28  # of what is held of one sample: 2 GiB in float64
 _CHUNK_NUMBERS = 2**24  # of what one vectorised backward pass makes

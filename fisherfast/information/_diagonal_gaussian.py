@@ -9,10 +9,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from fisherfast import _checks
 from fisherfast._names import listed
 from fisherfast._precision import wide_dtype
 from fisherfast.fisher.protocol import names_by_layer
-from fisherfast.information import _checks, _prior, _series
+from fisherfast.information import _prior, _series
 from fisherfast.information._prior import PriorScale
 from fisherfast.information._weights import Weights, tensors
 
@@ -132,5 +133,5 @@ def _centers(caller: str, parameters: Mapping[str, Tensor], center: Weights | No
         return {}
     centers = tensors(caller, center)
     _checks.named(caller, "center", centers, parameters, "model")
-    _checks.shaped(caller, "center", centers, parameters, "model")
+    _checks.shaped(caller, "center", centers, {name: p.shape for name, p in parameters.items()}, "model")
     return {name: centers[name].detach().clone() for name in parameters}

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from fisherfast import _checks
 from fisherfast.batches import Output
 from fisherfast.fisher import Fisher
-from fisherfast.information import _checks
 from fisherfast.information._prior import PriorScale
 from fisherfast.information._weights import Weights
 from fisherfast.information.expected_loss import expected_loss, mean_loss

@@ -10,11 +10,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from fisherfast import _checks
 from fisherfast._warning import warn
 from fisherfast.batches import Output
-from fisherfast.fisher import Fisher, _arguments
+from fisherfast.fisher import Fisher
 from fisherfast.fisher.lanczos import Estimate
-from fisherfast.information import _checks, nuisances
+from fisherfast.information import nuisances
 from fisherfast.information._activation import Activation
 from fisherfast.information._channel import Channel, Whitening
 from fisherfast.information._prior import PriorScale
@@ -160,7 +161,7 @@ def _check_arguments(
     if method == "monte-carlo":
         if (variant, terms) != ("exact", "mean"):
             raise ValueError(f"{what}: variant and terms must be left out for 'monte-carlo', got {variant!r} and {terms!r}")
-        _arguments.whole(what, "draws", draws, 2, "a standard error is of two")
+        _checks.integer(what, "draws", draws, 2, "a standard error is of two")
 
 
 def _entropy(prior: str, along: Mapping[str, nuisances.Nuisance], scales: Mapping[str, float] | None) -> float:
@@ -168,9 +169,9 @@ def _entropy(prior: str, along: Mapping[str, nuisances.Nuisance], scales: Mappin
     _checks.one_of("effective_information", "nuisance_prior", prior, tuple(PRIORS))
     if not scales or set(scales) != set(along):
         raise ValueError(f"effective_information: nuisance_scales must have a number for each of {list(along)}, got {scales}")
-    if bad := {name: scale for name, scale in scales.items() if not (math.isfinite(scale) and scale > 0)}:
-        raise ValueError(f"effective_information: nuisance_scales must be finite numbers > 0, got {bad}")
-    return math.fsum(map(PRIORS[prior], scales.values()))
+    caller, advice = "effective_information", "it is the width or the standard deviation of the nuisance"
+    checked = (_checks.positive(caller, f"nuisance_scales[{name!r}]", scale, advice) for name, scale in scales.items())
+    return math.fsum(map(PRIORS[prior], checked))
 
 
 def _by_determinant(method: str, found: InputFisher, entropy: float | None) -> EffectiveInformation:

@@ -10,10 +10,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from fisherfast import _checks
 from fisherfast._precision import wide_dtype
 from fisherfast.batches import Output
 from fisherfast.fisher import Fisher
-from fisherfast.information import _checks, nuisances
+from fisherfast.information import nuisances
 from fisherfast.information._activation import Activation, Jacobians
 from fisherfast.information._channel import Channel, Whitening
 from fisherfast.information._prior import PriorScale

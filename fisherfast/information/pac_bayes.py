@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from numbers import Real
 from typing import Any
 
+from fisherfast import _checks
 from fisherfast._names import listed
-from fisherfast.fisher import _arguments
 from fisherfast.fisher.lanczos import Estimate
-from fisherfast.information import _checks
+from fisherfast.information import _arguments
 from fisherfast.information.expected_loss import LogLoss
 
 METHODS = ("mcallester", "kl")
@@ -139,7 +139,7 @@ def pac_bayes_bound(
         raise ValueError(f"{_CALLER}: expected_loss must be in [0, {max_loss:g}], got {loss!r}; clip the loss at max_loss")
     loss, stderr = float(loss), float(stderr)
     kl = _divergence(nats)
-    N = _arguments.whole(_CALLER, "num_samples", num_samples, 1)
+    N = _checks.integer(_CALLER, "num_samples", num_samples, 1)
     _check_probability("delta", delta)
     scaled = loss / max_loss
     if draws is None:
@@ -150,7 +150,7 @@ def pac_bayes_bound(
             raise ValueError(
                 f"{_CALLER}: delta + sample_delta must be < 1, got {delta:g} + {sample_delta:g}; the bound holds for less"
             )
-        scaled, stderr = _largest(scaled, math.log(2 / sample_delta) / _arguments.whole(_CALLER, "draws", draws, 1)), 0.0
+        scaled, stderr = _largest(scaled, math.log(2 / sample_delta) / _checks.integer(_CALLER, "draws", draws, 1)), 0.0
     if method == "kl":
         if beta is not None:
             raise ValueError(f"{_CALLER}: beta must be None for method='kl', which has none, got {beta!r}")
@@ -188,7 +188,7 @@ def _divergence(nats: Any) -> float:
         raise ValueError(
             f"{_CALLER}: the prior must be fixed before the data are seen, got prior_scale='fit'; give the scale of initialisation"
         )
-    return _checks.not_negative(_CALLER, "nats", getattr(nats, "kl", nats), "it is KL(Q || P)")
+    return _checks.non_negative(_CALLER, "nats", getattr(nats, "kl", nats), "it is KL(Q || P)")
 
 
 def _betas(beta: float | Sequence[float] | None, N: int, delta: float) -> list[float]:
@@ -196,7 +196,7 @@ def _betas(beta: float | Sequence[float] | None, N: int, delta: float) -> list[f
     if beta is None:
         largest = (1 + math.sqrt(1 + 2 * N / math.log(1 / delta))) / 2
         return [_GRID_RATIO**i for i in range(1 + math.ceil(math.log(largest, _GRID_RATIO)))]
-    betas: list[float] = _checks.several(beta)
+    betas: list[float] = _arguments.as_list(beta)
     if not betas or not all(isinstance(b, Real) and math.isfinite(b) and b > 0.5 for b in betas):
         raise ValueError(
             f"{_CALLER}: beta must be > 1/2, or several such numbers, got {beta!r}; it is N times that of a mean loss"

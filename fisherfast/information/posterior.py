@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from fisherfast import _checks
 from fisherfast._names import listed
 from fisherfast._precision import wide, wide_dtype
 from fisherfast.fisher import Fisher
@@ -55,8 +56,7 @@ class GaussianPosterior(ABC):
     @torch.no_grad()
     def draws(self, n: int, *, generator: torch.Generator | None = None, seed: int | None = None) -> Iterator[dict[str, Tensor]]:
         """``n`` draws of all weights, one after the other: one is in memory at a time. See ``sample``."""
-        if n < 0:
-            raise ValueError(f"posterior.draws: n must be >= 0, got {n}")
+        n = _checks.integer("posterior.draws", "n", n, 0)
         if generator is not None and seed is not None:
             raise ValueError(f"posterior.draws: generator or seed must be None, got both (seed {seed}); pass one")
         if seed is not None:

@@ -12,7 +12,7 @@ import torch
 
 from fisherfast.batches import Output
 from fisherfast.fisher import Fisher
-from fisherfast.information import _checks
+from fisherfast.information import _arguments
 from fisherfast.information._prior import PriorScale
 from fisherfast.information._weights import Weights
 from fisherfast.information.complexity import Complexity, LossSource
@@ -110,7 +110,7 @@ def rate_distortion(
     Numerics: those of ``task_complexity``. F's spectrum is computed once for all betas, a layer at a time.
     Source:   Definition 2.1 of arXiv:1905.12213; the slopes by the envelope theorem.
     """
-    prices = _checks.several(betas)
+    prices = _arguments.as_list(betas)
     if not prices:
         raise ValueError("rate_distortion: betas must hold at least one price of a nat, got none")
     source = LossSource(

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fisherfast.fisher import _arguments
+from fisherfast import _checks
 from fisherfast.fisher.lanczos import Estimate
 from fisherfast.information._mixture import Mixture
 
@@ -120,7 +120,7 @@ def _of_runs(
 ) -> ShannonInformation:
     if not len(runs) or not all(len(of_one) for of_one in runs):
         raise ValueError(f"{_CALLER}: every data set must have at least one run, got {[len(of_one) for of_one in runs]} runs")
-    samples = _arguments.whole(_CALLER, "samples", samples, 2, "the error is estimated from them")
+    samples = _checks.integer(_CALLER, "samples", samples, 2, "the error is estimated from them")
     pi = _dataset_weights(weights, len(runs))
     Q = Mixture.of_runs(_CALLER, runs, pi)
     P = None if reference is None else _gaussian(reference, Q.dimension)

@@ -13,11 +13,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from fisherfast import _checks
 from fisherfast._names import listed
 from fisherfast.capture.train_mode import unwrapped
 from fisherfast.fisher import Fisher
 from fisherfast.fisher.protocol import names_by_layer
-from fisherfast.information import _checks, _conditions, _prior
+from fisherfast.information import _arguments, _conditions, _prior
 from fisherfast.information._prior import GivenScale
 
 _CALLER = "task_embedding"
@@ -109,7 +110,7 @@ def task_embedding(
     Numerics: float64.
     Source:   Achille et al. 2019, Task2Vec (arXiv:1902.03545).
     """
-    _checks.fisher("task_embedding", F)
+    _arguments.check_fisher("task_embedding", F)
     return TaskEmbedding(
         _averaged(F.diagonal(dtype=torch.float64), model, layers, skip, norms), _conditions.measured_and_missing(F)
     )

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fisherfast import _checks
 from fisherfast._names import listed
-from fisherfast.information import _alike, _checks
+from fisherfast.information import _alike
 from fisherfast.information.result import Information
 
 

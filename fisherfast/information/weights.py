@@ -17,10 +17,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from fisherfast import _checks
 from fisherfast._names import listed
 from fisherfast._warning import warn
 from fisherfast.fisher import Fisher, LayerSummary, Spectrum
-from fisherfast.information import _checks, _prior, _series
+from fisherfast.information import _arguments, _prior, _series
 from fisherfast.information._prior import PriorScale
 from fisherfast.information._weights import VARIANTS, Weights, tensors
 from fisherfast.information.result import Information, LayerInformation
@@ -78,8 +79,8 @@ def informations(
     loss: float | None,
 ) -> list[Information]:
     """``information_in_weights`` at several betas: every spectrum is asked for once, and one layer's is in memory at a time."""
-    _checks.fisher(_CALLER, F)
-    betas = [_checks.beta(_CALLER, beta) for beta in betas]
+    _arguments.check_fisher(_CALLER, F)
+    betas = [_arguments.beta(_CALLER, beta) for beta in betas]
     _checks.one_of(_CALLER, "variant", variant, VARIANTS)
     prior_scale = _prior.checked(prior_scale)
     loss = None if loss is None else _checks.number(_CALLER, "loss", loss, "it is the mean loss at the weights")
@@ -145,11 +146,7 @@ def _check_names(F: Fisher, model: Weights, weights: Mapping[str, Tensor]) -> tu
     excluded = tuple(F.coverage.missing)
     _checks.named(_CALLER, "model", weights, F.names, "F")
     _check_floating("model", F, weights)
-    for name, shape in F.shapes.items():
-        if (mine := tuple(weights[name].shape)) != tuple(shape):
-            raise ValueError(
-                f"{_CALLER}: model must have the shapes F was measured on, got {mine} instead of {tuple(shape)} in {name!r}"
-            )
+    _checks.shaped(_CALLER, "model", weights, F.shapes, "F")
     covered = {*F.names, *F.aliases, *excluded}
     # A frozen parameter asks for no Fisher; in a mapping there is no such mark, and everything counts.
     wanted = [name for name, tensor in weights.items() if tensor.requires_grad or not isinstance(model, nn.Module)]
@@ -173,7 +170,7 @@ def _check_center(F: Fisher, weights: Mapping[str, Tensor], centers: Mapping[str
         return
     _checks.named(_CALLER, "center", centers, F.names, "F")
     _check_floating("center", F, centers)
-    _checks.shaped(_CALLER, "center", centers, {name: weights[name] for name in F.names}, "model")
+    _checks.shaped(_CALLER, "center", centers, F.shapes, "model")
 
 
 def _blocks_by_layer(
