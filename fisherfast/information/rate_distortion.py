@@ -16,7 +16,7 @@ from fisherfast.information import _arguments
 from fisherfast.information._prior import PriorScale
 from fisherfast.information._weights import Weights
 from fisherfast.information.complexity import Complexity, LossSource
-from fisherfast.information.weights import informations
+from fisherfast.information.weights import information_at_betas
 from fisherfast.likelihood import Likelihood
 
 
@@ -124,5 +124,5 @@ def rate_distortion(
         output=output,
     )
     loss = source.loss_of(model, loss)
-    infos = informations(F, model, prices, prior_scale=prior_scale, center=center, variant=variant, loss=loss)
+    infos = information_at_betas(F, model, prices, prior_scale=prior_scale, center=center, variant=variant, loss=loss)
     return RateDistortion(tuple(source.complexity(info, loss, model) for info in infos))

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -64,11 +64,11 @@ def information_in_weights(
               is right to 1e-11.
     Source:   Proposition 2.5 and eq. 8 of Achille, Paolini and Soatto (arXiv:1905.12213).
     """
-    (info,) = informations(F, model, (beta,), prior_scale=prior_scale, center=center, variant=variant, loss=loss)
+    (info,) = information_at_betas(F, model, (beta,), prior_scale=prior_scale, center=center, variant=variant, loss=loss)
     return info
 
 
-def informations(
+def information_at_betas(
     F: Fisher,
     model: Weights,
     betas: Sequence[float],
@@ -93,30 +93,18 @@ def informations(
     weights, centers = tensors(_CALLER, model), None if center is None else tensors(_CALLER, center)
     excluded = _check_names(F, model, weights)
     _check_center(F, weights, centers)
-    norm = math.sqrt(math.fsum(_series.squared_distance(centers[name], None) for name in F.names)) if centers else 0.0
-    for beta in betas:
-        if beta / 2 == 0 or max(given.values(), default=0.0) ** 2 / beta > sys.float_info.max / 4:
-            raise ValueError(f"{_CALLER}: prior_scale^2 / beta must be finite, got beta = {beta} with {max(given.values())}")
-    scales = [dict(given) for _ in betas]
-    measured: list[dict[str, LayerInformation]] = [{} for _ in betas]
+    _check_ratios(betas, given)
+    at_betas = [_AtBeta(beta, variant, dict(given)) for beta in betas]
     for layer, blocks in _blocks_by_layer(F, summaries, weights, centers):
-        for beta, mine, layers in zip(betas, scales, measured, strict=True):
-            temperature = beta if variant == "exact" else beta / 2
-            if isinstance(prior_scale, str):
-                mine |= dict.fromkeys(summaries[layer].parameters, _fitted(blocks, temperature))
-            layers[layer] = _measure(summaries[layer], blocks, mine, temperature, variant)
-            if not math.isfinite(layers[layer].kl):
-                largest = max(mine[name] for name in summaries[layer].parameters)
-                raise ValueError(
-                    f"{_CALLER}: prior_scale^2 f / beta must be finite for every eigenvalue f, got others in {[*summaries[layer].parameters]} with beta = {beta} "
-                    f"and prior_scale = {largest}"
-                )
+        for at_beta in at_betas:
+            at_beta.measure(layer, summaries[layer], blocks, fit=isinstance(prior_scale, str))
+    norm = math.sqrt(math.fsum(_series.squared_distance(centers[name], None) for name in F.names)) if centers else 0.0
     return [
         Information(
-            layers=_with_shares(layers, summaries),
-            beta=beta,
+            layers=_with_shares(at_beta.layers, summaries),
+            beta=at_beta.beta,
             prior_scale=prior_scale,
-            prior_scales=mine,
+            prior_scales=at_beta.scales,
             centered=center is not None,
             center_norm=norm,
             variant=variant,
@@ -124,8 +112,38 @@ def informations(
             excluded=excluded,
             fisher=F,
         )
-        for beta, mine, layers in zip(betas, scales, measured, strict=True)
+        for at_beta in at_betas
     ]
+
+
+def _check_ratios(betas: Iterable[float], scales: Mapping[str, float]) -> None:
+    """Raise ValueError for a beta and given prior scales, none where they are fitted, whose ``lambda^2 / beta`` overflows."""
+    for beta in betas:
+        if beta / 2 == 0 or max(scales.values(), default=0.0) ** 2 / beta > sys.float_info.max / 4:
+            raise ValueError(f"{_CALLER}: prior_scale^2 / beta must be finite, got beta = {beta} with {max(scales.values())}")
+
+
+@dataclass
+class _AtBeta:
+    """The layers measured so far at one beta, and the prior scale of each parameter."""
+
+    beta: float
+    variant: str
+    scales: dict[str, float]
+    layers: dict[str, LayerInformation] = field(default_factory=dict)
+
+    def measure(self, layer: str, summary: LayerSummary, blocks: Sequence[_Block], fit: bool) -> None:
+        """Add one layer, with a prior scale that is fitted first if ``fit`` says so."""
+        temperature = self.beta if self.variant == "exact" else self.beta / 2
+        if fit:
+            self.scales |= dict.fromkeys(summary.parameters, _fitted(blocks, temperature))
+        self.layers[layer] = _measured(summary, blocks, self.scales, temperature, self.variant)
+        if not math.isfinite(self.layers[layer].kl):
+            largest = max(self.scales[name] for name in summary.parameters)
+            raise ValueError(
+                f"{_CALLER}: prior_scale^2 f / beta must be finite for every eigenvalue f, got others in {[*summary.parameters]} with beta = {self.beta} "
+                f"and prior_scale = {largest}"
+            )
 
 
 def _with_shares(layers: Mapping[str, LayerInformation], order: Iterable[str]) -> dict[str, LayerInformation]:
@@ -198,7 +216,7 @@ def _fitted(blocks: Sequence[_Block], temperature: float) -> float:
     return _prior.fitted([block.spectrum for block in blocks], math.fsum(block.squared_distance for block in blocks), temperature)
 
 
-def _measure(
+def _measured(
     summary: LayerSummary, blocks: Sequence[_Block], scales: Mapping[str, float], temperature: float, variant: str
 ) -> LayerInformation:
     """Everything but the layer's share of the whole network."""
