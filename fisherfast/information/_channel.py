@@ -82,9 +82,8 @@ class Channel:
     def _prior_in_words(self) -> str:
         if not self.dampings:
             return "no prior"
-        low, high = min(self.dampings.values()), max(self.dampings.values())
         scale = "uninformative" if self.prior_scale is None else _prior.scale_in_words(self.prior_scale)
-        return f"prior scale {scale} (damping {low:.3g}{'' if low == high else f' to {high:.3g}'})"
+        return f"prior scale {scale} (damping {_conditions.span(self.dampings.values())})"
 
 
 def _check_regular(caller: str, F: Fisher) -> None:

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fisherfast.fisher.protocol import WHOLE
-from fisherfast.information import _alike
+from fisherfast.information import _alike, _conditions
 from fisherfast.information.result import Information
 
 
@@ -129,8 +129,8 @@ def _notes(first: Information, second: Information, names: tuple[str, str]) -> t
 
 
 def _may_differ(info: Information) -> dict[str, str]:
-    scales = sorted(set(info.prior_scales.values()))
-    span = f"{scales[0]:.6g}" if len(scales) == 1 else f"{scales[0]:.6g} to {scales[-1]:.6g}" if scales else "none"
+    scales = info.prior_scales.values()
+    span = _conditions.span(scales, ".6g") if scales else "none"
     return {
         "prior scale": f"{span} ({info.prior_in_words()})",
         "norm of the center": f"{info.center_norm:.6g}",

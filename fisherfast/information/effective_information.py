@@ -15,7 +15,7 @@ from fisherfast._warning import warn
 from fisherfast.batches import Output
 from fisherfast.fisher import Fisher
 from fisherfast.fisher.lanczos import Estimate
-from fisherfast.information import nuisances
+from fisherfast.information import _conditions, nuisances
 from fisherfast.information._activation import Activation
 from fisherfast.information._channel import Channel, Whitening
 from fisherfast.information._prior import PriorScale
@@ -192,9 +192,7 @@ def _by_determinant(method: str, found: InputFisher, entropy: float | None) -> E
 
 
 def _ranks(found: InputFisher) -> str:
-    rank = found.rank()
-    low, high = int(rank.min()), int(rank.max())
-    return str(low) if low == high else f"{low} to {high}"
+    return _conditions.span(found.rank().tolist(), "d")
 
 
 def _by_draws(noise: ActivationNoise, dtype: torch.dtype, draws: int, seed: int) -> EffectiveInformation:
