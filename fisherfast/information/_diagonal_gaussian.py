@@ -95,12 +95,12 @@ class DiagonalGaussian:
         """Lambda by parameter: as given, or ``lambda^2 = (|mean - c|^2 + sum sigma^2) / k`` of each layer, 0 where it has no noise."""
         if self._given is not None:
             return self._given
-        found: dict[str, float] = {}
+        fitted: dict[str, float] = {}
         for layer in self._layers.values():
             noisy = [name for name in layer if name in self.log_stds]
             squares = math.fsum(float(self._squares(name, stds[name]).detach()) for name in noisy)
-            found |= dict.fromkeys(layer, math.sqrt(squares / self._size(layer)) if noisy else 0.0)
-        return found
+            fitted |= dict.fromkeys(layer, math.sqrt(squares / self._size(layer)) if noisy else 0.0)
+        return fitted
 
     def kl(self, stds: Mapping[str, Tensor], scales: Mapping[str, float]) -> Tensor:
         """``KL(Q || P) = sum_i (sigma_i^2 + d_i^2) / (2 lambda^2) - 1/2 - log(sigma_i / lambda)``, float64, differentiable.

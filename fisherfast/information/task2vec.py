@@ -120,31 +120,31 @@ def _averaged(
     diagonal: Mapping[str, Tensor], model: nn.Module, layers: Collection[str] | None, skip: Collection[str], norms: bool
 ) -> dict[str, Tensor]:
     """The chosen parameters, averaged over each filter."""
-    known = names_by_layer(diagonal)
-    for what, given in (("layers", layers), ("skip", skip)):
-        if isinstance(given, str):
-            raise ValueError(f"{_CALLER}: {what} must be a collection of layer names, got the text {given!r}; pass [{given!r}]")
-    if unknown := {*skip, *(layers or ())} - set(known):
+    measured = names_by_layer(diagonal)
+    for what, names in (("layers", layers), ("skip", skip)):
+        if isinstance(names, str):
+            raise ValueError(f"{_CALLER}: {what} must be a collection of layer names, got the text {names!r}; pass [{names!r}]")
+    if unknown := {*skip, *(layers or ())} - set(measured):
         raise ValueError(
-            f"{_CALLER}: layers and skip must name layers that were measured, got {listed(unknown)}; layers: {listed(known)}"
+            f"{_CALLER}: layers and skip must name layers that were measured, got {listed(unknown)}; layers: {listed(measured)}"
         )
     model = unwrapped(model)
     parameters = dict(model.named_parameters())
-    chosen = {}
+    filters = {}
     for name, values in diagonal.items():
         layer, _, kind = name.rpartition(".")
         if layer in skip or (layers is not None and layer not in layers):
             continue
         if name not in parameters or parameters[name].shape != values.shape:
-            found = tuple(parameters[name].shape) if name in parameters else "none"
-            raise ValueError(f"{_CALLER}: model must have {name!r} of shape {tuple(values.shape)}, got {found}")
+            got = tuple(parameters[name].shape) if name in parameters else "none"
+            raise ValueError(f"{_CALLER}: model must have {name!r} of shape {tuple(values.shape)}, got {got}")
         if values.dim() > 1:
-            chosen[name] = _filters(values, model.get_submodule(layer))
+            filters[name] = _filters(values, model.get_submodule(layer))
         elif values.dim() == 1 and kind == "weight" and norms:
-            chosen[name] = values.clone()
-    if not chosen:
-        raise ValueError(f"{_CALLER}: at least one parameter must be left, got none of {listed(known)}; norms need norms=True")
-    return chosen
+            filters[name] = values.clone()
+    if not filters:
+        raise ValueError(f"{_CALLER}: at least one parameter must be left, got none of {listed(measured)}; norms need norms=True")
+    return filters
 
 
 def _filters(values: Tensor, module: nn.Module) -> Tensor:

@@ -261,7 +261,7 @@ class _Way:
     def share(self) -> float:
         """Of the mean distance over weights."""
         moved = [(self._q.log_stds[name].detach() - start).abs().double() for name, start in self._start.items()]
-        return float(torch.cat([one.flatten() for one in moved]).mean()) / self._length if self._length else 0.0
+        return float(torch.cat([distance.flatten() for distance in moved]).mean()) / self._length if self._length else 0.0
 
 
 def _in_nats(parameters: Iterable[Tensor], beta: float, largest: float) -> None:

@@ -85,7 +85,7 @@ def information_at_betas(
     prior_scale = _prior.checked(prior_scale)
     loss = None if loss is None else _checks.number(_CALLER, "loss", loss, "it is the mean loss at the weights")
     summaries = F.by_layer()
-    given = (
+    given_scales = (
         {}
         if isinstance(prior_scale, str)
         else _prior.given(prior_scale, {name: layer.parameters for name, layer in summaries.items()})
@@ -93,8 +93,8 @@ def information_at_betas(
     weights, centers = tensors(_CALLER, model), None if center is None else tensors(_CALLER, center)
     excluded = _check_names(F, model, weights)
     _check_center(F, weights, centers)
-    _check_ratios(betas, given)
-    at_betas = [_AtBeta(beta, variant, dict(given)) for beta in betas]
+    _check_ratios(betas, given_scales)
+    at_betas = [_AtBeta(beta, variant, dict(given_scales)) for beta in betas]
     for layer, blocks in _blocks_by_layer(F, summaries, weights, centers):
         for at_beta in at_betas:
             at_beta.measure(layer, summaries[layer], blocks, fit=isinstance(prior_scale, str))

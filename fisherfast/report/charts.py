@@ -43,8 +43,8 @@ class Chart:
 
 def charts(F: Fisher, info: Information, curve: RateDistortion | None) -> list[Chart]:
     """All of them; those of the curve if there is one."""
-    found = [by_layer(info), spectrum(histogram(F.spectra()))]
-    return found if curve is None else [*found, over_beta(curve, info), trade_off(curve, info)]
+    always = [by_layer(info), spectrum(histogram(F.spectra()))]
+    return always if curve is None else [*always, over_beta(curve, info), trade_off(curve, info)]
 
 
 def by_layer(info: Information) -> Chart:

@@ -70,28 +70,28 @@ def _prior(info: Information) -> str:
 def warnings(F: Fisher, info: Information) -> list[str]:
     """What a reader must know before using the numbers; none if there is nothing."""
     how = F.provenance
-    found = []
+    notes = []
     if info.excluded:
-        found.append(f"The numbers leave out parameters that the Fisher lacks: {joined(info.excluded)}.")
+        notes.append(f"The numbers leave out parameters that the Fisher lacks: {joined(info.excluded)}.")
     if how.fisher_type is None:
-        found.append("How this Fisher was measured is not known.")
+        notes.append("How this Fisher was measured is not known.")
     if how.fisher_type == "empirical":
-        found.append(
+        notes.append(
             "The empirical Fisher, at the labels of the data, is not the Fisher and can be far from it, most of all where the network fits them well."
         )
     if how.fisher_type == "mc" and how.draws == 1:
-        found.append(
+        notes.append(
             "One label was drawn per sample. Where the network is nearly certain the labels that matter are rare and the numbers noisy: "
             "compare with more draws, or with the exact Fisher."
         )
     if info.prior_scale == "fit":
-        found.append(
+        notes.append(
             "The prior was fitted to the trained weights. The nats do not pay for that choice, so they must not be put into a bound on generalization."
         )
     if flat := [name or WHOLE for name, layer in info.by_layer().items() if layer.trace == 0]:
-        found.append(f"The Fisher of these layers is zero, the predictions do not depend on their weights: {joined(flat)}.")
+        notes.append(f"The Fisher of these layers is zero, the predictions do not depend on their weights: {joined(flat)}.")
     if info.variant == "paper":
-        found.append("The formulas are those printed in the paper, constant factors and all; the exact ones differ.")
+        notes.append("The formulas are those printed in the paper, constant factors and all; the exact ones differ.")
     if underflow := F.coverage.underflow:
-        found.append(f"Gradients in float16 lost digits in {joined(list(underflow))}: measure with a loss scale.")
-    return found
+        notes.append(f"Gradients in float16 lost digits in {joined(list(underflow))}: measure with a loss scale.")
+    return notes
