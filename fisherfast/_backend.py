@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 
-from fisherfast import _choice
+from fisherfast import _checks, _choice
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 _PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("triton", "cuda", "reference")}
@@ -44,9 +44,7 @@ class BackendError(RuntimeError):
 
 
 def _known(name: str | None) -> str | None:
-    if name is not None and name not in BACKENDS:
-        raise ValueError(f"backend: name must be one of {list(BACKENDS)}, got {name!r}")
-    return name
+    return None if name is None else _checks.one_of("backend", "name", name, BACKENDS)
 
 
 # Process-wide, not a context variable: on a GPU autograd calls the ops from its own threads, which inherit no context.

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fisherfast import _checks
 from fisherfast._precision import wide_dtype
 
 _CHUNK = 2**20  # numbers at a time: bounds temporaries
@@ -38,7 +39,7 @@ class Accumulator:
             raise TypeError(f"Accumulator: sum must be a floating tensor, got {getattr(sum, 'dtype', type(sum).__name__)}")
         # A float64 sum is kept, not copied: it is as large as the parameter, twice over.
         self.parts: tuple[Tensor, ...] = (sum.detach().to(torch.float64).contiguous(),)
-        self.weight = _checked_weight(weight)
+        self.weight = _checks.non_negative("Accumulator", "weight", weight)
 
     @classmethod
     def of_parts(cls, parts: tuple[Tensor, ...], weight: float) -> Accumulator:
@@ -97,7 +98,7 @@ class Accumulator:
         """Add, in place, a partial sum of ``weight`` samples in any floating dtype; returns self."""
         if partial.shape != self.shape:
             raise ValueError(f"Accumulator: sums must have one shape, got {tuple(self.shape)} and {tuple(partial.shape)}")
-        weight = _checked_weight(weight)
+        weight = _checks.non_negative("Accumulator", "weight", weight)
         self._widened().add_(partial.detach().to(self.device))
         self.weight += weight
         return self
@@ -139,12 +140,6 @@ class Accumulator:
 
     def __repr__(self) -> str:
         return f"Accumulator(shape={tuple(self.shape)}, weight={self.weight:g}, device={str(self.device)!r})"
-
-
-def _checked_weight(weight: float) -> float:
-    if not (math.isfinite(weight) and weight >= 0):
-        raise ValueError(f"Accumulator: weight must be a finite number >= 0, got {weight}")
-    return float(weight)
 
 
 class RunningSum:

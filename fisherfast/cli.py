@@ -9,9 +9,8 @@ import math
 import shlex
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,8 +20,9 @@ from rich.table import Table
 
 import fisherfast as ff
 from fisherfast import environment, loading, report, timing
-from fisherfast import likelihood as likelihoods
 from fisherfast._error import raised_here
+from fisherfast.fisher.parse import STRUCTURES
+from fisherfast.likelihood import FISHER_TYPES, LIKELIHOODS, resolve
 
 app = typer.Typer(
     help=(__doc__ or "").replace("``", ""), no_args_is_help=True, add_completion=False, pretty_exceptions_show_locals=False
@@ -44,36 +44,6 @@ def options(
     ] = False,
 ) -> None:
     """What all commands have in common."""
-
-
-class FisherType(StrEnum):
-    """Whose labels the gradients are taken at."""
-
-    mc = "mc"
-    exact = "exact"
-    empirical = "empirical"
-
-
-class Likelihood(StrEnum):
-    """What the network's outputs parameterise."""
-
-    categorical = "categorical"
-    bernoulli = "bernoulli"
-    gaussian = "gaussian"
-    causal_lm = "causal_lm"
-
-    def resolve(self) -> likelihoods.Likelihood:
-        """The object of this name."""
-        return likelihoods.resolve(self.name)
-
-
-class Structure(StrEnum):
-    """What is kept of the Fisher matrix."""
-
-    diagonal = "diagonal"
-    kfac = "kfac"
-    ekfac = "ekfac"
-    gram = "gram"
 
 
 def _positive(value: float | None) -> float | None:
@@ -109,13 +79,28 @@ def _prior_scale(text: str) -> float | str:
     return value
 
 
+def _one_of(names: Collection[str]) -> dict[str, Any]:
+    """What makes an option take one of these: a table of the library's, which an enumeration would repeat."""
+
+    def parse(text: str) -> str:
+        if text not in names:
+            raise typer.BadParameter(f"must be one of {', '.join(names)}, got {text!r}")
+        return text
+
+    return {"parser": parse, "metavar": f"<{'|'.join(names)}>"}
+
+
 _MODEL = typer.Option(help="module:function that returns the network, a torch.nn.Module; or the folder of a Hugging Face model")
 _DATA = typer.Option(help="module:function that returns an iterable of (inputs, targets) batches")
-_TYPE = typer.Option(help="labels: drawn from the model, the expectation over all, or those of the data (not the Fisher)")
-_STRUCTURE = typer.Option(
-    help="diagonal; kfac: Kronecker factors; ekfac: corrected eigenvalues in their basis (two passes); gram: exact, small models"
+_TYPE = typer.Option(
+    **_one_of(FISHER_TYPES),
+    help="labels: drawn from the model, the expectation over all, or those of the data (not the Fisher)",
 )
-_LIKELIHOOD = typer.Option(help="distribution of the labels that the outputs parameterise")
+_STRUCTURE = typer.Option(
+    **_one_of(STRUCTURES),
+    help="diagonal; kfac: Kronecker factors; ekfac: corrected eigenvalues in their basis (two passes); gram: exact, small models",
+)
+_LIKELIHOOD = typer.Option(**_one_of(LIKELIHOODS), help="distribution of the labels that the outputs parameterise")
 _BETA = typer.Option(
     callback=_positive,
     show_default="1 / N",
@@ -134,7 +119,12 @@ _OUT = typer.Option(file_okay=False, help="folder for the page, the plot, the nu
 _MISSING = typer.Option("--allow-missing", help="leave out parameters that cannot be measured, and say so")
 _DEVICE = typer.Option(callback=_device, show_default="where the network is", help="cpu, cuda, cuda:1")
 _NUM_SAMPLES = typer.Option(min=1, show_default="those of a batch", help="samples in all the data; gram keeps rows of each")
-_STRUCTURES = typer.Option("--structure", show_default="diagonal, kfac", help="what to time; may be given several times")
+_STRUCTURES = typer.Option(
+    "--structure",
+    **_one_of(STRUCTURES),
+    show_default="diagonal, kfac",
+    help="what to time; may be given several times",
+)
 _TIMES = typer.Option(min=1, help="timed runs of each, beside as many of plain forward+backward")
 _ROUNDS = typer.Option(min=0, help=f"timed runs against plain forward+backward, over the first {_TIMED_BATCHES} batches; 0: none")
 
@@ -143,9 +133,9 @@ _ROUNDS = typer.Option(min=0, help=f"timed runs against plain forward+backward, 
 def info(
     model: Annotated[str, _MODEL],
     data: Annotated[str, _DATA],
-    fisher_type: Annotated[FisherType, _TYPE] = FisherType.mc,
-    structure: Annotated[Structure, _STRUCTURE] = Structure.diagonal,
-    likelihood: Annotated[Likelihood, _LIKELIHOOD] = Likelihood.categorical,
+    fisher_type: Annotated[str, _TYPE] = "mc",
+    structure: Annotated[str, _STRUCTURE] = "diagonal",
+    likelihood: Annotated[str, _LIKELIHOOD] = "categorical",
     beta: Annotated[float | None, _BETA] = None,
     prior_scale: Annotated[Any, _PRIOR] = "fit",
     center: Annotated[str | None, _CENTER] = None,
@@ -161,11 +151,11 @@ def info(
         raise typer.BadParameter("the report has a plot and matplotlib is not installed; pip install 'fisherfast[plot]'")
     network, batches = loading.loaded(model, data, device)
     base = None if center is None else loading.center(center, network)
-    resolved = likelihood.resolve()
+    resolved = resolve(likelihood)
 
     def measure(batches: Iterable[Any], progress: bool = False) -> Any:
         options: dict[str, Any] = {"draws": draws, "seed": seed, "allow_missing": allow_missing, "progress": progress}
-        return ff.fisher(network, batches, structure.value, fisher_type.value, likelihood=resolved, **options)
+        return ff.fisher(network, batches, structure, fisher_type, likelihood=resolved, **options)
 
     console = Console()
     _folder(out)
@@ -194,9 +184,9 @@ def info(
 def plan(
     model: Annotated[str, _MODEL],
     data: Annotated[str, _DATA],
-    fisher_type: Annotated[FisherType, _TYPE] = FisherType.mc,
-    structure: Annotated[Structure, _STRUCTURE] = Structure.diagonal,
-    likelihood: Annotated[Likelihood, _LIKELIHOOD] = Likelihood.categorical,
+    fisher_type: Annotated[str, _TYPE] = "mc",
+    structure: Annotated[str, _STRUCTURE] = "diagonal",
+    likelihood: Annotated[str, _LIKELIHOOD] = "categorical",
     draws: Annotated[int, _DRAWS] = 1,
     num_samples: Annotated[int | None, _NUM_SAMPLES] = None,
     device: Annotated[str | None, _DEVICE] = None,
@@ -207,7 +197,7 @@ def plan(
     (batch,) = _first(batches, 1)
     options: dict[str, Any] = {"draws": draws, "num_samples": num_samples, "allow_missing": allow_missing}
     with _kept():
-        found = ff.plan(network, batch, structure.value, fisher_type.value, likelihood.resolve(), **options)
+        found = ff.plan(network, batch, structure, fisher_type, resolve(likelihood), **options)
     Console().print(found.table())
     if found.problem is not None:
         typer.echo(f"Error: {found.problem}", err=True)
@@ -218,9 +208,9 @@ def plan(
 def bench(
     model: Annotated[str, _MODEL],
     data: Annotated[str, _DATA],
-    structures: Annotated[list[Structure] | None, _STRUCTURES] = None,
-    fisher_type: Annotated[FisherType, _TYPE] = FisherType.mc,
-    likelihood: Annotated[Likelihood, _LIKELIHOOD] = Likelihood.categorical,
+    structures: Annotated[list[str] | None, _STRUCTURES] = None,
+    fisher_type: Annotated[str, _TYPE] = "mc",
+    likelihood: Annotated[str, _LIKELIHOOD] = "categorical",
     draws: Annotated[int, _DRAWS] = 1,
     rounds: Annotated[int, _TIMES] = 7,
     device: Annotated[str | None, _DEVICE] = None,
@@ -228,18 +218,18 @@ def bench(
 ) -> None:
     """Time whole runs over the first batches against plain forward+backward of the same batches, alternating, here."""
     network, batches = loading.loaded(model, data, device)
-    first, resolved = _first(batches), likelihood.resolve()
+    first, resolved = _first(batches), resolve(likelihood)
     options: dict[str, Any] = {"likelihood": resolved, "draws": draws, "allow_missing": allow_missing, "progress": False}
     table = Table("structure", "times plain", "ms per batch", "plain ms", title=f"{len(first)} batches, median of {rounds} runs")
-    for structure in structures or (Structure.diagonal, Structure.kfac):
+    for structure in structures or ("diagonal", "kfac"):
 
-        def measure(batches: Iterable[Any], structure: Structure = structure) -> Any:
-            return ff.fisher(network, batches, structure.value, fisher_type.value, **options)
+        def measure(batches: Iterable[Any], structure: str = structure) -> Any:
+            return ff.fisher(network, batches, structure, fisher_type, **options)
 
         with _kept():
             took = timing.against_plain(measure, network, first, resolved, rounds)
         each = [f"{1e3 * seconds / len(first):.2f}" for seconds in (took.fisher_seconds, took.plain_seconds)]
-        table.add_row(structure.value, f"{took.ratio:.2f}", *each)
+        table.add_row(structure, f"{took.ratio:.2f}", *each)
     Console().print(table)
 
 

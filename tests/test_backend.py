@@ -221,6 +221,7 @@ def test_triton_launcher_takes_the_arguments_of_the_op(op):
 FLOORS = {
     "kernels": 0,
     "_backend": 1,
+    "_checks": 1,
     "_choice": 1,
     "_error": 1,
     "_names": 1,

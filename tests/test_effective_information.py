@@ -242,8 +242,8 @@ def test_refuses(options, message):
         ({"nuisance_prior": "laplace"}, "nuisance_prior must be one of"),
         ({"nuisance_scales": {}}, "nuisance_scales must have a number for each of"),
         ({"nuisance_scales": {"b": 1.0}}, "nuisance_scales must have a number for each of"),
-        ({"nuisance_scales": {"a": 0.0}}, "nuisance_scales must be finite numbers > 0"),
-        ({"nuisance_scales": {"a": math.nan}}, "nuisance_scales must be finite numbers > 0"),
+        ({"nuisance_scales": {"a": 0.0}}, r"nuisance_scales\['a'\] must be a finite number > 0"),
+        ({"nuisance_scales": {"a": math.nan}}, r"nuisance_scales\['a'\] must be a finite number > 0"),
     ],
 )
 def test_refuses_nuisances(options, message):

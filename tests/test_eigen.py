@@ -180,7 +180,7 @@ def test_groups_are_decomposed_together_as_one_by_one(dtype, monkeypatch):
 
 @pytest.mark.parametrize("way", ["raises", "gives NaN"])
 def test_only_those_that_fail_are_decomposed_again_in_float64(way, monkeypatch):
-    factors, eigh = graded.falling(torch.stack([random(5) for _ in range(4)]))[0], torch.linalg.eigh
+    factors, eigh = graded.sort_by_diagonal(torch.stack([random(5) for _ in range(4)]))[0], torch.linalg.eigh
     expected = eigen.eigenbasis(factors, None, torch.float32)
     bad = (factors[2] / factors[2].diagonal().max()).float()
 

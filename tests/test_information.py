@@ -320,7 +320,7 @@ def test_rejects_names_and_shapes():
     weights = dict(net.named_parameters())
     with pytest.raises(ValueError, match=r"model must hold every parameter of F, got none for \['0.bias'\]"):
         information_in_weights(F, {n: p for n, p in weights.items() if n != "0.bias"}, prior_scale=1.0, beta=1e-3)
-    with pytest.raises(ValueError, match=r"got \(3,\) instead of \(7,\) in '0.bias'"):
+    with pytest.raises(ValueError, match=r"model\['0.bias'\] must be \(7,\) as in F, got \(3,\)"):
         information_in_weights(F, weights | {"0.bias": torch.zeros(3)}, prior_scale=1.0, beta=1e-3)
     with pytest.raises(ValueError, match=r"center\['0.bias'\] must be \(7,\) as in model, got \(3,\)"):
         information_in_weights(F, net, prior_scale=1.0, beta=1e-3, center=weights | {"0.bias": torch.zeros(3)})

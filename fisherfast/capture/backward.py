@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -38,12 +37,6 @@ class Pass:
     def times(self, factors: Tensor) -> Tensor:
         """The gradient at the root ``[N, ...]``, each sample's part of it times a number of ``[N]``."""
         return self.cotangent * factors.to(self.cotangent.dtype).view(-1, *(1,) * (self.cotangent.dim() - 1))
-
-
-def check_loss_scale(caller: str, loss_scale: float) -> None:
-    """Raise ValueError unless a factor is one."""
-    if not (math.isfinite(loss_scale) and loss_scale > 0):
-        raise ValueError(f"{caller}: loss_scale must be a finite number > 0, got {loss_scale}; a power of two rounds nothing")
 
 
 class Backward:

@@ -3,30 +3,16 @@
 
 from __future__ import annotations
 
-import math
-import operator
 import sys
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from fisherfast import _checks
 from fisherfast._names import listed
 from fisherfast.accumulator import Accumulator
 from fisherfast.fisher.protocol import Damping, Vector, layer_of
-
-
-def whole(caller: str, name: str, value: Any, least: int | None = None, advice: str = "") -> int:
-    """The integer, of ``least`` or more, that ``value`` is, of Python, numpy or a tensor without axes. Errors: ValueError."""
-    why = f"; {advice}" if advice else ""
-    try:
-        integer = operator.index(value)
-    except TypeError:
-        raise ValueError(f"{caller}: {name} must be an integer, got {value!r}{why}") from None
-    if least is not None and integer < least:
-        raise ValueError(f"{caller}: {name} must be >= {least}, got {value}{why}")
-    return integer
 
 
 def split(method: str, v: Tensor | Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
@@ -82,9 +68,7 @@ def _checked_damping(method: str, what: str, damping: float) -> float:
         raise ValueError(
             f"{method}: {what} must be a number, got a tensor that asks for a gradient, which would be lost; pass its .item()"
         )
-    value = float(damping)
-    if not (math.isfinite(value) and value >= 0):
-        raise ValueError(f"{method}: {what} must be a finite number >= 0, got {value}")
+    value = _checks.non_negative(method, what, float(damping))
     if 0 < value < sys.float_info.min:
         raise ValueError(f"{method}: {what} must be 0 or at least {sys.float_info.min:.3g}, whose inverse is finite, got {value}")
     return value

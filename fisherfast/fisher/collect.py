@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fisherfast import _checks
 from fisherfast._warning import warn
-from fisherfast.capture.backward import Pass, check_loss_scale
+from fisherfast.capture.backward import Pass
 from fisherfast.capture.calls import graph
 from fisherfast.capture.collector import Samples
 from fisherfast.capture.parameters import unwrapped
@@ -96,9 +97,8 @@ class collect:
             raise ValueError(
                 f"collect: reduction must be 'sum' or 'mean', what .grad is filled with the gradient of, got {reduction!r}"
             )
-        check_loss_scale("collect", loss_scale)
+        self._loss_scale = _checks.positive("collect", "loss_scale", loss_scale, "a power of two rounds nothing")
         refuse_train_mode(model)
-        self._loss_scale = loss_scale
         if reduction != "sum" and not gradients:
             raise ValueError(
                 f"collect: reduction must come with gradients=True, got {reduction!r} without it; pass gradients=True"

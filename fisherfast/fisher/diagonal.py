@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fisherfast import _checks
 from fisherfast.accumulator import Accumulator
 from fisherfast.fisher import _arguments, _logdet, _pooling, serialize
 from fisherfast.fisher._layers import Layered
@@ -213,7 +214,7 @@ class DiagonalFisher(Layered, Plotted):
         self, n: int, *, damping: Damping = 0.0, generator: torch.Generator | None = None, dtype: torch.dtype = torch.float32
     ) -> dict[str, Tensor]:
         """``n`` draws from ``N(0, (F + damping I)^-1)``, {name: [n, *shape]}. Errors: ValueError if that is singular."""
-        n = _arguments.whole("sample", "n", n, 0)
+        n = _checks.integer("sample", "n", n, 0)
         dampings = _arguments.damping_by_name("sample", damping, self.names)
         draws = {}
         for name in self.names:

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from fisherfast import _checks
 from fisherfast.capture.capture import Capture
-from fisherfast.fisher import _arguments, serialize
+from fisherfast.fisher import serialize
 from fisherfast.fisher.blocks.block_fisher import BlockFisher, described
 from fisherfast.fisher.blocks.eigen import EigenBlock
 from fisherfast.fisher.blocks.eigen_sums import EigenCollector
@@ -32,8 +33,8 @@ class EKFAC(Request["EKFACFisher"]):
     max_exact_dim: int = 256
 
     def __post_init__(self) -> None:
-        _arguments.whole("EKFAC", "max_factor_dim", self.max_factor_dim, 1)
-        _arguments.whole("EKFAC", "max_exact_dim", self.max_exact_dim, 0)
+        _checks.integer("EKFAC", "max_factor_dim", self.max_factor_dim, 1)
+        _checks.integer("EKFAC", "max_exact_dim", self.max_exact_dim, 0)
 
     def collector(self, capture: Capture, transactional: bool) -> EigenCollector:
         """See ``Request``."""

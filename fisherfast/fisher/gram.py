@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fisherfast import _checks
 from fisherfast._names import listed
 from fisherfast._precision import noise_of_rows, wide_dtype
 from fisherfast.capture.capture import Capture
@@ -38,7 +39,7 @@ class Gram(Request["GramFisher"]):
     max_rows: int = 8192
 
     def __post_init__(self) -> None:
-        _arguments.whole("Gram", "max_rows", self.max_rows, 1)
+        _checks.integer("Gram", "max_rows", self.max_rows, 1)
 
     def collector(self, capture: Capture, transactional: bool) -> GramCollector:
         """See ``Request``."""
@@ -221,7 +222,7 @@ class GramFisher(Plotted, Measured):
 
         A draw x of ``N(0, D^-1)`` is corrected as if ``G x + noise = 0`` had been observed (Matheron's rule).
         """
-        n = _arguments.whole("sample", "n", n, 0)
+        n = _checks.integer("sample", "n", n, 0)
         dampings = _arguments.damping_by_name("sample", damping, self.names)
         self._check_damped("sample", dampings)
         source = self._device if generator is None else generator.device

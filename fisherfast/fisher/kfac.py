@@ -15,11 +15,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from fisherfast import _checks
 from fisherfast.accumulator import Accumulator
 from fisherfast.capture.capture import Capture
 from fisherfast.capture.collector import Cost, Held
 from fisherfast.capture.tracked import Tracked
-from fisherfast.fisher import _arguments, _pooling, serialize
+from fisherfast.fisher import _pooling, serialize
 from fisherfast.fisher.blocks.block_collector import BlockCollector
 from fisherfast.fisher.blocks.block_fisher import BlockFisher, described
 from fisherfast.fisher.blocks.eigen_sums import EigenCollector
@@ -55,8 +56,8 @@ class KFAC(Request["KFACFisher"]):
     def __post_init__(self) -> None:
         if self.sharing not in ("expand", "reduce"):
             raise ValueError(f"KFAC: sharing must be 'expand' or 'reduce', got {self.sharing!r}")
-        _arguments.whole("KFAC", "max_factor_dim", self.max_factor_dim, 1)
-        _arguments.whole("KFAC", "max_exact_dim", self.max_exact_dim, 0)
+        _checks.integer("KFAC", "max_factor_dim", self.max_factor_dim, 1)
+        _checks.integer("KFAC", "max_exact_dim", self.max_exact_dim, 0)
 
     def collector(self, capture: Capture, transactional: bool) -> KroneckerCollector:
         """See ``Request``."""

@@ -11,9 +11,9 @@ from itertools import islice
 import torch
 from torch import Tensor, nn
 
+from fisherfast import _checks
 from fisherfast.batches import Batch
 from fisherfast.capture.backward import Pass
-from fisherfast.fisher import _arguments
 from fisherfast.fisher.protocol import Provenance
 from fisherfast.likelihood import (
     FISHER_TYPES,
@@ -57,8 +57,8 @@ class Labelling:
     def of(cls, caller: str, fisher_type: str, likelihood: str | Likelihood, draws: int, seed: int, max_passes: int) -> Labelling:
         """From what a caller says. Errors: ValueError."""
         fisher_type = known_type(caller, fisher_type)
-        draws, seed = _arguments.whole(caller, "draws", draws), _arguments.whole(caller, "seed", seed)
-        max_passes = _arguments.whole(caller, "max_passes", max_passes)
+        draws, seed = _checks.integer(caller, "draws", draws), _checks.integer(caller, "seed", seed)
+        max_passes = _checks.integer(caller, "max_passes", max_passes)
         if draws < 1 or (draws > 1 and fisher_type != "mc"):
             raise ValueError(f"{caller}: draws must be >= 1, and 1 unless fisher_type='mc', got {draws} with {fisher_type!r}")
         if not -(2**63) <= seed < 2**63:

@@ -11,7 +11,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from fisherfast.fisher import _arguments
+from fisherfast import _checks
 
 _NOISE = 16  # eps of the recurrence's dtype, of the largest eigenvalue: what is zero comes out below
 
@@ -74,8 +74,7 @@ class SpectralDensity:
 
     def logdet(self, damping: float) -> Estimate:
         """``log det(F + damping I)``. Errors: ValueError unless damping > 0: a quadrature cannot tell zero from small."""
-        if not (math.isfinite(damping) and damping > 0):
-            raise ValueError(f"SpectralDensity.logdet: damping must be a finite number > 0, got {damping}")
+        damping = _checks.positive("SpectralDensity.logdet", "damping", damping)
         return self.sum(lambda nodes: (nodes + damping).log())
 
     def largest(self) -> float:
@@ -97,7 +96,7 @@ def spectral_density(
     Numerics: the recurrence in ``dtype``, the quadrature in float64; the same seed gives the same probes on every device.
     Source:   Golub & Meurant 1993 for the quadrature; Hutchinson 1990 for the signs.
     """
-    probes, steps = (_arguments.whole("spectral_density", name, n, 1) for name, n in (("probes", probes), ("steps", steps)))
+    probes, steps = (_checks.integer("spectral_density", name, n, 1) for name, n in (("probes", probes), ("steps", steps)))
     size = F.num_parameters
     generator = torch.Generator().manual_seed(seed)
     nodes, masses = torch.zeros(2, probes, min(steps, size), dtype=torch.float64, device="cpu")

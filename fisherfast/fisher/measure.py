@@ -10,11 +10,10 @@ from typing import Any, Literal, TypeAlias, TypedDict, Unpack, overload
 
 from torch import nn
 
+from fisherfast import _checks
 from fisherfast.batches import Output
-from fisherfast.capture.backward import check_loss_scale
 from fisherfast.capture.eager import uncompiled
 from fisherfast.capture.refusals import refuse_train_mode
-from fisherfast.fisher import _arguments
 from fisherfast.fisher.diagonal import DiagonalFisher
 from fisherfast.fisher.ekfac import EKFACFisher
 from fisherfast.fisher.gram import GramFisher
@@ -109,8 +108,8 @@ def fisher(
     """
     structures = parse("fisher", structure)
     labelling = Labelling.of("fisher", fisher_type, likelihood, draws, seed, max_passes)
-    sample_offset = _arguments.whole("fisher", "sample_offset", sample_offset)
-    check_loss_scale("fisher", loss_scale)
+    sample_offset = _checks.integer("fisher", "sample_offset", sample_offset)
+    loss_scale = _checks.positive("fisher", "loss_scale", loss_scale, "a power of two rounds nothing")
     refuse_train_mode(model)
     path = None if checkpoint is None else Path(checkpoint)
     if path is not None and not path.parent.is_dir():

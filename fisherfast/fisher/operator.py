@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fisherfast import _nested
+from fisherfast import _checks, _nested
 from fisherfast._error import NonFiniteError
 from fisherfast._names import listed
 from fisherfast.batches import Batch, Output
@@ -66,7 +66,7 @@ class FisherOperator:
         self._readings = SameReadings(data, "FisherOperator", "in every product")  # or products are those of several matrices
         self._model, self._data, self._output = unwrapped(model), data, output
         self._refusals = Refusals(self._model)
-        self._first = _arguments.whole("FisherOperator", "sample_offset", sample_offset)
+        self._first = _checks.integer("FisherOperator", "sample_offset", sample_offset)
         self._parameters = measurable(model)
         self._checked = False  # whether samples were seen not to depend on each other
         self.provenance = self._labelling.provenance(model_name(model))

@@ -13,17 +13,17 @@ from fisherfast.fisher.kfac import KFAC, KFACFisher
 from fisherfast.fisher.request import Request
 
 Requests = str | Request[Any] | tuple[str | Request[Any], ...]  # names or requests; a tuple gives a tuple of results
-_STRUCTURES: dict[str, type[Request]] = {"diagonal": Diagonal, "kfac": KFAC, "ekfac": EKFAC, "gram": Gram}
+STRUCTURES: dict[str, type[Request]] = {"diagonal": Diagonal, "kfac": KFAC, "ekfac": EKFAC, "gram": Gram}
 
 
 def parse(caller: str, structure: Requests) -> tuple[Request, ...]:
     """What is asked for. Errors: ValueError."""
     several = structure if isinstance(structure, tuple) else (structure,)
-    asked = [_STRUCTURES[one]() if isinstance(one, str) and one in _STRUCTURES else one for one in several]
+    asked = [STRUCTURES[one]() if isinstance(one, str) and one in STRUCTURES else one for one in several]
     known = tuple(one for one in asked if isinstance(one, Request))
     if not known or len(known) < len(asked):
         raise ValueError(
-            f"{caller}: structure must be one of {sorted(_STRUCTURES)}, a request such as ff.KFAC(), or a tuple of these, got {structure!r}"
+            f"{caller}: structure must be one of {sorted(STRUCTURES)}, a request such as ff.KFAC(), or a tuple of these, got {structure!r}"
         )
     return known
 

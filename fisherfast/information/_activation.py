@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from fisherfast import _checks
 from fisherfast._functional import call_with
 from fisherfast.batches import Batch, Output
 from fisherfast.capture.parameters import unwrapped
 from fisherfast.capture.refusals import Refusals, refuse_train_mode
 from fisherfast.fisher import Fisher
-from fisherfast.information import _checks
 
 MAX_NUMBERS = 2**28  # of what is held of one sample: 2 GiB in float64
 _CHUNK_NUMBERS = 2**24  # of what one vectorised backward pass makes
@@ -45,8 +45,8 @@ class Activation:
         self.dtype = next(iter(self._weights.values())).dtype
         modules = dict(self._root.named_modules())
         if layer is not None and layer not in modules:
-            known = [name for name in modules if name]
-            raise ValueError(f"{caller}: layer must be None or the name of a submodule, got {layer!r}; there are {known[:20]}")
+            names = [name for name in modules if name]
+            raise ValueError(f"{caller}: layer must be None or the name of a submodule, got {layer!r}; there are {names[:20]}")
         self._module = None if layer is None else modules[layer]
         self._units = None if units is None else self._checked_units(units)
 
@@ -70,21 +70,21 @@ class Activation:
 
     def __call__(self, weights: Mapping[str, Tensor], x: Tensor) -> Tensor:
         """The activation z ``[D]`` of the input x, which has no sample axis."""
-        found: list[Any] = []
+        results: list[Any] = []
         if self._module is None:
             # Batch.feed finds the tensor among what the model returns; the call is call_with's.
-            found.append(Batch((x.unsqueeze(0),), None, None, 1).feed(self._bound(weights), self._output))
+            results.append(Batch((x.unsqueeze(0),), None, None, 1).feed(self._bound(weights), self._output))
         else:
             # A copy: an in-place activation may follow.
-            hook = self._module.register_forward_hook(lambda module, inputs, result: found.append(_copied(result)))
+            hook = self._module.register_forward_hook(lambda module, inputs, result: results.append(_copied(result)))
             try:
                 self._bound(weights)(x.unsqueeze(0))
             finally:
                 hook.remove()
-        if len(found) != 1 or not isinstance(found[0], Tensor):
-            what = [type(result).__name__ for result in found]
+        if len(results) != 1 or not isinstance(results[0], Tensor):
+            what = [type(result).__name__ for result in results]
             raise ValueError(f"{self.caller}: layer {self.layer!r} must return one tensor, once in a forward pass, got {what}")
-        z = found[0].reshape(-1)
+        z = results[0].reshape(-1)
         if self._units is None:
             return z
         if int(self._units.max()) >= len(z):
@@ -136,8 +136,8 @@ class Activation:
             flat = torch.stack([torch.cat([row[name].flatten() for name in self._weights]) for row in rows])
             return flat @ vectors.to(z.dtype).mT
 
-        found = torch.func.jacrev(products, chunk_size=max(1, _CHUNK_NUMBERS // (D * sum(self._sizes))))(x)
-        return found.detach().double().flatten(2)
+        slopes = torch.func.jacrev(products, chunk_size=max(1, _CHUNK_NUMBERS // (D * sum(self._sizes))))(x)
+        return slopes.detach().double().flatten(2)
 
 
 def _copied(result: Any) -> Any:

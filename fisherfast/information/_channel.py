@@ -10,9 +10,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from fisherfast import _checks
 from fisherfast._names import listed
 from fisherfast.fisher import Fisher
-from fisherfast.information import _checks, _conditions, _prior
+from fisherfast.information import _arguments, _conditions, _prior
 from fisherfast.information._prior import PriorScale
 from fisherfast.information.weights import information_in_weights
 
@@ -45,12 +46,12 @@ class Channel:
         inverted: bool = True,
     ) -> Channel:
         """Raise ValueError unless the noise is well defined: a prior, a damping, or a Fisher that is regular by itself."""
-        _checks.fisher(caller, F)
-        beta = _checks.beta(caller, beta)
+        _arguments.check_fisher(caller, F)
+        beta = _arguments.beta(caller, beta)
         if not inverted:
             return cls(layer, beta, None, {}, F)
         if prior_scale is None:
-            value = 0.0 if damping is None else _checks.not_negative(caller, "damping", damping, "it is beta / prior_scale^2")
+            value = 0.0 if damping is None else _checks.non_negative(caller, "damping", damping, "it is beta / prior_scale^2")
             if not value:
                 _check_regular(caller, F)
             return cls(layer, beta, None, dict.fromkeys(F.names, value), F)
@@ -81,9 +82,8 @@ class Channel:
     def _prior_in_words(self) -> str:
         if not self.dampings:
             return "no prior"
-        low, high = min(self.dampings.values()), max(self.dampings.values())
         scale = "uninformative" if self.prior_scale is None else _prior.scale_in_words(self.prior_scale)
-        return f"prior scale {scale} (damping {low:.3g}{'' if low == high else f' to {high:.3g}'})"
+        return f"prior scale {scale} (damping {_conditions.span(self.dampings.values())})"
 
 
 def _check_regular(caller: str, F: Fisher) -> None:

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the conditions of an estimate say of its Fisher: how much was measured, and how."""
+"""What the conditions of an estimate say: how much was measured for its Fisher, and how; between which numbers others lie."""
 
 from __future__ import annotations
+
+from collections.abc import Collection
 
 from fisherfast._names import listed
 from fisherfast.fisher import Fisher
@@ -17,3 +19,9 @@ def measured_and_missing(F: Fisher) -> str:
     """The same, and the parameters that were not measured."""
     missing = F.coverage.missing
     return measured(F) + (f", without {listed(missing)}, which it lacks" if missing else "")
+
+
+def span(values: Collection[float], form: str = ".3g") -> str:
+    """``0.1 to 0.3``, or ``0.1`` where all are that; each in the ``form`` of a format string."""
+    low, high = min(values), max(values)
+    return f"{low:{form}}" if low == high else f"{low:{form}} to {high:{form}}"

@@ -9,10 +9,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from fisherfast import _checks
 from fisherfast._names import listed
 from fisherfast._precision import wide_dtype
 from fisherfast.fisher.protocol import names_by_layer
-from fisherfast.information import _checks, _prior, _series
+from fisherfast.information import _prior, _series
 from fisherfast.information._prior import PriorScale
 from fisherfast.information._weights import Weights, tensors
 
@@ -94,12 +95,12 @@ class DiagonalGaussian:
         """Lambda by parameter: as given, or ``lambda^2 = (|mean - c|^2 + sum sigma^2) / k`` of each layer, 0 where it has no noise."""
         if self._given is not None:
             return self._given
-        found: dict[str, float] = {}
+        fitted: dict[str, float] = {}
         for layer in self._layers.values():
             noisy = [name for name in layer if name in self.log_stds]
             squares = math.fsum(float(self._squares(name, stds[name]).detach()) for name in noisy)
-            found |= dict.fromkeys(layer, math.sqrt(squares / self._size(layer)) if noisy else 0.0)
-        return found
+            fitted |= dict.fromkeys(layer, math.sqrt(squares / self._size(layer)) if noisy else 0.0)
+        return fitted
 
     def kl(self, stds: Mapping[str, Tensor], scales: Mapping[str, float]) -> Tensor:
         """``KL(Q || P) = sum_i (sigma_i^2 + d_i^2) / (2 lambda^2) - 1/2 - log(sigma_i / lambda)``, float64, differentiable.
@@ -132,5 +133,5 @@ def _centers(caller: str, parameters: Mapping[str, Tensor], center: Weights | No
         return {}
     centers = tensors(caller, center)
     _checks.named(caller, "center", centers, parameters, "model")
-    _checks.shaped(caller, "center", centers, parameters, "model")
+    _checks.shaped(caller, "center", centers, {name: p.shape for name, p in parameters.items()}, "model")
     return {name: centers[name].detach().clone() for name in parameters}

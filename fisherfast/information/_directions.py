@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fisherfast._names import listed
 from fisherfast.fisher import Fisher
-from fisherfast.information import _checks, _prior, _series
+from fisherfast.information import _arguments, _prior, _series
 from fisherfast.information._prior import GivenScale
 
 
@@ -19,7 +19,7 @@ def sums_by_layer(
     caller: str, F: Fisher, prior_scale: GivenScale, temperature: float, term: Callable[[Tensor], Tensor], price: str = "beta"
 ) -> dict[str, float]:
     """``sum_j term(lambda^2 f_j / t)`` for each layer, in the order of F's parameters; one block's spectrum at a time. ``price``: what t is called."""
-    _checks.fisher(caller, F)
+    _arguments.check_fisher(caller, F)
     layers = {name: layer.parameters for name, layer in F.by_layer().items()}
     scales = _prior.given(prior_scale, layers, caller)
     sums: dict[str, list[float]] = {layer: [] for layer in layers}

@@ -6,9 +6,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
+from fisherfast import _checks
 from fisherfast._names import listed
 from fisherfast.fisher import Spectrum
-from fisherfast.information import _checks, _series
+from fisherfast.information import _series
 
 GivenScale = float | Mapping[str, float]  # one number, or one per layer or parameter name
 PriorScale = GivenScale | str  # or "fit"

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fisherfast.fisher.protocol import WHOLE
-from fisherfast.information import _alike
+from fisherfast.information import _comparable, _conditions
 from fisherfast.information.result import Information
 
 
@@ -105,7 +105,7 @@ def compare(first: Information, second: Information, *, names: Sequence[str] = (
                 f"compare: both must be results of information_in_weights, got {type(info).__name__}; measure those first"
             )
     first_name, second_name = _checked(names)
-    if problems := _alike.differences(first, second):
+    if problems := _comparable.differences(first, second):
         raise ValueError(
             f"compare: {first_name} and {second_name} must be of one architecture and measured alike, got {'; '.join(problems)}; "
             "measure both with the same settings"
@@ -121,16 +121,17 @@ def _checked(names: Sequence[str]) -> tuple[str, str]:
 
 def _notes(first: Information, second: Information, names: tuple[str, str]) -> tuple[str, ...]:
     """What differs, in words, and can."""
-    settings: dict[str, Mapping[str, Any]] = {name: _may_differ(info) for name, info in zip(names, (first, second), strict=True)}
-    ours, theirs = (settings[name] for name in names)
+    of_second = _may_differ(second)
     return tuple(
-        f"{what}: {ours[what]} in {names[0]}, {theirs[what]} in {names[1]}" for what in ours if ours[what] != theirs[what]
+        f"{what}: {value} in {names[0]}, {of_second[what]} in {names[1]}"
+        for what, value in _may_differ(first).items()
+        if value != of_second[what]
     )
 
 
 def _may_differ(info: Information) -> dict[str, str]:
-    scales = sorted(set(info.prior_scales.values()))
-    span = f"{scales[0]:.6g}" if len(scales) == 1 else f"{scales[0]:.6g} to {scales[-1]:.6g}" if scales else "none"
+    scales = info.prior_scales.values()
+    span = _conditions.span(scales, ".6g") if scales else "none"
     return {
         "prior scale": f"{span} ({info.prior_in_words()})",
         "norm of the center": f"{info.center_norm:.6g}",

@@ -11,15 +11,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from fisherfast import _checks
 from fisherfast.batches import Output
 from fisherfast.fisher import Fisher
-from fisherfast.information import _checks
 from fisherfast.information._prior import PriorScale
 from fisherfast.information._weights import Weights
 from fisherfast.information.expected_loss import expected_loss, mean_loss
 from fisherfast.information.posterior import GaussianPosterior, Posterior
 from fisherfast.information.result import Information
-from fisherfast.information.weights import informations
+from fisherfast.information.weights import information_in_weights
 from fisherfast.likelihood import Likelihood, beside, resolve
 from fisherfast.readings import check_rereadable
 
@@ -116,7 +116,7 @@ def task_complexity(
         output=output,
     )
     loss = source.loss_of(model, loss)
-    (info,) = informations(F, model, (beta,), prior_scale=prior_scale, center=center, variant=variant, loss=loss)
+    info = information_in_weights(F, model, prior_scale=prior_scale, beta=beta, center=center, variant=variant, loss=loss)
     return source.complexity(info, loss, model)
 
 

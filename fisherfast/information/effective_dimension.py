@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from fisherfast.fisher import Fisher
-from fisherfast.information import _checks, _conditions, _directions, _prior
+from fisherfast.information import _arguments, _conditions, _directions, _prior
 from fisherfast.information._prior import GivenScale
 from fisherfast.ops import _log1p
 
@@ -55,6 +55,6 @@ def effective_dimension(F: Fisher, *, beta: float, prior_scale: GivenScale) -> E
     Numerics: float64 sums, one block's eigenvalues at a time; nothing cancels.
     Source:   MacKay 1992, "Bayesian Interpolation" (gamma); the trace term of Proposition 2.5 of arXiv:1905.12213.
     """
-    beta = _checks.beta("effective_dimension", beta)
+    beta = _arguments.beta("effective_dimension", beta)
     layers = _directions.sums_by_layer("effective_dimension", F, prior_scale, beta, _log1p.share)
     return EffectiveDimension(layers, beta, prior_scale, F)

@@ -10,11 +10,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from fisherfast import _checks
 from fisherfast._warning import warn
 from fisherfast.batches import Output
-from fisherfast.fisher import Fisher, _arguments
+from fisherfast.fisher import Fisher
 from fisherfast.fisher.lanczos import Estimate
-from fisherfast.information import _checks, nuisances
+from fisherfast.information import _conditions, nuisances
 from fisherfast.information._activation import Activation
 from fisherfast.information._channel import Channel, Whitening
 from fisherfast.information._prior import PriorScale
@@ -122,7 +123,7 @@ def effective_information(
         return _by_draws(noise_of(z, channel, z.check_inputs(x)), z.dtype, draws, seed)
     if along is not None:
         entropy = _entropy(nuisance_prior, along, nuisance_scales)
-    found = input_fisher(
+    about_input = input_fisher(
         model,
         x,
         F,
@@ -136,7 +137,7 @@ def effective_information(
         along=along,
         output=output,
     )
-    return _by_determinant(method, found, entropy)
+    return _by_determinant(method, about_input, entropy)
 
 
 def _check_arguments(
@@ -149,18 +150,20 @@ def _check_arguments(
     draws: int,
 ) -> None:
     """Raise ValueError for an unknown method, and for arguments of another one."""
-    what = "effective_information"
-    _checks.one_of(what, "method", method, METHODS)
+    caller = "effective_information"
+    _checks.one_of(caller, "method", method, METHODS)
     if (method == "nuisance") != (along is not None) or (along is None) != (scales is None):
         raise ValueError(
-            f"{what}: along and nuisance_scales must be given for 'nuisance' and for no other method, got {method!r}"
+            f"{caller}: along and nuisance_scales must be given for 'nuisance' and for no other method, got {method!r}"
         )
     if entropy is not None and (method != "spectrum" or not math.isfinite(entropy)):
-        raise ValueError(f"{what}: entropy must be a finite number of nats, for 'spectrum' only, got {entropy!r} for {method!r}")
+        raise ValueError(
+            f"{caller}: entropy must be a finite number of nats, for 'spectrum' only, got {entropy!r} for {method!r}"
+        )
     if method == "monte-carlo":
         if (variant, terms) != ("exact", "mean"):
-            raise ValueError(f"{what}: variant and terms must be left out for 'monte-carlo', got {variant!r} and {terms!r}")
-        _arguments.whole(what, "draws", draws, 2, "a standard error is of two")
+            raise ValueError(f"{caller}: variant and terms must be left out for 'monte-carlo', got {variant!r} and {terms!r}")
+        _checks.integer(caller, "draws", draws, 2, "a standard error is of two")
 
 
 def _entropy(prior: str, along: Mapping[str, nuisances.Nuisance], scales: Mapping[str, float] | None) -> float:
@@ -168,32 +171,30 @@ def _entropy(prior: str, along: Mapping[str, nuisances.Nuisance], scales: Mappin
     _checks.one_of("effective_information", "nuisance_prior", prior, tuple(PRIORS))
     if not scales or set(scales) != set(along):
         raise ValueError(f"effective_information: nuisance_scales must have a number for each of {list(along)}, got {scales}")
-    if bad := {name: scale for name, scale in scales.items() if not (math.isfinite(scale) and scale > 0)}:
-        raise ValueError(f"effective_information: nuisance_scales must be finite numbers > 0, got {bad}")
-    return math.fsum(map(PRIORS[prior], scales.values()))
+    caller, advice = "effective_information", "it is the width or the standard deviation of the nuisance"
+    checked = (_checks.positive(caller, f"nuisance_scales[{name!r}]", scale, advice) for name, scale in scales.items())
+    return math.fsum(map(PRIORS[prior], checked))
 
 
-def _by_determinant(method: str, found: InputFisher, entropy: float | None) -> EffectiveInformation:
-    rank = found.rank()
-    if entropy is not None and int(rank.min()) < found.dim:
+def _by_determinant(method: str, source: InputFisher, entropy: float | None) -> EffectiveInformation:
+    rank = source.rank()
+    if entropy is not None and int(rank.min()) < source.dim:
         raise ValueError(
-            f"effective_information: z must tell all {found.dim} numbers of the input apart for eq. 10, got a Fisher of rank "
-            f"{int(rank.min())} from {found.num_units} units; "
+            f"effective_information: z must tell all {source.dim} numbers of the input apart for eq. 10, got a Fisher of rank "
+            f"{int(rank.min())} from {source.num_units} units; "
             + ("leave entropy out" if method == "spectrum" else "give fewer or other nuisances, or a layer with more units")
         )
-    if entropy is None and int(rank.min()) < found.max_rank:
+    if entropy is None and int(rank.min()) < source.max_rank:
         warn(
-            f"effective_information: F_{{z|x}} should have rank {found.max_rank} at every input, got {_ranks(found)}: a "
+            f"effective_information: F_{{z|x}} should have rank {source.max_rank} at every input, got {_ranks(source)}: a "
             "direction that z has lost adds nothing, where one that it hardly tells takes nats away; compare by .trace, or at equal rank"
         )
-    each = (entropy or 0.0) + (found.logdet() - rank.double() * math.log(2 * math.pi * math.e)) / 2
-    return EffectiveInformation(*Estimate.of(each), method, entropy, None, each, found)
+    each = (entropy or 0.0) + (source.logdet() - rank.double() * math.log(2 * math.pi * math.e)) / 2
+    return EffectiveInformation(*Estimate.of(each), method, entropy, None, each, source)
 
 
-def _ranks(found: InputFisher) -> str:
-    rank = found.rank()
-    low, high = int(rank.min()), int(rank.max())
-    return str(low) if low == high else f"{low} to {high}"
+def _ranks(source: InputFisher) -> str:
+    return _conditions.span(source.rank().tolist(), "d")
 
 
 def _by_draws(noise: ActivationNoise, dtype: torch.dtype, draws: int, seed: int) -> EffectiveInformation:
@@ -208,10 +209,13 @@ def _by_draws(noise: ActivationNoise, dtype: torch.dtype, draws: int, seed: int)
     generator = torch.Generator().manual_seed(seed)
     normal = torch.randn(N, draws, D, dtype=torch.float64, device="cpu", generator=generator).to(noise.mean.device)
     # W S W^T = 1, so z = f + W^-1 e has covariance S.
-    white = torch.stack([one.matrix for one in whites])
-    z = noise.mean[:, None] + torch.linalg.solve(white, normal.mT).mT
+    matrices = torch.stack([white.matrix for white in whites])
+    z = noise.mean[:, None] + torch.linalg.solve(matrices, normal.mT).mT
     densities = torch.stack(
-        [-((z - mean) @ one.matrix.mT).square().sum(2) / 2 - one.logdet / 2 for mean, one in zip(noise.mean, whites, strict=True)]
+        [
+            -((z - mean) @ white.matrix.mT).square().sum(2) / 2 - white.logdet / 2
+            for mean, white in zip(noise.mean, whites, strict=True)
+        ]
     )  # [component, input, draw], but for a constant
     own = densities.diagonal(dim1=0, dim2=1).mT
     samples = own - densities.logsumexp(0) + math.log(N)

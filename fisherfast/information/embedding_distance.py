@@ -8,10 +8,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from fisherfast import _checks
 from fisherfast._names import listed
 from fisherfast.fisher import _arguments
 from fisherfast.fisher.protocol import Damping
-from fisherfast.information import _checks
 from fisherfast.information.task2vec import TaskEmbedding
 
 _CALLER = "embedding_distance"
@@ -46,7 +46,7 @@ def embedding_distance(
     if not (isinstance(first, TaskEmbedding) and isinstance(second, TaskEmbedding)):
         got = f"{type(first).__name__} and {type(second).__name__}"
         raise TypeError(f"{_CALLER}: both must be results of task_embedding, got {got}")
-    alpha = _checks.not_negative(_CALLER, "alpha", alpha, "0 is the symmetric distance")
+    alpha = _checks.non_negative(_CALLER, "alpha", alpha, "0 is the symmetric distance")
     shapes, others = ({name: len(h) for name, h in e.filters.items()} for e in (first, second))
     if shapes != others:
         differing = [n for n in {*shapes, *others} if shapes.get(n) != others.get(n)]

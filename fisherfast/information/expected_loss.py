@@ -10,10 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fisherfast import _checks
 from fisherfast.batches import Output
-from fisherfast.fisher import _arguments
 from fisherfast.fisher.lanczos import Estimate
-from fisherfast.information import _checks
 from fisherfast.information._losses import Loss, SampleLosses
 from fisherfast.information._weights import tensors
 from fisherfast.information.posterior import GaussianPosterior
@@ -63,7 +62,7 @@ def expected_loss(
         raise TypeError(
             f"expected_loss: posterior must be an optimal_posterior or a variational_posterior, got {type(posterior).__name__}; it comes first"
         )
-    draws = _arguments.whole("expected_loss", "draws", draws, 1)
+    draws = _checks.integer("expected_loss", "draws", draws, 1)
     check_rereadable("expected_loss", data)
     _check_model("expected_loss", model, posterior.mean)
     losses = SampleLosses.of("expected_loss", model, likelihood, loss, output)
@@ -108,7 +107,7 @@ def _check_model(caller: str, model: nn.Module, mean: Mapping[str, Tensor]) -> N
     """Raise ValueError unless the model has every parameter of ``mean``, in its shape."""
     own = tensors(caller, model)
     _checks.named(caller, "model", own, mean, "posterior")
-    _checks.shaped(caller, "model", own, mean, "posterior")
+    _checks.shaped(caller, "model", own, {name: value.shape for name, value in mean.items()}, "posterior")
 
 
 def zero_one(output: Tensor, targets: Tensor) -> Tensor:

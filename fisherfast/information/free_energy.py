@@ -13,8 +13,9 @@ from dataclasses import dataclass, field
 
 import torch
 
+from fisherfast import _checks
 from fisherfast.fisher import Fisher
-from fisherfast.information import _checks, _conditions, _directions, _prior
+from fisherfast.information import _arguments, _conditions, _directions, _prior
 from fisherfast.information._prior import GivenScale
 
 
@@ -102,7 +103,7 @@ def free_energy(
     Numerics: float64 sums, one block's eigenvalues at a time; log(1 + s) keeps its digits for small s.
     Source:   Proposition 2.8 of arXiv:1905.12213; with the prior, Proposition 2.5.
     """
-    _checks.fisher("free_energy", F)
+    _arguments.check_fisher("free_energy", F)
     loss = _checks.number("free_energy", "loss", loss, "it is the mean loss at the point")
     temperature = _checks.positive("free_energy", "temperature", temperature, "of SGD it goes with learning rate / batch size")
     if (damping is None) == (prior_scale is None):
@@ -114,7 +115,7 @@ def free_energy(
         sums = _directions.sums_by_layer("free_energy", F, prior_scale, temperature, torch.log1p, price="temperature")
         logdet = math.fsum(sums.values())
         return FreeEnergy(loss, logdet, temperature, 0.0, prior_scale, F)
-    damping = _checks.not_negative("free_energy", "damping", damping, "0 is F itself")
+    damping = _checks.non_negative("free_energy", "damping", damping, "0 is F itself")
     return FreeEnergy(loss, F.logdet(damping), temperature, damping, None, F)
 
 

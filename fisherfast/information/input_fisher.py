@@ -10,10 +10,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from fisherfast import _checks
 from fisherfast._precision import wide_dtype
 from fisherfast.batches import Output
 from fisherfast.fisher import Fisher
-from fisherfast.information import _checks, nuisances
+from fisherfast.information import nuisances
 from fisherfast.information._activation import Activation, Jacobians
 from fisherfast.information._channel import Channel, Whitening
 from fisherfast.information._prior import PriorScale
@@ -78,10 +79,10 @@ class InputFisher:
         scaled = self._values(self._scaled())
         rank, values = self._positive(scaled).sum(1), self.eigenvalues()
         kept = torch.arange(values.shape[1], device=values.device) < rank[:, None]
-        found = torch.where(kept, values, 1.0).log().sum(1)
+        of_kept = torch.where(kept, values, 1.0).log().sum(1)
         # A determinant has the units as factors, so that none of its eigenvalues is lost beside another.
         whole = scaled.log().sum(1) + 2 * self.sizes.log().sum(1)
-        return torch.where(rank == self.dim, whole, found)
+        return torch.where(rank == self.dim, whole, of_kept)
 
     def _values(self, factor: Tensor) -> Tensor:
         return torch.linalg.svdvals(factor).square()[:, : self.max_rank]

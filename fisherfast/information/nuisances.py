@@ -67,7 +67,7 @@ def tangents(caller: str, x: Tensor, along: Mapping[str, Nuisance]) -> list[Tens
     """For each sample its tangents ``[q, input]`` float64, from tensors like x and from functions ``(x, amount) -> x``."""
     if not isinstance(along, Mapping) or not along:
         raise ValueError(f"{caller}: along must be {{name: tangent or function}}, at least one, got {along!r}")
-    found = []
+    directions = []
     for name, nuisance in along.items():
         moved, tangent = _derivative(nuisance, x) if callable(nuisance) else (x, nuisance)
         if not isinstance(tangent, Tensor) or tangent.shape != x.shape:
@@ -77,8 +77,8 @@ def tangents(caller: str, x: Tensor, along: Mapping[str, Nuisance]) -> list[Tens
             raise ValueError(f"{caller}: along[{name!r}] must move nothing at amount 0, got a function that moves x there")
         if not bool(tangent.isfinite().all()):
             raise ValueError(f"{caller}: along[{name!r}] must be finite, got NaN or infinity")
-        found.append(tangent.detach().double().flatten(1))
-    return list(torch.stack(found, 1))
+        directions.append(tangent.detach().double().flatten(1))
+    return list(torch.stack(directions, 1))
 
 
 def _derivative(move: Callable[[Tensor, Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from numbers import Real
 from typing import Any
 
+from fisherfast import _checks
 from fisherfast._names import listed
-from fisherfast.fisher import _arguments
 from fisherfast.fisher.lanczos import Estimate
-from fisherfast.information import _checks
+from fisherfast.information import _arguments
 from fisherfast.information.expected_loss import LogLoss
 
 METHODS = ("mcallester", "kl")
@@ -129,6 +129,35 @@ def pac_bayes_bound(
     """
     _checks.one_of(_CALLER, "method", method, METHODS)
     max_loss = _checks.positive(_CALLER, "max_loss", max_loss, "the bounds need a bounded loss: the 0-1 loss, or a clipped one")
+    loss, stderr = _mean_and_error(expected_loss, max_loss)
+    kl = _divergence(nats)
+    N = _checks.integer(_CALLER, "num_samples", num_samples, 1)
+    _check_probability("delta", delta)
+    limit = loss / max_loss
+    if draws is None:
+        sample_delta = 0.0
+    else:
+        limit, stderr = _limit_by_draws(limit, draws, delta, sample_delta), 0.0
+    value, best, num_betas = (_kl_bound if method == "kl" else _mcallester_bound)(limit, kl, N, delta, beta)
+    return Bound(
+        value=value * max_loss,
+        expected_loss=loss,
+        loss_limit=limit * max_loss,
+        nats=kl,
+        num_samples=N,
+        delta=delta,
+        method=method,
+        max_loss=max_loss,
+        beta=best,
+        num_betas=num_betas,
+        draws=draws,
+        sample_delta=sample_delta,
+        stderr=stderr,
+    )
+
+
+def _mean_and_error(expected_loss: float | Estimate, max_loss: float) -> tuple[float, float]:
+    """The mean training loss, in [0, max_loss], and its standard error, 0 of a number; or ValueError."""
     if isinstance(expected_loss, LogLoss):
         raise ValueError(
             f"{_CALLER}: the loss must have an upper limit, got that of -log p, which has none; pass loss=ff.zero_one, or a clipped loss, to "
@@ -137,43 +166,34 @@ def pac_bayes_bound(
     loss, stderr = expected_loss if isinstance(expected_loss, Estimate) else (expected_loss, 0.0)
     if not 0 <= loss <= max_loss:
         raise ValueError(f"{_CALLER}: expected_loss must be in [0, {max_loss:g}], got {loss!r}; clip the loss at max_loss")
-    loss, stderr = float(loss), float(stderr)
-    kl = _divergence(nats)
-    N = _arguments.whole(_CALLER, "num_samples", num_samples, 1)
-    _check_probability("delta", delta)
-    scaled = loss / max_loss
-    if draws is None:
-        sample_delta = 0.0
-    else:
-        _check_probability("sample_delta", sample_delta)
-        if delta + sample_delta >= 1:
-            raise ValueError(
-                f"{_CALLER}: delta + sample_delta must be < 1, got {delta:g} + {sample_delta:g}; the bound holds for less"
-            )
-        scaled, stderr = _largest(scaled, math.log(2 / sample_delta) / _arguments.whole(_CALLER, "draws", draws, 1)), 0.0
-    if method == "kl":
-        if beta is not None:
-            raise ValueError(f"{_CALLER}: beta must be None for method='kl', which has none, got {beta!r}")
-        best, value, betas = None, _largest(scaled, (kl + math.log(2 * math.sqrt(N) / delta)) / N), [1.0]
-    else:
-        betas = _betas(beta, N, delta)
-        complexity = (kl + math.log(len(betas) / delta)) / N
-        value, best = min(((scaled + b * complexity) / (1 - 1 / (2 * b)), b) for b in betas)
-    return Bound(
-        value=value * max_loss,
-        expected_loss=loss,
-        loss_limit=scaled * max_loss,
-        nats=kl,
-        num_samples=N,
-        delta=delta,
-        method=method,
-        max_loss=max_loss,
-        beta=best,
-        num_betas=len(betas),
-        draws=draws,
-        sample_delta=sample_delta,
-        stderr=stderr,
-    )
+    return float(loss), float(stderr)
+
+
+def _limit_by_draws(mean: float, draws: int, delta: float, sample_delta: float) -> float:
+    """The largest E_Q L, in [0, 1], that a mean over draws of Q allows with probability ``1 - sample_delta``."""
+    _check_probability("sample_delta", sample_delta)
+    if delta + sample_delta >= 1:
+        raise ValueError(
+            f"{_CALLER}: delta + sample_delta must be < 1, got {delta:g} + {sample_delta:g}; the bound holds for less"
+        )
+    return _largest(mean, math.log(2 / sample_delta) / _checks.integer(_CALLER, "draws", draws, 1))
+
+
+def _kl_bound(loss: float, kl: float, N: int, delta: float, beta: Any) -> tuple[float, None, int]:
+    """The bound of ``method="kl"`` for a loss in [0, 1]; no beta, of one way to choose it."""
+    if beta is not None:
+        raise ValueError(f"{_CALLER}: beta must be None for method='kl', which has none, got {beta!r}")
+    return _largest(loss, (kl + math.log(2 * math.sqrt(N) / delta)) / N), None, 1
+
+
+def _mcallester_bound(
+    loss: float, kl: float, N: int, delta: float, beta: float | Sequence[float] | None
+) -> tuple[float, float, int]:
+    """The smallest bound of ``method="mcallester"`` for a loss in [0, 1], its beta, and of how many."""
+    betas = _betas(beta, N, delta)
+    complexity = (kl + math.log(len(betas) / delta)) / N
+    value, best = min(((loss + b * complexity) / (1 - 1 / (2 * b)), b) for b in betas)
+    return value, best, len(betas)
 
 
 def _divergence(nats: Any) -> float:
@@ -188,7 +208,7 @@ def _divergence(nats: Any) -> float:
         raise ValueError(
             f"{_CALLER}: the prior must be fixed before the data are seen, got prior_scale='fit'; give the scale of initialisation"
         )
-    return _checks.not_negative(_CALLER, "nats", getattr(nats, "kl", nats), "it is KL(Q || P)")
+    return _checks.non_negative(_CALLER, "nats", getattr(nats, "kl", nats), "it is KL(Q || P)")
 
 
 def _betas(beta: float | Sequence[float] | None, N: int, delta: float) -> list[float]:
@@ -196,7 +216,7 @@ def _betas(beta: float | Sequence[float] | None, N: int, delta: float) -> list[f
     if beta is None:
         largest = (1 + math.sqrt(1 + 2 * N / math.log(1 / delta))) / 2
         return [_GRID_RATIO**i for i in range(1 + math.ceil(math.log(largest, _GRID_RATIO)))]
-    betas: list[float] = _checks.several(beta)
+    betas: list[float] = _arguments.as_list(beta)
     if not betas or not all(isinstance(b, Real) and math.isfinite(b) and b > 0.5 for b in betas):
         raise ValueError(
             f"{_CALLER}: beta must be > 1/2, or several such numbers, got {beta!r}; it is N times that of a mean loss"

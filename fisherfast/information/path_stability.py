@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from fisherfast import _checks
 from fisherfast.fisher import Fisher
-from fisherfast.information import _checks, _conditions
+from fisherfast.information import _arguments, _conditions
 from fisherfast.information._weights import Weights, tensors
 
 _CALLER = "path_stability"
@@ -80,9 +81,9 @@ def path_stability(F: Fisher, first: Weights, second: Weights, *, beta: float, d
     Source:   Figure 2 and Proposition 2.9 of arXiv:1905.12213; smooth sample information of Harutyunyan et al. 2021
               (arXiv:2101.06640).
     """
-    _checks.fisher(_CALLER, F)
-    beta = _checks.beta(_CALLER, beta)
-    damping = _checks.not_negative(_CALLER, "damping", damping, "beta / lambda^2 is that of information_in_weights")
+    _arguments.check_fisher(_CALLER, F)
+    beta = _arguments.beta(_CALLER, beta)
+    damping = _checks.non_negative(_CALLER, "damping", damping, "beta / lambda^2 is that of information_in_weights")
     displacement = _displacement(F, tensors(_CALLER, first), tensors(_CALLER, second))
     product = F @ displacement
     along = {name: (d * product[name]).sum().item() for name, d in displacement.items()}
@@ -107,7 +108,7 @@ def _displacement(F: Fisher, first: Mapping[str, Tensor], second: Mapping[str, T
     _checks.named(_CALLER, "first", first, F.names, "F")
     _checks.named(_CALLER, "second", second, F.names, "F")
     starts = {name: first[name].detach() for name in F.names}
-    _checks.shaped(_CALLER, "second", second, starts, "first")
+    _checks.shaped(_CALLER, "second", second, {name: start.shape for name, start in starts.items()}, "first")
     displacement = {}
     for name, start in starts.items():
         displacement[name] = start.double() - second[name].detach().to(start.device).double()

@@ -11,13 +11,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from fisherfast import _checks
 from fisherfast._names import listed
 from fisherfast._precision import wide, wide_dtype
 from fisherfast.fisher import Fisher
 from fisherfast.information._prior import PriorScale
 from fisherfast.information._weights import Weights, tensors
 from fisherfast.information.result import Information
-from fisherfast.information.weights import informations
+from fisherfast.information.weights import information_in_weights
 
 _LEAST = 1e-60  # damping of draws in float32
 
@@ -55,8 +56,7 @@ class GaussianPosterior(ABC):
     @torch.no_grad()
     def draws(self, n: int, *, generator: torch.Generator | None = None, seed: int | None = None) -> Iterator[dict[str, Tensor]]:
         """``n`` draws of all weights, one after the other: one is in memory at a time. See ``sample``."""
-        if n < 0:
-            raise ValueError(f"posterior.draws: n must be >= 0, got {n}")
+        n = _checks.integer("posterior.draws", "n", n, 0)
         if generator is not None and seed is not None:
             raise ValueError(f"posterior.draws: generator or seed must be None, got both (seed {seed}); pass one")
         if seed is not None:
@@ -160,5 +160,5 @@ def optimal_posterior(
               not change it.
     Source:   Proposition 2.5 of Achille, Paolini and Soatto (arXiv:1905.12213).
     """
-    (info,) = informations(F, model, (beta,), prior_scale=prior_scale, center=center, variant=variant, loss=None)
+    info = information_in_weights(F, model, prior_scale=prior_scale, beta=beta, center=center, variant=variant)
     return Posterior.of(info, model)

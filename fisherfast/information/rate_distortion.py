@@ -12,11 +12,11 @@ import torch
 
 from fisherfast.batches import Output
 from fisherfast.fisher import Fisher
-from fisherfast.information import _checks
+from fisherfast.information import _arguments
 from fisherfast.information._prior import PriorScale
 from fisherfast.information._weights import Weights
 from fisherfast.information.complexity import Complexity, LossSource
-from fisherfast.information.weights import informations
+from fisherfast.information.weights import information_at_betas
 from fisherfast.likelihood import Likelihood
 
 
@@ -110,7 +110,7 @@ def rate_distortion(
     Numerics: those of ``task_complexity``. F's spectrum is computed once for all betas, a layer at a time.
     Source:   Definition 2.1 of arXiv:1905.12213; the slopes by the envelope theorem.
     """
-    prices = _checks.several(betas)
+    prices = _arguments.as_list(betas)
     if not prices:
         raise ValueError("rate_distortion: betas must hold at least one price of a nat, got none")
     source = LossSource(
@@ -124,5 +124,5 @@ def rate_distortion(
         output=output,
     )
     loss = source.loss_of(model, loss)
-    infos = informations(F, model, prices, prior_scale=prior_scale, center=center, variant=variant, loss=loss)
+    infos = information_at_betas(F, model, prices, prior_scale=prior_scale, center=center, variant=variant, loss=loss)
     return RateDistortion(tuple(source.complexity(info, loss, model) for info in infos))

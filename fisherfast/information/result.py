@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -159,12 +159,13 @@ class Information:
         """One row per layer, and the total, for ``rich.print``."""
         table = Table(title="Information in the weights, by layer", title_justify="left")
         table.add_column("layer", overflow="fold")
-        for heading in ("parameters", "trace", "nats", "bits/parameter", "share"):
+        headings = ("parameters", "trace", "nats", "bits/parameter", "share")
+        for heading in headings:
             table.add_column(heading, justify="right", no_wrap=True)
         for name, layer in self.by_layer().items():
-            table.add_row(Text(name or WHOLE), *_cells(layer))
+            table.add_row(Text(name or WHOLE), *cells(layer, headings))
         table.add_section()
-        table.add_row("all", *_cells(self.total))
+        table.add_row("all", *cells(self.total, headings))
         return table
 
     def plot(self, path: str | Path | None = None) -> Any:
@@ -193,11 +194,14 @@ class Information:
         return f"{self.nats:,.1f} nats ({self.bits:,.1f} bits) in the weights: {self.conditions()}"
 
 
-def _cells(layer: LayerInformation) -> list[str]:
-    return [
-        f"{layer.num_parameters:,}",
-        f"{layer.trace:.3g}",
-        f"{layer.nats:,.1f}",
-        f"{layer.bits_per_parameter:.3g}",
-        f"{layer.share:.1%}",
-    ]
+def cells(layer: LayerInformation, headings: Iterable[str]) -> list[str]:
+    """A layer's numbers as tables show them, below these headings."""
+    shown = {
+        "parameters": f"{layer.num_parameters:,}",
+        "trace": f"{layer.trace:.3g}",
+        "nats": f"{layer.nats:,.1f}",
+        "bits/parameter": f"{layer.bits_per_parameter:.3g}",
+        "share": f"{layer.share:.1%}",
+        "effective dimension": f"{layer.effective_dimension:,.1f}",
+    }
+    return [shown[heading] for heading in headings]

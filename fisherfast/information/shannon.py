@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fisherfast.fisher import _arguments
+from fisherfast import _checks
 from fisherfast.fisher.lanczos import Estimate
 from fisherfast.information._mixture import Mixture
 
@@ -120,7 +120,7 @@ def _of_runs(
 ) -> ShannonInformation:
     if not len(runs) or not all(len(of_one) for of_one in runs):
         raise ValueError(f"{_CALLER}: every data set must have at least one run, got {[len(of_one) for of_one in runs]} runs")
-    samples = _arguments.whole(_CALLER, "samples", samples, 2, "the error is estimated from them")
+    samples = _checks.integer(_CALLER, "samples", samples, 2, "the error is estimated from them")
     pi = _dataset_weights(weights, len(runs))
     Q = Mixture.of_runs(_CALLER, runs, pi)
     P = None if reference is None else _gaussian(reference, Q.dimension)
@@ -131,12 +131,12 @@ def _of_runs(
     if P is not None:
         terms["marginal_divergence"] = lambda w, run, dataset, marginal: marginal - P.log_density(w)
         terms["expected_divergence"] = lambda w, run, dataset, marginal: dataset - P.log_density(w)
-    found = Q.expectations(terms, samples, torch.Generator().manual_seed(seed))
+    estimates = Q.expectations(terms, samples, torch.Generator().manual_seed(seed))
     return ShannonInformation(
-        information=found["information"],
-        marginal_divergence=found.get("marginal_divergence", Estimate(0.0, 0.0)),
-        expected_divergence=found.get("expected_divergence", found["information"]),
-        information_with_seed=found["information_with_seed"],
+        information=estimates["information"],
+        marginal_divergence=estimates.get("marginal_divergence", Estimate(0.0, 0.0)),
+        expected_divergence=estimates.get("expected_divergence", estimates["information"]),
+        information_with_seed=estimates["information_with_seed"],
         ceiling=_entropy(pi),
         num_datasets=len(runs),
         num_runs=len(Q.mean),
@@ -147,9 +147,9 @@ def _of_runs(
 def _gaussian(reference: Reference, dimension: int) -> Mixture:
     if isinstance(reference, Tensor) or len(reference) != 2:
         raise ValueError(f"{_CALLER}: reference must be (mean, variance) of a Gaussian, got {reference!r}")
-    one = torch.ones(1, dtype=torch.float64)
+    certain = torch.ones(1, dtype=torch.float64)
     mean, variance = (torch.as_tensor(part, dtype=torch.float64).expand(dimension) for part in reference)
-    return Mixture.of_runs(_CALLER, [[(mean, variance)]], one)
+    return Mixture.of_runs(_CALLER, [[(mean, variance)]], certain)
 
 
 def _probabilities(what: str, rows: Tensor) -> Tensor:

@@ -10,9 +10,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from fisherfast import _checks
 from fisherfast._names import listed
 from fisherfast.fisher import Fisher
-from fisherfast.information import _checks, _conditions
+from fisherfast.information import _arguments, _conditions
 from fisherfast.information._weights import VARIANTS
 
 _CALLER = "shannon_from_stability"
@@ -67,8 +68,8 @@ def shannon_from_stability(
     Numerics: products and log-determinant in float64.
     Source:   Proposition 2.9 of arXiv:1905.12213, after Brunel and Nadal 1998.
     """
-    _checks.fisher(_CALLER, F)
-    beta = _checks.beta(_CALLER, beta)
+    _arguments.check_fisher(_CALLER, F)
+    beta = _arguments.beta(_CALLER, beta)
     entropy = _checks.number(_CALLER, "entropy", entropy, "it is the differential entropy of the numbers that make a data set")
     _checks.one_of(_CALLER, "variant", variant, VARIANTS)
     rows = _rows(F, sensitivity)

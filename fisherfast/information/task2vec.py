@@ -13,11 +13,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from fisherfast import _checks
 from fisherfast._names import listed
 from fisherfast.capture.parameters import unwrapped
 from fisherfast.fisher import Fisher
 from fisherfast.fisher.protocol import names_by_layer
-from fisherfast.information import _checks, _conditions, _prior
+from fisherfast.information import _arguments, _conditions, _prior
 from fisherfast.information._prior import GivenScale
 
 _CALLER = "task_embedding"
@@ -109,7 +110,7 @@ def task_embedding(
     Numerics: float64.
     Source:   Achille et al. 2019, Task2Vec (arXiv:1902.03545).
     """
-    _checks.fisher("task_embedding", F)
+    _arguments.check_fisher("task_embedding", F)
     return TaskEmbedding(
         _averaged(F.diagonal(dtype=torch.float64), model, layers, skip, norms), _conditions.measured_and_missing(F)
     )
@@ -119,31 +120,31 @@ def _averaged(
     diagonal: Mapping[str, Tensor], model: nn.Module, layers: Collection[str] | None, skip: Collection[str], norms: bool
 ) -> dict[str, Tensor]:
     """The chosen parameters, averaged over each filter."""
-    known = names_by_layer(diagonal)
-    for what, given in (("layers", layers), ("skip", skip)):
-        if isinstance(given, str):
-            raise ValueError(f"{_CALLER}: {what} must be a collection of layer names, got the text {given!r}; pass [{given!r}]")
-    if unknown := {*skip, *(layers or ())} - set(known):
+    measured = names_by_layer(diagonal)
+    for what, names in (("layers", layers), ("skip", skip)):
+        if isinstance(names, str):
+            raise ValueError(f"{_CALLER}: {what} must be a collection of layer names, got the text {names!r}; pass [{names!r}]")
+    if unknown := {*skip, *(layers or ())} - set(measured):
         raise ValueError(
-            f"{_CALLER}: layers and skip must name layers that were measured, got {listed(unknown)}; layers: {listed(known)}"
+            f"{_CALLER}: layers and skip must name layers that were measured, got {listed(unknown)}; layers: {listed(measured)}"
         )
     model = unwrapped(model)
     parameters = dict(model.named_parameters())
-    chosen = {}
+    filters = {}
     for name, values in diagonal.items():
         layer, _, kind = name.rpartition(".")
         if layer in skip or (layers is not None and layer not in layers):
             continue
         if name not in parameters or parameters[name].shape != values.shape:
-            found = tuple(parameters[name].shape) if name in parameters else "none"
-            raise ValueError(f"{_CALLER}: model must have {name!r} of shape {tuple(values.shape)}, got {found}")
+            got = tuple(parameters[name].shape) if name in parameters else "none"
+            raise ValueError(f"{_CALLER}: model must have {name!r} of shape {tuple(values.shape)}, got {got}")
         if values.dim() > 1:
-            chosen[name] = _filters(values, model.get_submodule(layer))
+            filters[name] = _filters(values, model.get_submodule(layer))
         elif values.dim() == 1 and kind == "weight" and norms:
-            chosen[name] = values.clone()
-    if not chosen:
-        raise ValueError(f"{_CALLER}: at least one parameter must be left, got none of {listed(known)}; norms need norms=True")
-    return chosen
+            filters[name] = values.clone()
+    if not filters:
+        raise ValueError(f"{_CALLER}: at least one parameter must be left, got none of {listed(measured)}; norms need norms=True")
+    return filters
 
 
 def _filters(values: Tensor, module: nn.Module) -> Tensor:

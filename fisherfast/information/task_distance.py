@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fisherfast import _checks
 from fisherfast._names import listed
-from fisherfast.information import _alike, _checks
+from fisherfast.information import _comparable
 from fisherfast.information.result import Information
 
 
@@ -55,22 +56,24 @@ def task_distance(joint: float | Any, alone: float | Any) -> float:
     """
     joint, alone = (getattr(value, "information", value) for value in (joint, alone))
     for name in ("beta", "centered", "center_norm", "variant"):
-        one, other = (getattr(information, name, None) for information in (joint, alone))
-        if one != other:
-            raise ValueError(f"task_distance: both must be of one {name}, got {one!r} and {other!r}")
+        of_joint, of_alone = (getattr(information, name, None) for information in (joint, alone))
+        if of_joint != of_alone:
+            raise ValueError(f"task_distance: both must be of one {name}, got {of_joint!r} and {of_alone!r}")
     if isinstance(joint, Information) and isinstance(alone, Information):
-        if problems := _alike.differences(joint, alone):
+        if problems := _comparable.differences(joint, alone):
             raise ValueError(f"task_distance: both must be of one architecture and measured alike, got {'; '.join(problems)}")
-    mine, theirs = (getattr(information, "prior_scales", {}) for information in (joint, alone))
-    if others := [name for name in sorted({*mine, *theirs}) if mine.get(name) != theirs.get(name)]:
+    joint_scales, alone_scales = (getattr(information, "prior_scales", {}) for information in (joint, alone))
+    names = sorted({*joint_scales, *alone_scales})
+    if differing := [name for name in names if joint_scales.get(name) != alone_scales.get(name)]:
+        of_joint, of_alone = joint_scales.get(differing[0]), alone_scales.get(differing[0])
         raise ValueError(
-            f"task_distance: both must be of one prior_scale, got {mine.get(others[0])!r} and {theirs.get(others[0])!r} of {listed(others)}"
+            f"task_distance: both must be of one prior_scale, got {of_joint!r} and {of_alone!r} of {listed(differing)}"
         )
-    both, first = (
+    joint_nats, alone_nats = (
         _checks.number("task_distance", name, getattr(value, "kl", value), "it is in nats, or in units of the loss")
         for name, value in (("joint", joint), ("alone", alone))
     )
-    return both - first
+    return joint_nats - alone_nats
 
 
 def task_distances(joint: Tensor, alone: Tensor) -> TaskDistances:

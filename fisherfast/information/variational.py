@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fisherfast import _checks
 from fisherfast._error import NonFiniteError
 from fisherfast._warning import warn
 from fisherfast.batches import Batch, Output
-from fisherfast.fisher import _arguments
-from fisherfast.information import _checks, _prior
+from fisherfast.information import _arguments, _prior
 from fisherfast.information._diagonal_gaussian import DiagonalGaussian
 from fisherfast.information._local_noise import LocalNoise
 from fisherfast.information._losses import SampleLosses
@@ -146,12 +146,12 @@ def variational_posterior(
     Source:   Definition 2.1 of arXiv:1905.12213; Kingma, Salimans & Welling 2015 for noise at the output; Task2Vec (Achille et
               al. 2019), whose divergence lacks the factor 1/2, so that its beta is half of this one.
     """
-    beta = _checks.beta(_CALLER, beta)
+    beta = _arguments.beta(_CALLER, beta)
     prior_scale = _prior.checked(prior_scale, _CALLER)
     lr = _checks.positive(_CALLER, "lr", lr, "it is Adam's step on log sigma")
     mean_lr = _checks.positive(_CALLER, "mean_lr", mean_lr, "it is Adam's step on the means")
     _checks.one_of(_CALLER, "noise", noise, NOISES)
-    epochs = _arguments.whole(_CALLER, "epochs", epochs, 1)
+    epochs = _checks.integer(_CALLER, "epochs", epochs, 1)
     check_rereadable(_CALLER, data)
     losses = SampleLosses.of(_CALLER, model, likelihood, None, output)
     q = DiagonalGaussian(_CALLER, losses.model, prior_scale, center, train_mean)
@@ -261,7 +261,7 @@ class _Way:
     def share(self) -> float:
         """Of the mean distance over weights."""
         moved = [(self._q.log_stds[name].detach() - start).abs().double() for name, start in self._start.items()]
-        return float(torch.cat([one.flatten() for one in moved]).mean()) / self._length if self._length else 0.0
+        return float(torch.cat([distance.flatten() for distance in moved]).mean()) / self._length if self._length else 0.0
 
 
 def _in_nats(parameters: Iterable[Tensor], beta: float, largest: float) -> None:

@@ -12,15 +12,16 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
+from fisherfast import _checks
 from fisherfast._names import listed
 from fisherfast._warning import warn
 from fisherfast.fisher import Fisher, LayerSummary, Spectrum
-from fisherfast.information import _checks, _prior, _series
+from fisherfast.information import _arguments, _prior, _series
 from fisherfast.information._prior import PriorScale
 from fisherfast.information._weights import VARIANTS, Weights, tensors
 from fisherfast.information.result import Information, LayerInformation
@@ -63,11 +64,11 @@ def information_in_weights(
               is right to 1e-11.
     Source:   Proposition 2.5 and eq. 8 of Achille, Paolini and Soatto (arXiv:1905.12213).
     """
-    (info,) = informations(F, model, (beta,), prior_scale=prior_scale, center=center, variant=variant, loss=loss)
+    (info,) = information_at_betas(F, model, (beta,), prior_scale=prior_scale, center=center, variant=variant, loss=loss)
     return info
 
 
-def informations(
+def information_at_betas(
     F: Fisher,
     model: Weights,
     betas: Sequence[float],
@@ -78,13 +79,13 @@ def informations(
     loss: float | None,
 ) -> list[Information]:
     """``information_in_weights`` at several betas: every spectrum is asked for once, and one layer's is in memory at a time."""
-    _checks.fisher(_CALLER, F)
-    betas = [_checks.beta(_CALLER, beta) for beta in betas]
+    _arguments.check_fisher(_CALLER, F)
+    betas = [_arguments.beta(_CALLER, beta) for beta in betas]
     _checks.one_of(_CALLER, "variant", variant, VARIANTS)
     prior_scale = _prior.checked(prior_scale)
     loss = None if loss is None else _checks.number(_CALLER, "loss", loss, "it is the mean loss at the weights")
     summaries = F.by_layer()
-    given = (
+    given_scales = (
         {}
         if isinstance(prior_scale, str)
         else _prior.given(prior_scale, {name: layer.parameters for name, layer in summaries.items()})
@@ -92,30 +93,18 @@ def informations(
     weights, centers = tensors(_CALLER, model), None if center is None else tensors(_CALLER, center)
     excluded = _check_names(F, model, weights)
     _check_center(F, weights, centers)
-    norm = math.sqrt(math.fsum(_series.squared_distance(centers[name], None) for name in F.names)) if centers else 0.0
-    for beta in betas:
-        if beta / 2 == 0 or max(given.values(), default=0.0) ** 2 / beta > sys.float_info.max / 4:
-            raise ValueError(f"{_CALLER}: prior_scale^2 / beta must be finite, got beta = {beta} with {max(given.values())}")
-    scales = [dict(given) for _ in betas]
-    measured: list[dict[str, LayerInformation]] = [{} for _ in betas]
+    _check_ratios(betas, given_scales)
+    at_betas = [_AtBeta(beta, variant, dict(given_scales)) for beta in betas]
     for layer, blocks in _blocks_by_layer(F, summaries, weights, centers):
-        for beta, mine, layers in zip(betas, scales, measured, strict=True):
-            temperature = beta if variant == "exact" else beta / 2
-            if isinstance(prior_scale, str):
-                mine |= dict.fromkeys(summaries[layer].parameters, _fitted(blocks, temperature))
-            layers[layer] = _measure(summaries[layer], blocks, mine, temperature, variant)
-            if not math.isfinite(layers[layer].kl):
-                largest = max(mine[name] for name in summaries[layer].parameters)
-                raise ValueError(
-                    f"{_CALLER}: prior_scale^2 f / beta must be finite for every eigenvalue f, got others in {[*summaries[layer].parameters]} with beta = {beta} "
-                    f"and prior_scale = {largest}"
-                )
+        for at_beta in at_betas:
+            at_beta.measure(layer, summaries[layer], blocks, fit=isinstance(prior_scale, str))
+    norm = math.sqrt(math.fsum(_series.squared_distance(centers[name], None) for name in F.names)) if centers else 0.0
     return [
         Information(
-            layers=_with_shares(layers, summaries),
-            beta=beta,
+            layers=_with_shares(at_beta.layers, summaries),
+            beta=at_beta.beta,
             prior_scale=prior_scale,
-            prior_scales=mine,
+            prior_scales=at_beta.scales,
             centered=center is not None,
             center_norm=norm,
             variant=variant,
@@ -123,8 +112,38 @@ def informations(
             excluded=excluded,
             fisher=F,
         )
-        for beta, mine, layers in zip(betas, scales, measured, strict=True)
+        for at_beta in at_betas
     ]
+
+
+def _check_ratios(betas: Iterable[float], scales: Mapping[str, float]) -> None:
+    """Raise ValueError for a beta and given prior scales, none where they are fitted, whose ``lambda^2 / beta`` overflows."""
+    for beta in betas:
+        if beta / 2 == 0 or max(scales.values(), default=0.0) ** 2 / beta > sys.float_info.max / 4:
+            raise ValueError(f"{_CALLER}: prior_scale^2 / beta must be finite, got beta = {beta} with {max(scales.values())}")
+
+
+@dataclass
+class _AtBeta:
+    """The layers measured so far at one beta, and the prior scale of each parameter."""
+
+    beta: float
+    variant: str
+    scales: dict[str, float]
+    layers: dict[str, LayerInformation] = field(default_factory=dict)
+
+    def measure(self, layer: str, summary: LayerSummary, blocks: Sequence[_Block], fit: bool) -> None:
+        """Add one layer, with a prior scale that is fitted first if ``fit`` says so."""
+        temperature = self.beta if self.variant == "exact" else self.beta / 2
+        if fit:
+            self.scales |= dict.fromkeys(summary.parameters, _fitted(blocks, temperature))
+        self.layers[layer] = _measured(summary, blocks, self.scales, temperature, self.variant)
+        if not math.isfinite(self.layers[layer].kl):
+            largest = max(self.scales[name] for name in summary.parameters)
+            raise ValueError(
+                f"{_CALLER}: prior_scale^2 f / beta must be finite for every eigenvalue f, got others in {[*summary.parameters]} with beta = {self.beta} "
+                f"and prior_scale = {largest}"
+            )
 
 
 def _with_shares(layers: Mapping[str, LayerInformation], order: Iterable[str]) -> dict[str, LayerInformation]:
@@ -145,11 +164,7 @@ def _check_names(F: Fisher, model: Weights, weights: Mapping[str, Tensor]) -> tu
     excluded = tuple(F.coverage.missing)
     _checks.named(_CALLER, "model", weights, F.names, "F")
     _check_floating("model", F, weights)
-    for name, shape in F.shapes.items():
-        if (mine := tuple(weights[name].shape)) != tuple(shape):
-            raise ValueError(
-                f"{_CALLER}: model must have the shapes F was measured on, got {mine} instead of {tuple(shape)} in {name!r}"
-            )
+    _checks.shaped(_CALLER, "model", weights, F.shapes, "F")
     covered = {*F.names, *F.aliases, *excluded}
     # A frozen parameter asks for no Fisher; in a mapping there is no such mark, and everything counts.
     wanted = [name for name, tensor in weights.items() if tensor.requires_grad or not isinstance(model, nn.Module)]
@@ -173,7 +188,7 @@ def _check_center(F: Fisher, weights: Mapping[str, Tensor], centers: Mapping[str
         return
     _checks.named(_CALLER, "center", centers, F.names, "F")
     _check_floating("center", F, centers)
-    _checks.shaped(_CALLER, "center", centers, {name: weights[name] for name in F.names}, "model")
+    _checks.shaped(_CALLER, "center", centers, F.shapes, "model")
 
 
 def _blocks_by_layer(
@@ -201,7 +216,7 @@ def _fitted(blocks: Sequence[_Block], temperature: float) -> float:
     return _prior.fitted([block.spectrum for block in blocks], math.fsum(block.squared_distance for block in blocks), temperature)
 
 
-def _measure(
+def _measured(
     summary: LayerSummary, blocks: Sequence[_Block], scales: Mapping[str, float], temperature: float, variant: str
 ) -> LayerInformation:
     """Everything but the layer's share of the whole network."""

@@ -11,12 +11,13 @@ from fisherfast.likelihood.bernoulli import Bernoulli
 from fisherfast.likelihood.categorical import Categorical, CausalLM
 from fisherfast.likelihood.doubts import check_model
 from fisherfast.likelihood.gaussian import Gaussian
-from fisherfast.likelihood.names import beside, counting, resolve, stored_name
+from fisherfast.likelihood.names import LIKELIHOODS, beside, counting, resolve, stored_name
 from fisherfast.likelihood.own import Draws, LogLikelihood
 from fisherfast.likelihood.protocol import FISHER_TYPES, Likelihood, Predictions
 
 __all__ = [
     "FISHER_TYPES",
+    "LIKELIHOODS",
     "Bernoulli",
     "Categorical",
     "CausalLM",

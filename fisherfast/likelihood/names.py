@@ -12,18 +12,18 @@ from fisherfast.likelihood.categorical import Categorical, CausalLM
 from fisherfast.likelihood.gaussian import Gaussian
 from fisherfast.likelihood.protocol import Likelihood
 
-_BY_NAME: dict[str, Any] = {"categorical": Categorical, "bernoulli": Bernoulli, "causal_lm": CausalLM, "gaussian": Gaussian}
+LIKELIHOODS: dict[str, Any] = {"categorical": Categorical, "bernoulli": Bernoulli, "causal_lm": CausalLM, "gaussian": Gaussian}
 
 
 def resolve(likelihood: str | Likelihood) -> Likelihood:
     """A likelihood from its name; objects pass through."""
-    if isinstance(likelihood, str) and likelihood in _BY_NAME:
-        return _BY_NAME[likelihood]()
+    if isinstance(likelihood, str) and likelihood in LIKELIHOODS:
+        return LIKELIHOODS[likelihood]()
     if likelihood is None or isinstance(likelihood, str | type):
-        raise ValueError(f"likelihood: must be one of {sorted(_BY_NAME)} or a likelihood object, got {likelihood!r}")
+        raise ValueError(f"likelihood: must be one of {sorted(LIKELIHOODS)} or a likelihood object, got {likelihood!r}")
     if not hasattr(likelihood, "predictions"):  # a loss of torch.nn, say
         raise TypeError(
-            f"likelihood: must be one of {sorted(_BY_NAME)} or a likelihood object, got {type(likelihood).__name__}; of a cross entropy "
+            f"likelihood: must be one of {sorted(LIKELIHOODS)} or a likelihood object, got {type(likelihood).__name__}; of a cross entropy "
             "that is 'categorical', of BCEWithLogitsLoss 'bernoulli', of MSELoss 'gaussian'"
         )
     return likelihood
@@ -35,7 +35,7 @@ def beside(caller: str, stored: str | None, given: str | Likelihood | None) -> L
     FisherWarning where they differ; ValueError where none is given and the name does not say how to make it again.
     """
     if given is None:
-        if stored not in _BY_NAME:
+        if stored not in LIKELIHOODS:
             raise ValueError(
                 f"{caller}: likelihood must be given for a Fisher of {stored or 'an unknown likelihood'}, got None; pass likelihood="
             )

@@ -43,8 +43,8 @@ class Chart:
 
 def charts(F: Fisher, info: Information, curve: RateDistortion | None) -> list[Chart]:
     """All of them; those of the curve if there is one."""
-    found = [by_layer(info), spectrum(histogram(F.spectra()))]
-    return found if curve is None else [*found, over_beta(curve, info), trade_off(curve, info)]
+    always = [by_layer(info), spectrum(histogram(F.spectra()))]
+    return always if curve is None else [*always, over_beta(curve, info), trade_off(curve, info)]
 
 
 def by_layer(info: Information) -> Chart:
@@ -53,7 +53,7 @@ def by_layer(info: Information) -> Chart:
     nats_of = {name: layer.nats for name, layer in layers.items()}
     shown = _chart.rows(nats_of)
     nats = [math.fsum(nats_of[name] for name in row.layers) for row in shown]
-    with _drawn(0.38 * len(shown) + 0.6) as figure:
+    with _figure(0.38 * len(shown) + 0.6) as figure:
         axes = figure.subplots()
         _chart.bars(axes, shown, nats, height=0.4)
         for at, row in enumerate(shown):
@@ -70,7 +70,7 @@ def by_layer(info: Information) -> Chart:
 
 def spectrum(counted: Histogram) -> Chart:
     """The sorted eigenvalues, and how many there are in each power of ten."""
-    with _drawn(3.2) as figure:
+    with _figure(3.2) as figure:
         axes = figure.subplots()
         _plot.spectrum(axes, counted)
         axes.spines[["top", "right"]].set_visible(False)
@@ -93,7 +93,7 @@ def spectrum(counted: Histogram) -> Chart:
 
 def over_beta(curve: RateDistortion, info: Information) -> Chart:
     """Nats above, the rise of the loss below, over the price of a nat."""
-    with _drawn(4.4) as figure:
+    with _figure(4.4) as figure:
         panels = figure.subplots(2, 1, sharex=True)
         for axes, values, color, unit in (
             (panels[0], curve.nats, _chart.BLUE, "information, nats"),
@@ -123,7 +123,7 @@ def over_beta(curve: RateDistortion, info: Information) -> Chart:
 
 def trade_off(curve: RateDistortion, info: Information) -> Chart:
     """The rate-distortion curve: the rise of the loss over the nats."""
-    with _drawn(3.2) as figure:
+    with _figure(3.2) as figure:
         axes = figure.subplots()
         _logarithmic(axes, curve.nats, curve.rises)
         axes.plot(curve.nats, curve.rises, "o-", color=_chart.BLUE, markersize=4, linewidth=1.5)
@@ -146,7 +146,7 @@ def trade_off(curve: RateDistortion, info: Information) -> Chart:
 
 
 @contextmanager
-def _drawn(height: float) -> Iterator[Any]:
+def _figure(height: float) -> Iterator[Any]:
     """An empty figure of the page's width in its style; what is drawn and written inside has it."""
     figure = _chart.figure("report", _WIDTH, height)
     from matplotlib import rc_context

@@ -9,7 +9,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from fisherfast import environment
 from fisherfast.fisher import Fisher
-from fisherfast.information import WHOLE, Information, LayerInformation, RateDistortion
+from fisherfast.information import WHOLE, Information, RateDistortion
+from fisherfast.information.result import cells
 from fisherfast.report import charts, words
 from fisherfast.report.text import summary
 from fisherfast.timing import TimeRatio
@@ -55,20 +56,10 @@ def page(
 
 def layers(info: Information) -> charts.Table:
     """All layers and the total."""
-    headings = ("layer", "nats", "share", "parameters", "bits/parameter", "trace", "effective dimension", "prior scale")
+    headings = ("nats", "share", "parameters", "bits/parameter", "trace", "effective dimension")
     rows = [
-        [name or WHOLE, *_cells(layer), "by parameter" if layer.prior_scale is None else f"{layer.prior_scale:.3g}"]
+        [name or WHOLE, *cells(layer, headings), "by parameter" if layer.prior_scale is None else f"{layer.prior_scale:.3g}"]
         for name, layer in info.by_layer().items()
     ]
-    return charts.Table("Information in the weights, by layer", headings, [*rows, ["all", *_cells(info.total), ""]])
-
-
-def _cells(layer: LayerInformation) -> list[str]:
-    return [
-        f"{layer.nats:,.1f}",
-        f"{layer.share:.1%}",
-        f"{layer.num_parameters:,}",
-        f"{layer.bits_per_parameter:.3g}",
-        f"{layer.trace:.3g}",
-        f"{layer.effective_dimension:,.1f}",
-    ]
+    rows.append(["all", *cells(info.total, headings), ""])
+    return charts.Table("Information in the weights, by layer", ("layer", *headings, "prior scale"), rows)

@@ -3,10 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
+from fisherfast._names import joined
 from fisherfast.fisher import Fisher
-from fisherfast.information import WHOLE, Information
+from fisherfast.information import WHOLE, Information, _conditions
 
 TERMS = {
     "nat": "The unit of information when logarithms are natural; one nat is 1.44 bits.",
@@ -33,7 +32,6 @@ TERMS = {
     ),
 }
 
-_NAMED = 10
 _FORMULAS = {"exact": "exact", "paper": "as printed in the paper"}
 
 
@@ -45,60 +43,55 @@ def settings(F: Fisher, info: Information) -> dict[str, str]:
         "structure": F.structure,
         "fisher type": how.fisher_type or "unknown",
         "likelihood": how.likelihood or "unknown",
-        "draws per sample": _drawn(F, how.draws),
-        "seed": _drawn(F, how.seed),
+        "draws per sample": _of_drawn_labels(F, how.draws),
+        "seed": _of_drawn_labels(F, how.seed),
         "samples N": f"{F.num_samples:,}",
         "labels": f"{F.num_positions:,}",
         "weights k": f"{info.num_parameters:,}",
         "beta": f"{info.beta:.6g}",
-        "prior scale lambda": f"{info.prior_in_words()}{_span(info)}",
+        "prior scale lambda": _prior(info),
         "formulas": _FORMULAS[info.variant],
     }
 
 
-def _drawn(F: Fisher, value: int | None) -> str:
+def _of_drawn_labels(F: Fisher, value: int | None) -> str:
     """A setting of drawn labels."""
     if F.provenance.fisher_type in ("exact", "empirical"):
         return "none, labels are not drawn"
     return "unknown" if value is None else f"{value}"
 
 
-def _span(info: Information) -> str:
-    scales = sorted(set(info.prior_scales.values()))
-    return f": {scales[0]:.3g} to {scales[-1]:.3g}" if len(scales) > 1 else ""
-
-
-def _named(names: Sequence[str]) -> str:
-    """The first few, and how many more there are."""
-    more = len(names) - _NAMED
-    return ", ".join(names[:_NAMED]) + (f" and {more:,} more" if more > 0 else "")
+def _prior(info: Information) -> str:
+    """The prior scale and its center, and of several scales the range."""
+    scales = set(info.prior_scales.values())
+    return info.prior_in_words() + (f": {_conditions.span(scales)}" if len(scales) > 1 else "")
 
 
 def warnings(F: Fisher, info: Information) -> list[str]:
     """What a reader must know before using the numbers; none if there is nothing."""
     how = F.provenance
-    found = []
+    notes = []
     if info.excluded:
-        found.append(f"The numbers leave out parameters that the Fisher lacks: {_named(info.excluded)}.")
+        notes.append(f"The numbers leave out parameters that the Fisher lacks: {joined(info.excluded)}.")
     if how.fisher_type is None:
-        found.append("How this Fisher was measured is not known.")
+        notes.append("How this Fisher was measured is not known.")
     if how.fisher_type == "empirical":
-        found.append(
+        notes.append(
             "The empirical Fisher, at the labels of the data, is not the Fisher and can be far from it, most of all where the network fits them well."
         )
     if how.fisher_type == "mc" and how.draws == 1:
-        found.append(
+        notes.append(
             "One label was drawn per sample. Where the network is nearly certain the labels that matter are rare and the numbers noisy: "
             "compare with more draws, or with the exact Fisher."
         )
     if info.prior_scale == "fit":
-        found.append(
+        notes.append(
             "The prior was fitted to the trained weights. The nats do not pay for that choice, so they must not be put into a bound on generalization."
         )
     if flat := [name or WHOLE for name, layer in info.by_layer().items() if layer.trace == 0]:
-        found.append(f"The Fisher of these layers is zero, the predictions do not depend on their weights: {_named(flat)}.")
+        notes.append(f"The Fisher of these layers is zero, the predictions do not depend on their weights: {joined(flat)}.")
     if info.variant == "paper":
-        found.append("The formulas are those printed in the paper, constant factors and all; the exact ones differ.")
+        notes.append("The formulas are those printed in the paper, constant factors and all; the exact ones differ.")
     if underflow := F.coverage.underflow:
-        found.append(f"Gradients in float16 lost digits in {_named(list(underflow))}: measure with a loss scale.")
-    return found
+        notes.append(f"Gradients in float16 lost digits in {joined(list(underflow))}: measure with a loss scale.")
+    return notes

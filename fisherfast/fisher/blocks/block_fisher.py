@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fisherfast import _checks
 from fisherfast._precision import wide
 from fisherfast.accumulator import Accumulator
 from fisherfast.fisher import _arguments, _logdet, _pooling, serialize
@@ -244,7 +245,7 @@ class BlockFisher(Plotted, Layered, Generic[_Block]):
         self, n: int, *, damping: Damping = 0.0, generator: torch.Generator | None = None, dtype: torch.dtype = torch.float32
     ) -> dict[str, Tensor]:
         """``n`` draws from ``N(0, (F + damping I)^-1)``, {name: [n, *shape]}. Errors: ValueError if that is singular."""
-        n = _arguments.whole("sample", "n", n, 0)
+        n = _checks.integer("sample", "n", n, 0)
         inverse_root = self._damped("sample", damping, torch.rsqrt)
         draws = {name: torch.empty(n, *shape, dtype=dtype, device=self._device) for name, shape in self.shapes.items()}
         vectors = [{name: values[i] for name, values in draws.items()} for i in range(n)]

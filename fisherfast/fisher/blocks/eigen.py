@@ -172,13 +172,13 @@ def eigenbasis(factor: Tensor, rows: Tensor | None, dtype: torch.dtype) -> Tenso
         return None
     if rows is not None:
         return (_of_span(rows) if dtype == torch.float64 else _of_gram(rows)).unsqueeze(0)
-    falls, order = _graded.falling(factor)
+    falls, order = _graded.sort_by_diagonal(factor)
     falls /= falls[:, :1, :1].clamp_min(torch.finfo(factor.dtype).tiny)
     scaled = falls.to(dtype)
     del falls
     step = _at_a_time(scaled.shape[1], dtype)
     return torch.cat(
-        [_graded.unsorted(_eigenvectors(some), by) for some, by in zip(scaled.split(step), order.split(step), strict=True)]
+        [_graded.unsort(_eigenvectors(some), by) for some, by in zip(scaled.split(step), order.split(step), strict=True)]
     )
 
 

@@ -11,10 +11,12 @@ from fisherfast.information.result import Information
 
 def differences(first: Information, second: Information) -> list[str]:
     """What the nats of two mean nothing without, and is not the same."""
-    ours, theirs = _must_agree(first), _must_agree(second)
-    found = [f"{what} {_shown(ours[what])} and {_shown(theirs[what])}" for what in ours if ours[what] != theirs[what]]
-    problem = _layers_differ(first, second)
-    return found if problem is None else [*found, problem]
+    of_first, of_second = _must_agree(first), _must_agree(second)
+    settings = [
+        f"{what} {_shown(value)} and {_shown(of_second[what])}" for what, value in of_first.items() if value != of_second[what]
+    ]
+    layers = _layers_differ(first, second)
+    return settings if layers is None else [*settings, layers]
 
 
 def _must_agree(info: Information) -> dict[str, Any]:
@@ -35,13 +37,15 @@ def _shown(value: Any) -> str:
 
 def _layers_differ(first: Information, second: Information) -> str | None:
     """The first few layers and parameters that one of the two lacks or has in another shape."""
-    for what, ours, theirs in (
-        ("layers", first.layers, second.layers),
-        ("parameters", first.fisher.shapes, second.fisher.shapes),
+    shapes, other_shapes = first.fisher.shapes, second.fisher.shapes
+    for what, in_first, in_second in (
+        ("layers", set(first.layers), set(second.layers)),
+        ("parameters", set(shapes), set(other_shapes)),
     ):
-        lacking = [set(one) - set(other) for one, other in ((ours, theirs), (theirs, ours))]
-        if any(lacking):
-            return f"{what} {listed(lacking[0])} only in the first and {listed(lacking[1])} only in the second"
-    shapes, others = first.fisher.shapes, second.fisher.shapes
-    different = [f"{name} {tuple(shapes[name])} and {tuple(others[name])}" for name in shapes if shapes[name] != others[name]]
+        if in_first != in_second:
+            only_first, only_second = listed(in_first - in_second), listed(in_second - in_first)
+            return f"{what} {only_first} only in the first and {only_second} only in the second"
+    different = [
+        f"{name} {tuple(shape)} and {tuple(other_shapes[name])}" for name, shape in shapes.items() if shape != other_shapes[name]
+    ]
     return f"shapes of {listed(different)}" if different else None
