@@ -6,9 +6,12 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterable
 from enum import IntEnum
+from itertools import chain
 from typing import Any
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fisherfast._nested import tensors
@@ -16,7 +19,7 @@ from fisherfast._nested import tensors
 _GATHERS = {
     *(Tensor.__getitem__, Tensor.index_select, Tensor.gather, Tensor.masked_select, Tensor.take_along_dim),
     *(torch.index_select, torch.gather, torch.masked_select, torch.take_along_dim, torch._pack_padded_sequence),
-    *(torch.repeat_interleave, Tensor.repeat_interleave),
+    *(torch.repeat_interleave, Tensor.repeat_interleave, torch.take, Tensor.take, F.embedding),
 }
 
 _STACKS = {torch.vstack, torch.row_stack}
@@ -31,8 +34,9 @@ def _both(*names: str) -> set[Any]:
     return {getattr(owner, name) for name in every for owner in (torch, Tensor) if hasattr(owner, name)}
 
 
-# Sums into places put rows of the same sample together, back where samples are; slots are filled as the data has it.
-_SCATTERS = _both("index_add", "scatter_add", "scatter", "masked_scatter", "scatter_reduce") | {torch._pad_packed_sequence}
+# What puts rows back where samples are; sums into places may also send them to experts; slots are filled as the data has it.
+_RETURNS = _both("masked_scatter") | {torch._pad_packed_sequence}
+_SCATTERS = _both("index_add", "scatter_add", "scatter", "scatter_reduce")
 _SLOTS = _both("index_copy", "index_put") | {Tensor.__setitem__}
 
 _OPERATORS = ("add", "radd", "iadd", "sub", "rsub", "isub", "mul", "rmul", "imul", "truediv", "rtruediv", "itruediv")
@@ -54,7 +58,7 @@ class Chosen(IntEnum):
 
 
 class ChosenRows:
-    """The tensors of one forward pass that hold such rows; ``num_samples``: of the batch, where known; ``model``: whose buffers hold none."""
+    """The tensors of one forward pass that hold such rows; ``num_samples``: of the batch, where known; ``model``: whose tables hold none."""
 
     def __init__(self, num_samples: int | None, model: nn.Module) -> None:
         self._num_samples, self._model = num_samples, model
@@ -74,7 +78,7 @@ class ChosenRows:
 
     def follow(self, func: Any, args: Any, kwargs: Any, leaves: list[Tensor], out: Any) -> None:
         """Note the outputs of a function that is given such rows, or chooses rows by data itself; ``leaves``: all tensors that it is given."""
-        if func in _SCATTERS or not (self._known or func in _GATHERS or func in _SLOTS or func in _JOINS):
+        if func in _RETURNS or not (self._known or func in _GATHERS or func in _SLOTS or func in _SCATTERS or func in _JOINS):
             return
         # Rows of hidden states, where there are any: what else is given is a mask, or the cosines of positions, however it was looked up.
         given = self.of([leaf for leaf in leaves if leaf.requires_grad] or leaves)
@@ -82,6 +86,8 @@ class ChosenRows:
             filled = any(not leaf.is_floating_point() and leaf.dtype != torch.bool for leaf in leaves[1:])
             given, here = Chosen.NO, Chosen.YES if filled else Chosen.NO
             out = args[0] if out is None else out
+        elif func in _SCATTERS:
+            given, here = Chosen.NO, Chosen.POSSIBLY if leaves[-1].requires_grad else Chosen.NO
         elif func in _JOINS:
             here = self._of_many_lengths(leaves, out, _axis(func, args, kwargs))
         else:
@@ -94,22 +100,24 @@ class ChosenRows:
 
     def _picked(self, func: Any, args: Any, kwargs: Any, leaves: list[Tensor]) -> Chosen:
         """Whether rows are looked up by numbers, which may also choose features, or one row of each sample in order."""
-        by_numbers = any(not leaf.is_floating_point() for leaf in leaves[1:])  # the first is what they are picked from
-        if not by_numbers and not _by_lists(func, args):
+        of_hidden = func is F.embedding and leaves[1].requires_grad  # no table, but what is looked up like one
+        source, numbers = (leaves[1], leaves[:1]) if of_hidden else (leaves[0], leaves[1:])
+        if not any(not leaf.is_floating_point() for leaf in numbers) and not _by_lists(func, args):
             return Chosen.NO
-        source = leaves[0]
-        if self._is_buffer(source):  # a table, as of cosines or numbers of segments: what is looked up lies as the numbers do
-            return self.of(leaves[1:])
+        if self._is_table(source):  # as of cosines or numbers of segments: what is looked up lies as the numbers do
+            return self.of(numbers)
         if _one_of_each(func, source, args) and self._num_samples in (None, len(source)):
             return Chosen.NO
-        return Chosen.POSSIBLY if _picks_features(func, source, args, kwargs) else Chosen.YES
+        return Chosen.POSSIBLY if not of_hidden and _picks_features(func, source, args, kwargs) else Chosen.YES
 
-    def _is_buffer(self, tensor: Tensor) -> bool:
+    def _is_table(self, tensor: Tensor) -> bool:
+        """Whether it is the model's own: a buffer, or a parameter that is frozen."""
         if tensor.requires_grad or tensor.layout is not torch.strided or torch._C._are_functorch_transforms_active():
             return False
         memory = tensor.untyped_storage()._cdata
-        strided = (buffer for buffer in self._model.buffers() if buffer.layout is torch.strided)
-        return any(buffer.untyped_storage()._cdata == memory for buffer in strided)
+        frozen = (p for p in self._model.parameters() if not p.requires_grad)
+        strided = (table for table in chain(self._model.buffers(), frozen) if table.layout is torch.strided)
+        return any(table.untyped_storage()._cdata == memory for table in strided)
 
     def _placed(self, leaves: list[Tensor], out: Tensor) -> bool:
         """Whether numbers computed entry by entry may lie where those of an operand lie whose rows nothing has chosen: a hidden state
@@ -143,8 +151,8 @@ def _entries(index: Any) -> tuple[Any, ...]:
 
 
 def _by_lists(func: Any, args: Any) -> bool:
-    """Whether numbers are in a list of Python's."""
-    return func is Tensor.__getitem__ and any(isinstance(entry, list) for entry in _entries(args[1]))
+    """Whether numbers are in a list of Python's, or an array of NumPy's."""
+    return func is Tensor.__getitem__ and any(isinstance(entry, list | np.ndarray) for entry in _entries(args[1]))
 
 
 def _one_of_each(func: Any, source: Tensor, args: Any) -> bool:

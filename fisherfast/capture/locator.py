@@ -28,7 +28,7 @@ class Locator:
     def __init__(self, capture: Capture) -> None:
         self._capture = capture
         self.batches = 0  # so far, this one included
-        self._positions: int | None = None  # as many as a mask says something of
+        self._mask: Tensor | None = None  # [N, L]: which positions exist
         self._padding = False  # whether some positions do not exist
         self._every = True  # whether every row counts as an input, whosever it is: there is no padding, and samples weigh alike
         self.scattered: set[Key] = set()  # uses whose rows lie as the data has it (experts): tagged in every batch
@@ -40,16 +40,16 @@ class Locator:
         self._capture.layouts.update((key, found.layout) for key, found in findings.items() if found.layout is not None)
 
     def begin(
-        self, uses: Iterable[CallUse], N: int, padding: bool, alike: bool, positions: int | None = None
+        self, uses: Iterable[CallUse], N: int, padding: bool, alike: bool, mask: Tensor | None = None
     ) -> tuple[set[Key], set[Key]]:
         """Start a batch. Returns ``(unlocated, again)``: the uses without a known layout, and those whose known layout is to be checked in
         this batch.
 
         ``padding``: some positions do not exist. ``alike``: all samples have one weight, and nobody averages a sample's rows, so that
-        without padding a row that has no gradient may be counted as any sample's input. ``positions``: the length of the mask.
+        without padding a row that has no gradient may be counted as any sample's input. ``mask`` ``[N, L]``: which positions exist.
         """
         self.batches += 1
-        self._padding, self._every, self._positions = padding, alike and not padding, positions
+        self._padding, self._every, self._mask = padding, alike and not padding, mask
         if N == 1:
             return set(), set()
         uses = list(uses)
@@ -112,7 +112,7 @@ class Locator:
         before, offsets = self._capture.layouts.get(use.key), self._capture.offsets
         known = before is not None and before.explains(finding.numbers, N, offsets)
         layout = before if known else finding.layout
-        fits = layout is not None and not self._may_be_padding(use, finding.numbers, N)
+        fits = layout is not None and not self._may_be_padding(use, layout.samples_first(finding.numbers, N, 0) != UNKNOWN)
         if layout is not None and fits and (before is None or known or use.key in self.scattered):
             if use.key not in self.scattered:
                 self._capture.layouts[use.key] = layout
@@ -126,11 +126,14 @@ class Locator:
         numbers = finding.numbers if self._padding else completed(finding.numbers, N)
         return self._packed(use, rows, numbers, N)
 
-    def _may_be_padding(self, use: CallUse, numbers: Tensor, N: int) -> bool:
-        """Whether some of these rows, chosen by the data, may be padding: they have no gradient, and no mask is of them."""
-        if not self._padding or not use.gathered or numbers.numel() == N * (self._positions or 0):
+    def _may_be_padding(self, use: CallUse, alive: Tensor) -> bool:
+        """Whether some of these rows ``[N, T]``, chosen by the data, may be padding: they have no gradient, and are not the positions
+        that the mask is of, some of which it leaves out although they have one.
+        """
+        if not self._padding or not use.gathered or bool(alive.all()):
             return False
-        return bool((numbers == UNKNOWN).any())
+        mask = self._mask
+        return mask is None or mask.shape != alive.shape or bool((alive & ~mask).any())
 
     def _likely(self, possible: Sequence[Layout]) -> Layout:
         """That of most other uses; whose the rows without a gradient are matters where a mask says which of them exist."""
@@ -159,13 +162,14 @@ class Locator:
 
         ``numbers``: the sample of each row, ``UNKNOWN`` for padding, where that was found for all passes together.
         """
-        lead = rows.g.shape[: rows.g.dim() - use.form.features]
-        if not self._padding or not use.gathered or tuple(lead) == (1, self._positions):
+        if not self._padding or not use.gathered:
             return self.samples_first(use, rows, 1)
         if numbers is None:
             features = use.form.features
             alive = (rows.g != 0).flatten(rows.g.dim() - features).any(-1) if features else rows.g != 0
             numbers = torch.where(alive, 0, UNKNOWN)
+        if numbers.dim() > 1 and not self._may_be_padding(use, numbers.flatten(1) != UNKNOWN):
+            return self.samples_first(use, rows, 1)
         return self._packed(use, rows, numbers, 1)
 
     def _packed(self, use: CallUse, rows: Rows, numbers: Tensor, N: int) -> Rows:

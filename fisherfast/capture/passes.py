@@ -93,12 +93,12 @@ class Passes:
         keep: bool = False,
         padding: bool = False,
         alike: bool = True,
-        positions: int | None = None,
+        mask: Tensor | None = None,
         support: Callable[[], Pass] | None = None,
     ) -> None:
         """Back-propagate ``count`` passes and hand each parameter's rows, all its uses joined, to the collectors.
 
-        ``padding``, ``alike``, ``positions``: see ``Locator.begin``. ``support``: makes a pass that gives a gradient to every row that any of several passes gives
+        ``padding``, ``alike``, ``mask``: see ``Locator.begin``. ``support``: makes a pass that gives a gradient to every row that any of several passes gives
         one; rows chosen by the data are those, in each of them.
         """
         root = uses.root
@@ -115,7 +115,7 @@ class Passes:
                 for collector in self.collectors:
                     collector.expect(tracked, windows[name])
         N, alike = root.shape[0], alike and not self._averages
-        unlocated, again = self.locator.begin(chain.from_iterable(groups.values()), N, padding, alike, positions)
+        unlocated, again = self.locator.begin(chain.from_iterable(groups.values()), N, padding, alike, mask)
         owners: dict[Key, Tensor] = {}
         if support is not None and count > 1:
             chosen = {use.key for uses in groups.values() for use in uses if N == 1 and use.gathered}

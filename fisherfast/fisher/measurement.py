@@ -128,9 +128,9 @@ class Measurement:
             alike = batch.weight is None or bool((batch.weight == batch.weight[0]).all())
             detached = predictions.detached()
             support = partial(self._support, detached)
-            positions = None if batch.mask is None or batch.mask.dim() != 2 else batch.mask.shape[1]
+            mask = None if batch.mask is None or batch.mask.dim() != 2 else batch.mask != 0
             passes, uses = self.forward.passes(detached), self.capture.read(predictions.values)
-            self.run.passes.run(uses, passes, count, padding=padding, alike=alike, positions=positions, support=support)
+            self.run.passes.run(uses, passes, count, padding=padding, alike=alike, mask=mask, support=support)
             self._loop.add(batch, output, predictions)
 
     def _support(self, predictions: Predictions) -> Pass:

@@ -198,7 +198,7 @@ class DiagonalSums(GradientSums):
 
     def add_gradients(self, gradients: Tensor, first: int, scale: float, samples: Samples, staged: bool) -> None:
         """Take whole sample gradients."""
-        flat = gradients.flatten(1)
+        flat = gradients.reshape(len(gradients), -1)
         weight = samples.weight_of(first, len(flat))
         add_squares(self.squares.target(staged).view(-1), flat, scale, weight, self.squares.flag)
 

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from fisherfast.accumulator import Accumulator
 from fisherfast.capture.collector import Samples
 from fisherfast.fisher.blocks.block_sums import BatchSum, WeightSums, add_rows, add_squares, mirrored
+from fisherfast.fisher.blocks.existing_rows import ExistingRows
 from fisherfast.fisher.blocks.few_rows import FewRows
 from fisherfast.fisher.blocks.kronecker import KroneckerBlock, Place
 from fisherfast.fisher.memory import Held, in_words
@@ -36,6 +37,7 @@ class KroneckerSums(WeightSums):
         leader: KroneckerSums | None = None,
     ) -> None:
         self.place, self.form = place, form
+        self._existing = ExistingRows(place.name)
         O, D = place.sizes(weight)
         self._kernel = weight.shape[2:]
         counts = isinstance(form, Lookup)  # of every row of a table: the factor of inputs that are one-hot is diagonal
@@ -189,7 +191,7 @@ class KroneckerSums(WeightSums):
         x, g = self.form.as_used(rows)
         weight = _of_samples(rows, samples.weight)
         if A is not None:
-            self._add_inputs(x, weight, existing(g, samples.exists), A)
+            self._add_inputs(x, weight, self._existing.among(g, samples.exists), A)
         if isinstance(self.form, Lookup):
             weight = self._counted(x, weight)
         self.B.add_outer(B[0], g, scale, weight=weight)
@@ -282,18 +284,3 @@ def _present(x: Tensor, mask: Tensor) -> Iterator[Tensor]:
     few = max(1, _COPIED // max(x[:1].nbytes, 1))
     for part, there in zip(x.split(few), mask.split(few), strict=True):
         yield part.flatten(0, 1).index_select(0, there.flatten().nonzero().squeeze(1))
-
-
-def existing(g: Tensor, exists: Sequence[Tensor]) -> Tensor | None:
-    """Which rows ``[N, T]`` there are, if a mask leaves any out: of several the one with fewest.
-
-    A mask says something of these rows if it has their shape (a weight that is used several times has the positions of each
-    use, one after the other) and none that it leaves out has a gradient: a decoder may be as long as the encoder it is not of.
-    """
-    if not exists or g.dim() != 3:
-        return None
-    fitting = [m for m in exists if m.dim() == 2 and m.shape[0] == g.shape[0] and m.shape[1] and not g.shape[1] % m.shape[1]]
-    masks = [(mask != 0).repeat(1, g.shape[1] // mask.shape[1]) for mask in fitting]
-    alive = (g != 0).any(-1)
-    found = min((mask for mask in masks if not bool((alive & ~mask).any())), key=lambda mask: int(mask.sum()), default=None)
-    return None if found is None or bool(found.all()) else found

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from fisherfast._precision import wide
 from fisherfast.capture.collector import Samples
+from fisherfast.fisher.blocks.existing_rows import ExistingRows
 from fisherfast.fisher.blocks.kronecker import Place
-from fisherfast.fisher.blocks.kronecker_sums import KroneckerSums, existing
+from fisherfast.fisher.blocks.kronecker_sums import KroneckerSums
 from fisherfast.rules import Convolution, Form, Lookup, Rows
 
 
@@ -53,7 +54,7 @@ class ReducedSums(KroneckerSums):
         if isinstance(form, Convolution):
             x, g, positions = _of_images(form, rows, self._kernel)
         else:
-            x, g, positions = _of_rows(form, rows, samples.exists)
+            x, g, positions = _of_rows(form, rows, self._existing, samples.exists)
         if number == 0 and self._inputs.new(self.place.name, form.as_used(rows)[0]):
             self._add_means(x / positions.clamp_min(1).unsqueeze(1), samples.weight, positions > 0, self.A.target(staged))
         B = self.B.target(staged)
@@ -71,11 +72,11 @@ class ReducedSums(KroneckerSums):
         return rows.unflatten(1, (self.place.groups, -1)).unbind(1)
 
 
-def _of_rows(form: Form, rows: Rows, exists: Sequence[Tensor]) -> Reduced:
+def _of_rows(form: Form, rows: Rows, existing: ExistingRows, masks: Sequence[Tensor]) -> Reduced:
     x, g = map(wide, form.as_used(rows))
     if rows.offsets is not None:
         return Reduced(_segments(x, rows.offsets), _segments(g, rows.offsets), rows.offsets.diff())
-    mask = existing(g, exists)
+    mask = existing.among(g, masks)
     if mask is None:
         return Reduced(x.sum(1), g.sum(1), torch.full((len(g),), g.shape[1], device=g.device))
     return Reduced((x * mask.unsqueeze(-1)).sum(1), g.sum(1), mask.sum(1))
