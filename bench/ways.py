@@ -120,7 +120,7 @@ def attempt(
     except Exception as error:  # whatever a peer raises is the finding
         if way.ours:
             raise
-        return None, f"raises {type(error).__name__}: {str(error).splitlines()[0]}"
+        return None, gate.reason(error)
     wide, plain_errors = oracles(way.quantity)
     for quantity in way.also:
         wide, plain_errors = (a | b for a, b in zip((wide, plain_errors), oracles(quantity), strict=True))

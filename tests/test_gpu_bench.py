@@ -11,6 +11,7 @@ import time
 from itertools import pairwise
 from pathlib import Path
 
+import origin
 import page
 import pytest
 import torch
@@ -292,7 +293,7 @@ def test_facts_name_the_commit_of_a_tree_without_its_history(monkeypatch):
     monkeypatch.setenv("COMMIT", "feedbee")
     facts = record.facts("cpu")
     assert facts["commit"] == "feedbee"
-    assert facts["sha256"]["kernels"] == cost.sources_sha256(BENCH.parent / "kernels")
+    assert facts["sha256"]["kernels"] == origin.sources_sha256(BENCH.parent / "kernels")
 
 
 # ---- whole models
