@@ -196,8 +196,15 @@ def _model(quantity: str, case: str, run: dict) -> str:
     body += [[c["way"], versions.get(c["package"], NONE), *[NONE] * (4 + limited + bool(allowed))] for c in unable]
     head = ["way", "version", *(["meant to take"] if limited else []), "ratio", "quartiles", "ms", "MiB above plain"]
     table = markdown_table.table([*head, *(["MiB allowed"] if allowed else [])], body, left=2)
-    reasons = [f"- {c['way']} cannot: {c['reason']}." + (f" Why: {c['why']}." if c["why"] else "") for c in unable]
+    reasons = [
+        f"- {c['way']} cannot: {_first_sentence(c['reason'])}." + (f" Why: {c['why']}." if c["why"] else "") for c in unable
+    ]
     return "\n".join([title, table, *reasons, *([""] if reasons else [])])
+
+
+def _first_sentence(reason: str) -> str:
+    """Without its full stop: what a peer raises may go on for pages."""
+    return reason.partition(". ")[0].rstrip(".")
 
 
 def _ours(record: dict) -> bool:
