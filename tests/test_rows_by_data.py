@@ -14,24 +14,24 @@ import fisherfast as ff
 I, D, C, T, N = 3, 4, 3, 5, 4
 
 
-class Unpadded(nn.Module):
-    """Sequences cut to their lengths and put one after the other."""
+class InnerAndHead(nn.Module):
+    """Two layers."""
 
     def __init__(self):
         super().__init__()
         self.inner, self.head = nn.Linear(I, D), nn.Linear(D, C)
+
+
+class Unpadded(InnerAndHead):
+    """Sequences cut to their lengths and put one after the other."""
 
     def forward(self, x, lengths):
         rows = torch.cat([x[n, :length] for n, length in enumerate(lengths.tolist())])
         return self.head(torch.stack([own.mean(0) for own in self.inner(rows).tanh().split(lengths.tolist())]))
 
 
-class Sorted(nn.Module):
+class Sorted(InnerAndHead):
     """Samples in the order of their lengths, by a list of numbers, and back."""
-
-    def __init__(self):
-        super().__init__()
-        self.inner, self.head = nn.Linear(I, D), nn.Linear(D, C)
 
     def forward(self, x, lengths):
         order = sorted(range(len(x)), key=lambda n: -int(lengths[n]))
@@ -127,12 +127,8 @@ def test_batches_of_which_one_tagged_pass_does_not_tell_all(name):
         assert torch.allclose(found[parameter], gradients.square().mean(0), rtol=1e-6, atol=1e-12), parameter
 
 
-class Nodes(nn.Module):
+class Nodes(InnerAndHead):
     """Graphs one after the other, their nodes summed."""
-
-    def __init__(self):
-        super().__init__()
-        self.inner, self.head = nn.Linear(I, D), nn.Linear(D, C)
 
     def forward(self, x, owner, n):
         return self.head(x.new_zeros(n, D).index_add(0, owner, self.inner(x).tanh()))
@@ -382,24 +378,16 @@ class PackedWithTable(nn.Module):
         return rows.new_zeros(len(x), C).index_add(0, owner, rows)
 
 
-class HeadsFirst(nn.Module):
+class HeadsFirst(InnerAndHead):
     """Sequences of their own lengths put one after the other, behind an axis as long as the batch."""
-
-    def __init__(self):
-        super().__init__()
-        self.inner, self.head = nn.Linear(I, D), nn.Linear(D, C)
 
     def forward(self, x, lengths):
         rows = torch.cat([x[n, :length].expand(N, length, I) for n, length in enumerate(lengths.tolist())], 1)
         return self.head(torch.stack([own.mean((0, 1)) for own in self.inner(rows).tanh().split(lengths.tolist(), 1)]))
 
 
-class ListBehindEllipsis(nn.Module):
+class ListBehindEllipsis(InnerAndHead):
     """The rows of all samples in the order of a list, behind an ellipsis that stands for nothing."""
-
-    def __init__(self):
-        super().__init__()
-        self.inner, self.head = nn.Linear(I, D), nn.Linear(D, C)
 
     def forward(self, x, lengths):
         order = sorted(range(len(x) * T), key=lambda row: (row // T * 7 + int(lengths[row // T])) % 5 * 100 + row)
