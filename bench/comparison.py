@@ -298,11 +298,7 @@ def main() -> None:
     if not parser.parse_args().page:
         import performance
 
-        result = measure()
-        path = page.RESULTS / page.slug(result["machine"]) / FILE
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(performance._rounded(result)) + "\n")
-        print(f"wrote {path}")
+        performance.store(measure(), FILE, indent=None)
     for path, run in runs():
         draw(run, figure(path))
     PAGE.write_text(render())

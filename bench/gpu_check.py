@@ -28,6 +28,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import origin
 from gpu import cost, in_place, record
 
 ROOT = Path(__file__).parents[1]
@@ -143,7 +144,7 @@ class Progress:
     def __init__(self, path: Path) -> None:
         self.path = path
         folders = ("csrc", "kernels", "fisherfast", "tests", "bench/gpu")
-        self.sources = f"torch {torch.__version__} " + " ".join(cost.sources_sha256(ROOT / folder)[:16] for folder in folders)
+        self.sources = f"torch {torch.__version__} " + " ".join(origin.sources_sha256(ROOT / folder)[:16] for folder in folders)
         found = json.loads(path.read_text()) if path.exists() else {}
         known = found if found.get("sources") == self.sources else {}
         self.passed: list[str] = known.get("passed", [])
@@ -283,7 +284,7 @@ def main() -> int:
     if torch.version.cuda is None or not torch.cuda.is_available():
         print("gpu-check: there is no NVIDIA GPU that torch can use here, so there is nothing to check.")
         return 0
-    folder = RESULTS / cost.slug(torch.cuda.get_device_name())
+    folder = RESULTS / origin.slug(torch.cuda.get_device_name())
     folder.mkdir(parents=True, exist_ok=True)
     log_path, passed, progress = folder / "gpu-check.log", {}, Progress(folder / "gpu-check-progress.txt")
     with log_path.open("a") as log, exporting(folder):

@@ -181,11 +181,7 @@ def main() -> None:
     if not arguments.page:
         import performance
 
-        result = measure_all(arguments.threads)
-        path = page.RESULTS / page.slug(result["machine"]) / FILE
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(performance._rounded(result), indent=1) + "\n")
-        print(f"wrote {path}")
+        performance.store(measure_all(arguments.threads), FILE)
     PAGE.write_text(render())
     print(f"wrote {PAGE}")
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+NONE = "-"  # of a cell without a value
+
 
 def table(head: list[str], rows: Iterable[list[str]], left: int = 1) -> str:
     """The first ``left`` columns are words, the others numbers."""

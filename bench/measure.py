@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import platform
 import subprocess
 import time
@@ -13,6 +12,7 @@ from pathlib import Path
 from statistics import quantiles
 from typing import Any
 
+import origin
 import torch
 
 from fisherfast import _backend
@@ -141,13 +141,6 @@ def _git(*arguments: str) -> str:
     return subprocess.run(["git", *arguments], cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
 
 
-def _sha256(folder: str) -> str:
-    digest = hashlib.sha256()
-    for path in sorted(p for p in (ROOT / folder).rglob("*") if p.is_file() and "__pycache__" not in p.parts):
-        digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()
-
-
 def machine() -> dict[str, Any]:
     """What a number depends on: processor, threads, versions, commit, and the sources of the kernels."""
     return {
@@ -158,5 +151,5 @@ def machine() -> dict[str, Any]:
         "versions": {name: version(name) for name in PACKAGES},
         "commit": _git("rev-parse", "--short", "HEAD"),
         "uncommitted": bool(_git("status", "--porcelain", "--", "csrc", "kernels", "fisherfast", "bench/*.py")),
-        "sha256": {folder: _sha256(folder) for folder in ("csrc", "kernels")},
+        "sha256": {folder: origin.sources_sha256(ROOT / folder) for folder in ("csrc", "kernels")},
     }

@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -114,12 +115,14 @@ def _vectors(N: int) -> tuple[Tensor, Tensor]:
     return torch.randn(N, 784), torch.randint(10, (N,))
 
 
-def _images(N: int) -> tuple[Tensor, Tensor]:
-    return torch.randn(N, 3, 32, 32), torch.randint(10, (N,))
+def images(N: int, H: int, C: int) -> tuple[Tensor, Tensor]:
+    """Random images and classes."""
+    return torch.randn(N, 3, H, H), torch.randint(C, (N,))
 
 
-def _text(N: int) -> tuple[Tensor, Tensor]:
-    ids = torch.randint(VOCABULARY, (N, POSITIONS + 1))
+def text(N: int, T: int, V: int) -> tuple[Tensor, Tensor]:
+    """Random tokens and the ones after them."""
+    ids = torch.randint(V, (N, T + 1))
     return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
 
 
@@ -192,7 +195,7 @@ CASES = {
     "all-cnn": Case(
         "All-CNN, images 32 x 32, N = 32",
         _all_cnn,
-        _images,
+        partial(images, H=32, C=10),
         N=32,
         quantities=("diagonal", "exact", "norms", "kfac", "ekfac", "ekfac bases", "ekfac correction"),
         limits={"diagonal": 1.05, "exact": 6.5, "norms": 1.0, "kfac": 1.5, "ekfac correction": 2.5},
@@ -200,7 +203,7 @@ CASES = {
     "resnet18": Case(
         "ResNet-18, images 32 x 32, BatchNorm in eval mode, N = 16",
         _resnet18,
-        _images,
+        partial(images, H=32, C=10),
         N=16,
         quantities=("diagonal", "kfac"),
         limits={"diagonal": 1.1, "kfac": 1.7},
@@ -208,7 +211,7 @@ CASES = {
     "decoder": Case(
         "Decoder LM, 4 layers, d = 512, 8 heads, vocabulary 4096, T = 128, N = 8",
         Decoder,
-        _text,
+        partial(text, T=POSITIONS, V=VOCABULARY),
         N=8,
         quantities=("diagonal", "norms", "kfac"),
         limits={"diagonal": 0.95, "norms": 1.0, "kfac": 1.3},

@@ -3,20 +3,20 @@
 
 import json
 import math
-import re
 from collections.abc import Iterable
 from pathlib import Path
 
 import limits
 import markdown_table
+import origin
 import scaling
 from gpu import page as gpu_page
 from gpu import record as gpu_record
+from markdown_table import NONE
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
 PAGE = ROOT / "docs" / "performance.md"
-NONE = "-"
 
 HEAD = """\
 # Performance
@@ -118,7 +118,7 @@ def newest() -> list[Path]:
 
 def slug(machine: dict) -> str:
     """The name of a machine's folder of results."""
-    return "cpu-{}-{}-threads".format(re.sub(r"[^a-z0-9]+", "-", machine["cpu"].lower()).strip("-"), machine["threads"])
+    return f"cpu-{origin.slug(machine['cpu'])}-{machine['threads']}-threads"
 
 
 def figure(machine: dict) -> Path:
@@ -152,14 +152,12 @@ def _quantity(record: dict) -> str:
 
 def _machine(run: dict, source: str) -> str:
     machine = run["machine"]
-    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
-    hashes = ", ".join(f"`{folder}/` {digest[:12]}" for folder, digest in machine["sha256"].items())
     changed = " with uncommitted changes" if machine["uncommitted"] else ""
     peak = run["ops"][0]["fma_peak_gflops"]
     return (
         f"## {machine['cpu']}, {machine['isa']}, {machine['threads']} threads, float32\n\n"
-        f"{run['date']}, commit {machine['commit']}{changed} (sha256 of {hashes}); data in `{source}`.\n"
-        f"Python {machine['python']}, {versions}.\n"
+        f"{run['date']}, commit {machine['commit']}{changed} (sha256 of {origin.hashes(machine)}); data in `{source}`.\n"
+        f"Python {machine['python']}, {origin.versions(machine)}.\n"
         f"Float32 multiply-add peak, measured in the same run: {peak:.0f} GFLOP/s.\n"
         + (f"{run['note']}\n" if "note" in run else "")
     )
@@ -198,8 +196,15 @@ def _model(quantity: str, case: str, run: dict) -> str:
     body += [[c["way"], versions.get(c["package"], NONE), *[NONE] * (4 + limited + bool(allowed))] for c in unable]
     head = ["way", "version", *(["meant to take"] if limited else []), "ratio", "quartiles", "ms", "MiB above plain"]
     table = markdown_table.table([*head, *(["MiB allowed"] if allowed else [])], body, left=2)
-    reasons = [f"- {c['way']} cannot: {c['reason']}." + (f" Why: {c['why']}." if c["why"] else "") for c in unable]
+    reasons = [
+        f"- {c['way']} cannot: {_first_sentence(c['reason'])}." + (f" Why: {c['why']}." if c["why"] else "") for c in unable
+    ]
     return "\n".join([title, table, *reasons, *([""] if reasons else [])])
+
+
+def _first_sentence(reason: str) -> str:
+    """Without its full stop: what a peer raises may go on for pages."""
+    return reason.partition(". ")[0].rstrip(".")
 
 
 def _ours(record: dict) -> bool:

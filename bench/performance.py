@@ -44,12 +44,12 @@ def trim(full: dict) -> dict:
     }
 
 
-def store(result: dict) -> Path:
-    """Write one run to ``bench/results/cpu-<processor>-<threads>-threads/<date>.json``."""
-    path = page.RESULTS / page.slug(result["machine"]) / f"{result['date']}.json"
+def store(result: dict, name: str, indent: int | None = 1) -> None:
+    """Write one run to ``bench/results/cpu-<processor>-<threads>-threads/<name>``."""
+    path = page.RESULTS / page.slug(result["machine"]) / name
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(_rounded(result), indent=1) + "\n")
-    return path
+    path.write_text(json.dumps(_rounded(result), indent=indent) + "\n")
+    print(f"wrote {path}")
 
 
 def _rounded(value):
@@ -66,7 +66,8 @@ def main() -> None:
         "--page", action="store_true", help="only rewrite docs/performance.md and its figures from the stored results"
     )
     if not parser.parse_args().page:
-        print(f"wrote {store(trim(measure()))}")
+        result = trim(measure())
+        store(result, f"{result['date']}.json")
     for path in page.newest():
         run = json.loads(path.read_text())
         if run.get("scaling"):

@@ -94,7 +94,7 @@ class Problem(NamedTuple):
     compared: Callable[[Tensor], Tensor] = lambda acc: acc  # the part of the accumulator that is the result
 
 
-def _ours(call: Callable[..., object]) -> dict[str, Callable[[Tensor], object]]:
+def _by_backend(call: Callable[..., object]) -> dict[str, Callable[[Tensor], object]]:
     def run(name: str, acc: Tensor) -> None:
         with ff.backend(name):
             call(acc)
@@ -117,7 +117,7 @@ def _linear(N: int, T: int, I: int, O: int, dtype: torch.dtype = torch.float32) 
         return acc
 
     routes = {
-        **_ours(lambda acc: ff.ops.linear_sq_(acc, x, g)),
+        **_by_backend(lambda acc: ff.ops.linear_sq_(acc, x, g)),
         "mm per sample": per_sample,
         "einsum, materialised": lambda acc: acc.add_(torch.einsum("nto,nti->noi", g.float(), x.float()).square_().sum(0)),
     }
@@ -151,7 +151,7 @@ def _scale(N: int, T: int, D: int, has_x: bool) -> Problem:
     size = 4 * N * T * D * (1 + has_x)
     return Problem(
         shape={"N": N, "T": T, "D": D},
-        routes={**_ours(lambda acc: ff.ops.scale_sq_(acc, x, g)), "sum and square": sum_and_square},
+        routes={**_by_backend(lambda acc: ff.ops.scale_sq_(acc, x, g)), "sum and square": sum_and_square},
         plain="sum and square",
         yardstick=_copy(size),
         acc=(D,),
@@ -175,7 +175,7 @@ def _embedding(N: int, T: int, V: int, D: int) -> Problem:
     size = 8 * N * T + 4 * N * T * D + 8 * len(ids.unique()) * D
     return Problem(
         shape={"N": N, "T": T, "V": V, "D": D},
-        routes={**_ours(lambda acc: ff.ops.embedding_sq_(acc, ids, g)), "index_add per sample": index_add},
+        routes={**_by_backend(lambda acc: ff.ops.embedding_sq_(acc, ids, g)), "index_add per sample": index_add},
         plain="index_add per sample",
         yardstick=_copy(size),
         acc=(V, D),
@@ -214,7 +214,7 @@ def _conv(N: int, C: int, O: int, H: int, K: int, stride: int, groups: int) -> P
     return Problem(
         shape={"N": N, "C": C, "O": O, "H": H, "K": K, "stride": stride, "groups": groups},
         routes={
-            **_ours(lambda acc: ff.ops.conv_sq_(acc, x, g, **options)),
+            **_by_backend(lambda acc: ff.ops.conv_sq_(acc, x, g, **options)),
             "dW per sample": per_sample,
             "unfold and einsum": unfolded,
         },
@@ -231,7 +231,10 @@ def _gram(M: int, D: int, dtype: torch.dtype = torch.float32) -> Problem:
     x = torch.randn(M, D).to(dtype)
     return Problem(
         shape={"M": M, "D": D},
-        routes={**_ours(lambda acc: ff.ops.gram_(acc, x)), "addmm of all of it": lambda acc: acc.addmm_(x.float().mT, x.float())},
+        routes={
+            **_by_backend(lambda acc: ff.ops.gram_(acc, x)),
+            "addmm of all of it": lambda acc: acc.addmm_(x.float().mT, x.float()),
+        },
         plain="addmm of all of it",
         yardstick=("mm alone", lambda acc: _product(acc, x.mT, x)),
         acc=(D, D),
@@ -257,7 +260,7 @@ def _conv_gram(N: int, C: int, H: int, K: int, stride: int) -> Problem:
     patches = rows(x)
     return Problem(
         shape={"N": N, "C": C, "H": H, "K": K, "stride": stride},
-        routes={**_ours(lambda acc: ff.ops.conv_gram_(acc.unsqueeze(0), x, **options)), "unfold and addmm": unfolded},
+        routes={**_by_backend(lambda acc: ff.ops.conv_gram_(acc.unsqueeze(0), x, **options)), "unfold and addmm": unfolded},
         plain="unfold and addmm",
         yardstick=("mm of patches that are there", lambda acc: torch.mm(patches.mT, patches, out=acc)),
         acc=(D, D),

@@ -77,7 +77,8 @@ def way(name: str, package: str | None = None, quantity: str = "diagonal", **opt
     return register
 
 
-def _result(run: Run) -> Result:
+def found(run: Run) -> Result:
+    """What a prepared way finds, read if that is a step of its own."""
     result = run()
     return result() if callable(result) else result
 
@@ -88,8 +89,8 @@ def oracle(quantity: str, model: nn.Module, x: Tensor, y: Tensor) -> tuple[Resul
     That error is the reference's worst at any part of this result: a small parameter's own may be nearly zero by luck.
     """
     (prepare,) = (way.prepare for way in of(quantity).values() if way.reference)
-    narrow = _result(prepare(model, x, y))
-    wide = _result(prepare(copy.deepcopy(model).double(), x.double() if x.is_floating_point() else x, y))
+    narrow = found(prepare(model, x, y))
+    wide = found(prepare(copy.deepcopy(model).double(), x.double() if x.is_floating_point() else x, y))
     return wide, dict.fromkeys(wide, max(gate.error(narrow[k], wide[k]) for k in wide))
 
 
@@ -115,11 +116,11 @@ def attempt(
     model, x, y = problem
     try:
         run = way.prepare(model, x, y)
-        result = _result(run)
+        result = found(run)
     except Exception as error:  # whatever a peer raises is the finding
         if way.ours:
             raise
-        return None, f"raises {type(error).__name__}: {str(error).splitlines()[0]}"
+        return None, gate.reason(error)
     wide, plain_errors = oracles(way.quantity)
     for quantity in way.also:
         wide, plain_errors = (a | b for a, b in zip((wide, plain_errors), oracles(quantity), strict=True))

@@ -62,6 +62,13 @@ class StandInDriver:
         return 0
 
 
+def with_tf32(call: Callable[..., None], *arguments: Any) -> None:
+    """A call in float32 where TF32 is allowed."""
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    call(FP32, *arguments)
+    torch.backends.cuda.matmul.fp32_precision = "ieee"
+
+
 def outputs(*parameter: int, N: int) -> dict[str, torch.Tensor]:
     return {
         "weight": torch.ones(N),
@@ -76,12 +83,6 @@ def linear(dtype: torch.dtype, N: int, T: int, I: int, O: int, *, acc: torch.dty
     linear_sq.linear_sq_(
         torch.empty(O, I, dtype=acc), torch.empty(N, T, I, dtype=dtype), torch.empty(N, T, O, dtype=dtype), **more
     )
-
-
-def tf32_linear(*arguments: int) -> None:
-    torch.backends.cuda.matmul.fp32_precision = "tf32"
-    linear(FP32, *arguments)
-    torch.backends.cuda.matmul.fp32_precision = "ieee"
 
 
 def ragged_linear(dtype: torch.dtype, N: int, M: int, I: int, O: int) -> None:
@@ -103,12 +104,6 @@ def factor_of_samples(dtype: torch.dtype, N: int, T: int, I: int) -> None:
 
 def biased_factor(dtype: torch.dtype, M: int, I: int) -> None:
     gram.gram_(torch.empty(I + 1, I + 1), torch.empty(M, I, dtype=dtype), bias=True)
-
-
-def tf32_factor(*arguments: int) -> None:
-    torch.backends.cuda.matmul.fp32_precision = "tf32"
-    factor(FP32, *arguments)
-    torch.backends.cuda.matmul.fp32_precision = "ieee"
 
 
 def scale(dtype: torch.dtype, N: int, T: int, D: int) -> None:
@@ -156,12 +151,6 @@ def conv(
     conv_sq.conv_sq_(torch.empty(parameter, dtype=acc), x, g, padding=padding, **geometry, **more)
 
 
-def tf32_conv(*arguments: Any) -> None:
-    torch.backends.cuda.matmul.fp32_precision = "tf32"
-    conv(FP32, *arguments)
-    torch.backends.cuda.matmul.fp32_precision = "ieee"
-
-
 def log1p(dtype: torch.dtype, size: int) -> None:
     log1p_sum.log1p_sum(torch.zeros(2, dtype=FP64), torch.empty(size, dtype=dtype), 0.3)
 
@@ -191,12 +180,6 @@ def conv_factor(
     conv_gram.conv_gram_(torch.empty(groups, D, D, dtype=acc), x, kernel=kernel, padding=padding, **geometry, **more)
 
 
-def tf32_conv_factor(*arguments: Any) -> None:
-    torch.backends.cuda.matmul.fp32_precision = "tf32"
-    conv_factor(FP32, *arguments)
-    torch.backends.cuda.matmul.fp32_precision = "ieee"
-
-
 def calls() -> dict[str, Callable[[], None]]:
     """Calls as a decoder layer makes them, in each input dtype, and the shapes that take another path."""
     cases = {}
@@ -211,7 +194,7 @@ def calls() -> dict[str, Callable[[], None]]:
     for name, dtype in {"bf16": BF16, "fp32": FP32, "fp64": FP64}.items():
         cases[f"linear_sq {name} T=512 every output"] = partial(linear, dtype, 8, 512, 4096, 4096, every=True)
     cases["linear_sq bf16 T=512 acc fp64"] = partial(linear, BF16, 8, 512, 4096, 4096, acc=FP64)
-    cases["linear_sq fp32 T=512 tf32 allowed"] = partial(tf32_linear, 8, 512, 4096, 4096)
+    cases["linear_sq fp32 T=512 tf32 allowed"] = partial(with_tf32, linear, 8, 512, 4096, 4096)
     cases["linear_sq bf16 ragged every output"] = partial(ragged_linear, BF16, 8, 500, 1024, 4096)
     cases["linear_sq bf16 T=1"] = partial(linear, BF16, 256, 1, 1024, 1024)
     cases["linear_sq bf16 T=128 shares"] = partial(linear, BF16, 32, 128, 768, 768)
@@ -233,7 +216,7 @@ def calls() -> dict[str, Callable[[], None]]:
     cases["conv_sq fp32 3x3 large images"] = partial(conv, FP32, 2, 32, 32, (128, 128), k3)
     cases["conv_sq bf16 3x3 7x7 map"] = partial(conv, BF16, 64, 512, 512, (7, 7), k3)
     cases["conv_sq bf16 3x3 acc fp64"] = partial(conv, BF16, *layer, acc=FP64)
-    cases["conv_sq fp32 3x3 tf32 allowed"] = partial(tf32_conv, *layer)
+    cases["conv_sq fp32 3x3 tf32 allowed"] = partial(with_tf32, conv, *layer)
     cases["conv_sq bf16 depthwise"] = partial(conv, BF16, 64, 256, 256, (32, 32), k3, groups=256)
     cases["conv_sq bf16 depthwise ragged"] = partial(conv, BF16, 8, 64, 64, (32, 32), k3, groups=64, images=20)
     cases["conv_sq bf16 ragged every output"] = partial(conv, BF16, 8, 128, 128, (32, 32), k3, images=20, every=True)
@@ -248,7 +231,7 @@ def calls() -> dict[str, Callable[[], None]]:
         cases[f"gram {name} every argument"] = partial(factor, dtype, 8192, 4096, every=True)
         cases[f"gram {name} samples"] = partial(factor_of_samples, dtype, 64, 196, 1024)
     cases["gram bf16 rows acc fp64"] = partial(factor, BF16, 8192, 4096, acc=FP64)
-    cases["gram fp32 rows tf32 allowed"] = partial(tf32_factor, 8192, 4096)
+    cases["gram fp32 rows tf32 allowed"] = partial(with_tf32, factor, 8192, 4096)
     cases["gram bf16 shares"] = partial(factor, BF16, 65536, 576)
     cases["gram bf16 small every argument"] = partial(factor, BF16, 50, 7, every=True)
     for name, dtype in {"fp32": FP32, "fp64": FP64}.items():
@@ -263,7 +246,7 @@ def calls() -> dict[str, Callable[[], None]]:
     cases["conv_gram bf16 3x3 channels first"] = partial(conv_factor, BF16, *inputs, last=False)
     cases["conv_gram bf16 3x3 stride 2"] = partial(conv_factor, BF16, 64, 128, (56, 56), k3, stride=(2, 2))
     cases["conv_gram bf16 3x3 acc fp64"] = partial(conv_factor, BF16, *inputs, acc=FP64)
-    cases["conv_gram fp32 3x3 tf32 allowed"] = partial(tf32_conv_factor, *inputs)
+    cases["conv_gram fp32 3x3 tf32 allowed"] = partial(with_tf32, conv_factor, *inputs)
     cases["conv_gram bf16 groups every option"] = partial(conv_factor, BF16, 64, 1024, (14, 14), k3, groups=32, every=True)
     cases["conv_gram bf16 depthwise"] = partial(conv_factor, BF16, 64, 256, (32, 32), k3, groups=256)
     cases["conv_gram fp32 1d every option"] = partial(conv_factor, FP32, 16, 80, (3000,), (3,), every=True)

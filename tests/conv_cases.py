@@ -5,20 +5,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple
 
 import pytest
 import torch
 import torch.nn.functional as F
-from op_cases import (
-    Problem,
-    Target,
-    assert_equal,
-    copies,
-    sliced,
-    strided,
-    transposed,
-)
+from op_cases import Problem, Target, draw, sliced, strided, transposed
 from targets import DEVICES
 
 from fisherfast import _backend
@@ -145,23 +138,12 @@ def problem(
 ) -> ConvProblem:
     images = [0 if n == 1 else 1 + n % 3 for n in range(shape.N)] if ragged else [1] * shape.N
     reach = 2 if math.prod(shape.P) * max(images, default=1) < 40 else 1  # keeps sums of squares of integers below 2^24
-
-    def values(*size: int) -> torch.Tensor:
-        raw = torch.randint(-reach, reach + 1, size).float() if integers else torch.randn(size)
-        return raw.to(target.device, dtype)
-
+    values = partial(draw, target, dtype, reach if integers else None)
     x, g = values(sum(images), shape.C, *shape.S), values(sum(images), shape.O, *shape.P)
     weight = torch.randint(0, 3, (shape.N,)).float() if integers else torch.rand(shape.N)
     offsets = torch.tensor([0, *images]).cumsum(0).to(target.device) if ragged else None
     weight = weight.to(target.device) if weighted else None
     return ConvProblem(OP, x, g, shape.O, weight=weight, offsets=offsets, geometry=shape, **more)
-
-
-def assert_exact(case: ConvProblem, backend: str, names=("acc", "total", "sqnorm"), **more) -> None:
-    outputs = {k: v for k, v in case.outputs(integers=True).items() if k in names}
-    before = copies(outputs)
-    case.run(backend, outputs, **more)
-    assert_equal(case, before, outputs)
 
 
 def channels_last(t: torch.Tensor) -> torch.Tensor:

@@ -27,14 +27,44 @@ def sequences(n=N):
     return torch.randn(n, T, I), torch.randint(0, C, (n, T))
 
 
-def tokens(n=N):
+def one_label(n=N):
+    """Inputs [N, T, I] and one label per sample."""
+    return torch.randn(n, T, I), torch.randint(0, C, (n,))
+
+
+def tokens(n=N, classes=C):
     """Token ids [N, T] and one label per position."""
-    return torch.randint(0, V, (n, T)), torch.randint(0, C, (n, T))
+    return torch.randint(0, V, (n, T)), torch.randint(0, classes, (n, T))
+
+
+def next_tokens(n=N):
+    """Token ids [N, T] and the tokens to predict."""
+    return tokens(n, V)
 
 
 def images(n=N):
     """Images [N, 1, 6, 6] and one label per sample."""
     return torch.randn(n, 1, 6, 6), torch.randint(0, C, (n,))
+
+
+class NaNGradient(torch.autograd.Function):
+    """The identity, with NaN for a gradient."""
+
+    @staticmethod
+    def forward(ctx, x):
+        """A copy."""
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, g):
+        """NaN."""
+        return g * float("nan")
+
+
+def breaking_off(x, y):
+    """A batch of two samples, then an error."""
+    yield x[:2], y[:2]
+    raise OSError("the data are gone")
 
 
 class BesideMask(nn.Module):
@@ -155,7 +185,7 @@ COVERED = {
             pos=parameter(1, T + 1, D),
             head=nn.Linear(D, C),
         ),
-        lambda n=N: (torch.randn(n, T, I), torch.randint(0, C, (n,))),
+        one_label,
     ),
     "positions-without-samples": (
         lambda: Wrapped(_positions, wte=nn.Embedding(V, D), wpe=nn.Embedding(T, D), head=nn.Linear(D, C)),
@@ -177,7 +207,7 @@ COVERED = {
             scale=parameter(D, 1, 1),
             head=nn.Linear(D * T * I, C),
         ),
-        lambda n=N: (torch.randn(n, T, I), torch.randint(0, C, (n,))),
+        one_label,
     ),
     "scalar-scale": (
         lambda: Wrapped(
@@ -278,11 +308,6 @@ def pictures(n=N):
     return torch.randn(n, 3, 7, 8), torch.randint(0, C, (n,))
 
 
-def one_label(n=N):
-    """Inputs [N, T, I] and one label per sample."""
-    return torch.randn(n, T, I), torch.randint(0, C, (n,))
-
-
 def _norm_with_statistics(norm):
     norm.running_mean.normal_()
     norm.running_var.uniform_(0.5, 2.0)
@@ -307,11 +332,6 @@ def _tied(*, bias=False, scale=1.0):
     )
     model.head.weight = model.wte.weight
     return model
-
-
-def next_tokens(n=N):
-    """Token ids [N, T] and the tokens to predict."""
-    return torch.randint(0, V, (n, T)), torch.randint(0, V, (n, T))
 
 
 def _cells(m, x):

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import pytest
@@ -125,6 +126,12 @@ class Problem:
             getattr(ff.ops, self.op)(outputs["acc"], self.first, self.g, self.scale, **self.keywords, **extra, **more)
 
 
+def draw(target: Target, dtype: torch.dtype, reach: int | None, *size: int) -> torch.Tensor:
+    """Integers up to ``reach``, or normal numbers."""
+    raw = torch.randn(size) if reach is None else torch.randint(-reach, reach + 1, size).float()
+    return raw.to(target.device, dtype)
+
+
 def problem(
     target: Target,
     shape: Shape = PRIMES,
@@ -138,13 +145,8 @@ def problem(
     N, T, I, O = shape
     lengths = [0 if n == 1 else T + n for n in range(N)] if ragged else [T] * N
     lead = (sum(lengths),) if ragged else (N, T)
-
     reach = 3 if T < 16 else 1  # keeps every sum of squares of integers below 2^24
-
-    def values(*size: int) -> torch.Tensor:
-        raw = torch.randint(-reach, reach + 1, size).float() if integers else torch.randn(size)
-        return raw.to(target.device, dtype)
-
+    values = partial(draw, target, dtype, reach if integers else None)
     if target.op == "embedding_sq_":
         first, g = torch.randint(0, max(O, 1), lead), values(*lead, I)
         first[..., -1:] = first[..., :1]  # an id that occurs twice
@@ -188,6 +190,14 @@ def assert_equal(case: Problem, before: dict[str, torch.Tensor], after: dict[str
 
 def copies(outputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: value.clone() for name, value in outputs.items()}
+
+
+def assert_exact(case: Problem, backend: str, names=("acc", "total", "sqnorm"), **more) -> None:
+    """Of small integers every partial result is representable: whatever the order of the sums, the last bit is right."""
+    outputs = {k: v for k, v in case.outputs(integers=True).items() if k in names}
+    before = copies(outputs)
+    case.run(backend, outputs, **more)
+    assert_equal(case, before, outputs)
 
 
 def transposed(t: torch.Tensor) -> torch.Tensor:

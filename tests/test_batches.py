@@ -233,7 +233,7 @@ def test_a_key_that_holds_labels_by_another_name():
         ValueError, match=r"a batch without the key 'labels', \['input_ids', 'label'\]; rename 'label' to 'labels'"
     ):
         measure(Copies(), item)
-    with pytest.raises(TypeError) as caught:
+    with pytest.raises(TypeError, match="unexpected keyword argument 'label'") as caught:
         measure(Copies(), item, fisher_type="mc")
     assert "the key 'labels' is held back" in caught.value.__notes__[0]
 
@@ -288,7 +288,7 @@ def test_only_a_model_that_fails_is_told_of_inputs_that_hold_no_samples():
     hint, x = "must hold its samples", torch.zeros(9, 5)
     with pytest.raises(ValueError, match="labels must lie in") as ours:
         measure(nn.Linear(5, 3), (x, torch.full((9,), 7)))
-    with pytest.raises(RuntimeError) as theirs:
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied") as theirs:
         measure(nn.Linear(4, 3), (x, torch.zeros(9).long()))
     assert [hint in "".join(getattr(error.value, "__notes__", [])) for error in (ours, theirs)] == [False, True]
     assert not any("0 samples" in note for error in (ours, theirs) for note in getattr(error.value, "__notes__", []))

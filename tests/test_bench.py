@@ -135,6 +135,11 @@ def test_performance_page_shows_what_a_peer_cannot(page, run):
     assert "- other cannot: raises ValueError. Why: no such layer." in text
 
 
+def test_performance_page_gives_the_first_sentence_of_what_a_peer_raises(page, run):
+    run["cannot"][0]["reason"] = "raises ValueError: shape [8, 4096] is not 2.5 times [8, 128]. Call reshape. And more."
+    assert "- other cannot: raises ValueError: shape [8, 4096] is not 2.5 times [8, 128]. Why:" in page.section(run, "run.json")
+
+
 def test_performance_page_without_losses_says_so(page, run):
     run["models"] = run["models"][:1]
     assert "Nowhere in this run." in page.section(run, "run.json")

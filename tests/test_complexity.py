@@ -260,7 +260,7 @@ def test_refuses():
 
 def test_missing_parameters_are_warned_of_at_the_caller():
     F = DiagonalFisher({"w": H}, num_samples=7, coverage={"b": "missing: no rule"})
-    with pytest.warns(ff.FisherWarning) as caught:
+    with pytest.warns(ff.FisherWarning, match="exclude parameters that the Fisher lacks") as caught:
         ff.task_complexity(F, {"w": W, "b": torch.zeros(2)}, prior_scale=1.0, beta=0.01, loss=0.0)
     assert caught[0].filename == __file__
 

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from diagonals import SHAPES, example
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -12,14 +13,6 @@ from fisherfast.accumulator import Accumulator
 from fisherfast.fisher import DiagonalFisher, Fisher, FisherWarning, LayerSummary, Provenance
 
 EPS = torch.finfo(torch.float64).eps
-SHAPES = {"body.0.weight": (5, 3), "body.0.bias": (5,), "head.weight": (2, 5), "scale": (7,)}
-
-
-def example(seed=0, dtype=torch.float64, **kwargs):
-    generator = torch.Generator().manual_seed(seed)
-    return DiagonalFisher(
-        {name: torch.rand(shape, dtype=dtype, generator=generator) + 0.1 for name, shape in SHAPES.items()}, 1000, **kwargs
-    )
 
 
 def dense(F):

@@ -14,10 +14,9 @@ import torch
 from op_cases import (
     PRIMES,
     TARGETS,
-    Problem,
     Shape,
     Target,
-    assert_equal,
+    assert_exact,
     copies,
     problem,
     sliced,
@@ -44,13 +43,6 @@ def patch(monkeypatch):
     return patched
 
 
-def assert_exact(case: Problem, backend: str = "triton") -> None:
-    outputs = case.outputs(integers=True)
-    before = copies(outputs)
-    case.run(backend, outputs)
-    assert_equal(case, before, outputs)
-
-
 def triton(op: str) -> Target:
     return Target(op, "triton", "cpu")
 
@@ -59,18 +51,18 @@ def triton(op: str) -> Target:
 def test_more_than_eight_rows_of_tiles(patch, T):
     """They are numbered in bands of 8."""
     patch("linear_sq", candidates=lambda work, arch: [(TILES, 1)])
-    assert_exact(problem(triton("linear_sq_"), Shape(2, T, 35, 16 * 17 + 3), integers=True, weighted=True))
+    assert_exact(problem(triton("linear_sq_"), Shape(2, T, 35, 16 * 17 + 3), integers=True, weighted=True), "triton")
 
 
 def test_a_last_share_of_whole_steps(patch):
     """Of 3 steps of 32 samples the second share has one: less than a chain, and no step is cut."""
     patch("linear_sq", candidates=lambda work, arch: [({**TILES, "BLOCK_T": 32}, 2)])
-    assert_exact(problem(triton("linear_sq_"), Shape(96, 1, 5, 7), integers=True, weighted=True))
+    assert_exact(problem(triton("linear_sq_"), Shape(96, 1, 5, 7), integers=True, weighted=True), "triton")
 
 
 @pytest.mark.parametrize(("I", "O"), [(300, 3), (3, 300)])
 def test_norms_of_long_rows(I, O):
-    assert_exact(problem(triton("linear_sq_"), Shape(3, 1, I, O), integers=True))
+    assert_exact(problem(triton("linear_sq_"), Shape(3, 1, I, O), integers=True), "triton")
 
 
 def test_more_than_128_ragged_samples_in_a_share(patch):
@@ -78,28 +70,28 @@ def test_more_than_128_ragged_samples_in_a_share(patch):
     case = problem(triton("linear_sq_"), Shape(150, 1, 3, 5), integers=True)
     offsets = torch.arange(151).clamp(max=140)
     offsets[-1] = 150
-    assert_exact(replace(case, first=case.first[:, 0], g=case.g[:, 0], offsets=offsets))
+    assert_exact(replace(case, first=case.first[:, 0], g=case.g[:, 0], offsets=offsets), "triton")
 
 
 def test_more_than_256_partial_results():
-    assert_exact(problem(triton("scale_sq_"), Shape(16 * 257, 1, 3, 1), integers=True, weighted=True))
+    assert_exact(problem(triton("scale_sq_"), Shape(16 * 257, 1, 3, 1), integers=True, weighted=True), "triton")
 
 
 @pytest.mark.parametrize("ragged", [False, True])
 def test_shares_of_several_steps(patch, ragged):
     patch("scale_sq", PROGRAMS=2)
-    assert_exact(problem(triton("scale_sq_"), Shape(13, 20, 3, 1), integers=True, weighted=True, ragged=ragged))
+    assert_exact(problem(triton("scale_sq_"), Shape(13, 20, 3, 1), integers=True, weighted=True, ragged=ragged), "triton")
 
 
 @pytest.mark.parametrize("ragged", [False, True])
 def test_norms_of_long_token_sequences(ragged):
-    assert_exact(problem(triton("embedding_sq_"), Shape(2, 150, 3, 5), integers=True, ragged=ragged))
+    assert_exact(problem(triton("embedding_sq_"), Shape(2, 150, 3, 5), integers=True, ragged=ragged), "triton")
 
 
 @pytest.mark.parametrize("piece", [2, 64])
 def test_more_pieces_than_programs(patch, piece):
     patch("embedding_sq", PROGRAMS=3, config=lambda M, D, dtype: {"BLOCK_D": 16, "PIECE": piece, "num_warps": 1})
-    assert_exact(problem(triton("embedding_sq_"), Shape(4, 9, 19, 12), integers=True, weighted=True))
+    assert_exact(problem(triton("embedding_sq_"), Shape(4, 9, 19, 12), integers=True, weighted=True), "triton")
 
 
 @pytest.mark.parametrize("layout", [transposed, sliced, strided])
@@ -137,18 +129,18 @@ def test_conv_shares_of_several_chains(patch, shape, ragged):
     patch("conv_sq", candidates=lambda *_: [(more, 2)], fold_size=lambda steps: 2)
     patch("conv_sq", direct_config=lambda *_: ({"BLOCK_E": 8, "BLOCK_T": 16, "num_warps": 4}, 2))
     case = conv_cases.problem(CONV, shape._replace(N=11), integers=True, ragged=ragged, weighted=True, scale=2.0)
-    conv_cases.assert_exact(case, "triton")
+    assert_exact(case, "triton")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_conv_tiles_of_one_kernel_offset(dtype):
     shape = conv_cases.Geometry(2, 64, 8, (7,), (3,), before=(1,), after=(1,))
-    conv_cases.assert_exact(conv_cases.problem(CONV, shape, dtype, integers=True), "triton")
+    assert_exact(conv_cases.problem(CONV, shape, dtype, integers=True), "triton")
 
 
 def test_conv_folds_many_channels_and_offsets():
     shape = conv_cases.Geometry(1, 70, 2, (6, 5), (5, 5))
-    conv_cases.assert_exact(conv_cases.problem(CONV, shape, integers=True), "triton")
+    assert_exact(conv_cases.problem(CONV, shape, integers=True), "triton")
 
 
 GRAM = test_conv_gram.Target("triton", "cpu")
@@ -235,7 +227,7 @@ def test_addresses_beyond_32_bits(no_copies, op, T, where):
     if (op, where) == ("embedding_sq_", "first"):
         pytest.skip("16 GiB of ids, which torch sorts")
     case = problem(triton(op), Shape(3, T, 5, 7), torch.bfloat16, integers=True)
-    assert_exact(replace(case, **{where: far(getattr(case, where))}))
+    assert_exact(replace(case, **{where: far(getattr(case, where))}), "triton")
 
 
 @pytest.mark.parametrize("where", ["first", "g"])
@@ -243,7 +235,7 @@ def test_addresses_beyond_32_bits(no_copies, op, T, where):
 def test_conv_addresses_beyond_32_bits(no_copies, ragged, where):
     case = conv_cases.problem(CONV, conv_cases.BASIC, torch.bfloat16, integers=True)
     offsets = torch.tensor([0, 0, 1, 3]) if ragged else None
-    conv_cases.assert_exact(replace(case, offsets=offsets, **{where: far(getattr(case, where))}), "triton")
+    assert_exact(replace(case, offsets=offsets, **{where: far(getattr(case, where))}), "triton")
 
 
 def test_gram_addresses_beyond_32_bits(no_copies):

@@ -334,7 +334,7 @@ def test_a_batch_that_is_not_finite_adds_nothing(order, monkeypatch):
     with ff.collect(model, ff.EKFAC(basis=K), fisher_type="empirical") as stats:
         stats.backward(loss(model(x)))
         before = stats.result().eigenvalues()
-        with pytest.raises(ff.NonFiniteError) as error:
+        with pytest.raises(ff.NonFiniteError, match="gradients must be finite") as error:
             stats.backward(loss(Poisoned.apply(model(x))))
     assert torch.equal(error.value.fisher.eigenvalues(), before) and stats.result().num_samples == len(x)
 

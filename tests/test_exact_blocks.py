@@ -113,7 +113,7 @@ def test_a_batch_that_is_not_finite_adds_nothing():
     model, x, y = normed(), torch.randn(6, 3).double(), torch.randint(0, 4, (6,))
     bad = x.clone()
     bad[0, 0] = math.nan
-    with pytest.raises(ff.NonFiniteError) as caught:
+    with pytest.raises(ff.NonFiniteError, match=r"the input of '0\.weight' is the first that is not finite") as caught:
         measure(model, [(x, y), (bad, y)], "kfac")
     found, expected = exact_blocks(caught.value.fisher), exact_blocks(measure(model, [(x, y)], "kfac"))
     assert all(close(found[n].moments.mean(), block.moments.mean(), EXACT) for n, block in expected.items())

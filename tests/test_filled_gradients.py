@@ -92,7 +92,7 @@ def test_a_batch_that_fails_leaves_them_alone():
         before = {name: g.clone() for name, g in gradients(model).items()}
         bad = losses(model, x, y)
         bad.register_hook(lambda g: g * float("nan"))
-        with pytest.raises(ff.NonFiniteError):
+        with pytest.raises(ff.NonFiniteError, match="gradients must be finite"):
             stats.backward(bad)
         same(gradients(model), before, rtol=0, atol=0)
         stats.backward(losses(model, x, y))

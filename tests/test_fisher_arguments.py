@@ -5,16 +5,10 @@ import math
 
 import pytest
 import torch
+from diagonals import SHAPES, example
 
 from fisherfast.accumulator import Accumulator
 from fisherfast.fisher import DiagonalFisher
-
-SHAPES = {"body.0.weight": (5, 3), "body.0.bias": (5,), "head.weight": (2, 5), "scale": (7,)}
-
-
-def example(seed=0, **kwargs):
-    generator = torch.Generator().manual_seed(seed)
-    return DiagonalFisher({name: torch.rand(shape, generator=generator) + 0.1 for name, shape in SHAPES.items()}, 1000, **kwargs)
 
 
 def flat(v):

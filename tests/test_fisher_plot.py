@@ -118,7 +118,8 @@ def test_a_thousand_layers_fit_on_a_picture():
 
 def test_names_are_text_not_formulas(tmp_path):
     F = ff.DiagonalFisher({"$\\frac$.w": torch.ones(3)}, 7)
-    F.plot(tmp_path / "fisher.png")
+    labels = F.plot(tmp_path / "fisher.png").axes[0].get_yticklabels()
+    assert [(label.get_text(), label.get_parse_math()) for label in labels] == [("$\\frac$", False)]
 
 
 def test_plot_needs_matplotlib(monkeypatch):

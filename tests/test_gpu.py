@@ -8,9 +8,10 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
+import gate
 import pytest
 import torch
-from gpu import calls, clock, cost, model_cases, problems, run
+from gpu import calls, clock, cost, model_cases, problems
 
 import fisherfast as ff
 from fisherfast import _backend
@@ -72,8 +73,8 @@ def test_matches_float64(op, backend, mode, shape):
             problem = problems.CASES[op].build(problems.Draw(DEVICE, mode), *shape)
             oracle, acc = problem.oracle(), problem.acc.clone()
             problem.ours(acc)
-            mine = max(mine, run.error(problem.compared(acc), oracle))
-            plain = max(plain, run.error(problem.compared(problem.plain()), oracle))
+            mine = max(mine, gate.error(problem.compared(acc), oracle))
+            plain = max(plain, gate.error(problem.compared(problem.plain()), oracle))
     assert cost.passes(mine, plain, mode), f"error {mine:.2e}, plain torch {plain:.2e}"
 
 

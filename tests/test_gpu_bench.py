@@ -11,9 +11,11 @@ import time
 from itertools import pairwise
 from pathlib import Path
 
+import origin
 import page
 import pytest
 import torch
+import ways
 from gpu import (
     calls,
     capacity,
@@ -291,7 +293,7 @@ def test_facts_name_the_commit_of_a_tree_without_its_history(monkeypatch):
     monkeypatch.setenv("COMMIT", "feedbee")
     facts = record.facts("cpu")
     assert facts["commit"] == "feedbee"
-    assert facts["sha256"]["kernels"] == cost.sources_sha256(BENCH.parent / "kernels")
+    assert facts["sha256"]["kernels"] == origin.sources_sha256(BENCH.parent / "kernels")
 
 
 # ---- whole models
@@ -323,7 +325,7 @@ def test_every_way_runs_in_bfloat16(quantity, rehearsal):
 @torch_func_is_slow
 def test_the_ways_to_the_diagonal_agree():
     problem = model_cases.CASES["gpt2"].build("cpu", "fp32", tiny=True)
-    loop, *others = (models.result(way.prepare(*problem)) for way in model_ways.WAYS["diagonal"] if not way.ours)
+    loop, *others = (ways.found(way.prepare(*problem)) for way in model_ways.WAYS["diagonal"] if not way.ours)
     for other in others:
         assert other.keys() <= loop.keys()
         assert models.difference(loop, other, 1.0) <= 1e-4
@@ -336,7 +338,7 @@ def test_what_cannot_be_measured_of_a_model_is_recorded(rehearsal, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\nmore")
 
     def double(model, x, y):
-        return lambda: {k: 2 * v for k, v in models.result(model_ways.loop(model, x, y)).items()}
+        return lambda: {k: 2 * v for k, v in ways.found(model_ways.loop(model, x, y)).items()}
 
     def measured(prepare, ours=False):
         return bench.measure(rehearsal, "diagonal", model_ways.Way("other", prepare, ours))

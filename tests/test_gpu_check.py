@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import gpu_check as check
+import origin
 import pytest
 import torch
 from gpu import calls, cost, sanitize, smoke
@@ -124,8 +125,8 @@ def test_what_a_kernel_is_meant_to_reach():
 
 
 def test_names():
-    assert cost.slug("NVIDIA H200") == "nvidia-h200"
-    assert cost.slug("NVIDIA A100-SXM4-80GB ") == "nvidia-a100-sxm4-80gb"
+    assert origin.slug("NVIDIA H200") == "nvidia-h200"
+    assert origin.slug("NVIDIA A100-SXM4-80GB ") == "nvidia-a100-sxm4-80gb"
     assert [cost.architecture(c) for c in ((8, 0), (8, 9), (9, 0), (10, 0))] == ["8.0", "8.9", "9.0a", "10.0a"]
 
 
@@ -133,16 +134,16 @@ def test_source_digest_sees_names_and_contents_but_not_what_was_compiled(tmp_pat
     (tmp_path / "a.cu").write_text("kernel")
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub" / "b.cu").write_text("other")
-    first = cost.sources_sha256(tmp_path)
+    first = origin.sources_sha256(tmp_path)
     (tmp_path / "__pycache__").mkdir()
     (tmp_path / "__pycache__" / "a.pyc").write_text("cache")
     (tmp_path / "_C.abi3.so").write_text("built on this machine")
-    assert cost.sources_sha256(tmp_path) == first
+    assert origin.sources_sha256(tmp_path) == first
     (tmp_path / "a.cu").write_text("kernel 2")
-    assert cost.sources_sha256(tmp_path) != first
+    assert origin.sources_sha256(tmp_path) != first
     (tmp_path / "a.cu").write_text("kernel")
     (tmp_path / "a.cu").rename(tmp_path / "c.cu")
-    assert cost.sources_sha256(tmp_path) != first
+    assert origin.sources_sha256(tmp_path) != first
 
 
 def test_a_process_that_fails_or_outlasts_its_time_fails_the_stage(tmp_path):
@@ -257,7 +258,7 @@ def test_a_stage_goes_on_where_it_stopped(tmp_path, monkeypatch):
     commands[1] = command("b", 0)
     assert run() == (True, "bc")
     assert run() == (True, "c")
-    monkeypatch.setattr(check.cost, "sources_sha256", lambda folder: "other")
+    monkeypatch.setattr(check.origin, "sources_sha256", lambda folder: "other")
     assert run() == (True, "abc")
 
 
@@ -332,7 +333,7 @@ def test_a_build_is_not_repeated_on_the_machine_that_has_it(tmp_path, monkeypatc
     assert (run(), run()) == ("built ", "built ")
     check.BUILT.unlink()
     assert run() == "built built "
-    monkeypatch.setattr(check.cost, "sources_sha256", lambda folder: "other")
+    monkeypatch.setattr(check.origin, "sources_sha256", lambda folder: "other")
     assert run() == "built built built "
 
 

@@ -46,19 +46,19 @@ def test_least_work_counts_products_and_every_byte_once(static):
         "g": ([2, 3, 5], "bfloat16"),
         "weight": ([2], "float32"),
     }
-    assert static.work("linear_sq bf16 T=3", arguments) == static.Work(
+    assert static.work("linear_sq bf16 T=3", arguments) == static.cost.Cost(
         2 * 2 * 3 * 5 * 7, 2 * 4 * 35 + 2 * 42 + 2 * 30 + 8, "bf16"
     )
     arguments = {"acc": ([7, 7], "float32"), "x": ([3, 7], "float32")}
-    assert static.work("gram fp32 rows", arguments) == static.Work(3 * 7 * 8, 4 * 21 + 2 * 4 * 28, "fp32 as bf16x6")
+    assert static.work("gram fp32 rows", arguments) == static.cost.Cost(3 * 7 * 8, 4 * 21 + 2 * 4 * 28, "fp32 as bf16x6")
     arguments = {"acc": ([100, 4], "float32"), "ids": ([2, 3], "int64"), "g": ([2, 3, 4], "bfloat16")}
-    assert static.work("embedding_sq bf16", arguments) == static.Work(24, 2 * 4 * 6 * 4 + 8 * 6 + 2 * 24, "fp32")
+    assert static.work("embedding_sq bf16", arguments) == static.cost.Cost(24, 2 * 4 * 6 * 4 + 8 * 6 + 2 * 24, "fp32")
 
 
 def test_least_seconds_is_the_slower_of_arithmetic_and_memory(static):
     rate, copy = static.LEADS["bf16"], static.LEADS["copy"]
-    assert static.least_seconds(static.Work(int(rate), int(copy / 2), "bf16")) == (1.0, "bf16")
-    assert static.least_seconds(static.Work(int(rate), int(2 * copy), "bf16")) == (2.0, "copy")
+    assert static.least_seconds(static.cost.Cost(int(rate), int(copy / 2), "bf16")) == (1.0, "bf16")
+    assert static.least_seconds(static.cost.Cost(int(rate), int(2 * copy), "bf16")) == (2.0, "copy")
 
 
 def test_every_stored_call_has_its_least_work(static):
@@ -102,9 +102,9 @@ def test_instructions_are_read_with_their_modifiers():
 @pytest.mark.parametrize("folder", ["kernels", "csrc"])
 def test_report_is_of_these_sources(static, folder):
     """Run ``python bench/gpu/static.py`` (four minutes) after a change of either; what it says of every target is tested."""
-    from gpu import cost
+    import origin
 
-    assert json.loads(static.RESULTS.read_text())["sha256"][folder] == cost.sources_sha256(static.ROOT / folder)
+    assert json.loads(static.RESULTS.read_text())["sha256"][folder] == origin.sources_sha256(static.ROOT / folder)
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90a", "sm_100"])

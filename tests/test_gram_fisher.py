@@ -10,7 +10,7 @@ import networks
 import oracle
 import pytest
 import torch
-from networks import double_vectors, measure, mlp
+from networks import breaking_off, double_vectors, measure, mlp
 from oracle import close
 from torch import nn
 
@@ -201,13 +201,8 @@ def test_pooling_is_measuring_together(tmp_path):
 
 def test_a_checkpoint_is_gone_on_from(tmp_path):
     model, (x, y) = mlp(), double_vectors()
-
-    def broken():
-        yield x[:2], y[:2]
-        raise OSError
-
-    with pytest.raises(OSError):
-        measure(model, broken(), "gram", checkpoint=tmp_path / "c")
+    with pytest.raises(OSError, match="the data are gone"):
+        measure(model, breaking_off(x, y), "gram", checkpoint=tmp_path / "c")
     G = measure(model, [(x[:2], y[:2]), (x[2:], y[2:])], "gram", checkpoint=tmp_path / "c")
     assert torch.equal(G.dual(), measure(model, [(x[:2], y[:2]), (x[2:], y[2:])], "gram").dual())
 

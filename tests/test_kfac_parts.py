@@ -6,7 +6,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import Wrapped, measure, parameter
+from networks import Wrapped, breaking_off, measure, parameter
 from oracle import close
 from safetensors import safe_open
 from test_kfac import hooked_factors
@@ -387,13 +387,8 @@ def test_experts_that_the_first_batch_does_not_ask_have_blocks(joined, structure
 @pytest.mark.parametrize("joined", [True, False])
 def test_a_run_goes_on_from_a_checkpoint(joined, tmp_path):
     stack, _, x, y = experts(joined)
-
-    def broken():
-        yield x[:2], y[:2]
-        raise OSError
-
-    with pytest.raises(OSError):
-        measure(stack, broken(), "kfac", checkpoint=tmp_path / "c")
+    with pytest.raises(OSError, match="the data are gone"):
+        measure(stack, breaking_off(x, y), "kfac", checkpoint=tmp_path / "c")
     batches = [(x[:2], y[:2]), (x[2:], y[2:])]
     resumed, whole = measure(stack, batches, "kfac", checkpoint=tmp_path / "c"), measure(stack, batches, "kfac")
     v = torch.randn(whole.num_parameters).double()

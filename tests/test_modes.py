@@ -34,6 +34,7 @@ def test_what_is_computed_in_inference_mode_serves_autograd_later(structure, fir
     v = {name: one.clone().requires_grad_() for name, one in ones.items()}
     for answer in (F.solve(v, damping=0.1), F @ v):
         sum(value.sum() for value in answer.values()).backward()
+    assert all(one.grad.isfinite().all() and one.grad.any() for one in v.values())
 
 
 @pytest.mark.parametrize("structure", networks.STRUCTURES)
@@ -45,6 +46,8 @@ def test_a_fisher_of_inference_mode_is_an_ordinary_one(structure, tmp_path):
         diagonal = F.diagonal()
     _used(model, diagonal)
     _used(model, F.diagonal())
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.grad, 2 * 2 * diagonal[name] * p.detach(), check_dtype=False)
 
 
 @pytest.mark.parametrize("fisher_type", ["mc", "exact", "empirical"])

@@ -26,6 +26,7 @@ from op_cases import (
     Shape,
     Target,
     assert_equal,
+    assert_exact,
     assert_gate,
     call_arguments,
     copies,
@@ -98,10 +99,7 @@ def test_many_samples_lose_nothing(target, T):
 @every_target
 def test_accumulates(target, T, weighted, ragged, dtype):
     case = problem(target, Shape(3, T, 7, 11), dtype, integers=True, ragged=ragged, weighted=weighted, scale=-0.5)
-    outputs = case.outputs(integers=True)
-    before = copies(outputs)
-    case.run(target.backend, outputs, flag=torch.zeros(1, dtype=torch.int32, device=target.device))
-    assert_equal(case, before, outputs)
+    assert_exact(case, target.backend, flag=torch.zeros(1, dtype=torch.int32, device=target.device))
 
 
 @pytest.mark.parametrize("T", [1, 5], ids=["T1", "T5"])
@@ -109,10 +107,7 @@ def test_accumulates(target, T, weighted, ragged, dtype):
 @every_target
 def test_outputs_are_independent(target, asked, T):
     case = problem(target, Shape(3, T, 7, 11), integers=True, weighted=True)
-    outputs = {k: v for k, v in case.outputs(integers=True).items() if k in ("acc", *asked)}
-    before = copies(outputs)
-    case.run(target.backend, outputs)
-    assert_equal(case, before, outputs)
+    assert_exact(case, target.backend, ("acc", *asked))
 
 
 @every_target
@@ -131,10 +126,7 @@ def test_empty(target, shape):
     if target.op == "embedding_sq_" and shape.O == 0:
         shape = Shape(3, 0, 7, 0)  # an embedding without rows takes no ids
     case = problem(target, shape, integers=True)
-    outputs = case.outputs(integers=True)
-    before = copies(outputs)
-    case.run(target.backend, outputs)
-    assert_equal(case, before, outputs)
+    assert_exact(case, target.backend)
 
 
 @every_target
@@ -143,19 +135,13 @@ def test_empty_ragged(target):
     case = replace(
         case, first=case.first[0, :0], g=case.g[0, :0], offsets=torch.zeros(3, dtype=torch.int64, device=target.device)
     )
-    outputs = case.outputs(integers=True)
-    before = copies(outputs)
-    case.run(target.backend, outputs)
-    assert_equal(case, before, outputs)
+    assert_exact(case, target.backend)
 
 
 @targets_of("scale_sq_")
 def test_x_may_be_absent(target):
     case = replace(problem(target, integers=True), first=None)
-    outputs = case.outputs(integers=True)
-    before = copies(outputs)
-    case.run(target.backend, outputs)
-    assert_equal(case, before, outputs)
+    assert_exact(case, target.backend)
 
 
 @pytest.mark.parametrize("ragged", [False, True], ids=["uniform", "ragged"])
@@ -199,10 +185,7 @@ def test_shares_of_samples_and_chains_of_sums(emulated, share, chain, T, ragged)
     case = problem(
         target, Shape(11 if ragged or T > 1 else 100, T, 17, 35), integers=True, ragged=ragged, weighted=True, scale=2.0
     )
-    outputs = case.outputs(integers=True)
-    before = copies(outputs)
-    case.run("triton", outputs, flag=torch.zeros(1, dtype=torch.int32))
-    assert_equal(case, before, outputs)
+    assert_exact(case, "triton", flag=torch.zeros(1, dtype=torch.int32))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
@@ -231,10 +214,7 @@ def test_long_runs_of_an_id_are_cut_anywhere(emulated, piece, rows, ragged):
     """Within a sample, between two, and a sample over several pieces."""
     target = emulated("embedding_sq_", "config", lambda M, D, dtype: {"BLOCK_D": 16, "PIECE": piece, "num_warps": 1})
     case = problem(target, Shape(4, 7, 19, rows), integers=True, ragged=ragged, weighted=True, scale=2.0)
-    outputs = case.outputs(integers=True)
-    before = copies(outputs)
-    case.run("triton", outputs, flag=torch.zeros(1, dtype=torch.int32))
-    assert_equal(case, before, outputs)
+    assert_exact(case, "triton", flag=torch.zeros(1, dtype=torch.int32))
 
 
 # ---- layouts
@@ -247,10 +227,7 @@ def test_long_runs_of_an_id_are_cut_anywhere(emulated, piece, rows, ragged):
 def test_noncontiguous(target, layout, dtype, shape):
     case = problem(target, shape, dtype, integers=True)
     case = replace(case, first=layout(case.first), g=layout(case.g))
-    outputs = case.outputs(integers=True)
-    before = copies(outputs)
-    case.run(target.backend, outputs)
-    assert_equal(case, before, outputs)
+    assert_exact(case, target.backend)
 
 
 @every_target
@@ -276,10 +253,7 @@ def test_int64_offsets(target):
         case.g.shape, (2**30, case.g.shape[-1], 1)
     )
     case = replace(case, g=far.copy_(case.g))
-    outputs = case.outputs(integers=True)
-    before = copies(outputs)
-    case.run(target.backend, outputs)
-    assert_equal(case, before, outputs)
+    assert_exact(case, target.backend)
 
 
 # ---- non-finite inputs
@@ -478,7 +452,4 @@ torch.cuda.synchronize()
 def test_any_shape_is_exact(target, shape, ragged, weighted, dtype, seed):
     torch.manual_seed(seed)
     case = problem(target, shape, dtype, integers=True, ragged=ragged, weighted=weighted, scale=2.0)
-    outputs = case.outputs(integers=True)
-    before = copies(outputs)
-    case.run(target.backend, outputs)
-    assert_equal(case, before, outputs)
+    assert_exact(case, target.backend)

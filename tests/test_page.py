@@ -176,7 +176,7 @@ def test_warnings_say_what_is_doubtful():
 
 def test_parameters_left_out_are_said():
     F = ff.DiagonalFisher({"a.w": torch.ones(3)}, 7, coverage={f"b{i}.w": "missing: no rule" for i in range(12)})
-    with pytest.warns(ff.FisherWarning):
+    with pytest.warns(ff.FisherWarning, match="exclude parameters that the Fisher lacks"):
         info = ff.information_in_weights(
             F, {"a.w": torch.ones(3)} | {f"b{i}.w": torch.ones(3) for i in range(12)}, prior_scale=1.0, beta=0.1
         )

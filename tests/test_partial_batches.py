@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A batch that stops half-way, by an op that fails or by Ctrl-C: of every parameter the sum and its weight are of the same samples."""
 
+import math
 import signal
 import threading
 
@@ -42,7 +43,7 @@ def test_an_op_that_fails_adds_neither_samples_nor_their_number(structure):
         yield x, y
 
     try:
-        with pytest.raises(ff.BackendError) as caught:
+        with pytest.raises(ff.BackendError, match="'cuda' was asked for but cannot run here") as caught:
             ff.fisher(model, data(), asked, "empirical", "gaussian", progress=False)
     finally:
         nowhere.__exit__(None, None, None)
@@ -58,7 +59,7 @@ def test_a_run_goes_on_after_an_op_that_failed(structure):
         for fails in (False, True, False):
             loss = F.cross_entropy(model(x), y, reduction="none")
             if fails:
-                with pytest.raises(ff.BackendError), ff.backend("cuda"):
+                with pytest.raises(ff.BackendError, match="'cuda' was asked for but cannot run here"), ff.backend("cuda"):
                     stats.backward(loss)
             else:
                 stats.backward(loss)
@@ -135,7 +136,10 @@ def test_what_reads_data_again_reads_them_as_they_were():
 def test_the_largest_traces_have_a_plot(tmp_path):
     for value in (3e18, 1e37, 1e100):
         mean = {"a.weight": torch.full((3,), value, dtype=torch.float64), "b.weight": torch.ones(3, dtype=torch.float64)}
-        ff.DiagonalFisher(mean, num_samples=10).plot(tmp_path / "x.png")
+        traces, spectrum = ff.DiagonalFisher(mean, num_samples=10).plot(tmp_path / "x.png").axes
+        (low, high), (_, top) = traces.get_xlim(), spectrum.get_ylim()
+        assert 0 < low < 3 and 3 * value < high < math.inf and value < top < math.inf
+        assert [label.get_text() for label in traces.get_yticklabels()] == ["a", "b"]
 
 
 def test_a_name_that_files_keep_for_themselves(tmp_path):

@@ -62,17 +62,20 @@ def test_table_fits_a_narrow_terminal():
 def test_excluded_parameters_are_shown():
     F, _ = measured()
     part = ff.DiagonalFisher({"0.weight": F.diagonal()["0.weight"]}, 1234, coverage={"0.bias": "missing: no rule"})
-    with pytest.warns(ff.FisherWarning):
+    with pytest.warns(ff.FisherWarning, match="exclude parameters that the Fisher lacks"):
         info = ff.information_in_weights(
             part, {"0.weight": torch.ones(7, 5), "0.bias": torch.ones(7)}, prior_scale=0.1, beta=1e-3
         )
     assert "0.bias" in shown(report.render(part, info))
 
 
-def test_a_parameter_of_the_model_itself_has_a_name():
-    F = ff.DiagonalFisher({"scale": torch.ones(3)}, 7)
-    info = ff.information_in_weights(F, {"scale": torch.ones(3)}, prior_scale=1.0, beta=0.1)
-    assert "(model)" in shown(info.table())
+@pytest.mark.parametrize(
+    ("name", "layer"), [("scale", "(model)"), ("[red]a.w", "[red]a")], ids=["of the model itself", "looks like markup"]
+)
+def test_a_parameter_has_the_name_of_its_layer(name, layer):
+    F = ff.DiagonalFisher({name: torch.ones(3)}, 7)
+    info = ff.information_in_weights(F, {name: torch.ones(3)}, prior_scale=1.0, beta=0.1)
+    assert layer in shown(info.table())
 
 
 def test_files_can_be_read_back(tmp_path):
@@ -89,12 +92,6 @@ def test_files_can_be_read_back(tmp_path):
     assert paths[3].read_text(encoding="utf-8").startswith("<!doctype html>") and str(RATIO) in paths[3].read_text(
         encoding="utf-8"
     )
-
-
-def test_names_are_not_markup():
-    F = ff.DiagonalFisher({"[red]a.w": torch.ones(3)}, 7)
-    info = ff.information_in_weights(F, {"[red]a.w": torch.ones(3)}, prior_scale=1.0, beta=0.1)
-    assert "[red]a" in shown(info.table())
 
 
 def test_limits_of_a_fitted_prior_can_be_written(tmp_path):

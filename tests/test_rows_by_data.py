@@ -14,24 +14,24 @@ import fisherfast as ff
 I, D, C, T, N = 3, 4, 3, 5, 4
 
 
-class Unpadded(nn.Module):
-    """Sequences cut to their lengths and put one after the other."""
+class InnerAndHead(nn.Module):
+    """Two layers."""
 
     def __init__(self):
         super().__init__()
         self.inner, self.head = nn.Linear(I, D), nn.Linear(D, C)
+
+
+class Unpadded(InnerAndHead):
+    """Sequences cut to their lengths and put one after the other."""
 
     def forward(self, x, lengths):
         rows = torch.cat([x[n, :length] for n, length in enumerate(lengths.tolist())])
         return self.head(torch.stack([own.mean(0) for own in self.inner(rows).tanh().split(lengths.tolist())]))
 
 
-class Sorted(nn.Module):
+class Sorted(InnerAndHead):
     """Samples in the order of their lengths, by a list of numbers, and back."""
-
-    def __init__(self):
-        super().__init__()
-        self.inner, self.head = nn.Linear(I, D), nn.Linear(D, C)
 
     def forward(self, x, lengths):
         order = sorted(range(len(x)), key=lambda n: -int(lengths[n]))
@@ -127,12 +127,8 @@ def test_batches_of_which_one_tagged_pass_does_not_tell_all(name):
         assert torch.allclose(found[parameter], gradients.square().mean(0), rtol=1e-6, atol=1e-12), parameter
 
 
-class Nodes(nn.Module):
+class Nodes(InnerAndHead):
     """Graphs one after the other, their nodes summed."""
-
-    def __init__(self):
-        super().__init__()
-        self.inner, self.head = nn.Linear(I, D), nn.Linear(D, C)
 
     def forward(self, x, owner, n):
         return self.head(x.new_zeros(n, D).index_add(0, owner, self.inner(x).tanh()))
@@ -291,20 +287,27 @@ def test_rows_of_which_few_have_a_gradient_are_all_inputs(N, T):
     torch.testing.assert_close(A, rows.mT @ rows / len(rows), rtol=1e-5, atol=1e-6)
 
 
+class Changed(nn.Module):
+    """Tokens, of which ``change(h, table, positions)`` makes what the layers read."""
+
+    def __init__(self, change):
+        super().__init__()
+        self.change, self.tokens, self.inner, self.head = change, nn.Embedding(20, 4), nn.Linear(4, 5), nn.Linear(5, 20)
+        self.register_buffer("table", torch.randn(32, 4))
+
+    def forward(self, input_ids, attention_mask=None):
+        positions = torch.arange(input_ids.shape[1]).expand_as(input_ids)
+        return self.head(self.inner(self.change(self.tokens(input_ids), self.table, positions)).tanh())
+
+
+def turned(h, table, positions):
+    """By rows of a table, as a rotary embedding is."""
+    return h * table[positions]
+
+
 def test_positions_that_looked_something_up_are_all_inputs_in_batches_of_one():
     """A table of positions is no choice of rows: a padded sample by itself counts the rows that it counts among others."""
-
-    class Turned(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.tokens, self.inner, self.head = nn.Embedding(20, 4), nn.Linear(4, 5), nn.Linear(5, 20)
-            self.register_buffer("table", torch.randn(32, 4))
-
-        def forward(self, input_ids, attention_mask=None):
-            positions = torch.arange(input_ids.shape[1]).expand_as(input_ids)
-            return self.head(self.inner(self.tokens(input_ids) * self.table[positions]).tanh())
-
-    model, ids = Turned().double(), torch.randint(0, 20, (2, 6))
+    model, ids = Changed(turned).double(), torch.randint(0, 20, (2, 6))
     mask = (torch.arange(6) < 4).expand(2, 6).long()
     together = {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
     alone = [{name: tensor[n : n + 1] for name, tensor in together.items()} for n in range(2)]
@@ -315,11 +318,6 @@ def test_positions_that_looked_something_up_are_all_inputs_in_batches_of_one():
     for layer in ("inner", "head"):
         for one, other in zip(factors[0][layer], factors[1][layer], strict=True):
             torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-9)
-
-
-def turned(h, table, positions):
-    """By rows of a table, as a rotary embedding is."""
-    return h * table[positions]
 
 
 def shifted(h, table, positions):
@@ -342,18 +340,7 @@ def listed(h, table, positions):
 @pytest.mark.parametrize("change", [turned, shifted, prompted, listed], ids=lambda change: change.__name__)
 def test_a_table_of_positions_a_prompt_and_a_list_of_features_choose_no_rows(change):
     """So A is of every position, whatever the batch size, weights of one, and which labels count."""
-
-    class Changed(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.tokens, self.inner, self.head = nn.Embedding(20, 4), nn.Linear(4, 5), nn.Linear(5, 20)
-            self.register_buffer("table", torch.randn(32, 4))
-
-        def forward(self, input_ids):
-            positions = torch.arange(input_ids.shape[1]).expand_as(input_ids)
-            return self.head(self.inner(change(self.tokens(input_ids), self.table, positions)).tanh())
-
-    model, ids = Changed().double(), torch.randint(0, 20, (6, 5))
+    model, ids = Changed(change).double(), torch.randint(0, 20, (6, 5))
     labels = ids.clone()
     labels[:, 3:] = -100
     options = {"structure": "kfac", "fisher_type": "empirical", "likelihood": ff.CausalLM(), "progress": False}
@@ -382,24 +369,16 @@ class PackedWithTable(nn.Module):
         return rows.new_zeros(len(x), C).index_add(0, owner, rows)
 
 
-class HeadsFirst(nn.Module):
+class HeadsFirst(InnerAndHead):
     """Sequences of their own lengths put one after the other, behind an axis as long as the batch."""
-
-    def __init__(self):
-        super().__init__()
-        self.inner, self.head = nn.Linear(I, D), nn.Linear(D, C)
 
     def forward(self, x, lengths):
         rows = torch.cat([x[n, :length].expand(N, length, I) for n, length in enumerate(lengths.tolist())], 1)
         return self.head(torch.stack([own.mean((0, 1)) for own in self.inner(rows).tanh().split(lengths.tolist(), 1)]))
 
 
-class ListBehindEllipsis(nn.Module):
+class ListBehindEllipsis(InnerAndHead):
     """The rows of all samples in the order of a list, behind an ellipsis that stands for nothing."""
-
-    def __init__(self):
-        super().__init__()
-        self.inner, self.head = nn.Linear(I, D), nn.Linear(D, C)
 
     def forward(self, x, lengths):
         order = sorted(range(len(x) * T), key=lambda row: (row // T * 7 + int(lengths[row // T])) % 5 * 100 + row)

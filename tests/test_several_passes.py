@@ -8,7 +8,7 @@ from dataclasses import replace
 import conv_cases
 import pytest
 import torch
-from op_cases import NONFINITE, TARGETS, Shape, assert_equal, copies, problem
+from op_cases import NONFINITE, TARGETS, Shape, assert_exact, copies, problem
 
 import fisherfast as ff
 from fisherfast import _backend
@@ -16,13 +16,6 @@ from fisherfast import _backend
 every_target = pytest.mark.parametrize("target", TARGETS, ids=str)
 compiled = pytest.mark.skipif("cpu" not in _backend.OPS["linear_sq_"].usable("cpu"), reason="fisherfast._C is not built")
 CPU = {target.op: target for target in TARGETS if target.backend == "cpu"}
-
-
-def assert_exact(case, backend: str) -> None:
-    outputs = case.outputs(integers=True)
-    before = copies(outputs)
-    case.run(backend, outputs)
-    assert_equal(case, before, outputs)
 
 
 @compiled

@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import Wrapped, measure
+from networks import Wrapped, breaking_off, measure
 from oracle import close
 from safetensors import safe_open
 from torch import nn
@@ -116,13 +116,8 @@ def test_damping_in_the_factors_takes_them_apart():
 
 def test_a_checkpoint_is_gone_on_from(tmp_path):
     model, (x, y) = models()[0], data()
-
-    def broken():
-        yield x[:2], y[:2]
-        raise OSError
-
-    with pytest.raises(OSError):
-        measure(model, broken(), "kfac", checkpoint=tmp_path / "c")
+    with pytest.raises(OSError, match="the data are gone"):
+        measure(model, breaking_off(x, y), "kfac", checkpoint=tmp_path / "c")
     batches = [(x[:2], y[:2]), (x[2:], y[2:])]
     v = torch.randn(sum(p.numel() for p in model.parameters())).double()
     assert close(measure(model, batches, "kfac", checkpoint=tmp_path / "c") @ v, measure(model, batches, "kfac") @ v, EXACT)
@@ -209,10 +204,10 @@ def test_it_has_them_after_a_checkpoint_too(tmp_path):
         def __iter__(self):
             for k, batch in enumerate(super().__iter__()):
                 if k == 2:
-                    raise OSError
+                    raise OSError("the data are gone")
                 yield batch
 
-    with pytest.raises(OSError):
+    with pytest.raises(OSError, match="the data are gone"):
         measure(model, Broken(model, "k", x, y), "kfac", checkpoint=tmp_path / "c")
     resumed = measure(model, Batches(model, "k", x, y), "kfac", checkpoint=tmp_path / "c")
     whole = measure(model, Batches(model, "k", x, y), "kfac")
@@ -243,7 +238,7 @@ def test_a_batch_that_fails_half_way_lends_its_inputs_to_no_other():
             part = slice(2 * k, 2 * k + 2)
             losses = F.cross_entropy(model(x[part]).flatten(0, 1), y[part].flatten(), reduction="none").view(-1, T).sum(1)
             if fails:
-                with pytest.raises(ff.BackendError), ff.backend("cuda"):
+                with pytest.raises(ff.BackendError, match="'cuda' was asked for but cannot run here"), ff.backend("cuda"):
                     stats.backward(losses)
             else:
                 stats.backward(losses)

@@ -160,18 +160,9 @@ def test_standard_error_covers_the_truth():
 
 
 def test_not_finite_is_seen_by_norms_alone():
-    class Poisoned(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x):
-            return x.clone()
-
-        @staticmethod
-        def backward(ctx, g):
-            return g * float("nan")
-
     model, x, y = networks.doubles("mlp-inplace-relu", 6)
     with ff.collect(model, ff.PerSampleNorm()) as stats:
         stats.backward(F.cross_entropy(model(x), y, reduction="none"))
         with pytest.raises(ff.NonFiniteError, match=r"first at '2\.(weight|bias)'") as caught:
-            stats.backward(Poisoned.apply(F.cross_entropy(model(x), y, reduction="none")))
+            stats.backward(networks.NaNGradient.apply(F.cross_entropy(model(x), y, reduction="none")))
     assert caught.value.fisher.num_samples == 6 and torch.isfinite(caught.value.fisher.squared_norms).all()

@@ -6,10 +6,7 @@ A mode is what a case is computed in: ``bf16``, ``fp16``; ``tf32``, float32 inpu
 
 from __future__ import annotations
 
-import hashlib
 import math
-import re
-from pathlib import Path
 from typing import NamedTuple
 
 import gate
@@ -142,20 +139,6 @@ def passes(error: float, plain: float, mode: str = "fp32") -> bool:
     return gate.passes(error, plain) or (mode == "tf32" and error <= TF32_ERROR)
 
 
-def slug(device: str) -> str:
-    """A device's name as a folder's."""
-    return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
-
-
 def architecture(capability: tuple[int, int]) -> str:
     """The entry of TORCH_CUDA_ARCH_LIST; from Hopper on with the instructions of that chip alone."""
     return f"{capability[0]}.{capability[1]}" + ("a" if capability[0] >= 9 else "")
-
-
-def sources_sha256(folder: Path) -> str:
-    """One digest of the names and contents of a folder's files, whatever the order they are listed in; not of what was compiled."""
-    digest = hashlib.sha256()
-    compiled = {".so", ".pyc"}
-    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.suffix not in compiled):
-        digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
-    return digest.hexdigest()

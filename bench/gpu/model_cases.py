@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 import ways
 from gpu import capacity, networks, problems
+from models import images, text
 from torch import Tensor, nn
 
 
@@ -39,17 +40,6 @@ class Case(NamedTuple):
         """How many the network has, without making any."""
         with torch.device("meta"):
             return sum(p.numel() for p in self.network(**(self.tiny if tiny else self.full)).parameters())
-
-
-def text(N: int, T: int, V: int) -> tuple[Tensor, Tensor]:
-    """Random tokens and the ones after them."""
-    ids = torch.randint(V, (N, T + 1))
-    return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
-
-
-def images(N: int, H: int, C: int) -> tuple[Tensor, Tensor]:
-    """Random images and classes."""
-    return torch.randn(N, 3, H, H), torch.randint(C, (N,))
 
 
 def llama(depth: int, decoder: capacity.Decoder) -> dict[str, Any]:

@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import ways
 from gpu import capacity, clock, model_cases, networks, record, run
 from gpu.model_ways import WAYS, Way
-from models import loss_per_sample
+from models import loss_per_sample, text
 
 import fisherfast as ff
 
@@ -67,12 +67,6 @@ def peak(function: Callable[[], object], device: str, resting: int) -> int | Non
     torch.cuda.reset_peak_memory_stats()
     function()
     return torch.cuda.max_memory_allocated() - resting
-
-
-def result(prepared: ways.Run) -> ways.Result:
-    """What a way finds."""
-    found = prepared()
-    return found() if callable(found) else found
 
 
 def difference(ours: ways.Result, reference: ways.Result, scale: float) -> float:
@@ -116,7 +110,7 @@ class Bench:
         problem, step, resting, plain_peak = self.plain
         problem[0].zero_grad()
         prepared = way.prepare(*problem)
-        off = self._difference(quantity, result(prepared)) if way.ours else None
+        off = self._difference(quantity, ways.found(prepared)) if way.ours else None
         if off is not None and not off <= LIMITS[self.mode]:
             return {"difference": off, "why": f"differs from plain torch by {off:.2g}"}
         most = peak(prepared, self.device, resting)
@@ -131,7 +125,7 @@ class Bench:
         problem = self.plain.problem
         reference = next(way for way in WAYS[quantity] if not way.ours)
         scale = len(problem[1]) if quantity == "diagonal" else 1.0  # the loop's is a sum over the samples
-        return difference(ours, result(reference.prepare(*problem)), scale)
+        return difference(ours, ways.found(reference.prepare(*problem)), scale)
 
 
 def left(done: set[tuple[str, ...]]) -> Iterator[tuple[str, str, list[tuple[str, Way]]]]:
@@ -147,7 +141,7 @@ def largest(device: str, document: record.Document, tiny: bool) -> dict[str, Any
     """Run the diagonal of the largest decoder of Llama 3 8B's widths that fits: its record."""
     depth = capacity.LLAMA_8B.layers(capacity.parameters(document.content["machine"].get("memory_bytes", 0)))
     sizes = model_cases.TINY_LLAMA if tiny else model_cases.llama(depth, capacity.LLAMA_8B)
-    case = model_cases.Case("", networks.Llama, sizes, model_cases.TINY_LLAMA, model_cases.text, 1, 256, 5, ())
+    case = model_cases.Case("", networks.Llama, sizes, model_cases.TINY_LLAMA, text, 1, 256, 5, ())
     size = case.parameters(tiny)
     head = {"layers": sizes["depth"], "parameters": size, "expected_bytes": size * capacity.bytes_per_parameter()}
     return document.attempt(document.content["largest"], head, partial(diagonal, case, device, tiny), LIMIT)

@@ -6,9 +6,10 @@ from __future__ import annotations
 from typing import Any
 
 import markdown_table
+import origin
 from gpu import cost
+from markdown_table import NONE
 
-NONE = "-"
 BACKENDS = ("triton", "cuda")
 
 OPS = """\
@@ -42,14 +43,12 @@ def section(run: dict[str, Any], source: str) -> str:
 
 def _machine(run: dict[str, Any], source: str) -> str:
     machine = run["machine"]
-    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
-    hashes = ", ".join(f"`{folder}/` {digest[:12]}" for folder, digest in machine["sha256"].items())
     found = run["ceilings"]
     rates = ", ".join(f"{name} {found[name] * 1e-12:.1f}" for name in ("bf16", "tf32", "fp32", "fp64"))
     return (
         f"## {machine['device']}\n\n"
-        f"{run['date']}, commit {machine['commit'] or 'unknown'} (sha256 of {hashes}); data in `{source}`.\n"
-        f"Driver {machine['driver']}, {versions}.\n"
+        f"{run['date']}, commit {machine['commit'] or 'unknown'} (sha256 of {origin.hashes(machine)}); data in `{source}`.\n"
+        f"Driver {machine['driver']}, {origin.versions(machine)}.\n"
         f"Ceilings measured in the same run: copy {found['copy'] * 1e-12:.2f} TB/s; TFLOP/s of matrix products (fp64: of chains of "
         f"multiply-adds): {rates}.\n"
     )
@@ -59,13 +58,13 @@ def _milliseconds(seconds: float) -> str:
     return f"{seconds * 1e3:.3f}" if seconds < 0.1 else f"{seconds * 1e3:.0f}"
 
 
-def _ours(record: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def _by_backend(record: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {r["route"]: r for r in record["routes"] if r["route"] in BACKENDS}
 
 
 def _best(record: dict[str, Any]) -> dict[str, Any] | None:
     """Our fastest backend's record, of those whose result is right."""
-    return min((r for r in _ours(record).values() if r["passes"]), key=_median, default=None)
+    return min((r for r in _by_backend(record).values() if r["passes"]), key=_median, default=None)
 
 
 def _median(timed: dict[str, Any]) -> float:
@@ -80,7 +79,8 @@ def _backend(route: dict[str, Any] | None) -> str:
     return f"{_milliseconds(_median(route))} ({route['fraction']:.0%}{'' if route['passes'] else ', FAILS THE GATE'})"
 
 
-def _times(record: dict[str, Any], peer: str) -> str:
+def _beside(record: dict[str, Any], peer: str) -> str:
+    """How many times faster ours is than a peer, or why the peer has no time."""
     best = _best(record)
     route = next((r for r in record["routes"] if r["route"] == peer), None)
     if route is None or (best is None and "seconds" in route):
@@ -99,9 +99,9 @@ def _op(records: list[dict[str, Any]]) -> str:
                 " ".join(map(str, record["shape"].values())),
                 record["mode"],
                 f"{_milliseconds(record['bound']['seconds'])} ({record['bound']['by']})",
-                *(_backend(_ours(record).get(name)) for name in BACKENDS),
+                *(_backend(_by_backend(record).get(name)) for name in BACKENDS),
                 NONE if best is None else f"{best['error'] / plain:.2f}" if plain else f"{best['error']:.1e} absolute",
-                *(_times(record, peer) for peer in peers),
+                *(_beside(record, peer) for peer in peers),
             ]
         )
     head = ["case", " ".join(records[0]["shape"]), "mode", "bound ms (by)", *(f"{b} ms (of bound)" for b in BACKENDS), "error"]
@@ -169,7 +169,7 @@ def _losses(run: dict[str, Any]) -> str:
         missed = "misses the numerical gate: error {error:.1e}, plain torch's {plain:.1e}"
         lines += [
             f"- {where}: {r['route']} {r.get('why') or missed.format(error=r['error'], plain=record['plain_error'])}."
-            for r in _ours(record).values()
+            for r in _by_backend(record).values()
             if not r["passes"]
         ]
         if best is None:

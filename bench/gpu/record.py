@@ -18,8 +18,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import gate
+import origin
 import torch
-from gpu import cost
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "bench" / "results"
@@ -59,23 +60,15 @@ def facts(device: str) -> dict[str, Any]:
     return found | {
         "versions": {"torch": torch.__version__, "triton": version("triton"), "cuda": torch.version.cuda},
         "commit": os.environ.get("COMMIT") or _first_line("git", "rev-parse", "HEAD"),
-        "sha256": {folder: cost.sources_sha256(ROOT / folder) for folder in ("csrc", "kernels")},
+        "sha256": {folder: origin.sources_sha256(ROOT / folder) for folder in ("csrc", "kernels")},
     }
-
-
-def reason(raised: Exception) -> str:
-    """Why there is no number, in one line."""
-    text = (str(raised).splitlines() or [""])[0][:200]
-    if isinstance(raised, (torch.OutOfMemoryError, MemoryError)):
-        return f"out of memory: {text}"
-    return f"raises {type(raised).__name__}: {text}"
 
 
 class Document:
     """The file of this machine, these sources and today: what it holds so far, and the way to add to it."""
 
     def __init__(self, machine: dict[str, Any], results: Path = RESULTS) -> None:
-        folder = results / cost.slug(machine["device"])
+        folder = results / origin.slug(machine["device"])
         folder.mkdir(parents=True, exist_ok=True)
         today = datetime.date.today().isoformat()
         names = itertools.chain([today], (f"{today}-{number}" for number in itertools.count(2)))
@@ -107,7 +100,7 @@ class Document:
         try:
             found = measure()
         except Exception as raised:  # noqa: BLE001  the others are still to be measured
-            found = {"why": reason(raised)}
+            found = {"why": gate.reason(raised)}
         except BaseException:
             records.pop()
             self.save()

@@ -25,6 +25,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import gate
 from gpu import clock, cost, problems, record
 from gpu.calls import alive
 
@@ -55,11 +56,6 @@ def started(rehearse: Path | None) -> tuple[str, record.Document]:
     return device, document
 
 
-def error(value: torch.Tensor, oracle: torch.Tensor) -> float:
-    """``max|value - oracle| / max|oracle|``."""
-    return float((value.double() - oracle).abs().max() / oracle.abs().max())
-
-
 def gated(
     device: str, problem: problems.Problem, oracle: torch.Tensor, plain: float, backend: str, ceilings: dict
 ) -> dict[str, Any]:
@@ -67,7 +63,7 @@ def gated(
     acc = problem.acc.clone()
     with ff.backend(backend):
         problem.ours(acc)
-        off = error(problem.compared(acc), oracle)
+        off = gate.error(problem.compared(acc), oracle)
         found = {"error": off, "passes": cost.passes(off, plain, problem.mode)}
         if found["passes"] or off <= cost.CLOSE:
             quartiles = clock.seconds(lambda: problem.ours(acc), device)
@@ -79,7 +75,7 @@ def peer(device: str, problem: problems.Problem, oracle: torch.Tensor, name: str
     """What there is to say of a peer: its error where it computes the same, and its time."""
     acc = problem.acc.clone()
     result = problem.peers[name](acc)
-    off = error(problem.compared(result), oracle) if result is acc else None
+    off = gate.error(problem.compared(result), oracle) if result is acc else None
     return {"error": off, "seconds": clock.seconds(lambda: problem.peers[name](acc), device)}
 
 
@@ -97,7 +93,7 @@ def measure(
     def prepare() -> dict[str, Any]:
         problem = problems.build(device, op, case, mode, tiny)
         oracle = problem.oracle()
-        plain = error(problem.compared(problem.plain()), oracle)
+        plain = gate.error(problem.compared(problem.plain()), oracle)
         usable = [b for b in BACKENDS[device] if _backend.OPS[op].unavailable(b, device) is None]
         for b in usable:
             why = dropped(document.content, op, b)

@@ -23,14 +23,15 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import markdown_table
+import origin
 from gpu import cost
+from markdown_table import NONE
 
 ROOT = Path(__file__).parents[2]
 TESTS = ROOT / "tests"
 RESULTS = Path(__file__).with_name("kernels.json")
 PAGE = ROOT / "docs" / "gpu-kernels.md"
 CAPABILITIES = (90, 80, 100)  # the slowest to compile first
-NONE = "-"
 OF_OTHERS = ("call", "kernel", "target", "threads", "registers", "local_bytes")  # what is kept of autotuning's other candidates
 BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8, "int32": 4, "int64": 8, "bool": 1}
 
@@ -77,15 +78,7 @@ def occupancy(registers: int, threads: int, shared_bytes: int, target: str) -> f
     return blocks_at_once(registers, threads, shared_bytes, target) * warps / MULTIPROCESSORS[target.removesuffix("a")].warps
 
 
-class Work(NamedTuple):
-    """The fewest operations and device memory bytes of a call, and the unit that does the operations."""
-
-    flops: int
-    bytes: int
-    unit: str
-
-
-def work(call: str, arguments: dict[str, tuple[list[int], str]]) -> Work:
+def work(call: str, arguments: dict[str, tuple[list[int], str]]) -> cost.Cost:
     """What a call must do at least: products and sums, inputs read once, outputs read and written, scores only written."""
     op, dtype = call.split()[:2]
     size = {name: math.prod(shape) for name, (shape, _) in arguments.items()}
@@ -114,10 +107,10 @@ def work(call: str, arguments: dict[str, tuple[list[int], str]]) -> Work:
         if op == "embedding_sq":
             for name in {"acc", "total"} & moved.keys():  # only the rows that occur
                 moved[name] = moved[name] * min(shape["acc"][0], size["ids"]) // shape["acc"][0]
-    return Work(flops, sum(moved.values()), products)
+    return cost.Cost(flops, sum(moved.values()), products)
 
 
-def least_seconds(work: Work) -> tuple[float, str]:
+def least_seconds(work: cost.Cost) -> tuple[float, str]:
     """What nothing beats by the leads: operations over the rate of their unit, or bytes over the copy bandwidth."""
     return max((work.flops / LEADS[work.unit], work.unit), (work.bytes / LEADS["copy"], "copy"))
 
@@ -173,7 +166,7 @@ def measure() -> dict:
         others = [row for rows in pool.map(lambda target: triton_rows(target, "--others"), CAPABILITIES) for row in rows]
         return {
             "versions": {"torch": torch.__version__, "triton": triton.__version__, "nvcc": _nvcc_version()},
-            "sha256": {folder: cost.sources_sha256(ROOT / folder) for folder in ("kernels", "csrc")},
+            "sha256": {folder: origin.sources_sha256(ROOT / folder) for folder in ("kernels", "csrc")},
             "triton": triton_found,
             "others": [{key: row[key] for key in OF_OTHERS} for row in others if _own(row)],
             "cuda": cuda.result(),
@@ -218,12 +211,11 @@ Compiled by Triton {triton} for sm_90, with registers and blocks at once for sm_
 
 def render(found: dict) -> str:
     """The whole page."""
-    hashes = ", ".join(f"`{folder}/` {digest[:12]}" for folder, digest in found["sha256"].items())
     leads = ", ".join(f"{unit} {rate / 1e12:.3g} T{'B' if unit == 'copy' else 'FLOP'}/s" for unit, rate in LEADS.items())
     return "\n".join(
         [
             HEAD.format(leads=leads),
-            f"torch {found['versions']['torch']}; sha256 of {hashes}.\n",
+            f"torch {found['versions']['torch']}; sha256 of {origin.hashes(found)}.\n",
             TRITON.format(**found["versions"], others=len(found["others"])),
             *_triton(found["triton"]),
             CUDA.format(**found["versions"]),
