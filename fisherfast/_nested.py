@@ -22,14 +22,21 @@ def tensors(*trees: Any) -> list[Tensor]:
     return found
 
 
-def mapped(tree: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    """The tree with ``function(tensor)`` for each tensor in its plain dictionaries, lists and tuples; all else stays as it is."""
-    if isinstance(tree, Tensor):
+def is_tensor(tree: Any) -> bool:
+    """Whether a tree is a tensor by itself."""
+    return isinstance(tree, Tensor)
+
+
+def mapped(tree: Any, function: Callable[[Any], Any], is_leaf: Callable[[Any], bool] = is_tensor) -> Any:
+    """The tree with ``function(leaf)`` for each tensor, or what else is a leaf, in its plain dictionaries, lists and tuples; all else
+    stays as it is.
+    """
+    if is_leaf(tree):
         return function(tree)
     if type(tree) is dict:
-        return {key: mapped(value, function) for key, value in tree.items()}
+        return {key: mapped(value, function, is_leaf) for key, value in tree.items()}
     if type(tree) in (tuple, list):
-        return type(tree)(mapped(item, function) for item in tree)
+        return type(tree)(mapped(item, function, is_leaf) for item in tree)
     return tree
 
 

@@ -92,8 +92,14 @@ class Batch:
         return cls(inputs, targets, None, N, _weight(weight, N, device), offsets.long())
 
     def has_samples(self, value: Any) -> bool:
-        """Whether an input's first axis holds the samples."""
-        return self.offsets is None and isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == self.N
+        """Whether an input has an entry for each sample: a tensor along its first axis, or a list or tuple of numbers or strings."""
+        if self.offsets is not None:
+            return False
+        if isinstance(value, Tensor):
+            return value.dim() > 0 and value.shape[0] == self.N
+        return (
+            type(value) in (list, tuple) and len(value) == self.N and all(isinstance(entry, int | float | str) for entry in value)
+        )
 
     @property
     def output_mask(self) -> Tensor | None:
@@ -106,16 +112,16 @@ class Batch:
     def nested(self) -> bool:
         """Whether samples lie deeper in the inputs than a function's own arguments."""
         own = self.inputs.values() if isinstance(self.inputs, dict) else self.inputs
-        deeper = _nested.tensors([value for value in own if not isinstance(value, Tensor)])
-        return any(self.has_samples(tensor) for tensor in deeper)
+        others = [value for value in own if not isinstance(value, Tensor)]
+        return any(map(self.has_samples, [*others, *_nested.tensors(others)]))
 
     def cut(self, start: int, stop: int) -> Batch:
-        """Samples ``start:stop``; tensors whose first axis is not the sample axis are kept whole."""
+        """Samples ``start:stop``; what has no entry for each sample is kept whole."""
         if self.offsets is not None:
             return self._cut_packed(start, stop, self.offsets)
 
         def part(value: Any) -> Any:
-            return _nested.mapped(value, lambda tensor: tensor[start:stop] if self.has_samples(tensor) else tensor)
+            return _nested.mapped(value, lambda entries: entries[start:stop], self.has_samples)
 
         return Batch(part(self.inputs), part(self.targets), part(self.mask), stop - start, part(self.weight))
 
@@ -123,10 +129,12 @@ class Batch:
         """As many samples as there are, or so many, all of them sample n; packed samples cannot be repeated."""
         number = times or self.N
 
+        def copy(entries: Any) -> Any:
+            one = entries[n : n + 1]
+            return one.repeat_interleave(number, 0) if isinstance(one, Tensor) else one * number
+
         def copies(value: Any) -> Any:
-            return _nested.mapped(
-                value, lambda tensor: tensor[n : n + 1].repeat_interleave(number, 0) if self.has_samples(tensor) else tensor
-            )
+            return _nested.mapped(value, copy, self.has_samples)
 
         return Batch(copies(self.inputs), copies(self.targets), copies(self.mask), number, copies(self.weight))
 

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import fisherfast as ff
@@ -303,3 +304,56 @@ def test_an_output_without_a_graph_is_named():
         ValueError, match=r"the output must depend on the parameters, got one without a graph; leave out detach\(\)"
     ):
         measure(Detached(5, 3), (torch.zeros(N, 5), torch.zeros(N).long()))
+
+
+@pytest.mark.parametrize("kind", [list, tuple])
+def test_a_list_with_a_number_for_each_sample_is_cut_like_a_tensor(kind):
+    batch = Batch.of(((torch.randn(3, 4), kind([5, 6, 7]), kind(["a", "b", "c"]), kind([8, 9])), None), torch.device("cpu"))
+    assert batch.nested
+    assert batch.cut(1, 3).inputs[1:] == (kind([6, 7]), kind(["b", "c"]), kind([8, 9]))
+    assert batch.repeated(2, 4).inputs[1:] == (kind([7] * 4), kind(["c"] * 4), kind([8, 9]))
+
+
+@pytest.mark.parametrize("kind", [torch.tensor, list, tuple])
+def test_lengths_in_a_list_reach_the_fallback_sample_by_sample(kind):
+    class Nearest(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.centres = nn.Linear(3, 6), nn.Parameter(torch.randn(5, 6))
+
+        def forward(self, x, lengths):
+            means = [h[:length].mean(0) for h, length in zip(self.layer(x).relu(), lengths, strict=True)]
+            return -torch.cdist(torch.stack(means), self.centres)  # which no rule covers
+
+    model, lengths = Nearest().double(), [1, 2, 3, 4, 2, 1]
+    x, y = torch.randn(6, 4, 3).double(), torch.randint(5, (6,))
+    alone = [((x[n : n + 1], torch.tensor(lengths[n : n + 1])), y[n : n + 1]) for n in range(6)]
+    found, true = (
+        ff.fisher(model, data, fisher_type="empirical", progress=False).diagonal(dtype=torch.float64)
+        for data in ([((x, kind(lengths)), y)], alone)
+    )
+    for name, values in true.items():
+        torch.testing.assert_close(found[name], values, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("lengths", [(3, 2, 4, 3, 6, 5), (6, 2, 4, 3, 3, 5)])
+def test_labels_as_long_as_the_longest_sample_which_is_not_among_the_first(lengths):
+    """An output as long as the longest sample of what the model is given, as ``pad_packed_sequence`` makes it."""
+
+    class Tagger(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(5, 4)
+
+        def forward(self, x, lengths):
+            return self.layer(x[:, : int(lengths.max())])
+
+    model, length = Tagger().double(), torch.tensor(lengths)
+    x = torch.randn(6, 6, 5).double()
+    y = torch.randint(4, (6, 6)).masked_fill(torch.arange(6) >= length[:, None], -100)
+    found = ff.fisher(model, [((x, length), y)], fisher_type="empirical", progress=False)
+    losses = F.cross_entropy(model(x, length).mT, y, reduction="none").sum(1)
+    true = [
+        torch.cat([g.flatten() for g in torch.autograd.grad(loss, [*model.parameters()], retain_graph=True)]) for loss in losses
+    ]
+    assert found.trace() == pytest.approx(float(torch.stack(true).square().sum() / 6), rel=1e-9)

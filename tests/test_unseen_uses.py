@@ -269,7 +269,7 @@ def test_an_input_that_cannot_be_cut_like_samples_is_explained():
     x, mask, y = torch.randn(N, N, I), torch.eye(N), torch.randint(C, (N,))
     with pytest.raises(RuntimeError) as caught:
         ff.fisher(model, [((x, mask), y)], progress=False)
-    assert "Inputs whose first axis is as long as the batch must hold its samples" in "".join(caught.value.__notes__)
+    assert "Inputs that are as long as the batch must hold its samples" in "".join(caught.value.__notes__)
     assert ff.fisher(model, [((x, mask[None]), y)], progress=False).trace() > 0
 
 

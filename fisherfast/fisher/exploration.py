@@ -43,17 +43,8 @@ class Exploration:
 
     def explore(self, batch: Batch) -> None:
         """On a few samples: what is reached, in which forms, where the sample axis is; expands or loops where it has to."""
-        few = batch.cut(0, min(batch.N, PROBED))
-        try:
-            _, predictions = self._forward(few, exploring=True)
-            values, noted = predictions.values, few
-        except Exception as error:
-            if few.N < batch.N and not raised_here(error):
-                error.add_note(
-                    f"fisherfast: these were the batch's first {few.N} samples. Inputs whose first axis is as long as the batch must hold "
-                    "its samples; pass others as [1, ...], or expanded to [N, ...]"
-                )
-            raise
+        few, predictions = self._looked_at(batch)
+        values, noted = predictions.values, few
         uses = self._run.capture.read(values)
         if not self._explored:
             self._run.show(uses.calls)
@@ -77,6 +68,24 @@ class Exploration:
             else:
                 self._warn_if_dependent(batch, _counted(predictions))
             self._probed = True
+
+    def _looked_at(self, batch: Batch) -> tuple[Batch, Predictions]:
+        """A few samples and what the model says of them; the whole batch where its labels, which are as long as its longest sample, do not
+        fit the few.
+        """
+        few = batch.cut(0, min(batch.N, PROBED))
+        try:
+            return few, self._forward(few, exploring=True)[1]
+        except Exception as error:
+            if few.N == batch.N:
+                raise
+            if not raised_here(error):
+                error.add_note(
+                    f"fisherfast: these were the batch's first {few.N} samples. Inputs that are as long as the batch must hold its samples; "
+                    "pass others as [1, ...], or expanded to [N, ...]"
+                )
+                raise
+        return batch, self._forward(batch, exploring=True)[1]
 
     def _probe(self, uses: Uses) -> set[str]:
         return mixing(self._run.passes.tagging.probe(uses, noise(uses.root)), self._run.capture.tracked, uses.chosen)

@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: Apache-2.0
+"""KFAC's inputs of padded samples are those of the same samples unpadded, in whatever order a layer meets the positions."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import fisherfast as ff
+
+D, V, LENGTHS = 8, 11, (6, 3, 2, 4, 5, 2)
+
+
+class Reader(nn.Module):
+    """A frozen table of words, and a layer that meets them in some order."""
+
+    def __init__(self, width=D):
+        super().__init__()
+        self.table, self.layer, self.head = nn.Embedding(V, D).requires_grad_(False), nn.Linear(width, width), nn.Linear(D, V)
+        self.prompt = nn.Parameter(torch.randn(2, D), requires_grad=False)
+        self.places = nn.Parameter(torch.randn(9, D), requires_grad=False)
+
+    def forward(self, ids, attention_mask):
+        return self.head(self.meet(self.table(ids), attention_mask.bool()).tanh())
+
+
+class Heads(Reader):
+    def __init__(self):
+        super().__init__(D // 2)
+
+    def meet(self, x, exists):
+        return self.layer(x.unflatten(-1, (2, -1))).flatten(2)
+
+
+class HeadsFirst(Heads):
+    def meet(self, x, exists):
+        return self.layer(x.unflatten(-1, (2, -1)).transpose(1, 2)).transpose(1, 2).flatten(2)
+
+
+class Prompted(Reader):
+    def meet(self, x, exists):
+        h = self.layer(torch.cat([self.prompt.expand(len(x), -1, -1), x], 1))
+        first = h[:, :2]
+        return (h + (h @ first.mT).softmax(-1) @ first)[:, 2:]
+
+
+class WithMean(Reader):
+    def meet(self, x, exists):
+        mean = (x * exists[..., None]).sum(1) / exists.sum(1, keepdim=True)
+        return self.layer(x) + self.layer(mean)[:, None]
+
+
+class Backwards(Reader):
+    def meet(self, x, exists):
+        return self.layer(x.flip(1)).flip(1)
+
+
+class Pairs(Reader):
+    def meet(self, x, exists):
+        pairs = self.layer(x.unsqueeze(1) * x.unsqueeze(2))
+        return (pairs * exists[:, None, :, None]).sum(2) / exists.sum(1)[:, None, None]
+
+
+class Placed(Reader):
+    """A frozen parameter whose rows are looked up chooses no rows."""
+
+    def meet(self, x, exists):
+        return self.layer(x + self.places[torch.arange(x.shape[1])])
+
+
+class Permuted(Reader):
+    """The padding first: by data, and each sample by itself."""
+
+    def meet(self, x, exists):
+        order = exists.to(torch.uint8).argsort(dim=1, stable=True)
+        at = torch.arange(len(x))[:, None]
+        return self.layer(x[at, order])[at, order.argsort(dim=1)]
+
+
+MODELS = [Heads, HeadsFirst, Prompted, WithMean, Backwards, Pairs, Placed, Permuted]
+
+
+def batches():
+    """All samples in a padded batch, and one by one. The first position of each has no label, as a prompt has none."""
+    mask = (torch.arange(max(LENGTHS)) < torch.tensor(LENGTHS)[:, None]).long()
+    ids = torch.randint(V, mask.shape)
+    labels = ids.roll(-1, 1).masked_fill(mask == 0, -100)
+    padded = {"ids": ids, "attention_mask": mask, "labels": labels}
+    return padded, [{key: value[n : n + 1, :length] for key, value in padded.items()} for n, length in enumerate(LENGTHS)]
+
+
+def fisher(model, data, sharing):
+    return ff.fisher(model, data, ff.KFAC(sharing=sharing), "empirical", progress=False)
+
+
+def collected(model, data, sharing):
+    with ff.collect(model, ff.KFAC(sharing=sharing)) as stats:
+        for batch in data:
+            losses = F.cross_entropy(model(batch["ids"], batch["attention_mask"]).mT, batch["labels"], reduction="none").sum(1)
+            stats.backward(losses, mask=batch["attention_mask"])
+    return stats.result()
+
+
+@pytest.mark.parametrize("way", [fisher, collected])
+@pytest.mark.parametrize("sharing", ["expand", "reduce"])
+@pytest.mark.parametrize("kind", MODELS)
+def test_padding_is_no_input(kind, sharing, way):
+    model = kind().double()
+    padded, alone = batches()
+    (A, B), (A_alone, B_alone) = (way(model, data, sharing).factors(dtype=torch.float64)["layer"] for data in ([padded], alone))
+    torch.testing.assert_close(A, A_alone, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(B, B_alone, rtol=1e-9, atol=1e-12)
+
+
+class Halved(Reader):
+    """Every second position: no mask is of these."""
+
+    def meet(self, x, exists):
+        return (self.layer(x[:, ::2]) * exists[:, ::2, None]).repeat_interleave(2, 1)[:, : x.shape[1]]
+
+
+def test_rows_that_no_mask_describes_are_warned_of_once():
+    padded, _ = batches()
+    with pytest.warns(
+        ff.FisherWarning, match=r"got 3 rows a sample, some without a gradient, beside a mask of 6 positions"
+    ) as said:
+        fisher(Halved(), [padded] * 3, "expand")
+    assert sum("a mask tells apart" in str(one.message) for one in said) == 1
+
+
+CHOOSING = {
+    "array": lambda x, order: x[order.numpy()],
+    "embedding": lambda x, order: F.embedding(order, x.flatten(1)).view_as(x),
+    "take": lambda x, order: torch.take(x, torch.arange(x.numel()).view_as(x)[order]),
+    "scatter": lambda x, order: torch.zeros_like(x).scatter(0, order.argsort().view(-1, 1, 1).expand_as(x), x),
+    "index_add": lambda x, order: torch.zeros_like(x).index_add(0, order.argsort(), x),
+}
+
+
+@pytest.mark.parametrize("how", CHOOSING)
+def test_samples_that_data_bring_into_another_order_are_found_in_a_late_batch(how):
+    """Batches 1 and 2 lie in order, batch 3, which would not be looked at, does not: weights of samples tell."""
+    model = nn.ModuleDict({"below": nn.Linear(5, 5), "layer": nn.Linear(5, 5), "head": nn.Linear(5, 3)}).double()
+
+    class Sorting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.parts = model
+
+        def forward(self, x):
+            order = x[:, 0, 0].argsort()
+            h = CHOOSING[how](model["below"](x).tanh(), order)
+            return model["head"](model["layer"](h).tanh().mean(1))[order.argsort()]
+
+    data = []
+    for number in range(3):
+        x = torch.randn(6, 2, 5).double()
+        x = x if number == 2 else x[x[:, 0, 0].argsort()]
+        data.append((x, torch.randint(3, (6,)), torch.rand(6) + 0.1))
+    alone = [(x[n : n + 1], y[n : n + 1], w[n : n + 1]) for x, y, w in data for n in range(6)]
+    F_, true = (
+        ff.fisher(Sorting(), batches, fisher_type="empirical", progress=False).diagonal(dtype=torch.float64)
+        for batches in (data, alone)
+    )
+    for name, values in true.items():
+        torch.testing.assert_close(F_[name], values, rtol=1e-6, atol=1e-12)
+
+
+@pytest.mark.parametrize("structure", [ff.KFAC(max_exact_dim=0), ff.EKFAC(max_exact_dim=0)], ids=["kfac", "ekfac"])
+def test_a_scalar_parameter_has_a_diagonal_where_no_block_is_exact(structure):
+    class Distances(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.centres, self.power, self.head = nn.Linear(4, 4), nn.Parameter(torch.tensor(0.3)), nn.Linear(4, 2)
+
+        def forward(self, x):
+            return self.head(self.centres(x) * torch.linalg.matrix_exp(self.power.view(1, 1)).view(()))
+
+    model, data = Distances().double(), [(torch.randn(5, 4).double(), torch.randint(2, (5,)))]
+    found = ff.fisher(model, data, structure, "empirical", progress=False).diagonal(dtype=torch.float64)["power"]
+    true = ff.fisher(model, data, "diagonal", "empirical", progress=False).diagonal(dtype=torch.float64)["power"]
+    assert float(found) == pytest.approx(float(true), rel=1e-9)
