@@ -111,6 +111,25 @@ class Counted:
         """The other names of tied tensors."""
         return self._counts.aliases
 
+    def _identity(self) -> dict[str, Any]:
+        """What must be equal for pooling to mean anything."""
+        raise NotImplementedError
+
+    def _pooled(self, other: Self) -> Self:
+        """The result of both data sets together, of results of one identity."""
+        raise NotImplementedError
+
+    def __add__(self, other: Self) -> Self:
+        """The result of both data sets together. Errors: ValueError if they were measured in different ways.
+
+        Two runs that drew labels with the same seed for the same sample indices used the same random numbers twice; give
+        them different seeds or sample offsets.
+        """
+        if not _pooling.check_kind(self, other):
+            return NotImplemented
+        _pooling.check_same(self._identity(), other._identity())
+        return self._pooled(other)
+
     def __radd__(self, other: object) -> Self:
         """``sum([F1, F2])`` begins with 0."""
         return self if other == 0 and isinstance(other, int) else NotImplemented

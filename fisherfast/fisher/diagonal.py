@@ -224,15 +224,7 @@ class DiagonalFisher(Layered, Plotted):
             draws[name] = normal.to(scale.device).mul_(scale)
         return draws
 
-    def __add__(self, other: DiagonalFisher) -> DiagonalFisher:
-        """The Fisher of both data sets together. Errors: ValueError if they were measured in different ways.
-
-        Two runs that drew labels with the same seed for the same sample indices used the same random numbers twice; give
-        them different seeds or sample offsets.
-        """
-        if not _pooling.check_kind(self, other):
-            return NotImplemented
-        _pooling.check_same(self._identity(), other._identity())
+    def _pooled(self, other: DiagonalFisher) -> DiagonalFisher:
         sums = {name: accumulator + other._sums[name] for name, accumulator in self._sums.items()}
         spread = self.spread + other.spread if self.spread and other.spread else None
         return DiagonalFisher._of(sums, self._counts.pooled(other._counts), spread)

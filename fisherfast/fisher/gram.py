@@ -247,11 +247,7 @@ class GramFisher(Plotted, Measured):
 
     # -- pooling and files
 
-    def __add__(self, other: GramFisher) -> GramFisher:
-        """The Fisher of both data sets together: the rows of both. Errors: ValueError if measured in different ways."""
-        if not _pooling.check_kind(self, other):
-            return NotImplemented
-        _pooling.check_same(self._identity(), other._identity())
+    def _pooled(self, other: GramFisher) -> GramFisher:
         below = {name: [piece.moved(self.num_rows) for piece in pieces] for name, pieces in other.pieces.items()}
         pieces = {name: (*above, *below[name]) for name, above in self.pieces.items()}
         rows, weight = self.num_rows + other.num_rows, self.weight + other.weight

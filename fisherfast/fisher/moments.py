@@ -130,11 +130,7 @@ class SampleMoments(Measured):
         signal = self.signal()
         return self.noise() / signal if signal > 0 else math.inf
 
-    def __add__(self, other: SampleMoments) -> SampleMoments:
-        """The moments of both data sets together. Errors: ValueError if they were measured in different ways."""
-        if not _pooling.check_kind(self, other):
-            return NotImplemented
-        _pooling.check_same(self._identity(), other._identity())
+    def _pooled(self, other: SampleMoments) -> SampleMoments:
         return SampleMoments(
             {name: total + other.totals[name] for name, total in self.totals.items()},
             {name: square + other.squares[name] for name, square in self.squares.items()},

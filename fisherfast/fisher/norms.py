@@ -94,11 +94,8 @@ class SampleNorms(Counted):
             )
         return dict(self._by_layer)
 
-    def __add__(self, other: SampleNorms) -> SampleNorms:
-        """The samples of both, the other's after this one's. Errors: ValueError if measured in different ways."""
-        if not _pooling.check_kind(self, other):
-            return NotImplemented
-        _pooling.check_same(self._identity(), other._identity())
+    def _pooled(self, other: SampleNorms) -> SampleNorms:
+        """The other's samples come after this one's."""
         device = self.squared_norms.device
         layers = None if self._by_layer is None else other.by_layer()
         return SampleNorms(

@@ -277,11 +277,7 @@ class BlockFisher(Plotted, Layered, Generic[_Block]):
             for block in blocks[name]:
                 yield Spectrum(layer_of(name), block.place.names, *block.spectrum())
 
-    def __add__(self, other: Self) -> Self:
-        """The Fisher of both data sets together: sums are pooled. Errors: ValueError if measured in different ways."""
-        if not _pooling.check_kind(self, other):
-            return NotImplemented
-        _pooling.check_same(self._identity(), other._identity())
+    def _pooled(self, other: Self) -> Self:
         theirs = {block.place.name: block for block in other.blocks}  # which may have come in another order
         blocks: dict[str, Any] = {}
         for block in self.blocks:
