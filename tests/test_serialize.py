@@ -216,6 +216,16 @@ def test_rejects_devices_that_are_not_here(tmp_path):
             load(tmp_path / "f.safetensors", device=device)
 
 
+def test_rejects_the_device_that_holds_no_numbers(tmp_path):
+    example().save(tmp_path / "f.safetensors")
+    with pytest.raises(
+        ValueError, match="load: device must hold numbers, got 'meta', whose tensors have shapes only; pass 'cpu'"
+    ):
+        load(tmp_path / "f.safetensors", device="meta")
+    with pytest.raises(ValueError, match="to: device must hold numbers, got 'meta'"):
+        example().to("meta")
+
+
 def test_failed_save_leaves_what_was_there(tmp_path, monkeypatch):
     path = tmp_path / "run.safetensors"
     example().save(path)

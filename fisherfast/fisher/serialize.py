@@ -194,7 +194,8 @@ def load_with_extra(path: str | os.PathLike[str], device: str = "cpu") -> tuple[
 
 def _check_device(caller: str, device: str) -> None:
     try:
-        torch.empty(0, device=device)
+        if torch.empty(0, device=device).is_meta:
+            raise ValueError(f"{caller}: device must hold numbers, got 'meta', whose tensors have shapes only; pass 'cpu'")
     except (RuntimeError, AssertionError) as error:  # the latter where torch was built without CUDA
         reason = str(error).partition("\n")[0]
         raise ValueError(f"{caller}: device must be one of this machine's, got {str(device)!r} ({reason}); pass 'cpu'") from error
