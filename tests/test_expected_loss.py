@@ -255,6 +255,14 @@ def test_refuses_models():
         ff.expected_loss(posterior, net, [(x, y)], "poisson")
 
 
+def test_refuses_complex_weights_and_losses():
+    net, (x, y) = network(), labelled()
+    with pytest.raises(ValueError, match=r"mean_loss: weights\['0.bias'\] must be real, got torch.complex64"):
+        ff.mean_loss(net, [(x, y)], weights={"0.bias": torch.ones(5) + 1j})
+    with pytest.raises(ValueError, match=r"mean_loss: loss must be real, got torch.complex64"):
+        ff.mean_loss(net, [(x, y)], loss=lambda z, y: z.sum(1) + 1j)
+
+
 def test_refuses_a_likelihood_without_losses():
     class Scores:
         name = "scores"

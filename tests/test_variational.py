@@ -350,7 +350,7 @@ def test_refuses():
             train(**options)
     with torch.no_grad():
         net.bias[0] = math.nan
-    with pytest.raises(ValueError, match=r"weights must be finite, got others in \['bias'\]"):
+    with pytest.raises(ValueError, match=r"weights must be finite, got NaN or infinity in \['bias'\]"):
         train()
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fisherfast import _checks
 from fisherfast._error import NonFiniteError
 from fisherfast._functional import call_with
 from fisherfast.batches import IGNORED, Batch, Output
@@ -110,6 +111,7 @@ class SampleLosses:
         if not isinstance(each, Tensor) or each.shape != (N,):
             got = tuple(each.shape) if isinstance(each, Tensor) else type(each).__name__
             raise ValueError(f"{self.caller}: loss must return one number per sample, [N] = ({N},), got {got}")
+        _checks.real(self.caller, "loss", each)
         return each
 
     @torch.no_grad()

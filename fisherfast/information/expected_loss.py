@@ -110,6 +110,8 @@ def _check_model(caller: str, model: nn.Module, mean: Mapping[str, Tensor]) -> N
     own = tensors(caller, model)
     _checks.named(caller, "model", own, mean, "posterior")
     _checks.shaped(caller, "model", own, {name: value.shape for name, value in mean.items()}, "posterior")
+    for name, value in mean.items():
+        _checks.real(caller, f"weights[{name!r}]", value)
 
 
 def zero_one(output: Tensor, targets: Tensor) -> Tensor:

@@ -205,7 +205,7 @@ def _blocks_by_layer(
         origins = [None if centers is None else centers[name] for name in new]
         distance = math.fsum(map(_series.squared_distance, (weights[name] for name in new), origins))
         if not math.isfinite(distance):
-            raise ValueError(f"{_CALLER}: weights must be finite, got others in {list(spectrum.parameters)}")
+            raise ValueError(f"{_CALLER}: weights must be finite, got NaN or infinity in {list(spectrum.parameters)}")
         blocks[layer].append(_Block(spectrum, distance))
         waiting[layer] -= new
         numbers[layer] -= spectrum.num_parameters
