@@ -241,6 +241,20 @@ def test_failed_save_leaves_what_was_there(tmp_path, monkeypatch):
     assert_identical(load(path), example())
 
 
+def test_saving_again_removes_what_a_killed_process_left(tmp_path):
+    path = tmp_path / "f.safetensors"
+    old, new, other = (
+        tmp_path / f".{name}.tmp" for name in ("f.safetensors.0123abcd", "f.safetensors.89abcdef", "g.safetensors.0123abcd")
+    )
+    for left in (old, new, other):
+        left.write_bytes(b"half a file")
+    for left in (old, other):
+        os.utime(left, (time.time() - 4000, time.time() - 4000))
+    example().save(path)
+    assert {*tmp_path.iterdir()} == {path, new, other}  # somebody may be writing the new one
+    assert_identical(load(path), example())
+
+
 def test_rejects_places_that_cannot_hold_a_file(tmp_path):
     with pytest.raises(IsADirectoryError, match="path must be a file"):
         example().save(tmp_path)
