@@ -140,7 +140,7 @@ def moved(fisher: Stored, device: str) -> Stored:
 def remove_unfinished(path: Path, idle: float = 0.0) -> None:
     """Remove what processes that were killed while they wrote ``path`` have left beside it, if untouched for so many seconds."""
     for left in path.parent.glob(f".{glob.escape(path.name[:200])}.{'[0-9a-f]' * 8}.tmp"):
-        with contextlib.suppress(OSError):  # put in place by another process, or another user's: no reason to save nothing
+        with contextlib.suppress(OSError):  # gone by now, or another user's
             if time.time() - left.stat().st_mtime >= idle:
                 left.unlink()
 
