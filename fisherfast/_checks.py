@@ -52,6 +52,19 @@ def negative(caller: str, name: str, value: object, advice: str = "") -> float:
     return number(caller, name, value, advice, "<")
 
 
+def real(caller: str, what: str, values: Any) -> None:
+    """Raise ValueError for complex numbers, in a tensor or in what becomes one: torch would drop their imaginary part."""
+    tensor = values if isinstance(values, Tensor) else torch.as_tensor(values, device="cpu")
+    if tensor.is_complex():
+        raise ValueError(f"{caller}: {what} must be real, got {tensor.dtype}; pass .real, if that is what is meant")
+
+
+def float64(caller: str, what: str, values: Any) -> Tensor:
+    """``values`` as a tensor in float64, or ValueError."""
+    real(caller, what, values)
+    return torch.as_tensor(values, dtype=torch.float64)
+
+
 def one_of(caller: str, name: str, value: str, choices: Collection[str]) -> str:
     """``value``, which must be one of ``choices``, or ValueError."""
     if value not in choices:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from fisherfast import _nested, packing
+from fisherfast import _checks, _nested, packing
 from fisherfast._random import GOLDEN
 
 _OURS = ("labels", "sample_weight", "sample_offsets")  # keys of a dict batch that are not passed to the model
@@ -303,7 +303,9 @@ def _tensor(values: Any) -> Tensor:
 def _weight(weight: Any, N: int, device: torch.device) -> Tensor | None:
     if weight is None:
         return None
-    weight = _tensor(weight).detach().to(device, torch.float32).contiguous()  # as the ops take them
+    weight = _tensor(weight).detach()
+    _checks.real("data", "sample weights", weight)
+    weight = weight.to(device, torch.float32).contiguous()  # as the ops take them
     if weight.shape != (N,):
         raise ValueError(f"data: sample weights must be [N] = ({N},), one number per sample, got {tuple(weight.shape)}")
     if not bool((torch.isfinite(weight) & (weight >= 0)).all()):

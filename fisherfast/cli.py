@@ -22,6 +22,7 @@ import fisherfast as ff
 from fisherfast import environment, loading, report, timing
 from fisherfast._error import raised_here
 from fisherfast.fisher.parse import STRUCTURES
+from fisherfast.information import _prior
 from fisherfast.likelihood import FISHER_TYPES, LIKELIHOODS, resolve
 
 app = typer.Typer(
@@ -76,6 +77,10 @@ def _prior_scale(text: str) -> float | str:
     except ValueError:
         raise typer.BadParameter(f"must be 'fit' or a number > 0, got {text!r}") from None
     _positive(value)
+    if not _prior.LEAST < value < _prior.LARGEST:
+        raise typer.BadParameter(
+            f"must be above {_prior.LEAST:g} and below {_prior.LARGEST:g}, which have squares, got {value:g}"
+        )
     return value
 
 
@@ -162,8 +167,8 @@ def info(
     with _kept(out):
         F = measure(batches, progress=True)
     with _kept():
-        F.save(out / "fisher.safetensors")  # before anything else can fail
-    with _kept(done=out / "fisher.safetensors"):
+        kept = report.save_alone(out, F)  # before anything else can fail
+    with _kept(done=kept):
         if beta is None:
             beta = 1 / F.num_samples
             console.print(

@@ -192,6 +192,8 @@ def test_info_lets_the_users_own_errors_through(module, spec):
     [
         ("--beta", "0", "must be a finite number > 0, got 0"),
         ("--prior-scale", "-1", "must be a finite number > 0, got -1"),
+        ("--prior-scale", "1e200", "must be above 1e-150 and below 1e+150"),
+        ("--prior-scale", "1e-200", "must be above 1e-150 and below 1e+150"),
         ("--prior-scale", "auto", "must be 'fit' or a number > 0, got 'auto'"),
         ("--fisher-type", "true", "Invalid value for '--fisher-type'"),
         ("--draws", "0", "Invalid value for '--draws'"),
@@ -295,6 +297,23 @@ def test_what_was_measured_is_kept_whatever_fails_after_it(module, tmp_path, mon
     result = info(module, "--out", "here")
     assert result.exit_code == 130 and "the measured Fisher is kept in here/fisher.safetensors" in result.output
     assert ff.load(tmp_path / "here" / "fisher.safetensors").num_samples == 33
+
+
+def test_a_failed_run_leaves_no_report_of_the_one_before(module, tmp_path, monkeypatch):
+    assert info(module, "--out", "here", "--rounds", "0").exit_code == 0
+    before = {path.name for path in (tmp_path / "here").iterdir()}
+    assert (
+        info(module, "--out", "here", data="late_failure").exit_code == 1
+    )  # before anything is measured the old one stays whole
+    assert {path.name for path in (tmp_path / "here").iterdir()} == before | {"partial.safetensors"}
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli.timing, "against_plain", interrupted)
+    assert info(module, "--out", "here", "--seed", "5").exit_code == 130
+    assert {path.name for path in (tmp_path / "here").iterdir()} == {"fisher.safetensors", "partial.safetensors"}
+    assert ff.load(tmp_path / "here" / "fisher.safetensors").provenance.seed == 5
 
 
 def test_what_was_measured_is_kept_whatever_the_data_raise(module, tmp_path):

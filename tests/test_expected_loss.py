@@ -255,6 +255,14 @@ def test_refuses_models():
         ff.expected_loss(posterior, net, [(x, y)], "poisson")
 
 
+def test_refuses_complex_weights_and_losses():
+    net, (x, y) = network(), labelled()
+    with pytest.raises(ValueError, match=r"mean_loss: weights\['0.bias'\] must be real, got torch.complex64"):
+        ff.mean_loss(net, [(x, y)], weights={"0.bias": torch.ones(5) + 1j})
+    with pytest.raises(ValueError, match=r"mean_loss: loss must be real, got torch.complex64"):
+        ff.mean_loss(net, [(x, y)], loss=lambda z, y: z.sum(1) + 1j)
+
+
 def test_refuses_a_likelihood_without_losses():
     class Scores:
         name = "scores"
@@ -279,3 +287,69 @@ def test_a_loss_without_noise_is_not_advised_to_have_less():
     data = [(torch.full((3, 2), math.nan), torch.zeros(3, dtype=torch.long))]
     with pytest.raises(ff.NonFiniteError, match="without noise; look at the data and the weights"):
         ff.mean_loss(net, data)
+
+
+class Tokens(nn.Module):
+    """Scores each position by the token that it reads."""
+
+    def __init__(self, classes):
+        super().__init__()
+        self.scores = nn.Embedding(7, classes)
+
+    def forward(self, input_ids, attention_mask=None, position_ids=None):
+        return self.scores(input_ids)
+
+
+@pytest.mark.parametrize("ignored", [-100, 5])
+def test_errors_of_a_causal_model_are_those_of_the_next_token(ignored):
+    model = Tokens(7).eval()
+    model.scores.weight.data = 20 * torch.eye(7)  # it repeats what it reads: right about a next token that is the same
+    ids, mask = torch.randint(0, 2, (4, 6)), torch.ones(4, 6, dtype=torch.long)
+    mask[1:, 4:] = 0
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, ignored)}
+    share = [float((ids[n, : L - 1] != ids[n, 1:L]).float().mean()) for n, L in enumerate(mask.sum(1).tolist())]
+    found = ff.mean_loss(model, [batch], ff.CausalLM(ignore_index=ignored), loss=ff.zero_one)
+    assert found == pytest.approx(sum(share) / 4, rel=1e-6) and 0 < found < 1
+    rows = {"input_ids": ids[mask != 0][None], "labels": ids[mask != 0][None], "sample_offsets": [0, 6, 10, 14, 18]}
+    assert ff.mean_loss(model, [rows], "causal_lm", loss=ff.zero_one) == pytest.approx(found, rel=1e-6)
+    same = torch.tensor([[0, 1, 2, 3, 3]])
+    assert ff.mean_loss(model, [{"input_ids": same, "labels": same}], "causal_lm", loss=ff.zero_one) == 0.75
+
+
+def test_what_a_likelihood_ignores_is_no_error():
+    net, (x, y) = network(), labelled()
+    right = net(x).argmax(1)
+    for ignored in (-100, 255):
+        y = right.masked_fill(torch.arange(N) < 5, ignored)
+        assert ff.mean_loss(net, [(x, y)], ff.Categorical(ignore_index=ignored), loss=ff.zero_one) == 0
+
+
+@pytest.mark.parametrize("kind", ["real", "classes"])
+def test_another_loss_of_packed_samples_is_that_of_each_alone(kind):
+    model, lengths = Tokens(3).eval(), [3, 2, 1]
+    offsets = [0, 3, 5, 6]
+    ids = torch.randint(0, 7, (1, 6))
+    if kind == "real":
+        targets, likelihood, loss = torch.randn(1, 6, 3), "gaussian", lambda z, y: (z - y).square().flatten(1).sum(1)
+    else:
+        targets, likelihood = torch.randint(0, 3, (1, 6)), "categorical"
+        loss = lambda z, y: nn.functional.cross_entropy(z.mT, y, reduction="none").mean(1)  # noqa: E731
+    packed = {"input_ids": ids, "labels": targets, "sample_offsets": offsets}
+    alone = [{"input_ids": i, "labels": y} for i, y in zip(ids.split(lengths, 1), targets.split(lengths, 1), strict=True)]
+    found = ff.mean_loss(model, [packed], likelihood, loss=loss)
+    assert found == pytest.approx(ff.mean_loss(model, alone, likelihood, loss=loss), rel=1e-6)
+    with pytest.raises(ValueError, match=r"loss must return one number per sample, \[N\] = \(1,\), got \(\)"):
+        ff.mean_loss(model, [packed], likelihood, loss=lambda z, y: z.sum())
+
+
+@pytest.mark.parametrize("loss", [None, ff.zero_one])
+def test_data_of_ignored_labels_have_no_loss(loss):
+    net, (x, y) = network(), labelled()
+    none = torch.full_like(y, -100)
+    assert ff.mean_loss(net, [(x, none), (x, y)], loss=loss) > 0
+    with pytest.raises(ValueError, match="mean_loss: data must have a label that counts, got none: all are ignored"):
+        ff.mean_loss(net, [(x, none)], loss=loss)
+    ids = torch.full((2, 3), -100)
+    ids[:, 0] = 1
+    with pytest.raises(ValueError, match="must have a label that counts"):  # no token before the first predicts it
+        ff.mean_loss(Tokens(7).eval(), [{"input_ids": torch.ones(2, 3, dtype=torch.long), "labels": ids}], "causal_lm", loss=loss)

@@ -335,7 +335,7 @@ def test_rejects_names_and_shapes():
 
 
 def test_rejects_weights_that_are_not_finite():
-    with pytest.raises(ValueError, match=r"weights must be finite, got others in \['w'\]"):
+    with pytest.raises(ValueError, match=r"weights must be finite, got NaN or infinity in \['w'\]"):
         information_in_weights(fisher(w=H), {"w": W / 0}, prior_scale=1.0, beta=1e-3)
 
 

@@ -217,6 +217,10 @@ def test_normal_is_normal():
             r"targets must be \[N, 3\] for an output \[N, 3\], got \[N, 2\]; pass one target for each number",
         ),
         ("gaussian", (N, K), torch.full((N, K), float("nan")), "targets must be finite"),
+        ("gaussian", (N, K), torch.ones(N, K) + 5j, r"gaussian: targets must be real, got torch\.complex64; pass \.real"),
+        ("bernoulli", (N, K), torch.ones(N, K) + 5j, "bernoulli: targets must be real, got"),
+        ("categorical", (N, C), torch.ones(N) + 2j, "categorical: targets must be real, got"),
+        ("causal_lm", (N, 2, C), torch.ones(N, 2) + 2j, "causal_lm: targets must be real, got"),
     ],
 )
 def test_rejects(likelihood, output, targets, message):
@@ -256,6 +260,27 @@ def test_pos_weight_is_that_of_binary_cross_entropy():
     (expected,) = torch.autograd.grad(F.binary_cross_entropy_with_logits(z, y, pos_weight=weight, reduction="sum"), z)
     likelihood = ff.Bernoulli(pos_weight=weight)
     torch.testing.assert_close(likelihood.empirical(predictions(likelihood, z, y)), expected, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_losses_of_yes_or_no_are_the_binary_cross_entropy(weighted):
+    weight = torch.rand(K).double() if weighted else None
+    z, y = torch.randn(N, K, dtype=torch.float64, requires_grad=True), torch.rand(N, K).double().round(decimals=1)
+    likelihood = ff.Bernoulli(pos_weight=weight)
+    found = likelihood.losses(predictions(likelihood, z, y))
+    expected = F.binary_cross_entropy_with_logits(z, y, pos_weight=weight, reduction="none").sum(1)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(*(torch.autograd.grad(each.sum(), z)[0] for each in (found, expected)), rtol=1e-12, atol=1e-14)
+
+
+def test_a_label_that_is_certain_costs_nothing():
+    """z = -inf is p = 0, and of the label 0 the loss is -log 1."""
+    z = torch.tensor([[-math.inf, math.inf, 0.0]], requires_grad=True)
+    losses = ff.Bernoulli().losses(predictions(ff.Bernoulli(), z, torch.tensor([[0.0, 1.0, 1.0]])))
+    assert losses.item() == pytest.approx(math.log(2), rel=1e-6)
+    assert torch.autograd.grad(losses.sum(), z)[0].tolist() == [[0.0, 0.0, -0.5]]
+    wrong = ff.Bernoulli().losses(predictions(ff.Bernoulli(), z.detach(), torch.tensor([[1.0, 0.0, 0.0]])))
+    assert wrong.item() == math.inf
 
 
 def classifier():
@@ -458,6 +483,11 @@ def test_rejects_weights(weight, message):
         Batch.of((torch.randn(N, 4), None, weight), torch.device("cpu"))
 
 
+def test_rejects_complex_weights():
+    with pytest.raises(ValueError, match=r"data: sample weights must be real, got torch\.complex64"):
+        Batch.of({"x": torch.randn(N, 4), "sample_weight": torch.ones(N) + 1j}, torch.device("cpu"))
+
+
 def test_rejects_items_that_are_no_batch():
     with pytest.raises(TypeError, match=r"must be \(inputs, targets\), \(inputs, targets, weights\) or a dict, got tuple of 4"):
         Batch.of((1, 2, 3, 4), torch.device("cpu"))
@@ -524,6 +554,9 @@ def test_rejects_what_a_user_gives(likelihood, call, message):
         (lambda: ff.Categorical(class_weight=-torch.ones(3)), r"class_weight must be \[C\], finite and not negative"),
         (lambda: ff.CausalLM(label_smoothing=1.5), r"causal_lm: label_smoothing must lie in \[0, 1\], got 1.5"),
         (lambda: ff.Gaussian(torch.tensor([1.0, 0.0])), "sigma must be positive"),
+        (lambda: ff.Gaussian(torch.tensor([1j])), "sigma must be positive"),
+        (lambda: ff.Categorical(class_weight=torch.ones(3) + 1j), r"class_weight must be \[C\], finite and not negative"),
+        (lambda: predictions(ff.Gaussian(), torch.randn(N, 4) + 1j), "gaussian: output must be real, got torch.complex64"),
         (
             lambda: predictions(ff.Categorical(class_weight=torch.ones(3)), torch.randn(N, C)),
             r"class_weight must be \[C\] = \(11,\)",

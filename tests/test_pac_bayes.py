@@ -3,6 +3,7 @@
 
 import dataclasses
 import math
+import warnings
 
 import mpmath
 import numpy
@@ -11,7 +12,7 @@ import torch
 from hypothesis import given, strategies
 from torch import nn
 
-from fisherfast import expected_loss, fisher, zero_one
+from fisherfast import FisherWarning, expected_loss, fisher, variational_posterior, zero_one
 from fisherfast.fisher import DiagonalFisher
 from fisherfast.fisher.lanczos import Estimate
 from fisherfast.information import information_in_weights, optimal_posterior, pac_bayes, pac_bayes_bound
@@ -245,6 +246,24 @@ def test_a_divergence_of_a_part_of_the_parameters_is_no_bound():
     part = dataclasses.replace(whole, excluded=("1.weight",))
     with pytest.raises(ValueError, match=r"nats must be of all parameters that were trained, got some that exclude .*1\.weight"):
         pac_bayes_bound(0.1, part, 1000)
+
+
+def test_nats_without_frozen_parameters_are_pointed_out():
+    net, data = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2)), [(torch.randn(8, 3), torch.randint(2, (8,)))]
+    options = {"prior_scale": 1.0, "beta": 0.1}
+    whole = information_in_weights(fisher(net, data, progress=False), net, **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pac_bayes_bound(0.1, whole, 1000)
+    net[0].requires_grad_(False)
+    F = fisher(net, data, progress=False)
+    part = information_in_weights(F, net, **options)
+    assert whole.frozen == () and part.frozen == ("0.weight", "0.bias") and part.kl < whole.kl
+    for nats in (part, optimal_posterior(F, net, **options), variational_posterior(net, data, epochs=1, **options)):
+        with pytest.warns(
+            FisherWarning, match=r"got some without \['0\.bias', '0\.weight'\], which are frozen; the bound holds if"
+        ):
+            pac_bayes_bound(0.1, nats, 1000)
 
 
 def test_log_losses_have_no_limit():

@@ -116,8 +116,11 @@ def test_refuses():
         ff.path_stability(F, w, {"w": w["w"]}, beta=1.0)
     with pytest.raises(ValueError, match=r"path_stability: second\['v'\] must be \(2,\) as in first, got \(3,\)"):
         ff.path_stability(F, w, w | {"v": torch.ones(3)}, beta=1.0)
-    with pytest.raises(ValueError, match=r"path_stability: weights must be finite, got others in 'v'"):
+    with pytest.raises(ValueError, match=r"path_stability: weights must be finite, got NaN or infinity in 'v'"):
         ff.path_stability(F, w, w | {"v": torch.full((2,), math.nan)}, beta=1.0)
+    for pair, wrong in (((w, w | {"v": torch.ones(2) + 5j}), "second"), ((w | {"v": torch.ones(2) + 5j}, w), "first")):
+        with pytest.raises(ValueError, match=rf"path_stability: {wrong}\['v'\] must be real, got torch.complex64"):
+            ff.path_stability(F, *pair, beta=1.0)
     with pytest.raises(ValueError, match=r"v\['v'\] must be \(2,\), got \(3,\)"):
         ff.path_stability(F, w | {"v": torch.ones(3)}, w | {"v": torch.ones(3)}, beta=1.0)
 

@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 import fisherfast as ff
 
 README = Path(__file__).parents[1] / "README.md"
-N, T, I, O = 8, 5, 4, 3
+N, I, O = 8, 4, 3
 
 
 def test_the_list_of_public_names_is_what_they_are():
@@ -38,27 +38,37 @@ def names():
     base = {name: p.detach().clone() for name, p in model.named_parameters()}
     return {
         **{"torch": torch, "ff": ff, "cross_entropy": cross_entropy, "model": model, "tuned": model, "base": base},
-        **{"loader": loader, "x": x, "y": y, "N": N, "I": I, "O": O, "betas": [0.1, 0.01], "w": model.head.weight},
-        "loss": lambda output, label: cross_entropy(output, label, reduction="sum"),
+        **{"loader": loader, "x": x, "y": y, "N": N, "betas": [0.1, 0.01]},
     }
 
 
 def test_every_example_runs(blocks, names, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for number, block in enumerate(blocks):
-        mine = {**names, "x": torch.randn(N, T, I), "g": torch.randn(N, T, O)} if "linear_sq_" in block else names
+        mine = dict(names) if "linear_sq_" in block else names  # its x is no input of the model
         exec(compile(block, f"README.md, block {number}", "exec"), mine)
     assert (tmp_path / "run.safetensors").exists() and "nats" in capsys.readouterr().out
 
 
+def test_the_first_examples_run_as_pasted(blocks, names, tmp_path, monkeypatch):
+    """One after the other, with nothing but a model and a loader."""
+    monkeypatch.chdir(tmp_path)
+    mine = {name: names[name] for name in ("model", "loader")}
+    for block in blocks[:4]:
+        exec(block, mine)
+    assert mine["acc"].shape == (3, 4)
+
+
 def test_what_one_parameter_s_squares_are(blocks, names):
-    (line,) = (block for block in blocks if block.startswith("sum("))
-    found = ff.fisher(names["model"], names["loader"], fisher_type="empirical", progress=False).diagonal()
-    torch.testing.assert_close(found["head.weight"], eval(line, names))
+    (block,) = (block for block in blocks if "\nsum(" in block)
+    lines, line = block[: block.index("sum(")], block[block.index("sum(") :]
+    exec(lines, names)
+    data = [(names["x"], names["y"])]
+    found = ff.fisher(names["model"], data, fisher_type="empirical", progress=False).diagonal()
+    torch.testing.assert_close(found[names["name"]], eval(line, names))
 
 
 def test_what_the_op_adds(blocks, names):
     (block,) = (block for block in blocks if "linear_sq_" in block)
-    names |= {"x": torch.randn(N, T, I), "g": torch.randn(N, T, O)}
     exec(block, names)
     torch.testing.assert_close(names["acc"], ((names["g"].mT @ names["x"]) ** 2).sum(0))

@@ -94,6 +94,15 @@ def test_files_can_be_read_back(tmp_path):
     )
 
 
+def test_a_report_that_fails_leaves_none_of_another_fisher(tmp_path, monkeypatch):
+    F, info = measured()
+    report.write_report(tmp_path, F, info)
+    monkeypatch.setattr(type(info), "plot", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        report.write_report(tmp_path, F, info)
+    assert [path.name for path in tmp_path.iterdir()] == ["fisher.safetensors"]
+
+
 def test_limits_of_a_fitted_prior_can_be_written(tmp_path):
     F = ff.DiagonalFisher({"a.w": torch.zeros(3), "b.w": torch.ones(3)}, 7)
     info = ff.information_in_weights(F, {"a.w": torch.ones(3), "b.w": torch.zeros(3)}, prior_scale="fit", beta=0.1)

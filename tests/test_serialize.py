@@ -216,6 +216,16 @@ def test_rejects_devices_that_are_not_here(tmp_path):
             load(tmp_path / "f.safetensors", device=device)
 
 
+def test_rejects_the_device_that_holds_no_numbers(tmp_path):
+    example().save(tmp_path / "f.safetensors")
+    with pytest.raises(
+        ValueError, match="load: device must hold numbers, got 'meta', whose tensors have shapes only; pass 'cpu'"
+    ):
+        load(tmp_path / "f.safetensors", device="meta")
+    with pytest.raises(ValueError, match="to: device must hold numbers, got 'meta'"):
+        example().to("meta")
+
+
 def test_failed_save_leaves_what_was_there(tmp_path, monkeypatch):
     path = tmp_path / "run.safetensors"
     example().save(path)
@@ -228,6 +238,20 @@ def test_failed_save_leaves_what_was_there(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         example(1).save(path)
     assert os.listdir(tmp_path) == ["run.safetensors"]
+    assert_identical(load(path), example())
+
+
+def test_saving_again_removes_what_a_killed_process_left(tmp_path):
+    path = tmp_path / "f.safetensors"
+    old, new, other = (
+        tmp_path / f".{name}.tmp" for name in ("f.safetensors.0123abcd", "f.safetensors.89abcdef", "g.safetensors.0123abcd")
+    )
+    for left in (old, new, other):
+        left.write_bytes(b"half a file")
+    for left in (old, other):
+        os.utime(left, (time.time() - 4000, time.time() - 4000))
+    example().save(path)
+    assert {*tmp_path.iterdir()} == {path, new, other}  # somebody may be writing the new one
     assert_identical(load(path), example())
 
 

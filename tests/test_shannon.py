@@ -191,6 +191,13 @@ GAUSSIANS = [[(0.0, 1.0)], [(1.0, 1.0)]]
         (GAUSSIANS, {"reference": torch.ones(2)}, r"reference must be \(mean, variance\) of a Gaussian"),
         (GAUSSIANS, {"reference": (0.0, -1.0)}, "variances must be finite and > 0"),
         (GAUSSIANS, {"weights": [1.0, math.nan]}, "weights must be 2 finite numbers > 0"),
+        (GAUSSIANS, {"weights": torch.tensor([1.0, 1j])}, "weights must be real, got torch.complex64"),
+        (GAUSSIANS, {"reference": (torch.zeros(3), 1.0)}, "reference must be of d = 1 weights, as the runs, .* got 3"),
+        ([[(torch.zeros(2), torch.ones(2))]], {"reference": (0.0, torch.ones(3))}, "reference must be of d = 2 weights"),
+        (GAUSSIANS, {"reference": (1j, 1.0)}, "reference must be real, got torch.complex64"),
+        ([[(torch.tensor(1j), 1.0)]], {}, "means and variances must be real, got torch.complex64"),
+        (torch.eye(2) + 0j, {}, "posteriors must be real, got torch.complex64"),
+        (torch.eye(2), {"reference": torch.tensor([0.5, 0.5 + 0j])}, "reference must be real, got torch.complex64"),
     ],
 )
 def test_refuses(posteriors, options, message):
@@ -266,6 +273,8 @@ def test_stability_refuses():
         r"variant must be one of": (J, options | {"variant": "printed"}),
         r"sensitivity must be finite and \[d, k\]": (J / 0, options),
         r"sensitivity must have the names of F, \['w'\], got \['v'\]": ({"v": J}, options),
+        r"sensitivity must be real, got torch.complex128": (J + 0j, options),
+        r"sensitivity\['w'\] must be real, got torch.complex128": ({"w": J + 0j}, options),
     }
     for message, (sensitivity, given_options) in refused.items():
         with pytest.raises(ValueError, match="shannon_from_stability: .*" + message):
@@ -291,6 +300,17 @@ def test_numbers_of_other_kinds():
     assert ff.shannon_from_stability(DiagonalFisher({"w": torch.ones(2)}, 5), [[1.0, 2.0]], beta=0.1, entropy=0.0).nats == (
         ff.shannon_from_stability(DiagonalFisher({"w": torch.ones(2)}, 5), torch.tensor([[1.0, 2.0]]), beta=0.1, entropy=0.0).nats
     )
+
+
+def test_one_data_set_has_no_entropy():
+    found = ff.shannon_information([[(0.0, 1.0)]])
+    assert "1 data sets (ceiling 0)," in str(found) and math.copysign(1, found.ceiling) == 1
+
+
+def test_a_reference_as_long_as_the_weights_or_one_number():
+    runs = [[(torch.zeros(2, 3), torch.ones(2, 3))], [(torch.ones(2, 3), torch.ones(2, 3))]]
+    one = ff.shannon_information(runs, reference=(0.5, 2.0))
+    assert one == ff.shannon_information(runs, reference=(torch.full((2, 3), 0.5), torch.tensor([2.0])))
 
 
 def test_runs_that_are_no_pairs_are_refused():

@@ -160,6 +160,20 @@ def test_divergences_are_those_of_the_gaussians(a, b):
     assert got == pytest.approx(shannon, rel=1e-9, abs=1e-12)
 
 
+def test_divergences_of_precisions_far_apart():
+    """1 / 4 log(1 + (p - q)^2 / (4 p q)) by logarithms; "kl" has no such form and says so."""
+    near, far = embedding(1e-200, 2.0), embedding(1e150, 3.0)
+    expected = (math.log(1e150) - math.log(1e-200) - math.log(4) + math.log1p(1 / 24)) / 4
+    for one, other in ((near, far), (far, near)):
+        assert ff.embedding_distance(one, other, kind="jensen-shannon") == pytest.approx(expected, rel=1e-12)
+        with pytest.raises(
+            ValueError, match="embedding_distance: the distance must fit float64, got more of kind 'kl': two precisions"
+        ):
+            ff.embedding_distance(one, other, kind="kl")
+    with pytest.raises(ValueError, match="the distance must fit float64"):
+        ff.embedding_distance(far, near, kind="kl", damping=1e-200, alpha=1.0)
+
+
 def test_cosines_by_hand():
     a, b = embedding(1.0, 3.0), embedding(3.0, 1.0)
     u, v = torch.tensor([0.25, 0.75]), torch.tensor([0.75, 0.25])
@@ -226,6 +240,8 @@ def test_embedding_refuses():
         from_variance(variance, layer, beta=1.0, prior_scale=-1.0)
     with pytest.raises(ValueError, match=r"from_variance: variances must be finite and > 0, got others in \['weight'\]"):
         from_variance({"weight": torch.zeros(1, 2)}, layer, beta=1.0, prior_scale=1.0)
+    with pytest.raises(ValueError, match=r"from_variance: variance\['weight'\] must be real, got torch.complex64"):
+        from_variance({"weight": torch.ones(1, 2) + 1j}, layer, beta=1.0, prior_scale=1.0)
 
 
 @pytest.mark.parametrize(
@@ -287,8 +303,10 @@ def test_task_distance_refuses():
         ff.task_distance(math.nan, 1.0)
     with pytest.raises(ValueError, match=r"task_distances: must be \[n, n\] and \[n\], got joint \(2, 3\) and alone \(2,\)"):
         ff.task_distances(torch.ones(2, 3), torch.ones(2))
-    with pytest.raises(ValueError, match="task_distances: must be finite"):
+    with pytest.raises(ValueError, match="task_distances: entries must be finite, got NaN or infinity"):
         ff.task_distances(torch.ones(2, 2) / 0, torch.ones(2))
+    with pytest.raises(ValueError, match=r"task_distances: alone must be real, got torch.complex64; pass .real"):
+        ff.task_distances(torch.ones(2, 2), torch.ones(2) * 1j)
 
 
 @pytest.mark.parametrize("option", ["layers", "skip"])

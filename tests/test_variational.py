@@ -342,6 +342,7 @@ def test_refuses():
         ({"data": iter(data)}, "data must be readable several times, got list_iterator"),
         ({"data": [(data[0][0], None)]}, "data must have labels, got a batch without"),
         ({"center": {}}, r"center must hold every parameter of model, got none for \['bias', 'weight'\]"),
+        ({"center": {name: p + 1j for name, p in net.named_parameters()}}, r"center\['\w+'\] must be real, got torch.complex"),
         ({"center": nn.Linear(2, 2)}, r"center\['weight'\] must be \(2, 3\) as in model, got \(2, 2\)"),
         ({"center": net, "prior_scale": "fit"}, "prior_scale must be a number where every layer is at its center, got 'fit'"),
         ({"model": nn.Linear(3, 2).requires_grad_(False)}, "model must have a parameter that asks for a gradient, got none"),
@@ -350,7 +351,7 @@ def test_refuses():
             train(**options)
     with torch.no_grad():
         net.bias[0] = math.nan
-    with pytest.raises(ValueError, match=r"weights must be finite, got others in \['bias'\]"):
+    with pytest.raises(ValueError, match=r"weights must be finite, got NaN or infinity in \['bias'\]"):
         train()
 
 

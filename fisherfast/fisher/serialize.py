@@ -7,12 +7,14 @@ file knows no structure. The checksum covers metadata and tensors, because one f
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import importlib.metadata
 import json
 import os
 import reprlib
 import secrets
+import time
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -25,6 +27,7 @@ from torch import Tensor
 
 from fisherfast.fisher._ordinary import ordinary
 
+_ABANDONED = 3600.0  # seconds without a write, after which nobody is writing a file any more
 FORMAT, FORMAT_VERSION = "fisherfast", "1"  # the only version that is read; one more for every change of what a structure writes
 State = tuple[dict[str, Tensor], dict[str, Any]]  # tensors, and fields of plain values that JSON keeps exactly
 _OWN = ("format", "format_version", "fisherfast_version", "structure", "extra", "checksum")
@@ -95,7 +98,7 @@ def save(fisher: Storable, path: str | os.PathLike[str], extra: Mapping[str, str
     Shapes:   any.
     Scale:    sums and weights are stored, not means.
     Errors:   OSError if the folder cannot be written; TypeError if ``extra`` holds anything but strings. After an error
-              or a killed process ``path`` is what it was before.
+              or a killed process ``path`` is what it was before; what a killed one left beside it goes with a later save, after an hour.
     Numerics: bit-exact.
     Source:   the safetensors format.
     """
@@ -134,14 +137,17 @@ def moved(fisher: Stored, device: str) -> Stored:
     return again
 
 
-def remove_unfinished(path: Path) -> None:
-    """Remove what processes that were killed while they wrote ``path`` have left beside it."""
+def remove_unfinished(path: Path, idle: float = 0.0) -> None:
+    """Remove what processes that were killed while they wrote ``path`` have left beside it, if untouched for so many seconds."""
     for left in path.parent.glob(f".{glob.escape(path.name[:200])}.{'[0-9a-f]' * 8}.tmp"):
-        left.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # gone by now, or another user's
+            if time.time() - left.stat().st_mtime >= idle:
+                left.unlink()
 
 
 def _write_whole(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     temporary = path.with_name(f".{path.name[:200]}.{secrets.token_hex(4)}.tmp")
+    remove_unfinished(path, idle=_ABANDONED)
     temporary.touch()
     try:
         # safetensors makes its files readable to their owner only; a result should be as readable as any other file.
@@ -194,7 +200,8 @@ def load_with_extra(path: str | os.PathLike[str], device: str = "cpu") -> tuple[
 
 def _check_device(caller: str, device: str) -> None:
     try:
-        torch.empty(0, device=device)
+        if torch.empty(0, device=device).is_meta:
+            raise ValueError(f"{caller}: device must hold numbers, got 'meta', whose tensors have shapes only; pass 'cpu'")
     except (RuntimeError, AssertionError) as error:  # the latter where torch was built without CUDA
         reason = str(error).partition("\n")[0]
         raise ValueError(f"{caller}: device must be one of this machine's, got {str(device)!r} ({reason}); pass 'cpu'") from error

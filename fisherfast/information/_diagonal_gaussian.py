@@ -42,7 +42,7 @@ class DiagonalGaussian:
         self._layers = names_by_layer(self._parameters)
         self._distances = {name: _series.squared_distance(p, self._centers.get(name)) for name, p in self._parameters.items()}
         if bad := [name for name, distance in self._distances.items() if not math.isfinite(distance)]:
-            raise ValueError(f"{caller}: weights must be finite, got others in {listed(bad)}")
+            raise ValueError(f"{caller}: weights must be finite, got NaN or infinity in {listed(bad)}")
         self._given = None if isinstance(prior_scale, str) else _prior.given(prior_scale, self._layers, caller, "model")
         self._train_mean = train_mean
         starts = {name: self._start(names, name) for names in self._layers.values() for name in names}
@@ -134,4 +134,6 @@ def _centers(caller: str, parameters: Mapping[str, Tensor], center: Weights | No
     centers = tensors(caller, center)
     _checks.named(caller, "center", centers, parameters, "model")
     _checks.shaped(caller, "center", centers, {name: p.shape for name, p in parameters.items()}, "model")
+    for name in parameters:
+        _checks.real(caller, f"center[{name!r}]", centers[name])
     return {name: centers[name].detach().clone() for name in parameters}

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fisherfast import _checks
 from fisherfast.fisher.lanczos import Estimate
 
 _CHUNK = 1 << 20  # differences held at a time, draws x Gaussians x axes: 8 MiB
@@ -34,7 +35,7 @@ class Mixture:
                 f"{type(wrong[0]).__name__}; of posteriors flatten and join .mean and .variance()"
             )
         mean, variance = (
-            [torch.as_tensor(pair[i], dtype=torch.float64).detach().cpu().flatten() for pair in pairs] for i in range(2)
+            [_checks.float64(caller, "means and variances", pair[i]).detach().cpu().flatten() for pair in pairs] for i in range(2)
         )
         if len(shapes := {tuple(t.shape) for t in (*mean, *variance)}) > 1 or (0,) in shapes:
             raise ValueError(f"{caller}: means and variances must have one shape, numbers or [d], got {sorted(shapes)}")
@@ -45,7 +46,7 @@ class Mixture:
             torch.tensor([i for i, of_one in enumerate(runs) for _ in of_one]),
         )
         if not stacked.mean.isfinite().all():
-            raise ValueError(f"{caller}: means must be finite, got others")
+            raise ValueError(f"{caller}: means must be finite, got NaN or infinity")
         if not (stacked.variance.isfinite() & (stacked.variance > 0)).all():
             raise ValueError(
                 f"{caller}: variances must be finite and > 0, got others; a run without noise is a point of no density"

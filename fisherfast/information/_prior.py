@@ -15,7 +15,7 @@ GivenScale = float | Mapping[str, float]  # one number, or one per layer or para
 PriorScale = GivenScale | str  # or "fit"
 
 _CALLER = "information_in_weights"
-_LEAST = 1e-150
+LEAST, LARGEST = 1e-150, 1e150  # between them scales have squares
 _MAX_STEPS = 100
 _CONVERGED = 1e-11  # error of log lambda^2
 _MIDDLE_SLOPE = 1.5  # of the slopes there are, 1 to 2
@@ -40,8 +40,8 @@ def check_scale(name: str, value: float, caller: str = _CALLER) -> float:
             "and only differences of 0.5 * F.logdet(damping=...) between models of the same size are meaningful: compare those"
         )
     scale = _checks.positive(caller, name, value, "it is the standard deviation of the weights before training")
-    if not _LEAST < scale < 1 / _LEAST:
-        raise ValueError(f"{caller}: {name} must be above {_LEAST:g} and below {1 / _LEAST:g}, which have squares, got {value!r}")
+    if not LEAST < scale < LARGEST:
+        raise ValueError(f"{caller}: {name} must be above {LEAST:g} and below {LARGEST:g}, which have squares, got {value!r}")
     return scale
 
 

@@ -97,8 +97,9 @@ def effective_information(
 
     ``"spectrum"``     ``H(x) - E_x 1/2 log((2 pi e)^r / |F_{z|x}|)`` over the r top eigenvalues that are not zero. With dim z >= dim x
                        (r = dim x) and ``entropy`` H(x) it is eq. 10; with dim z < dim x, where the determinant is 0, a measure
-                       for comparisons at equal rank r: see ``.trace`` and ``.log_pseudo_determinant``, and give no entropy. A direction
-                       that z loses altogether adds nothing, where one that it hardly tells takes nats away: dead units seem to inform.
+                       for comparisons at equal rank r: see ``.trace`` and ``.log_pseudo_determinant``, and give no entropy. A direction z
+                       loses completely contributes 0 nats, one it barely resolves contributes negative nats, so dead units can look
+                       informative.
     ``"nuisance"``     eq. 10 on nuisances theta, ``H(theta) - E_x 1/2 log((2 pi e)^q / |F_{z|theta}|)``: ``along`` them (as in
                        ``input_fisher``), each by itself ``nuisance_prior`` "uniform" over a width or "gaussian" with a standard
                        deviation, ``nuisance_scales={name: number}``.

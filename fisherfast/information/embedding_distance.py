@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -38,7 +39,8 @@ def embedding_distance(
     Scale:    no unit; "cosine" and "normalized_cosine" lie in [0, 1]. Multiplying both embeddings and the damping by one number
               changes nothing.
     Errors:   ValueError for embeddings of different filters, an unknown kind, a negative damping or alpha, and for precisions
-              below 0, or of 0 where the kind is not "cosine"; for a damping of 0 with alpha or "normalized_cosine".
+              below 0, or of 0 where the kind is not "cosine"; for a damping of 0 with alpha or "normalized_cosine"; for a distance
+              that does not fit float64, as "kl" beyond ratios of 1e308.
     Numerics: float64; nothing cancels in "kl" and "jensen-shannon". A filter of no precision in both adds nothing to "cosine".
     Source:   Achille et al. 2019, Task2Vec (arXiv:1902.03545); their code adds 1e-8 to the sum in "cosine", which this does not.
     """
@@ -62,7 +64,13 @@ def embedding_distance(
             f"{_CALLER}: damping must be > 0 with alpha and for 'normalized_cosine', got {damping!r}; beta / lambda^2"
         )
     distance = _KINDS[kind](p, q, trivial)
-    return distance - alpha * _KINDS[kind](p, trivial, trivial) if alpha else distance
+    distance = distance - alpha * _KINDS[kind](p, trivial, trivial) if alpha else distance
+    if not math.isfinite(distance):
+        raise ValueError(
+            f"{_CALLER}: the distance must fit float64, got more of kind {kind!r}: two precisions are too far apart; a larger damping brings "
+            "them together, and 'jensen-shannon' takes the logarithm of their ratio"
+        )
+    return distance
 
 
 def _check_precisions(kind: str, *precisions: Tensor) -> None:
@@ -86,7 +94,9 @@ def _kl(p: Tensor, q: Tensor, trivial: Tensor) -> float:
 
 
 def _jensen_shannon(p: Tensor, q: Tensor, trivial: Tensor) -> float:
-    return float((_spread(p, q) / 4).log1p().sum()) / 4
+    spread = _spread(p, q)
+    far = (p.log() - q.log()).abs() - math.log(4)  # the same to rounding, where the ratio does not fit float64
+    return float(torch.where(spread.isfinite(), (spread / 4).log1p(), far).sum()) / 4
 
 
 def _normalized_cosine(p: Tensor, q: Tensor, trivial: Tensor) -> float:

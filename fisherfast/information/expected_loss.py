@@ -38,21 +38,23 @@ def expected_loss(
 ) -> Estimate:
     """``E_{w ~ Q} (1/N) sum_n loss(w, n)``: the mean over ``draws`` draws of the noise, and its standard error.
 
-    Each draw is used with both signs, ``w + e`` and ``w - e``: what the loss's gradient adds cancels, which is far more than the
-    rise of the loss where the noise is small and the gradient is not zero.
+    Draws are antithetic (``w + e`` and ``w - e``), which cancels the first-order term that dominates for small noise.
 
     ``posterior``  Q: an ``optimal_posterior`` or a ``variational_posterior``. Parameters it does not name keep their values.
     ``data``       as for ``ff.fisher``, with labels; it is read twice for every draw.
     ``likelihood`` the loss is ``-log p`` of the data's labels, in nats, every constant included. Class weights and label
                    smoothing count.
-    ``loss``       another loss: ``loss(output, targets)`` gives one number per sample, ``[N]``; ``ff.zero_one`` is the error.
+    ``loss``       another loss: ``loss(output, targets)`` gives one number per sample, ``[N]``; ``ff.zero_one`` is the error. What the
+                   likelihood ignores has the target -100. For ``"causal_lm"`` targets are shifted: position t has token t + 1,
+                   and the last one -100. Other likelihoods do not change what ``loss`` is given; packed samples it is given one
+                   by one, ``[1, L, ...]``.
     ``output``     which part of the model's result is the output, as for ``ff.fisher``.
 
     The model runs with other tensors in its parameters' places: its own weights are never written to.
 
     Shapes:   as for ``ff.fisher``.
     Scale:    a mean over samples, by their weights; nats per sample for a likelihood.
-    Errors:   ValueError for data without samples or labels, an iterator and several draws, names or shapes that are not the
+    Errors:   ValueError for data without samples or labels, also if all are ignored, an iterator and several draws, names or shapes that are not the
               model's, train mode with dropout or batch statistics; NonFiniteError for a loss that is not finite.
     Numerics: the forward pass in the model's precision (noise below the rounding of a bfloat16 weight is lost), losses in
               float32 or wider, means in float64. The standard error is over draws (nan of a single one), not over samples.
@@ -87,7 +89,7 @@ def mean_loss(
 ) -> float:
     """``(1/N) sum_n loss(w, n)`` at the model's own weights, or with those in ``weights`` instead.
 
-    ``loss``: a function of output and targets that gives ``[N]``, instead of the likelihood's ``-log p``.
+    ``loss``: a function of output and targets that gives ``[N]``, instead of the likelihood's ``-log p``; see ``expected_loss``.
 
     Shapes:   data yields batches with labels, as for ``ff.fisher``; ``weights`` {name: tensor shaped like the parameter}.
     Scale:    a mean over samples, weighted if the batches are; nats for a likelihood. A sequence is one sample: its loss is the sum
@@ -108,6 +110,8 @@ def _check_model(caller: str, model: nn.Module, mean: Mapping[str, Tensor]) -> N
     own = tensors(caller, model)
     _checks.named(caller, "model", own, mean, "posterior")
     _checks.shaped(caller, "model", own, {name: value.shape for name, value in mean.items()}, "posterior")
+    for name, value in mean.items():
+        _checks.real(caller, f"weights[{name!r}]", value)
 
 
 def zero_one(output: Tensor, targets: Tensor) -> Tensor:

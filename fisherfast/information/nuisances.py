@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import affine_grid, grid_sample
 
+from fisherfast import _checks
+
 IMAGE_NUISANCES = ("shift x", "shift y", "rotation", "brightness", "contrast")
 
 Nuisance = Tensor | Callable[[Tensor, Tensor], Tensor]
@@ -73,6 +75,7 @@ def tangents(caller: str, x: Tensor, along: Mapping[str, Nuisance]) -> list[Tens
         if not isinstance(tangent, Tensor) or tangent.shape != x.shape:
             got = tuple(tangent.shape) if isinstance(tangent, Tensor) else type(tangent).__name__
             raise ValueError(f"{caller}: along[{name!r}] must be, or give, a tensor {tuple(x.shape)} like x, got {got}")
+        _checks.real(caller, f"along[{name!r}]", tangent)
         if not torch.allclose(moved.to(x), x, rtol=1e-3, atol=1e-3 * float(x.abs().max())):
             raise ValueError(f"{caller}: along[{name!r}] must move nothing at amount 0, got a function that moves x there")
         if not bool(tangent.isfinite().all()):

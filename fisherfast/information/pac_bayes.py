@@ -15,6 +15,7 @@ from typing import Any
 
 from fisherfast import _checks
 from fisherfast._names import listed
+from fisherfast._warning import warn
 from fisherfast.fisher.lanczos import Estimate
 from fisherfast.information import _arguments
 from fisherfast.information.expected_loss import LogLoss
@@ -110,7 +111,9 @@ def pac_bayes_bound(
                        loss at the trained weights. The bounds are for its true value. The error of an ``Estimate`` is not part
                        of delta: pass ``draws``, or read the bound as one for the estimated value.
     ``nats``           KL(Q || P), or an ``Information`` or posterior, of which ``.kl`` is taken, also for ``variant="paper"``.
-                       The prior must not have seen the data: one with ``prior_scale="fit"`` is refused.
+                       The prior must not have seen the data: one with ``prior_scale="fit"`` is refused. Nor must weights that
+                       are not in the nats: of parameters that were frozen when they were measured a FisherWarning says so.
+                       Of a mapping of weights what it leaves out is unknown.
     ``beta``           a number above 1/2 fixed before the data were seen; or several, of which the best is taken at the price
                        of ``log(G / delta)`` for G of them (of G priors likewise: pass delta / G and take the best bound); None for a grid that depends on N and delta only: factors of sqrt 2
                        from 1 to the largest that can be best. N times the beta of ``information_in_weights`` (``lagrangian_beta``).
@@ -121,7 +124,7 @@ def pac_bayes_bound(
 
     Scale:    all losses are divided by ``max_loss`` and the bound multiplied by it; beta is that of the loss in [0, 1].
     Errors:   ValueError for ``ff.expected_loss``'s estimate of a likelihood, which has no upper limit, a mean outside of [0, max_loss] (that
-              single losses are inside is the caller's to know), nats below zero or of a part of the parameters, beta of 1/2 or less,
+              single losses are inside is the caller's to know), nats below zero or of a Fisher that lacks parameters, beta of 1/2 or less,
               deltas that are not in (0, 1), counts below 1, an unknown method, a beta with ``method="kl"``, a fitted prior.
     Numerics: Python floats; the largest value allowed is found by bisection to the last bit, rounded up.
     Source:   Theorem 2.2 of arXiv:1905.12213 (McAllester 2013, arXiv:1307.2118); Seeger 2002 with the constant of Maurer 2004
@@ -203,6 +206,11 @@ def _divergence(nats: Any) -> float:
         raise ValueError(
             f"{_CALLER}: nats must be of all parameters that were trained, got some that exclude {listed(excluded)}; measure them; "
             "of those that never left the prior's mean nothing is owed: pass .kl"
+        )
+    if frozen := getattr(information, "frozen", ()):
+        warn(
+            f"{_CALLER}: nats should be of all parameters that were trained, got some without {listed(frozen)}, which are frozen; the bound "
+            "holds if these were fixed before the data were seen; if not, unfreeze and measure them"
         )
     if getattr(information, "prior_scale", None) == "fit":
         raise ValueError(

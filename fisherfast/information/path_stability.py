@@ -76,7 +76,7 @@ def path_stability(F: Fisher, first: Weights, second: Weights, *, beta: float, d
 
     Shapes:   every tensor of ``first`` and ``second`` has the shape of the same name in F. What F lacks is not compared.
     Scale:    nats; F is a mean over samples, so beta goes with a mean loss.
-    Errors:   ValueError for a beta not above zero, a negative damping, names or shapes that differ, weights that are not finite.
+    Errors:   ValueError for a beta not above zero, a negative damping, names or shapes that differ, weights that are not finite or complex.
     Numerics: differences, product and sums in float64.
     Source:   Figure 2 and Proposition 2.9 of arXiv:1905.12213; smooth sample information of Harutyunyan et al. 2021
               (arXiv:2101.06640).
@@ -111,7 +111,9 @@ def _displacement(F: Fisher, first: Mapping[str, Tensor], second: Mapping[str, T
     _checks.shaped(_CALLER, "second", second, {name: start.shape for name, start in starts.items()}, "first")
     displacement = {}
     for name, start in starts.items():
+        _checks.real(_CALLER, f"first[{name!r}]", start)
+        _checks.real(_CALLER, f"second[{name!r}]", second[name])
         displacement[name] = start.double() - second[name].detach().to(start.device).double()
         if not displacement[name].isfinite().all():
-            raise ValueError(f"{_CALLER}: weights must be finite, got others in {name!r}")
+            raise ValueError(f"{_CALLER}: weights must be finite, got NaN or infinity in {name!r}")
     return displacement

@@ -54,7 +54,8 @@ class Information:
     """The information in a network's weights; made by ``information_in_weights``, which says what the numbers mean.
 
     ``nats`` is ``kl`` for ``variant="exact"`` and the printed eq. 8 for ``variant="paper"``. ``prior_scale`` is as given,
-    ``prior_scales`` what it came to for each parameter; ``center_norm`` is ``||c||``, which tells centers apart. ``excluded`` names the parameters the Fisher lacks.
+    ``prior_scales`` what it came to for each parameter; ``center_norm`` is ``||c||``, which tells centers apart. ``excluded`` names the parameters the Fisher lacks,
+    ``frozen`` those of the network that ask for no gradient: neither are in the nats.
     """
 
     layers: Mapping[str, LayerInformation] = field(repr=False)
@@ -67,6 +68,7 @@ class Information:
     loss: float | None
     excluded: tuple[str, ...]
     fisher: Fisher = field(repr=False)
+    frozen: tuple[str, ...] = field(default=(), repr=False)
 
     def __repr__(self) -> str:
         prior = f"{self.prior_scale:.3g}" if isinstance(self.prior_scale, float) else self.prior_scale

@@ -79,7 +79,7 @@ def shannon_information(
 
     Shapes:   a table [datasets, states]; means and variances are numbers or tensors [d], the same d for all: diagonal Gaussians.
     Scale:    nats.
-    Errors:   ValueError for probabilities that are negative or do not sum to 1, variances not above zero, no data sets or runs,
+    Errors:   ValueError for complex numbers, probabilities that are negative or do not sum to 1, variances not above zero, no data sets or runs,
               shapes that differ, weights or a reference that do not fit, and a reference of no probability where Q(w) has some.
     Numerics: float64. The same draws serve all terms, so that the identity holds to rounding; work and memory are
               (runs^2 samples d) and a part of it at a time.
@@ -147,14 +147,18 @@ def _of_runs(
 def _gaussian(reference: Reference, dimension: int) -> Mixture:
     if isinstance(reference, Tensor) or len(reference) != 2:
         raise ValueError(f"{_CALLER}: reference must be (mean, variance) of a Gaussian, got {reference!r}")
-    certain = torch.ones(1, dtype=torch.float64)
-    mean, variance = (torch.as_tensor(part, dtype=torch.float64).expand(dimension) for part in reference)
-    return Mixture.of_runs(_CALLER, [[(mean, variance)]], certain)
+    parts = [_checks.float64(_CALLER, "reference", part).flatten() for part in reference]
+    if wrong := [len(part) for part in parts if len(part) not in (1, dimension)]:
+        raise ValueError(
+            f"{_CALLER}: reference must be of d = {dimension} weights, as the runs, or of one number each, got {wrong[0]}"
+        )
+    mean, variance = (part.expand(dimension) for part in parts)
+    return Mixture.of_runs(_CALLER, [[(mean, variance)]], torch.ones(1, dtype=torch.float64))
 
 
 def _probabilities(what: str, rows: Tensor) -> Tensor:
     """The rows in float64, summing to 1 exactly. Errors: ValueError if they are not probabilities."""
-    rows = rows.double()
+    rows = _checks.float64(_CALLER, what, rows)
     if not (rows.isfinite() & (rows >= 0)).all():
         raise ValueError(f"{_CALLER}: {what} must be probabilities, got entries that are negative or not finite")
     sums = rows.sum(1, keepdim=True)
@@ -167,7 +171,7 @@ def _dataset_weights(weights: Tensor | Sequence[float] | None, datasets: int) ->
     """The probability of each data set, in float64."""
     if weights is None:
         return torch.full((datasets,), 1 / datasets, dtype=torch.float64)
-    pi = torch.as_tensor(weights, dtype=torch.float64)
+    pi = _checks.float64(_CALLER, "weights", weights)
     if pi.shape != (datasets,) or not (pi.isfinite() & (pi > 0)).all():
         raise ValueError(f"{_CALLER}: weights must be {datasets} finite numbers > 0, one for each data set, got {weights!r}")
     return pi / pi.sum()
@@ -179,4 +183,4 @@ def _divergence(q: Tensor, p: Tensor) -> Tensor:
 
 
 def _entropy(pi: Tensor) -> float:
-    return -float(torch.special.xlogy(pi, pi).sum())
+    return 0.0 - float(torch.special.xlogy(pi, pi).sum())  # of one data set 0, not -0

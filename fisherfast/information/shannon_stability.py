@@ -104,9 +104,10 @@ def _rows(F: Fisher, sensitivity: Tensor | Mapping[str, Tensor]) -> Tensor:
             raise ValueError(f"{_CALLER}: sensitivity must have the names of F, {listed(F.names)}, got {listed(sensitivity)}")
         if len(counts := {len(sensitivity[name]) for name in F.names}) > 1:
             raise ValueError(f"{_CALLER}: sensitivity must have one number of rows for all parameters, got {sorted(counts)}")
-        rows = torch.cat([sensitivity[name].unsqueeze(1).flatten(1).double() for name in F.names], 1)
+        each = [_checks.float64(_CALLER, f"sensitivity[{name!r}]", sensitivity[name]) for name in F.names]
+        rows = torch.cat([rows.unsqueeze(1).flatten(1) for rows in each], 1)
     else:
-        rows = torch.as_tensor(sensitivity, dtype=torch.float64)
+        rows = _checks.float64(_CALLER, "sensitivity", sensitivity)
     if rows.dim() != 2 or not rows.numel() or not rows.isfinite().all():
         raise ValueError(f"{_CALLER}: sensitivity must be finite and [d, k] with d > 0, got {tuple(rows.shape)}")
     return rows

@@ -66,6 +66,8 @@ class TaskEmbedding:
         """
         beta = _checks.positive("from_variance", "beta", beta, "it is the price of a nat that the posterior was trained with")
         scales = _prior.given(prior_scale, names_by_layer(variance), "from_variance", "variance")
+        for name, values in variance.items():
+            _checks.real("from_variance", f"variance[{name!r}]", values)
         if bad := [name for name, values in variance.items() if not (values.isfinite() & (values > 0)).all()]:
             raise ValueError(f"from_variance: variances must be finite and > 0, got others in {listed(bad)}")
         curvature = {name: beta * (1 / values.double() - 1 / scales[name] ** 2) for name, values in variance.items()}

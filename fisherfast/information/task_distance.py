@@ -6,7 +6,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fisherfast import _checks
@@ -81,13 +80,13 @@ def task_distances(joint: Tensor, alone: Tensor) -> TaskDistances:
 
     Shapes:   joint [n, n], alone [n].
     Scale:    one unit for both.
-    Errors:   ValueError for shapes that do not fit and entries that are not finite.
+    Errors:   ValueError for shapes that do not fit and entries that are not finite or complex.
     Numerics: float64.
     Source:   Figure 1 of Achille, Mbeng, Paolini and Soatto 2019 (arXiv:1904.03292).
     """
-    joint, alone = (torch.as_tensor(values, dtype=torch.float64) for values in (joint, alone))
+    joint, alone = (_checks.float64("task_distances", what, values) for what, values in (("joint", joint), ("alone", alone)))
     if alone.dim() != 1 or not len(alone) or joint.shape != (len(alone), len(alone)):
         raise ValueError(f"task_distances: must be [n, n] and [n], got joint {tuple(joint.shape)} and alone {tuple(alone.shape)}")
     if not (joint.isfinite().all() and alone.isfinite().all()):
-        raise ValueError("task_distances: must be finite, got others")
+        raise ValueError("task_distances: entries must be finite, got NaN or infinity")
     return TaskDistances(joint, alone)

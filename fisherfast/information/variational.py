@@ -42,7 +42,8 @@ _CALLER = "variational_posterior"
 class VariationalPosterior(GaussianPosterior):
     """``Q = N(mean, diag(std^2))``; made by ``variational_posterior``, which says how.
 
-    ``center_norm`` is ``||c||``; ``history`` is the Lagrangian ``E_Q loss + beta KL`` of each epoch, as it was estimated on the way.
+    ``center_norm`` is ``||c||``; ``history`` is the Lagrangian ``E_Q loss + beta KL`` of each epoch, as it was estimated on the way;
+    ``frozen`` names the parameters that ask for no gradient, which are not in the nats.
     """
 
     mean: Mapping[str, Tensor] = field(repr=False)
@@ -56,6 +57,7 @@ class VariationalPosterior(GaussianPosterior):
     num_samples: int
     history: tuple[float, ...] = field(repr=False)
     settings: str
+    frozen: tuple[str, ...] = field(default=(), repr=False)
 
     @property
     def kl(self) -> float:
@@ -127,10 +129,10 @@ def variational_posterior(
                      and every position its own draw (Task2Vec's form). For one position per sample that is the weight noise
                      exactly; where positions share a weight it leaves out what their common noise does together.
                      ``"weight"``: one draw of all weights for every batch. It is exact throughout, and takes more epochs.
-    ``epochs``       readings of ``data``; Adam's step on log sigma falls from ``lr`` to 0 over them. From a tenth of the weights' size
-                     to the optimum it is some ``log(0.1 |w| / sigma) / lr`` steps, twice as many to be near it: with large batches
-                     more epochs. FisherWarning where sigma is plainly on its way; where gradients
-                     are noisy, or few weights are, only more epochs tell.
+    ``epochs``       readings of ``data``; Adam's step on log sigma falls from ``lr`` to 0 over them. Starting from ``0.1 |w|``
+                     (``0.1 lambda`` where that is smaller), log sigma needs about ``log(0.1 |w| / sigma) / lr`` steps to reach the
+                     optimum and twice that to settle, so large batches need more epochs. A FisherWarning says when sigma is
+                     clearly still moving; with noisy gradients or few weights it cannot be detected.
     ``train_mean``   train the means, too, with steps from ``mean_lr``; by default they stay at the model's weights.
 
     Parameters of other layers, and of layers that are tied or called several times, have weight noise in either case. The
@@ -174,6 +176,7 @@ def variational_posterior(
             num_samples=num_samples,
             history=history,
             settings=f"{losses.likelihood.name}, {noise} noise, {epochs} epochs, lr {lr:g}, seed {seed}, around {around}",
+            frozen=tuple(name for name, parameter in losses.model.named_parameters() if not parameter.requires_grad),
         )
 
 

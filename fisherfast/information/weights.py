@@ -56,7 +56,7 @@ def information_in_weights(
     ``loss``         the mean loss at w, if the whole Lagrangian is wanted in ``.complexity``.
 
     Shapes:   every tensor of ``model`` and ``center`` has the shape of the same name in F.
-    Scale:    F is a mean over samples, so beta goes with a mean loss; with a summed loss in mind divide beta by N.
+    Scale:    F is a mean over samples, so beta goes with a mean loss; for a summed loss, divide beta by N.
     Errors:   ValueError for a beta or prior_scale not above zero, an infinite prior_scale (compare 0.5 * F.logdet instead),
               an unknown variant, names or shapes that differ between F, model and center, tensors that are not floating, a
               Fisher that is negative or not finite. FisherWarning where F lacks parameters; ``.excluded`` lists them.
@@ -91,7 +91,7 @@ def information_at_betas(
         else _prior.given(prior_scale, {name: layer.parameters for name, layer in summaries.items()})
     )
     weights, centers = tensors(_CALLER, model), None if center is None else tensors(_CALLER, center)
-    excluded = _check_names(F, model, weights)
+    excluded, frozen = _check_names(F, model, weights)
     _check_center(F, weights, centers)
     _check_ratios(betas, given_scales)
     at_betas = [_AtBeta(beta, variant, dict(given_scales)) for beta in betas]
@@ -111,6 +111,7 @@ def information_at_betas(
             loss=loss,
             excluded=excluded,
             fisher=F,
+            frozen=frozen,
         )
         for at_beta in at_betas
     ]
@@ -159,8 +160,8 @@ class _Block:
     squared_distance: float
 
 
-def _check_names(F: Fisher, model: Weights, weights: Mapping[str, Tensor]) -> tuple[str, ...]:
-    """The parameters F says it lacks, warned of; raise ValueError unless F and the model have the same others, as large."""
+def _check_names(F: Fisher, model: Weights, weights: Mapping[str, Tensor]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The parameters F says it lacks, warned of, and the frozen ones; raise ValueError unless F and the model have the same others, as large."""
     excluded = tuple(F.coverage.missing)
     _checks.named(_CALLER, "model", weights, F.names, "F")
     _check_floating("model", F, weights)
@@ -173,7 +174,7 @@ def _check_names(F: Fisher, model: Weights, weights: Mapping[str, Tensor]) -> tu
     if excluded:
         message = f"{_CALLER}: the nats exclude parameters that the Fisher lacks: {listed(excluded)}"
         warn(message)
-    return excluded
+    return excluded, tuple(name for name in weights if name not in covered)
 
 
 def _check_floating(role: str, F: Fisher, tensors: Mapping[str, Tensor]) -> None:
@@ -204,7 +205,7 @@ def _blocks_by_layer(
         origins = [None if centers is None else centers[name] for name in new]
         distance = math.fsum(map(_series.squared_distance, (weights[name] for name in new), origins))
         if not math.isfinite(distance):
-            raise ValueError(f"{_CALLER}: weights must be finite, got others in {list(spectrum.parameters)}")
+            raise ValueError(f"{_CALLER}: weights must be finite, got NaN or infinity in {list(spectrum.parameters)}")
         blocks[layer].append(_Block(spectrum, distance))
         waiting[layer] -= new
         numbers[layer] -= spectrum.num_parameters

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from fisherfast import _checks
 from fisherfast.likelihood.protocol import Predictions
 
 
@@ -36,8 +37,16 @@ def existing_positions(output: Tensor, mask: Tensor | None) -> Tensor | None:
     return (mask != 0) if mask is not None and output.dim() > 1 and mask.shape == output.shape[:2] else None
 
 
+def check_real(name: str, output: Tensor, targets: Tensor | None) -> None:
+    """Raise ValueError for complex numbers."""
+    _checks.real(name, "output", output)
+    if targets is not None:
+        _checks.real(name, "targets", targets)
+
+
 def real_valued(name: str, output: Tensor, targets: Tensor | None, mask: Tensor | None, sample: Tensor) -> Predictions:
     """The predictions of a likelihood with one target for each number of the output: both as ``[N, K]``, K numbers a sample."""
+    check_real(name, output, targets)
     if targets is not None and targets.shape != output.shape:
         one = output.numel() == targets.numel()  # [N, 1] beside [N]
         remedy = "an axis of 1 too many goes by targets.squeeze(-1), or output=lambda result: result.logits.squeeze(-1)"
@@ -71,7 +80,7 @@ def check_weights(name: str, what: str, tensor: Tensor | None, symbols: str, axe
     """Raise ValueError unless the weights of a loss are finite, not negative, and a tensor with one of these numbers of axes."""
     if tensor is None:
         return
-    fits = isinstance(tensor, Tensor) and tensor.dim() in axes
+    fits = isinstance(tensor, Tensor) and tensor.dim() in axes and not tensor.is_complex()
     if not fits or not bool((torch.isfinite(tensor) & (tensor >= 0)).all()):
         raise ValueError(f"{name}: {what} must be {symbols}, finite and not negative, got {tensor}")
 

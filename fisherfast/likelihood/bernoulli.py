@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
 from fisherfast import _random
 from fisherfast._precision import wide
@@ -83,8 +84,10 @@ class Bernoulli:
         assert predictions.targets is not None
         z = wide(predictions.values)
         y = predictions.targets.masked_fill(~predictions.counted, 0).to(z.dtype)
-        w = None if self.pos_weight is None else tiled(self.pos_weight, z)
-        each = torch.nn.functional.binary_cross_entropy_with_logits(z, y, pos_weight=w, reduction="none")
+        w = 1.0 if self.pos_weight is None else tiled(self.pos_weight, z)
+        # A label of no share costs nothing, also where its log p is -inf: 0 * inf would be NaN.
+        ones = torch.where(y == 0, 0.0, -w * y * logsigmoid(z))
+        each = ones + torch.where(y == 1, 0.0, (y - 1) * logsigmoid(-z))
         return each.masked_fill(~predictions.counted, 0.0).sum(1)
 
     def sampled(self, predictions: Predictions, seed: int, draw: int) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fisherfast import _random
 from fisherfast._precision import wide
-from fisherfast.likelihood._tensors import add_up_to_one, batch_mismatch, check_weights, digest
+from fisherfast.likelihood._tensors import add_up_to_one, batch_mismatch, check_real, check_weights, digest
 from fisherfast.likelihood.protocol import Predictions
 from fisherfast.ops.categorical_score import categorical_score_
 
@@ -69,6 +69,7 @@ class Categorical:
                 f"{self.name}: the class axis of an output {tuple(output.shape)} is ambiguous; say which with "
                 "likelihood=ff.Categorical(axis=1) (images) or ff.Categorical(axis=3)"
             )
+        check_real(self.name, output, targets)
         if targets is not None and targets.is_floating_point():
             raise ValueError(f"{self.name}: targets must be class indices (integers), got {self._described(targets, output)}")
         values = output.movedim(self.axis, -1)

@@ -36,7 +36,8 @@ class Gaussian:
     def __post_init__(self) -> None:
         sigma = self.sigma
         if isinstance(sigma, Tensor):
-            valid = sigma.dim() <= 1 and sigma.numel() > 0 and bool(((sigma > 0) & torch.isfinite(sigma)).all())
+            plain = sigma.dim() <= 1 and sigma.numel() > 0 and not sigma.is_complex()
+            valid = plain and bool(((sigma > 0) & torch.isfinite(sigma)).all())
         else:
             valid = isinstance(sigma, Real) and 0 < sigma < math.inf
         if not valid:

@@ -18,7 +18,18 @@ from fisherfast.report.page import page
 from fisherfast.report.text import MEANING, render, summary
 from fisherfast.timing import TimeRatio
 
-__all__ = ["MEANING", "as_dict", "page", "rate_distortion", "render", "summary", "write_report"]
+__all__ = ["MEANING", "as_dict", "page", "rate_distortion", "render", "save_alone", "summary", "write_report"]
+
+_FILES = ("fisher.safetensors", "information.png", "report.json", "report.html")
+
+
+def save_alone(out: str | Path, F: Fisher) -> Path:
+    """Save the Fisher into the folder ``out``, without the report of another that lies there; returns its path."""
+    fisher, *others = (Path(out) / name for name in _FILES)
+    for path in others:
+        path.unlink(missing_ok=True)
+    F.save(fisher)
+    return fisher
 
 
 def write_report(
@@ -32,14 +43,16 @@ def write_report(
 ) -> list[Path]:
     """Write the Fisher, the picture, the numbers and the page into the folder ``out``; returns the paths.
 
+    A report that is there already goes first: what an error leaves is of one Fisher.
+
     ``curve`` (``rate_distortion(F, model, info)``) and the ``command`` that was run are shown on the page if given.
 
     Errors:   OSError where the folder cannot be written; ImportError if matplotlib is not installed.
     """
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / name for name in ("fisher.safetensors", "information.png", "report.json", "report.html")]
-    F.save(paths[0])
+    paths = [folder / name for name in _FILES]
+    save_alone(folder, F)
     info.plot(paths[1])
     paths[2].write_text(json.dumps(as_dict(F, info, ratio), indent=2, allow_nan=False) + "\n")
     paths[3].write_text(page(F, info, ratio, curve=curve, command=command), encoding="utf-8")
