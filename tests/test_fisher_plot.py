@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import fisherfast as ff
-from fisherfast.fisher import _chart, histogram
+from fisherfast.fisher import chart, histogram
 from fisherfast.fisher.protocol import Fisher, Spectrum
 
 HALF_A_BIN = 10 ** (0.5 / histogram.BINS_PER_DECADE) * (1 + 1e-9)
@@ -96,10 +96,10 @@ def test_zero_fisher_has_a_picture():
 
 def test_rows_keep_the_largest_in_order_and_sum_the_others():
     sizes = {f"l{i}": float(size) for i, size in enumerate([3, 9, 1, 7, 2])}
-    rows = _chart.rows(sizes, limit=2)
+    rows = chart.rows(sizes, limit=2)
     assert [row.layers for row in rows] == [("l1",), ("l3",), ("l0", "l2", "l4")]
     assert rows[-1].label == "3 other layers, summed"
-    assert [row.label for row in _chart.rows({"": 1.0, "a": 2.0})] == ["(model)", "a"]
+    assert [row.label for row in chart.rows({"": 1.0, "a": 2.0})] == ["(model)", "a"]
 
 
 def test_a_thousand_layers_fit_on_a_picture():

@@ -12,7 +12,7 @@ from typing import Any, Self
 import torch
 import torch.distributed as dist
 
-from fisherfast.fisher import _pooling, serialize
+from fisherfast.fisher import pooling, serialize
 from fisherfast.fisher.coverage import Coverage
 from fisherfast.fisher.protocol import Provenance
 
@@ -36,7 +36,7 @@ class Counts:
             self.num_samples + other.num_samples,
             self.num_positions + other.num_positions,
             self.batches + other.batches,
-            _pooling.pooled_provenance(mine, different=different),
+            pooling.pooled_provenance(mine, different=different),
             self.coverage + other.coverage,
             self.aliases,
         )
@@ -44,10 +44,10 @@ class Counts:
     def reduced(self, group: dist.ProcessGroup | None, device: torch.device) -> Counts:
         """Of the data of all ranks, on every rank alike; the coverage stays the rank's own."""
         draws = {"draws": self.provenance.draws, "seed": self.provenance.seed}
-        different = _pooling.differing_fields(draws, group, device)
+        different = pooling.differing_fields(draws, group, device)
         numbers = torch.tensor([self.num_samples, self.num_positions, self.batches], device=device)
         dist.all_reduce(numbers, group=group)
-        provenance = _pooling.pooled_provenance(self.provenance, different=different)
+        provenance = pooling.pooled_provenance(self.provenance, different=different)
         samples, positions, batches = numbers.tolist()
         return Counts(samples, positions, batches, provenance, self.coverage, self.aliases)
 
@@ -125,9 +125,9 @@ class Counted:
         Two runs that drew labels with the same seed for the same sample indices used the same random numbers twice; give
         them different seeds or sample offsets.
         """
-        if not _pooling.check_kind(self, other):
+        if not pooling.check_kind(self, other):
             return NotImplemented
-        _pooling.check_same(self._identity(), other._identity())
+        pooling.check_same(self._identity(), other._identity())
         return self._pooled(other)
 
     def __radd__(self, other: object) -> Self:
@@ -160,4 +160,4 @@ class Measured(Counted):
 
     def _identity(self) -> dict[str, Any]:
         """What must be equal for pooling to mean anything."""
-        return {"structure": type(self).__name__, **_pooling.identity(self.shapes, self.aliases, self.provenance)}
+        return {"structure": type(self).__name__, **pooling.identity(self.shapes, self.aliases, self.provenance)}

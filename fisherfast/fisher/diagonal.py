@@ -20,13 +20,13 @@ from torch import Tensor
 
 from fisherfast import _checks
 from fisherfast.accumulator import Accumulator
-from fisherfast.fisher import _arguments, _logdet, _pooling, serialize
-from fisherfast.fisher._layers import Layered
-from fisherfast.fisher._ordinary import ordinary
-from fisherfast.fisher._plot import Plotted
+from fisherfast.fisher import arguments, logdet, pooling, serialize
 from fisherfast.fisher.counts import Counts
 from fisherfast.fisher.coverage import Coverage
 from fisherfast.fisher.engine import Engine
+from fisherfast.fisher.inference_mode import outside_inference_mode
+from fisherfast.fisher.layers import Layered
+from fisherfast.fisher.plot import Plotted
 from fisherfast.fisher.protocol import Damping, Provenance, Spectrum, Vector, layer_of
 from fisherfast.fisher.request import Needs, Request
 from fisherfast.fisher.spread import Spread
@@ -86,7 +86,7 @@ class DiagonalFisher(Layered, Plotted):
         if operator.index(num_samples) < 1:
             raise ValueError(f"DiagonalFisher: num_samples must be an integer > 0, got {num_samples}")
         for name, mean in diagonal.items():
-            _arguments.check_mean(name, mean)
+            arguments.check_mean(name, mean)
         sums = {name: Accumulator(mean.detach().double() * num_samples, num_samples) for name, mean in diagonal.items()}
         self._hold(sums, _counts(num_samples, num_positions, provenance, coverage, aliases, batches=0), None)
 
@@ -115,7 +115,7 @@ class DiagonalFisher(Layered, Plotted):
     def _hold(self, sums: Mapping[str, Accumulator], counts: Counts, spread: Spread | None) -> None:
         if not sums:
             raise ValueError("DiagonalFisher: must hold at least one parameter, got none")
-        _arguments.check_distinct(sums)
+        arguments.check_distinct(sums)
         self._sums, self.spread = dict(sums), spread
         self.shapes = {name: accumulator.shape for name, accumulator in sums.items()}
         covered = Coverage(counts.coverage, {name: shape.numel() for name, shape in self.shapes.items()})
@@ -140,9 +140,9 @@ class DiagonalFisher(Layered, Plotted):
         return self._counted(name).mean()
 
     def _regular(self, method: str, name: str, damping: float) -> Tensor:
-        return _logdet.regular(method, name, self._mean(name) + damping, "entries")
+        return logdet.regular(method, name, self._mean(name) + damping, "entries")
 
-    @ordinary
+    @outside_inference_mode
     def diagonal(self, *, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
         """``{name: f}``, shaped like the parameters."""
         return {name: self._counted(name).mean(dtype) for name in self.names}
@@ -172,7 +172,7 @@ class DiagonalFisher(Layered, Plotted):
 
     def logdet(self, damping: Damping = 0.0) -> float:
         """``sum_i log(f_i + damping_i)``; -inf with a FisherWarning that counts the zero entries if there are any."""
-        dampings = _arguments.damping_by_name("logdet", damping, self.names)
+        dampings = arguments.damping_by_name("logdet", damping, self.names)
         sums = []
         for name, spectrum in zip(self.names, self.spectra(), strict=True):
             both = torch.zeros(2, dtype=torch.float64, device=spectrum.factors[0].device)
@@ -181,23 +181,21 @@ class DiagonalFisher(Layered, Plotted):
                 both += torch.stack([damped.log().sum(), (damped == 0).sum()])
             sums.append(both.tolist())
         if zeros := int(sum(zeros for _, zeros in sums)):
-            return _logdet.singular(zeros, self.num_parameters, "entries")
+            return logdet.singular(zeros, self.num_parameters, "entries")
         return math.fsum(log for log, _ in sums)
 
     def __matmul__(self, v: Vector) -> Vector:
         """``f_i v_i``, in the dtype and on the device of v."""
-        parts = _arguments.split("F @ v", v, self.shapes)
-        return _arguments.like(
-            v, {name: (self._mean(name).to(part.device) * part).to(part.dtype) for name, part in parts.items()}
-        )
+        parts = arguments.split("F @ v", v, self.shapes)
+        return arguments.like(v, {name: (self._mean(name).to(part.device) * part).to(part.dtype) for name, part in parts.items()})
 
     def solve(self, v: Vector, damping: Damping = 0.0) -> Vector:
         """``v_i / (f_i + damping_i)``, in the dtype and on the device of v. Errors: ValueError if some divisor is zero."""
-        dampings = _arguments.damping_by_name("solve", damping, self.names)
-        parts = _arguments.split("solve", v, self.shapes)
+        dampings = arguments.damping_by_name("solve", damping, self.names)
+        parts = arguments.split("solve", v, self.shapes)
         for name, part in parts.items():
             parts[name] = (part / self._regular("solve", name, dampings[name]).to(part.device)).to(part.dtype)
-        return _arguments.like(v, parts)
+        return arguments.like(v, parts)
 
     def eigenvalues(self) -> Tensor:
         """All f_i in one float64 tensor, largest first, on the device of the first parameter."""
@@ -215,7 +213,7 @@ class DiagonalFisher(Layered, Plotted):
     ) -> dict[str, Tensor]:
         """``n`` draws from ``N(0, (F + damping I)^-1)``, {name: [n, *shape]}. Errors: ValueError if that is singular."""
         n = _checks.integer("sample", "n", n, 0)
-        dampings = _arguments.damping_by_name("sample", damping, self.names)
+        dampings = arguments.damping_by_name("sample", damping, self.names)
         draws = {}
         for name in self.names:
             scale = self._regular("sample", name, dampings[name]).rsqrt().to(dtype)
@@ -235,10 +233,10 @@ class DiagonalFisher(Layered, Plotted):
         Errors: ValueError on every rank alike, before anything is added, if the ranks measured different things.
         """
         device = self._sums[self.names[0]].device
-        _pooling.check_ranks(self._identity(), group, device)
+        pooling.check_ranks(self._identity(), group, device)
         for name in sorted(self.names):  # one order of collectives, whatever the order in which a rank met its parameters
             self._sums[name].all_reduce(group)
-        self.spread = _pooling.reduced_spread(self.spread, group, device)
+        self.spread = pooling.reduced_spread(self.spread, group, device)
         self._counts = self._counts.reduced(group, device)
         return self
 

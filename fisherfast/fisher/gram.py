@@ -17,11 +17,11 @@ from fisherfast import _checks
 from fisherfast._names import listed
 from fisherfast._precision import noise_of_rows, wide_dtype
 from fisherfast.capture.capture import Capture
-from fisherfast.fisher import _arguments, _logdet, _pooling, serialize
-from fisherfast.fisher._ordinary import ordinary
-from fisherfast.fisher._plot import Plotted
+from fisherfast.fisher import arguments, logdet, pooling, serialize
 from fisherfast.fisher.counts import Counts, Measured
 from fisherfast.fisher.gram_sums import GramCollector, Piece, Pieces
+from fisherfast.fisher.inference_mode import outside_inference_mode
+from fisherfast.fisher.plot import Plotted
 from fisherfast.fisher.protocol import Damping, LayerSummary, Spectrum, Vector
 from fisherfast.fisher.request import Request
 
@@ -133,7 +133,7 @@ class GramFisher(Plotted, Measured):
     # -- what it answers
 
     @cached_property
-    @ordinary
+    @outside_inference_mode
     def _values(self) -> Tensor:
         """The eigenvalues that may differ from zero, largest first."""
         values = torch.linalg.eigvalsh(self.dual()).flip(0)[: self.num_parameters]
@@ -144,7 +144,7 @@ class GramFisher(Plotted, Measured):
         of_rows = max(map(noise_of_rows, dtypes), default=0.0) / 8 if self.num_rows > self.num_parameters else 0.0
         return torch.where(values > max(len(values) * of_products, of_rows) * values[:1], values, 0.0)
 
-    @ordinary
+    @outside_inference_mode
     def diagonal(self, *, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
         """``{name: tensor}`` shaped like the parameters."""
         return {name: self._diagonal(name).to(dtype).view(shape) for name, shape in self.shapes.items()}
@@ -171,7 +171,7 @@ class GramFisher(Plotted, Measured):
 
     def logdet(self, damping: Damping = 0.0) -> float:
         """``log det(F + damping I)``; -inf with a FisherWarning if that is singular."""
-        dampings = _arguments.damping_by_name("logdet", damping, self.names)
+        dampings = arguments.damping_by_name("logdet", damping, self.names)
         distinct = set(dampings.values())
         if len(distinct) > 1:
             self._check_damped("logdet", dampings)
@@ -181,7 +181,7 @@ class GramFisher(Plotted, Measured):
         (delta,) = distinct
         damped = self.eigenvalues() + delta
         if zeros := int((damped == 0).sum()):
-            return _logdet.singular(zeros, self.num_parameters)
+            return logdet.singular(zeros, self.num_parameters)
         return float(damped.log().sum())
 
     @staticmethod
@@ -191,14 +191,14 @@ class GramFisher(Plotted, Measured):
 
     def __matmul__(self, v: Vector) -> Vector:
         """``F v``, in the dtype and on the device of v."""
-        parts = _arguments.split("F @ v", v, self.shapes)
+        parts = arguments.split("F @ v", v, self.shapes)
         return self._like(v, parts, self._back(self._times(self._columns(parts)) / self.weight))
 
     def solve(self, v: Vector, damping: Damping = 0.0) -> Vector:
         """``(F + damping I)^-1 v``, in the dtype and on the device of v, by Woodbury's identity; every damping > 0."""
-        dampings = _arguments.damping_by_name("solve", damping, self.names)
+        dampings = arguments.damping_by_name("solve", damping, self.names)
         self._check_damped("solve", dampings)
-        parts = _arguments.split("solve", v, self.shapes)
+        parts = arguments.split("solve", v, self.shapes)
         columns = {name: column / dampings[name] for name, column in self._columns(parts).items()}
         back = self._back(self._inner_solve(self._times(columns), dampings))
         return self._like(v, parts, {name: columns[name] - back[name] / dampings[name] for name in self.names})
@@ -207,7 +207,7 @@ class GramFisher(Plotted, Measured):
         """``(W I + G D^-1 G^T)^-1`` times ``[M, n]``."""
         return torch.cholesky_solve(columns, self._factored(dampings)) / self.weight
 
-    @ordinary
+    @outside_inference_mode
     def _factored(self, dampings: Mapping[str, float]) -> Tensor:
         if self._last is None or self._last[0] != dampings:  # many solves have one damping
             inner = self.dual(dampings)
@@ -223,7 +223,7 @@ class GramFisher(Plotted, Measured):
         A draw x of ``N(0, D^-1)`` is corrected as if ``G x + noise = 0`` had been observed (Matheron's rule).
         """
         n = _checks.integer("sample", "n", n, 0)
-        dampings = _arguments.damping_by_name("sample", damping, self.names)
+        dampings = arguments.damping_by_name("sample", damping, self.names)
         self._check_damped("sample", dampings)
         source = self._device if generator is None else generator.device
 
@@ -243,7 +243,7 @@ class GramFisher(Plotted, Measured):
 
     def _like(self, v: Vector, parts: dict[str, Tensor], columns: Mapping[str, Tensor]) -> Vector:
         results = {name: columns[name].view(part.shape).to(part.device, part.dtype) for name, part in parts.items()}
-        return _arguments.like(v, results)
+        return arguments.like(v, results)
 
     # -- pooling and files
 
@@ -255,7 +255,7 @@ class GramFisher(Plotted, Measured):
 
     def all_reduce(self, group: dist.ProcessGroup | None = None) -> GramFisher:
         """Refused, on every rank: the rows of all ranks would have to be on each of them."""
-        _pooling.check_structure(self.structure, group, self._device)
+        pooling.check_structure(self.structure, group, self._device)
         raise ValueError(
             "gram: all_reduce must be of sums, got rows, which differ on every rank; save each rank's result and add them with +"
         )

@@ -20,7 +20,7 @@ from fisherfast.accumulator import Accumulator
 from fisherfast.capture.capture import Capture
 from fisherfast.capture.collector import Cost, Held
 from fisherfast.capture.tracked import Tracked
-from fisherfast.fisher import _pooling, serialize
+from fisherfast.fisher import pooling, serialize
 from fisherfast.fisher.blocks.block_collector import BlockCollector
 from fisherfast.fisher.blocks.block_fisher import BlockFisher, described
 from fisherfast.fisher.blocks.eigen_sums import EigenCollector
@@ -182,7 +182,7 @@ class FactoredKFAC(KFACFisher):
 
     def all_reduce(self, group: Any = None) -> Any:
         """Refused, on every rank. Errors: ValueError."""
-        _pooling.check_structure("damped factors", group, self._device)
+        pooling.check_structure("damped factors", group, self._device)
         raise ValueError("all_reduce: F must be a measurement, got one with damping in its factors; pool before F.factored")
 
     def state(self) -> serialize.State:

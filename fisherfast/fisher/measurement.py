@@ -15,12 +15,12 @@ from fisherfast.capture.backward import Pass
 from fisherfast.capture.collector import Samples
 from fisherfast.capture.fallback import SampleGradients
 from fisherfast.capture.parameters import unwrapped
-from fisherfast.fisher._progress import shown
 from fisherfast.fisher.checkpoint import Checkpoint, digest, digest_of_function, digest_of_weights
 from fisherfast.fisher.diagonal import Diagonal
 from fisherfast.fisher.exploration import Exploration, noise
 from fisherfast.fisher.forward import Forward
 from fisherfast.fisher.labelling import Labelling
+from fisherfast.fisher.progress import shown
 from fisherfast.fisher.request import Request
 from fisherfast.fisher.run import Explored, Run, model_name
 from fisherfast.fisher.sample_loop import SampleLoop

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fisherfast.accumulator import Accumulator
-from fisherfast.fisher import _pooling, serialize
+from fisherfast.fisher import pooling, serialize
 from fisherfast.fisher.counts import Counts, Measured
 from fisherfast.fisher.engine import Engine
 from fisherfast.fisher.request import Needs, Request
@@ -145,7 +145,7 @@ class SampleMoments(Measured):
         """
         names = sorted(self.names)
         device = self.totals[names[0]].device
-        _pooling.check_ranks(self._identity(), group, device)
+        pooling.check_ranks(self._identity(), group, device)
         for name in names:
             self.totals[name].all_reduce(group)
             self.squares[name].all_reduce(group)

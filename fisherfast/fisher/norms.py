@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fisherfast.fisher import _pooling, serialize
+from fisherfast.fisher import pooling, serialize
 from fisherfast.fisher.counts import Counted, Counts
 from fisherfast.fisher.engine import Engine
 from fisherfast.fisher.request import Needs, Request
@@ -113,9 +113,9 @@ class SampleNorms(Counted):
         """
         known = "lost" if self._squared_norms is None else "known"
         device = torch.device("cpu") if self._squared_norms is None else self._squared_norms.device
-        _pooling.check_ranks({**self._identity(), "squared_norms": known}, group, device)
+        pooling.check_ranks({**self._identity(), "squared_norms": known}, group, device)
         rows = torch.stack([self.squared_norms, *(self._by_layer or {}).values()])
-        self._squared_norms, *layers = _pooling.gathered(rows, group)
+        self._squared_norms, *layers = pooling.gathered(rows, group)
         if self._by_layer is not None:
             self._by_layer = dict(zip(self._by_layer, layers, strict=True))
         self._counts = self._counts.reduced(group, device)

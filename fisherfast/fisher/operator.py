@@ -18,7 +18,7 @@ from fisherfast.capture.dependence import check_first, check_independent, precis
 from fisherfast.capture.layout import PROBED
 from fisherfast.capture.parameters import measurable, unwrapped
 from fisherfast.capture.refusals import Refusals, refuse_train_mode
-from fisherfast.fisher import _arguments
+from fisherfast.fisher import arguments
 from fisherfast.fisher.labelling import Labelling
 from fisherfast.fisher.protocol import Vector
 from fisherfast.fisher.run import model_name
@@ -89,7 +89,7 @@ class FisherOperator:
 
     def __matmul__(self, v: Vector) -> Vector:
         """``F v``, in the dtype and on the device of v."""
-        parts = _arguments.split("F @ v", v, self.shapes)
+        parts = arguments.split("F @ v", v, self.shapes)
         along = {name: part.to(self._parameters[name]) for name, part in parts.items()}
         sums = {name: torch.zeros(shape, dtype=torch.float64, device=self.device) for name, shape in self.shapes.items()}
         samples, total = self._first, 0.0
@@ -104,7 +104,7 @@ class FisherOperator:
         means = {name: (value / total).to(parts[name].device, parts[name].dtype) for name, value in sums.items()}
         if bad := [name for name, value in means.items() if not bool(value.isfinite().all())]:
             raise NonFiniteError(f"FisherOperator: F v must be finite, got others in {listed(bad)}")
-        return _arguments.like(v, means)
+        return arguments.like(v, means)
 
     def _product(self, batch: Batch, along: Mapping[str, Tensor], first: int) -> dict[str, Tensor]:
         """``sum_n w_n E_y[s_n s_n^T v]`` of one batch whose first sample is number ``first``; a parameter out of reach is left out."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fisherfast.capture.collector import Samples
-from fisherfast.fisher._columns import Columns
+from fisherfast.fisher.columns import Columns
 from fisherfast.fisher.protocol import layer_of
 from fisherfast.fisher.spread import Spread
 

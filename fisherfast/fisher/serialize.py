@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fisherfast.fisher._ordinary import ordinary
+from fisherfast.fisher.inference_mode import outside_inference_mode
 
 _ABANDONED = 3600.0  # seconds without a write, after which nobody is writing a file any more
 FORMAT, FORMAT_VERSION = "fisherfast", "1"  # the only version that is read; one more for every change of what a structure writes
@@ -127,7 +127,7 @@ def save(fisher: Storable, path: str | os.PathLike[str], extra: Mapping[str, str
     _write_whole(path, tensors, metadata)
 
 
-@ordinary
+@outside_inference_mode
 def moved(fisher: Stored, device: str) -> Stored:
     """What a file of ``fisher`` would give on another device."""
     _check_device("to", device)
@@ -177,7 +177,7 @@ def load(path: str | os.PathLike[str], device: str = "cpu") -> Any:
     return load_with_extra(path, device)[0]
 
 
-@ordinary
+@outside_inference_mode
 def load_with_extra(path: str | os.PathLike[str], device: str = "cpu") -> tuple[Any, dict[str, str]]:
     """``load`` and the ``extra`` strings given to ``save``: what a checkpoint needs to go on. Errors: as ``load``."""
     path = Path(path)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fisherfast.fisher._columns import Columns
+from fisherfast.fisher.columns import Columns
 
 
 class Spread:

@@ -7,21 +7,21 @@ import math
 from pathlib import Path
 from typing import Any
 
-from fisherfast.fisher import _chart
-from fisherfast.fisher._plot import TRACE_AXIS
+from fisherfast.fisher import chart
+from fisherfast.fisher.plot import TRACE_AXIS
 from fisherfast.information.result import Information
 
 
 def by_layer(info: Information, path: str | Path | None = None) -> Any:
     """A matplotlib figure of two panels, a row per layer: nats as bars, traces as points on a logarithmic axis."""
     layers = info.by_layer()
-    shown = _chart.rows({name: layer.nats for name, layer in layers.items()})
-    figure = _chart.figure("Information.plot", 10, 0.32 * len(shown) + 2)
+    shown = chart.rows({name: layer.nats for name, layer in layers.items()})
+    figure = chart.figure("Information.plot", 10, 0.32 * len(shown) + 2)
     left, right = figure.subplots(1, 2, sharey=True)
-    _chart.bars(left, shown, [math.fsum(layers[name].nats for name in row.layers) for row in shown])
+    chart.bars(left, shown, [math.fsum(layers[name].nats for name in row.layers) for row in shown])
     left.set(title=f"Information in the weights: {info.nats:,.0f} nats", xlabel="nats")
-    _chart.points(right, [math.fsum(layers[name].trace for name in row.layers) for row in shown])
+    chart.points(right, [math.fsum(layers[name].trace for name in row.layers) for row in shown])
     right.set(title=f"Trace of the Fisher: {info.trace:.3g}", xlabel=TRACE_AXIS)
-    _chart.label_rows(left, [row.label for row in shown])
+    chart.label_rows(left, [row.label for row in shown])
     right.tick_params(axis="y", length=0)
-    return _chart.finished(figure, info.conditions(), path)
+    return chart.finished(figure, info.conditions(), path)

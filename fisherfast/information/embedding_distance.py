@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fisherfast import _checks
 from fisherfast._names import listed
-from fisherfast.fisher import _arguments
+from fisherfast.fisher import arguments
 from fisherfast.fisher.protocol import Damping
 from fisherfast.information.task2vec import TaskEmbedding
 
@@ -55,7 +55,7 @@ def embedding_distance(
         raise ValueError(
             f"{_CALLER}: both must be of the same filters, differ in {listed(differing)}; skip the layers that differ"
         )
-    dampings = _arguments.damping_by_name(_CALLER, damping, shapes)
+    dampings = arguments.damping_by_name(_CALLER, damping, shapes)
     trivial = torch.cat([torch.full((count,), dampings[name], dtype=torch.float64) for name, count in shapes.items()])
     p, q = (e.vector().cpu() + trivial for e in (first, second))
     _check_precisions(kind, p, q)

@@ -12,7 +12,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from fisherfast.fisher import Fisher, _chart, _plot
+from fisherfast.fisher import Fisher, chart, plot
 from fisherfast.fisher.histogram import NEGLIGIBLE, Histogram, histogram
 from fisherfast.information import Information, RateDistortion
 from fisherfast.report import svg
@@ -51,20 +51,18 @@ def by_layer(info: Information) -> Chart:
     """A bar per layer, under its name."""
     layers = info.by_layer()
     nats_of = {name: layer.nats for name, layer in layers.items()}
-    shown = _chart.rows(nats_of)
+    shown = chart.rows(nats_of)
     nats = [math.fsum(nats_of[name] for name in row.layers) for row in shown]
     with _figure(0.38 * len(shown) + 0.6) as figure:
         axes = figure.subplots()
-        _chart.bars(axes, shown, nats, height=0.4)
+        chart.bars(axes, shown, nats, height=0.4)
         for at, row in enumerate(shown):
             axes.text(0, at - 0.25, _shortened(row.label), va="bottom", fontsize=9, parse_math=False)
         axes.set(yticks=[], ylim=(len(shown) - 0.6, -0.8), xlabel="nats")
         axes.spines[["left", "top", "right"]].set_visible(False)
-        said = ", ".join(f"{row.label} {nats_of[row.layers[0]]:,.1f}" for row in _chart.rows(nats_of, limit=5) if not row.summed)
+        said = ", ".join(f"{row.label} {nats_of[row.layers[0]]:,.1f}" for row in chart.rows(nats_of, limit=5) if not row.summed)
         picture = svg.inline(figure, "layers", f"Bars of nats by layer. The largest: {said}. The table by layer has all of them.")
-    omitted = (
-        f" The {_chart.MAX_ROWS} largest are drawn, of the others only the sum is given." if len(shown) < len(layers) else ""
-    )
+    omitted = f" The {chart.MAX_ROWS} largest are drawn, of the others only the sum is given." if len(shown) < len(layers) else ""
     return Chart("layers", "Nats by layer", f"Where in the network the information is.{omitted}", picture)
 
 
@@ -72,10 +70,10 @@ def spectrum(counted: Histogram) -> Chart:
     """The sorted eigenvalues, and how many there are in each power of ten."""
     with _figure(3.2) as figure:
         axes = figure.subplots()
-        _plot.spectrum(axes, counted)
+        plot.spectrum(axes, counted)
         axes.spines[["top", "right"]].set_visible(False)
         span = f"from {counted.values[0]:.2g} down to {counted.values[-1]:.2g}" if counted.values else "none above zero"
-        alternative = f"The eigenvalues of the Fisher by rank: {span}. {_plot.spectrum_title(counted)}."
+        alternative = f"The eigenvalues of the Fisher by rank: {span}. {plot.spectrum_title(counted)}."
         picture = svg.inline(figure, "spectrum", alternative)
     decades: Counter[int] = Counter()
     for value, count in zip(counted.values, counted.counts, strict=True):
@@ -96,8 +94,8 @@ def over_beta(curve: RateDistortion, info: Information) -> Chart:
     with _figure(4.4) as figure:
         panels = figure.subplots(2, 1, sharex=True)
         for axes, values, color, unit in (
-            (panels[0], curve.nats, _chart.BLUE, "information, nats"),
-            (panels[1], curve.rises, _chart.VERMILLION, "rise of the loss, nats"),
+            (panels[0], curve.nats, chart.BLUE, "information, nats"),
+            (panels[1], curve.rises, chart.VERMILLION, "rise of the loss, nats"),
         ):
             _logarithmic(axes, curve.betas, values)
             axes.plot(curve.betas, values, "o-", color=color, markersize=4, linewidth=1.5)
@@ -126,9 +124,9 @@ def trade_off(curve: RateDistortion, info: Information) -> Chart:
     with _figure(3.2) as figure:
         axes = figure.subplots()
         _logarithmic(axes, curve.nats, curve.rises)
-        axes.plot(curve.nats, curve.rises, "o-", color=_chart.BLUE, markersize=4, linewidth=1.5)
+        axes.plot(curve.nats, curve.rises, "o-", color=chart.BLUE, markersize=4, linewidth=1.5)
         chosen = min(range(len(curve.betas)), key=lambda at: abs(math.log(curve.betas[at] / info.beta)))
-        axes.plot(curve.nats[chosen], curve.rises[chosen], "s", color=_chart.VERMILLION, markersize=8)
+        axes.plot(curve.nats[chosen], curve.rises[chosen], "s", color=chart.VERMILLION, markersize=8)
         axes.annotate(
             f"beta = {curve.betas[chosen]:.3g}",
             (curve.nats[chosen], curve.rises[chosen]),
@@ -148,7 +146,7 @@ def trade_off(curve: RateDistortion, info: Information) -> Chart:
 @contextmanager
 def _figure(height: float) -> Iterator[Any]:
     """An empty figure of the page's width in its style; what is drawn and written inside has it."""
-    figure = _chart.figure("report", _WIDTH, height)
+    figure = chart.figure("report", _WIDTH, height)
     from matplotlib import rc_context
 
     with rc_context(svg.STYLE):
@@ -158,7 +156,7 @@ def _figure(height: float) -> Iterator[Any]:
 def _logarithmic(axes: Any, x: Sequence[float], y: Sequence[float]) -> None:
     """Logarithmic axes where all values are above zero."""
     axes.set(xscale="log" if min(x) > 0 else "linear", yscale="log" if min(y) > 0 else "linear")
-    axes.grid(color=_chart.GRID, linewidth=0.8)
+    axes.grid(color=chart.GRID, linewidth=0.8)
     axes.spines[["top", "right"]].set_visible(False)
 
 

@@ -10,16 +10,16 @@ from xml.etree import ElementTree
 
 from markupsafe import Markup
 
-from fisherfast.fisher import _chart
+from fisherfast.fisher import chart
 
 # What figures are drawn with; letters stay letters, which the page's own font is used for.
 STYLE: Any = {"svg.fonttype": "none", "svg.hashsalt": "fisherfast", "font.size": 9.5}
 # The page chooses the colours, light or dark.
 _COLORS = {
     "#000000": "currentColor",
-    _chart.BLUE.lower(): "var(--blue)",
-    _chart.VERMILLION.lower(): "var(--vermillion)",
-    _chart.GRID.lower(): "var(--line)",
+    chart.BLUE.lower(): "var(--blue)",
+    chart.VERMILLION.lower(): "var(--vermillion)",
+    chart.GRID.lower(): "var(--line)",
 }
 _COLOR = re.compile("|".join(_COLORS))
 _LEFT_OUT = ("metadata", "style")  # an address of a vocabulary; rules that would hold in the whole page

@@ -16,13 +16,13 @@ from torch import Tensor
 from fisherfast import _checks
 from fisherfast._precision import wide
 from fisherfast.accumulator import Accumulator
-from fisherfast.fisher import _arguments, _logdet, _pooling, serialize
-from fisherfast.fisher._layers import Layered
-from fisherfast.fisher._ordinary import ordinary
-from fisherfast.fisher._plot import Plotted
+from fisherfast.fisher import arguments, logdet, pooling, serialize
 from fisherfast.fisher.blocks.exact import ExactBlock
 from fisherfast.fisher.blocks.kronecker import Place
 from fisherfast.fisher.counts import Counts
+from fisherfast.fisher.inference_mode import outside_inference_mode
+from fisherfast.fisher.layers import Layered
+from fisherfast.fisher.plot import Plotted
 from fisherfast.fisher.protocol import Damping, Spectrum, Vector, layer_of
 from fisherfast.rules import ALL
 
@@ -150,7 +150,7 @@ class BlockFisher(Plotted, Layered, Generic[_Block]):
     def _mean(self, name: str) -> Tensor:
         return self.diagonals[name].mean()
 
-    @ordinary
+    @outside_inference_mode
     def diagonal(self, *, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
         """``{name: tensor}`` shaped like the parameters."""
         diagonal = self._vector(dtype, lambda name: self._mean(name).to(dtype))
@@ -174,7 +174,7 @@ class BlockFisher(Plotted, Layered, Generic[_Block]):
 
     def _damping_of(self, method: str, damping: Damping) -> dict[str, float]:
         """The damping of each parameter, one for all of a block."""
-        dampings = _arguments.damping_by_name(method, damping, self.names)
+        dampings = arguments.damping_by_name(method, damping, self.names)
         for block in self.blocks:
             if len({dampings[name] for name in block.place.names}) > 1:
                 raise ValueError(f"{method}: damping must be one number for a block, got several for {list(block.place.names)}")
@@ -193,12 +193,12 @@ class BlockFisher(Plotted, Layered, Generic[_Block]):
             zeros += int((damped == 0).sum())
             total.append(float(damped.log().sum()))
         if zeros:
-            return _logdet.singular(zeros, self.num_parameters)
+            return logdet.singular(zeros, self.num_parameters)
         return math.fsum(total)
 
     def __matmul__(self, v: Vector) -> Vector:
         """``F v``, in the dtype and on the device of v."""
-        parts = _arguments.split("F @ v", v, self.shapes)
+        parts = arguments.split("F @ v", v, self.shapes)
         return self._applied(v, parts, lambda block, matrix: block @ matrix, lambda name, part: self._mean(name) * part)
 
     def solve(self, v: Vector, damping: Damping = 0.0) -> Vector:
@@ -206,7 +206,7 @@ class BlockFisher(Plotted, Layered, Generic[_Block]):
         inverse = self._damped("solve", damping, torch.reciprocal)
         return self._applied(
             v,
-            _arguments.split("solve", v, self.shapes),
+            arguments.split("solve", v, self.shapes),
             lambda block, matrix: block.spectrally(matrix, inverse(block.place.weight)),
             lambda name, part: inverse(name)(self._mean(name)) * part,
         )
@@ -218,7 +218,7 @@ class BlockFisher(Plotted, Layered, Generic[_Block]):
         dampings = self._damping_of(method, damping)
 
         def of(name: str, eigenvalues: Tensor) -> Tensor:
-            return function(_logdet.regular(method, name, eigenvalues + dampings[name]))
+            return function(logdet.regular(method, name, eigenvalues + dampings[name]))
 
         return lambda name: partial(of, name)
 
@@ -234,7 +234,7 @@ class BlockFisher(Plotted, Layered, Generic[_Block]):
         results = self._vector(torch.float64, lambda name: of_diagonal(name, parts[name].to(device, torch.float64)))
         for block in self.blocks:
             block.place.write(of_block(block, block.place.matrix(parts).to(device, torch.float64)), results)
-        return _arguments.like(v, {name: results[name].to(parts[name].device, parts[name].dtype) for name in self.names})
+        return arguments.like(v, {name: results[name].to(parts[name].device, parts[name].dtype) for name in self.names})
 
     @property
     def _device(self) -> torch.device:
@@ -291,9 +291,9 @@ class BlockFisher(Plotted, Layered, Generic[_Block]):
         Errors: ValueError on every rank alike, before anything is added, if the ranks measured different things.
         """
         inputs = {block.place.name: block.place.input_of for block in self.blocks}  # whose sums are sent once
-        _pooling.check_ranks(self._identity() | {"shared inputs": inputs}, group, self._device)
+        pooling.check_ranks(self._identity() | {"shared inputs": inputs}, group, self._device)
         blocks = sorted(self.blocks, key=lambda block: block.place.name)
-        coarsest = _pooling.largest([block.place.coarseness for block in blocks], group, self._device)
+        coarsest = pooling.largest([block.place.coarseness for block in blocks], group, self._device)
         for block, coarseness in zip(blocks, coarsest, strict=True):
             for accumulator in block.accumulators():
                 accumulator.all_reduce(group)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fisherfast.accumulator import Accumulator
-from fisherfast.fisher import _logdet
+from fisherfast.fisher import logdet
 from fisherfast.fisher.blocks import _graded
 from fisherfast.fisher.blocks.kronecker import KroneckerBlock, Place, rotated
 
@@ -104,7 +104,7 @@ class EigenBlock:
     def logdet(self, damping: float) -> tuple[float, int]:
         """``sum log(eigenvalue + damping)`` and how many of these are ``log 0``, which are left out."""
         values = self._eigenvalues()
-        return _logdet.of_values(values, self._size - values.numel(), damping)
+        return logdet.of_values(values, self._size - values.numel(), damping)
 
     def spectrum(self) -> tuple[tuple[Tensor, ...], int]:
         """The values, and how many further eigenvalues are zero."""

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from fisherfast.accumulator import Accumulator
-from fisherfast.fisher import _logdet
-from fisherfast.fisher._ordinary import ordinary
+from fisherfast.fisher import logdet
 from fisherfast.fisher.blocks import _graded
 from fisherfast.fisher.blocks.kronecker import Place, finite
 from fisherfast.fisher.blocks.rank import of_full_rank
+from fisherfast.fisher.inference_mode import outside_inference_mode
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class ExactBlock:
     moments: Accumulator
 
     @functools.cached_property
-    @ordinary
+    @outside_inference_mode
     def _spectral(self) -> tuple[Tensor, Tensor]:
         moments = finite(self.moments.mean(), self.place.weight, "its exact block")
         values, vectors = _graded.eigh(moments)
@@ -70,7 +70,7 @@ class ExactBlock:
 
     def logdet(self, damping: float) -> tuple[float, int]:
         """``sum log(eigenvalue + damping)`` and how many of these are ``log 0``, which are left out."""
-        return _logdet.of_values(self._spectral[0], 0, damping)
+        return logdet.of_values(self._spectral[0], 0, damping)
 
     def spectrum(self) -> tuple[tuple[Tensor, ...], int]:
         """The eigenvalues."""

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from fisherfast._precision import dtype_name, noise_of_rows
 from fisherfast.accumulator import Accumulator
-from fisherfast.fisher._ordinary import ordinary
 from fisherfast.fisher.blocks import _graded
 from fisherfast.fisher.blocks.rank import GRAM_NOISE, of_full_rank, zeros
+from fisherfast.fisher.inference_mode import outside_inference_mode
 from fisherfast.ops.kron_log1p_sum import kron_log1p_sum
 from fisherfast.rules import ALL, Entries
 
@@ -163,7 +163,7 @@ class KroneckerBlock:
         return finite(factor, self.place.name, f"its {side} factor")
 
     @functools.cached_property
-    @ordinary
+    @outside_inference_mode
     def values_of_A(self) -> Tensor:
         """The eigenvalues of A ``[G, D]``, rising; where A is diagonal its entries. What is zero but for rounding is zero."""
         if self.leader is not None:
@@ -171,13 +171,13 @@ class KroneckerBlock:
         return _eigenvalues(self.finite(self.mean_of_A(), "input"), self.place.eps)
 
     @functools.cached_property
-    @ordinary
+    @outside_inference_mode
     def values_of_B(self) -> Tensor:
         """Those of B ``[G, O]``."""
         return _eigenvalues(self.finite(self.B.mean(), "output"), self.place.eps_of_g)
 
     @functools.cached_property
-    @ordinary
+    @outside_inference_mode
     def zeros_of_A(self) -> Tensor:
         """Which of ``values_of_A`` are zero, for less."""
         if self.leader is not None:
@@ -185,20 +185,20 @@ class KroneckerBlock:
         return zeros(self.finite(self.mean_of_A(), "input"), self.place.eps)
 
     @functools.cached_property
-    @ordinary
+    @outside_inference_mode
     def zeros_of_B(self) -> Tensor:
         """Those of B ``[G, O]``."""
         return zeros(self.finite(self.B.mean(), "output"), self.place.eps_of_g)
 
     @functools.cached_property
-    @ordinary
+    @outside_inference_mode
     def _eigen_of_A(self) -> tuple[Tensor, Tensor | None]:
         if self.leader is not None:
             return self.leader._eigen_of_A
         return _eigen(self.finite(self.mean_of_A(), "input"), self.place.eps)
 
     @functools.cached_property
-    @ordinary
+    @outside_inference_mode
     def _eigen_of_B(self) -> tuple[Tensor, Tensor | None]:
         return _eigen(self.finite(self.B.mean(), "output"), self.place.eps_of_g)
 

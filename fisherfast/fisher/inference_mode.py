@@ -13,7 +13,7 @@ _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
 
 
-def ordinary(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
+def outside_inference_mode(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
     """Have a function return ordinary tensors without a graph, also in ``torch.inference_mode``: what it made there autograd could never use."""
 
     @functools.wraps(function)

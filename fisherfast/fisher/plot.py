@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from fisherfast.fisher import _chart
+from fisherfast.fisher import chart
 from fisherfast.fisher.histogram import Histogram, histogram
 from fisherfast.fisher.protocol import Fisher
 
@@ -27,15 +27,15 @@ class Plotted:
         Numerics: the spectrum is counted a chunk at a time; a value is drawn within 2.4%.
         """
         layers, counted = self.by_layer(), histogram(self.spectra())
-        shown = _chart.rows({name: layer.trace for name, layer in layers.items()})
-        figure = _chart.figure(f"{type(self).__name__}.plot", 10, max(0.32 * len(shown), 2.5) + 1.5)
+        shown = chart.rows({name: layer.trace for name, layer in layers.items()})
+        figure = chart.figure(f"{type(self).__name__}.plot", 10, max(0.32 * len(shown), 2.5) + 1.5)
         left, right = figure.subplots(1, 2)
-        _chart.label_rows(left, [row.label for row in shown])
-        _chart.points(left, [math.fsum(layers[name].trace for name in row.layers) for row in shown])
+        chart.label_rows(left, [row.label for row in shown])
+        chart.points(left, [math.fsum(layers[name].trace for name in row.layers) for row in shown])
         left.set(title=f"Trace of the Fisher: {self.trace():.3g}", xlabel=TRACE_AXIS)
         spectrum(right, counted)
         right.set(title=spectrum_title(counted))
-        return _chart.finished(figure, conditions(self), path)
+        return chart.finished(figure, conditions(self), path)
 
 
 def spectrum(axes: Any, counted: Histogram) -> None:
@@ -43,9 +43,9 @@ def spectrum(axes: Any, counted: Histogram) -> None:
     if counted.counts:
         axes.set(xscale="log", yscale="log")
     ranks, values = counted.ranked()
-    axes.plot(ranks, values, color=_chart.BLUE, linewidth=1.8, marker="o" if len(ranks) <= _MAX_MARKERS else "", markersize=3)
+    axes.plot(ranks, values, color=chart.BLUE, linewidth=1.8, marker="o" if len(ranks) <= _MAX_MARKERS else "", markersize=3)
     axes.set(xlabel="rank, largest first (logarithmic)", ylabel="eigenvalue, nats / weight² (logarithmic)")
-    axes.grid(color=_chart.GRID, linewidth=0.8)
+    axes.grid(color=chart.GRID, linewidth=0.8)
 
 
 def spectrum_title(counted: Histogram) -> str:
