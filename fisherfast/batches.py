@@ -103,10 +103,11 @@ class Batch:
 
     @property
     def output_mask(self) -> Tensor | None:
-        """Which positions of the output there are: those of the decoder, where there is one."""
-        if isinstance(self.inputs, dict) and any(key.startswith("decoder_") for key in self.inputs):
-            return self.inputs.get("decoder_attention_mask")
-        return self.mask
+        """Which positions of the output there are: those of the decoder, where there is one, all if it has no mask of its own."""
+        if not isinstance(self.inputs, dict) or not any(key.startswith("decoder_") for key in self.inputs):
+            return self.mask
+        mask, ids = (self.inputs.get(f"decoder_{key}") for key in ("attention_mask", "input_ids"))
+        return torch.ones_like(ids) if mask is None and isinstance(ids, Tensor) else mask
 
     @property
     def nested(self) -> bool:

@@ -297,3 +297,16 @@ def test_a_file_that_is_no_checkpoint_is_to_be_removed(tmp_path):
         ff.FisherFileError, match=r"checkpoint must be a file that such a run has written.*run\.safetensors.*remove the file"
     ):
         ff.fisher(nn.Linear(4, 3), [(torch.randn(6, 4), None)], checkpoint=path, progress=False)
+
+
+def test_a_checkpoint_is_of_the_same_modules(tmp_path):
+    """Weights do not tell what is between them."""
+    data, path = batches((1, 1, 1)), tmp_path / "c.safetensors"
+    model = nn.Sequential(nn.Linear(I, I), nn.Tanh(), nn.Linear(I, C)).double()
+    with pytest.raises(RuntimeError, match="stopped"):
+        ff.fisher(model, stopping(data, 2), checkpoint=path, progress=False)
+    model[1] = nn.ReLU()
+    with pytest.raises(ValueError, match="must be of the same measurement, got modules"):
+        ff.fisher(model, data, checkpoint=path, progress=False)
+    model[1] = nn.Tanh()
+    assert ff.fisher(model, data, checkpoint=path, progress=False).num_samples == 2 * N + 1

@@ -121,11 +121,9 @@ class Halved(Reader):
 
 def test_rows_that_no_mask_describes_are_warned_of_once():
     padded, _ = batches()
-    with pytest.warns(
-        ff.FisherWarning, match=r"got 3 rows a sample, some without a gradient, beside a mask of 6 positions"
-    ) as said:
+    with pytest.warns(ff.FisherWarning, match=r"got 3 rows a sample beside a mask of 6, the fewer with a") as said:
         fisher(Halved(), [padded] * 3, "expand")
-    assert sum("a mask tells apart" in str(one.message) for one in said) == 1
+    assert sum("positions of a mask" in str(one.message) for one in said) == 1
 
 
 CHOOSING = {
@@ -180,3 +178,58 @@ def test_a_scalar_parameter_has_a_diagonal_where_no_block_is_exact(structure):
     found = ff.fisher(model, data, structure, "empirical", progress=False).diagonal(dtype=torch.float64)["power"]
     true = ff.fisher(model, data, "diagonal", "empirical", progress=False).diagonal(dtype=torch.float64)["power"]
     assert float(found) == pytest.approx(float(true), rel=1e-9)
+
+
+class Towers(nn.Module):
+    """Words beside patches of an image, of whose last layer one row is read: it fits any mask, and is of none."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.text, self.first = nn.Embedding(V, D).requires_grad_(False), nn.Linear(D, D), nn.Linear(D, D)
+        self.layer, self.head = nn.Linear(D, D), nn.Linear(D, 3)
+
+    def forward(self, ids, patches, attention_mask):
+        words = (self.text(self.table(ids)) * attention_mask[..., None]).sum(1)
+        h = self.first(patches).tanh()
+        h = self.layer(h + h.mean(1, keepdim=True)).tanh()
+        return self.head(h[:, 0] + words)
+
+
+@pytest.mark.filterwarnings("error::fisherfast.FisherWarning")
+@pytest.mark.parametrize("patches", [5, 7, 8, 12])
+def test_rows_of_which_one_is_read_are_not_taken_for_words(patches):
+    """Neither by a mask of 6 words, nor with a warning."""
+    padded, _ = batches()
+    batch = {"ids": padded["ids"], "attention_mask": padded["attention_mask"], "labels": torch.randint(3, (len(LENGTHS),))}
+    batch["patches"] = torch.randn(len(LENGTHS), patches, D).double()
+    model, seen = Towers().double(), []
+    model.layer.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach()))
+    model(**{key: value for key, value in batch.items() if key != "labels"})
+    x = F.pad(seen[0].flatten(0, 1), (0, 1), value=1.0)
+    A, _ = fisher(model, [batch], "expand").factors(dtype=torch.float64)["layer"]
+    torch.testing.assert_close(A, x.T @ x / len(x), rtol=1e-9, atol=1e-12)
+
+
+class Translator(nn.Module):
+    """A decoder that is as long as its encoder, and has no mask of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.encoder, self.layer = nn.Embedding(V, D).requires_grad_(False), nn.Linear(D, D), nn.Linear(D, D)
+        self.head = nn.Linear(D, V)
+
+    def forward(self, input_ids, attention_mask, decoder_input_ids):
+        source = (self.encoder(self.table(input_ids)) * attention_mask[..., None]).sum(1, keepdim=True)
+        return self.head(self.layer(self.table(decoder_input_ids)) + source)
+
+
+def test_a_decoder_without_a_mask_does_not_get_the_encoders():
+    padded, _ = batches()
+    read = torch.randint(V, padded["ids"].shape)
+    labels = read.masked_fill(torch.arange(read.shape[1]) > 1, -100)  # within what the encoder's mask leaves
+    batch = {"input_ids": padded["ids"], "attention_mask": padded["attention_mask"], "decoder_input_ids": read, "labels": labels}
+    model = Translator().double()
+    factors = fisher(model, [batch], "expand").factors(dtype=torch.float64)
+    for name, x in (("layer", model.table(read)), ("encoder", model.table(padded["ids"])[padded["attention_mask"] > 0])):
+        x = F.pad(x.reshape(-1, D), (0, 1), value=1.0)
+        torch.testing.assert_close(factors[name][0], x.T @ x / len(x), rtol=1e-9, atol=1e-12)

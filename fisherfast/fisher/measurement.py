@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
@@ -98,6 +99,7 @@ class Measurement:
         return {
             "sample_offset": str(self.sample_offset),
             "weights": digest_of_weights(self.model),
+            "modules": digest(re.sub(r" at 0x[0-9a-f]+", "", repr(self.model))),
             "parameters": digest(" ".join(sorted(self.capture.tracked))),
             **self.labelling.counting(),
             **(
