@@ -178,6 +178,12 @@ def test_log_determinant_of_what_has_none_is_nan(library):
 # ---- checks and folds
 
 
+def read_for_flag(library, x: Tensor, flag: Tensor) -> int:
+    """In how many rows it is read."""
+    axes = ctypes.c_int64(x.dim())
+    return call(library.raise_flag, letter(x.dtype), pointer(x), axes, longs(*x.shape), longs(*x.stride()), pointer(flag))
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), None])
 @every_dtype
 def test_flag_is_raised_by_what_is_not_finite(library, dtype, bad):
@@ -187,7 +193,7 @@ def test_flag_is_raised_by_what_is_not_finite(library, dtype, bad):
     x.fill_(1.0)
     if bad is not None:
         x[tuple(torch.randint(size, ()) for size in x.shape)] = bad
-    call(library.raise_flag, letter(dtype), pointer(x), longs(*x.shape), longs(*x.stride()), pointer(flag))
+    assert read_for_flag(library, x, flag) == 1  # every other element, all equally far apart
     assert flag.item() == (bad is not None)
 
 
@@ -201,8 +207,36 @@ def test_flag_is_raised_by_rows_that_are_read_16_bytes_at_a_time(library, dtype,
     x.fill_(1.0)
     if where is not None:
         x[2, 4, where] = float("nan")
-    call(library.raise_flag, letter(dtype), pointer(x), longs(*x.shape), longs(*x.stride()), pointer(flag))
+    assert read_for_flag(library, x, flag) == 15
     assert flag.item() == (where is not None)
+
+
+@pytest.mark.parametrize(
+    ("view", "rows"),
+    [
+        (lambda x: x, 1),
+        (lambda x: x.permute(2, 0, 1), 1),  # in whatever order its axes are
+        (lambda x: x[:, :1], 3),  # an axis of one element separates nothing
+        (lambda x: x[:1, :, :37], 5),
+        (lambda x: x[:, ::2], 9),
+        (lambda x: x[0, 0].expand(4, -1), 1),  # the same row again
+        (lambda x: x[1, 2, 3], 1),
+    ],
+    ids=["contiguous", "permuted", "first", "narrow", "rows", "expanded", "scalar"],
+)
+@pytest.mark.parametrize("bad", [False, True], ids=["good", "bad"])
+def test_flag_is_raised_by_few_long_rows(library, view, rows, bad):
+    """Blocks share a row; every element of it is looked at, and nothing else."""
+    buffer, flag = torch.full((3, 5, 999), float("nan")), torch.zeros(1, dtype=torch.int32)
+    x = view(buffer)
+    written = x[0] if 0 in x.stride() else x
+    for place in [None] if not bad else torch.randperm(written.numel())[:9].tolist():
+        written.fill_(1.0)
+        if place is not None:
+            written[torch.unravel_index(torch.tensor(place), written.shape)] = float("inf")
+        flag.zero_()
+        assert read_for_flag(library, x, flag) == rows
+        assert flag.item() == bad
 
 
 @pytest.mark.parametrize(

@@ -17,10 +17,37 @@ constexpr int kThreads = 256;
 template <typename In>
 struct FlagParams {
   const In* data;
-  int64_t sizes[2], width;  // rows [sizes[0], sizes[1]] of width elements
-  int64_t strides[3];
+  int64_t sizes[3], strides[3];  // rows [sizes[0], sizes[1]] of sizes[2] elements
   int32_t* flag;
 };
+
+// The elements of a tensor of at most three axes in as few rows as hold them all: axes by falling strides, those whose elements
+// follow on one another as one. A contiguous tensor is a single row.
+template <typename In>
+FlagParams<In> flag_params(const In* data, int64_t axes, const int64_t* sizes, const int64_t* strides, int32_t* flag) {
+  struct Axis {
+    int64_t stride, size;
+  } rows[3];
+  int64_t count = 0;
+  for (int64_t axis = 0; axis < axes; ++axis) {
+    if (sizes[axis] <= 1 || strides[axis] == 0) continue;  // stride 0: the same elements again
+    int64_t at = count++;
+    for (; at > 0 && rows[at - 1].stride > strides[axis]; --at) rows[at] = rows[at - 1];
+    rows[at] = {strides[axis], sizes[axis]};
+  }
+  FlagParams<In> p{data, {1, 1, 1}, {0, 0, 1}, flag};
+  int to = 2;
+  for (int64_t axis = 0; axis < count; ++axis) {
+    if (axis > 0 && rows[axis].stride == p.sizes[to] * p.strides[to]) {
+      p.sizes[to] *= rows[axis].size;
+      continue;
+    }
+    if (axis > 0) --to;
+    p.sizes[to] = rows[axis].size;
+    p.strides[to] = rows[axis].stride;
+  }
+  return p;
+}
 
 // 16 bytes of a row.
 template <typename In>
@@ -37,21 +64,24 @@ FISHERFAST_HD bool in_whole_vectors(const FlagParams<In>& p) {
          reinterpret_cast<uintptr_t>(p.data) % 16 == 0;
 }
 
-// One block per row, grid-strided. Blocks that see a bad value all store the same 1.
+// grid = (blocks that share a row, rows), as many as one likes. Blocks that see a bad value all store the same 1.
 template <typename In>
 __global__ void __launch_bounds__(kThreads) raise_flag_kernel(const __grid_constant__ FlagParams<In> p) {
   constexpr int kWidth = Vector<In>::kWidth;
   const auto is_bad = [](In value) { return !isfinite(static_cast<compute_t<In>>(value)); };
-  const int64_t vectors = in_whole_vectors(p) ? p.width / kWidth : 0;
+  const int64_t width = p.sizes[2], vectors = in_whole_vectors(p) ? width / kWidth : 0;
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x,
+                step = static_cast<int64_t>(gridDim.x) * kThreads;
   bool bad = false;
-  for (int64_t row = blockIdx.x; row < p.sizes[0] * p.sizes[1]; row += gridDim.x) {
+  for (int64_t row = blockIdx.y; row < p.sizes[0] * p.sizes[1]; row += gridDim.y) {
     const In* values = p.data + row / p.sizes[1] * p.strides[0] + row % p.sizes[1] * p.strides[1];
-    for (int64_t v = threadIdx.x; v < vectors; v += kThreads) {
+#pragma unroll 4
+    for (int64_t v = first; v < vectors; v += step) {
       const Vector<In> vector = reinterpret_cast<const Vector<In>*>(values)[v];
 #pragma unroll
       for (int e = 0; e < kWidth; ++e) bad |= is_bad(vector.values[e]);
     }
-    for (int64_t d = vectors * kWidth + threadIdx.x; d < p.width; d += kThreads) bad |= is_bad(values[d * p.strides[2]]);
+    for (int64_t d = vectors * kWidth + first; d < width; d += step) bad |= is_bad(values[d * p.strides[2]]);
   }
   if (bad) *p.flag = 1;
 }

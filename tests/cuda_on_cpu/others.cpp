@@ -95,14 +95,15 @@ int64_t kron(char dtype_a, char dtype_b, const void* a, const void* b, const int
   });
 }
 
-int64_t raise_flag(char dtype, const void* data, const int64_t* sizes, const int64_t* strides, int32_t* flag, char (*error)[256]) {
+// The number of rows that it is read in.
+int64_t raise_flag(char dtype, const void* data, int64_t axes, const int64_t* sizes, const int64_t* strides, int32_t* flag,
+                   char (*error)[256]) {
   return or_error(error, [&] {
     return dispatch_letter(dtype, [&](auto type) {
       using In = typename decltype(type)::type;
-      const small::FlagParams<In> params{static_cast<const In*>(data), {sizes[0], sizes[1]}, sizes[2],
-                                         {strides[0], strides[1], strides[2]}, flag};
-      emulator::run_grid(grid_of(2), small::kThreads, 1, kNothingAsynchronous, [&] { small::raise_flag_kernel<In>(params); });
-      return int64_t{0};
+      const auto params = small::flag_params(static_cast<const In*>(data), axes, sizes, strides, flag);
+      emulator::run_grid(grid_of(2, 2), small::kThreads, 1, kNothingAsynchronous, [&] { small::raise_flag_kernel<In>(params); });
+      return params.sizes[0] * params.sizes[1];
     });
   });
 }
