@@ -252,19 +252,52 @@ def test_offsets_are_checked(library, offsets, problem):
             call(*arguments)
 
 
+def add_partials(library, values: Tensor, out: Tensor, *, down: int = 2, upper: bool = False, raised: int = 0) -> Tensor:
+    """What is in ``out`` then; nothing but ``values`` is read."""
+    splits, rows, columns = values.shape
+    partial, out = torch.full((splits, rows, columns + columns % 2), float("nan")), out.clone()
+    partial[..., :columns] = values
+    counts, flag = map(ctypes.c_int64, (rows, columns, splits, down)), torch.full((1,), raised, dtype=torch.int32)
+    call(library.add_partials, pointer(partial), *counts, upper, ctypes.c_double(0.5), pointer(out), pointer(flag))
+    return out
+
+
+SPLITS = (1, 2, 7, 15, 16, 17, 61)  # on both sides of where the threads of a block share the sums of an element
+
+
 @pytest.mark.parametrize("raised", [0, 1])
-@pytest.mark.parametrize("side", [0, 31])
-def test_partial_results_are_added(library, side, raised):
+@pytest.mark.parametrize("upper", [False, True])
+@pytest.mark.parametrize("splits", SPLITS)
+def test_partial_results_are_added(library, upper, splits, raised):
     """Below the diagonal of a square nothing is read or written; nothing at all once the flag is up."""
-    partial, out = torch.randint(-9, 9, (3, 31, 31)).float(), torch.randint(-9, 9, (31, 31)).float()
-    flag = torch.full((1,), raised, dtype=torch.int32)
-    added = 0.5 * partial.sum(0) * (1 - raised)
-    expected = out + (added.triu() if side else added)
-    if side:
-        partial[:, torch.ones(31, 31).tril(-1).bool()] = float("nan")
-    counts = map(ctypes.c_int64, (31 * 31, 3, side))
-    call(library.add_partials, pointer(partial), *counts, ctypes.c_double(0.5), pointer(out), pointer(flag))
-    assert torch.equal(out, expected)
+    values, out = torch.randint(-9, 9, (splits, 31, 31)).float(), torch.randint(-9, 9, (31, 31)).float()
+    added = 0.5 * values.sum(0) * (1 - raised)
+    expected = out + (added.triu() if upper else added)
+    if upper:
+        values[:, torch.ones(31, 31).tril(-1).bool()] = float("nan")
+    assert torch.equal(add_partials(library, values, out, upper=upper, raised=raised), expected)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 31), (1, 32), (3, 33), (2, 127), (5, 256), (1, 257), (7, 1), (2, 1009)], ids=str)
+@pytest.mark.parametrize("splits", [3, 19])
+def test_partial_results_of_any_shape_are_added(library, shape, splits):
+    values, out = torch.randint(-9, 9, (splits, *shape)).float(), torch.randint(-9, 9, shape).float()
+    assert torch.equal(add_partials(library, values, out), out + 0.5 * values.sum(0))
+
+
+@pytest.mark.parametrize("splits", SPLITS)
+def test_partial_results_are_added_in_a_fixed_order(library, splits):
+    """Of numbers whose sum depends on the order: the same bits however many blocks there are, and those of eight chains one after the other."""
+    values, out = torch.randn(splits, 5, 67) * 10.0 ** torch.randint(-8, 8, (splits, 5, 67)), torch.randn(5, 67)
+    found = [add_partials(library, values, out, down=down) for down in (1, 2, 5)]
+    chains, sums = (1 if splits < 16 else 8), torch.zeros(8, 5, 67, dtype=torch.float64)
+    for split, value in enumerate(values.double()):
+        sums[split % chains] += value
+    total = sums[0].clone()
+    for chain in sums[1:chains]:
+        total += chain
+    expected = (out.double() + 0.5 * total).float()
+    assert all(torch.equal(one, expected) for one in found)
 
 
 @pytest.mark.parametrize("offsets", [None, (0, 0, 300, 301)])

@@ -42,7 +42,9 @@ void raise_flag(const Device& device, const OptionalTensor& flag, const Optional
 
 template <typename Real>
 void add_partials(const Device& device, const Partials<Real>& params) {
-  device.launch(add_partials_kernel<Real>, grid_for(ceil_div(params.count, kThreads)), kThreads, params);
+  const int64_t across = ceil_div(params.columns, kThreads / params.groups());
+  const int64_t down = std::clamp<int64_t>(kMaxBlocks / across, 1, params.rows);
+  device.launch(add_partials_kernel<Real>, dim3(across, down), kThreads, params);
 }
 template void add_partials<float>(const Device&, const Partials<float>&);
 template void add_partials<double>(const Device&, const Partials<double>&);

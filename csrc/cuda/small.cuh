@@ -95,20 +95,36 @@ static __global__ void __launch_bounds__(kThreads) check_offsets_kernel(const __
   }
 }
 
+// grid = (groups of columns, rows: as many as one likes). Of kThreads / groups() columns, each group takes every groups()-th
+// partial sum, in order; then the groups' sums are added, in order.
 template <typename Real>
-__global__ void __launch_bounds__(kThreads) add_partials_kernel(const __grid_constant__ Partials<Real> p) {
-  if (p.flag && *p.flag) return;
-  const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads;
-  for (int64_t e = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; e < p.count; e += step) {
-    if (p.side && e / p.side > e % p.side) continue;
-    double sum = 0;
-    for (int s = 0; s < p.splits; ++s) sum += p.data[s * p.stride + e];
-    p.output.add(e, p.scale * sum);
+__global__ void __launch_bounds__(kThreads, 6) add_partials_kernel(const __grid_constant__ Partials<Real> p) {
+  __shared__ double sums[kThreads];
+  const bool closed = is_up(p.flag);
+  const int groups = p.groups(), lanes = kThreads / groups, group = threadIdx.x / lanes, lane = threadIdx.x % lanes;
+  const int64_t column = static_cast<int64_t>(blockIdx.x) * lanes + lane;
+  for (int64_t row = blockIdx.y; row < p.rows; row += gridDim.y) {
+    const bool mine = column < p.columns && (!p.upper || row <= column);
+    const bool adds = mine && group == 0 && !closed;
+    const int64_t element = row * p.columns + column;
+    double sum = 0, before = adds ? p.output.at(element) : 0;  // on its way while the others are
+    if (mine) {
+      const Real* const partial = p.data + row * p.pitch + column;
+#pragma unroll 4
+      for (int64_t s = group; s < p.splits; s += groups) sum += partial[s * p.stride];
+    }
+    if (groups > 1) {
+      sums[threadIdx.x] = sum;
+      __syncthreads();
+      if (group == 0)
+        for (int g = 1; g < groups; ++g) sum += sums[g * lanes + lane];
+      __syncthreads();
+    }
+    if (adds) p.output.put(element, before + p.scale * sum);
   }
 }
 
 static __global__ void __launch_bounds__(kThreads) add_norms_kernel(const __grid_constant__ NormPartials p) {
-  if (p.flag && *p.flag) return;
   const int n = blockIdx.x;
   const int64_t begin = p.width * (p.offsets ? p.offsets[n] : n);
   const int64_t end = p.width * (p.offsets ? p.offsets[n + 1] : n + 1);
@@ -118,7 +134,7 @@ static __global__ void __launch_bounds__(kThreads) add_norms_kernel(const __grid
   sum = warp_sum(sum);
   if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = sum;
   __syncthreads();
-  if (threadIdx.x == 0) {
+  if (threadIdx.x == 0 && !is_up(p.flag)) {
     for (int w = 1; w < kThreads / 32; ++w) sum += warps[w];
     p.sqnorm.add(n, sum);
   }

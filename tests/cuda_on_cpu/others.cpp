@@ -116,11 +116,14 @@ int64_t check_offsets(const int64_t* offsets, int64_t N, int64_t M, char (*error
   });
 }
 
-int64_t add_partials(const float* data, int64_t count, int64_t splits, int64_t side, double scale, float* out, const int32_t* flag,
-                     char (*error)[256]) {
+// Partial sums lie in rows of an even length. With few blocks each takes several rows.
+int64_t add_partials(const float* data, int64_t rows, int64_t columns, int64_t splits, int64_t down, int32_t upper, double scale,
+                     float* out, const int32_t* flag, char (*error)[256]) {
   return or_error(error, [&] {
-    const Partials<float> params{data, count, count, static_cast<int>(splits), scale, {out, false}, flag, side};
-    emulator::run_grid(grid_of(2), small::kThreads, 1, kNothingAsynchronous, [&] { small::add_partials_kernel<float>(params); });
+    const int64_t pitch = Target<float>::pitch(columns);
+    const Partials<float> params{data, rows * pitch, rows, columns, pitch, splits, scale, {out, false}, flag, upper != 0};
+    const Index grid = grid_of(ceil_div(columns, small::kThreads / params.groups()), down);
+    emulator::run_grid(grid, small::kThreads, 1, kNothingAsynchronous, [&] { small::add_partials_kernel<float>(params); });
     return int64_t{0};
   });
 }
