@@ -292,15 +292,16 @@ def test_layouts_that_the_copy_engine_takes(library, width, layout):
 @pytest.mark.parametrize(
     ("dtype", "width"), [(torch.float32, 0), (torch.bfloat16, 0), (torch.bfloat16, 128), (torch.float16, 192)], ids=str
 )
-def test_rounding_is_that_of_plain_torch(library, dtype, width):
+@pytest.mark.parametrize("scale", [1.0, 1 / 3], ids=["", "third"])
+def test_rounding_is_that_of_plain_torch(library, dtype, width, scale):
     """The gate of every kernel. The emulated products of 16-bit inputs round less than real ones may."""
     mine = plain = 0.0
     for _ in range(3):
         x, g = (torch.randn(5, 130, D).to(dtype) for D in (24, 16))
-        exact = torch.einsum("nto,nti->noi", g.double(), x.double()).square().sum(0)
+        exact = scale * torch.einsum("nto,nti->noi", g.double(), x.double()).square().sum(0)
         acc, unused = torch.zeros(16, 24), torch.zeros(16, 24)
-        LinearSq(library, width=width).run(x, g, acc, unused, None, 5)
+        LinearSq(library, scale, width=width).run(x, g, acc, unused, None, 5)
         mine = max(mine, gate.error(acc, exact))
-        fp32 = torch.einsum("nto,nti->noi", g.float(), x.float()).square().sum(0)
+        fp32 = scale * torch.einsum("nto,nti->noi", g.float(), x.float()).square().sum(0)
         plain = max(plain, gate.error(fp32, exact))
     assert gate.passes(mine, plain)
