@@ -41,7 +41,7 @@ TAIL = 30  # lines of a process that failed are kept
 RESULTS = ROOT / "bench" / "results"
 GPU_TESTS = ("float64", "not float64 and not on_the_cpu", "on_the_cpu")  # the gate, the ops' own rules, models and what they need
 FIRST_SHARE = 0.75  # of the time, for what there is something instead of
-BUILT = ROOT / "build" / "gpu-check-built.txt"  # of which sources this machine has a build
+BUILDS = ROOT / "build" / "gpu-check-builds.json"  # how builds ended on this machine, and of which sources
 
 
 class Command(NamedTuple):
@@ -49,7 +49,7 @@ class Command(NamedTuple):
 
     ``lasting``: once it has passed, it need not run again while the sources are the same. ``resuming``: a bench, which takes
     ``--seconds``, goes on behind what hung or crashed when it is run again, and says by ``ENDED`` that this is of no use.
-    ``building``: once it has passed, it need not run again on this machine while the sources are the same.
+    ``building``: once it has passed, or failed by itself, it need not run again on this machine while the sources are the same.
     """
 
     argv: list[str]
@@ -149,11 +149,17 @@ class Progress:
         known = found if found.get("sources") == self.sources else {}
         self.passed: list[str] = known.get("passed", [])
         self.failed: dict[str, list[str]] = known.get("failed", {})  # with the last lines
+        builds = json.loads(BUILDS.read_text()) if BUILDS.exists() else {}
+        # Exit statuses; only one of them is 0, as what it built has taken the place of what was there.
+        self.builds: dict[str, int] = builds["status"] if builds.get("sources") == self.sources else {}
 
     def knows(self, command: Command) -> bool:
         """Whether it need not run again: it has passed, or what it builds is here."""
-        here = command.building and BUILT.exists() and BUILT.read_text() == self.sources
-        return here or command.name in self.passed
+        return self.builds.get(command.name) == 0 or command.name in self.passed
+
+    def refuses(self, command: Command) -> bool:
+        """Whether it would fail here again: a build that was not ended from outside, for want of time or memory, but ended itself."""
+        return self.builds.get(command.name, 0) > 0
 
     def add(self, command: Command, ended: Ended) -> None:
         """Note how a command ended."""
@@ -162,9 +168,11 @@ class Progress:
             self.failed[command.name] = ended.tail
         elif command.lasting:
             self.passed.append(command.name)
-        elif command.building:
-            BUILT.parent.mkdir(exist_ok=True)
-            BUILT.write_text(self.sources)
+        if command.building:
+            refused = {name: status for name, status in self.builds.items() if status > 0}
+            self.builds = {**refused, command.name: ended.status}
+            BUILDS.parent.mkdir(exist_ok=True)
+            BUILDS.write_text(json.dumps({"sources": self.sources, "status": self.builds}, indent=1) + "\n")
         known = {"sources": self.sources, "passed": self.passed, "failed": self.failed}
         self.path.write_text(json.dumps(known, indent=1) + "\n")
 
@@ -216,6 +224,9 @@ def passes(command: Command, deadline: float, progress: Progress, log: TextIO) -
     if progress.knows(command):
         say(f"gpu-check: passed before: {command.name}", log)
         return True
+    if progress.refuses(command):
+        say(f"gpu-check: failed before: {command.name}", log)
+        return command.instead is not None and passes(command.instead, deadline, progress, log)
     for _ in range(TRIES):
         remaining = deadline - time.monotonic()
         if remaining <= (SPARE if command.resuming else 0):

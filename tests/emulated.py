@@ -19,6 +19,7 @@ ROOT = Path(__file__).parents[1]
 # When asynchronous copies and products happen, and whether threads take turns by chance instead of in order.
 TIMINGS = {"eager": 3, "late": 0, "late copies": 2, "late products": 1, "eager, by chance": 7, "late, by chance": 4}
 EAGER = TIMINGS["eager"]
+UP, MEANWHILE = 1, 2  # the flag: up from the start, or raised while the second block of a cluster begins
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not on the PATH: the emulator cannot be compiled")
 every_timing = pytest.mark.parametrize("timing", TIMINGS.values(), ids=TIMINGS)

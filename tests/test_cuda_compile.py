@@ -98,6 +98,21 @@ def test_hopper_multiplies_by_warpgroup_what_its_copy_engine_brings(opcodes, ker
         assert not any(code.startswith(("HMMA", "LDSM", "LDGSTS")) for code in found)
 
 
+def test_warpgroups_add_to_float_outputs_in_float_two_at_a_time(opcodes):
+    """Conversions take four times as long as the memory that they would wait for. A tile's last sums are on nobody's way but theirs."""
+    for (arch, name), found in opcodes.items():
+        if arch != "90a" or "wgmma_kernel" not in name:
+            continue
+        width, total = re.search(r"Li(128|192)E(?:Lb([01])E)?E", name).groups()
+        owned = int(width) // 2 * (2 if total == "1" else 1)  # elements of a thread
+        to_float = sum(count for code, count in found.items() if code.startswith("F2F.F32.F64"))
+        to_double = sum(count for code, count in found.items() if code.startswith("F2F.F64.F32"))
+        pairs = sum(count for code, count in found.items() if code.startswith("STG") and ".64" in code)
+        assert to_float <= 4, name  # gram's sums of features; none of an element of the tile
+        assert owned <= to_double <= owned + 8, name  # for outputs of float64, and there alone
+        assert pairs >= owned + owned // 2, name  # each of these is one; of float outputs a pair is
+
+
 def test_nothing_waits_for_products_but_where_it_is_written(listings):
     """The compiler puts a wait of its own where it cannot follow the registers: products of two stages would never overlap."""
     for (arch, name), listing in listings.items():

@@ -10,6 +10,8 @@ import pytest
 import torch
 from emulated import (
     EAGER,
+    MEANWHILE,
+    UP,
     build,
     every_timing,
     integers,
@@ -35,7 +37,7 @@ class Call(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("N", "T", "I", "stride_n", "stride_t", "stride_d", "multiprocessors")),
         ("scale", ctypes.c_double),
-        *((name, ctypes.c_int32) for name in ("bias", "acc_is_double", "timing", "width")),
+        *((name, ctypes.c_int32) for name in ("bias", "acc_is_double", "raised", "timing", "width")),
     )
 
 
@@ -56,21 +58,23 @@ class Gram:
     multiprocessors: int = TILES_FILL_IT
     timing: int = EAGER
     width: int = 0  # of a warpgroup's tile; 0: the kernel of other devices
+    raised: int = 0  # the flag: down, UP or raised MEANWHILE
 
     def __call__(self, acc: torch.Tensor, x: torch.Tensor, weight: torch.Tensor | None = None) -> int:
         """Add to ``acc`` as the launch and the fold of csrc/cuda/gram.cu do; the number of shares of the rows."""
         N, T, I = x.shape
         D = I + self.bias
         real = torch.float64 if x.dtype == torch.float64 else torch.float32
-        partial = torch.full((4 * self.multiprocessors, D, D), float("nan"), dtype=real)
+        partial = torch.full((4 * self.multiprocessors, D, D + D % 2), float("nan"), dtype=real)
         double = acc.dtype == torch.float64
-        call = Call(N, T, I, *x.stride(), self.multiprocessors, self.scale, self.bias, double, self.timing, self.width)
+        options = self.bias, double, self.raised, self.timing, self.width
+        call = Call(N, T, I, *x.stride(), self.multiprocessors, self.scale, *options)
         error = ctypes.create_string_buffer(256)
         shares = self.library.gram(letter(x.dtype), ctypes.byref(call), *map(pointer, (acc, x, weight, partial)), error)
         assert shares > 0, error.value.decode()
         if shares > 1:
             upper = torch.ones(D, D, dtype=torch.bool).triu()
-            acc[upper] += (self.scale * partial[:shares, upper].double().sum(0)).to(acc.dtype)
+            acc[upper] += (self.scale * partial[:shares, :, :D][:, upper].double().sum(0)).to(acc.dtype)
         return shares
 
 
@@ -194,6 +198,51 @@ def test_warpgroup_copies_and_products_may_happen_at_any_time(library, M, timing
 @pytest.mark.parametrize("layout", [padded, time_first])
 def test_layouts_that_the_copy_engine_takes(library, layout):
     assert_exact(Gram(library, bias=True, width=192), layout(integers(3, 41, 72, dtype=torch.bfloat16)))
+
+
+def test_the_step_to_a_second_sample_does_not_matter_where_there_is_none(library):
+    x = integers(1, 41, 72, dtype=torch.bfloat16)
+    assert_exact(Gram(library, width=128), x.as_strided(x.shape, (12345, *x.stride()[1:])))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "width", "M", "multiprocessors"),
+    [
+        *((dtype, 0, 35, TILES_FILL_IT) for dtype in (torch.float64, torch.float32, torch.float16)),
+        *((torch.bfloat16, width, 35, TILES_FILL_IT) for width in (128, 192)),
+        (torch.float32, 0, 300, 32),
+        (torch.bfloat16, 128, 2000, 32),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
+def test_whole_tiles_are_added_two_neighbours_at_a_time(library, dtype, width, M, multiprocessors, bias):
+    """In rows of an even length, and in the workspace; not where rows, or the first of them, begin at odd places."""
+    x, D = integers(1, M, 400, dtype=dtype), 400 + bias
+    for place in (0, 1):
+        acc = torch.empty(D * D + 1)[place : place + D * D].view(D, D).copy_(held(D))
+        expected = acc.double() + answer(x, 2.0, bias, None)
+        shares = Gram(library, 2.0, bias, multiprocessors, width=width)(acc, x)
+        assert (shares > 1) is (multiprocessors > 1)
+        assert torch.equal(acc.double(), expected)
+
+
+@pytest.mark.parametrize(("dtype", "width"), [(torch.float32, 0), (torch.float16, 0), (torch.float16, 128)], ids=str)
+@pytest.mark.parametrize("acc_dtype", [torch.float32, torch.float64], ids=SHORT.get)
+def test_nothing_is_added_while_the_flag_is_up(library, dtype, width, acc_dtype):
+    acc = held(137, acc_dtype)
+    before = acc.clone()
+    Gram(library, bias=True, width=width, raised=UP)(acc, integers(1, 35, 136, dtype=dtype))
+    assert torch.equal(acc, before)
+
+
+@every_timing
+def test_a_flag_that_another_stream_raises_stops_no_cluster(library, timing):
+    """One block of two sees it: what it would add is not added, but the other still needs its copies."""
+    x, acc = integers(1, 200, 256, dtype=torch.bfloat16), torch.zeros(256, 256)
+    Gram(library, width=128, raised=MEANWHILE, timing=timing)(acc, x)
+    added = answer(x, 1.0, False, None)
+    assert ((acc == 0) | (acc.double() == added)).all()
 
 
 @on_hopper

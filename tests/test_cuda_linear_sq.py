@@ -9,7 +9,20 @@ from dataclasses import dataclass
 import gate
 import pytest
 import torch
-from emulated import EAGER, build, every_timing, letter, needs_compiler, padded, pointer, shifted, time_first, transposed
+from emulated import (
+    EAGER,
+    MEANWHILE,
+    UP,
+    build,
+    every_timing,
+    letter,
+    needs_compiler,
+    padded,
+    pointer,
+    shifted,
+    time_first,
+    transposed,
+)
 from targets import SHORT, every_dtype
 from torch import Tensor
 
@@ -26,7 +39,7 @@ class Call(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("N", "T", "M", "O", "I")),
         *((name, ctypes.c_int64 * 3) for name in ("x_strides", "g_strides")),
         ("scale", ctypes.c_double),
-        *((name, ctypes.c_int32) for name in ("samples_per_split", "acc_is_double", "timing", "width")),
+        *((name, ctypes.c_int32) for name in ("samples_per_split", "acc_is_double", "raised", "timing", "width")),
     )
 
 
@@ -59,6 +72,7 @@ class LinearSq:
     offsets: tuple[int, ...] | None = None
     timing: int = EAGER
     width: int = 0  # of a warpgroup's tile; 0: the kernel of other devices, -1: the pooled one
+    raised: int = 0  # the flag: down, UP or raised MEANWHILE
 
     def __call__(self, x: Tensor, g: Tensor) -> None:
         """Add to outputs that hold something, as the launch and the folds of csrc/cuda/linear_sq.cu do."""
@@ -84,25 +98,27 @@ class LinearSq:
     def run(self, x: Tensor, g: Tensor, acc: Tensor, total: Tensor, weight: Tensor | None, N: int) -> Tensor:
         per_split = min(self.samples_per_split, N)
         splits, real = -(-N // per_split), torch.float64 if x.dtype == torch.float64 else torch.float32
-        partial = torch.zeros(splits, 1 + self.total, *acc.shape, dtype=real)
+        O, I = acc.shape
+        partial = torch.full((splits, 1 + self.total, O, I + I % 2), float("nan"), dtype=real)
         norms = torch.full((N * NORM_SHARES,), float("nan"), dtype=torch.float64)
         if self.offsets or self.width < 0:  # empty samples have none; pooled ones are added to
             norms.zero_()
+        if self.offsets:  # a split of empty samples leaves nothing
+            partial.zero_()
         offsets = torch.tensor(self.offsets) if self.offsets else None
         T, strides = (0, [(0, *t.stride()) for t in (x, g)]) if self.offsets else (x.shape[1], [t.stride() for t in (x, g)])
         double = acc.dtype == torch.float64
         extents = (N, T, x.shape[0] if self.offsets else N * T, *acc.shape)
-        call = Call(
-            *extents, *((ctypes.c_int64 * 3)(*s) for s in strides), self.scale, per_split, double, self.timing, self.width
-        )
+        options = per_split, double, self.raised, self.timing, self.width
+        call = Call(*extents, *((ctypes.c_int64 * 3)(*s) for s in strides), self.scale, *options)
         arrays = (acc, total if self.total else None, x, g, weight, offsets, norms, partial)
         error = ctypes.create_string_buffer(256)
         shares = self.library.linear_sq(letter(x.dtype), ctypes.byref(call), ctypes.byref(Arrays(*map(pointer, arrays))), error)
         assert shares > 0, error.value.decode()
         assert shares <= NORM_SHARES
         if splits > 1:
-            acc += (self.scale * partial[:, 0].double().sum(0)).to(acc.dtype)
-            total += partial[:, -1].double().sum(0).to(acc.dtype)
+            acc += (self.scale * partial[:, 0, :, :I].double().sum(0)).to(acc.dtype)
+            total += partial[:, -1, :, :I].double().sum(0).to(acc.dtype)
         return norms[: N * shares].view(N, shares).sum(1)
 
 
@@ -211,10 +227,60 @@ def test_warpgroups_keep_a_spoiled_sample_to_itself(library, bad):
     assert norms[0] == (g[:21].double().T @ x[:21].double()).square().sum() and not norms[1].isfinite()
 
 
+@pytest.mark.parametrize("width", [0, 128])
+@with_total
+def test_splits_of_nothing_but_empty_samples_leave_zeros(library, total, width):
+    """Of two blocks in a cluster too, which leave together without having multiplied anything."""
+    x, g = (t[0] for t in rows(1, 77, 24, 136, torch.bfloat16))
+    LinearSq(library, 2.0, samples_per_split=2, total=total, offsets=(0, 0, 0, 40, 77, 77, 77), width=width)(x, g)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "width"), [(torch.float64, 0), (torch.float32, 0), (torch.float16, 0), (torch.float16, 128)], ids=str
+)
+@pytest.mark.parametrize("I", [200, 201])
+@pytest.mark.parametrize("samples_per_split", [2, 10])
+@with_total
+def test_whole_tiles_of_even_and_odd_rows(library, dtype, width, I, samples_per_split, total):
+    """Two neighbours at a time in rows of an even length, as those of the workspace always are."""
+    layout = padded if width else torch.clone
+    call = LinearSq(library, 2.0, samples_per_split=samples_per_split, total=total, width=width)
+    call(*map(layout, rows(3, 21, I, 136, dtype)))
+
+
+@on_hopper
+def test_the_step_to_a_second_sample_does_not_matter_where_there_is_none(library, width):
+    x, g = (t.as_strided(t.shape, (12345, *t.stride()[1:])) for t in rows(1, 70, 24, 136, torch.bfloat16))
+    LinearSq(library, width=width)(x, g)
+
+
 @with_total
 def test_warpgroups_split_samples_and_flush_again(library, total):
     LinearSq(library, 2.0, samples_per_split=3, total=total, weighted=True, width=128)(*rows(8, 5, 24, 16, torch.bfloat16))
     LinearSq(library, total=total, weighted=True, width=128)(*rows(70, 2, 8, 8, torch.bfloat16))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "width"), [(torch.float32, 0), (torch.float32, -1), (torch.float16, 0), (torch.float16, 128)], ids=str
+)
+@pytest.mark.parametrize("acc_dtype", [torch.float32, torch.float64], ids=SHORT.get)
+def test_nothing_is_added_while_the_flag_is_up(library, dtype, width, acc_dtype):
+    x, g = rows(2, 1 if width < 0 else 19, 136, 144, dtype)
+    acc, total = (torch.randint(-9, 10, (144, 136)).to(acc_dtype) for _ in range(2))
+    before = acc.clone(), total.clone()
+    LinearSq(library, total=True, width=width, acc_dtype=acc_dtype, raised=UP).run(x, g, acc, total, None, 2)
+    assert torch.equal(acc, before[0]) and torch.equal(total, before[1])
+
+
+@every_timing
+def test_a_flag_that_another_stream_raises_stops_no_cluster(library, timing):
+    """One block of two sees it: what it would add is not added, but the other still needs its copies."""
+    x, g = rows(3, 70, 128, 256, torch.bfloat16)
+    call = LinearSq(library, width=128, raised=MEANWHILE, timing=timing)
+    acc, total = torch.zeros(256, 128), torch.zeros(256, 128)
+    norms = call.run(x, g, acc, total, None, 3)
+    added, _, expected_norms = call.answer(x, g, range(0, 211, 70), None)
+    assert ((acc == 0) | (acc.double() == added)).all() and torch.equal(norms, expected_norms)
 
 
 @pytest.mark.parametrize("layout", [padded, time_first])
@@ -226,15 +292,16 @@ def test_layouts_that_the_copy_engine_takes(library, width, layout):
 @pytest.mark.parametrize(
     ("dtype", "width"), [(torch.float32, 0), (torch.bfloat16, 0), (torch.bfloat16, 128), (torch.float16, 192)], ids=str
 )
-def test_rounding_is_that_of_plain_torch(library, dtype, width):
+@pytest.mark.parametrize("scale", [1.0, 1 / 3], ids=["", "third"])
+def test_rounding_is_that_of_plain_torch(library, dtype, width, scale):
     """The gate of every kernel. The emulated products of 16-bit inputs round less than real ones may."""
     mine = plain = 0.0
     for _ in range(3):
         x, g = (torch.randn(5, 130, D).to(dtype) for D in (24, 16))
-        exact = torch.einsum("nto,nti->noi", g.double(), x.double()).square().sum(0)
+        exact = scale * torch.einsum("nto,nti->noi", g.double(), x.double()).square().sum(0)
         acc, unused = torch.zeros(16, 24), torch.zeros(16, 24)
-        LinearSq(library, width=width).run(x, g, acc, unused, None, 5)
+        LinearSq(library, scale, width=width).run(x, g, acc, unused, None, 5)
         mine = max(mine, gate.error(acc, exact))
-        fp32 = torch.einsum("nto,nti->noi", g.float(), x.float()).square().sum(0)
+        fp32 = scale * torch.einsum("nto,nti->noi", g.float(), x.float()).square().sum(0)
         plain = max(plain, gate.error(fp32, exact))
     assert gate.passes(mine, plain)

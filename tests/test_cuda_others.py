@@ -178,6 +178,12 @@ def test_log_determinant_of_what_has_none_is_nan(library):
 # ---- checks and folds
 
 
+def read_for_flag(library, x: Tensor, flag: Tensor) -> int:
+    """In how many rows it is read."""
+    axes = ctypes.c_int64(x.dim())
+    return call(library.raise_flag, letter(x.dtype), pointer(x), axes, longs(*x.shape), longs(*x.stride()), pointer(flag))
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), None])
 @every_dtype
 def test_flag_is_raised_by_what_is_not_finite(library, dtype, bad):
@@ -187,7 +193,7 @@ def test_flag_is_raised_by_what_is_not_finite(library, dtype, bad):
     x.fill_(1.0)
     if bad is not None:
         x[tuple(torch.randint(size, ()) for size in x.shape)] = bad
-    call(library.raise_flag, letter(dtype), pointer(x), longs(*x.shape), longs(*x.stride()), pointer(flag))
+    assert read_for_flag(library, x, flag) == 1  # every other element, all equally far apart
     assert flag.item() == (bad is not None)
 
 
@@ -201,8 +207,36 @@ def test_flag_is_raised_by_rows_that_are_read_16_bytes_at_a_time(library, dtype,
     x.fill_(1.0)
     if where is not None:
         x[2, 4, where] = float("nan")
-    call(library.raise_flag, letter(dtype), pointer(x), longs(*x.shape), longs(*x.stride()), pointer(flag))
+    assert read_for_flag(library, x, flag) == 15
     assert flag.item() == (where is not None)
+
+
+@pytest.mark.parametrize(
+    ("view", "rows"),
+    [
+        (lambda x: x, 1),
+        (lambda x: x.permute(2, 0, 1), 1),  # in whatever order its axes are
+        (lambda x: x[:, :1], 3),  # an axis of one element separates nothing
+        (lambda x: x[:1, :, :37], 5),
+        (lambda x: x[:, ::2], 9),
+        (lambda x: x[0, 0].expand(4, -1), 1),  # the same row again
+        (lambda x: x[1, 2, 3], 1),
+    ],
+    ids=["contiguous", "permuted", "first", "narrow", "rows", "expanded", "scalar"],
+)
+@pytest.mark.parametrize("bad", [False, True], ids=["good", "bad"])
+def test_flag_is_raised_by_few_long_rows(library, view, rows, bad):
+    """Blocks share a row; every element of it is looked at, and nothing else."""
+    buffer, flag = torch.full((3, 5, 999), float("nan")), torch.zeros(1, dtype=torch.int32)
+    x = view(buffer)
+    written = x[0] if 0 in x.stride() else x
+    for place in [None] if not bad else torch.randperm(written.numel())[:9].tolist():
+        written.fill_(1.0)
+        if place is not None:
+            written[torch.unravel_index(torch.tensor(place), written.shape)] = float("inf")
+        flag.zero_()
+        assert read_for_flag(library, x, flag) == rows
+        assert flag.item() == bad
 
 
 @pytest.mark.parametrize(
@@ -218,19 +252,52 @@ def test_offsets_are_checked(library, offsets, problem):
             call(*arguments)
 
 
+def add_partials(library, values: Tensor, out: Tensor, *, down: int = 2, upper: bool = False, raised: int = 0) -> Tensor:
+    """What is in ``out`` then; nothing but ``values`` is read."""
+    splits, rows, columns = values.shape
+    partial, out = torch.full((splits, rows, columns + columns % 2), float("nan")), out.clone()
+    partial[..., :columns] = values
+    counts, flag = map(ctypes.c_int64, (rows, columns, splits, down)), torch.full((1,), raised, dtype=torch.int32)
+    call(library.add_partials, pointer(partial), *counts, upper, ctypes.c_double(0.5), pointer(out), pointer(flag))
+    return out
+
+
+SPLITS = (1, 2, 7, 15, 16, 17, 61)  # on both sides of where the threads of a block share the sums of an element
+
+
 @pytest.mark.parametrize("raised", [0, 1])
-@pytest.mark.parametrize("side", [0, 31])
-def test_partial_results_are_added(library, side, raised):
+@pytest.mark.parametrize("upper", [False, True])
+@pytest.mark.parametrize("splits", SPLITS)
+def test_partial_results_are_added(library, upper, splits, raised):
     """Below the diagonal of a square nothing is read or written; nothing at all once the flag is up."""
-    partial, out = torch.randint(-9, 9, (3, 31, 31)).float(), torch.randint(-9, 9, (31, 31)).float()
-    flag = torch.full((1,), raised, dtype=torch.int32)
-    added = 0.5 * partial.sum(0) * (1 - raised)
-    expected = out + (added.triu() if side else added)
-    if side:
-        partial[:, torch.ones(31, 31).tril(-1).bool()] = float("nan")
-    counts = map(ctypes.c_int64, (31 * 31, 3, side))
-    call(library.add_partials, pointer(partial), *counts, ctypes.c_double(0.5), pointer(out), pointer(flag))
-    assert torch.equal(out, expected)
+    values, out = torch.randint(-9, 9, (splits, 31, 31)).float(), torch.randint(-9, 9, (31, 31)).float()
+    added = 0.5 * values.sum(0) * (1 - raised)
+    expected = out + (added.triu() if upper else added)
+    if upper:
+        values[:, torch.ones(31, 31).tril(-1).bool()] = float("nan")
+    assert torch.equal(add_partials(library, values, out, upper=upper, raised=raised), expected)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 31), (1, 32), (3, 33), (2, 127), (5, 256), (1, 257), (7, 1), (2, 1009)], ids=str)
+@pytest.mark.parametrize("splits", [3, 19])
+def test_partial_results_of_any_shape_are_added(library, shape, splits):
+    values, out = torch.randint(-9, 9, (splits, *shape)).float(), torch.randint(-9, 9, shape).float()
+    assert torch.equal(add_partials(library, values, out), out + 0.5 * values.sum(0))
+
+
+@pytest.mark.parametrize("splits", SPLITS)
+def test_partial_results_are_added_in_a_fixed_order(library, splits):
+    """Of numbers whose sum depends on the order: the same bits however many blocks there are, and those of eight chains one after the other."""
+    values, out = torch.randn(splits, 5, 67) * 10.0 ** torch.randint(-8, 8, (splits, 5, 67)), torch.randn(5, 67)
+    found = [add_partials(library, values, out, down=down) for down in (1, 2, 5)]
+    chains, sums = (1 if splits < 16 else 8), torch.zeros(8, 5, 67, dtype=torch.float64)
+    for split, value in enumerate(values.double()):
+        sums[split % chains] += value
+    total = sums[0].clone()
+    for chain in sums[1:chains]:
+        total += chain
+    expected = (out.double() + 0.5 * total).float()
+    assert all(torch.equal(one, expected) for one in found)
 
 
 @pytest.mark.parametrize("offsets", [None, (0, 0, 300, 301)])

@@ -300,7 +300,7 @@ def test_a_build_without_cuda_c_takes_the_place_of_one_that_fails(tmp_path, monk
     assert command.instead.environment == {"FISHERFAST_NATIVE": "cpu"} and command.instead.argv == command.argv
     inside = command.instead.instead  # for a pip that installs nothing
     assert inside.environment == command.environment and inside.argv[1].endswith("in_place.py")
-    monkeypatch.setattr(check, "BUILT", tmp_path / "build" / "built")
+    monkeypatch.setattr(check, "BUILDS", tmp_path / "build" / "builds")
     code = "import os; native = os.environ['FISHERFAST_NATIVE']; print('nvcc:', native); raise SystemExit(native == os.environ['FAILING'])"
 
     def built(failing):
@@ -315,13 +315,43 @@ def test_a_build_without_cuda_c_takes_the_place_of_one_that_fails(tmp_path, monk
     ((name, tail),) = check.Progress(tmp_path / "progress").failed.items()
     assert name.startswith("FISHERFAST_NATIVE=cuda ") and tail == ["nvcc: cuda"]
     assert {"nvcc: cuda", "nvcc: cpu"} <= set((tmp_path / "log").read_text().splitlines())
-    check.BUILT.unlink()
+    check.BUILDS.unlink()
     assert built("none") and not check.Progress(tmp_path / "progress").failed
+
+
+@pytest.mark.parametrize(
+    ("ends", "again"),
+    [
+        ("raise SystemExit(1)", []),  # the compiler's word; what stands in its place is here
+        ("os.kill(os.getpid(), 15)", ["whole"]),  # too slow for this stage, perhaps not for the next
+    ],
+    ids=["refused", "killed"],
+)
+def test_a_build_that_was_killed_is_tried_again(tmp_path, monkeypatch, ends, again):
+    monkeypatch.setattr(check, "BUILDS", tmp_path / "build" / "builds")
+    ran, works = tmp_path / "ran", tmp_path / "works"
+    code = f"import os; open({str(ran)!r}, 'a').write('%s '); os.path.exists({str(works)!r}) or '%s' == 'less' or exec({ends!r})"
+    whole, less = (
+        check.Command([sys.executable, "-c", code % (name, name)], {"NAME": name}, building=True) for name in ("whole", "less")
+    )
+    monkeypatch.setitem(check.STAGES, "build", lambda: [whole._replace(instead=less)])
+
+    def run():
+        ran.write_text("")
+        with (tmp_path / "log").open("w") as log:
+            assert check.stage("build", 60, check.Progress(tmp_path / "progress"), log)
+        return ran.read_text().split()
+
+    assert run() == ["whole", "less"]
+    works.touch()
+    assert run() == again
+    assert run() == []
+    assert bool(check.Progress(tmp_path / "progress").failed) is (not again)
 
 
 def test_a_build_is_not_repeated_on_the_machine_that_has_it(tmp_path, monkeypatch):
     """On another one the sources may be the same, and what was built of them is not there."""
-    monkeypatch.setattr(check, "BUILT", tmp_path / "build" / "built")
+    monkeypatch.setattr(check, "BUILDS", tmp_path / "build" / "builds")
     ran = tmp_path / "ran"
     command = check.Command([sys.executable, "-c", f"open({str(ran)!r}, 'a').write('built ')"], building=True)
     monkeypatch.setitem(check.STAGES, "build", lambda: [command])
@@ -331,7 +361,7 @@ def test_a_build_is_not_repeated_on_the_machine_that_has_it(tmp_path, monkeypatc
             return check.stage("build", 60, check.Progress(tmp_path / "progress"), log) and ran.read_text()
 
     assert (run(), run()) == ("built ", "built ")
-    check.BUILT.unlink()
+    check.BUILDS.unlink()
     assert run() == "built built "
     monkeypatch.setattr(check.origin, "sources_sha256", lambda folder: "other")
     assert run() == "built built built "

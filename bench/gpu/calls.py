@@ -37,6 +37,10 @@ class Draw(NamedTuple):
         """Standard normal values."""
         return torch.randn(*size, device=self.device).to(self.dtype)
 
+    def time_first(self, N: int, T: int, D: int) -> Tensor:
+        """Rows [N, T, D] that lie as [T, N, D], as with ``batch_first=False``."""
+        return self.normal(T, N, D).transpose(0, 1)
+
     def zeros(self, *size: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """An accumulator."""
         return torch.zeros(*size, device=self.device, dtype=dtype)
@@ -62,10 +66,11 @@ class Draw(NamedTuple):
         return {"acc": acc, "total": total, "sqnorm": sqnorm, "flag": self.zeros(1, dtype=torch.int32)}
 
 
-def linear(draw: Draw, N: int, T: int, I: int, O: int) -> Call:
+def linear(draw: Draw, N: int, T: int, I: int, O: int, time_first: bool = False) -> Call:
     """``linear_sq_``; T = 0: ragged."""
     lead, offsets, samples = draw.lead(N, T)
-    x, g, weight = draw.normal(*lead, I), draw.normal(*lead, O), draw.uniform(samples)
+    rows = draw.time_first if time_first else draw.normal
+    x, g, weight = rows(*lead, I), rows(*lead, O), draw.uniform(samples)
     return Call(
         draw.squares((O, I), samples),
         lambda out: ff.ops.linear_sq_(out["acc"], x, g, 0.5, weight=weight, offsets=offsets, **_but_acc(out)),
@@ -92,9 +97,9 @@ def embedding(draw: Draw, N: int, T: int, V: int, D: int) -> Call:
     )
 
 
-def gram(draw: Draw, N: int, T: int, I: int, weighted: bool) -> Call:
+def gram(draw: Draw, N: int, T: int, I: int, weighted: bool, time_first: bool = False) -> Call:
     """``gram_``, with the column of ones."""
-    x = draw.normal(N, T, I)
+    x = draw.time_first(N, T, I) if time_first else draw.normal(N, T, I)
     weight = draw.uniform(N, T) if weighted else None
     outputs = {"acc": draw.zeros(I + 1, I + 1), "flag": draw.zeros(1, dtype=torch.int32)}
     return Call(outputs, lambda out: ff.ops.gram_(out["acc"], x, 0.5, weight=weight, bias=True, flag=out["flag"]))
@@ -151,9 +156,17 @@ def _but_acc(outputs: Outputs) -> Outputs:
 CALLS: dict[str, tuple[Callable[..., Call], list[tuple]]] = {
     "linear_sq_": (
         linear,
-        [(3, 5, 7, 11), (2, 37, 136, 72), (2, 70, 400, 264), (9, 1, 17, 5), (4, 0, 40, 24), (1, 4096, 24, 40)],
+        [
+            (3, 5, 7, 11),
+            (2, 37, 136, 72),
+            (2, 70, 400, 264),
+            (9, 1, 17, 5),
+            (4, 0, 40, 24),
+            (1, 4096, 24, 40),
+            (3, 70, 136, 264, True),
+        ],
     ),
-    "gram_": (gram, [(3, 5, 7, False), (2, 37, 136, True), (9, 1, 200, False), (2, 70, 400, False)]),
+    "gram_": (gram, [(3, 5, 7, False), (2, 37, 136, True), (9, 1, 200, False), (2, 70, 400, False), (3, 70, 136, False, True)]),
     "conv_sq_": (
         conv,
         [

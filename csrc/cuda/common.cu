@@ -26,20 +26,25 @@ void raise_flag(const Device& device, const OptionalTensor& flag, const Optional
   if (!flag || !tensor || tensor->numel() == 0) return;
   dispatch_input("raise_flag", tensor->scalar_type(), [&](auto type) {
     using In = typename decltype(type)::type;
-    FlagParams<In> params{static_cast<const In*>(tensor->const_data_ptr()), {1, 1}, 1, {0, 0, 0}, data_or_null<int32_t>(flag)};
-    int64_t* const extents[3] = {&params.sizes[0], &params.sizes[1], &params.width};
-    const int64_t axes = tensor->dim();
-    for (int64_t axis = 0; axis < axes; ++axis) {
-      *extents[3 - axes + axis] = tensor->size(axis);
-      params.strides[3 - axes + axis] = tensor->stride(axis);
+    int64_t sizes[3], strides[3];
+    for (int64_t axis = 0; axis < tensor->dim(); ++axis) {
+      sizes[axis] = tensor->size(axis);
+      strides[axis] = tensor->stride(axis);
     }
-    device.launch(raise_flag_kernel<In>, grid_for(params.sizes[0] * params.sizes[1]), kThreads, params);
+    const auto* data = static_cast<const In*>(tensor->const_data_ptr());
+    const FlagParams<In> params = flag_params(data, tensor->dim(), sizes, strides, data_or_null<int32_t>(flag));
+    constexpr int kOfBlock = 4 * kThreads * Vector<In>::kWidth;  // elements: four loads a thread, all under way at once
+    const int64_t across = std::min<int64_t>(ceil_div(params.sizes[2], kOfBlock), kMaxBlocks);
+    const int64_t down = std::clamp<int64_t>(kMaxBlocks / across, 1, params.sizes[0] * params.sizes[1]);
+    device.launch(raise_flag_kernel<In>, dim3(across, down), kThreads, params);
   });
 }
 
 template <typename Real>
 void add_partials(const Device& device, const Partials<Real>& params) {
-  device.launch(add_partials_kernel<Real>, grid_for(ceil_div(params.count, kThreads)), kThreads, params);
+  const int64_t across = ceil_div(params.columns, kThreads / params.groups());
+  const int64_t down = std::clamp<int64_t>(kMaxBlocks / across, 1, params.rows);
+  device.launch(add_partials_kernel<Real>, dim3(across, down), kThreads, params);
 }
 template void add_partials<float>(const Device&, const Partials<float>&);
 template void add_partials<double>(const Device&, const Partials<double>&);

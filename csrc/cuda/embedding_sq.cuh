@@ -127,6 +127,7 @@ __device__ Sums<compute_t<In>> sum_samples(const RunParams<In>& p, int64_t begin
 
 template <typename In, typename Real>
 __device__ void emit(const RunParams<In>& p, int64_t id, int64_t tile, const Sums<Real>& sums) {
+  if (is_up(p.flag)) return;
   for (int j = 0; j < kLane; ++j) {
     const int64_t feature = tile * kTile + threadIdx.x % 32 + 32 * j;
     if (feature >= p.g.width) return;
@@ -140,7 +141,6 @@ __device__ void emit(const RunParams<In>& p, int64_t id, int64_t tile, const Sum
 template <typename In>
 __global__ void __launch_bounds__(kThreads) runs_kernel(const __grid_constant__ RunParams<In> p) {
   using Real = compute_t<In>;
-  if (p.flag && *p.flag) return;
   const int64_t begin = blockIdx.x, N = p.samples.N, id = p.keys[begin] / N;
   if (id == p.V || (begin > 0 && p.keys[begin - 1] / N == id)) return;
   const int64_t end = run_end(p.keys, begin, p.samples.M, (id + 1) * N);

@@ -16,13 +16,13 @@ template <typename In, typename Launch>
 void run_shares(const Device& device, const Tensor& acc, GramParams<In> p, int64_t shares, Launch launch) {
   using Real = compute_t<In>;
   if (shares == 1) return launch(p);
-  const int64_t extent = static_cast<int64_t>(p.D) * p.D;
+  const int64_t pitch = Target<Real>::pitch(p.D), extent = p.D * pitch;
   const auto dtype = std::is_same_v<Real, double> ? ScalarType::Double : ScalarType::Float;
   const Tensor workspace = torch::stable::new_empty(acc, {shares * extent}, dtype);
   auto* const partial = static_cast<Real*>(workspace.mutable_data_ptr());
   p.partial = partial;
   launch(p);
-  add_partials<Real>(device, {partial, extent, extent, static_cast<int>(shares), p.scale, p.acc, p.flag, p.D});
+  add_partials<Real>(device, {partial, extent, p.D, p.D, pitch, shares, p.scale.exact, p.acc, p.flag, true});
 }
 
 template <typename Tile>
@@ -47,7 +47,7 @@ void run_wgmma(const Device& device, const Tensor& acc, GramParams<typename Tile
 template <typename In>
 void run(const Device& device, const Tensor& acc, GramParams<In> p, int64_t N) {
   if constexpr (sizeof(In) == 2) {
-    p.in_vectors = in_vectors(p.x);
+    p.in_vectors = in_vectors(p.x, N, p.T);
     if (!p.weight && in_boxes(p.x, N, p.T) && device.has_wgmma()) {
       using Wide = WgmmaTile<In, 192>;
       using Narrow = WgmmaTile<In, 128>;

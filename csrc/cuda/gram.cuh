@@ -19,9 +19,9 @@ struct GramParams {
   int T, D;             // D = I, or I + 1 with a column of ones
   const float* weight;  // [N, T], or null
   const int32_t* flag;
-  double scale;
+  Factor scale;
   Output acc;     // [D, D]
-  void* partial;  // Real [shares, D, D], or null for one share, which adds to acc itself
+  void* partial;  // Real [shares, D, pitch(D)], or null for one share, which adds to acc itself
   int stages, stages_per_share;
   bool in_vectors;
 };
@@ -46,18 +46,21 @@ int64_t cut_rows(GramParams<typename Tile::In>& p, int64_t tiles, int64_t N, int
 constexpr int kChainRows = 256, kFlushRows = 64 * kChainRows;
 
 // A block's place in the work, and where its sums go.
-template <typename In, int kRows>
+template <typename Tile>
 struct GramBlock {
+  using In = typename Tile::In;
   using Real = compute_t<In>;
+  static constexpr int kRows = Tile::kRows;
   const GramParams<In>& p;
   int i0, j0;      // of the tile
   int begin, end;  // stages
   bool bias, corner;
 
-  __device__ GramBlock(const GramParams<In>& params, int i0, int j0, bool leads) : p(params), i0(i0), j0(j0) {
+  __device__ GramBlock(const GramParams<In>& params, int row, int column)
+      : p(params), i0(row * Tile::kTileO), j0(column * Tile::kTileI) {
     begin = blockIdx.y * p.stages_per_share;
     end = min(begin + p.stages_per_share, p.stages);
-    bias = leads && p.D > p.x.width;
+    bias = j0 <= i0 && i0 < j0 + Tile::kTileI && p.D > p.x.width;  // it leads its row
     corner = bias && i0 == 0;
   }
   __device__ const In* row(const Stage<kRows>& stage) const { return p.x.data + stage.n * p.x.stride_n + stage.t * p.x.stride_t; }
@@ -69,29 +72,28 @@ struct GramBlock {
   // Adds to the kOwned elements that each(visit) hands to visit(i, j, value) what the stages up to this one, since the last
   // flush, have given.
   template <int kOwned, int kAhead, typename Inside, typename Each>
-  __device__ void add(int stage, const Inside& inside, const Each& each) const {
-    if (p.partial) {
-      Real* const out = static_cast<Real*>(p.partial) + static_cast<int64_t>(blockIdx.y) * p.D * p.D;
-      const bool held = stage - begin >= kFlushRows / kRows;  // nobody has filled the workspace with zeros
-      add_owned<kOwned, kAhead>(out, p.D, 1.0, held, inside, each);
-    } else {
-      add_owned<kOwned, kAhead>(p.acc, p.D, p.scale, inside, each);
-    }
+  __device__ void add(int stage, bool whole, const Inside& inside, const Each& each) const {
+    const int64_t extent = p.D * Target<Real>::pitch(p.D);
+    Real* const share = p.partial ? static_cast<Real*>(p.partial) + blockIdx.y * extent : nullptr;
+    const Target<Real> acc{p.acc, p.scale, p.D, share, p.flag};
+    acc.template add<kOwned, kAhead>(stage - begin >= kFlushRows / kRows, whole, inside, each);
   }
-  template <int kOwned, int kAhead = kFewRegisters, typename Each>
+  template <int kOwned, typename Each>
   __device__ void add_products(int stage, const Each& each) const {
     const int I = static_cast<int>(p.x.width);
-    add<kOwned, kAhead>(stage, [&](int i, int j) { return i <= j && j < I; }, each);
+    const bool whole = i0 + Tile::kTileO <= min(I, j0 + 1) && j0 + Tile::kTileI <= I;
+    add<kOwned, kFewRegisters>(stage, whole, [&](int i, int j) { return i <= j && j < I; }, each);
   }
   __device__ void add_sum(int stage, int i, Real value) const {
     const int I = static_cast<int>(p.x.width), last = p.D - 1;
-    add<1, 2>(stage, [&](int i, int) { return i < I; }, [&](const auto& visit) { visit(i, last, value); });
+    add<1, 2>(stage, false, [&](int i, int) { return i < I; }, [&](const auto& visit) { visit(i, last, value); });
   }
   // One thread of the block: the corner, sum_m w_m.
   __device__ void add_count(double count) const {
+    if (!corner) return;
     const int last = p.D - 1;
-    if (corner)
-      add<1, 2>(begin, [](int, int) { return true; }, [&](const auto& visit) { visit(last, last, static_cast<Real>(count)); });
+    const auto always = [](int, int) { return true; };
+    add<1, 2>(begin, false, always, [&](const auto& visit) { visit(last, last, static_cast<Real>(count)); });
   }
 };
 

@@ -19,9 +19,8 @@ __global__ void __launch_bounds__(GramFma<In>::kThreads, 1) gram_fma_kernel(cons
   constexpr int kTile = Tile::kTileO, kRows = Tile::kRows, kMicro = Tile::kMicroO;
   static_assert(Tile::kTileI == kTile, "tiles of the triangle are square");
   __shared__ __align__(16) Real left[2][kRows][kTile], right[2][kRows][kTile];
-  if (p.flag && *p.flag) return;
   const UpperTile tile(blockIdx.x);
-  const GramBlock<In, kRows> block(p, tile.row * kTile, tile.column * kTile, tile.row == tile.column);
+  const GramBlock<Tile> block(p, tile.row, tile.column);
   const int thread_i = threadIdx.x / Tile::kSide, thread_j = threadIdx.x % Tile::kSide;
 
   Prefetch<Tile, kTile, true> next_left;  // with the weights

@@ -31,10 +31,9 @@ __global__ void __launch_bounds__(GramMma<In>::kThreads, 1) gram_mma_kernel(cons
   constexpr int kTile = Tile::kTileO, kRows = Tile::kRows, kStages = Tile::kStages;
   static_assert(Tile::kTileI == kTile, "tiles of the triangle are square");
   extern __shared__ __align__(16) uint16_t stages[];
-  if (p.flag && *p.flag) return;
   const UpperTile tile(blockIdx.x);
   const bool diagonal = tile.row == tile.column;
-  const GramBlock<In, kRows> block(p, tile.row * kTile, tile.column * kTile, diagonal);
+  const GramBlock<Tile> block(p, tile.row, tile.column);
   const auto load = [&](int stage) {
     if (stage < block.end) {
       const Stage<kRows> rows(stage, p.T);

@@ -73,13 +73,11 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
 #ifdef FISHERFAST_HAS_WGMMA
   constexpr int kRows = Tile::kRows;
   const auto& p = params.op;
-  if (p.flag && *p.flag) return;
   const StripTile tile = params.tiles.of_block(blockIdx.x);
   if (!reaches<Tile>(tile.row - cluster_rank(), tile.column)) return;
   auto& stages = Stages<Tile>::here();
-  stages.init();
-  const int i0 = tile.row * Tile::kTileO, j0 = tile.column * Tile::kTileI;
-  const GramBlock<typename Tile::In, kRows> block(p, i0, j0, j0 <= i0 && i0 < j0 + Tile::kTileI);
+  stages.init(params.left, params.right);
+  const GramBlock<Tile> block(p, tile.row, tile.column);
   Ring<Tile::kStages> ring;
 
   if (threadIdx.x / kWarpgroup == Tile::kMultipliers) {
@@ -87,9 +85,10 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     if (threadIdx.x % kWarpgroup == 0) {
       for (int stage = block.begin; stage < block.end; ++stage, ring.next()) {
         const Stage<kRows> rows(stage, p.T);
-        stages.load(ring, params.left, i0, params.right, j0, rows.t, rows.n);
+        stages.load(ring, params.left, block.i0, params.right, block.j0, rows.t, rows.n);
       }
     }
+    cluster_arrive();
   } else {
     take_registers<Tile::kMultiplyRegisters>();
     float c[Tile::kOwned], sums[Tile::kOwned] = {};
@@ -112,10 +111,12 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
         stages.template release_after<1>(ring.before());
       }
       stages.template release_after<0>(ring.stage);
+      if (stage + 1 == block.end) cluster_arrive();  // before the last sums are stored: nobody waits for these
       Tile::for_each_owned([&](int, int, int e) { sums[e] += c[e]; });
 
       if (!block.ends(stage, kFlushRows)) continue;
-      block.template add_products<Tile::kOwned, Tile::kOwned>(stage, [&](const auto& visit) {
+      const int i0 = opaque(block.i0), j0 = opaque(block.j0);
+      block.template add_products<Tile::kOwned>(stage, [&](const auto& visit) {
         Tile::for_each_owned([&](int i, int j, int e) { visit(i0 + i, j0 + j, sums[e]); });
       });
       Tile::for_each_owned([&](int, int, int e) { sums[e] = 0; });
@@ -123,7 +124,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     }
     if (threadIdx.x == 0) block.add_count(count);
   }
-  cluster_sync();  // a block that has left could not be copied into, nor told of anything
+  cluster_wait();  // a block that has left could not be copied into, nor told of anything
 #endif
 }
 

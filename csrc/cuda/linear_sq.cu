@@ -38,7 +38,8 @@ LinearSqParams<In> make_params(const Arguments& a) {
 template <typename In, bool kTotal>
 void launch_tiles(const Device& device, dim3 grid, const LinearSqParams<In>& p, MmaTraits<In, kTotal>) {
   using Traits = MmaTraits<In, kTotal>;
-  const LinearSqMmaParams<In> params{p, in_vectors(p.x), in_vectors(p.g)};
+  const Samples rows = joined(p.samples);
+  const LinearSqMmaParams<In> params{p, in_vectors(p.x, rows.N, rows.T), in_vectors(p.g, rows.N, rows.T)};
   device.launch(linear_sq_mma_kernel<Traits>, grid, Traits::kThreads, params, Traits::kSharedBytes);
 }
 
@@ -68,9 +69,9 @@ struct Launch<WgmmaTraits<In, kTileI, kTotal>> {
   TensorMap x, g;
 
   explicit Launch(const Arguments& a) : tiles(tiles_of<Traits>(a.O(), a.I())) {
-    const Samples boxed = boxed_samples(a.samples);
-    x = tensor_map(rows_of<In>(a.x), boxed.N, boxed.T, Traits::kRows / tiles.cluster());
-    g = tensor_map(rows_of<In>(a.g), boxed.N, boxed.T, Traits::kRows);
+    const Samples rows = joined(a.samples);
+    x = tensor_map(rows_of<In>(a.x), rows.N, rows.T, Traits::kRows / tiles.cluster());
+    g = tensor_map(rows_of<In>(a.g), rows.N, rows.T, Traits::kRows);
   }
   int64_t blocks() const { return tiles.blocks(); }
   int64_t norms() const { return blocks() * Traits::kWarps; }
@@ -90,14 +91,16 @@ void launch_splits(const Device& device, const Arguments& a, LinearSqParams<type
   p.samples_per_split = static_cast<int>(ceil_div(N, choose_splits(launch.blocks(), N, detour, device.multiprocessors())));
   const int splits = static_cast<int>(ceil_div(N, p.samples_per_split));
   if (splits == 1) return launch(device, p, 1);
-  const int64_t extent = a.O() * a.I(), stride = Traits::kTotal ? 2 * extent : extent;
+  const int64_t pitch = Target<Real>::pitch(a.I()), extent = a.O() * pitch, stride = Traits::kTotal ? 2 * extent : extent;
   const auto dtype = std::is_same_v<Real, double> ? ScalarType::Double : ScalarType::Float;
-  const Tensor workspace = torch::stable::new_zeros(a.acc, {splits * stride}, dtype);
+  p.zeroed = p.samples.offsets != nullptr;
+  const Tensor workspace = p.zeroed ? torch::stable::new_zeros(a.acc, {splits * stride}, dtype)
+                                    : torch::stable::new_empty(a.acc, {splits * stride}, dtype);
   Real* partial = static_cast<Real*>(workspace.mutable_data_ptr());
   p.partial = partial;
   launch(device, p, splits);
-  add_partials<Real>(device, {partial, stride, extent, splits, p.scale, p.acc, p.flag});
-  if (Traits::kTotal) add_partials<Real>(device, {partial + extent, stride, extent, splits, 1.0, p.total, p.flag});
+  add_partials<Real>(device, {partial, stride, a.O(), a.I(), pitch, splits, p.scale.exact, p.acc, p.flag});
+  if (Traits::kTotal) add_partials<Real>(device, {partial + extent, stride, a.O(), a.I(), pitch, splits, 1.0, p.total, p.flag});
 }
 
 // One product per sample.
@@ -122,8 +125,8 @@ void launch_pooled(const Device& device, const Arguments& a, bool squared) {
 template <typename In, bool kTotal>
 void run_samples(const Device& device, const Arguments& a) {
   if constexpr (sizeof(In) == 2) {
-    const Samples boxed = boxed_samples(a.samples);
-    const auto takes = [&](const Tensor& rows) { return in_boxes(rows_of<In>(rows), boxed.N, boxed.T); };
+    const Samples rows = joined(a.samples);
+    const auto takes = [&](const Tensor& tensor) { return in_boxes(rows_of<In>(tensor), rows.N, rows.T); };
     const bool countable = a.samples.M <= INT32_MAX;  // the copy engine's coordinates are of 32 bits
     if (!device.has_wgmma() || !countable || !takes(a.x) || !takes(a.g)) return launch_samples<MmaTraits<In, kTotal>>(device, a);
     if constexpr (!kTotal) {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the two kernels of linear_sq share: their parameters, how a block walks the samples, where a tile goes.
+// What the kernels of linear_sq share: their parameters, how a block walks the samples, where a tile goes.
 //
 //   acc[o,i] += scale * sum_n w_n c_n[o,i]^2,  c_n[o,i] = sum_t g[n,t,o] x[n,t,i]
 //
@@ -20,9 +20,10 @@ struct LinearSqParams {
   Rows<In> x, g;
   const float* weight;
   const int32_t* flag;
-  double scale;
+  Factor scale;
   Output acc, total;
-  void* partial;  // Real [splits, outputs, O, I], zeros; null for one split, which adds to acc and total itself
+  void* partial;  // Real [splits, outputs, O, pitch(I)], or null for one split, which adds to acc and total itself
+  bool zeroed;    // partial is zeros, as splits of packed samples need it, which may hold no rows
   double* norms;  // [N, tiles]: every tile's share of |c_n|^2, or null
   int samples_per_split;
   bool squared;  // pooled kernel only: multiply squares of x and g, not their values
@@ -30,6 +31,9 @@ struct LinearSqParams {
 
 // A block adds its tile to the outputs after this many samples: the float sums of squares stay short, hence accurate.
 constexpr int kSamplesPerFlush = 64;
+
+// Packed samples are one where only rows count.
+inline Samples joined(const Samples& samples) { return samples.offsets ? Samples{1, samples.M, samples.M, nullptr} : samples; }
 
 // The position of a block in its samples: at most kRows rows, from row t of sample n on.
 template <int kRows>
@@ -58,25 +62,39 @@ struct Walk {
   }
 };
 
-// Adds a thread's kOwned elements of squares and, with kTotal, of totals to the outputs, or to what add_partials will add to
-// them, and starts both again. each(visit) calls visit(o, i, square, total).
-template <bool kTotal, int kOwned, int kAhead = kFewRegisters, typename In, typename Each>
-__device__ void emit(const LinearSqParams<In>& p, const Each& each) {
+// A block's tile, and where its sums go.
+template <typename Traits>
+struct LinearSqBlock {
+  using In = typename Traits::In;
   using Real = compute_t<In>;
-  const int64_t O = p.g.width, I = p.x.width;
-  const auto inside = [&](int o, int i) { return o < O && i < I; };
-  const auto squares = [&](const auto& visit) { each([&](int o, int i, Real& square, Real&) { visit(o, i, square); }); };
-  const auto totals = [&](const auto& visit) { each([&](int o, int i, Real&, Real& total) { visit(o, i, total); }); };
-  if (p.partial) {
-    Real* const out = static_cast<Real*>(p.partial) + blockIdx.z * (kTotal ? 2 : 1) * O * I;
-    add_owned<kOwned, kAhead>(out, I, 1.0, true, inside, squares);
-    if constexpr (kTotal) add_owned<kOwned, kAhead>(out + O * I, I, 1.0, true, inside, totals);
-  } else {
-    add_owned<kOwned, kAhead>(p.acc, I, p.scale, inside, squares);
-    if constexpr (kTotal) add_owned<kOwned, kAhead>(p.total, I, 1.0, inside, totals);
+  const LinearSqParams<In>& p;
+  int o0, i0;  // of the tile
+
+  __device__ LinearSqBlock(const LinearSqParams<In>& params, int row, int column)
+      : p(params), o0(row * Traits::kTileO), i0(column * Traits::kTileI) {}
+
+  // Adds a thread's kOwned elements of squares and, with kTotal, of totals to the outputs, or to what add_partials will add to
+  // them, and starts both again. each(visit) calls visit(o, i, square, total). `samples`: how many the block has walked.
+  template <int kOwned, int kAhead = kFewRegisters, typename Each>
+  __device__ void emit(int samples, const Each& each) const {
+    const int64_t O = p.g.width, I = p.x.width, extent = O * Target<Real>::pitch(I);
+    const bool held = p.zeroed || samples > kSamplesPerFlush;
+    const bool whole = o0 + Traits::kTileO <= O && i0 + Traits::kTileI <= I;
+    const auto inside = [&](int o, int i) { return o < O && i < I; };
+    Real* const share = p.partial ? static_cast<Real*>(p.partial) + blockIdx.z * (Traits::kTotal ? 2 : 1) * extent : nullptr;
+    const Target<Real> acc{p.acc, p.scale, I, share, p.flag};
+    acc.template add<kOwned, kAhead>(held, whole, inside, [&](const auto& visit) {
+      each([&](int o, int i, Real& square, Real&) { visit(o, i, square); });
+    });
+    if constexpr (Traits::kTotal) {
+      const Target<Real> total{p.total, 1.0, I, share ? share + extent : nullptr, p.flag};
+      total.template add<kOwned, kAhead>(held, whole, inside, [&](const auto& visit) {
+        each([&](int o, int i, Real&, Real& total) { visit(o, i, total); });
+      });
+    }
+    each([](int, int, Real& square, Real& total) { square = total = 0; });
   }
-  each([](int, int, Real& square, Real& total) { square = total = 0; });
-}
+};
 
 // Stores the block's share of |c_n|^2. Between two calls the block must pass a barrier.
 template <int kThreads, typename In, typename Real>

@@ -43,8 +43,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   using Real = typename Traits::Real;
   constexpr int kMicroO = Traits::kMicroO, kMicroI = Traits::kMicroI;
   __shared__ __align__(16) Real g_tile[2][Traits::kRows][Traits::kTileO], x_tile[2][Traits::kRows][Traits::kTileI];
-  if (p.flag && *p.flag) return;
-  const int tile_o = blockIdx.y * Traits::kTileO, tile_i = blockIdx.x * Traits::kTileI;
+  const LinearSqBlock<Traits> block(p, blockIdx.y, blockIdx.x);
   const int thread_o = threadIdx.x / Traits::kSide, thread_i = threadIdx.x % Traits::kSide;
 
   Walk<Traits::kRows> load(p.samples, p.samples_per_split), use(load);
@@ -58,8 +57,8 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     }
     // A pooled product's rows are samples: each has its weight.
     const float* weight = Traits::kPooled && p.weight ? p.weight + load.n * p.samples.T + load.t : nullptr;
-    g_next.get(p.g, g + load.t * p.g.stride_t, weight, load.rows(), tile_o);
-    x_next.get(p.x, x + load.t * p.x.stride_t, nullptr, load.rows(), tile_i);
+    g_next.get(p.g, g + load.t * p.g.stride_t, weight, load.rows(), block.o0);
+    x_next.get(p.x, x + load.t * p.x.stride_t, nullptr, load.rows(), block.i0);
     load.next(p.samples);
   };
   auto put = [&](int buffer) {
@@ -101,9 +100,9 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     });
     if (p.norms) emit_norm<Traits::kThreads>(p, n, norm);
     if (++samples % kSamplesPerFlush != 0 && use.valid()) continue;
-    emit<Traits::kTotal, kMicroO * kMicroI>(p, [&](const auto& visit) {
+    block.template emit<kMicroO * kMicroI>(samples, [&](const auto& visit) {
       Traits::for_each_owned([&](int o, int i) {
-        visit(tile_o + Traits::owned(thread_o, o), tile_i + Traits::owned(thread_i, i), squares[o][i], totals[o][i]);
+        visit(block.o0 + Traits::owned(thread_o, o), block.i0 + Traits::owned(thread_i, i), squares[o][i], totals[o][i]);
       });
     });
   }
@@ -119,7 +118,6 @@ struct RankOneNormParams {
 // T = 1: |g_n x_n^T|^2 = |g_n|^2 |x_n|^2. One block per sample.
 template <typename In>
 __global__ void __launch_bounds__(32) rank_one_norm_kernel(const __grid_constant__ RankOneNormParams<In> p) {
-  if (p.flag && *p.flag) return;
   const auto norm = [](const Rows<In>& rows) {
     compute_t<In> sum = 0;
     const In* row = rows.data + blockIdx.x * rows.stride_n;
@@ -130,7 +128,7 @@ __global__ void __launch_bounds__(32) rank_one_norm_kernel(const __grid_constant
     return static_cast<double>(warp_sum(sum));
   };
   const double x = norm(p.x), g = norm(p.g);
-  if (threadIdx.x == 0) p.sqnorm.add(blockIdx.x, x * g);
+  if (threadIdx.x == 0 && !is_up(p.flag)) p.sqnorm.add(blockIdx.x, x * g);
 }
 
 }  // namespace fisherfast

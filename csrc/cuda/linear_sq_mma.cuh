@@ -26,11 +26,10 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   extern __shared__ __align__(16) uint16_t stages[];
   constexpr int kMmaO = Traits::kMmaO, kMmaI = Traits::kMmaI;
   const auto& p = params.op;
-  if (p.flag && *p.flag) return;
-  const int tile_o = blockIdx.y * Traits::kTileO, tile_i = blockIdx.x * Traits::kTileI;
+  const LinearSqBlock<Traits> block(p, blockIdx.y, blockIdx.x);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int o0 = tile_o + warp / Traits::kWarpsI * kMmaO * 16 + lane / 4;
-  const int i0 = tile_i + warp % Traits::kWarpsI * kMmaI * 8 + lane % 4 * 2;
+  const int o0 = block.o0 + warp / Traits::kWarpsI * kMmaO * 16 + lane / 4;
+  const int i0 = block.i0 + warp % Traits::kWarpsI * kMmaI * 8 + lane % 4 * 2;
 
   Walk<Traits::kRows> load(p.samples, p.samples_per_split), use(load);
   const uint16_t *x = nullptr, *g = nullptr;
@@ -41,9 +40,9 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
         g = reinterpret_cast<const uint16_t*>(p.g.sample(p.samples, load.n));
       }
       uint16_t* target = stages + stage * Traits::kStage;
-      load_tile<Traits, Traits::kTileO>(target, p.g, params.g_aligned, g + load.t * p.g.stride_t, load.rows(), tile_o);
+      load_tile<Traits, Traits::kTileO>(target, p.g, params.g_aligned, g + load.t * p.g.stride_t, load.rows(), block.o0);
       target += Traits::kRows * Traits::kTileO;
-      load_tile<Traits, Traits::kTileI>(target, p.x, params.x_aligned, x + load.t * p.x.stride_t, load.rows(), tile_i);
+      load_tile<Traits, Traits::kTileI>(target, p.x, params.x_aligned, x + load.t * p.x.stride_t, load.rows(), block.i0);
       load.next(p.samples);
     }
     cp_async_commit();
@@ -73,7 +72,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     });
     if (p.norms) emit_norm<Traits::kThreads>(p, n, norm);
     if (++samples % kSamplesPerFlush != 0 && use.valid()) continue;
-    emit<Traits::kTotal, kMmaO * kMmaI * 4>(p, [&](const auto& visit) {
+    block.template emit<kMmaO * kMmaI * 4>(samples, [&](const auto& visit) {
       Traits::for_each_owned([&](int o, int i, int e) {
         visit(o0 + o * 16 + e / 2 * 8, i0 + i * 8 + e % 2, squares[o][i][e], totals[o][i][e]);
       });

@@ -12,15 +12,10 @@ namespace fisherfast {
 template <typename In, int kTileI, bool kTotal_>
 struct WgmmaTraits : WgmmaTile<In, kTileI> {
   static constexpr bool kTotal = kTotal_;
-  static constexpr int kWarps = WgmmaTile<In, kTileI>::kMultipliers * 4;                 // each stores its share of |c_n|^2
-  static constexpr int kAhead = kTotal ? kFewRegisters : WgmmaTile<In, kTileI>::kOwned;  // those of c, which has been squared
+  static constexpr int kWarps = WgmmaTile<In, kTileI>::kMultipliers * 4;  // each stores its share of |c_n|^2
+  static constexpr int kAhead = kTotal ? kFewRegisters : kManyRegisters;
   static_assert(kTileI <= (kTotal ? 128 : 192), "sums and product stay in registers");
 };
-
-// Packed samples are one to the copy engine.
-inline Samples boxed_samples(const Samples& samples) {
-  return samples.offsets ? Samples{1, samples.M, samples.M, nullptr} : samples;
-}
 
 template <typename In>
 struct LinearSqWgmmaParams {
@@ -45,11 +40,10 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     linear_sq_wgmma_kernel(const __grid_constant__ LinearSqWgmmaParams<typename Traits::In> params) {
 #ifdef FISHERFAST_HAS_WGMMA
   const auto& p = params.op;
-  if (p.flag && *p.flag) return;
   auto& stages = Stages<Traits>::here();
-  stages.init();
+  stages.init(params.g, params.x);
   const StripTile tile = params.tiles.of_block(blockIdx.x);
-  const int tile_o = tile.row * Traits::kTileO, tile_i = tile.column * Traits::kTileI;
+  const LinearSqBlock<Traits> block(p, tile.row, tile.column);
   Walk<Traits::kRows> walk(p.samples, p.samples_per_split);
   Ring<Traits::kStages> ring;
 
@@ -59,11 +53,12 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
       for (; walk.valid(); walk.next(p.samples), ring.next()) {
         const int64_t* const offsets = p.samples.offsets;
         const int n = offsets ? 0 : walk.n, t = walk.t + (offsets ? static_cast<int>(offsets[walk.n]) : 0);
-        stages.load(ring, params.g, tile_o, params.x, tile_i, t, n);
+        stages.load(ring, params.g, block.o0, params.x, block.i0, t, n);
       }
     } else if (threadIdx.x % kWarpgroup >= 32 && !p.partial) {
-      prefetch_tile<Traits>(p, tile_o, tile_i);
+      prefetch_tile<Traits>(p, block.o0, block.i0);
     }
+    cluster_arrive();
   } else {
     take_registers<Traits::kMultiplyRegisters>();
     float c[Traits::kOwned], squares[Traits::kOwned] = {}, totals[Traits::kOwned] = {};
@@ -71,7 +66,8 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
       stages.full[ring.stage].wait(ring.parity);
       if (p.samples.offsets && walk.rows() % 16 != 0) stages.clear(ring.stage, walk.rows());  // they are the next sample's
     };
-    for (int samples = 0; walk.valid(); ring.next()) {
+    int samples = 0;
+    for (; walk.valid(); ring.next()) {
       const int n = walk.n;
       const float w = p.weight ? p.weight[n] : 1.0f;
       arrived();
@@ -83,26 +79,29 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
         stages.template release_after<1>(ring.before());
       }
       stages.template release_after<0>(ring.stage);
+      if (!walk.valid()) cluster_arrive();  // before the last sums are stored: nobody waits for these
 
-      float norm = 0;
-      Traits::for_each_owned([&](int, int, int e) {
-        const float value = c[e], square = value * value;
-        squares[e] += w * square;
-        if (Traits::kTotal) totals[e] += w * value;
-        norm += square;
-      });
       if (p.norms) {
-        norm = warp_sum(norm);
+        float sums[4] = {};  // chains that do not wait for one another
+        Traits::for_each_owned([&](int, int, int e) { sums[e % 4] += c[e] * c[e]; });
+        const float norm = warp_sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
         const int64_t first = (static_cast<int64_t>(n) * gridDim.x + blockIdx.x) * Traits::kWarps;
         if (threadIdx.x % 32 == 0) p.norms[first + threadIdx.x / 32] = norm;
       }
+      Traits::for_each_owned([&](int, int, int e) {
+        const float weighted = w * c[e];
+        squares[e] += weighted * c[e];
+        if (Traits::kTotal) totals[e] += weighted;
+      });
       if (++samples % kSamplesPerFlush != 0 && walk.valid()) continue;
-      emit<Traits::kTotal, Traits::kOwned, Traits::kAhead>(p, [&](const auto& visit) {
-        Traits::for_each_owned([&](int o, int i, int e) { visit(tile_o + o, tile_i + i, squares[e], totals[e]); });
+      const int o0 = opaque(block.o0), i0 = opaque(block.i0);
+      block.template emit<Traits::kOwned, Traits::kAhead>(samples, [&](const auto& visit) {
+        Traits::for_each_owned([&](int o, int i, int e) { visit(o0 + o, i0 + i, squares[e], totals[e]); });
       });
     }
+    if (samples == 0) cluster_arrive();
   }
-  cluster_sync();  // a block that has left could not be copied into, nor told of anything
+  cluster_wait();  // a block that has left could not be copied into, nor told of anything
 #endif
 }
 

@@ -6,16 +6,18 @@
 
 namespace fisherfast {
 
-// output[e] += scale * sum_s partial[s * stride + e] for e < count, s rising; nothing while *flag is set.
+// output[r, c] += scale * sum_s partial[s * stride + r * pitch + c], in a fixed order; nothing while *flag is set.
 template <typename Real>
 struct Partials {
   const Real* data;
-  int64_t stride, count;
-  int splits;
+  int64_t stride, rows, columns, pitch, splits;
   double scale;
   Output output;
   const int32_t* flag;
-  int64_t side = 0;  // of a square whose elements below the diagonal are left out, or 0
+  bool upper = false;  // only on and above the diagonal
+
+  // Many partial sums of few elements keep too few threads busy: so many threads share the sums of an element.
+  FISHERFAST_HD int groups() const { return splits < 16 ? 1 : 8; }
 };
 
 // sqnorm[n] += the sum of its partial sums: partial[begin(n) : begin(n + 1)] with begin(n) = width * (offsets ? offsets[n] : n).

@@ -4,7 +4,10 @@
 
 #include <cudaTypedefs.h>
 
+#include <algorithm>
+
 #include "cuda/common.cuh"
+#include "cuda/tile_wgmma.cuh"
 
 namespace fisherfast {
 
@@ -19,14 +22,16 @@ TensorMap tensor_map(const Rows<In>& x, int64_t N, int64_t T, int rows) {
     return reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(function);
   }();
   constexpr bool kBFloat16 = std::is_same_v<In, BFloat16>;
-  const auto extent = [](int64_t size) { return static_cast<cuuint64_t>(size); };
-  // The stride of an axis of one element is never used, but must be valid.
-  const auto bytes = [](int64_t size, int64_t stride) { return static_cast<cuuint64_t>(size > 1 ? 2 * stride : 16); };
-  const cuuint64_t sizes[3] = {extent(x.width), extent(T), extent(N)}, strides[2] = {bytes(T, x.stride_t), bytes(N, x.stride_n)};
-  const cuuint32_t box[3] = {kBoxFeatures, static_cast<cuuint32_t>(rows), 1}, every[3] = {1, 1, 1};
-  TensorMap map;
+  const BoxedRows boxed = boxed_rows(x, N, T, rows);
+  cuuint64_t sizes[3], strides[2];
+  cuuint32_t box[3];
+  const cuuint32_t every[3] = {1, 1, 1};
+  std::copy_n(boxed.sizes, 3, sizes);
+  std::transform(boxed.strides, boxed.strides + 2, strides, [](int64_t stride) { return static_cast<cuuint64_t>(2 * stride); });
+  std::copy_n(boxed.box, 3, box);
+  TensorMap map{{}, boxed.t_outside};
   const CUresult result =
-      encode(&map, kBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 3, const_cast<In*>(x.data),
+      encode(&map.map, kBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 3, const_cast<In*>(x.data),
              sizes, strides, box, every, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
              CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   STD_TORCH_CHECK(result == CUDA_SUCCESS, "cuTensorMapEncodeTiled: refused [", N, ", ", T, ", ", x.width, "] with strides (",

@@ -47,7 +47,21 @@ TileGrid tiles_of(int64_t O, int64_t I) {
 // Whether the copy engine can take boxes out of N samples of T rows: 16 bytes at a time, from places that differ.
 template <typename In>
 bool in_boxes(const Rows<In>& rows, int64_t N, int64_t T) {
-  return in_vectors(rows) && (T <= 1 || rows.stride_t > 0) && (N <= 1 || rows.stride_n > 0);
+  return in_vectors(rows, N, T) && (T <= 1 || rows.stride_t > 0) && (N <= 1 || rows.stride_n > 0);
+}
+
+// What the copy engine is told of them: axes from the last one on, the outer two ordered by their strides, as it wants them.
+struct BoxedRows {
+  int64_t sizes[3], strides[2];
+  int box[3];  // `rows` rows of one sample
+  bool t_outside;
+};
+template <typename In>
+BoxedRows boxed_rows(const Rows<In>& x, int64_t N, int64_t T, int rows) {
+  const int64_t least = ceil_div(x.width, kVector) * kVector;  // for an axis of one element, whose stride is never used
+  const int64_t stride_t = T > 1 ? x.stride_t : least, stride_n = N > 1 ? x.stride_n : stride_t * T;
+  if (N > 1 && T > 1 && stride_t > stride_n) return {{x.width, N, T}, {stride_n, stride_t}, {kBoxFeatures, 1, rows}, true};
+  return {{x.width, T, N}, {stride_t, stride_n}, {kBoxFeatures, rows, 1}, false};
 }
 
 // A position in the ring of stages, and the parity of the phase that its barriers are in.
@@ -75,15 +89,18 @@ struct Stages {
   static __device__ Stages& here() { return *reinterpret_cast<Stages*>(shared_boxes()); }
 
   // All threads of the cluster pass here before anything else.
-  __device__ void init() {
+  __device__ void init(const TensorMap& left, const TensorMap& right) {
     if (threadIdx.x == 0) {
+      prefetch_map(left);
+      prefetch_map(right);
       for (int stage = 0; stage < Tile::kStages; ++stage) {
         full[stage].init(1);
         empty[stage].init(Tile::kMultipliers * cluster_size());
       }
       fence_barrier_init();
     }
-    cluster_sync();
+    cluster_arrive();
+    cluster_wait();
   }
 
   // One thread: has the rows from (n, t) on copied. The blocks of a cluster have the right operand in common: each copies its

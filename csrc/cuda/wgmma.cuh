@@ -18,7 +18,11 @@
 
 namespace fisherfast {
 
-using TensorMap = CUtensorMap;  // where a tensor [n, t, feature] lies, and the box of it that one copy takes
+// Where a tensor [n, t, feature] lies, and the box of it that one copy takes.
+struct TensorMap {
+  CUtensorMap map;  // its axes ordered by their strides
+  bool t_outside;   // [t, n, feature]
+};
 
 constexpr int kWarpgroup = 128;   // threads
 constexpr int kBoxFeatures = 64;  // 128 bytes, the widest row that the copy engine swizzles
@@ -67,18 +71,21 @@ struct Barrier {
 // Starts a line on its way into L2, for whoever asks next.
 inline __device__ void prefetch_l2(const void* address) { asm volatile("prefetch.global.L2 [%0];" ::"l"(address)); }
 
-// Shows barriers that one thread has initialised to the cluster and to the copy engine; cluster_sync comes next.
+// Shows barriers that one thread has initialised to the cluster and to the copy engine; the cluster's barrier comes next.
 inline __device__ void fence_barrier_init() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 
 // Orders this thread's own stores to shared memory before what the copy engine and the tensor cores do next.
 inline __device__ void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// Fetches the map itself, which the first copy would wait for.
+inline __device__ void prefetch_map(const TensorMap& map) { asm volatile("prefetch.tensormap [%0];" ::"l"(&map.map) : "memory"); }
 
 // Copies the box that begins at (n, t, feature); what is outside the tensor becomes zeros. The barrier counts all its bytes.
 inline __device__ void load_box(void* shared, const TensorMap& map, Barrier& barrier, int feature, int t, int n) {
   asm volatile(
       "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], [%2];" ::"r"(
           shared_address(shared)),
-      "l"(&map), "r"(shared_address(&barrier)), "r"(feature), "r"(t), "r"(n)
+      "l"(&map.map), "r"(shared_address(&barrier)), "r"(feature), "r"(map.t_outside ? n : t), "r"(map.t_outside ? t : n)
       : "memory");
 }
 
@@ -88,7 +95,8 @@ inline __device__ void load_box(void* shared, const TensorMap& map, Barrier& bar
   asm volatile(
       "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
       "[%0], [%1, {%3, %4, %5}], [%2], %6;" ::"r"(shared_address(shared)),
-      "l"(&map), "r"(shared_address(&barrier)), "r"(feature), "r"(t), "r"(n), "h"(blocks)
+      "l"(&map.map), "r"(shared_address(&barrier)), "r"(feature), "r"(map.t_outside ? n : t), "r"(map.t_outside ? t : n),
+      "h"(blocks)
       : "memory");
 }
 
@@ -104,9 +112,9 @@ inline __device__ int cluster_size() {
   return size;
 }
 
-inline __device__ void cluster_sync() {
-  asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
-}
+// A barrier of all threads of the cluster: what a thread did before it arrives is done for those who have waited.
+inline __device__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release;" ::: "memory"); }
+inline __device__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
 
 // A barrier of `threads` threads; 0 is the one of __syncthreads.
 inline __device__ void named_sync(int barrier, int threads) {

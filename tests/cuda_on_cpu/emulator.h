@@ -96,6 +96,7 @@ struct Fiber {
   ucontext_t context;
   std::unique_ptr<char[]> stack{new char[kStackBytes]};
   bool done = false;
+  int arrived_at = -2;  // the generation of the cluster's barrier, between arrival and wait
   int turn = 0;  // which of the warp's two boards it writes on next
   Groups copies, products;
 };
@@ -159,14 +160,20 @@ inline void pause() {
   cluster->idle = 0;
 }
 
-inline void wait(Barrier& barrier, int members) {
+// The generation that ends when all have arrived.
+inline int arrive(Barrier& barrier, int members) {
   const int generation = barrier.generation;
   if (++barrier.arrived == members) {
     barrier.arrived = 0;
     ++barrier.generation;
   }
+  return generation;
+}
+inline void wait_for(const Barrier& barrier, int generation) {
+  require(generation == barrier.generation || generation == barrier.generation - 1, "a barrier is waited for without arrival");
   wait_until([&] { return barrier.generation != generation; });
 }
+inline void wait(Barrier& barrier, int members) { wait_for(barrier, arrive(barrier, members)); }
 
 // Shows a value to the warp and returns what all lanes show.
 template <typename T>

@@ -15,10 +15,10 @@ namespace {
 struct Call {
   int64_t N, T, I, stride_n, stride_t, stride_d, multiprocessors;
   double scale;
-  int32_t bias, acc_is_double, timing, width;  // of a warpgroup's tile, or 0 for the other kernels
+  int32_t bias, acc_is_double, raised, timing, width;  // of a warpgroup's tile, or 0 for the other kernels
 };
 
-// Runs the grid of the real launch. Shares fill partial [shares, D, D], if there are several; their number is returned.
+// Runs the grid of the real launch. Shares fill partial [shares, D, pitch(D)], if there are several; their number is returned.
 template <typename Tile>
 int64_t run_squares(const Call& call, GramParams<typename Tile::In> p, void* partial, void (*kernel)(GramParams<typename Tile::In>)) {
   const int64_t tiles = square_tiles(p.x.width, Tile::kTileO), shares = cut_rows<Tile>(p, tiles, call.N, call.multiprocessors);
@@ -39,7 +39,10 @@ int64_t run_wgmma(const Call& call, GramParams<typename Tile::In> p, void* parti
                                                   tensor_map(p.x, call.N, p.T, Tile::kRows / tiles.cluster()), p, tiles};
   require(Stages<Tile>::bytes() <= static_cast<int>(emulator::kSharedBytes), "more shared memory than a block has");
   emulator::run_grid({static_cast<unsigned>(tiles.blocks()), static_cast<unsigned>(shares), 1}, Tile::kThreads, tiles.cluster(),
-                     timing_of(call.timing), [&] { gram_wgmma_kernel<Tile>(params); });
+                     timing_of(call.timing), [&] {
+                       raise(call.raised, cluster_rank() == 1);
+                       gram_wgmma_kernel<Tile>(params);
+                     });
   return shares;
 }
 
@@ -50,10 +53,12 @@ int64_t run(const Call& call, void* acc, const void* x, const float* weight, voi
   p.T = static_cast<int>(call.T);
   p.D = static_cast<int>(call.I + call.bias);
   p.weight = weight;
+  flag = call.raised == kUp;
+  p.flag = &flag;
   p.scale = call.scale;
   p.acc = {acc, call.acc_is_double != 0};
   if constexpr (sizeof(In) == 2) {
-    p.in_vectors = in_vectors(p.x);
+    p.in_vectors = in_vectors(p.x, call.N, p.T);
     if (call.width == 192) return run_wgmma<WgmmaTile<In, 192>>(call, p, partial);
     if (call.width == 128) return run_wgmma<WgmmaTile<In, 128>>(call, p, partial);
     if (!weight) return run_squares<GramMma<In>>(call, p, partial, gram_mma_kernel<In>);

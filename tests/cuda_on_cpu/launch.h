@@ -20,6 +20,13 @@ auto dispatch_letter(char dtype, Visitor&& visit) {
   return visit(Type<Half>{});
 }
 
+// What the op's flag does: it stays down, is up from the start, or another stream raises it while the second block of a cluster begins.
+enum Raised : int32_t { kDown, kUp, kMeanwhile };
+inline int32_t flag = 0;
+inline void raise(int32_t raised, bool meanwhile) {
+  if (raised == kMeanwhile && meanwhile) flag = 1;
+}
+
 // What `run` returns, or -1 if a kernel did what it must not; then `error` says what.
 template <typename Run>
 int64_t or_error(char (*error)[256], const Run& run) {

@@ -15,7 +15,7 @@ namespace {
 struct Call {
   int64_t N, T, M, O, I, x_strides[3], g_strides[3];
   double scale;
-  int32_t samples_per_split, acc_is_double, timing, width;  // of a warpgroup's tile; 0: the kernel of other devices, -1: the pooled one
+  int32_t samples_per_split, acc_is_double, raised, timing, width;  // of a warpgroup's tile; 0: the kernel of other devices, -1: the pooled one
 };
 struct Arrays {
   void *acc, *total;
@@ -23,7 +23,7 @@ struct Arrays {
   const float* weight;
   const int64_t* offsets;
   double* norms;  // [N, partial sums]
-  void* partial;  // [splits, outputs, O, I], zeros, where there are several
+  void* partial;  // [splits, outputs, O, pitch of I], zeros if there are offsets, where there are several
 };
 
 template <typename In>
@@ -33,12 +33,15 @@ LinearSqParams<In> params_of(const Call& call, const Arrays& a) {
   p.x = {static_cast<const In*>(a.x), call.x_strides[0], call.x_strides[1], call.x_strides[2], call.I};
   p.g = {static_cast<const In*>(a.g), call.g_strides[0], call.g_strides[1], call.g_strides[2], call.O};
   p.weight = a.weight;
+  flag = call.raised == kUp;
+  p.flag = &flag;
   p.scale = call.scale;
   p.acc = {a.acc, call.acc_is_double != 0};
   p.total = {a.total, call.acc_is_double != 0};
   p.norms = a.norms;
   p.samples_per_split = call.samples_per_split;
   if (call.samples_per_split < call.N) p.partial = a.partial;
+  p.zeroed = a.offsets != nullptr;
   return p;
 }
 
@@ -56,14 +59,17 @@ int64_t run_tiles(const Call& call, const Params& params, void (*kernel)(Params)
 template <typename In, int kTileI, bool kTotal>
 int64_t run_wgmma(const Call& call, const LinearSqParams<In>& p) {
   using Traits = WgmmaTraits<In, kTileI, kTotal>;
-  const Samples boxed = boxed_samples(p.samples);
-  require(in_boxes(p.x, boxed.N, boxed.T) && in_boxes(p.g, boxed.N, boxed.T), "the launch must not choose this kernel");
+  const Samples rows = joined(p.samples);
+  require(in_boxes(p.x, rows.N, rows.T) && in_boxes(p.g, rows.N, rows.T), "the launch must not choose this kernel");
   const TileGrid tiles = tiles_of<Traits>(call.O, call.I);
-  const LinearSqWgmmaParams<In> params{tensor_map(p.x, boxed.N, boxed.T, Traits::kRows / tiles.cluster()),
-                                       tensor_map(p.g, boxed.N, boxed.T, Traits::kRows), p, tiles};
+  const LinearSqWgmmaParams<In> params{tensor_map(p.x, rows.N, rows.T, Traits::kRows / tiles.cluster()),
+                                       tensor_map(p.g, rows.N, rows.T, Traits::kRows), p, tiles};
   require(Stages<Traits>::bytes() <= static_cast<int>(emulator::kSharedBytes), "more shared memory than a block has");
   emulator::run_grid({static_cast<unsigned>(tiles.blocks()), 1, splits_of(call)}, Traits::kThreads, tiles.cluster(),
-                     timing_of(call.timing), [&] { linear_sq_wgmma_kernel<Traits>(params); });
+                     timing_of(call.timing), [&] {
+                       raise(call.raised, cluster_rank() == 1);
+                       linear_sq_wgmma_kernel<Traits>(params);
+                     });
   return tiles.blocks() * Traits::kWarps;
 }
 
@@ -76,7 +82,9 @@ int64_t run_samples(const Call& call, const Arrays& a) {
     }
     if (call.width == 128) return run_wgmma<In, 128, kTotal>(call, p);
     using Traits = MmaTraits<In, kTotal>;
-    return run_tiles<Traits>(call, LinearSqMmaParams<In>{p, in_vectors(p.x), in_vectors(p.g)}, linear_sq_mma_kernel<Traits>);
+    const Samples rows = joined(p.samples);
+    const LinearSqMmaParams<In> params{p, in_vectors(p.x, rows.N, rows.T), in_vectors(p.g, rows.N, rows.T)};
+    return run_tiles<Traits>(call, params, linear_sq_mma_kernel<Traits>);
   } else {
     using Traits = FmaTraits<In, false, kTotal>;
     return run_tiles<Traits>(call, p, linear_sq_fma_kernel<Traits>);
@@ -88,7 +96,7 @@ template <typename In>
 int64_t run_pooled(Call call, const Arrays& a) {
   using Traits = FmaTraits<In, true, false>;
   LinearSqParams<In> p = params_of<In>(call, a);
-  const RankOneNormParams<In> norms{p.x, p.g, {a.norms, true}, nullptr};
+  const RankOneNormParams<In> norms{p.x, p.g, {a.norms, true}, p.flag};
   emulator::run_grid({static_cast<unsigned>(call.N), 1, 1}, 32, 1, timing_of(call.timing), [&] { rank_one_norm_kernel<In>(norms); });
   p.norms = nullptr;
   const LinearSqParams<In> squares = pooled(p, true), values = pooled(p, false);

@@ -95,14 +95,15 @@ int64_t kron(char dtype_a, char dtype_b, const void* a, const void* b, const int
   });
 }
 
-int64_t raise_flag(char dtype, const void* data, const int64_t* sizes, const int64_t* strides, int32_t* flag, char (*error)[256]) {
+// The number of rows that it is read in.
+int64_t raise_flag(char dtype, const void* data, int64_t axes, const int64_t* sizes, const int64_t* strides, int32_t* flag,
+                   char (*error)[256]) {
   return or_error(error, [&] {
     return dispatch_letter(dtype, [&](auto type) {
       using In = typename decltype(type)::type;
-      const small::FlagParams<In> params{static_cast<const In*>(data), {sizes[0], sizes[1]}, sizes[2],
-                                         {strides[0], strides[1], strides[2]}, flag};
-      emulator::run_grid(grid_of(2), small::kThreads, 1, kNothingAsynchronous, [&] { small::raise_flag_kernel<In>(params); });
-      return int64_t{0};
+      const auto params = small::flag_params(static_cast<const In*>(data), axes, sizes, strides, flag);
+      emulator::run_grid(grid_of(2, 2), small::kThreads, 1, kNothingAsynchronous, [&] { small::raise_flag_kernel<In>(params); });
+      return params.sizes[0] * params.sizes[1];
     });
   });
 }
@@ -115,11 +116,14 @@ int64_t check_offsets(const int64_t* offsets, int64_t N, int64_t M, char (*error
   });
 }
 
-int64_t add_partials(const float* data, int64_t count, int64_t splits, int64_t side, double scale, float* out, const int32_t* flag,
-                     char (*error)[256]) {
+// Partial sums lie in rows of an even length. With few blocks each takes several rows.
+int64_t add_partials(const float* data, int64_t rows, int64_t columns, int64_t splits, int64_t down, int32_t upper, double scale,
+                     float* out, const int32_t* flag, char (*error)[256]) {
   return or_error(error, [&] {
-    const Partials<float> params{data, count, count, static_cast<int>(splits), scale, {out, false}, flag, side};
-    emulator::run_grid(grid_of(2), small::kThreads, 1, kNothingAsynchronous, [&] { small::add_partials_kernel<float>(params); });
+    const int64_t pitch = Target<float>::pitch(columns);
+    const Partials<float> params{data, rows * pitch, rows, columns, pitch, splits, scale, {out, false}, flag, upper != 0};
+    const Index grid = grid_of(ceil_div(columns, small::kThreads / params.groups()), down);
+    emulator::run_grid(grid, small::kThreads, 1, kNothingAsynchronous, [&] { small::add_partials_kernel<float>(params); });
     return int64_t{0};
   });
 }

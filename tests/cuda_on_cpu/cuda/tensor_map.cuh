@@ -3,17 +3,23 @@
 #pragma once
 
 #include "common.h"
-#include "cuda/wgmma.cuh"
+#include "cuda/tile_wgmma.cuh"
 
 namespace fisherfast {
 
 template <typename In>
 TensorMap tensor_map(const Rows<In>& x, int64_t N, int64_t T, int rows) {
+  const BoxedRows boxed = boxed_rows(x, N, T, rows);
   require(reinterpret_cast<uintptr_t>(x.data) % 16 == 0 && x.stride_d == 1, "tensor map: address");
-  require(T == 1 || x.stride_t % 8 == 0, "tensor map: stride of rows");
-  require(N == 1 || x.stride_n % 8 == 0, "tensor map: stride of samples");
+  require(boxed.strides[0] % 8 == 0 && boxed.strides[1] % 8 == 0, "tensor map: strides");
+  require(boxed.strides[0] > 0 && boxed.strides[0] <= boxed.strides[1], "tensor map: strides rise");
   require(rows >= 1 && rows <= 256, "tensor map: box");
-  return {reinterpret_cast<const uint16_t*>(x.data), {x.width, T, N}, {x.stride_t, x.stride_n}, rows};
+  const auto& [sizes, strides, box, t_outside] = boxed;
+  return {reinterpret_cast<const uint16_t*>(x.data),
+          {sizes[0], sizes[1], sizes[2]},
+          {strides[0], strides[1]},
+          {box[0], box[1], box[2]},
+          t_outside};
 }
 
 }  // namespace fisherfast

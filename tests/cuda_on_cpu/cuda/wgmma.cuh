@@ -17,8 +17,9 @@ using emulator::require;
 
 struct TensorMap {
   const uint16_t* data;
-  int64_t sizes[3], strides[2];  // [n, t, feature] from the last axis on
-  int rows;                      // of a box
+  int64_t sizes[3], strides[2];  // from the last axis on
+  int box[3];
+  bool t_outside;  // [t, n, feature]
 };
 
 constexpr int kWarpgroup = 128;
@@ -64,14 +65,18 @@ struct Barrier {
 inline void fence_barrier_init() {}
 inline void fence_async_proxy() {}
 
-inline void copy_box(char* memory, int64_t offset, const TensorMap& map, Barrier* barrier, int feature, int t, int n) {
-  for (int row = 0; row < map.rows; ++row)
-    for (int f = 0; f < kBoxFeatures; ++f) {
-      const bool inside = n < map.sizes[2] && t + row < map.sizes[1] && feature + f < map.sizes[0];
-      const uint16_t value = inside ? map.data[n * map.strides[1] + (t + row) * map.strides[0] + feature + f] : 0;
-      std::memcpy(memory + swizzled_128(offset + row * 2 * kBoxFeatures + 2 * f), &value, 2);
-    }
-  barrier->complete(0, -2 * map.rows * kBoxFeatures);
+inline void prefetch_map(const TensorMap&) {}
+
+inline void copy_box(char* memory, int64_t offset, const TensorMap& map, Barrier* barrier, int feature, int middle, int outer) {
+  int64_t to = offset;
+  for (int b = 0; b < map.box[2]; ++b)
+    for (int a = 0; a < map.box[1]; ++a)
+      for (int f = 0; f < map.box[0]; ++f, to += 2) {
+        const bool inside = outer + b < map.sizes[2] && middle + a < map.sizes[1] && feature + f < map.sizes[0];
+        const uint16_t value = inside ? map.data[(outer + b) * map.strides[1] + (middle + a) * map.strides[0] + feature + f] : 0;
+        std::memcpy(memory + swizzled_128(to), &value, 2);
+      }
+  barrier->complete(0, static_cast<int>(offset - to));
 }
 
 inline void load_box(void* shared, const TensorMap& map, Barrier& barrier, int feature, int t, int n, uint16_t blocks) {
@@ -83,7 +88,7 @@ inline void load_box(void* shared, const TensorMap& map, Barrier& barrier, int f
     auto* const there = static_cast<Barrier*>(in_block(&barrier, rank));
     const emulator::Action copy = [=, &map] {
       require_there(rank);
-      copy_box(memory, offset, map, there, feature, t, n);
+      copy_box(memory, offset, map, there, feature, map.t_outside ? n : t, map.t_outside ? t : n);
     };
     if (emulator::cluster->timing.eager_copies) {
       copy();
@@ -98,7 +103,11 @@ inline void load_box(void* shared, const TensorMap& map, Barrier& barrier, int f
 
 inline int cluster_rank() { return emulator::block().rank; }
 inline int cluster_size() { return static_cast<int>(emulator::cluster->blocks.size()); }
-inline void cluster_sync() { emulator::wait(emulator::cluster->barrier, static_cast<int>(emulator::cluster->fibers.size())); }
+inline void cluster_arrive() {
+  require(emulator::self().arrived_at < 0, "the cluster's barrier: two arrivals without a wait");
+  emulator::self().arrived_at = emulator::arrive(emulator::cluster->barrier, static_cast<int>(emulator::cluster->fibers.size()));
+}
+inline void cluster_wait() { emulator::wait_for(emulator::cluster->barrier, std::exchange(emulator::self().arrived_at, -2)); }
 inline void named_sync(int barrier, int threads) { emulator::wait(emulator::block().barriers[barrier], threads); }
 
 inline void prefetch_l2(const void* address) { static_cast<void>(*static_cast<const volatile char*>(address)); }
