@@ -17,9 +17,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ._autotune import Choice, best
-from ._common import add_to, architecture, long, power_of_two, raise_flag_, wide
+from ._common import architecture, long, power_of_two, raise_flag_, wide
 from ._conv import as_rows, block, channels_last, digits, geometry_of, image_strides, kernel_offset, largest_index, look
-from ._products import PRODUCT_PROGRAMS, dot, fold_size, precision
+from ._products import PRODUCT_PROGRAMS, all_chains, dot, end_chain, fold_size, precision
 
 
 def why_not(
@@ -52,7 +52,9 @@ def _candidate(largest: int, groups: int, C: int, K: int, bias: bool, M: int, dt
     if K > 1 and divisor >= 32:
         BLOCK = min(BLOCK, divisor)
     one_offset = K == 1 or (C > 0 and C % BLOCK == 0)
-    BLOCK_T = power_of_two(M, 16, 128 // dtype.itemsize // (1 if one_offset or warpgroups else 2))
+    # Columns of several kernel offsets have an address each, in registers.
+    halved = not one_offset and not (warpgroups and dtype.itemsize == 2)
+    BLOCK_T = power_of_two(M, 16, 128 // dtype.itemsize // (2 if halved else 1))
 
     def programs() -> int:
         return groups * upper_tiles(triton.cdiv(K * C + bias, BLOCK))
@@ -132,7 +134,7 @@ def _advance(n, p0, p1, p2, BLOCK_T: tl.constexpr, P):
     return n, p0, p1, p2
 
 
-@triton.jit(do_not_specialize=["begin", "share", "steps"])
+@triton.jit(do_not_specialize=["share", "steps", "chain"])
 def _conv_gram_kernel(
     partial,
     x,
@@ -141,9 +143,9 @@ def _conv_gram_kernel(
     shape,
     geometry,
     x_strides,
-    begin,
     share,
     steps,
+    chain,
     BLOCK: tl.constexpr,
     BLOCK_T: tl.constexpr,
     AXES: tl.constexpr,
@@ -151,12 +153,13 @@ def _conv_gram_kernel(
     BIAS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """``partial[s, tile] += sum_(n,p) w_n u[n,p,i] u[n,p,j]`` over the rows of share s: ``share`` steps of BLOCK_T of them.
+    """``partial[s, tile] = sum_(n,p) w_n u[n,p,i] u[n,p,j]`` over the rows of share s: ``share`` steps of BLOCK_T of them.
+
+    ``chain`` steps are added up in registers, then added to the chains before, in registers, too.
 
     Tile:  [BLOCK, BLOCK] of one group's Gram matrix and one share of the rows a program. With ONE_OFFSET all columns of a
            tile have the same kernel offset.
-    FLOPs: N T G (K C)^2. Bytes: x read K (K C) / BLOCK times, mostly from L2; the workspace of 2 S G (K C)^2 read and
-           written once a launch.
+    FLOPs: N T G (K C)^2. Bytes: x read K (K C) / BLOCK times, mostly from L2; the workspace of 2 S G (K C)^2 written once.
     """
     if flag is not None:
         if tl.load(flag) != 0:
@@ -170,12 +173,13 @@ def _conv_gram_kernel(
         return
     i, i_start, i0, i1, i2 = _columns(row, group, shape, geometry, x_strides, BLOCK, ONE_OFFSET)
     j, j_start, j0, j1, j2 = _columns(column, group, shape, geometry, x_strides, BLOCK, ONE_OFFSET)
-    begin += tl.program_id(1) * share
+    begin = tl.program_id(1) * share
     m = begin * BLOCK_T + tl.arange(0, BLOCK_T)[:, None]
     n = m // T
     p0, p1, p2 = digits(m % T, geometry[0])
     c = tl.zeros([BLOCK, BLOCK], tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32)
-    for _ in range(begin, tl.minimum(begin + share, steps)):
+    total = c
+    for step in range(begin, tl.minimum(begin + share, steps)):
         left = _patches(x, i, i_start, i0, i1, i2, n, p0, p1, p2, shape, geometry, x_strides, AXES, BIAS)
         right = _patches(x, j, j_start, j0, j1, j2, n, p0, p1, p2, shape, geometry, x_strides, AXES, BIAS)
         if weight is not None:
@@ -186,10 +190,11 @@ def _conv_gram_kernel(
             if c.dtype == tl.float32:  # is multiplied in parts, and that of a number near the largest is infinite
                 right = tl.where(w != 0, right, 0.0)
         c = dot(tl.trans(left), right, c, PRECISION)
+        total, c = end_chain(total, c, step + 1 - begin, chain)
         n, p0, p1, p2 = _advance(n, p0, p1, p2, BLOCK_T, geometry[0])
     tile = (long(tl.program_id(1)) * G + group) * (tiles * (tiles + 1) // 2) + _tile_index(row, column, tiles)
     cells = tl.arange(0, BLOCK)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
-    add_to(partial, tile * (BLOCK * BLOCK) + cells, c, 1.0, cells >= 0)
+    tl.store(partial + tile * (BLOCK * BLOCK) + cells, all_chains(total, c))
 
 
 @triton.jit
@@ -235,7 +240,7 @@ def conv_gram_(
     dilation: tuple[int, ...] = (),
     groups: int = 1,
 ) -> None:
-    """Launch the implicit GEMM, share by share, and the fold."""
+    """Launch the implicit GEMM and the fold of its shares."""
     with torch.cuda.device_of(acc):
         raise_flag_(flag, as_rows(x), weight)
         geometry = geometry_of(x, kernel, positions, stride, padding, dilation)
@@ -260,17 +265,17 @@ def _launch(acc, x, scale, weight, flag, sizes, geometry, multiplied, choice) ->
     (N, T, G, C, K, BIAS), (blocks, shares) = sizes, choice
     D, BLOCK = C * K + BIAS, blocks["BLOCK"]
     steps = triton.cdiv(N * T, blocks["BLOCK_T"])
-    share = min(fold_size(steps), triton.cdiv(steps, shares))
+    share = triton.cdiv(steps, shares)
+    shares = triton.cdiv(steps, share)  # none of them empty
     tiles = triton.cdiv(D, BLOCK)
     computed = torch.promote_types(x.dtype, torch.float32)
-    partial = torch.zeros(shares, G * upper_tiles(tiles), BLOCK**2, dtype=computed, device=acc.device)
+    partial = torch.empty(shares, G * upper_tiles(tiles), BLOCK**2, dtype=computed, device=acc.device)
     shape = (N, T, G, max(C, 1), C * K)
     grid = (G * (tiles + 1) * triton.cdiv(tiles, 2), shares)
-    for begin in range(0, steps, share * shares):
-        _conv_gram_kernel[grid](
-            partial, x, weight, flag, shape, geometry, image_strides(x), begin, share, steps,
-            AXES=x.dim() - 2, BIAS=BIAS, PRECISION=precision(multiplied), **blocks,
-        )  # fmt: skip
+    _conv_gram_kernel[grid](
+        partial, x, weight, flag, shape, geometry, image_strides(x), share, steps, fold_size(share),
+        AXES=x.dim() - 2, BIAS=BIAS, PRECISION=precision(multiplied), **blocks,
+    )  # fmt: skip
     BLOCK_I, BLOCK_J = power_of_two(D, 1, 8), power_of_two(D, 1, 64)
     programs = G * triton.cdiv(D, BLOCK_I) * triton.cdiv(D, BLOCK_J)
     _fold_upper_kernel[(programs,)](acc, partial, flag, (shares, G, max(C, 1), K, D), scale, BLOCK, BLOCK_I, BLOCK_J)
