@@ -119,18 +119,20 @@ def _embedding_sq_kernel(
                 start = row // T * strides[0] + row % T * strides[1]
                 c += wide(tl.load(g + start + d * strides[2], mask=inside, other=0.0))
                 last = (j + 1 == end) | (tl.load(samples + j + 1, mask=j + 1 < M, other=-1) != n)
-                mine = last & (not shared)
                 w = 1.0
                 if weight is not None:
-                    w = tl.load(weight + n)
-                squares += tl.where(mine, c * c * w, 0.0)
-                if total is not None:
-                    sums += tl.where(mine, c * w, 0.0)
-                if norms is not None:
-                    tl.store(norms + long(tl.program_id(1)) * M + row, tl.sum(c * c, 0), mask=mine)
-                head = tl.where(last & shared, c, head)
-                shared = shared & (not last)
-                c = tl.where(last, 0.0, c)
+                    w = tl.load(weight + n)  # here, not in the branch: copies of later rows' weights are under way
+                if last:
+                    if shared:
+                        head = c
+                    else:
+                        squares += c * c * w
+                        if total is not None:
+                            sums += c * w
+                        if norms is not None:
+                            tl.store(norms + long(tl.program_id(1)) * M + row, tl.sum(c * c, 0))
+                    shared = False
+                    c = zero
             whole = end - begin <= PIECE
             if whole:
                 add_both(acc, total, v * D + d, squares, sums, scale, inside)
