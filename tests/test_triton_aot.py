@@ -198,7 +198,17 @@ def test_score_config(R, C, dtype):
     assert all(size & (size - 1) == 0 for size in blocks.values())
     assert blocks["BLOCK_R"] < 2 * R and blocks["BLOCK_C"] < 2 * max(C, 16)
     cells = blocks["BLOCK_R"] * blocks["BLOCK_C"]
-    assert cells <= (8192 if C >= 2**14 else 4096) and cells <= 512 * blocks["num_warps"] and blocks["num_warps"] <= 16
+    assert cells <= (8192 if C >= 2**14 else 4096) and cells <= 512 * blocks["num_warps"] and blocks["num_warps"] <= 32
+
+
+def test_long_rows_of_16_bits_are_one_program_a_multiprocessor():
+    """Of 2048 threads and 65536 registers two would fit with at most 32 a thread; then the rows would not fit in the L2."""
+    C, L2 = 128256, 60e6
+    blocks = categorical_score.config(4096, C, torch.bfloat16)
+    assert blocks["num_warps"] == 32 and blocks["STAGES"] > 1
+    rows = _products.MULTIPROCESSORS * blocks["BLOCK_R"]
+    assert rows * C * 2 < L2 < 2 * rows * C * 2
+    assert categorical_score.config(4096, 1000, torch.bfloat16)["STAGES"] == 1
 
 
 @pytest.mark.parametrize("arch", TARGETS)
