@@ -33,6 +33,11 @@ def architecture(device: torch.device) -> Any:
         return driver.active.get_current_target().arch
 
 
+def has_warpgroups(arch: int) -> bool:
+    """Whether products have instructions of a warpgroup, whose operands do not pass through registers; a pure function."""
+    return arch // 10 in (9, 10)
+
+
 def device_problem(device: torch.device) -> str | None:
     """Why the kernels cannot run on ``device``, or None."""
     found = architecture(device)

@@ -21,14 +21,14 @@ MEMORY_RATE = 4.3e12  # B/s
 LAUNCH = 3e-6  # s
 
 
-def product_seconds(programs: int, rows: int, high: int, wide: int, dtype: torch.dtype, workspace: int) -> float:
-    """How long so many programs might take, each a tile of ``high`` by ``wide`` summed over ``rows``; a pure function.
+def product_seconds(programs: int, rows: int, height: int, width: int, dtype: torch.dtype, workspace: int) -> float:
+    """How long so many programs might take, each a tile of ``height`` by ``width`` summed over ``rows``; a pure function.
 
     A multiprocessor runs its programs one after the other, each as fast as its products or its loads from the L2 let it. The
     bytes of a ``workspace`` are written once and read once, by a launch of their own.
     """
-    products = 2 * high * wide / MATRIX_RATE[dtype.itemsize]
-    loads = (high + wide) * dtype.itemsize / L2_RATE
+    products = 2 * height * width / MATRIX_RATE[dtype.itemsize]
+    loads = (height + width) * dtype.itemsize / L2_RATE
     one_after_the_other = triton.cdiv(programs, MULTIPROCESSORS) * rows * max(products, loads) * MULTIPROCESSORS
     return one_after_the_other + (workspace > 0) * (LAUNCH + 2 * workspace / MEMORY_RATE)
 

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._autotune import Choice, best
-from ._common import architecture, long, power_of_two, raise_flag_, wide
+from ._common import architecture, has_warpgroups, long, power_of_two, raise_flag_, wide
 from ._conv import as_rows, block, channels_last, digits, geometry_of, image_strides, kernel_offset, largest_index, look
 from ._products import PRODUCT_PROGRAMS, all_chains, dot, end_chain, fold_size, precision
 
@@ -39,21 +39,20 @@ def candidates(groups: int, C: int, K: int, bias: bool, M: int, dtype: torch.dty
 
     The likeliest best first: as large a tile as there are registers for, and the next smaller one. A pure function.
     """
-    largest = 128 if dtype.itemsize == 2 and arch // 10 in (9, 10) else 64 if dtype.itemsize < 8 else 32
+    largest = 128 if dtype.itemsize == 2 and has_warpgroups(arch) else 64 if dtype.itemsize < 8 else 32
     first = _candidate(largest, groups, C, K, bias, M, dtype, arch)
     half = first[0]["BLOCK"] // 2
     return [first, _candidate(half, groups, C, K, bias, M, dtype, arch)] if half >= 32 else [first]
 
 
 def _candidate(largest: int, groups: int, C: int, K: int, bias: bool, M: int, dtype: torch.dtype, arch: int) -> Choice:
-    warpgroups = arch // 10 in (9, 10)
     BLOCK = block(K * C + bias, largest)
     divisor = C & -C
     if K > 1 and divisor >= 32:
         BLOCK = min(BLOCK, divisor)
     one_offset = K == 1 or (C > 0 and C % BLOCK == 0)
     # Columns of several kernel offsets have an address each, in registers.
-    halved = not one_offset and not (warpgroups and dtype.itemsize == 2)
+    halved = not one_offset and not (has_warpgroups(arch) and dtype.itemsize == 2)
     BLOCK_T = power_of_two(M, 16, 128 // dtype.itemsize // (2 if halved else 1))
 
     def programs() -> int:

@@ -25,6 +25,7 @@ from ._common import (
     architecture,
     check_offsets,
     fold_,
+    has_warpgroups,
     long,
     power_of_two,
     raise_flag_,
@@ -78,7 +79,7 @@ def _candidate(
         BLOCK_I = min(BLOCK_I, divisor)
     # Registers: without Hopper's instructions operands, or sums on their way from tensor memory, pass through them too; 64-bit
     # numbers take two.
-    warpgroups = arch // 10 in (9, 10)
+    warpgroups = has_warpgroups(arch)
     if tiles > 2 or arch // 10 != 9:
         BLOCK_I = min(BLOCK_I, largest // 2)
     if tiles > 2 and not (warpgroups and dtype.itemsize < 8):

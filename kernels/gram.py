@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._autotune import Choice, best
-from ._common import add_to, architecture, long, power_of_two, raise_flag_, wide
+from ._common import add_to, architecture, has_warpgroups, long, power_of_two, raise_flag_, wide
 from ._products import PRODUCT_PROGRAMS, all_chains, dot, end_chain, fold_size, precision, product_seconds
 
 
@@ -46,8 +46,8 @@ def candidates(I: int, M: int, even: bool, dtype: torch.dtype, arch: int) -> lis
 def _candidate(BLOCK: int, I: int, M: int, even: bool, dtype: torch.dtype, arch: int) -> Choice:
     # Uneven rows have an address for each element, in registers.
     BLOCK_M = power_of_two(M, 16, (64 if dtype.itemsize == 2 else 32) // (1 if even else 2))
-    # Half as wide as high without warpgroup instructions, whose operands do not pass through registers.
-    ACROSS = 1 if arch // 10 in (9, 10) else 2 if BLOCK >= 64 else 1
+    # Half as wide as high where the operands pass through registers.
+    ACROSS = 1 if has_warpgroups(arch) else 2 if BLOCK >= 64 else 1
     num_warps = 8 if BLOCK * BLOCK // ACROSS >= 64 * 64 else 4
     blocks = {"BLOCK": BLOCK, "ACROSS": ACROSS, "BLOCK_M": BLOCK_M, "num_warps": num_warps, "num_stages": 3}
     if dtype == torch.float32 and num_warps == 8 and arch // 10 == 9:

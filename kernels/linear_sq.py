@@ -23,6 +23,7 @@ from ._common import (
     architecture,
     check_offsets,
     fold_,
+    has_warpgroups,
     long,
     power_of_two,
     raise_flag_,
@@ -80,11 +81,11 @@ def candidates(work: Work, arch: int) -> list[Choice]:
 
     Of equals the largest tile and the fewest shares.
     """
-    width, warpgroups = work.dtype.itemsize, arch // 10 in (9, 10)
-    high, wide = {2: (128, 128), 4: (128 if warpgroups else 64, 64), 8: (64, 64)}[width]
+    width, warpgroups = work.dtype.itemsize, has_warpgroups(arch)
+    rows, columns = {2: (128, 128), 4: (128 if warpgroups else 64, 64), 8: (64, 64)}[width]
     if work.tiles > 2 or not warpgroups:  # without warpgroup instructions the operands pass through registers too
-        wide //= 2
-    most = [power_of_two(work.O, 16, high), power_of_two(work.I, 16, wide)]
+        columns //= 2
+    most = [power_of_two(work.O, 16, rows), power_of_two(work.I, 16, columns)]
     sides = [[size for size in (128, 64, 32, 16) if min(32, top) <= size <= top] for top in most]
     ranked = sorted(itertools.product(*sides, splits(work)), key=lambda choice: seconds(work, *choice))
     fewest = {(BLOCK_O, BLOCK_I): shares for BLOCK_O, BLOCK_I, shares in reversed(ranked)}  # the best shares of each tile
