@@ -70,6 +70,24 @@ def long(i):
 
 
 @triton.jit
+def is_raised(flag):
+    """Whether there is a flag and it is set."""
+    if flag is None:
+        return False
+    else:
+        return tl.load(flag) != 0
+
+
+@triton.jit
+def zero_sums(shape, pointer):
+    """Where sums of the values at ``pointer`` begin: zeros in float32, or in float64 if they are."""
+    if pointer.dtype.element_ty == tl.float64:
+        return tl.zeros(shape, tl.float64)
+    else:
+        return tl.zeros(shape, tl.float32)
+
+
+@triton.jit
 def wide(values):
     """16-bit values as float32: products and squares are never formed in 16 bits."""
     if values.dtype.primitive_bitwidth < 32:
@@ -134,9 +152,8 @@ def raise_flag_(flag: Tensor | None, *inputs: Tensor | None) -> None:
 @triton.jit
 def _fold_kernel(out, partial, flag, R, C, scale: tl.float64, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
     """``out[c] += scale * sum_r partial[r, c]`` unless the flag is set. One program: BLOCK_C columns, all rows."""
-    if flag is not None:
-        if tl.load(flag) != 0:
-            return
+    if is_raised(flag):
+        return
     column = long(tl.program_id(0)) * BLOCK_C + tl.arange(0, BLOCK_C)
     values = tl.zeros([BLOCK_R, BLOCK_C], partial.dtype.element_ty)
     for r in range(0, R, BLOCK_R):

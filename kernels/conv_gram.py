@@ -9,7 +9,7 @@ where a pair of columns may have changed sides: the matrix is symmetric. The con
 
 import functools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -17,8 +17,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ._autotune import Choice, best
-from ._common import architecture, has_warpgroups, long, power_of_two, raise_flag_, wide
-from ._conv import as_rows, block, channels_last, digits, geometry_of, image_strides, kernel_offset, largest_index, look
+from ._common import architecture, has_warpgroups, is_raised, long, power_of_two, raise_flag_, wide, zero_sums
+from ._conv import Geometry, as_rows, block, channels_last, digits, geometry_of, image_strides, kernel_offset, largest_index, look
 from ._products import PRODUCT_PROGRAMS, all_chains, dot, end_chain, fold_size, precision
 
 
@@ -31,6 +31,19 @@ def why_not(
     if largest >= 2**30:  # where the last share would end may be twice as far
         return f"positions are counted in 32 bits: 2^30 in an image, or in all of them, are too many, got {largest}"
     return None
+
+
+class Inputs(NamedTuple):
+    """One call; products are computed in ``dtype``."""
+
+    x: Tensor
+    scale: float
+    weight: Tensor | None
+    bias: bool
+    flag: Tensor | None
+    geometry: Geometry
+    groups: int
+    dtype: torch.dtype
 
 
 @functools.lru_cache(maxsize=4096)
@@ -160,9 +173,8 @@ def _conv_gram_kernel(
            tile have the same kernel offset.
     FLOPs: N T G (K C)^2. Bytes: x read K (K C) / BLOCK times, mostly from L2; the workspace of 2 S G (K C)^2 written once.
     """
-    if flag is not None:
-        if tl.load(flag) != 0:
-            return
+    if is_raised(flag):
+        return
     N, T, G, _, I = shape
     tiles = tl.cdiv(I + BIAS, BLOCK)
     lines = (tiles + 1) * tl.cdiv(tiles, 2)
@@ -176,7 +188,7 @@ def _conv_gram_kernel(
     m = begin * BLOCK_T + tl.arange(0, BLOCK_T)[:, None]
     n = m // T
     p0, p1, p2 = digits(m % T, geometry[0])
-    c = tl.zeros([BLOCK, BLOCK], tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32)
+    c = zero_sums([BLOCK, BLOCK], x)
     total = c
     for step in range(begin, tl.minimum(begin + share, steps)):
         left = _patches(x, i, i_start, i0, i1, i2, n, p0, p1, p2, shape, geometry, x_strides, AXES, BIAS)
@@ -201,9 +213,8 @@ def _fold_upper_kernel(
     acc, partial, flag, shape, scale: tl.float64, BLOCK: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr
 ):
     """``acc[g,i,j] += scale * sum_s partial[s,g,...]`` for j >= i, unless the flag is set. One program: [BLOCK_I, BLOCK_J]."""
-    if flag is not None:
-        if tl.load(flag) != 0:
-            return
+    if is_raised(flag):
+        return
     R, G, C, K, D = shape
     across, down = tl.cdiv(D, BLOCK_J), tl.cdiv(D, BLOCK_I)
     group = long(tl.program_id(0) // (across * down))
@@ -247,22 +258,23 @@ def conv_gram_(
         C, K = x.shape[1] // groups, math.prod(geometry.kernel)
         if 0 in (N, T, D):
             return
-        multiplied = x.dtype if weight is None else torch.promote_types(x.dtype, torch.float32)
+        dtype = x.dtype if weight is None else torch.promote_types(x.dtype, torch.float32)
         x = channels_last(x, C) if weight is None else x
-        sizes = (N, T, groups, C, K, int(bias))
+        inputs = Inputs(x, scale, weight, bias, flag, geometry, groups, dtype)
 
         def trial(choice: Choice) -> None:
-            _launch(torch.zeros_like(acc), x, scale, weight, flag, sizes, geometry, multiplied, choice)
+            _launch(torch.zeros_like(acc), inputs, choice)
 
-        choices = candidates(groups, C, K, bias, N * T, multiplied, architecture(acc.device))
-        key = (*sizes, *geometry, multiplied, weight is not None, precision(multiplied))
-        choice = best("conv_gram_", key, choices, trial, acc.device)
-        _launch(acc, x, scale, weight, flag, sizes, geometry, multiplied, choice)
+        choices = candidates(groups, C, K, bias, N * T, dtype, architecture(acc.device))
+        key = (N, T, groups, C, K, int(bias), *geometry, dtype, weight is not None, precision(dtype))
+        _launch(acc, inputs, best("conv_gram_", key, choices, trial, acc.device))
 
 
-def _launch(acc, x, scale, weight, flag, sizes, geometry, multiplied, choice) -> None:
-    (N, T, G, C, K, BIAS), (blocks, shares) = sizes, choice
-    D, BLOCK = C * K + BIAS, blocks["BLOCK"]
+def _launch(acc: Tensor, inputs: Inputs, choice: Choice) -> None:
+    x, scale, weight, bias, flag, geometry, G, dtype = inputs
+    blocks, shares = choice
+    N, T, C, K = len(x), math.prod(geometry.positions), x.shape[1] // G, math.prod(geometry.kernel)
+    D, BLOCK = C * K + bias, blocks["BLOCK"]
     steps = triton.cdiv(N * T, blocks["BLOCK_T"])
     share = triton.cdiv(steps, shares)
     shares = triton.cdiv(steps, share)  # none of them empty
@@ -273,7 +285,7 @@ def _launch(acc, x, scale, weight, flag, sizes, geometry, multiplied, choice) ->
     grid = (G * (tiles + 1) * triton.cdiv(tiles, 2), shares)
     _conv_gram_kernel[grid](
         partial, x, weight, flag, shape, geometry, image_strides(x), share, steps, fold_size(share),
-        AXES=x.dim() - 2, BIAS=BIAS, PRECISION=precision(multiplied), **blocks,
+        AXES=x.dim() - 2, BIAS=int(bias), PRECISION=precision(dtype), **blocks,
     )  # fmt: skip
     BLOCK_I, BLOCK_J = power_of_two(D, 1, 8), power_of_two(D, 1, 64)
     programs = G * triton.cdiv(D, BLOCK_I) * triton.cdiv(D, BLOCK_J)

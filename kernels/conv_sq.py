@@ -12,7 +12,7 @@ element. The contract is in ``fisherfast.ops.conv_sq``.
 
 import functools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -26,13 +26,16 @@ from ._common import (
     check_offsets,
     fold_,
     has_warpgroups,
+    is_raised,
     long,
     power_of_two,
     raise_flag_,
     sample_rows,
     wide,
+    zero_sums,
 )
 from ._conv import (
+    Geometry,
     as_rows,
     block,
     channels_last,
@@ -44,7 +47,7 @@ from ._conv import (
     look,
 )
 from ._products import PRODUCT_PROGRAMS, dot, fold_size, precision
-from ._squares import MOST_PARTS, PART_ROWS, add_sample, square_parts_, steps_of, tiles_held
+from ._squares import MOST_PARTS, PART_ROWS, Outputs, add_sample, square_parts_, steps_of, tiles_held
 from .linear_sq import linear_sq_
 
 
@@ -54,6 +57,19 @@ def why_not(acc: Tensor, x: Tensor, g: Tensor, scale: float = 1.0, *, stride=(),
     if largest >= 2**30:
         return f"positions are counted in 32 bits: those of an image must be fewer than 2^30, got {largest}"
     return None
+
+
+class Inputs(NamedTuple):
+    """One call: ``sizes`` are G, O, C, K, N, T; ``direct`` ones are multiplied element by element."""
+
+    x: Tensor
+    g: Tensor
+    scale: float
+    weight: Tensor | None
+    offsets: Tensor | None
+    geometry: Geometry
+    sizes: tuple[int, int, int, int, int, int]
+    direct: bool
 
 
 @functools.lru_cache(maxsize=4096)
@@ -204,15 +220,14 @@ def _conv_sq_kernel(
     FLOPs: 2 N T G O I. Bytes: x read K O / BLOCK_O times and g I / BLOCK_I times, mostly from L2; workspaces of 4 S G O I
            written once, read and written again every ``chain`` samples.
     """
-    if flag is not None:
-        if tl.load(flag) != 0:
-            return
+    if is_raised(flag):
+        return
     N, T, G, O, _, I = shape
     x, g, group, o, i, inside_o, inside_i, at0, at1, at2 = _tile(
         x, g, shape, geometry, x_strides, g_strides, ONE_OFFSET, BLOCK_O, BLOCK_I
     )
     first_p0, first_p1, first_p2 = digits(tl.arange(0, BLOCK_T)[:, None], geometry[0])
-    zero = tl.zeros([BLOCK_O, BLOCK_I], tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32)
+    zero = zero_sums([BLOCK_O, BLOCK_I], x)
     c = zero
     squares = zero
     sums = zero
@@ -275,9 +290,8 @@ def _conv_part_kernel(
     Tile:  [BLOCK_O, BLOCK_I] of one group's [O, I] a program, of one part of one sample.
     FLOPs: 2 N T G O I. Bytes: as ``_conv_sq_kernel``, and products written once.
     """
-    if flag is not None:
-        if tl.load(flag) != 0:
-            return
+    if is_raised(flag):
+        return
     _, T, G, O, _, I = shape
     x, g, group, o, i, inside_o, inside_i, at0, at1, at2 = _tile(
         x, g, shape, geometry, x_strides, g_strides, ONE_OFFSET, BLOCK_O, BLOCK_I
@@ -333,9 +347,8 @@ def _conv_sq_direct_kernel(
     Tile:  BLOCK_E pairs at one kernel offset and one share of the samples a program; [BLOCK_E, BLOCK_T] products.
     FLOPs: 2 N T G O K C. Bytes: x and g read K times, g C times and x O times more, mostly from L1 and L2.
     """
-    if flag is not None:
-        if tl.load(flag) != 0:
-            return
+    if is_raised(flag):
+        return
     N, T, G, O, C, I = shape
     K = I // C
     k = tl.program_id(0) % K
@@ -348,7 +361,7 @@ def _conv_sq_direct_kernel(
     x += (long(channel) * x_strides[1])[:, None]
     g += (o * g_strides[1])[:, None]
     first_p0, first_p1, first_p2 = digits(tl.arange(0, BLOCK_T)[None, :], geometry[0])
-    zero = tl.zeros([BLOCK_E], tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32)
+    zero = zero_sums([BLOCK_E], x)
     squares, sums = zero, zero
     index = (long(tl.program_id(1)) * G * O + o) * I + k * C + c
     begin = tl.program_id(1) * share
@@ -376,9 +389,8 @@ def _conv_sq_direct_kernel(
 @triton.jit
 def _fold_columns_kernel(out, partial, flag, shape, scale: tl.float64, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr):
     """``out[o, c, k] += scale * sum_r partial[r, o, k, c]`` unless the flag is set. One program: [BLOCK_C, BLOCK_K] of one o."""
-    if flag is not None:
-        if tl.load(flag) != 0:
-            return
+    if is_raised(flag):
+        return
     R, O, C, K = shape
     tiles_c, tiles_k = tl.cdiv(C, BLOCK_C), tl.cdiv(K, BLOCK_K)
     tile = tl.program_id(0) % (tiles_c * tiles_k)
@@ -439,17 +451,18 @@ def conv_sq_(
         if not direct:
             x = channels_last(x, C)
             g = g if T % 16 == 0 and g.is_contiguous() else channels_last(g, O)
-        outputs, inputs = (acc, total, sqnorm, flag), (x, g, scale, weight, offsets, geometry, sizes, direct)
+        outputs = Outputs(acc, total, sqnorm, flag)
+        inputs = Inputs(x, g, scale, weight, offsets, geometry, sizes, direct)
 
         def trial(choice: Choice) -> None:
-            _launch([None if out is None else torch.zeros_like(out) for out in outputs], inputs, choice)
+            _launch(outputs.zeros(), inputs, choice)
 
         choices = [direct_config(groups * O * C, K, N, T, arch)] if direct else candidates(*sizes, x.dtype, held, arch)
         key = (*sizes, *geometry, x.dtype, held, precision(x.dtype))
         _launch(outputs, inputs, best("conv_sq_", key, choices, trial, acc.device))
 
 
-def _launch(outputs, inputs, choice: Choice) -> None:
+def _launch(outputs: Outputs, inputs: Inputs, choice: Choice) -> None:
     """Sums of squares of shares of the samples, or of gradients that are computed in parts; then both go into acc's order."""
     (acc, total, sqnorm, flag), (x, g, scale, weight, offsets, geometry, sizes, direct) = outputs, inputs
     (G, O, C, K, N, T), (blocks, shares) = sizes, choice
@@ -474,8 +487,8 @@ def _launch(outputs, inputs, choice: Choice) -> None:
         square_parts_(squares, sums, sqnorm, products, weight, 1.0, flag, known=False)
     else:
         norms = None if sqnorm is None else torch.empty(tiles, N, device=acc.device, dtype=computed)
-        outputs = (squares, sums, norms, x, g, weight, offsets, flag)
-        kernel[(tiles, triton.cdiv(N, share))](*outputs, *where, share, fold_size(share), **blocks)
+        arguments = (squares, sums, norms, x, g, weight, offsets, flag)
+        kernel[(tiles, triton.cdiv(N, share))](*arguments, *where, share, fold_size(share), **blocks)
         if norms is not None:
             fold_(sqnorm, norms, 1.0, flag)
     _fold_columns_(acc, squares, scale, flag)

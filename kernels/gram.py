@@ -8,7 +8,7 @@ weights, one operand is multiplied by them in float32, and so both are float32. 
 """
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._autotune import Choice, best
-from ._common import add_to, architecture, has_warpgroups, long, power_of_two, raise_flag_, wide
+from ._common import add_to, architecture, has_warpgroups, is_raised, long, power_of_two, raise_flag_, wide, zero_sums
 from ._products import PRODUCT_PROGRAMS, all_chains, dot, end_chain, fold_size, precision, product_seconds
 
 
@@ -27,6 +27,17 @@ def why_not(acc: Tensor, x: Tensor, scale: float = 1.0, **_: Any) -> str | None:
             f"the Triton kernel counts rows in 32 bits: they must be fewer than 2^30, got {x.shape[:-1].numel()}; split the batch"
         )
     return None
+
+
+class Inputs(NamedTuple):
+    """One call: x is ``[N, T, I]``, as ``_samples`` gives it; products are computed in ``dtype``."""
+
+    x: Tensor
+    scale: float
+    weight: Tensor | None
+    bias: bool
+    flag: Tensor | None
+    dtype: torch.dtype
 
 
 WORKSPACE = 2**26  # bytes
@@ -79,8 +90,8 @@ def _products(
     x, weight, T, I, strides, i, j, begin, end, chain, SUMS: tl.constexpr, BLOCK_M: tl.constexpr, PRECISION: tl.constexpr
 ):  # fmt: skip
     """``sum_m w_m x[m,i] x[m,j]``, and with SUMS ``sum_m w_m x[m,i]`` and ``sum_m w_m``, over rows ``begin`` to ``end``."""
-    dtype = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
-    zero = tl.zeros([i.shape[0], j.shape[0]], dtype)
+    zero = zero_sums([i.shape[0], j.shape[0]], x)
+    dtype = zero.dtype
     products = zero
     total = zero
     steps = 0
@@ -143,9 +154,8 @@ def _gram_kernel(
     FLOPs: M I^2, and a tile's for every BLOCK columns. Bytes: x read I / BLOCK times, mostly from L2; acc read and
            written once.
     """
-    if flag is not None:
-        if tl.load(flag) != 0:
-            return
+    if is_raised(flag):
+        return
     M, T, I, D = shape
     tile, part = tl.program_id(0) // ACROSS, tl.program_id(0) % ACROSS
     # Tile number b (b + 1) / 2 + a lies in row a and column b: the root gives b up to its rounding.
@@ -198,9 +208,8 @@ def _fold_upper_kernel(
     acc, partial, flag, S, D, scale: tl.float64, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_S: tl.constexpr
 ):
     """``acc[i,j] += scale * sum_s partial[s,i,j]`` for ``j >= i``. One program: [BLOCK_I, BLOCK_J], all shares, BLOCK_S a step."""
-    if flag is not None:
-        if tl.load(flag) != 0:
-            return
+    if is_raised(flag):
+        return
     if tl.program_id(0) * BLOCK_I >= (tl.program_id(1) + 1) * BLOCK_J:  # all of it is below the diagonal
         return
     cell = tl.arange(0, BLOCK_I * BLOCK_J)
@@ -234,18 +243,21 @@ def gram_(
         if M == 0 or D == 0:
             return
         dtype = x.dtype if weight is None else torch.promote_types(x.dtype, torch.float32)
-        sizes = (M, T, I, D)
+        inputs = Inputs(x, scale, weight, bias, flag, dtype)
 
         def trial(choice: Choice) -> None:
-            _launch(torch.zeros_like(acc), x, scale, weight, bias, flag, sizes, dtype, choice)
+            _launch(torch.zeros_like(acc), inputs, choice)
 
         choices = candidates(I, M, T == 1, dtype, architecture(acc.device))
-        choice = best("gram_", (*sizes, dtype, weight is not None, precision(dtype)), choices, trial, acc.device)
-        _launch(acc, x, scale, weight, bias, flag, sizes, dtype, choice)
+        choice = best("gram_", (M, T, I, D, dtype, weight is not None, precision(dtype)), choices, trial, acc.device)
+        _launch(acc, inputs, choice)
 
 
-def _launch(acc, x, scale, weight, bias, flag, sizes, dtype, choice) -> None:
-    (M, _, I, D), (blocks, shares) = sizes, choice
+def _launch(acc: Tensor, inputs: Inputs, choice: Choice) -> None:
+    x, scale, weight, bias, flag, dtype = inputs
+    blocks, shares = choice
+    (N, T, I), D = x.shape, acc.shape[0]
+    M = N * T
     steps = triton.cdiv(M, blocks["BLOCK_M"])
     share = triton.cdiv(steps, shares)
     out, factor = acc, scale
@@ -254,7 +266,7 @@ def _launch(acc, x, scale, weight, bias, flag, sizes, dtype, choice) -> None:
     options = {"BIAS": bias, "KNOWN": shares == 1, "PRECISION": precision(dtype), **blocks}
     rows = share * blocks["BLOCK_M"]
     _gram_kernel[(programs(I, blocks), shares)](
-        out, x, weight, flag, sizes, x.stride(), rows, fold_size(share), factor, **options
+        out, x, weight, flag, (M, T, I, D), x.stride(), rows, fold_size(share), factor, **options
     )
     if shares > 1:
         BLOCK_I, BLOCK_J = power_of_two(D // 64, 1, 8), power_of_two(D, 1, 64)
