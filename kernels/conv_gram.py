@@ -18,7 +18,19 @@ from torch import Tensor
 
 from ._autotune import Choice, best
 from ._common import architecture, has_warpgroups, is_raised, long, power_of_two, raise_flag_, wide, zero_sums
-from ._conv import Geometry, as_rows, block, channels_last, digits, geometry_of, image_strides, kernel_offset, largest_index, look
+from ._conv import (
+    Geometry,
+    advance,
+    as_rows,
+    block,
+    channels_last,
+    digits,
+    geometry_of,
+    image_strides,
+    kernel_offset,
+    largest_index,
+    look,
+)
 from ._products import PRODUCT_PROGRAMS, all_chains, dot, end_chain, fold_size, precision
 
 
@@ -132,17 +144,20 @@ def _patches(x, i, start, at0, at1, at2, n, p0, p1, p2, shape, geometry, x_strid
 
 
 @triton.jit
-def _advance(n, p0, p1, p2, BLOCK_T: tl.constexpr, P):
-    """The rows ``BLOCK_T`` on: digits added with carry, since a division costs more than the load."""
+def _advance_rows(n, p0, p1, p2, BLOCK_T: tl.constexpr, P, AXES: tl.constexpr):
+    """The rows ``BLOCK_T`` on: the outermost coordinate carries to the image."""
     T = P[0] * P[1] * P[2]
-    d0, d1, d2 = digits(BLOCK_T % T, P)
-    p2 += d2
-    p1 += tl.where(p2 >= P[2], d1 + 1, d1)
-    p2 = tl.where(p2 >= P[2], p2 - P[2], p2)
-    p0 += tl.where(p1 >= P[1], d0 + 1, d0)
-    p1 = tl.where(p1 >= P[1], p1 - P[1], p1)
-    n += tl.where(p0 >= P[0], BLOCK_T // T + 1, BLOCK_T // T)
-    p0 = tl.where(p0 >= P[0], p0 - P[0], p0)
+    p0, p1, p2 = advance(p0, p1, p2, BLOCK_T % T, P, AXES)
+    n += BLOCK_T // T
+    if AXES == 1:
+        n += (p2 >= P[2]).to(tl.int32)
+        p2 = tl.where(p2 >= P[2], p2 - P[2], p2)
+    elif AXES == 2:
+        n += (p1 >= P[1]).to(tl.int32)
+        p1 = tl.where(p1 >= P[1], p1 - P[1], p1)
+    else:
+        n += (p0 >= P[0]).to(tl.int32)
+        p0 = tl.where(p0 >= P[0], p0 - P[0], p0)
     return n, p0, p1, p2
 
 
@@ -202,7 +217,7 @@ def _conv_gram_kernel(
                 right = tl.where(w != 0, right, 0.0)
         c = dot(tl.trans(left), right, c, PRECISION)
         total, c = end_chain(total, c, step + 1 - begin, chain)
-        n, p0, p1, p2 = _advance(n, p0, p1, p2, BLOCK_T, geometry[0])
+        n, p0, p1, p2 = _advance_rows(n, p0, p1, p2, BLOCK_T, geometry[0], AXES)
     tile = (long(tl.program_id(1)) * G + group) * (tiles * (tiles + 1) // 2) + _tile_index(row, column, tiles)
     cells = tl.arange(0, BLOCK)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
     tl.store(partial + tile * (BLOCK * BLOCK) + cells, all_chains(total, c))

@@ -36,6 +36,7 @@ from ._common import (
 )
 from ._conv import (
     Geometry,
+    advance,
     as_rows,
     block,
     channels_last,
@@ -133,22 +134,6 @@ def direct_config(pairs: int, K: int, N: int, T: int, arch: int) -> tuple[dict[s
     BLOCK_T = power_of_two(T, 16, 1024 // BLOCK_E)
     shares = max(1, min(N, 8 * PRODUCT_PROGRAMS // (triton.cdiv(pairs, BLOCK_E) * K)))
     return {"BLOCK_E": BLOCK_E, "BLOCK_T": BLOCK_T, "num_warps": 8 if arch >= 90 else 4}, shares
-
-
-@triton.jit
-def _advance(p0, p1, p2, BLOCK_T: tl.constexpr, P, AXES: tl.constexpr):
-    """The coordinates ``BLOCK_T`` positions on: digits added with carry, since a division costs more than the load."""
-    d0, d1, d2 = digits(BLOCK_T, P)
-    if AXES == 1:
-        return p0, p1, p2 + BLOCK_T
-    else:
-        p2 += d2
-        p1 += tl.where(p2 >= P[2], d1 + 1, d1)
-        p2 = tl.where(p2 >= P[2], p2 - P[2], p2)
-        if AXES == 3:
-            p0 += tl.where(p1 >= P[1], d0 + 1, d0)
-            p1 = tl.where(p1 >= P[1], p1 - P[1], p1)
-        return p0, p1, p2
 
 
 @triton.jit
@@ -259,7 +244,7 @@ def _conv_sq_kernel(
                 add_both(squares_out, sums_out, index, squares, sums, 1.0, inside_o & inside_i, done > chain)
                 squares, sums = zero, zero
         # Beside the branch, not in it: where the next loads begin must not wait for the product.
-        p0, p1, p2 = _advance(p0, p1, p2, BLOCK_T, geometry[0], AXES)
+        p0, p1, p2 = advance(p0, p1, p2, BLOCK_T, geometry[0], AXES)
         p0, p1, p2 = tl.where(whole, first_p0, p0), tl.where(whole, first_p1, p1), tl.where(whole, first_p2, p2)
         start = tl.where(whole, 0, start)
         image = tl.where(ends, 0, image + whole.to(tl.int32))
@@ -314,7 +299,7 @@ def _conv_part_kernel(
         c = dot(gs, xs, c, PRECISION)
         start += BLOCK_T
         whole = start >= end
-        p0, p1, p2 = _advance(p0, p1, p2, BLOCK_T, geometry[0], AXES)
+        p0, p1, p2 = advance(p0, p1, p2, BLOCK_T, geometry[0], AXES)
         p0, p1, p2 = tl.where(whole, first_p0, p0), tl.where(whole, first_p1, p1), tl.where(whole, first_p2, p2)
         start = tl.where(whole, begin, start)
         m += whole.to(tl.int64)
@@ -378,7 +363,7 @@ def _conv_sq_direct_kernel(
                 inside = inside & inside_e[:, None] & (t < T)
                 gs = wide(tl.load(g_m + long(t) * g_strides[2], mask=inside, other=0.0))
                 products += gs * wide(tl.load(x_m + offset, mask=inside, other=0.0))
-                p0, p1, p2 = _advance(p0, p1, p2, BLOCK_T, geometry[0], AXES)
+                p0, p1, p2 = advance(p0, p1, p2, BLOCK_T, geometry[0], AXES)
         squares, sums = add_sample(squares, sums, tl.sum(products, 1), n, N, weight, sums_out, norms)
         done = n + 1 - begin
         if (done % chain == 0) | (n + 1 == end):
