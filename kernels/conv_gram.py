@@ -148,16 +148,16 @@ def _advance_rows(n, p0, p1, p2, BLOCK_T: tl.constexpr, P, AXES: tl.constexpr):
     """The rows ``BLOCK_T`` on: the outermost coordinate carries to the image."""
     T = P[0] * P[1] * P[2]
     p0, p1, p2 = advance(p0, p1, p2, BLOCK_T % T, P, AXES)
-    n += BLOCK_T // T
     if AXES == 1:
-        n += (p2 >= P[2]).to(tl.int32)
-        p2 = tl.where(p2 >= P[2], p2 - P[2], p2)
+        beyond = p2 >= P[2]
+        p2 = tl.where(beyond, p2 - P[2], p2)
     elif AXES == 2:
-        n += (p1 >= P[1]).to(tl.int32)
-        p1 = tl.where(p1 >= P[1], p1 - P[1], p1)
+        beyond = p1 >= P[1]
+        p1 = tl.where(beyond, p1 - P[1], p1)
     else:
-        n += (p0 >= P[0]).to(tl.int32)
-        p0 = tl.where(p0 >= P[0], p0 - P[0], p0)
+        beyond = p0 >= P[0]
+        p0 = tl.where(beyond, p0 - P[0], p0)
+    n += tl.where(beyond, BLOCK_T // T + 1, BLOCK_T // T)
     return n, p0, p1, p2
 
 
