@@ -77,7 +77,7 @@ def _candidate(largest: int, groups: int, C: int, K: int, bias: bool, M: int, dt
         BLOCK = min(BLOCK, divisor)
     one_offset = K == 1 or (C > 0 and C % BLOCK == 0)
     # Columns of several kernel offsets have an address each, in registers.
-    halved = not one_offset and not (has_warpgroups(arch) and dtype.itemsize == 2)
+    halved = not one_offset and not (has_warpgroups(arch) and (dtype.itemsize == 2 or BLOCK <= 32))
     BLOCK_T = power_of_two(M, 16, 128 // dtype.itemsize // (2 if halved else 1))
 
     def programs() -> int:
