@@ -33,6 +33,11 @@ def architecture(device: torch.device) -> Any:
         return driver.active.get_current_target().arch
 
 
+def has_warpgroups(arch: int) -> bool:
+    """Whether products have instructions of a warpgroup, whose operands do not pass through registers; a pure function."""
+    return arch // 10 in (9, 10)
+
+
 def device_problem(device: torch.device) -> str | None:
     """Why the kernels cannot run on ``device``, or None."""
     found = architecture(device)
@@ -62,6 +67,24 @@ def check_offsets(offsets: Tensor | None, rows: int) -> None:
 def long(i):
     """``i`` as a 64-bit scalar: addresses of large tensors do not fit in 32."""
     return tl.full((), 0, tl.int64) + i
+
+
+@triton.jit
+def is_raised(flag):
+    """Whether there is a flag and it is set."""
+    if flag is None:
+        return False
+    else:
+        return tl.load(flag) != 0
+
+
+@triton.jit
+def zero_sums(shape, pointer):
+    """Where sums of the values at ``pointer`` begin: zeros in float32, or in float64 if they are."""
+    if pointer.dtype.element_ty == tl.float64:
+        return tl.zeros(shape, tl.float64)
+    else:
+        return tl.zeros(shape, tl.float32)
 
 
 @triton.jit
@@ -129,9 +152,8 @@ def raise_flag_(flag: Tensor | None, *inputs: Tensor | None) -> None:
 @triton.jit
 def _fold_kernel(out, partial, flag, R, C, scale: tl.float64, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
     """``out[c] += scale * sum_r partial[r, c]`` unless the flag is set. One program: BLOCK_C columns, all rows."""
-    if flag is not None:
-        if tl.load(flag) != 0:
-            return
+    if is_raised(flag):
+        return
     column = long(tl.program_id(0)) * BLOCK_C + tl.arange(0, BLOCK_C)
     values = tl.zeros([BLOCK_R, BLOCK_C], partial.dtype.element_ty)
     for r in range(0, R, BLOCK_R):

@@ -105,3 +105,19 @@ def look(p0, p1, p2, at0, at1, at2, geometry, x_strides, AXES: tl.constexpr):
         offset += long(s0) * x_strides[2]
         inside = inside & (s0 + at0 >= 0) & (s0 + at0 < S[0])
     return offset, inside
+
+
+@triton.jit
+def advance(p0, p1, p2, step, P, AXES: tl.constexpr):
+    """The coordinates ``step`` positions on: digits added with carry, since a division costs more than the load."""
+    d0, d1, d2 = digits(step, P)
+    if AXES == 1:
+        return p0, p1, p2 + step
+    else:
+        p2 += d2
+        p1 += tl.where(p2 >= P[2], d1 + 1, d1)
+        p2 = tl.where(p2 >= P[2], p2 - P[2], p2)
+        if AXES == 3:
+            p0 += tl.where(p1 >= P[1], d0 + 1, d0)
+            p1 = tl.where(p1 >= P[1], p1 - P[1], p1)
+        return p0, p1, p2

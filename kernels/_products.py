@@ -21,22 +21,22 @@ MEMORY_RATE = 4.3e12  # B/s
 LAUNCH = 3e-6  # s
 
 
-def product_seconds(programs: int, rows: int, high: int, wide: int, dtype: torch.dtype, workspace: int) -> float:
-    """How long so many programs might take, each a tile of ``high`` by ``wide`` summed over ``rows``; a pure function.
+def product_seconds(programs: int, rows: int, height: int, width: int, dtype: torch.dtype, workspace: int) -> float:
+    """How long so many programs might take, each a tile of ``height`` by ``width`` summed over ``rows``; a pure function.
 
     A multiprocessor runs its programs one after the other, each as fast as its products or its loads from the L2 let it. The
     bytes of a ``workspace`` are written once and read once, by a launch of their own.
     """
-    products = 2 * high * wide / MATRIX_RATE[dtype.itemsize]
-    loads = (high + wide) * dtype.itemsize / L2_RATE
+    products = 2 * height * width / MATRIX_RATE[dtype.itemsize]
+    loads = (height + width) * dtype.itemsize / L2_RATE
     one_after_the_other = triton.cdiv(programs, MULTIPROCESSORS) * rows * max(products, loads) * MULTIPROCESSORS
     return one_after_the_other + (workspace > 0) * (LAUNCH + 2 * workspace / MEMORY_RATE)
 
 
 def fold_size(steps: int) -> int:
-    """How many steps are added up in float32 registers before they are added to memory; a pure function.
+    """How many steps are added up in one float32 chain before they are added to the chains before; a pure function.
 
-    A chain of L additions rounds like a random walk, ~ sqrt(L). In K chains of steps / K, then K additions in memory, the
+    A chain of L additions rounds like a random walk, ~ sqrt(L). In K chains of steps / K, then K additions of those, the
     variance ~ steps / K^2 + K is least at K = (2 steps)^(1/3).
     """
     return steps if steps <= 16 else math.ceil(steps / (2 * steps) ** (1 / 3))
@@ -59,3 +59,21 @@ def dot(a, b, c, PRECISION: tl.constexpr):
         return tl.dot(wide(a), wide(b), c, input_precision="ieee", out_dtype=c.dtype)
     else:
         return tl.dot(a, b, c, input_precision=PRECISION, out_dtype=c.dtype)
+
+
+@triton.jit
+def end_chain(total, products, steps, chain):
+    """``total + products`` and 0 after every ``chain`` steps, else both as they are; float64 needs no chains."""
+    if products.dtype == tl.float32:
+        if steps % chain == 0:
+            total += products
+            products = tl.zeros_like(products)
+    return total, products
+
+
+@triton.jit
+def all_chains(total, products):
+    """The sum of the chains that have ended and the one that has not."""
+    if products.dtype == tl.float32:
+        products += total
+    return products

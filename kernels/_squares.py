@@ -4,15 +4,31 @@
 That is in registers, or in a workspace where samples were too few to fill the chip and their rows were split into parts.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import add_both, fold_, long, power_of_two, sample_rows
+from ._common import add_both, fold_, is_raised, long, power_of_two, sample_rows
 
 MOST_PARTS = 16
 PART_ROWS = 256  # the fewest rows that are worth a part
+
+
+class Outputs(NamedTuple):
+    """What a call adds to, and the flag that it reads."""
+
+    acc: Tensor
+    total: Tensor | None
+    sqnorm: Tensor | None
+    flag: Tensor | None
+
+    def zeros(self) -> "Outputs":
+        """Others of the same sizes, for a trial."""
+        total, sqnorm, flag = (None if out is None else torch.zeros_like(out) for out in self[1:])
+        return Outputs(torch.zeros_like(self.acc), total, sqnorm, flag)
 
 
 def tiles_held(acc: Tensor, total: Tensor | None) -> int:
@@ -68,9 +84,8 @@ def _square_parts_kernel(
 
     One program: BLOCK_C of the C elements. Bytes: products once, acc and total read and written.
     """
-    if flag is not None:
-        if tl.load(flag) != 0:
-            return
+    if is_raised(flag):
+        return
     index = long(tl.program_id(0)) * BLOCK_C + tl.arange(0, BLOCK_C)
     p = tl.arange(0, BLOCK_P)
     inside = (p < parts)[:, None] & (index < C)[None, :]

@@ -16,24 +16,38 @@ from ._common import long, power_of_two, wide
 
 def config(R: int, C: int, dtype: torch.dtype) -> dict[str, int]:
     """Rows and columns of a tile and its warps, for [R, C] logits; a pure function."""
-    # Many warps walk a long row of 16 bits, so that few rows are under way and the L2 still has them for the second walk.
+    # As many warps as there may be walk a long row of 16 bits: a multiprocessor has registers for one such program, and 132
+    # rows of 128256 (34 MB) are still in an L2 of 60 MB for the second walk; of two programs each 264 rows would not be.
     long_row = dtype.itemsize == 2 and C >= 2**14
     BLOCK_C = power_of_two(C, 16, 512 if dtype == torch.float64 else 8192 if long_row else 4096)
     BLOCK_R = power_of_two(R, 1, max(1, 256 // BLOCK_C))
-    of_a_thread = 4 if BLOCK_C < 1024 else 16
-    return {"BLOCK_R": BLOCK_R, "BLOCK_C": BLOCK_C, "num_warps": max(1, BLOCK_R * BLOCK_C // (32 * of_a_thread))}
+    of_a_thread = 4 if BLOCK_C < 1024 else 8 if long_row else 16
+    num_warps = max(1, BLOCK_R * BLOCK_C // (32 * of_a_thread))
+    # One program has as much of memory on its way as two had: three steps ahead.
+    return {"BLOCK_R": BLOCK_R, "BLOCK_C": BLOCK_C, "STAGES": 4 if long_row else 1, "num_warps": num_warps}
 
 
 @triton.jit
 def _exponentials(logits, start, column, inside, stride, top):
     """``exp(logits - top)``, zero outside."""
-    z = wide(tl.load(logits + start[:, None] + column[None, :] * stride, mask=inside, other=-float("inf")))
+    at = logits + start[:, None] + column[None, :] * stride
+    z = wide(tl.load(at, mask=inside, other=-float("inf"), eviction_policy="evict_first"))  # for the last time
     return tl.where(inside, tl.exp(z - top[:, None]), 0.0)
 
 
 @triton.jit
 def _categorical_score_kernel(
-    out, logits, labels, uniform, counted, drawn, shape, strides, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr
+    out,
+    logits,
+    labels,
+    uniform,
+    counted,
+    drawn,
+    shape,
+    strides,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """``out[r, c] = e_c / total`` but at y, where it is ``- sum_{c != y} e_c / total``; ``e_c = exp(logits[r, c] - max)``.
 
@@ -51,7 +65,7 @@ def _categorical_score_kernel(
 
     top = tl.full([BLOCK_R], -float("inf"), tl.float64 if logits.dtype.element_ty == tl.float64 else tl.float32)
     total = tl.zeros([BLOCK_R], tl.float64)
-    for first in range(0, C, BLOCK_C):
+    for first in tl.range(0, C, BLOCK_C, num_stages=STAGES):
         column = long(first) + columns
         inside = keep[:, None] & (column < C)[None, :]
         z = wide(tl.load(logits + start[:, None] + column[None, :] * strides[1], mask=inside, other=-float("inf")))
@@ -98,7 +112,8 @@ def _categorical_score_kernel(
         others += tl.sum(tl.where(mine, 0.0, e), 1).to(tl.float64)
         chosen += tl.sum(tl.where(mine, e, 0.0), 1).to(tl.float64)
         p = (e * scale.to(e.dtype)[:, None]).to(out.dtype.element_ty)
-        tl.store(out + r[:, None] * C + column[None, :], p, mask=present[:, None] & (column < C)[None, :] & ~mine)
+        elsewhere = present[:, None] & (column < C)[None, :] & ~mine
+        tl.store(out + r[:, None] * C + column[None, :], p, mask=elsewhere, eviction_policy="evict_first")
     if labels is None:
         missed = keep & (y < 0)
         if tl.max(missed.to(tl.int32), 0) != 0:  # the bound is the total, to rounding; or the row is NaN, and its label 0

@@ -9,7 +9,7 @@ where a pair of columns may have changed sides: the matrix is symmetric. The con
 
 import functools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -17,9 +17,21 @@ import triton.language as tl
 from torch import Tensor
 
 from ._autotune import Choice, best
-from ._common import add_to, architecture, long, power_of_two, raise_flag_, wide
-from ._conv import as_rows, block, channels_last, digits, geometry_of, image_strides, kernel_offset, largest_index, look
-from ._products import PRODUCT_PROGRAMS, dot, fold_size, precision
+from ._common import architecture, has_warpgroups, is_raised, long, power_of_two, raise_flag_, wide, zero_sums
+from ._conv import (
+    Geometry,
+    advance,
+    as_rows,
+    block,
+    channels_last,
+    digits,
+    geometry_of,
+    image_strides,
+    kernel_offset,
+    largest_index,
+    look,
+)
+from ._products import PRODUCT_PROGRAMS, all_chains, dot, end_chain, fold_size, precision
 
 
 def why_not(
@@ -33,26 +45,40 @@ def why_not(
     return None
 
 
+class Inputs(NamedTuple):
+    """One call; products are computed in ``dtype``."""
+
+    x: Tensor
+    scale: float
+    weight: Tensor | None
+    bias: bool
+    flag: Tensor | None
+    geometry: Geometry
+    groups: int
+    dtype: torch.dtype
+
+
 @functools.lru_cache(maxsize=4096)
 def candidates(groups: int, C: int, K: int, bias: bool, M: int, dtype: torch.dtype, arch: int) -> list[Choice]:
     """Tile sizes for each group's ``[K C + bias]^2`` and a GEMM over M rows, and in how many shares to split M.
 
     The likeliest best first: as large a tile as there are registers for, and the next smaller one. A pure function.
     """
-    largest = 128 if dtype.itemsize == 2 and arch // 10 in (9, 10) else 64 if dtype.itemsize < 8 else 32
+    largest = 128 if dtype.itemsize == 2 and has_warpgroups(arch) else 64 if dtype.itemsize < 8 else 32
     first = _candidate(largest, groups, C, K, bias, M, dtype, arch)
     half = first[0]["BLOCK"] // 2
     return [first, _candidate(half, groups, C, K, bias, M, dtype, arch)] if half >= 32 else [first]
 
 
 def _candidate(largest: int, groups: int, C: int, K: int, bias: bool, M: int, dtype: torch.dtype, arch: int) -> Choice:
-    warpgroups = arch // 10 in (9, 10)
     BLOCK = block(K * C + bias, largest)
     divisor = C & -C
     if K > 1 and divisor >= 32:
         BLOCK = min(BLOCK, divisor)
     one_offset = K == 1 or (C > 0 and C % BLOCK == 0)
-    BLOCK_T = power_of_two(M, 16, 128 // dtype.itemsize // (1 if one_offset or warpgroups else 2))
+    # Columns of several kernel offsets have an address each, in registers.
+    halved = not one_offset and not (has_warpgroups(arch) and (dtype.itemsize == 2 or BLOCK <= 32))
+    BLOCK_T = power_of_two(M, 16, 128 // dtype.itemsize // (2 if halved else 1))
 
     def programs() -> int:
         return groups * upper_tiles(triton.cdiv(K * C + bias, BLOCK))
@@ -118,21 +144,24 @@ def _patches(x, i, start, at0, at1, at2, n, p0, p1, p2, shape, geometry, x_strid
 
 
 @triton.jit
-def _advance(n, p0, p1, p2, BLOCK_T: tl.constexpr, P):
-    """The rows ``BLOCK_T`` on: digits added with carry, since a division costs more than the load."""
+def _advance_rows(n, p0, p1, p2, BLOCK_T: tl.constexpr, P, AXES: tl.constexpr):
+    """The rows ``BLOCK_T`` on: the outermost coordinate carries to the image."""
     T = P[0] * P[1] * P[2]
-    d0, d1, d2 = digits(BLOCK_T % T, P)
-    p2 += d2
-    p1 += tl.where(p2 >= P[2], d1 + 1, d1)
-    p2 = tl.where(p2 >= P[2], p2 - P[2], p2)
-    p0 += tl.where(p1 >= P[1], d0 + 1, d0)
-    p1 = tl.where(p1 >= P[1], p1 - P[1], p1)
-    n += tl.where(p0 >= P[0], BLOCK_T // T + 1, BLOCK_T // T)
-    p0 = tl.where(p0 >= P[0], p0 - P[0], p0)
+    p0, p1, p2 = advance(p0, p1, p2, BLOCK_T % T, P, AXES)
+    if AXES == 1:
+        beyond = p2 >= P[2]
+        p2 = tl.where(beyond, p2 - P[2], p2)
+    elif AXES == 2:
+        beyond = p1 >= P[1]
+        p1 = tl.where(beyond, p1 - P[1], p1)
+    else:
+        beyond = p0 >= P[0]
+        p0 = tl.where(beyond, p0 - P[0], p0)
+    n += tl.where(beyond, BLOCK_T // T + 1, BLOCK_T // T)
     return n, p0, p1, p2
 
 
-@triton.jit(do_not_specialize=["begin", "share", "steps"])
+@triton.jit(do_not_specialize=["share", "steps", "chain"])
 def _conv_gram_kernel(
     partial,
     x,
@@ -141,9 +170,9 @@ def _conv_gram_kernel(
     shape,
     geometry,
     x_strides,
-    begin,
     share,
     steps,
+    chain,
     BLOCK: tl.constexpr,
     BLOCK_T: tl.constexpr,
     AXES: tl.constexpr,
@@ -151,16 +180,16 @@ def _conv_gram_kernel(
     BIAS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """``partial[s, tile] += sum_(n,p) w_n u[n,p,i] u[n,p,j]`` over the rows of share s: ``share`` steps of BLOCK_T of them.
+    """``partial[s, tile] = sum_(n,p) w_n u[n,p,i] u[n,p,j]`` over the rows of share s: ``share`` steps of BLOCK_T of them.
+
+    ``chain`` steps are added up in registers, then added to the chains before, in registers, too.
 
     Tile:  [BLOCK, BLOCK] of one group's Gram matrix and one share of the rows a program. With ONE_OFFSET all columns of a
            tile have the same kernel offset.
-    FLOPs: N T G (K C)^2. Bytes: x read K (K C) / BLOCK times, mostly from L2; the workspace of 2 S G (K C)^2 read and
-           written once a launch.
+    FLOPs: N T G (K C)^2. Bytes: x read K (K C) / BLOCK times, mostly from L2; the workspace of 2 S G (K C)^2 written once.
     """
-    if flag is not None:
-        if tl.load(flag) != 0:
-            return
+    if is_raised(flag):
+        return
     N, T, G, _, I = shape
     tiles = tl.cdiv(I + BIAS, BLOCK)
     lines = (tiles + 1) * tl.cdiv(tiles, 2)
@@ -170,12 +199,13 @@ def _conv_gram_kernel(
         return
     i, i_start, i0, i1, i2 = _columns(row, group, shape, geometry, x_strides, BLOCK, ONE_OFFSET)
     j, j_start, j0, j1, j2 = _columns(column, group, shape, geometry, x_strides, BLOCK, ONE_OFFSET)
-    begin += tl.program_id(1) * share
+    begin = tl.program_id(1) * share
     m = begin * BLOCK_T + tl.arange(0, BLOCK_T)[:, None]
     n = m // T
     p0, p1, p2 = digits(m % T, geometry[0])
-    c = tl.zeros([BLOCK, BLOCK], tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32)
-    for _ in range(begin, tl.minimum(begin + share, steps)):
+    c = zero_sums([BLOCK, BLOCK], x)
+    total = c
+    for step in range(begin, tl.minimum(begin + share, steps)):
         left = _patches(x, i, i_start, i0, i1, i2, n, p0, p1, p2, shape, geometry, x_strides, AXES, BIAS)
         right = _patches(x, j, j_start, j0, j1, j2, n, p0, p1, p2, shape, geometry, x_strides, AXES, BIAS)
         if weight is not None:
@@ -186,10 +216,11 @@ def _conv_gram_kernel(
             if c.dtype == tl.float32:  # is multiplied in parts, and that of a number near the largest is infinite
                 right = tl.where(w != 0, right, 0.0)
         c = dot(tl.trans(left), right, c, PRECISION)
-        n, p0, p1, p2 = _advance(n, p0, p1, p2, BLOCK_T, geometry[0])
+        total, c = end_chain(total, c, step + 1 - begin, chain)
+        n, p0, p1, p2 = _advance_rows(n, p0, p1, p2, BLOCK_T, geometry[0], AXES)
     tile = (long(tl.program_id(1)) * G + group) * (tiles * (tiles + 1) // 2) + _tile_index(row, column, tiles)
     cells = tl.arange(0, BLOCK)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
-    add_to(partial, tile * (BLOCK * BLOCK) + cells, c, 1.0, cells >= 0)
+    tl.store(partial + tile * (BLOCK * BLOCK) + cells, all_chains(total, c))
 
 
 @triton.jit
@@ -197,9 +228,8 @@ def _fold_upper_kernel(
     acc, partial, flag, shape, scale: tl.float64, BLOCK: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr
 ):
     """``acc[g,i,j] += scale * sum_s partial[s,g,...]`` for j >= i, unless the flag is set. One program: [BLOCK_I, BLOCK_J]."""
-    if flag is not None:
-        if tl.load(flag) != 0:
-            return
+    if is_raised(flag):
+        return
     R, G, C, K, D = shape
     across, down = tl.cdiv(D, BLOCK_J), tl.cdiv(D, BLOCK_I)
     group = long(tl.program_id(0) // (across * down))
@@ -235,7 +265,7 @@ def conv_gram_(
     dilation: tuple[int, ...] = (),
     groups: int = 1,
 ) -> None:
-    """Launch the implicit GEMM, share by share, and the fold."""
+    """Launch the implicit GEMM and the fold of its shares."""
     with torch.cuda.device_of(acc):
         raise_flag_(flag, as_rows(x), weight)
         geometry = geometry_of(x, kernel, positions, stride, padding, dilation)
@@ -243,34 +273,35 @@ def conv_gram_(
         C, K = x.shape[1] // groups, math.prod(geometry.kernel)
         if 0 in (N, T, D):
             return
-        multiplied = x.dtype if weight is None else torch.promote_types(x.dtype, torch.float32)
+        dtype = x.dtype if weight is None else torch.promote_types(x.dtype, torch.float32)
         x = channels_last(x, C) if weight is None else x
-        sizes = (N, T, groups, C, K, int(bias))
+        inputs = Inputs(x, scale, weight, bias, flag, geometry, groups, dtype)
 
         def trial(choice: Choice) -> None:
-            _launch(torch.zeros_like(acc), x, scale, weight, flag, sizes, geometry, multiplied, choice)
+            _launch(torch.zeros_like(acc), inputs, choice)
 
-        choices = candidates(groups, C, K, bias, N * T, multiplied, architecture(acc.device))
-        key = (*sizes, *geometry, multiplied, weight is not None, precision(multiplied))
-        choice = best("conv_gram_", key, choices, trial, acc.device)
-        _launch(acc, x, scale, weight, flag, sizes, geometry, multiplied, choice)
+        choices = candidates(groups, C, K, bias, N * T, dtype, architecture(acc.device))
+        key = (N, T, groups, C, K, int(bias), *geometry, dtype, weight is not None, precision(dtype))
+        _launch(acc, inputs, best("conv_gram_", key, choices, trial, acc.device))
 
 
-def _launch(acc, x, scale, weight, flag, sizes, geometry, multiplied, choice) -> None:
-    (N, T, G, C, K, BIAS), (blocks, shares) = sizes, choice
-    D, BLOCK = C * K + BIAS, blocks["BLOCK"]
+def _launch(acc: Tensor, inputs: Inputs, choice: Choice) -> None:
+    x, scale, weight, bias, flag, geometry, G, dtype = inputs
+    blocks, shares = choice
+    N, T, C, K = len(x), math.prod(geometry.positions), x.shape[1] // G, math.prod(geometry.kernel)
+    D, BLOCK = C * K + bias, blocks["BLOCK"]
     steps = triton.cdiv(N * T, blocks["BLOCK_T"])
-    share = min(fold_size(steps), triton.cdiv(steps, shares))
+    share = triton.cdiv(steps, shares)
+    shares = triton.cdiv(steps, share)  # none of them empty
     tiles = triton.cdiv(D, BLOCK)
     computed = torch.promote_types(x.dtype, torch.float32)
-    partial = torch.zeros(shares, G * upper_tiles(tiles), BLOCK**2, dtype=computed, device=acc.device)
+    partial = torch.empty(shares, G * upper_tiles(tiles), BLOCK**2, dtype=computed, device=acc.device)
     shape = (N, T, G, max(C, 1), C * K)
     grid = (G * (tiles + 1) * triton.cdiv(tiles, 2), shares)
-    for begin in range(0, steps, share * shares):
-        _conv_gram_kernel[grid](
-            partial, x, weight, flag, shape, geometry, image_strides(x), begin, share, steps,
-            AXES=x.dim() - 2, BIAS=BIAS, PRECISION=precision(multiplied), **blocks,
-        )  # fmt: skip
+    _conv_gram_kernel[grid](
+        partial, x, weight, flag, shape, geometry, image_strides(x), share, steps, fold_size(share),
+        AXES=x.dim() - 2, BIAS=int(bias), PRECISION=precision(dtype), **blocks,
+    )  # fmt: skip
     BLOCK_I, BLOCK_J = power_of_two(D, 1, 8), power_of_two(D, 1, 64)
     programs = G * triton.cdiv(D, BLOCK_I) * triton.cdiv(D, BLOCK_J)
     _fold_upper_kernel[(programs,)](acc, partial, flag, (shares, G, max(C, 1), K, D), scale, BLOCK, BLOCK_I, BLOCK_J)

@@ -12,7 +12,7 @@ element. The contract is in ``fisherfast.ops.conv_sq``.
 
 import functools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -25,13 +25,18 @@ from ._common import (
     architecture,
     check_offsets,
     fold_,
+    has_warpgroups,
+    is_raised,
     long,
     power_of_two,
     raise_flag_,
     sample_rows,
     wide,
+    zero_sums,
 )
 from ._conv import (
+    Geometry,
+    advance,
     as_rows,
     block,
     channels_last,
@@ -43,7 +48,7 @@ from ._conv import (
     look,
 )
 from ._products import PRODUCT_PROGRAMS, dot, fold_size, precision
-from ._squares import MOST_PARTS, PART_ROWS, add_sample, square_parts_, steps_of, tiles_held
+from ._squares import MOST_PARTS, PART_ROWS, Outputs, add_sample, square_parts_, steps_of, tiles_held
 from .linear_sq import linear_sq_
 
 
@@ -53,6 +58,19 @@ def why_not(acc: Tensor, x: Tensor, g: Tensor, scale: float = 1.0, *, stride=(),
     if largest >= 2**30:
         return f"positions are counted in 32 bits: those of an image must be fewer than 2^30, got {largest}"
     return None
+
+
+class Inputs(NamedTuple):
+    """One call: ``sizes`` are G, O, C, K, N, T; ``direct`` ones are multiplied element by element."""
+
+    x: Tensor
+    g: Tensor
+    scale: float
+    weight: Tensor | None
+    offsets: Tensor | None
+    geometry: Geometry
+    sizes: tuple[int, int, int, int, int, int]
+    direct: bool
 
 
 @functools.lru_cache(maxsize=4096)
@@ -78,7 +96,7 @@ def _candidate(
         BLOCK_I = min(BLOCK_I, divisor)
     # Registers: without Hopper's instructions operands, or sums on their way from tensor memory, pass through them too; 64-bit
     # numbers take two.
-    warpgroups = arch // 10 in (9, 10)
+    warpgroups = has_warpgroups(arch)
     if tiles > 2 or arch // 10 != 9:
         BLOCK_I = min(BLOCK_I, largest // 2)
     if tiles > 2 and not (warpgroups and dtype.itemsize < 8):
@@ -116,22 +134,6 @@ def direct_config(pairs: int, K: int, N: int, T: int, arch: int) -> tuple[dict[s
     BLOCK_T = power_of_two(T, 16, 1024 // BLOCK_E)
     shares = max(1, min(N, 8 * PRODUCT_PROGRAMS // (triton.cdiv(pairs, BLOCK_E) * K)))
     return {"BLOCK_E": BLOCK_E, "BLOCK_T": BLOCK_T, "num_warps": 8 if arch >= 90 else 4}, shares
-
-
-@triton.jit
-def _advance(p0, p1, p2, BLOCK_T: tl.constexpr, P, AXES: tl.constexpr):
-    """The coordinates ``BLOCK_T`` positions on: digits added with carry, since a division costs more than the load."""
-    d0, d1, d2 = digits(BLOCK_T, P)
-    if AXES == 1:
-        return p0, p1, p2 + BLOCK_T
-    else:
-        p2 += d2
-        p1 += tl.where(p2 >= P[2], d1 + 1, d1)
-        p2 = tl.where(p2 >= P[2], p2 - P[2], p2)
-        if AXES == 3:
-            p0 += tl.where(p1 >= P[1], d0 + 1, d0)
-            p1 = tl.where(p1 >= P[1], p1 - P[1], p1)
-        return p0, p1, p2
 
 
 @triton.jit
@@ -203,15 +205,14 @@ def _conv_sq_kernel(
     FLOPs: 2 N T G O I. Bytes: x read K O / BLOCK_O times and g I / BLOCK_I times, mostly from L2; workspaces of 4 S G O I
            written once, read and written again every ``chain`` samples.
     """
-    if flag is not None:
-        if tl.load(flag) != 0:
-            return
+    if is_raised(flag):
+        return
     N, T, G, O, _, I = shape
     x, g, group, o, i, inside_o, inside_i, at0, at1, at2 = _tile(
         x, g, shape, geometry, x_strides, g_strides, ONE_OFFSET, BLOCK_O, BLOCK_I
     )
     first_p0, first_p1, first_p2 = digits(tl.arange(0, BLOCK_T)[:, None], geometry[0])
-    zero = tl.zeros([BLOCK_O, BLOCK_I], tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32)
+    zero = zero_sums([BLOCK_O, BLOCK_I], x)
     c = zero
     squares = zero
     sums = zero
@@ -243,7 +244,7 @@ def _conv_sq_kernel(
                 add_both(squares_out, sums_out, index, squares, sums, 1.0, inside_o & inside_i, done > chain)
                 squares, sums = zero, zero
         # Beside the branch, not in it: where the next loads begin must not wait for the product.
-        p0, p1, p2 = _advance(p0, p1, p2, BLOCK_T, geometry[0], AXES)
+        p0, p1, p2 = advance(p0, p1, p2, BLOCK_T, geometry[0], AXES)
         p0, p1, p2 = tl.where(whole, first_p0, p0), tl.where(whole, first_p1, p1), tl.where(whole, first_p2, p2)
         start = tl.where(whole, 0, start)
         image = tl.where(ends, 0, image + whole.to(tl.int32))
@@ -274,9 +275,8 @@ def _conv_part_kernel(
     Tile:  [BLOCK_O, BLOCK_I] of one group's [O, I] a program, of one part of one sample.
     FLOPs: 2 N T G O I. Bytes: as ``_conv_sq_kernel``, and products written once.
     """
-    if flag is not None:
-        if tl.load(flag) != 0:
-            return
+    if is_raised(flag):
+        return
     _, T, G, O, _, I = shape
     x, g, group, o, i, inside_o, inside_i, at0, at1, at2 = _tile(
         x, g, shape, geometry, x_strides, g_strides, ONE_OFFSET, BLOCK_O, BLOCK_I
@@ -299,7 +299,7 @@ def _conv_part_kernel(
         c = dot(gs, xs, c, PRECISION)
         start += BLOCK_T
         whole = start >= end
-        p0, p1, p2 = _advance(p0, p1, p2, BLOCK_T, geometry[0], AXES)
+        p0, p1, p2 = advance(p0, p1, p2, BLOCK_T, geometry[0], AXES)
         p0, p1, p2 = tl.where(whole, first_p0, p0), tl.where(whole, first_p1, p1), tl.where(whole, first_p2, p2)
         start = tl.where(whole, begin, start)
         m += whole.to(tl.int64)
@@ -332,9 +332,8 @@ def _conv_sq_direct_kernel(
     Tile:  BLOCK_E pairs at one kernel offset and one share of the samples a program; [BLOCK_E, BLOCK_T] products.
     FLOPs: 2 N T G O K C. Bytes: x and g read K times, g C times and x O times more, mostly from L1 and L2.
     """
-    if flag is not None:
-        if tl.load(flag) != 0:
-            return
+    if is_raised(flag):
+        return
     N, T, G, O, C, I = shape
     K = I // C
     k = tl.program_id(0) % K
@@ -347,7 +346,7 @@ def _conv_sq_direct_kernel(
     x += (long(channel) * x_strides[1])[:, None]
     g += (o * g_strides[1])[:, None]
     first_p0, first_p1, first_p2 = digits(tl.arange(0, BLOCK_T)[None, :], geometry[0])
-    zero = tl.zeros([BLOCK_E], tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32)
+    zero = zero_sums([BLOCK_E], x)
     squares, sums = zero, zero
     index = (long(tl.program_id(1)) * G * O + o) * I + k * C + c
     begin = tl.program_id(1) * share
@@ -364,7 +363,7 @@ def _conv_sq_direct_kernel(
                 inside = inside & inside_e[:, None] & (t < T)
                 gs = wide(tl.load(g_m + long(t) * g_strides[2], mask=inside, other=0.0))
                 products += gs * wide(tl.load(x_m + offset, mask=inside, other=0.0))
-                p0, p1, p2 = _advance(p0, p1, p2, BLOCK_T, geometry[0], AXES)
+                p0, p1, p2 = advance(p0, p1, p2, BLOCK_T, geometry[0], AXES)
         squares, sums = add_sample(squares, sums, tl.sum(products, 1), n, N, weight, sums_out, norms)
         done = n + 1 - begin
         if (done % chain == 0) | (n + 1 == end):
@@ -375,9 +374,8 @@ def _conv_sq_direct_kernel(
 @triton.jit
 def _fold_columns_kernel(out, partial, flag, shape, scale: tl.float64, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr):
     """``out[o, c, k] += scale * sum_r partial[r, o, k, c]`` unless the flag is set. One program: [BLOCK_C, BLOCK_K] of one o."""
-    if flag is not None:
-        if tl.load(flag) != 0:
-            return
+    if is_raised(flag):
+        return
     R, O, C, K = shape
     tiles_c, tiles_k = tl.cdiv(C, BLOCK_C), tl.cdiv(K, BLOCK_K)
     tile = tl.program_id(0) % (tiles_c * tiles_k)
@@ -438,17 +436,18 @@ def conv_sq_(
         if not direct:
             x = channels_last(x, C)
             g = g if T % 16 == 0 and g.is_contiguous() else channels_last(g, O)
-        outputs, inputs = (acc, total, sqnorm, flag), (x, g, scale, weight, offsets, geometry, sizes, direct)
+        outputs = Outputs(acc, total, sqnorm, flag)
+        inputs = Inputs(x, g, scale, weight, offsets, geometry, sizes, direct)
 
         def trial(choice: Choice) -> None:
-            _launch([None if out is None else torch.zeros_like(out) for out in outputs], inputs, choice)
+            _launch(outputs.zeros(), inputs, choice)
 
         choices = [direct_config(groups * O * C, K, N, T, arch)] if direct else candidates(*sizes, x.dtype, held, arch)
         key = (*sizes, *geometry, x.dtype, held, precision(x.dtype))
         _launch(outputs, inputs, best("conv_sq_", key, choices, trial, acc.device))
 
 
-def _launch(outputs, inputs, choice: Choice) -> None:
+def _launch(outputs: Outputs, inputs: Inputs, choice: Choice) -> None:
     """Sums of squares of shares of the samples, or of gradients that are computed in parts; then both go into acc's order."""
     (acc, total, sqnorm, flag), (x, g, scale, weight, offsets, geometry, sizes, direct) = outputs, inputs
     (G, O, C, K, N, T), (blocks, shares) = sizes, choice
@@ -473,8 +472,8 @@ def _launch(outputs, inputs, choice: Choice) -> None:
         square_parts_(squares, sums, sqnorm, products, weight, 1.0, flag, known=False)
     else:
         norms = None if sqnorm is None else torch.empty(tiles, N, device=acc.device, dtype=computed)
-        outputs = (squares, sums, norms, x, g, weight, offsets, flag)
-        kernel[(tiles, triton.cdiv(N, share))](*outputs, *where, share, fold_size(share), **blocks)
+        arguments = (squares, sums, norms, x, g, weight, offsets, flag)
+        kernel[(tiles, triton.cdiv(N, share))](*arguments, *where, share, fold_size(share), **blocks)
         if norms is not None:
             fold_(sqnorm, norms, 1.0, flag)
     _fold_columns_(acc, squares, scale, flag)

@@ -13,7 +13,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import PROGRAMS, add_both, check_offsets, long, power_of_two, raise_flag_, rows_and_strides, sample_rows, wide
+from ._common import (
+    PROGRAMS,
+    add_both,
+    check_offsets,
+    is_raised,
+    long,
+    power_of_two,
+    raise_flag_,
+    rows_and_strides,
+    sample_rows,
+    wide,
+    zero_sums,
+)
 
 
 def config(M: int, D: int, dtype: torch.dtype) -> dict[str, int]:
@@ -94,15 +106,14 @@ def _embedding_sq_kernel(
     Tile:  pieces of at most PIECE rows x BLOCK_D columns, dealt out in turn.
     FLOPs: N T D. Bytes: g once; the touched rows of acc read and written once; workspaces 16 D for PIECE rows of long runs.
     """
-    if flag is not None:
-        if tl.load(flag) != 0:
-            return
+    if is_raised(flag):
+        return
     ids, samples, rows, begins, ends = order
     first_rows, count = pieces
     M, T, V, D = shape
     d = long(tl.program_id(1)) * BLOCK_D + tl.arange(0, BLOCK_D)
     inside = d < D
-    zero = tl.zeros([BLOCK_D], tl.float64 if g.dtype.element_ty == tl.float64 else tl.float32)
+    zero = zero_sums([BLOCK_D], g)
     for number in range(tl.program_id(0), tl.load(count).to(tl.int32), tl.num_programs(0)):
         at = tl.load(first_rows + number)
         v, begin, end = long(tl.load(ids + at)), tl.load(begins + at), tl.load(ends + at)
@@ -119,18 +130,20 @@ def _embedding_sq_kernel(
                 start = row // T * strides[0] + row % T * strides[1]
                 c += wide(tl.load(g + start + d * strides[2], mask=inside, other=0.0))
                 last = (j + 1 == end) | (tl.load(samples + j + 1, mask=j + 1 < M, other=-1) != n)
-                mine = last & (not shared)
                 w = 1.0
                 if weight is not None:
-                    w = tl.load(weight + n)
-                squares += tl.where(mine, c * c * w, 0.0)
-                if total is not None:
-                    sums += tl.where(mine, c * w, 0.0)
-                if norms is not None:
-                    tl.store(norms + long(tl.program_id(1)) * M + row, tl.sum(c * c, 0), mask=mine)
-                head = tl.where(last & shared, c, head)
-                shared = shared & (not last)
-                c = tl.where(last, 0.0, c)
+                    w = tl.load(weight + n)  # here, not in the branch: copies of later rows' weights are under way
+                if last:
+                    if shared:
+                        head = c
+                    else:
+                        squares += c * c * w
+                        if total is not None:
+                            sums += c * w
+                        if norms is not None:
+                            tl.store(norms + long(tl.program_id(1)) * M + row, tl.sum(c * c, 0))
+                    shared = False
+                    c = zero
             whole = end - begin <= PIECE
             if whole:
                 add_both(acc, total, v * D + d, squares, sums, scale, inside)
@@ -162,9 +175,8 @@ def _join_kernel(
 
     Tile: a run x BLOCK_D columns, dealt out as the pieces are. Bytes: the workspace once, touched rows of acc once.
     """
-    if flag is not None:
-        if tl.load(flag) != 0:
-            return
+    if is_raised(flag):
+        return
     ids, samples, rows, begins, ends = order
     first_rows, count = pieces
     M, _, V, D = shape
@@ -200,9 +212,8 @@ def _join_kernel(
 @triton.jit
 def _norms_kernel(sqnorm, norms, offsets, flag, shape, BLOCKS: tl.constexpr, BLOCK_T: tl.constexpr):
     """``sqnorm[n] += sum over blocks of d and rows of sample n of norms[block, row]``. One program: one sample."""
-    if flag is not None:
-        if tl.load(flag) != 0:
-            return
+    if is_raised(flag):
+        return
     M, T, columns = shape
     n = long(tl.program_id(0))
     first, rows = sample_rows(offsets, n, T)

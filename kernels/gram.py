@@ -8,7 +8,7 @@ weights, one operand is multiplied by them in float32, and so both are float32. 
 """
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -16,8 +16,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ._autotune import Choice, best
-from ._common import add_to, architecture, long, power_of_two, raise_flag_, wide
-from ._products import PRODUCT_PROGRAMS, dot, fold_size, precision, product_seconds
+from ._common import add_to, architecture, has_warpgroups, is_raised, long, power_of_two, raise_flag_, wide, zero_sums
+from ._products import PRODUCT_PROGRAMS, all_chains, dot, end_chain, fold_size, precision, product_seconds
 
 
 def why_not(acc: Tensor, x: Tensor, scale: float = 1.0, **_: Any) -> str | None:
@@ -29,25 +29,40 @@ def why_not(acc: Tensor, x: Tensor, scale: float = 1.0, **_: Any) -> str | None:
     return None
 
 
+class Inputs(NamedTuple):
+    """One call: x is ``[N, T, I]``, as ``_samples`` gives it; products are computed in ``dtype``."""
+
+    x: Tensor
+    scale: float
+    weight: Tensor | None
+    bias: bool
+    flag: Tensor | None
+    dtype: torch.dtype
+
+
 WORKSPACE = 2**26  # bytes
 
 
 @functools.lru_cache(maxsize=4096)
-def candidates(I: int, M: int, dtype: torch.dtype, arch: int) -> list[Choice]:
+def candidates(I: int, M: int, even: bool, dtype: torch.dtype, arch: int) -> list[Choice]:
     """Tile sizes for ``[I, I]`` and a GEMM over M rows, and in how many shares to split the rows, the likeliest best first.
 
-    A pure function. (Tiles below 64, where I is larger, do not pay: twice the bytes, and float64's spill.)
+    Rows are ``even`` where the step from one to the next is the same everywhere. A pure function. (Tiles below 64, where I
+    is larger, do not pay: twice the bytes, and float64's spill.)
     """
     largest = power_of_two(I, 16, 128 if dtype.itemsize == 2 else 64)
-    return [_candidate(BLOCK, I, M, dtype, arch) for BLOCK in (largest, largest // 2) if BLOCK in (largest, 64)]
+    return [_candidate(BLOCK, I, M, even, dtype, arch) for BLOCK in (largest, largest // 2) if BLOCK in (largest, 64)]
 
 
-def _candidate(BLOCK: int, I: int, M: int, dtype: torch.dtype, arch: int) -> Choice:
-    BLOCK_M = power_of_two(M, 16, 64 if dtype.itemsize == 2 else 32)
-    # Half as wide as high without warpgroup instructions, whose operands do not pass through registers.
-    ACROSS = 1 if arch // 10 in (9, 10) else 2 if BLOCK >= 64 else 1
+def _candidate(BLOCK: int, I: int, M: int, even: bool, dtype: torch.dtype, arch: int) -> Choice:
+    # Uneven rows have an address for each element, in registers.
+    BLOCK_M = power_of_two(M, 16, (64 if dtype.itemsize == 2 else 32) // (1 if even else 2))
+    # Half as wide as high where the operands pass through registers.
+    ACROSS = 1 if has_warpgroups(arch) else 2 if BLOCK >= 64 else 1
     num_warps = 8 if BLOCK * BLOCK // ACROSS >= 64 * 64 else 4
     blocks = {"BLOCK": BLOCK, "ACROSS": ACROSS, "BLOCK_M": BLOCK_M, "num_warps": num_warps, "num_stages": 3}
+    if dtype == torch.float32 and num_warps == 8 and arch // 10 == 9:
+        blocks["maxnreg"] = 128  # else a few more with weights, and a multiprocessor holds one program instead of two
     tiles = programs(I, blocks)
 
     def seconds(shares: int) -> float:
@@ -72,13 +87,17 @@ def _load_rows(x, column, m, T, strides, inside):
 
 @triton.jit
 def _products(
-    x, weight, T, I, strides, i, j, begin, end, SUMS: tl.constexpr, BLOCK_M: tl.constexpr, PRECISION: tl.constexpr
+    x, weight, T, I, strides, i, j, begin, end, chain, SUMS: tl.constexpr, BLOCK_M: tl.constexpr, PRECISION: tl.constexpr
 ):  # fmt: skip
     """``sum_m w_m x[m,i] x[m,j]``, and with SUMS ``sum_m w_m x[m,i]`` and ``sum_m w_m``, over rows ``begin`` to ``end``."""
-    dtype = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
-    products = tl.zeros([i.shape[0], j.shape[0]], dtype)
+    zero = zero_sums([i.shape[0], j.shape[0]], x)
+    dtype = zero.dtype
+    products = zero
+    total = zero
+    steps = 0
     sums = tl.zeros([i.shape[0]], dtype)
     count = tl.zeros([BLOCK_M], dtype)
+    all_sums = sums
     for start in range(begin, end, BLOCK_M):
         m = start + tl.arange(0, BLOCK_M)
         inside = m < end
@@ -92,6 +111,8 @@ def _products(
             if dtype == tl.float32:  # is multiplied in parts, and that of a number near the largest is infinite
                 right = tl.where((w != 0)[:, None], right, 0.0)
         products = dot(left, right, products, PRECISION)
+        steps += 1
+        total, products = end_chain(total, products, steps, chain)
         if SUMS:
             if weight is None and x.dtype.element_ty.primitive_bitwidth == 16:
                 # Read once more, in another shape. Of rows that a warpgroup's product reads from shared memory and a sum from
@@ -101,10 +122,11 @@ def _products(
             else:
                 sums += tl.sum(wide(left), 1)
             count += w
-    return products, sums, tl.sum(count)
+            all_sums, sums = end_chain(all_sums, sums, steps, chain)
+    return all_chains(total, products), all_chains(all_sums, sums), tl.sum(count)
 
 
-@triton.jit(do_not_specialize=["begin", "share"])
+@triton.jit(do_not_specialize=["share", "chain"])
 def _gram_kernel(
     acc,
     x,
@@ -112,27 +134,28 @@ def _gram_kernel(
     flag,
     shape,
     strides,
-    begin,
     share,
+    chain,
     scale: tl.float64,
     BIAS: tl.constexpr,
-    WORKSPACE: tl.constexpr,
+    KNOWN: tl.constexpr,
     BLOCK: tl.constexpr,
     ACROSS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Share s adds to ``acc[s]`` [D, D] the products of rows ``begin + s share`` to ``begin + (s + 1) share``, upper triangle.
+    """Share s adds to ``acc[s]`` [D, D] the products of rows ``s share`` to ``(s + 1) share``, upper triangle.
 
-    A workspace need not be zero before the first launch, whose ``begin`` is 0.
+    ``chain`` steps are added up in registers, then added to the chains before, in registers, too. Where the contents
+    of acc are not KNOWN they count as 0.
 
-    Tile:  [BLOCK, BLOCK / ACROSS] of [I, I] a program, BLOCK_M rows a step.
+    Tile:  [BLOCK, BLOCK / ACROSS] of [I, I] a program, BLOCK_M rows a step; with both sums 128 x 128 in 8 warps is 2 x 64 of
+           a thread's 255 registers.
     FLOPs: M I^2, and a tile's for every BLOCK columns. Bytes: x read I / BLOCK times, mostly from L2; acc read and
-           written once a launch.
+           written once.
     """
-    if flag is not None:
-        if tl.load(flag) != 0:
-            return
+    if is_raised(flag):
+        return
     M, T, I, D = shape
     tile, part = tl.program_id(0) // ACROSS, tl.program_id(0) % ACROSS
     # Tile number b (b + 1) / 2 + a lies in row a and column b: the root gives b up to its rounding.
@@ -142,24 +165,33 @@ def _gram_kernel(
     a = tile - b * (b + 1) // 2
     row, column = long(a) * BLOCK, long(b) * BLOCK + part * (BLOCK // ACROSS)
     i, j = row + tl.arange(0, BLOCK), column + tl.arange(0, BLOCK // ACROSS)
-    first = begin + tl.program_id(1) * share
-    end = tl.minimum(first + share, M)
+    begin = tl.program_id(1) * share
+    end = tl.minimum(begin + share, M)
     out = acc + long(tl.program_id(1)) * D * D
-    known = begin > 0 if WORKSPACE else True
     if BIAS and a == b and part == 0:
-        products, sums, count = _products(x, weight, T, I, strides, i, j, first, end, True, BLOCK_M, PRECISION)
-        add_to(out, i * D + I, sums, scale, i < I, known)
+        products, sums, count = _products(x, weight, T, I, strides, i, j, begin, end, chain, True, BLOCK_M, PRECISION)
+        add_to(out, i * D + I, sums, scale, i < I, KNOWN)
         if a == 0:
-            add_to(out, long(D) * D - 1, count, scale, True, known)
+            add_to(out, long(D) * D - 1, count, scale, True, KNOWN)
     else:
-        products, sums, count = _products(x, weight, T, I, strides, i, j, first, end, False, BLOCK_M, PRECISION)
-    if BLOCK // ACROSS > 64:  # in halves: beside all of its products what is there before does not fit in the registers
-        HALF: tl.constexpr = BLOCK // ACROSS // 2
-        first_half, second_half = tl.split(tl.permute(tl.reshape(products, (BLOCK, 2, HALF)), (0, 2, 1)))
-        _add_upper(out, first_half, row, column, I, D, scale, known)
-        _add_upper(out, second_half, row, column + HALF, I, D, scale, known)
+        products, sums, count = _products(x, weight, T, I, strides, i, j, begin, end, chain, False, BLOCK_M, PRECISION)
+    if BLOCK // ACROSS > 64:  # in quarters: beside all of its products what is there before does not fit in the registers
+        QUARTER: tl.constexpr = BLOCK // ACROSS // 4
+        left, right = _halves(products)
+        for half in tl.static_range(2):
+            first, second = _halves(left if half == 0 else right)
+            _add_upper(out, first, row, column + 2 * half * QUARTER, I, D, scale, KNOWN)
+            _add_upper(out, second, row, column + (2 * half + 1) * QUARTER, I, D, scale, KNOWN)
     else:
-        _add_upper(out, products, row, column, I, D, scale, known)
+        _add_upper(out, products, row, column, I, D, scale, KNOWN)
+
+
+@triton.jit
+def _halves(tile):
+    """Columns of a tile: the first half and the second."""
+    rows: tl.constexpr = tile.shape[0]
+    half: tl.constexpr = tile.shape[1] // 2
+    return tl.split(tl.permute(tl.reshape(tile, (rows, 2, half)), (0, 2, 1)))
 
 
 @triton.jit
@@ -176,9 +208,8 @@ def _fold_upper_kernel(
     acc, partial, flag, S, D, scale: tl.float64, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_S: tl.constexpr
 ):
     """``acc[i,j] += scale * sum_s partial[s,i,j]`` for ``j >= i``. One program: [BLOCK_I, BLOCK_J], all shares, BLOCK_S a step."""
-    if flag is not None:
-        if tl.load(flag) != 0:
-            return
+    if is_raised(flag):
+        return
     if tl.program_id(0) * BLOCK_I >= (tl.program_id(1) + 1) * BLOCK_J:  # all of it is below the diagonal
         return
     cell = tl.arange(0, BLOCK_I * BLOCK_J)
@@ -212,26 +243,31 @@ def gram_(
         if M == 0 or D == 0:
             return
         dtype = x.dtype if weight is None else torch.promote_types(x.dtype, torch.float32)
-        sizes = (M, T, I, D)
+        inputs = Inputs(x, scale, weight, bias, flag, dtype)
 
         def trial(choice: Choice) -> None:
-            _launch(torch.zeros_like(acc), x, scale, weight, bias, flag, sizes, dtype, choice)
+            _launch(torch.zeros_like(acc), inputs, choice)
 
-        choices = candidates(I, M, dtype, architecture(acc.device))
-        choice = best("gram_", (*sizes, dtype, weight is not None, precision(dtype)), choices, trial, acc.device)
-        _launch(acc, x, scale, weight, bias, flag, sizes, dtype, choice)
+        choices = candidates(I, M, T == 1, dtype, architecture(acc.device))
+        choice = best("gram_", (M, T, I, D, dtype, weight is not None, precision(dtype)), choices, trial, acc.device)
+        _launch(acc, inputs, choice)
 
 
-def _launch(acc, x, scale, weight, bias, flag, sizes, dtype, choice) -> None:
-    (M, _, I, D), (blocks, shares) = sizes, choice
+def _launch(acc: Tensor, inputs: Inputs, choice: Choice) -> None:
+    x, scale, weight, bias, flag, dtype = inputs
+    blocks, shares = choice
+    (N, T, I), D = x.shape, acc.shape[0]
+    M = N * T
     steps = triton.cdiv(M, blocks["BLOCK_M"])
-    share = min(fold_size(steps), triton.cdiv(steps, shares)) * blocks["BLOCK_M"]
+    share = triton.cdiv(steps, shares)
     out, factor = acc, scale
     if shares > 1:
         out, factor = acc.new_empty(shares, D, D, dtype=torch.promote_types(dtype, torch.float32)), 1.0
-    options = {"BIAS": bias, "WORKSPACE": shares > 1, "PRECISION": precision(dtype), **blocks}
-    for begin in range(0, M, share * shares):
-        _gram_kernel[(programs(I, blocks), shares)](out, x, weight, flag, sizes, x.stride(), begin, share, factor, **options)
+    options = {"BIAS": bias, "KNOWN": shares == 1, "PRECISION": precision(dtype), **blocks}
+    rows = share * blocks["BLOCK_M"]
+    _gram_kernel[(programs(I, blocks), shares)](
+        out, x, weight, flag, (M, T, I, D), x.stride(), rows, fold_size(share), factor, **options
+    )
     if shares > 1:
         BLOCK_I, BLOCK_J = power_of_two(D // 64, 1, 8), power_of_two(D, 1, 64)
         BLOCK_S = power_of_two(shares, 1, min(16, 2048 // (BLOCK_I * BLOCK_J)))  # each step is waited for

@@ -23,15 +23,18 @@ from ._common import (
     architecture,
     check_offsets,
     fold_,
+    has_warpgroups,
+    is_raised,
     long,
     power_of_two,
     raise_flag_,
     rows_and_strides,
     sample_rows,
     wide,
+    zero_sums,
 )
 from ._products import dot, fold_size, precision, product_seconds
-from ._squares import MOST_PARTS, PART_ROWS, add_sample, square_parts_, steps_of, tiles_held
+from ._squares import MOST_PARTS, PART_ROWS, Outputs, add_sample, square_parts_, steps_of, tiles_held
 
 
 class Work(NamedTuple):
@@ -43,6 +46,19 @@ class Work(NamedTuple):
     T: int
     dtype: torch.dtype
     tiles: int
+
+
+class Inputs(NamedTuple):
+    """One call: ``sizes`` are N, T, I, O and the strides of x and g; ``unit`` samples are one of ``work``."""
+
+    x: Tensor
+    g: Tensor
+    weight: Tensor | None
+    offsets: Tensor | None
+    scale: float
+    sizes: tuple[tuple[int, ...], ...]
+    work: Work
+    unit: int
 
 
 WORKSPACE = 2**26  # bytes
@@ -80,11 +96,11 @@ def candidates(work: Work, arch: int) -> list[Choice]:
 
     Of equals the largest tile and the fewest shares.
     """
-    width, warpgroups = work.dtype.itemsize, arch // 10 in (9, 10)
-    high, wide = {2: (128, 128), 4: (128 if warpgroups else 64, 64), 8: (64, 64)}[width]
+    width, warpgroups = work.dtype.itemsize, has_warpgroups(arch)
+    rows, columns = {2: (128, 128), 4: (128 if warpgroups else 64, 64), 8: (64, 64)}[width]
     if work.tiles > 2 or not warpgroups:  # without warpgroup instructions the operands pass through registers too
-        wide //= 2
-    most = [power_of_two(work.O, 16, high), power_of_two(work.I, 16, wide)]
+        columns //= 2
+    most = [power_of_two(work.O, 16, rows), power_of_two(work.I, 16, columns)]
     sides = [[size for size in (128, 64, 32, 16) if min(32, top) <= size <= top] for top in most]
     ranked = sorted(itertools.product(*sides, splits(work)), key=lambda choice: seconds(work, *choice))
     fewest = {(BLOCK_O, BLOCK_I): shares for BLOCK_O, BLOCK_I, shares in reversed(ranked)}  # the best shares of each tile
@@ -164,9 +180,8 @@ def _linear_sq_kernel(
     FLOPs: 2 N T I O. Bytes: x read O / BLOCK_O times and g I / BLOCK_I times, mostly from L2; acc and total read and
            written once every ``chain`` samples.
     """
-    if flag is not None:
-        if tl.load(flag) != 0:
-            return
+    if is_raised(flag):
+        return
     N, T, I, O = shape
     o, i, out = _tile(shape, BLOCK_O, BLOCK_I)
     inside_o, inside_i = (o < O)[:, None], (i < I)[None, :]
@@ -174,7 +189,7 @@ def _linear_sq_kernel(
     x += i[None, :] * x_strides[2]
     begin = tl.program_id(1) * share
     end = tl.minimum(begin + share, N)
-    zero = tl.zeros([BLOCK_O, BLOCK_I], tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32)
+    zero = zero_sums([BLOCK_O, BLOCK_I], x)
     c = zero
     squares = zero
     sums = zero
@@ -222,9 +237,8 @@ def _linear_part_kernel(
     Tile:  [BLOCK_O, BLOCK_I] of [O, I] a program, of one part of one sample.
     FLOPs: 2 N T I O. Bytes: as ``_linear_sq_kernel``, and products written once.
     """
-    if flag is not None:
-        if tl.load(flag) != 0:
-            return
+    if is_raised(flag):
+        return
     _, T, I, O = shape
     o, i, out = _tile(shape, BLOCK_O, BLOCK_I)
     inside_o, inside_i = (o < O)[:, None], (i < I)[None, :]
@@ -270,15 +284,14 @@ def _linear_sq_flat_kernel(
     Tile:  [BLOCK_O, BLOCK_I] of [O, I] a program, BLOCK_T samples a step.
     FLOPs: 2 N I O, and as many again for total. Bytes: as ``_linear_sq_kernel``.
     """
-    if flag is not None:
-        if tl.load(flag) != 0:
-            return
+    if is_raised(flag):
+        return
     N, _, I, O = shape
     o, i, out = _tile(shape, BLOCK_O, BLOCK_I)
     inside_o, inside_i = (o < O)[:, None], (i < I)[None, :]
     begin = tl.program_id(1) * share
     end = tl.minimum(begin + share, N)
-    zero = tl.zeros([BLOCK_O, BLOCK_I], tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32)
+    zero = zero_sums([BLOCK_O, BLOCK_I], x)
     squares = zero
     sums = zero
     for step in range(tl.cdiv(end - begin, BLOCK_T)):
@@ -304,9 +317,8 @@ def _linear_sq_flat_kernel(
 @triton.jit
 def _flat_norms_kernel(sqnorm, x, g, flag, shape, x_strides, g_strides, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr):
     """T = 1: ``sqnorm[n] += |g_n|^2 |x_n|^2``, x and g read once. One program: BLOCK_N samples."""
-    if flag is not None:
-        if tl.load(flag) != 0:
-            return
+    if is_raised(flag):
+        return
     N, _, I, O = shape
     n = long(tl.program_id(0)) * BLOCK_N + tl.arange(0, BLOCK_N)
     size_x = _row_squares(x + n[:, None] * x_strides[0], (n < N)[:, None], I, x_strides[2], BLOCK_N, BLOCK_C)
@@ -318,7 +330,7 @@ def _flat_norms_kernel(sqnorm, x, g, flag, shape, x_strides, g_strides, BLOCK_N:
 @triton.jit
 def _row_squares(rows, inside, C, stride, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr):
     """``sum_c rows[n, c]^2`` [BLOCK_N]."""
-    squares = tl.zeros([BLOCK_N, BLOCK_C], tl.float64 if rows.dtype.element_ty == tl.float64 else tl.float32)
+    squares = zero_sums([BLOCK_N, BLOCK_C], rows)
     for start in range(0, C, BLOCK_C):
         c = long(start) + tl.arange(0, BLOCK_C)
         values = wide(tl.load(rows + c[None, :] * stride, mask=inside & (c < C)[None, :], other=0.0))
@@ -351,16 +363,16 @@ def linear_sq_(
         multiplied = torch.promote_types(x.dtype, torch.float32) if flat else x.dtype
         unit = power_of_two(N, 16, 32) if flat else 1  # the samples of a step, which stay together
         work = Work(O, I, triton.cdiv(N, unit), unit if flat else T, multiplied, tiles_held(acc, total))
-        outputs, inputs = (acc, total, sqnorm, flag), (x, g, weight, offsets, scale, sizes, work, unit)
+        outputs, inputs = Outputs(acc, total, sqnorm, flag), Inputs(x, g, weight, offsets, scale, sizes, work, unit)
 
         def trial(choice: Choice) -> None:
-            _launch([None if out is None else torch.zeros_like(out) for out in outputs], inputs, choice)
+            _launch(outputs.zeros(), inputs, choice)
 
         choices = candidates(work, architecture(acc.device))
         _launch(outputs, inputs, best("linear_sq_", (*work, precision(multiplied)), choices, trial, acc.device))
 
 
-def _launch(outputs, inputs, choice: Choice) -> None:
+def _launch(outputs: Outputs, inputs: Inputs, choice: Choice) -> None:
     """Sums of squares of all samples, of shares of them, or of gradients that are computed in parts."""
     (acc, total, sqnorm, flag), (x, g, weight, offsets, scale, sizes, work, unit) = outputs, inputs
     (N, T, I, O), (blocks, shares) = sizes[0], choice

@@ -10,7 +10,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import PROGRAMS, check_offsets, fold_, long, power_of_two, raise_flag_, rows_and_strides, sample_rows, wide
+from ._common import (
+    PROGRAMS,
+    check_offsets,
+    fold_,
+    is_raised,
+    long,
+    power_of_two,
+    raise_flag_,
+    rows_and_strides,
+    sample_rows,
+    wide,
+    zero_sums,
+)
 
 
 def config(N: int, T: int, D: int, dtype: torch.dtype) -> tuple[dict[str, int], int]:
@@ -34,7 +46,7 @@ def _sample_gradients(x, g, offsets, n, N, T, d, D, x_strides, g_strides, BLOCK_
     """``sum_t g x`` [BLOCK_N, BLOCK_D] of samples n and columns d, both 64-bit; and 0, NaN where an input is not finite."""
     first, rows = sample_rows(offsets, tl.minimum(n, N - 1), T)
     rows = tl.where(n < N, rows, 0)
-    products = tl.zeros([n.shape[0], BLOCK_T, d.shape[0]], tl.float64 if g.dtype.element_ty == tl.float64 else tl.float32)
+    products = zero_sums([n.shape[0], BLOCK_T, d.shape[0]], g)
     check = products
     for start in tl.range(0, tl.max(rows, 0), BLOCK_T, num_stages=4):
         t = long(start) + tl.arange(0, BLOCK_T)
@@ -76,9 +88,8 @@ def _scale_sq_kernel(
     Tile:  program ``s * columns + b`` has block b of the columns and samples ``s * share ... (s + 1) * share``; c = sum_t g x.
     FLOPs: 2 N T D. Bytes: g and x once, which also finds values that are not finite; workspaces 4 S D and 4 N D / BLOCK_D.
     """
-    if flag is not None:
-        if tl.load(flag) != 0:
-            return
+    if is_raised(flag):
+        return
     N, T, D = shape
     block, part = tl.program_id(0) % columns, tl.program_id(0) // columns
     d = long(block) * BLOCK_D + tl.arange(0, BLOCK_D)

@@ -161,11 +161,36 @@ def test_conv_gram_tiles_of_one_kernel_offset():
 
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("shares", [2, 20])
-def test_gram_shares_over_several_launches(patch, shares, weighted):
+def test_gram_shares_of_several_chains(patch, shares, weighted):
+    """The last share is shorter, or has no rows; its last chain is one step."""
     blocks = {"BLOCK": 16, "ACROSS": 1, "BLOCK_M": 16, "num_warps": 4, "num_stages": 3}
     patch("gram", candidates=lambda *_: [(blocks, shares)], fold_size=lambda steps: 2)
     case = test_gram.problem("cpu", 16 * 2 * shares * 2 + 40, 21, integers=True, weighted=weighted, bias=True, scale=2.0)
     test_gram.assert_exact(case, "triton")
+
+
+@pytest.mark.parametrize("shares", [1, 3])
+def test_gram_matrices_of_many_rows_are_one_launch(patch, shares):
+    """Each chain was one once, and every launch read and wrote all of acc."""
+    launched = []
+
+    class Counted:
+        def __init__(self, kernel):
+            self.kernel = kernel
+
+        def __getitem__(self, grid):
+            launched.append(grid)
+            return self.kernel[grid]
+
+    gram_blocks = {"BLOCK": 16, "ACROSS": 1, "BLOCK_M": 16, "num_warps": 4, "num_stages": 3}
+    conv_blocks = {"BLOCK": 16, "BLOCK_T": 16, "ONE_OFFSET": False, "num_warps": 4, "num_stages": 3}
+    for module, kernel, blocks in (("gram", "_gram_kernel", gram_blocks), ("conv_gram", "_conv_gram_kernel", conv_blocks)):
+        found = importlib.import_module(f"fisherfast.kernels.{module}")
+        choices = [(blocks, shares)]
+        patch(module, **{kernel: Counted(getattr(found, kernel)), "candidates": lambda *_, choices=choices: choices})
+    test_gram.assert_exact(test_gram.problem("cpu", 1000, 7, integers=True), "triton")
+    test_conv_gram.assert_exact(GRAM, test_conv_gram.case(GRAM, test_conv_gram.Geometry(60, 2, 0, (17,), (2,)), integers=True))
+    assert [grid[1] for grid in launched] == [shares, shares]
 
 
 # ---- rows and sums

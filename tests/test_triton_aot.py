@@ -172,11 +172,11 @@ def test_few_samples_are_split_into_parts():
 
 
 @pytest.mark.parametrize("steps", [1, 2, 16, 17, 100, 1000, 10**5])
-def test_fold_size_covers_every_step_in_few_launches(steps):
+def test_fold_size_covers_every_step_in_few_chains(steps):
     fold = _products.fold_size(steps)
-    launches = -(-steps // fold)
+    chains = -(-steps // fold)
     assert 1 <= fold <= steps
-    assert launches == 1 if steps <= 16 else launches <= (2 * steps) ** (1 / 3) + 1
+    assert chains == 1 if steps <= 16 else chains <= (2 * steps) ** (1 / 3) + 1
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
@@ -198,7 +198,17 @@ def test_score_config(R, C, dtype):
     assert all(size & (size - 1) == 0 for size in blocks.values())
     assert blocks["BLOCK_R"] < 2 * R and blocks["BLOCK_C"] < 2 * max(C, 16)
     cells = blocks["BLOCK_R"] * blocks["BLOCK_C"]
-    assert cells <= (8192 if C >= 2**14 else 4096) and cells <= 512 * blocks["num_warps"] and blocks["num_warps"] <= 16
+    assert cells <= (8192 if C >= 2**14 else 4096) and cells <= 512 * blocks["num_warps"] and blocks["num_warps"] <= 32
+
+
+def test_long_rows_of_16_bits_are_one_program_a_multiprocessor():
+    """Of 2048 threads and 65536 registers two would fit with at most 32 a thread; then the rows would not fit in the L2."""
+    C, L2 = 128256, 60e6
+    blocks = categorical_score.config(4096, C, torch.bfloat16)
+    assert blocks["num_warps"] == 32 and blocks["STAGES"] > 1
+    rows = _products.MULTIPROCESSORS * blocks["BLOCK_R"]
+    assert rows * C * 2 < L2 < 2 * rows * C * 2
+    assert categorical_score.config(4096, 1000, torch.bfloat16)["STAGES"] == 1
 
 
 @pytest.mark.parametrize("arch", TARGETS)
@@ -248,10 +258,11 @@ def test_conv_direct_config(pairs, K, N, T):
 
 @pytest.mark.parametrize("arch", TARGETS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("even", [True, False])
 @pytest.mark.parametrize(("I", "M"), [(0, 5), (1, 1), (7, 100000), (576, 32768), (4096, 8192), (16384, 3)])
-def test_gram_candidates(I, M, dtype, arch):
+def test_gram_candidates(I, M, even, dtype, arch):
     """Tiles that tl.dot accepts, every upper tile once, shares of at least four steps, a bounded workspace."""
-    for blocks, shares in gram.candidates(I, M, dtype, arch):
+    for blocks, shares in gram.candidates(I, M, even, dtype, arch):
         side = -(-max(I, 1) // blocks["BLOCK"])
         assert gram.programs(I, blocks) == blocks["ACROSS"] * side * (side + 1) / 2
         assert min(blocks["BLOCK"] // blocks["ACROSS"], blocks["BLOCK_M"]) >= 16
@@ -260,7 +271,7 @@ def test_gram_candidates(I, M, dtype, arch):
 
 @pytest.mark.parametrize("I", [512, 768, 1024, 2048, 4096])
 def test_gram_programs_leave_few_multiprocessors_idle(I):
-    blocks, shares = gram.candidates(I, 8192, torch.bfloat16, 90)[0]
+    blocks, shares = gram.candidates(I, 8192, True, torch.bfloat16, 90)[0]
     programs = shares * gram.programs(I, blocks)
     assert programs / (_products.MULTIPROCESSORS * -(-programs // _products.MULTIPROCESSORS)) > 0.75
 
