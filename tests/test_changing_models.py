@@ -260,7 +260,7 @@ def test_what_cannot_be_measured_says_why():
     assert zero.trace() == 0
     with ff.collect(model, ff.Diagonal(), ff.PerSampleNorm(), fisher_type="empirical") as stats:
         stats.backward(losses(model, *data[0]))
-    with pytest.raises(ValueError, match=r"where there is one structure, got 2; take results\(\)"):
+    with pytest.raises(ValueError, match=r"result\(\) must be used with exactly one structure, got 2; use results\(\)"):
         stats.result()
     model[2].bias.data[1] = float("nan")
     with pytest.raises(ff.NonFiniteError, match=r"the parameter '2\.bias' itself is not finite"):

@@ -80,12 +80,13 @@ def _in_other_orders(masks: Sequence[Tensor], T: int) -> Iterator[Tensor]:
 
 def _ends_with(alive: Tensor, mask: Tensor) -> bool:
     """Whether the last row with a gradient comes the earlier, the earlier a sample's last position does."""
-    T, ends, lasts = alive.shape[1], _last(alive), _last(mask)
     known = alive.any(1)
-    if T == 1 or len(known.nonzero()) < 2 or len(ends[known].unique()) < 2:
+    if alive.shape[1] < 2 or int(known.sum()) < 2:
         return False
-    sooner = lasts[known].unsqueeze(0) < lasts[known].unsqueeze(1)
-    return bool(sooner.any()) and not bool((sooner & (ends[known].unsqueeze(0) > ends[known].unsqueeze(1))).any())
+    ends, lasts = _last(alive)[known], _last(mask)[known]
+    sooner = lasts.unsqueeze(0) < lasts.unsqueeze(1)
+    in_order = not bool((sooner & (ends.unsqueeze(0) > ends.unsqueeze(1))).any())
+    return in_order and bool(sooner.any()) and len(ends.unique()) > 1
 
 
 def _last(rows: Tensor) -> Tensor:
