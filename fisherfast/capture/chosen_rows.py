@@ -34,7 +34,8 @@ def _both(*names: str) -> set[Any]:
     return {getattr(owner, name) for name in every for owner in (torch, Tensor) if hasattr(owner, name)}
 
 
-# What puts rows back where samples are; sums into places may also send them to experts; slots are filled as the data has it.
+# What puts rows back where samples are; sums into places do so with rows that were chosen, and send others to experts; slots are filled
+# as the data has it.
 _RETURNS = _both("masked_scatter") | {torch._pad_packed_sequence}
 _SCATTERS = _both("index_add", "scatter_add", "scatter", "scatter_reduce")
 _SLOTS = _both("index_copy", "index_put") | {Tensor.__setitem__}
@@ -87,7 +88,8 @@ class ChosenRows:
             given, here = Chosen.NO, Chosen.YES if filled else Chosen.NO
             out = args[0] if out is None else out
         elif func in _SCATTERS:
-            given, here = Chosen.NO, Chosen.POSSIBLY if leaves[-1].requires_grad else Chosen.NO
+            sent = leaves[-1].requires_grad and not self._of(leaves[-1])
+            given, here = Chosen.NO, Chosen.POSSIBLY if sent else Chosen.NO
         elif func in _JOINS:
             here = self._of_many_lengths(leaves, out, _axis(func, args, kwargs))
         else:
