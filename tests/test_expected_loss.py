@@ -324,16 +324,23 @@ def test_what_a_likelihood_ignores_is_no_error():
         assert ff.mean_loss(net, [(x, y)], ff.Categorical(ignore_index=ignored), loss=ff.zero_one) == 0
 
 
+def squared_error(z, y):
+    return (z - y).square().flatten(1).sum(1)
+
+
+def mean_cross_entropy(z, y):
+    return nn.functional.cross_entropy(z.mT, y, reduction="none").mean(1)
+
+
 @pytest.mark.parametrize("kind", ["real", "classes"])
 def test_another_loss_of_packed_samples_is_that_of_each_alone(kind):
     model, lengths = Tokens(3).eval(), [3, 2, 1]
     offsets = [0, 3, 5, 6]
     ids = torch.randint(0, 7, (1, 6))
     if kind == "real":
-        targets, likelihood, loss = torch.randn(1, 6, 3), "gaussian", lambda z, y: (z - y).square().flatten(1).sum(1)
+        targets, likelihood, loss = torch.randn(1, 6, 3), "gaussian", squared_error
     else:
-        targets, likelihood = torch.randint(0, 3, (1, 6)), "categorical"
-        loss = lambda z, y: nn.functional.cross_entropy(z.mT, y, reduction="none").mean(1)  # noqa: E731
+        targets, likelihood, loss = torch.randint(0, 3, (1, 6)), "categorical", mean_cross_entropy
     packed = {"input_ids": ids, "labels": targets, "sample_offsets": offsets}
     alone = [{"input_ids": i, "labels": y} for i, y in zip(ids.split(lengths, 1), targets.split(lengths, 1), strict=True)]
     found = ff.mean_loss(model, [packed], likelihood, loss=loss)
