@@ -114,6 +114,55 @@ def test_squares_that_overflow_in_a_staged_batch_are_dropped(tmp_path):
     assert caught.value.fisher.trace() == pytest.approx(before.trace())
 
 
+class Unseen(torch.autograd.Function):
+    """``x * p``, which no rule covers and vmap cannot take: its sample gradients come one by one."""
+
+    @staticmethod
+    def forward(ctx, x, p, sick):
+        ctx.save_for_backward(x, p)
+        ctx.sick = sick
+        return x * p
+
+    @staticmethod
+    def backward(ctx, g):
+        x, p = ctx.saved_tensors
+        return g * p, (g * x).sum(0) * (float("nan") if ctx.sick else 1), None
+
+
+class Looped(nn.Module):
+    """Fails where asked when a sample comes alone whose inputs are all ``ILL``: with an error, or with a gradient that is NaN."""
+
+    ILL = 9.0
+
+    def __init__(self):
+        super().__init__()
+        self.p, self.head, self.fails = nn.Parameter(torch.rand(4)), nn.Linear(4, 3), None
+
+    def forward(self, x):
+        ill = len(x) == 1 and bool((x == self.ILL).all())
+        if ill and self.fails is OSError:
+            raise OSError("the sample is ill")
+        return self.head(Unseen.apply(x, self.p, ill and self.fails is ff.NonFiniteError))
+
+
+@pytest.mark.parametrize("weighted", [False, True], ids=["", "weighted"])
+@pytest.mark.parametrize("error", [OSError, ff.NonFiniteError])
+@pytest.mark.parametrize("asked", ["diagonal", "exact block", "diagonal of kfac"])
+def test_of_a_loop_that_is_broken_off_the_samples_that_came_count(asked, error, weighted):
+    model, x, y = Looped().double(), torch.randn(9, 4).double(), torch.arange(9) % 3
+    x[8] = Looped.ILL
+    weight = torch.arange(1.0, 10.0) if weighted else torch.ones(9)
+    squares = [
+        torch.autograd.grad(nn.functional.cross_entropy(model(x[n : n + 1]), y[n : n + 1]), model.p)[0] ** 2 for n in range(8)
+    ]
+    model.fails = error
+    data = [(x[some], y[some], *([weight[some]] if weighted else [])) for some in (slice(0, 3), slice(3, 9))]
+    with pytest.raises(error) as caught:
+        measure(model, data, ASKED[asked])
+    expected = weight[:8].double() @ torch.stack(squares) / weight[:8].sum()
+    torch.testing.assert_close(caught.value.fisher.diagonal(dtype=torch.float64)["p"], expected)
+
+
 @pytest.mark.parametrize("staged", [False, True])
 def test_few_rows_of_a_batch_that_does_not_count_are_none(staged):
     factor, rows = BatchSum((9, 9), torch.empty(())), torch.randn(2, 1, 9)

@@ -151,7 +151,7 @@ class BlockCollector:
             self._seen[name] = [form.as_used(use)[1] for use in rows.uses or (rows,)]
 
     def add_gradients(self, tracked: Tracked, gradients: Tensor, first: int, scale: float, number: int) -> None:
-        """See ``Collector``."""
+        """See ``Collector``. Outside a staged batch every call is a transaction of its own."""
         sums = self._sums.get(tracked.name)
         if not isinstance(sums, GradientSums):
             raise ValueError(
@@ -159,8 +159,13 @@ class BlockCollector:
                 "of 2 samples or more"
             )
         sums.saw(gradients.dtype)
-        with sums.main.visiting(self._samples.total_weight()):
-            sums.add_gradients(gradients, first, scale, self._samples, self._waits(tracked.name))
+        waits = self._waits(tracked.name)
+        sums.add_gradients(gradients, first, scale, self._samples, waits)
+        if waits:
+            sums.main.visited(self._samples.total_weight())
+        else:
+            weight = self._samples.weight_of(first, len(gradients))
+            sums.main.count(len(gradients) if weight is None else float(weight.double().sum()))
 
     def _waits(self, name: str) -> bool:
         """Whether what is added counts only with its whole batch: also of a parameter that comes part by part."""

@@ -73,6 +73,11 @@ class BatchSum:
             self._weight = before
             raise
 
+    def count(self, weight: float) -> None:
+        """Count what was just added by itself, whatever becomes of its batch; while the flag is set, nothing was."""
+        if not self.flag:
+            self.running.counted(weight)
+
     def settle(self, whole: bool, alone: bool) -> None:
         """End the batch; ``whole``: it counts; ``alone``: this sum counts although the batch did not complete."""
         counts = whole or (alone and not self._waits)
