@@ -90,7 +90,7 @@ class Engine:
         of_grad = 0 if dtype == parameter.dtype else parameter.nbytes
         return parameter.numel() * dtype.itemsize + of_grad if self._fills else 0
 
-    def cost(self, tracked: Tracked, form: Form, rows: Rows, number: int) -> Cost:
+    def cost(self, tracked: Tracked, form: Form, rows: Rows) -> Cost:
         """See ``Collector``."""
         parameter = tracked.parameter
         unwanted = tracked.name not in self.squares and not ghost.applies(form, rows)

@@ -81,11 +81,11 @@ class BlockCollector:
         held = [sums.holds(staged or name in self._in_parts) for name, sums in self._sums.items()]
         return [one.written() for one in held] if self._transactional else held
 
-    def cost(self, tracked: Tracked, form: Form, rows: Rows, number: int) -> Cost:
+    def cost(self, tracked: Tracked, form: Form, rows: Rows) -> Cost:
         """See ``Collector``; a bias that joins its weight takes no more."""
         name, form = self._unit(tracked, form)
         sums = self._sums.get(name)
-        return Cost() if sums is None else Cost(sums.flops(form, rows, number), scratch=sums.scratch(rows))
+        return Cost() if sums is None else sums.cost(form, rows)
 
     def begin(self, samples: Samples) -> None:
         """See ``Collector``."""

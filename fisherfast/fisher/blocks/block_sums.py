@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fisherfast.accumulator import Accumulator, RunningSum
-from fisherfast.capture.collector import Held, Samples
+from fisherfast.capture.collector import Cost, Held, Samples
 from fisherfast.capture.tracked import Tracked
 from fisherfast.fisher.blocks.few_rows import FewRows
 from fisherfast.fisher.blocks.kronecker import Place
@@ -123,11 +123,8 @@ class BlockSums(Protocol):
     def holds(self, staged: bool) -> Held:
         """What they take; ``staged``: with batches that are added up before they count."""
 
-    def flops(self, form: Form, rows: Rows, number: int) -> int:
-        """What ``add`` takes."""
-
-    def scratch(self, rows: Rows) -> int:
-        """The bytes of what ``add`` makes of the rows, where that is large."""
+    def cost(self, form: Form, rows: Rows) -> Cost:
+        """What ``add`` takes; of the scratch what it makes of the rows, where that is large."""
 
     def block(self, made: Mapping[str, Any]) -> Any:
         """What was added, on memory of its own; ``made`` are the blocks before it, by name."""
@@ -137,17 +134,13 @@ class BlockSums(Protocol):
 
 
 class BatchwiseSums:
-    """Those that keep nothing of a batch once it is over, and to which the ops add the rows as they are."""
+    """Those that keep nothing of a batch once it is over."""
 
     def saw(self, g: torch.dtype) -> None:
         """See ``BlockSums``: nothing depends on it."""
 
     def end(self) -> None:
         """See ``BlockSums``: nothing is kept of a batch."""
-
-    def scratch(self, rows: Rows) -> int:
-        """See ``BlockSums``: the ops make nothing of the rows."""
-        return 0
 
 
 class WeightSums(BatchwiseSums):
@@ -193,9 +186,9 @@ class DiagonalSums(GradientSums):
         held, result = self.squares.running.held(staged), self.squares.running.nbytes
         return Held((self._name,), f"diagonal {list(self._shape)}", held, (held,), result=result)
 
-    def flops(self, form: Form, rows: Rows, number: int) -> int:
+    def cost(self, form: Form, rows: Rows) -> Cost:
         """See ``BlockSums``."""
-        return form.flops(rows, self._shape)
+        return Cost(form.flops(rows, self._shape))
 
     def add(self, form: Form, rows: Rows, scale: float, number: int, samples: Samples, staged: bool) -> None:
         """Take the rows of one pass."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fisherfast.accumulator import Accumulator
-from fisherfast.capture.collector import Samples
+from fisherfast.capture.collector import Cost, Samples
 from fisherfast.fisher.blocks.block_sums import BatchSum, WeightSums, add_rows, add_squares, mirrored
 from fisherfast.fisher.blocks.existing_rows import ExistingRows
 from fisherfast.fisher.blocks.few_rows import FewRows
@@ -90,14 +90,14 @@ class KroneckerSums(WeightSums):
         what = KroneckerBlock(self.place, *self._blank_factors()).describe()
         return Held(self.place.labels, what, of_sums, (of_sums,), self.place.op, smaller, result=of_result)
 
-    def flops(self, form: Form, rows: Rows, number: int) -> int:
-        """See ``BlockSums``; of a symmetric product one half is computed."""
+    def cost(self, form: Form, rows: Rows) -> Cost:
+        """See ``BlockSums``; of a symmetric product one half is computed, and inputs, which all passes share, count once."""
         G = self.place.groups
         M = self._num_rows(form, rows)
         widths = [1 if len(one.running.shape) == 2 else one.running.shape[1] for one in self._factors]
         of_inputs, of_gradients = (G * M * one.running.shape[1] * width for one, width in zip(self._factors, widths, strict=True))
         of_inputs = M if isinstance(form, Lookup) else of_inputs
-        return of_gradients + (of_inputs if number == 0 and self.place.input_of is None else 0)
+        return Cost(of_gradients, once=of_inputs if self.place.input_of is None else 0)
 
     def _num_rows(self, form: Form, rows: Rows) -> int:
         if not isinstance(form, Convolution):
