@@ -41,6 +41,11 @@ class BatchSum:
             self._stage = torch.zeros_like(self.running.low)
         return self._stage
 
+    def foresee(self, *rows: Tensor) -> None:
+        """Set the flag if one is not finite: before they are added in several parts, of which the earlier ones would stay."""
+        for some in rows:
+            self.flag |= ~torch.isfinite(some).all()
+
     def add_outer(
         self, target: Tensor, rows: Tensor, scale: float = 1.0, *, weight: Tensor | None = None, bias: bool = False
     ) -> None:

@@ -140,7 +140,10 @@ class EigenSums(WeightSums):
         if isinstance(form, MatMul):
             rows = form.oriented(rows)  # a transposed use, turned round before, is needed as it is used
         order = self.order(rows)
-        for few, weight in _chunks(rows, samples.weight, _samples_at_a_time(self._made(rows, order))):
+        step = _samples_at_a_time(self._made(rows, order))
+        if rows.num_samples > step or self.place.groups > 1:
+            self.values.foresee(rows.inputs, rows.g)
+        for few, weight in _chunks(rows, samples.weight, step):
             exact = few._replace(x=self._exact(few.x), g=self._exact(few.g))
             if order is Order.ROWS:
                 self._add_rows(acc, exact, scale, weight)

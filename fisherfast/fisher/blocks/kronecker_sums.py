@@ -150,10 +150,10 @@ class KroneckerSums(WeightSums):
         inputs, gradients, uses = self._add_patches, self._add_pixels, rows.uses or (rows,)
         if form.transposed:
             inputs, gradients = gradients, inputs
-        if rows.uses:  # what a later use brings must be known before an earlier one is added
+        if rows.uses:
             of_x, of_g = (self.B, self.A) if form.transposed else (self.A, self.B)
-            of_x.flag |= ~torch.isfinite(rows.inputs).all()
-            of_g.flag |= ~torch.isfinite(rows.g).all()
+            of_x.foresee(rows.inputs)
+            of_g.foresee(rows.g)
         each = [weight if weight is None or use.offsets is None else weight.repeat_interleave(use.offsets.diff()) for use in uses]
         positions = 0.0 if A is None else sum(_positions(use, mine) for use, mine in zip(uses, each, strict=True))
         for use, mine in zip(uses, each, strict=True):
