@@ -145,8 +145,8 @@ class BlockCollector:
         sums = self._sums[name]
         sums.check(form)
         sums.saw(rows.g.dtype)
-        with sums.main.visiting(self._samples.total_weight()):
-            sums.add(form, rows, scale, number, self._samples, self._waits(name))
+        sums.add(form, rows, scale, number, self._samples, self._waits(name))
+        sums.main.visited(self._samples.total_weight())
         if name in self._with_bias:
             self._seen[name] = [form.as_used(use)[1] for use in rows.uses or (rows,)]
 

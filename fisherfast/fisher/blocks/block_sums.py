@@ -3,8 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
@@ -65,18 +64,8 @@ class BatchSum:
         return copy
 
     def visited(self, weight: Tensor | float) -> None:
-        """Note the weight of the batch."""
+        """Note the weight of what this batch has added: afterwards, so that what fails has none."""
         self._weight = weight
-
-    @contextmanager
-    def visiting(self, weight: Tensor | float) -> Iterator[None]:
-        """Note the weight of what is added inside; not if that fails."""
-        before, self._weight = self._weight, weight
-        try:
-            yield
-        except Exception:
-            self._weight = before
-            raise
 
     def count(self, weight: float) -> None:
         """Count what was just added by itself, whatever becomes of its batch; while the flag is set, nothing was."""

@@ -158,8 +158,8 @@ class KroneckerSums(WeightSums):
         positions = 0.0 if A is None else sum(_positions(use, mine) for use, mine in zip(uses, each, strict=True))
         for use, mine in zip(uses, each, strict=True):
             if A is not None:
-                with self.A.visiting(positions):
-                    inputs(self.A, A, form, use, 1.0, mine)
+                inputs(self.A, A, form, use, 1.0, mine)
+                self.A.visited(positions)
             gradients(self.B, B, form, use, scale, mine)
 
     def _add_patches(
@@ -200,14 +200,14 @@ class KroneckerSums(WeightSums):
         if mask is not None and (weight is not None or isinstance(self.form, Lookup)):
             weight, mask = mask.to(torch.float32) if weight is None else weight * mask, None
         counted = weight if mask is None else mask
-        with self.A.visiting(math.prod(x.shape[:-1]) if counted is None else counted.sum(dtype=torch.float64)):
-            if isinstance(self.form, Lookup):
-                counts = self._counted(x, weight).flatten().double()
-                # By sorting, on a GPU: bincount would wait for the device, and add in any order.
-                A[0] += counts.new_zeros(A.shape[1]).index_put_((x.flatten(),), counts, accumulate=True).to(A.dtype)
-                return
+        if isinstance(self.form, Lookup):
+            counts = self._counted(x, weight).flatten().double()
+            # By sorting, on a GPU: bincount would wait for the device, and add in any order.
+            A[0] += counts.new_zeros(A.shape[1]).index_put_((x.flatten(),), counts, accumulate=True).to(A.dtype)
+        else:
             for rows in (x,) if mask is None else _present(x, mask):
                 self.A.add_outer(A[0], rows, weight=weight, bias=self.place.bias is not None)
+        self.A.visited(math.prod(x.shape[:-1]) if counted is None else counted.sum(dtype=torch.float64))
 
     def _counted(self, ids: Tensor, weight: Tensor | None) -> Tensor:
         """The weights of the rows of a table that are looked up; the padding row has no gradient."""

@@ -63,8 +63,8 @@ class ReducedSums(KroneckerSums):
     def _add_means(self, x: Tensor, weight: Tensor | None, counts: Tensor, A: Tensor) -> None:
         """A sample without positions has no mean."""
         weight = counts.to(torch.float32) if weight is None else weight * counts
-        with self.A.visiting(weight.sum(dtype=torch.float64)):
-            self._add_by_group(self.A, A, x, weight=weight, bias=self.place.bias is not None)
+        self._add_by_group(self.A, A, x, weight=weight, bias=self.place.bias is not None)
+        self.A.visited(weight.sum(dtype=torch.float64))
 
     def _add_by_group(
         self, one: BatchSum, target: Tensor, rows: Tensor, scale: float = 1.0, *, weight: Tensor | None, bias: bool = False
