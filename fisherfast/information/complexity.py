@@ -16,11 +16,11 @@ from fisherfast.batches import Output
 from fisherfast.fisher import Fisher
 from fisherfast.information._prior import PriorScale
 from fisherfast.information._weights import Weights
-from fisherfast.information.expected_loss import expected_loss, mean_loss
+from fisherfast.information.expected_loss import likelihood_beside, loss_under_noise, mean_loss
 from fisherfast.information.posterior import GaussianPosterior, Posterior
 from fisherfast.information.result import Information
 from fisherfast.information.weights import information_in_weights
-from fisherfast.likelihood import Likelihood, beside, resolve
+from fisherfast.likelihood import Likelihood, beside
 from fisherfast.readings import check_rereadable
 
 METHODS = ("analytic", "monte-carlo")
@@ -154,9 +154,8 @@ class LossSource:
         if self.method == "analytic":
             return Complexity(loss, loss + info.loss_rise, 0.0, "by formula", info)
         data, network = self._runnable(model, "method='monte-carlo' must have")
-        estimate = expected_loss(
-            Posterior.of(info, model), network, data, self.likelihood, draws=self.draws, seed=self.seed, output=self.output
-        )
+        posterior = Posterior.of(info, model)
+        estimate = loss_under_noise(posterior, network, data, self.likelihood, self.draws, self.seed, None, self.output)
         return Complexity(loss, estimate.value, estimate.stderr, _measured(self.likelihood, self.draws, self.seed), info)
 
     def _runnable(self, model: Weights, rule: str) -> tuple[Iterable[Any], nn.Module]:
@@ -171,7 +170,7 @@ def measured_complexity(
     posterior: GaussianPosterior,
     model: nn.Module,
     data: Iterable[Any],
-    likelihood: str | Likelihood = "categorical",
+    likelihood: str | Likelihood | None = None,
     *,
     draws: int = 8,
     seed: int = 0,
@@ -188,11 +187,12 @@ def measured_complexity(
     Source:   Definition 2.1 of arXiv:1905.12213.
     """
     check_rereadable("measured_complexity", data)
-    estimate = expected_loss(posterior, model, data, likelihood, draws=draws, seed=seed, output=output)
-    loss = mean_loss(model, data, likelihood, weights=posterior.mean, output=output)
+    chosen = likelihood_beside("measured_complexity", posterior, likelihood)
+    estimate = loss_under_noise(posterior, model, data, chosen, draws, seed, None, output)
+    loss = mean_loss(model, data, chosen, weights=posterior.mean, output=output)
     source = posterior.information if isinstance(posterior, Posterior) else posterior
-    return Complexity(loss, estimate.value, estimate.stderr, _measured(likelihood, draws, seed), source)
+    return Complexity(loss, estimate.value, estimate.stderr, _measured(chosen, draws, seed), source)
 
 
-def _measured(likelihood: str | Likelihood, draws: int, seed: int) -> str:
-    return f"measured by {draws} draws (seed {seed}) and their mirror images, {resolve(likelihood).name} likelihood"
+def _measured(likelihood: Likelihood, draws: int, seed: int) -> str:
+    return f"measured by {draws} draws (seed {seed}) and their mirror images, {likelihood.name} likelihood"

@@ -26,7 +26,7 @@ from fisherfast.information._losses import SampleLosses
 from fisherfast.information._prior import PriorScale
 from fisherfast.information._weights import Weights
 from fisherfast.information.posterior import GaussianPosterior
-from fisherfast.likelihood import Likelihood
+from fisherfast.likelihood import Likelihood, stored_name
 from fisherfast.readings import check_rereadable
 
 NOISES = ("local", "weight")
@@ -55,6 +55,7 @@ class VariationalPosterior(GaussianPosterior):
     centered: bool
     center_norm: float
     num_samples: int
+    likelihood_name: str
     history: tuple[float, ...] = field(repr=False)
     settings: str
     frozen: tuple[str, ...] = field(default=(), repr=False)
@@ -68,6 +69,11 @@ class VariationalPosterior(GaussianPosterior):
     def beta(self) -> float:
         """The price of a nat, in units of the mean loss."""
         return self.price
+
+    @property
+    def likelihood(self) -> str:
+        """The name of the likelihood that it was trained by, with the settings of its loss."""
+        return self.likelihood_name
 
     def variance(self) -> dict[str, Tensor]:
         """``std^2`` in float64, shaped like the parameters."""
@@ -174,6 +180,7 @@ def variational_posterior(
             centered=center is not None,
             center_norm=q.center_norm,
             num_samples=num_samples,
+            likelihood_name=stored_name(losses.likelihood, "empirical"),  # its loss is of the data's labels
             history=history,
             settings=f"{losses.likelihood.name}, {noise} noise, {epochs} epochs, lr {lr:g}, seed {seed}, around {around}",
             frozen=tuple(name for name, parameter in losses.model.named_parameters() if not parameter.requires_grad),
