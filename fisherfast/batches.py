@@ -102,6 +102,11 @@ class Batch:
         )
 
     @property
+    def total_weight(self) -> float:
+        """Of all samples; N without weights."""
+        return float(self.N if self.weight is None else self.weight.sum(dtype=torch.float64))
+
+    @property
     def output_mask(self) -> Tensor | None:
         """Which positions of the output there are: those of the decoder, where there is one, all if it has no mask of its own."""
         if not isinstance(self.inputs, dict) or not any(key.startswith("decoder_") for key in self.inputs):

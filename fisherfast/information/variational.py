@@ -233,7 +233,7 @@ def _train(
             loss = _noisy_loss(losses, q, local, batch, stds)
             if not bool(loss.detach().isfinite()):
                 raise NonFiniteError(f"{_CALLER}: losses must be finite, got {loss.item()} in batch {number} of epoch {epoch}")
-            size = float(batch.N if batch.weight is None else batch.weight.sum(dtype=torch.float64))
+            size = batch.total_weight
             weight += size
             share = size / (usual or weight / (number + 1)) if weight else 0.0
             objective = share * loss.double() + beta * q.kl(stds, q.scales(stds))
