@@ -97,7 +97,7 @@ _MODEL = typer.Option(help="module:function that returns the network, a torch.nn
 _DATA = typer.Option(help="module:function that returns an iterable of (inputs, targets) batches")
 _TYPE = typer.Option(
     **_one_of(FISHER_TYPES),
-    help="labels: drawn from the model, the expectation over all, or those of the data (not the Fisher)",
+    help="labels; mc: drawn from the model; exact: all of them, weighted; empirical: the data's (not the Fisher)",
 )
 _STRUCTURE = typer.Option(
     **_one_of(STRUCTURES),

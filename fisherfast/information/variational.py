@@ -251,7 +251,7 @@ def _train(
         history.append(math.fsum(values) / len(values))
     if way.share() > _MOVING:
         warn(
-            f"{_CALLER}: sigma should have come to rest, is still moving {way.share():.0%} of what lr allows: the nats are those of a "
+            f"{_CALLER}: sigma has not converged: it still moves {way.share():.0%} of what lr allows, and the nats are those of a "
             "training that was stopped on its way; pass more epochs, or smaller batches"
         )
     return tuple(history), samples
