@@ -98,7 +98,7 @@ class FisherOperator:
             for name, product in self._product(batch, along, samples).items():
                 sums[name] += product
             samples += batch.N
-            total += batch.N if batch.weight is None else float(batch.weight.sum(dtype=torch.float64))
+            total += batch.total_weight
         if not total:
             raise ValueError("FisherOperator: data must hold samples of a weight > 0, got none")
         means = {name: (value / total).to(parts[name].device, parts[name].dtype) for name, value in sums.items()}
