@@ -20,7 +20,7 @@ from fisherfast._precision import wide_dtype
 from fisherfast.capture.backward import Backward, Pass
 from fisherfast.capture.calls import Call, CallUse, Key
 from fisherfast.capture.capture import Capture
-from fisherfast.capture.collector import Receiver
+from fisherfast.capture.collector import Receiver, Samples
 from fisherfast.capture.folded import Folded, one_position
 from fisherfast.capture.layout import Sightings
 from fisherfast.capture.locator import Locator
@@ -57,10 +57,10 @@ class Passes:
 
     def __init__(self, capture: Capture, collectors: Sequence[Receiver]) -> None:
         self.capture, self.collectors = capture, collectors
-        self._averages = any(collector.averages for collector in collectors)
         self._separate = any(collector.separate for collector in collectors)
         self._combine: set[tuple[Any, ...]] = set()  # the ways in which a parameter was used several times that combine
-        self.locator, self.backward = Locator(capture), Backward(capture)
+        averages = any(collector.averages for collector in collectors)
+        self.locator, self.backward = Locator(capture, averages), Backward(capture)
         self.tagging = Tagging(capture, self.backward, self.locator)
         self._underflow: dict[str, tuple[int | Tensor, int]] = {}  # of each parameter: subnormal float16 gradients, and all
 
@@ -89,17 +89,16 @@ class Passes:
         self,
         uses: Uses,
         passes: Iterable[Pass],
-        count: int,
+        samples: Samples,
+        *,
         keep: bool = False,
-        padding: bool = False,
-        alike: bool = True,
-        mask: Tensor | None = None,
         support: Callable[[], Pass] | None = None,
     ) -> None:
-        """Back-propagate ``count`` passes and hand each parameter's rows, all its uses joined, to the collectors.
+        """Back-propagate the passes of a batch, as many as ``samples`` says, and hand each parameter's rows, all its uses joined, to the
+        collectors.
 
-        ``padding``, ``alike``, ``mask``: see ``Locator.begin``. ``support``: makes a pass that gives a gradient to every row that any of several passes gives
-        one; rows chosen by the data are those, in each of them.
+        ``support``: makes a pass that gives a gradient to every row that any of several passes gives one; rows chosen by the data are
+        those, in each of them.
         """
         root = uses.root
         self.route_mixed_forms(uses)
@@ -114,12 +113,12 @@ class Passes:
             if tracked.fallback is None:
                 for collector in self.collectors:
                     collector.expect(tracked, windows[name])
-        N, alike = root.shape[0], alike and not self._averages
-        unlocated, again = self.locator.begin(chain.from_iterable(groups.values()), N, padding, alike, mask)
+        N, count = samples.N, samples.passes
+        unlocated, again = self.locator.begin(chain.from_iterable(groups.values()), samples)
         owners: dict[Key, Tensor] = {}
         if support is not None and count > 1:
             chosen = {use.key for uses in groups.values() for use in uses if N == 1 and use.gathered}
-            shared = unlocated | (again | chosen if padding or not alike else set())
+            shared = unlocated | (set() if self.locator.every else again | chosen)
             owners = self.tagging.owners(root, support(), shared) if shared else {}
             again -= owners.keys()
         batch = _Batch(root, groups, unlocated, again, owners, count > 1 and not self._separate)
