@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -18,15 +19,26 @@ from fisherfast.rules import Form, Rows, Window
 class Samples:
     """What there is to know of a batch before its backward passes.
 
-    ``weight`` ``[N]`` float32 or None; ``padded``: many positions have no gradient; ``exists``, each ``[N, L]``: which positions of
-    a sequence there are, of the inputs and of the output, where that is said.
+    ``weight`` ``[N]`` float32 or None; ``exists``, each ``[N, L]``: which positions of a sequence there are, of the inputs and of the
+    output, where that is said; ``mask`` ``[N, L]`` bool: the one of the inputs alone; ``sparse``: many positions have no gradient.
     """
 
     N: int
     passes: int = 1
     weight: Tensor | None = None
-    padded: bool = False
     exists: tuple[Tensor, ...] = ()
+    mask: Tensor | None = None
+    sparse: bool = False
+
+    @cached_property
+    def padding(self) -> bool:
+        """Whether some positions do not exist."""
+        return not all(bool(positions.all()) for positions in self.exists)
+
+    @cached_property
+    def alike(self) -> bool:
+        """Whether all samples have one weight."""
+        return self.weight is None or bool((self.weight == self.weight[0]).all())
 
     def total_weight(self) -> Tensor | float:
         """Of all samples; where there are weights on their device, so that nothing waits for it."""

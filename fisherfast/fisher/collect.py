@@ -142,7 +142,8 @@ class collect:
             loss_vector.check(loss)
             N = loss.shape[0]
             positions = None if mask is None else self._positions(mask, N)
-            padding = positions is not None and not bool(positions.all())
+            exists = () if positions is None else (positions,)
+            samples = Samples(N, exists=exists, mask=positions, sparse=positions is not None and not bool(positions.all()))
             if not bool(loss.detach().isfinite().all()):
                 run.raise_not_finite(loss, "the loss")
             if capture.mode.input_shapes is not None:
@@ -159,9 +160,9 @@ class collect:
                 sources = {source.name for use in uses.all for source in use.tracked.sources}
                 run.engine.reached = run.passes.backward.reached(loss) | sources
             late = self._of_missing(loss) if self._fills and run.missing_parameters else []
-            with run.transaction(Samples(N, padded=padding, exists=() if positions is None else (positions,)), positions=N):
+            with run.transaction(samples, positions=N):
                 looped = bool(run.looped)
-                run.passes.run(uses, [one], 1, keep=looped or retain_graph, padding=padding, mask=positions)
+                run.passes.run(uses, [one], samples, keep=looped or retain_graph)
                 if looped:
                     with run.timed("loop"):
                         self._loop(loss)

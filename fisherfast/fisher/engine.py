@@ -118,7 +118,7 @@ class Engine:
 
     def add(self, tracked: Tracked, form: Form, rows: Rows, scale: float, number: int) -> None:
         """See ``Collector``."""
-        if self._samples.padded and form.op == "linear_sq_" and rows.g.shape[-2] > 1:
+        if self._samples.sparse and form.op == "linear_sq_" and rows.g.shape[-2] > 1:
             rows = rows.without_zeros()
         name, flag, sqnorm = tracked.name, self._flag[tracked.name], self.values.target(tracked.name, scale)
         self._accumulate(tracked, form, rows, scale, sqnorm, flag)

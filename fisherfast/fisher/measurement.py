@@ -123,16 +123,14 @@ class Measurement:
             raise ValueError(
                 "model: the output must depend on the parameters through autograd, got one without a graph; is grad disabled?"
             )
-        padded = predictions.num_positions < 0.8 * predictions.counted.numel()
-        masks = tuple({id(mask): mask for mask in (batch.mask, batch.output_mask) if mask is not None}.values())
-        with self.run.transaction(Samples(batch.N, count, batch.weight, padded, masks), predictions.num_positions):
-            padding = not all(bool(mask.all()) for mask in masks)
-            alike = batch.weight is None or bool((batch.weight == batch.weight[0]).all())
+        exists = tuple({id(mask): mask for mask in (batch.mask, batch.output_mask) if mask is not None}.values())
+        mask = None if batch.mask is None or batch.mask.dim() != 2 else batch.mask != 0
+        sparse = predictions.num_positions < 0.8 * predictions.counted.numel()
+        samples = Samples(batch.N, count, batch.weight, exists, mask, sparse)
+        with self.run.transaction(samples, predictions.num_positions):
             detached = predictions.detached()
-            support = partial(self._support, detached)
-            mask = None if batch.mask is None or batch.mask.dim() != 2 else batch.mask != 0
             passes, uses = self.forward.passes(detached), self.capture.read(predictions.values)
-            self.run.passes.run(uses, passes, count, padding=padding, alike=alike, mask=mask, support=support)
+            self.run.passes.run(uses, passes, samples, support=partial(self._support, detached))
             self._loop.add(batch, output, predictions)
 
     def _support(self, predictions: Predictions) -> Pass:

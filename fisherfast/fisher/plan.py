@@ -226,7 +226,8 @@ def _ledger(measurement: Measurement, predictions: Predictions, passes: int, N: 
     """What so many backward passes of such samples take."""
     capture = measurement.capture
     ledger = Ledger(measurement.run.collectors, passes, N)
-    Passes(capture, [ledger]).run(capture.read(predictions.values), [Pass(torch.ones_like(predictions.values))], 1)
+    values = predictions.values
+    Passes(capture, [ledger]).run(capture.read(values), [Pass(torch.ones_like(values))], Samples(len(values)))
     for tracked in capture.tracked.values():
         if tracked.fallback is not None:
             ledger.note_whole(tracked)
