@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
@@ -30,15 +29,7 @@ from fisherfast.fisher.routing import Routing
 from fisherfast.fisher.run import Interrupted, Run, model_name
 from fisherfast.likelihood import Likelihood, resolve, stored_name
 
-
-@dataclass(frozen=True)
-class Gradients(Request[None]):
-    """What ``ff.collect(..., gradients=True)`` adds to what is asked for: the parameters' ``.grad``, and no result."""
-
-    fills: str = "sum"
-
-
-_OF_ROWS_ALONE = (Diagonal, PerSampleNorm, GradientMoments, Gradients)  # to which samples without a loss add nothing
+_OF_ROWS_ALONE = (Diagonal, PerSampleNorm, GradientMoments)  # to which samples without a loss add nothing
 
 
 class collect:
@@ -111,8 +102,8 @@ class collect:
                 "later gradients; run model.module in the block otherwise"
             )
         self._fills, self._averages = gradients, reduction == "mean"
-        asked = (*asked, Gradients(reduction)) if gradients else asked
-        self._run = Run(model, asked, Provenance(fisher_type, name, draws=None, model=model_name(model)), allow_missing)
+        provenance = Provenance(fisher_type, name, draws=None, model=model_name(model))
+        self._run = Run(model, asked, provenance, allow_missing, fills=reduction if gradients else None)
         self._run.capture.mode.input_shapes = InputShapes(unwrapped(model))  # until the first loss
         self._routing = Routing(self._run)
         self._told_of_a_part, self._only_diagonal = False, all(isinstance(one, _OF_ROWS_ALONE) for one in asked)

@@ -52,7 +52,11 @@ class Explored:
 
 
 class Run:
-    """The state of one measurement; ``known``: what an earlier one has found out."""
+    """The state of one measurement.
+
+    ``known``: what an earlier one has found out; ``fills``: also fill the parameters' ``.grad``, with the ``"sum"`` over each batch or
+    its ``"mean"``.
+    """
 
     def __init__(
         self,
@@ -62,6 +66,7 @@ class Run:
         allow_missing: bool,
         transactional: bool = False,
         known: Explored | None = None,
+        fills: str | None = None,
     ) -> None:
         for structure in structures:
             structure.check(provenance.fisher_type)
@@ -69,9 +74,10 @@ class Run:
         self.capture = Capture(model) if known is None else known.capture
         own = [structure.collector(self.capture, transactional) for structure in self.structures]
         served = [structure for structure, mine in zip(self.structures, own, strict=True) if mine is None]
-        self.engine = Engine(self.capture, served, transactional) if served else None
+        self.engine = Engine(self.capture, served, transactional, fills) if served or fills else None
         self.sources: list[Any] = [mine or self.engine for mine in own]  # of each structure
-        self.collectors: list[Collector] = list({id(source): source for source in self.sources}.values())
+        every = (*self.sources, self.engine)
+        self.collectors: list[Collector] = list({id(source): source for source in every if source is not None}.values())
         self.passes = Passes(self.capture, self.collectors)
         self.provenance = provenance
         self.allow_missing = allow_missing
@@ -212,7 +218,7 @@ class Run:
         counts = Counts(self.tally.samples, self.tally.positions, self.tally.batches, self.provenance, self.coverage, aliases)
         asked = zip(self.structures, self.sources, strict=True)
         with interrupts.deferred(self._tear):  # sums are folded on the way
-            return tuple(structure.result(source, counts) for structure, source in asked if structure.fills is None)
+            return tuple(structure.result(source, counts) for structure, source in asked)
 
     def raise_not_finite(self, values: Tensor, what: str) -> NoReturn:
         """Raise before the backward pass that the forward pass produced NaN or infinity, naming where it began."""
