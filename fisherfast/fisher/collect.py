@@ -18,18 +18,13 @@ from fisherfast.capture.parameters import unwrapped
 from fisherfast.capture.refusals import refuse_train_mode
 from fisherfast.capture.running import InputShapes
 from fisherfast.fisher import loss_vector
-from fisherfast.fisher.diagonal import Diagonal
 from fisherfast.fisher.labelling import known_type
-from fisherfast.fisher.moments import GradientMoments
-from fisherfast.fisher.norms import PerSampleNorm
 from fisherfast.fisher.parse import parse
 from fisherfast.fisher.protocol import Provenance
 from fisherfast.fisher.request import Request
 from fisherfast.fisher.routing import Routing
 from fisherfast.fisher.run import Interrupted, Run, model_name
 from fisherfast.likelihood import Likelihood, resolve, stored_name
-
-_OF_ROWS_ALONE = (Diagonal, PerSampleNorm, GradientMoments)  # to which samples without a loss add nothing
 
 
 class collect:
@@ -106,7 +101,9 @@ class collect:
         self._run = Run(model, asked, provenance, allow_missing, fills=reduction if gradients else None)
         self._run.capture.mode.input_shapes = InputShapes(unwrapped(model))  # until the first loss
         self._routing = Routing(self._run)
-        self._told_of_a_part, self._only_diagonal = False, all(isinstance(one, _OF_ROWS_ALONE) for one in asked)
+        self._told_of_a_part = False
+        # To the engine's sums samples without a loss add nothing; a factor of all rows counts them.
+        self._only_rows_with_loss = all(source is self._run.engine for source in self._run.sources)
 
     def __enter__(self) -> collect:
         self._run.capture.__enter__()
@@ -142,7 +139,7 @@ class collect:
             uses = capture.read(loss)
             one = self._pass(torch.ones_like(loss))
             self._routing.look(uses, one)
-            matters = not self._only_diagonal or any(call.counted for call in uses.calls)
+            matters = not self._only_rows_with_loss or any(call.counted for call in uses.calls)
             self._told_of_a_part = self._told_of_a_part or (matters and loss_vector.warn_of_part(loss))
             if self._fills and not run.tally.batches:
                 loss_vector.warn_of_others(loss, capture.tracked)
