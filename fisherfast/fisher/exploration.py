@@ -15,13 +15,13 @@ from fisherfast._error import raised_here
 from fisherfast._warning import warn
 from fisherfast.batches import Batch
 from fisherfast.capture.calls import Call
-from fisherfast.capture.dependence import check_first, check_independent, dependent, same_but_rounding
 from fisherfast.capture.layout import PROBED
 from fisherfast.capture.locator import NO_AXIS, mixing
 from fisherfast.capture.parameters import unwrapped
 from fisherfast.capture.tracked import Unbatched
 from fisherfast.capture.uses import Uses
 from fisherfast.fisher.blocks.block_collector import BlockCollector
+from fisherfast.fisher.dependence import check_first, check_independent, dependent, same_but_rounding
 from fisherfast.fisher.forward import Forward
 from fisherfast.fisher.run import Run
 from fisherfast.likelihood import Predictions

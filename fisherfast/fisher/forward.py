@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fisherfast.batches import Batch, Output
 from fisherfast.capture.backward import Pass
-from fisherfast.capture.dependence import precision, same_but_rounding
+from fisherfast.fisher.dependence import precision, same_but_rounding
 from fisherfast.fisher.labelling import Labelling
 from fisherfast.fisher.run import Run
 from fisherfast.likelihood import Predictions

@@ -14,11 +14,11 @@ from torch import nn
 from fisherfast.batches import Batch, Output
 from fisherfast.capture.backward import Pass
 from fisherfast.capture.collector import Samples
-from fisherfast.capture.fallback import SampleGradients
 from fisherfast.capture.parameters import unwrapped
 from fisherfast.fisher.checkpoint import Checkpoint, digest, digest_of_function, digest_of_weights
 from fisherfast.fisher.diagonal import Diagonal
 from fisherfast.fisher.exploration import Exploration, noise
+from fisherfast.fisher.fallback import SampleGradients
 from fisherfast.fisher.forward import Forward
 from fisherfast.fisher.labelling import Labelling
 from fisherfast.fisher.progress import shown

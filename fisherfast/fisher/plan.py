@@ -14,7 +14,7 @@ from torch import nn
 
 from fisherfast.batches import Batch, Output
 from fisherfast.capture.backward import Pass
-from fisherfast.capture.collector import Cost, Samples
+from fisherfast.capture.collector import Cost, Held, Samples
 from fisherfast.capture.eager import uncompiled
 from fisherfast.capture.layout import PROBED
 from fisherfast.capture.passes import Passes
@@ -23,7 +23,7 @@ from fisherfast.fisher import memory
 from fisherfast.fisher.labelling import Labelling
 from fisherfast.fisher.ledger import Ledger
 from fisherfast.fisher.measurement import Measurement
-from fisherfast.fisher.memory import Held, in_words
+from fisherfast.fisher.memory import in_words
 from fisherfast.fisher.parse import Requests, factors_first, needs_basis, parse
 from fisherfast.fisher.run import Run
 from fisherfast.likelihood import Likelihood, Predictions

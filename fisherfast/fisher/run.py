@@ -17,7 +17,7 @@ from fisherfast._names import listed
 from fisherfast._warning import warn
 from fisherfast.capture.calls import Call, Key
 from fisherfast.capture.capture import Capture
-from fisherfast.capture.collector import Collector, Samples
+from fisherfast.capture.collector import Collector, Held, Samples
 from fisherfast.capture.parameters import unwrapped
 from fisherfast.capture.passes import Passes
 from fisherfast.capture.tracked import Tracked
@@ -25,7 +25,7 @@ from fisherfast.fisher import interrupts
 from fisherfast.fisher.counts import Counts
 from fisherfast.fisher.coverage import OPS, Coverage, Stopwatch
 from fisherfast.fisher.engine import Engine
-from fisherfast.fisher.memory import Held, check
+from fisherfast.fisher.memory import check
 from fisherfast.fisher.protocol import Provenance
 from fisherfast.fisher.request import Request
 from fisherfast.fisher.tally import Tally

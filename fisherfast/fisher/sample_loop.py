@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from fisherfast.batches import Batch
-from fisherfast.capture.dependence import check_first
-from fisherfast.capture.fallback import SampleGradients
 from fisherfast.capture.tracked import Tracked
+from fisherfast.fisher.dependence import check_first
+from fisherfast.fisher.fallback import SampleGradients
 from fisherfast.fisher.forward import Forward
 from fisherfast.fisher.run import Run
 from fisherfast.likelihood import Predictions
