@@ -113,7 +113,7 @@ class collect:
         self._run.capture.__exit__(kind, error, trace)
         if error is None:
             with self._run.rescue():
-                self._run.warn_of_underflow()
+                self._run.covered.warn_of_underflow()
         elif isinstance(error, KeyboardInterrupt) and not isinstance(error, Interrupted):
             raise self._run.interrupted(error) from error
         elif isinstance(error, Exception) and not hasattr(error, "fisher"):
@@ -146,12 +146,12 @@ class collect:
             if self._fills and run.engine is not None:
                 sources = {source.name for use in uses.all for source in use.tracked.sources}
                 run.engine.reached = run.passes.backward.reached(loss) | sources
-            late = self._of_missing(loss) if self._fills and run.missing_parameters else []
+            late = self._of_missing(loss) if self._fills and run.covered.missing_parameters else []
             with run.transaction(Samples(N, padded=padding, exists=() if positions is None else (positions,)), positions=N):
-                looped = bool(run.looped)
+                looped = bool(run.covered.looped)
                 run.passes.run(uses, [one], 1, keep=looped or retain_graph, padding=padding, mask=positions)
                 if looped:
-                    with run.timed("loop"):
+                    with run.covered.timed("loop"):
                         self._loop(loss)
                 run.note_draw(uses.calls)
             for parameter, gradient in late:
@@ -161,7 +161,7 @@ class collect:
 
     def _of_missing(self, loss: Tensor) -> list[tuple[Tensor, Tensor]]:
         """The gradients of parameters that the first loss did not depend on, which are not measured, where this one does."""
-        missing = {id(p) for p in self._run.missing_parameters}
+        missing = {id(p) for p in self._run.covered.missing_parameters}
         found: list[Tensor] = [node.variable for node in graph(loss) if id(getattr(node, "variable", None)) in missing]
         one = self._pass(torch.full_like(loss, 1 / len(loss) if self._averages else 1.0))
         gradients = self._run.passes.backward.gradients_of_leaves(loss, found, one.cotangent) if found else ()
@@ -178,7 +178,7 @@ class collect:
 
     def _loop(self, loss: Tensor) -> None:
         run = self._run
-        tracked = [run.capture.tracked[name] for name in run.looped]
+        tracked = [run.capture.tracked[name] for name in run.covered.looped]
         for n in range(loss.shape[0]):
             unit = torch.zeros_like(loss)
             unit[n] = 1

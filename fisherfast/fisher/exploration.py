@@ -50,10 +50,10 @@ class Exploration:
             self._run.show(uses.calls)
             if few.N < batch.N and self._run.passes.backward.reached(values) < self._run.capture.tracked.keys():
                 everything, noted = self._forward.values(batch), batch  # an expert may be none of the few samples'
-                self._run.check_reached(everything)
+                self._run.covered.check_reached(everything)
                 self._run.show(self._run.capture.read(everything).calls)
             else:
-                self._run.check_reached(values)
+                self._run.covered.check_reached(values)
             self._run.passes.route_mixed_forms(uses)
             self._explored = True
             if few.N == 1 and few.offsets is None and _may_hide_a_table(uses.calls):

@@ -65,7 +65,7 @@ class Forward:
             output = fed.feed(self.model if model is None else model, self._output)
         if fed.versions() != before:
             self._run.writes_inputs = True
-            if fed is batch and self._run.looped:
+            if fed is batch and self._run.covered.looped:
                 raise ValueError(
                     "model: must not write into its inputs, got a later batch in which it does; clone them in forward, because the fallback reads them again"
                 )

@@ -76,7 +76,7 @@ class Measurement:
                 raise
             if checkpoint is not None:
                 checkpoint.end()
-            self.run.warn_of_underflow()
+            self.run.covered.warn_of_underflow()
             self.run.tally.warn_of_no_labels()
         return self.run.results()
 
