@@ -46,7 +46,7 @@ class collect:
               what came before) for NaN or infinity; MemoryError, at the first loss, if the sums and the result do not fit.
     Numerics: as the ops; sums over samples with 48 bits or more (``accumulator.RunningSum``).
     Source:   the empirical Fisher if the labels are the data's; the Fisher if you drew them from the model: say which with
-              ``fisher_type``. It and ``likelihood``, of which the losses are, are recorded and not checked; results pool with
+              ``fisher_type``. It and ``likelihood`` are recorded, not checked; results pool with
               those of ``ff.fisher`` where both are the same, but for KFAC of a table without a sample axis where it is used
               (GPT-2's ``wpe``): ``ff.fisher``, which runs the model itself, expands it and gives it a Kronecker block; here it
               has an exact block or its diagonal.
@@ -60,7 +60,7 @@ class collect:
     squares; the loss itself is not scaled. A forward pass without a backward pass counts for nothing; several backward passes through one
     forward pass (``retain_graph=True``) are draws: they are averaged, and their samples counted once; every batch must have as many.
     Padded sequences: give ``stats.backward(losses, mask=attention_mask)``, by which KFAC leaves the padding out, as ``ff.fisher`` does.
-    ``result()`` may be asked for at any time and is made of the run's own memory; a run that goes on takes as much again.
+    ``result()`` may be asked for at any time and takes over the run's buffers; continuing allocates new ones of the same size.
     """
 
     def __init__(

@@ -102,8 +102,8 @@ class Exploration:
             return
         if n is not None:
             warn(
-                f"model: samples should not depend on each other, got one, sample {n}, whose output changes with its batch; the result is of the "
-                "batches that were given, and others have another. Statistics of a batch do this, also where they are detached; an input "
+                f"model: samples should not depend on each other, got one, sample {n}, whose output changes with its batch; the result "
+                "depends on how the data are batched. Statistics of a batch do this, also where they are detached; an input "
                 "without samples that is as long as the batch does, too: pass it as [1, ...]"
             )
 

@@ -100,9 +100,9 @@ def fisher(
     Shapes:   the output has the sample axis first; see the likelihoods for the rest.
     Scale:    per sample, mean over samples; independent of loss reduction, batch size and number of devices.
     Errors:   ValueError, TypeError or NonFiniteError for what cannot be measured, naming parameter or batch. Once the data are
-              being read, every ``Exception`` and Ctrl-C (``ff.Interrupted``) have ``.fisher``, the result of the batches before;
-              only an error that breaks a batch off while it is counted has none, and the MemoryError, before a sum is
-              allocated, of sums and a result that do not fit: ``ff.plan`` tells beforehand.
+              being read, every ``Exception`` and Ctrl-C (``ff.Interrupted``) have ``.fisher``, the result of the batches before.
+              Two errors carry none: one that interrupts the counting of a batch, and the MemoryError for sums and a result that do
+              not fit, raised before a sum is allocated (``ff.plan`` predicts it).
     Numerics: gradients in the model's precision, squares in float32 or wider, sums over samples with 48 bits or more. Labels are a
               function of (seed, sample number, position, draw) alone.
     Source:   Achille, Paolini, Soatto 2019 (arXiv:1905.12213), Preliminaries; columns of the exact Fisher: docs/semantics.md.
