@@ -31,31 +31,33 @@ class SampleLoop:
     def add(self, batch: Batch, output: Tensor, predictions: Predictions) -> None:
         """Hand over the sample gradients of what no rule covers."""
         tracked = [self._run.capture.tracked[name] for name in self._run.covered.looped]
-        problem = self._by_vmap(batch, output, predictions, tracked) if tracked else None
-        if problem is not None:
-            self._run.covered.note_vmap(problem)
+        if tracked and not self._by_vmap(batch, output, predictions, tracked):
             with self._run.covered.timed("loop"):
                 self._loop(batch, output, predictions.detached(), tracked)
 
-    def _by_vmap(self, batch: Batch, output: Tensor, predictions: Predictions, tracked: list[Tracked]) -> str | None:
-        """Hand over several samples' gradients at a time; why not, with nothing handed over, if that cannot be done."""
+    def _by_vmap(self, batch: Batch, output: Tensor, predictions: Predictions, tracked: list[Tracked]) -> bool:
+        """Hand over several samples' gradients at a time; False, with nothing handed over, if that cannot be done."""
+        covered = self._run.covered
         if batch.offsets is not None:
-            return "vmap cannot take packed samples apart"
+            covered.note_vmap("vmap cannot take packed samples apart")
+            return False
         if batch.nested:
-            return "vmap takes no nested inputs apart"
-        with self._run.covered.timed("vmap"):
+            covered.note_vmap("vmap takes no nested inputs apart")
+            return False
+        with covered.timed("vmap"):
             for number, one in enumerate(self._forward.passes(predictions.detached())):
                 (cotangent,) = torch.autograd.grad(predictions.values, output, one.cotangent, retain_graph=True)
                 chunks = self._sample_gradients(
                     batch, cotangent, tracked, partial(self._first, batch, output, cotangent, tracked)
                 )
                 if chunks is None:
-                    return self._sample_gradients.problem
+                    covered.note_vmap(self._sample_gradients.problem)
+                    return False
                 for first, gradients in chunks:
                     for which in tracked:
                         unscaled = one.unscaled(gradients[which.name])
                         self._run.passes.hand_over_gradients(which, unscaled, first, one.scale, number)
-        return None
+        return True
 
     def _first(self, batch: Batch, output: Tensor, cotangent: Tensor, tracked: list[Tracked]) -> dict[str, Tensor]:
         """The first sample's gradients by autograd."""
