@@ -27,7 +27,7 @@ class Covered:
     def __init__(self, passes: Passes, collectors: Sequence[Collector], allow_missing: bool) -> None:
         self._passes, self._capture, self._collectors = passes, passes.capture, collectors
         self._allow_missing = allow_missing
-        self.missing: dict[str, str] = {}
+        self.missing: dict[str, str] = {}  # and why
         self.missing_parameters: list[Tensor] = []
         self.sizes = {name: t.parameter.numel() for name, t in self._capture.tracked.items()}
         self._how: dict[str, str] = {}
@@ -69,10 +69,10 @@ class Covered:
             )
         for name in lost:
             why = "it is used where autograd keeps no graph" if name in graphless else "the loss does not depend on it"
-            self.leave_out(name, f"missing: {why}")
+            self.leave_out(name, why)
 
     def leave_out(self, name: str, why: str) -> None:
-        """Measure this parameter no more; ``why`` is its entry in the report."""
+        """Do not measure this parameter, and say why."""
         self.missing[name] = why
         self.missing_parameters.append(self._capture.tracked[name].parameter)
         self._capture.forget(name)
@@ -109,7 +109,8 @@ class Covered:
             name: self._fallback(t) if t.fallback else self._how.get(name, "not used yet")
             for name, t in self._capture.tracked.items()
         }
-        return Coverage({**how, **self.missing}, self.sizes, self._watch.seconds(), self._passes.underflow)
+        missing = {name: f"missing: {why}" for name, why in self.missing.items()}
+        return Coverage({**how, **missing}, self.sizes, self._watch.seconds(), self._passes.underflow)
 
     def _fallback(self, tracked: Tracked) -> str:
         if tracked.chained:

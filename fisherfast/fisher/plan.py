@@ -236,11 +236,12 @@ def _ledger(measurement: Measurement, predictions: Predictions, passes: int, N: 
 
 def _rows(run: Run, held: Sequence[Sequence[Held]], ledger: Ledger, of_loop: float) -> Iterator[Row]:
     """The table's; ``of_loop``: the FLOPs of the fallback, which goes forward and backward once more for all its parameters and collectors."""
-    each = of_loop / max(1, len(run.covered.looped) * len(held))
+    coverage, looped = run.covered.report(), run.covered.looped
+    each = of_loop / max(1, len(looped) * len(held))
     for mine, costs in zip(held, ledger.costs, strict=True):
-        work = {name: cost.flops for name, cost in costs.items()} | dict.fromkeys(run.covered.looped, each)
-        yield from (_row(one, run.covered.report(), work) for one in mine)
-    yield from (Row((name,), why, "nothing", 0, 0.0) for name, why in run.covered.missing.items())
+        work = {name: cost.flops for name, cost in costs.items()} | dict.fromkeys(looped, each)
+        yield from (_row(one, coverage, work) for one in mine)
+    yield from (Row((name,), coverage[name], "nothing", 0, 0.0) for name in coverage.missing)
 
 
 def _with_rows(held: Held, costs: Mapping[str, Cost], times: float) -> Held:

@@ -110,9 +110,8 @@ class Run:
         """Go on from a checkpoint: one earlier result for each structure."""
         first, self._fits = before[0], True
         self.tally.restore(first.num_samples, first.num_positions, first.batches)
-        for name, how in first.coverage.items():
-            if how.startswith("missing"):
-                self.covered.leave_out(name, how)
+        for name, why in first.coverage.missing.items():
+            self.covered.leave_out(name, why)
         for structure, source, result in zip(self.structures, self.sources, before, strict=True):
             structure.restore(source, result)
 
