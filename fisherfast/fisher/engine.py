@@ -30,14 +30,16 @@ class Engine:
     only when its batch is complete, and ``.grad`` is filled only then.
     """
 
-    def __init__(self, capture: Capture, structures: Sequence[Request], transactional: bool = False) -> None:
+    def __init__(
+        self, capture: Capture, structures: Sequence[Request], transactional: bool = False, fills: str | None = None
+    ) -> None:
         parameters = {name: t.parameter for name, t in capture.tracked.items()}
         needs = [structure.needs for structure in structures]
         self.squares = {name: RunningSum(p) for name, p in parameters.items() if any(need.squares for need in needs)}
         self.totals = {name: RunningSum(p) for name, p in parameters.items() if any(need.totals for need in needs)}
         self._copies = [self.squares for need in needs if need.squares] + [self.totals for need in needs if need.totals]
         self.squared_weights = dict.fromkeys(self.totals, 0.0)  # sum of w^2, where the sum of w is in the running sums
-        self._fills = next((s.fills for s in structures if s.fills), None)
+        self._fills = fills  # ``.grad`` with each batch's "sum" or "mean"
         self._tracked = dict(capture.tracked)
         self.reached: set[str] = set()  # by the loss at hand: only these get a .grad
         norms = {need.norms for need in needs}

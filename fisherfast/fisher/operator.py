@@ -14,11 +14,11 @@ from fisherfast import _checks, _nested
 from fisherfast._error import NonFiniteError
 from fisherfast._names import listed
 from fisherfast.batches import Batch, Output
-from fisherfast.capture.dependence import check_first, check_independent, precision
 from fisherfast.capture.layout import PROBED
 from fisherfast.capture.parameters import measurable, unwrapped
 from fisherfast.capture.refusals import Refusals, refuse_train_mode
 from fisherfast.fisher import arguments
+from fisherfast.fisher.dependence import check_first, check_independent, precision
 from fisherfast.fisher.labelling import Labelling
 from fisherfast.fisher.protocol import Vector
 from fisherfast.fisher.run import model_name

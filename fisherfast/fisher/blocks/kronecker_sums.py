@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from fisherfast.accumulator import Accumulator
-from fisherfast.capture.collector import Cost, Samples
+from fisherfast.capture.collector import Cost, Held, Samples
 from fisherfast.fisher.blocks.block_sums import BatchSum, WeightSums, add_rows, add_squares, mirrored
 from fisherfast.fisher.blocks.existing_rows import ExistingRows
 from fisherfast.fisher.blocks.few_rows import FewRows
 from fisherfast.fisher.blocks.kronecker import KroneckerBlock, Place
-from fisherfast.fisher.memory import Held, in_words
+from fisherfast.fisher.memory import in_words
 from fisherfast.ops.conv_gram import conv_gram_
 from fisherfast.rules import Convolution, Form, Lookup, Rows
 
