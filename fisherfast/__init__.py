@@ -7,6 +7,7 @@
 from fisherfast import ops, rules
 from fisherfast._backend import BackendError, backend
 from fisherfast._error import NonFiniteError
+from fisherfast._version import __version__
 from fisherfast.fisher import (
     Coverage,
     DiagonalFisher,
@@ -85,8 +86,6 @@ from fisherfast.information import (
 )
 from fisherfast.likelihood import Bernoulli, Categorical, CausalLM, Gaussian, LogLikelihood
 from fisherfast.rules import rule
-
-__version__ = "0.1.0"
 
 __all__ = [
     "EKFAC",

@@ -226,6 +226,7 @@ FLOORS = {
     "_choice": 1,
     "_error": 1,
     "_names": 1,
+    "_version": 1,
     "_nested": 1,
     "_functional": 1,
     "_precision": 1,

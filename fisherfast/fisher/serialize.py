@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import glob
-import importlib.metadata
 import json
 import os
 import reprlib
@@ -25,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fisherfast._version import __version__
 from fisherfast.fisher.inference_mode import outside_inference_mode
 
 _ABANDONED = 3600.0  # seconds without a write, after which nobody is writing a file any more
@@ -118,7 +118,7 @@ def save(fisher: Storable, path: str | os.PathLike[str], extra: Mapping[str, str
     metadata = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
-        "fisherfast_version": importlib.metadata.version("fisherfast"),
+        "fisherfast_version": __version__,
         "structure": fisher.structure,
         "extra": json.dumps(extra),
         **{field: json.dumps(value) for field, value in fields.items()},

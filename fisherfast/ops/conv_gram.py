@@ -43,7 +43,7 @@ def _check(
     conv.check_reach(name, stride, padding, dilation)
     N, C = x.shape[:2]
     common.require(groups >= 1 and C % groups == 0, lambda: f"{name}: groups must divide C = {C}, got {groups}")
-    D = C // groups * math.prod(kernel) + bias
+    D = C // groups * math.prod(kernel) + int(bias)  # a SymInt and a bool have no sum in torch 2.11
     common.check_dtype(name, "acc", acc, common.ACCUMULATOR_DTYPES)
     common.check_shape(name, "acc", acc, "[groups, D, D] with D = C / groups * |K| + bias", (groups, D, D))
     common.check_optional(name, "weight", weight, (torch.float32,), "[N]", (N,))

@@ -18,7 +18,7 @@ def _check(acc, x, scale=1.0, *, weight=None, bias=False, flag=None) -> None:
     common.require(x.dim() in (2, 3), lambda: f"{name}: x must be [M, I] or [N, T, I], got {common.shape(x)}; flatten the rest")
     common.check_dtype(name, "x", x, common.INPUT_DTYPES)
     common.check_dtype(name, "acc", acc, common.ACCUMULATOR_DTYPES)
-    D = x.shape[-1] + bias
+    D = x.shape[-1] + int(bias)
     common.check_shape(name, "acc", acc, "[I + 1, I + 1]" if bias else "[I, I]", (D, D))
     rows = "[M]" if x.dim() == 2 else "[N, T]"
     common.check_optional(name, "weight", weight, (torch.float32,), rows, tuple(x.shape[:-1]))

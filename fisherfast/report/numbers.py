@@ -3,12 +3,12 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
+from fisherfast._version import __version__
 from fisherfast.fisher import Fisher
 from fisherfast.information import Information
 from fisherfast.timing import TimeRatio
@@ -35,7 +35,7 @@ def as_dict(F: Fisher, info: Information, ratio: TimeRatio | None = None) -> dic
     )
     return _plain(
         {
-            "fisherfast": importlib.metadata.version("fisherfast"),
+            "fisherfast": __version__,
             "fisher": {
                 "structure": F.structure,
                 **asdict(F.provenance),
