@@ -346,7 +346,7 @@ class EigenCollector(BlockCollector):
     def new_block(self, place: Place, form: Form, weight: Tensor, made: Mapping[str, Any]) -> EigenSums:
         """See ``BlockCollector``."""
         of = self._basis.get(place.name)
-        if of is None or replace(of.place, sharing=place.sharing, input_of=place.input_of) != place:
+        if of is None or replace(of.place, sharing=place.sharing, input_of=place.input_of, op=place.op) != place:
             raise ValueError(
                 f"{place.name}: EKFAC's basis must be of this model, used in this way ({place}), got {of and of.place}"
             )
