@@ -7,7 +7,6 @@ The block of a weight with inputs x and output gradients g is ``B (x) A``, ``A =
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
@@ -18,13 +17,10 @@ from torch import Tensor, nn
 from fisherfast import _checks
 from fisherfast.accumulator import Accumulator
 from fisherfast.capture.capture import Capture
-from fisherfast.capture.collector import Cost, Held
-from fisherfast.capture.tracked import Tracked
 from fisherfast.fisher import pooling, serialize
 from fisherfast.fisher.blocks import given
 from fisherfast.fisher.blocks.block_collector import BlockCollector
 from fisherfast.fisher.blocks.block_fisher import BlockFisher, described
-from fisherfast.fisher.blocks.eigen_sums import EigenCollector
 from fisherfast.fisher.blocks.exact import ExactBlock
 from fisherfast.fisher.blocks.kronecker import KroneckerBlock, Place
 from fisherfast.fisher.blocks.kronecker_sums import KroneckerSums
@@ -32,7 +28,7 @@ from fisherfast.fisher.blocks.reduced_sums import ReducedSums
 from fisherfast.fisher.counts import Counts
 from fisherfast.fisher.protocol import Damping, Provenance
 from fisherfast.fisher.request import Request
-from fisherfast.rules import Form, Rows
+from fisherfast.rules import Form
 
 
 @dataclass(frozen=True)
@@ -82,38 +78,12 @@ class KroneckerCollector(BlockCollector):
     def __init__(self, capture: Capture, transactional: bool, asked: KFAC) -> None:
         super().__init__(capture, transactional, asked.max_exact_dim)
         self._asked, self.averages = asked, asked.sharing == "reduce"
-        self._second = EigenCollector(capture, {}, transactional, asked.max_exact_dim) if asked.keep_rows else None
 
     def new_block(self, place: Place, form: Form, weight: Tensor, made: Mapping[str, Any]) -> KroneckerSums:
         """See ``BlockCollector``."""
         kind = ReducedSums if self._asked.sharing == "reduce" else KroneckerSums
         leader = None if place.input_of is None else made[place.input_of]
         return kind(place, form, weight, self._asked.max_factor_dim, self._asked.keep_rows, leader)
-
-    def holds(self, passes: int) -> list[Held]:
-        """See ``BlockCollector``; with the rows kept, of EKFAC's pass over the data, which comes next, as well."""
-        first = super().holds(passes)
-        if self._second is None:
-            return first
-        blocks: dict[str, KroneckerBlock] = {}
-        for name, sums in self._sums.items():
-            if isinstance(sums, KroneckerSums):
-                blocks[name] = sums.blank(blocks)
-        second = self._second.foreseen(self, blocks).holds(passes)
-        rows = [2 * sums.few_bytes if isinstance(sums, KroneckerSums) else 0 for sums in self._sums.values()]
-        return [_in_turn(*three) for three in zip(first, second, rows, strict=True)]
-
-    def cost(self, tracked: Tracked, form: Form, rows: Rows, number: int) -> Cost:
-        """See ``BlockCollector``."""
-        first = super().cost(tracked, form, rows, number)
-        return first if self._second is None else first + self._second.cost(tracked, form, rows, number)
-
-
-def _in_turn(first: Held, second: Held, rows: int) -> Held:
-    """Two passes over the data: the second holds the result of the first, and instead of few rows a basis that is larger."""
-    (alone,), (more,) = first.peaks, second.peaks
-    peaks, scratch = (alone + rows, first.result + more), first.scratch + second.scratch
-    return dataclasses.replace(second, peaks=peaks, scratch=scratch, smaller=first.smaller)
 
 
 @serialize.storable("kfac")

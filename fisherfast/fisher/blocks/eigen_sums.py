@@ -338,11 +338,6 @@ class EigenCollector(BlockCollector):
         super().__init__(capture, transactional, max_exact_dim)
         self._basis = basis
 
-    def foreseen(self, first: BlockCollector, basis: dict[str, KroneckerBlock]) -> EigenCollector:
-        """Before a basis is there: one of these sizes, for a model used as ``first`` knows; returns self."""
-        self._calls, self._in_parts, self._basis = first._calls, first._in_parts, basis
-        return self
-
     def new_block(self, place: Place, form: Form, weight: Tensor, made: Mapping[str, Any]) -> EigenSums:
         """See ``BlockCollector``."""
         of = self._basis.get(place.name)

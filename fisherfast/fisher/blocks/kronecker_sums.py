@@ -67,11 +67,6 @@ class KroneckerSums(WeightSums):
         """See ``BlockSums``; a shared factor is its leader's."""
         return self._factors if self.place.input_of is None else (self.B,)
 
-    @property
-    def few_bytes(self) -> int:
-        """Of the rows that are kept while they are few, at most."""
-        return sum(one.few_rows.most(one.running.dtype) for one in self.sums if one.few_rows is not None)
-
     def blank(self, made: Mapping[str, KroneckerBlock]) -> KroneckerBlock:
         """A block of these sizes on no memory."""
         A, B = self._blank_factors()
@@ -85,10 +80,12 @@ class KroneckerSums(WeightSums):
         """See ``BlockSums``."""
         of_sums = sum(one.running.held(staged) for one in self.sums)
         of_result = sum(one.running.nbytes for one in self.sums)
+        of_rows = sum(one.few_rows.most(one.running.dtype) for one in self.sums if one.few_rows is not None)
         D, O = (one.running.shape[1] for one in self._factors)
         smaller = f"pass max_factor_dim={O - 1}, which keeps B as its diagonal" if D < O and not self._vector else None
         what = KroneckerBlock(self.place, *self._blank_factors()).describe()
-        return Held(self.place.labels, what, of_sums, (of_sums,), self.place.op, smaller, result=of_result)
+        peak = of_sums + 2 * of_rows  # kept as long as they are few; in the end joined in one tensor
+        return Held(self.place.labels, what, of_sums, (peak,), self.place.op, smaller, result=of_result)
 
     def flops(self, form: Form, rows: Rows, number: int) -> int:
         """See ``BlockSums``; of a symmetric product one half is computed."""
