@@ -50,7 +50,7 @@ class EigenSums(WeightSums):
     """
 
     def __init__(self, form: Form, weight: Tensor, of: KroneckerBlock, leader: EigenSums | None) -> None:
-        self.place, self.form, self.kronecker, self._leader = of.place, form, of, leader
+        self.place, self.rounding, self.form, self.kronecker, self._leader = of.place, of.rounding, form, of, leader
         self._shape = tuple(weight.shape)
         self._dtype = wide_dtype(weight.dtype)
         self._rotates = len(of.A.shape) == 3, len(of.B.shape) == 3  # what is diagonal has no basis
@@ -118,7 +118,7 @@ class EigenSums(WeightSums):
 
     def block(self, made: Mapping[str, Any]) -> EigenBlock:
         """See ``BlockSums``."""
-        return EigenBlock(self.kronecker.at(self.place), self.U, self.V, self.values.running.snapshot())
+        return EigenBlock(self.kronecker.at(self.rounding), self.U, self.V, self.values.running.snapshot())
 
     def restore(self, block: EigenBlock) -> None:
         """See ``BlockSums``. Errors: ValueError unless the block's basis is of the same factors."""
@@ -245,7 +245,7 @@ class _OfTable(EigenSums):
         return rows.g[0].numel() * (1 if rows.offsets is None else self._extents(rows)[1])
 
     def block(self, made: Mapping[str, Any]) -> EigenBlock:
-        return EigenBlock(self.kronecker.at(self.place), self.U, self.V, _transposed(self.values.running.snapshot()))
+        return EigenBlock(self.kronecker.at(self.rounding), self.U, self.V, _transposed(self.values.running.snapshot()))
 
     def _take(self, values: Accumulator) -> None:
         self.values.running.restore(_transposed(values))

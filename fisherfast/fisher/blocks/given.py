@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from fisherfast import _checks
 from fisherfast._names import listed
-from fisherfast._precision import dtype_name, wide_dtype
 from fisherfast.accumulator import Accumulator
 from fisherfast.capture.parameters import measurable
 from fisherfast.fisher import arguments
 from fisherfast.fisher.blocks.exact import ExactBlock, Flat
 from fisherfast.fisher.blocks.kronecker import KroneckerBlock, Place
+from fisherfast.fisher.blocks.rank import Rounding
 from fisherfast.fisher.protocol import layer_of
 from fisherfast.rules import ALL, Entries
 
@@ -86,12 +86,11 @@ def _kronecker(
     A, B = (_floating(f"{what}, {side},", factor) for side, factor in zip("AB", pair, strict=True))
     if A.dim() < 3:  # there is one group
         A, B = A.unsqueeze(0), B.unsqueeze(0)
-    place = _place(key, A, B, free, transposed)
-    precision, of_g = _dtypes(free[place.weight], A, B)
-    place = replace(place, sharing=sharing, precision=precision, of_g=of_g)
-    A, B = (_mean(f"{what}, {side},", factor, place.eps) for side, factor in (("A", A), ("B", B)))
+    place = replace(_place(key, A, B, free, transposed), sharing=sharing)
+    rounding = _rounding(free[place.weight], A, B)
+    A, B = (_mean(f"{what}, {side},", factor, rounding.products) for side, factor in (("A", A), ("B", B)))
     seen, samples = counts
-    return KroneckerBlock(place, Accumulator(A * seen, seen), Accumulator(B * samples, samples))
+    return KroneckerBlock(place, Accumulator(A * seen, seen), Accumulator(B * samples, samples), rounding)
 
 
 def _exact(name: str, moments: Any, parameter: Tensor, num_samples: int) -> ExactBlock:
@@ -99,10 +98,9 @@ def _exact(name: str, moments: Any, parameter: Tensor, num_samples: int) -> Exac
     what, D = f"exact[{name!r}]", parameter.numel()
     if _floating(what, moments).shape != (D, D):
         raise ValueError(f"from_factors: {what} must be [{D}, {D}] of its {D} numbers, got {list(moments.shape)}")
-    precision, of_g = _dtypes(parameter, moments)
-    place = Flat(name, precision=precision, of_g=of_g)
-    mean = _mean(what, moments.unsqueeze(0), place.eps)[0]
-    return ExactBlock(place, Accumulator(mean * num_samples, num_samples))
+    rounding = _rounding(parameter, moments)
+    mean = _mean(what, moments.unsqueeze(0), rounding.products)[0]
+    return ExactBlock(Flat(name), Accumulator(mean * num_samples, num_samples), rounding)
 
 
 def _floating(what: str, tensor: Any) -> Tensor:
@@ -112,10 +110,10 @@ def _floating(what: str, tensor: Any) -> Tensor:
     return tensor.detach()
 
 
-def _dtypes(parameter: Tensor, *moments: Tensor) -> tuple[str, str]:
-    """A place's ``precision`` and ``of_g``: what was multiplied in float32 may be handed over in float64."""
-    products = max((wide_dtype(parameter.dtype), *(m.dtype for m in moments)), key=lambda dtype: torch.finfo(dtype).eps)
-    return dtype_name(products), dtype_name(parameter.dtype)
+def _rounding(parameter: Tensor, *moments: Tensor) -> Rounding:
+    """What was multiplied in float32 may be handed over in float64."""
+    products = max(Rounding.of(parameter.dtype).products, *(torch.finfo(one.dtype).eps for one in moments))
+    return Rounding(products).seeing(parameter.dtype)
 
 
 def _place(key: str, A: Tensor, B: Tensor, free: Parameters, transposed: Container[str]) -> Place:
