@@ -96,7 +96,8 @@ def _kronecker(
 def _exact(name: str, moments: Any, parameter: Tensor, num_samples: int) -> ExactBlock:
     """Of all second moments of the gradient of one parameter. Errors: TypeError, ValueError."""
     what, D = f"exact[{name!r}]", parameter.numel()
-    if _floating(what, moments).shape != (D, D):
+    moments = _floating(what, moments)
+    if moments.shape != (D, D):
         raise ValueError(f"from_factors: {what} must be [{D}, {D}] of its {D} numbers, got {list(moments.shape)}")
     rounding = _rounding(parameter, moments)
     mean = _mean(what, moments.unsqueeze(0), rounding.products)[0]
