@@ -7,7 +7,7 @@
 from fisherfast import ops, rules
 from fisherfast._backend import BackendError, backend
 from fisherfast._error import NonFiniteError
-from fisherfast._version import __version__
+from fisherfast._version import __version__ as __version__
 from fisherfast.fisher import (
     Coverage,
     DiagonalFisher,

@@ -171,6 +171,14 @@ def test_bytes_with_a_basis_that_is_given(runs):
     assert planned.readings == 1 and planned.total_bytes == found
 
 
+def test_kept_rows_are_beside_the_factors_of_their_own_run():
+    model, batch = nn.Linear(60, 4), (torch.randn(7, 60), torch.randint(4, (7,)))
+    rows = 4 * sum((D // 3) * D for D in (61, 4))
+    planned = ff.plan(model, batch, (ff.KFAC(keep_rows=True),))
+    assert planned.readings == 1 and planned.total_bytes == 8 * (61 * 61 + 4 * 4)
+    assert planned.peak_bytes == planned.total_bytes + 2 * rows  # in the end joined in one tensor
+
+
 @pytest.mark.parametrize(("layers", "I", "O"), [(1, 6, 7), (9, 11, 2)])
 def test_the_peak_of_two_passes(layers, I, O):
     heads = nn.ModuleList(nn.Linear(I, O, bias=False) for _ in range(layers))

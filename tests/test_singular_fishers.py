@@ -14,6 +14,7 @@ import fisherfast as ff
 from fisherfast.accumulator import Accumulator
 from fisherfast.fisher.blocks import kronecker, rank
 from fisherfast.fisher.blocks.exact import ExactBlock, Flat
+from fisherfast.fisher.blocks.rank import Rounding
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 STRUCTURES = pytest.mark.parametrize("structure", ["kfac", "ekfac", "gram"])
@@ -160,8 +161,9 @@ def test_a_sum_is_as_precise_as_the_less_precise(first):
 
 @pytest.mark.parametrize("first", [0, 1])
 def test_a_sum_of_exact_blocks_is_as_precise_as_the_less_precise(first):
-    blocks = [ExactBlock(Flat("w", precision=p), Accumulator(torch.eye(3), 1.0)) for p in ("float32", "float64")]
-    assert blocks[first].pooled(blocks[1 - first], {}).place.precision == "float32"
+    roundings = [Rounding.of(dtype) for dtype in (torch.float32, torch.float64)]
+    blocks = [ExactBlock(Flat("w"), Accumulator(torch.eye(3), 1.0), rounding) for rounding in roundings]
+    assert blocks[first].pooled(blocks[1 - first], {}).rounding == roundings[0]
 
 
 def test_damping_in_the_factors_is_no_rounding():
@@ -245,13 +247,38 @@ def test_a_file_and_a_sum_know_how_coarse_the_gradients_came(structure, tmp_path
         assert [int((both.eigenvalues() == 0).sum()) for both in (finer + F, F + finer)] == [4, 4]
 
 
+def test_files_say_how_a_block_was_rounded_by_the_names_of_dtypes():
+    layer, x = nn.Linear(3, 4), torch.randn(400, 3)
+    F = rounded(layer, "autocast", "kfac", x)
+    tensors, fields = F.state()
+    (block,) = fields["blocks"]
+    assert block == [
+        "kronecker",
+        "weight",
+        "bias",
+        1,
+        False,
+        "gram_",
+        "expand",
+        None,
+        (),
+        (),
+        "float32",
+        "bfloat16",
+        400.0,
+        400.0,
+    ]
+    fields["blocks"] = [block[:10] + block[12:]]  # of files that do not say
+    assert type(F).from_state(tensors, fields).blocks[0].rounding == Rounding.of(torch.float32)
+
+
 def test_gradients_in_16_bits_are_judged_as_such_in_a_basis_that_is_of_finer_ones():
     torch.manual_seed(0)
     layer, x = nn.Linear(3, 4), torch.randn(400, 3)
     basis = ff.fisher(layer, [(x, None)], "kfac", "exact", progress=False)
     F = rounded(layer, "autocast", ff.EKFAC(basis=basis), x)
     assert int((F.eigenvalues() == 0).sum()) == 4
-    assert basis.blocks[0].place.of_g == "float32"
+    assert basis.blocks[0].rounding.rows_of_g == torch.finfo(torch.float32).eps
 
 
 def test_eigenvectors_of_small_eigenvalues_are_mixed_no_further_than_their_rounding():

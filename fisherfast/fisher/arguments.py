@@ -74,16 +74,16 @@ def _checked_damping(method: str, what: str, damping: float) -> float:
     return value
 
 
-def check_mean(name: str, mean: Tensor) -> None:
+def check_mean(name: str, mean: Tensor, caller: str = "DiagonalFisher") -> None:
     """Raise TypeError or ValueError unless ``mean`` can be a mean of squares."""
     if not (isinstance(mean, Tensor) and mean.is_floating_point()):
-        raise TypeError(f"DiagonalFisher: {name!r} must be a floating tensor, got {getattr(mean, 'dtype', type(mean).__name__)}")
+        raise TypeError(f"{caller}: {name!r} must be a floating tensor, got {getattr(mean, 'dtype', type(mean).__name__)}")
     if mean.layout != torch.strided:
-        raise TypeError(f"DiagonalFisher: {name!r} must be a dense tensor, got {mean.layout}; pass its to_dense()")
+        raise TypeError(f"{caller}: {name!r} must be a dense tensor, got {mean.layout}; pass its to_dense()")
     if bad := int((~mean.isfinite()).sum()):
-        raise ValueError(f"DiagonalFisher: {name!r} must be finite, got {bad} entries that are not")
+        raise ValueError(f"{caller}: {name!r} must be finite, got {bad} entries that are not")
     if negative := int((mean < 0).sum()):
-        raise ValueError(f"DiagonalFisher: {name!r} must be >= 0, got {negative} negative entries; a mean of squares has none")
+        raise ValueError(f"{caller}: {name!r} must be >= 0, got {negative} negative entries; a mean of squares has none")
 
 
 def check_distinct(sums: Mapping[str, Accumulator]) -> None:

@@ -12,6 +12,7 @@ from typing import Any, Self
 import torch
 import torch.distributed as dist
 
+from fisherfast import _checks
 from fisherfast.fisher import pooling, serialize
 from fisherfast.fisher.coverage import Coverage
 from fisherfast.fisher.protocol import Provenance
@@ -27,6 +28,26 @@ class Counts:
     provenance: Provenance
     coverage: Coverage
     aliases: dict[str, str]
+
+    @classmethod
+    def given(
+        cls,
+        caller: str,
+        shapes: Mapping[str, torch.Size],
+        num_samples: int,
+        num_positions: int | None,
+        provenance: Provenance | None,
+        coverage: Mapping[str, str] | None,
+        aliases: Mapping[str, str] | None,
+    ) -> Self:
+        """Of what was measured elsewhere, as far as the caller says. Errors: ValueError."""
+        samples = _checks.integer(caller, "num_samples", num_samples, 1)
+        positions = _checks.integer(caller, "num_positions", samples if num_positions is None else num_positions, 0)
+        for alias, name in (aliases or {}).items():
+            if alias in shapes or name not in shapes:
+                raise ValueError(f"{caller}: aliases must map other names to those of parameters, got {alias!r}: {name!r}")
+        how = Coverage(coverage, {name: shape.numel() for name, shape in shapes.items()})
+        return cls(samples, positions, 0, provenance or Provenance(), how, dict(aliases or {}))
 
     def pooled(self, other: Counts) -> Counts:
         """Of both data sets."""

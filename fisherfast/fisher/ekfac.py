@@ -4,20 +4,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from fisherfast import _checks
+from fisherfast.capture.calls import Call
 from fisherfast.capture.capture import Capture
+from fisherfast.capture.collector import Cost, Held
+from fisherfast.capture.tracked import Tracked
 from fisherfast.fisher import serialize
 from fisherfast.fisher.blocks.block_fisher import BlockFisher, described
 from fisherfast.fisher.blocks.eigen import EigenBlock
 from fisherfast.fisher.blocks.eigen_sums import EigenCollector
 from fisherfast.fisher.blocks.exact import ExactBlock
 from fisherfast.fisher.blocks.kronecker import KroneckerBlock
+from fisherfast.fisher.blocks.kronecker_sums import KroneckerSums
 from fisherfast.fisher.counts import Counts
-from fisherfast.fisher.kfac import KFACFisher
+from fisherfast.fisher.kfac import KFAC, KFACFisher, KroneckerCollector
 from fisherfast.fisher.request import Request
+from fisherfast.rules import Form, Rows
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,50 @@ class EKFAC(Request["EKFACFisher"]):
     def restore(self, source: EigenCollector, before: EKFACFisher) -> None:
         """See ``Request``."""
         source.restore(before.blocks, before.diagonals)
+
+
+@dataclass(frozen=True)
+class Factors(KFAC):
+    """The request of the first of two passes over the data: the factors behind a basis. What it holds is told for both."""
+
+    keep_rows: bool = True
+
+    def collector(self, capture: Capture, transactional: bool) -> FactorsCollector:
+        """See ``Request``."""
+        return FactorsCollector(capture, transactional, self)
+
+
+class FactorsCollector(KroneckerCollector):
+    """The sums behind the factors; of those of the eigenvalues that come after, what they will take."""
+
+    def __init__(self, capture: Capture, transactional: bool, asked: Factors) -> None:
+        super().__init__(capture, transactional, asked)
+        self._basis: dict[str, KroneckerBlock] = {}  # on no memory
+        self._second = EigenCollector(capture, self._basis, transactional, asked.max_exact_dim)
+
+    def explore(self, calls: list[Call]) -> None:
+        """See ``BlockCollector``."""
+        super().explore(calls)
+        self._second.explore(calls)
+
+    def holds(self, passes: int) -> list[Held]:
+        """See ``BlockCollector``."""
+        first = super().holds(passes)
+        for name, sums in self._sums.items():
+            if isinstance(sums, KroneckerSums):
+                self._basis[name] = sums.blank(self._basis)
+        return [_in_turn(*both) for both in zip(first, self._second.holds(passes), strict=True)]
+
+    def cost(self, tracked: Tracked, form: Form, rows: Rows) -> Cost:
+        """See ``BlockCollector``."""
+        return super().cost(tracked, form, rows) + self._second.cost(tracked, form, rows)
+
+
+def _in_turn(first: Held, second: Held) -> Held:
+    """Two passes over the data: the second holds the result of the first, and instead of few rows a basis that is larger."""
+    (alone,), (more,) = first.peaks, second.peaks
+    peaks, scratch = (alone, first.result + more), first.scratch + second.scratch
+    return replace(second, peaks=peaks, scratch=scratch, smaller=first.smaller)
 
 
 @serialize.storable("ekfac")

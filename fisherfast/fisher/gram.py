@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.distributed as dist
@@ -15,15 +15,16 @@ from torch import Tensor
 
 from fisherfast import _checks
 from fisherfast._names import listed
-from fisherfast._precision import noise_of_rows, wide_dtype
+from fisherfast._precision import dtype_name, noise_of_rows, wide_dtype
 from fisherfast.capture.capture import Capture
 from fisherfast.fisher import arguments, logdet, pooling, serialize
 from fisherfast.fisher.counts import Counts, Measured
 from fisherfast.fisher.gram_sums import GramCollector, Piece, Pieces
 from fisherfast.fisher.inference_mode import outside_inference_mode
 from fisherfast.fisher.plot import Plotted
-from fisherfast.fisher.protocol import Damping, LayerSummary, Spectrum, Vector
+from fisherfast.fisher.protocol import Damping, LayerSummary, Provenance, Spectrum, Vector
 from fisherfast.fisher.request import Request
+from fisherfast.rules import Elementwise, Rows
 
 _CHUNK_BYTES = 2**27
 
@@ -79,6 +80,44 @@ class GramFisher(Plotted, Measured):
         self.pieces, self.num_rows, self.weight, self._counts = pieces, num_rows, weight, counts
         self.shapes: dict[str, torch.Size] = {name: torch.Size(shape) for name, shape in shapes.items()}
         self._last: tuple[dict[str, float], Tensor] | None = None  # dampings, and the Cholesky factor for them
+
+    @classmethod
+    def from_gradients(
+        cls,
+        gradients: Mapping[str, Tensor],
+        *,
+        num_samples: int | None = None,
+        num_positions: int | None = None,
+        provenance: Provenance | None = None,
+        coverage: Mapping[str, str] | None = None,
+        aliases: Mapping[str, str] | None = None,
+    ) -> Self:
+        """From sample gradients computed elsewhere, ``{parameter name: [M, *shape]}``: ``F = sum_m g_m g_m^T / num_samples``.
+
+        ``num_samples`` is M unless said. Of a sample with several rows (draws, labels) each is its gradient times the root of its
+        probability. The tensors are kept, not copied.
+
+        Errors:   TypeError or ValueError, naming the entry, for what is not floating or finite, and for several M.
+        """
+        M = next((len(g) for g in gradients.values()), 0)
+        for name, g in gradients.items():
+            if not (isinstance(g, Tensor) and g.is_floating_point()):
+                got = getattr(g, "dtype", type(g).__name__)
+                raise TypeError(f"from_gradients: {name!r} must be a floating tensor, got {got}")
+            if g.shape[:1] != (M,):
+                raise ValueError(
+                    f"from_gradients: {name!r} must be [M, *parameter], M = {M} as of the first, got {list(g.shape)}"
+                )
+            if bad := int((~g.isfinite()).sum()):
+                raise ValueError(f"from_gradients: {name!r} must be finite, got {bad} entries that are not")
+        shapes = {name: g.shape[1:] for name, g in gradients.items()}
+        samples = M if num_samples is None else num_samples
+        counts = Counts.given("from_gradients", shapes, samples, num_positions, provenance, coverage, aliases)
+        pieces: Pieces = {}
+        for name, g in gradients.items():
+            root, rows = g.new_ones(M, dtype=torch.float64), Rows(None, g.detach().reshape(M, 1, -1))
+            pieces[name] = (Piece(0, Elementwise(tuple(shapes[name])), rows, root, dtype_name(g.dtype)),)
+        return cls(pieces, M, counts.num_samples, counts, shapes)
 
     # -- G, a few rows of one parameter at a time
 

@@ -7,31 +7,28 @@ The block of a weight with inputs x and output gradients g is ``B (x) A``, ``A =
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fisherfast import _checks
 from fisherfast.accumulator import Accumulator
 from fisherfast.capture.capture import Capture
-from fisherfast.capture.collector import Cost, Held
-from fisherfast.capture.tracked import Tracked
 from fisherfast.fisher import pooling, serialize
+from fisherfast.fisher.blocks import given
 from fisherfast.fisher.blocks.block_collector import BlockCollector
 from fisherfast.fisher.blocks.block_fisher import BlockFisher, described
-from fisherfast.fisher.blocks.eigen_sums import EigenCollector
 from fisherfast.fisher.blocks.exact import ExactBlock
 from fisherfast.fisher.blocks.kronecker import KroneckerBlock, Place
 from fisherfast.fisher.blocks.kronecker_sums import KroneckerSums
 from fisherfast.fisher.blocks.reduced_sums import ReducedSums
 from fisherfast.fisher.counts import Counts
-from fisherfast.fisher.protocol import Damping
+from fisherfast.fisher.protocol import Damping, Provenance
 from fisherfast.fisher.request import Request
-from fisherfast.rules import Form, Rows
+from fisherfast.rules import Form
 
 
 @dataclass(frozen=True)
@@ -81,38 +78,12 @@ class KroneckerCollector(BlockCollector):
     def __init__(self, capture: Capture, transactional: bool, asked: KFAC) -> None:
         super().__init__(capture, transactional, asked.max_exact_dim)
         self._asked, self.averages = asked, asked.sharing == "reduce"
-        self._second = EigenCollector(capture, {}, transactional, asked.max_exact_dim) if asked.keep_rows else None
 
     def new_block(self, place: Place, form: Form, weight: Tensor, made: Mapping[str, Any]) -> KroneckerSums:
         """See ``BlockCollector``."""
         kind = ReducedSums if self._asked.sharing == "reduce" else KroneckerSums
         leader = None if place.input_of is None else made[place.input_of]
         return kind(place, form, weight, self._asked.max_factor_dim, self._asked.keep_rows, leader)
-
-    def holds(self, passes: int) -> list[Held]:
-        """See ``BlockCollector``; with the rows kept, of EKFAC's pass over the data, which comes next, as well."""
-        first = super().holds(passes)
-        if self._second is None:
-            return first
-        blocks: dict[str, KroneckerBlock] = {}
-        for name, sums in self._sums.items():
-            if isinstance(sums, KroneckerSums):
-                blocks[name] = sums.blank(blocks)
-        second = self._second.foreseen(self, blocks).holds(passes)
-        rows = [2 * sums.few_bytes if isinstance(sums, KroneckerSums) else 0 for sums in self._sums.values()]
-        return [_in_turn(*three) for three in zip(first, second, rows, strict=True)]
-
-    def cost(self, tracked: Tracked, form: Form, rows: Rows) -> Cost:
-        """See ``BlockCollector``."""
-        first = super().cost(tracked, form, rows)
-        return first if self._second is None else first + self._second.cost(tracked, form, rows)
-
-
-def _in_turn(first: Held, second: Held, rows: int) -> Held:
-    """Two passes over the data: the second holds the result of the first, and instead of few rows a basis that is larger."""
-    (alone,), (more,) = first.peaks, second.peaks
-    peaks, scratch = (alone + rows, first.result + more), first.scratch + second.scratch
-    return dataclasses.replace(second, peaks=peaks, scratch=scratch, smaller=first.smaller)
 
 
 @serialize.storable("kfac")
@@ -135,6 +106,49 @@ class KFACFisher(BlockFisher[KroneckerBlock | ExactBlock]):
     """
 
     block_types: ClassVar[Mapping[str, Any]] = {"kronecker": KroneckerBlock, "exact": ExactBlock}
+
+    @classmethod
+    def from_factors(
+        cls,
+        factors: Mapping[str, tuple[Tensor, Tensor]],
+        model: nn.Module | Mapping[str, Tensor],
+        *,
+        num_samples: int,
+        diagonals: Mapping[str, Tensor] | None = None,
+        exact: Mapping[str, Tensor] | None = None,
+        rows: Mapping[str, float] | None = None,
+        sharing: str = "expand",
+        transposed: Collection[str] = (),
+        num_positions: int | None = None,
+        provenance: Provenance | None = None,
+        coverage: Mapping[str, str] | None = None,
+        aliases: Mapping[str, str] | None = None,
+    ) -> Self:
+        """From factors computed elsewhere, ``{layer: (A, B)}`` as ``factors()`` gives them.
+
+        ``model``, a module or ``{name: tensor}``, says which parameters there are; each must be in factors, ``exact`` or ``diagonals``.
+
+        ``diagonals``   ``{name: mean of squared gradients}``, shaped like the parameter, of parameters that have no factors.
+        ``exact``       ``{name: all second moments}`` of small ones, ``[D, D]`` of D numbers.
+        ``rows``        Of how many rows x each A is the mean, samples times positions, under its name in ``factors``; if not said,
+                        ``num_samples``. Pooling weighs with it.
+        ``transposed``  The square weights that are stored ``[I, O]``, as Hugging Face's Conv1D; of others the sizes tell. A square one
+                        beside a vector A is a table ``[V, O]``.
+
+        Shapes:   A ``[I, I]``, with a bias ``[I + 1, I + 1]``, its column last; B ``[O, O]``; groups are an axis before these, a vector is
+                  a diagonal. A bias without a column in A is a parameter of its own.
+        Scale:    A a mean over rows, B over samples, each with the gradient of its summed loss; see the class.
+        Errors:   TypeError or ValueError, naming the entry, for what is not finite, symmetric and positive semidefinite up to
+                  rounding, or does not fit the parameters, and for parameters of which nothing is given.
+        Numerics: eigenvalues count as zero below the rounding of the coarser of the model's dtype and the factor's.
+        """
+        parameters = given.parameters_of(model)
+        shapes = {name: tensor.shape for name, tensor in parameters.items()}
+        counts = Counts.given("from_factors", shapes, num_samples, num_positions, provenance, coverage, aliases)
+        blocks, sums = given.blocks_and_diagonals(
+            parameters, counts.num_samples, factors, diagonals or {}, exact or {}, rows or {}, sharing, transposed
+        )
+        return cls(blocks, sums, counts, shapes)
 
     def factored(self, damping: Damping) -> FactoredKFAC:
         """The Fisher with damping in its factors, ``(B + sqrt(d) / pi I) (x) (A + pi sqrt(d) I)``, ``pi^2 = (tr A / dim A) / (tr B / dim B)``.

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any, TypeGuard
 
 from fisherfast.fisher.diagonal import Diagonal
-from fisherfast.fisher.ekfac import EKFAC
+from fisherfast.fisher.ekfac import EKFAC, Factors
 from fisherfast.fisher.gram import Gram
 from fisherfast.fisher.kfac import KFAC, KFACFisher
 from fisherfast.fisher.request import Request
@@ -35,7 +35,7 @@ def needs_basis(asked: Request) -> TypeGuard[EKFAC]:
 
 def factors_first(asked: Request) -> Request:
     """What the first pass over the data is asked for: the factors behind the basis of an EKFAC; any other request unchanged."""
-    return KFAC(asked.max_factor_dim, asked.max_exact_dim, keep_rows=True) if needs_basis(asked) else asked
+    return Factors(asked.max_factor_dim, asked.max_exact_dim) if needs_basis(asked) else asked
 
 
 def with_basis(asked: Request, basis: KFACFisher) -> Request:

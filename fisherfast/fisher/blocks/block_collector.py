@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fisherfast._precision import wide_name
 from fisherfast.accumulator import Accumulator
 from fisherfast.capture.calls import Call, in_parts
 from fisherfast.capture.capture import Capture
@@ -247,7 +246,7 @@ class BlockCollector:
             if isinstance(sums, DiagonalSums):
                 sums.squares.running.restore(diagonals[name])
             else:
-                sums.saw(getattr(torch, blocks[name].place.of_g))
+                sums.rounding = sums.rounding.coarser(blocks[name].rounding)
                 sums.restore(blocks[name])
         self._before = ([], {})
 
@@ -269,8 +268,5 @@ def _place(unit: Unit, bias: Unit | None, input_of: str | None) -> Place:
     groups = form.groups if isinstance(form, Convolution) else 1
     transposed = form.transposed or isinstance(form, Lookup)
     op = {"conv_sq_": "conv_gram_", "embedding_sq_": "counts"}.get(form.op, "gram_")
-    precision = wide_name(unit.tracked.parameter.dtype)
-    place = Place(
-        unit.tracked.name, None, groups, transposed, op, input_of=input_of, weight_part=unit.entries, precision=precision
-    )
+    place = Place(unit.tracked.name, None, groups, transposed, op, input_of=input_of, weight_part=unit.entries)
     return place if bias is None else replace(place, bias=bias.tracked.name, bias_part=bias.entries)

@@ -19,6 +19,7 @@ from fisherfast.accumulator import Accumulator
 from fisherfast.fisher import arguments, logdet, pooling, serialize
 from fisherfast.fisher.blocks.exact import ExactBlock
 from fisherfast.fisher.blocks.kronecker import Place
+from fisherfast.fisher.blocks.rank import Rounding
 from fisherfast.fisher.counts import Counts
 from fisherfast.fisher.inference_mode import outside_inference_mode
 from fisherfast.fisher.layers import Layered
@@ -33,6 +34,8 @@ class Block(Protocol):
     @property
     def place(self) -> Place:
         """Which numbers it is over."""
+
+    rounding: Rounding
 
     def __matmul__(self, v: Tensor) -> Tensor:
         """The block times a matrix."""
@@ -63,9 +66,6 @@ class Block(Protocol):
 
     def accumulators(self) -> list[Accumulator]:
         """What samples add to."""
-
-    def see(self, place: Any) -> None:
-        """Take the same place, where rows may have been coarser: those of other ranks."""
 
     def changed(self) -> None:
         """The sums have changed: what was computed from them is void."""
@@ -293,11 +293,11 @@ class BlockFisher(Plotted, Layered, Generic[_Block]):
         inputs = {block.place.name: block.place.input_of for block in self.blocks}  # whose sums are sent once
         pooling.check_ranks(self._identity() | {"shared inputs": inputs}, group, self._device)
         blocks = sorted(self.blocks, key=lambda block: block.place.name)
-        coarsest = pooling.largest([block.place.coarseness for block in blocks], group, self._device)
-        for block, coarseness in zip(blocks, coarsest, strict=True):
+        coarsest = pooling.largest([list(block.rounding) for block in blocks], group, self._device)
+        for block, eps in zip(blocks, coarsest, strict=True):
             for accumulator in block.accumulators():
                 accumulator.all_reduce(group)
-            block.see(block.place.as_coarse_as(coarseness))
+            block.rounding = Rounding(*eps)
             block.changed()
         for name in sorted(self.diagonals):
             self.diagonals[name].all_reduce(group)

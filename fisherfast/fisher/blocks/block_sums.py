@@ -14,6 +14,7 @@ from fisherfast.capture.collector import Cost, Held, Samples
 from fisherfast.capture.tracked import Tracked
 from fisherfast.fisher.blocks.few_rows import FewRows
 from fisherfast.fisher.blocks.kronecker import Place
+from fisherfast.fisher.blocks.rank import Rounding
 from fisherfast.ops.gram import gram_
 from fisherfast.rules import Form, Rows
 
@@ -94,6 +95,8 @@ class BlockSums(Protocol):
     def place(self) -> Place:
         """Which numbers it is over."""
 
+    rounding: Rounding
+
     @property
     def sums(self) -> tuple[BatchSum, ...]:
         """All of them."""
@@ -141,6 +144,7 @@ class WeightSums(BatchwiseSums):
     """Those of a block that is made of a weight's inputs and output gradients: in every batch they must be of one form."""
 
     place: Place
+    rounding: Rounding
     form: Form
 
     def check(self, form: Form) -> None:
@@ -150,7 +154,7 @@ class WeightSums(BatchwiseSums):
 
     def saw(self, g: torch.dtype) -> None:
         """See ``BlockSums``."""
-        self.place = self.place.seeing(g)
+        self.rounding = self.rounding.seeing(g)
 
     def leave(self) -> None:
         """Have inputs of its own from the next batch on, if it shares those of another weight."""

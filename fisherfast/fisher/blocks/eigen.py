@@ -19,6 +19,7 @@ from fisherfast.accumulator import Accumulator
 from fisherfast.fisher import logdet
 from fisherfast.fisher.blocks import _graded
 from fisherfast.fisher.blocks.kronecker import KroneckerBlock, Place, rotated
+from fisherfast.fisher.blocks.rank import Rounding
 
 _CHUNK_BYTES = 2**24  # of matrices that are decomposed in one call
 # What is next to nothing beside the largest: in a basis of few rows' span a projection of so many eps, and where the basis's factor
@@ -41,6 +42,15 @@ class EigenBlock:
         return self.kronecker.place
 
     @property
+    def rounding(self) -> Rounding:
+        """Of the rows behind the values; the basis itself stays what it was."""
+        return self.kronecker.rounding
+
+    @rounding.setter
+    def rounding(self, rounding: Rounding) -> None:
+        self.kronecker = self.kronecker.at(rounding)
+
+    @property
     def _size(self) -> int:
         A, B = self.kronecker.A.shape, self.kronecker.B.shape
         return A[0] * A[1] * B[1]
@@ -49,7 +59,7 @@ class EigenBlock:
         """Those of the block, ``[G, q, r]``, without those of directions of the inputs or outputs in which there is only rounding."""
         values = self.values.mean()
         of_inputs = self._nothing(values.amax(1), self.U, 0.0, lambda: self.kronecker.zeros_of_A)
-        of_outputs = self._nothing(values.amax(2), self.V, self.place.noise_of_g, lambda: self.kronecker.zeros_of_B)
+        of_outputs = self._nothing(values.amax(2), self.V, self.rounding.noise_of_g, lambda: self.kronecker.zeros_of_B)
         return values.masked_fill(of_inputs.unsqueeze(1) | of_outputs.unsqueeze(2), 0.0)
 
     def _nothing(self, largest: Tensor, basis: Tensor | None, of_rows: float, of_factor: Callable[[], Tensor]) -> Tensor:
@@ -62,7 +72,7 @@ class EigenBlock:
         if basis is None:
             return torch.zeros_like(largest, dtype=torch.bool)  # nothing was projected
         of_span = basis.shape[1] > basis.shape[2]
-        most = max((_SPAN_NOISE * self.place.eps) ** 2 if of_span else _NULL_NOISE * self.place.eps, of_rows)
+        most = max((_SPAN_NOISE * self.rounding.products) ** 2 if of_span else _NULL_NOISE * self.rounding.products, of_rows)
         small = largest <= most * largest.amax(1, keepdim=True)
         return small if of_span or not bool(small.any()) else small & of_factor()
 
@@ -119,16 +129,12 @@ class EigenBlock:
         """What samples add to: the basis stays as it is."""
         return [self.values]
 
-    def see(self, place: Place) -> None:
-        """See ``block_fisher.Block``; the basis itself stays what it was."""
-        self.kronecker = self.kronecker.at(place)
-
     def changed(self) -> None:
         """Nothing is remembered of the values."""
 
     def pooled(self, other: EigenBlock, made: Mapping[str, Any]) -> EigenBlock:
         """The block of both data sets, in their one basis."""
-        kronecker = self.kronecker.at(self.place.coarser(other.place))
+        kronecker = self.kronecker.at(self.rounding.coarser(other.rounding))
         return EigenBlock(kronecker, self.U, self.V, self.values + other.values)
 
     def identity(self) -> list[Any]:

@@ -50,7 +50,7 @@ class EigenSums(WeightSums):
     """
 
     def __init__(self, form: Form, weight: Tensor, of: KroneckerBlock, leader: EigenSums | None) -> None:
-        self.place, self.form, self.kronecker, self._leader = of.place, form, of, leader
+        self.place, self.rounding, self.form, self.kronecker, self._leader = of.place, of.rounding, form, of, leader
         self._shape = tuple(weight.shape)
         self._dtype = wide_dtype(weight.dtype)
         self._rotates = len(of.A.shape) == 3, len(of.B.shape) == 3  # what is diagonal has no basis
@@ -118,7 +118,7 @@ class EigenSums(WeightSums):
 
     def block(self, made: Mapping[str, Any]) -> EigenBlock:
         """See ``BlockSums``."""
-        return EigenBlock(self.kronecker.at(self.place), self.U, self.V, self.values.running.snapshot())
+        return EigenBlock(self.kronecker.at(self.rounding), self.U, self.V, self.values.running.snapshot())
 
     def restore(self, block: EigenBlock) -> None:
         """See ``BlockSums``. Errors: ValueError unless the block's basis is of the same factors."""
@@ -248,7 +248,7 @@ class _OfTable(EigenSums):
         return rows.g[0].numel() * (1 if rows.offsets is None else self._extents(rows)[1])
 
     def block(self, made: Mapping[str, Any]) -> EigenBlock:
-        return EigenBlock(self.kronecker.at(self.place), self.U, self.V, _transposed(self.values.running.snapshot()))
+        return EigenBlock(self.kronecker.at(self.rounding), self.U, self.V, _transposed(self.values.running.snapshot()))
 
     def _take(self, values: Accumulator) -> None:
         self.values.running.restore(_transposed(values))
@@ -341,15 +341,10 @@ class EigenCollector(BlockCollector):
         super().__init__(capture, transactional, max_exact_dim)
         self._basis = basis
 
-    def foreseen(self, first: BlockCollector, basis: dict[str, KroneckerBlock]) -> EigenCollector:
-        """Before a basis is there: one of these sizes, for a model used as ``first`` knows; returns self."""
-        self._calls, self._in_parts, self._basis = first._calls, first._in_parts, basis
-        return self
-
     def new_block(self, place: Place, form: Form, weight: Tensor, made: Mapping[str, Any]) -> EigenSums:
         """See ``BlockCollector``."""
         of = self._basis.get(place.name)
-        if of is None or replace(of.place, sharing=place.sharing, input_of=place.input_of) != place:
+        if of is None or replace(of.place, sharing=place.sharing, input_of=place.input_of, op=place.op) != place:
             raise ValueError(
                 f"{place.name}: EKFAC's basis must be of this model, used in this way ({place}), got {of and of.place}"
             )

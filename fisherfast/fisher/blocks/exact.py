@@ -16,7 +16,7 @@ from fisherfast.accumulator import Accumulator
 from fisherfast.fisher import logdet
 from fisherfast.fisher.blocks import _graded
 from fisherfast.fisher.blocks.kronecker import Place, finite
-from fisherfast.fisher.blocks.rank import of_full_rank
+from fisherfast.fisher.blocks.rank import Rounding, of_full_rank
 from fisherfast.fisher.inference_mode import outside_inference_mode
 
 
@@ -39,13 +39,14 @@ class ExactBlock:
 
     place: Flat
     moments: Accumulator
+    rounding: Rounding
 
     @functools.cached_property
     @outside_inference_mode
     def _spectral(self) -> tuple[Tensor, Tensor]:
         moments = finite(self.moments.mean(), self.place.weight, "its exact block")
         values, vectors = _graded.eigh(moments)
-        return of_full_rank(values, moments, self.place.eps_of_g), vectors
+        return of_full_rank(values, moments, self.rounding.products_of_g), vectors
 
     def __matmul__(self, v: Tensor) -> Tensor:
         """The block times a matrix ``[1, 1, D]``."""
@@ -83,17 +84,13 @@ class ExactBlock:
         """What samples add to."""
         return [self.moments]
 
-    def see(self, place: Flat) -> None:
-        """See ``block_fisher.Block``."""
-        self.place = place
-
     def changed(self) -> None:
         """The sums have changed: what was computed from them is void."""
         self.__dict__.pop("_spectral", None)
 
     def pooled(self, other: ExactBlock, made: Mapping[str, Any]) -> ExactBlock:
         """The block of both data sets."""
-        return ExactBlock(self.place.coarser(other.place), self.moments + other.moments)
+        return ExactBlock(self.place, self.moments + other.moments, self.rounding.coarser(other.rounding))
 
     def identity(self) -> list[Any]:
         """What must be equal for pooling to mean anything."""
@@ -102,7 +99,7 @@ class ExactBlock:
     def factored(self, damping: float) -> ExactBlock:
         """The block plus ``damping I``: there is one factor."""
         unit = torch.eye(self.moments.shape[0], dtype=torch.float64, device=self.moments.device)
-        return ExactBlock(self.place, Accumulator(self.moments.mean() + damping * unit, 1.0))
+        return ExactBlock(self.place, Accumulator(self.moments.mean() + damping * unit, 1.0), self.rounding)
 
     def describe(self) -> str:
         """For the coverage report."""
@@ -110,12 +107,12 @@ class ExactBlock:
 
     def state(self) -> tuple[dict[str, Tensor], list[Any]]:
         """Tensors and plain values."""
-        fields = [*dataclasses.astuple(self.place), self.moments.weight]
+        fields = [*dataclasses.astuple(self.place), *self.rounding.state(), self.moments.weight]
         return {f"{self.place.name}.moments": self.moments.stored()}, fields
 
     @classmethod
     def from_state(cls, tensors: Mapping[str, Tensor], fields: list[Any], made: Mapping[str, Any]) -> ExactBlock:
         """The block whose ``state`` this is."""
-        *of_place, weight = fields
-        place = Flat.from_state(of_place)
-        return cls(place, Accumulator(tensors[f"{place.name}.moments"], weight))
+        *of_block, weight = fields
+        place = Flat.from_state(of_block[:9])
+        return cls(place, Accumulator(tensors[f"{place.name}.moments"], weight), Rounding.from_state(of_block[9:]))

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fisherfast._precision import wide, wide_name
+from fisherfast._precision import wide
 from fisherfast.capture.collector import Cost, Held, Samples
 from fisherfast.capture.tracked import Tracked
 from fisherfast.fisher.blocks.block_sums import BatchSum, GradientSums, mirrored
 from fisherfast.fisher.blocks.exact import ExactBlock, Flat
+from fisherfast.fisher.blocks.rank import Rounding
 from fisherfast.ops.gram import gram_
 from fisherfast.rules import Form, Rows
 
@@ -22,7 +23,8 @@ class ExactSums(GradientSums):
     """The sums of one exact block; see ``BlockSums``."""
 
     def __init__(self, tracked: Tracked) -> None:
-        self.place, self._shape = Flat(tracked.name, precision=wide_name(tracked.parameter.dtype)), tuple(tracked.parameter.shape)
+        self.place, self._shape = Flat(tracked.name), tuple(tracked.parameter.shape)
+        self.rounding = Rounding.of(tracked.parameter.dtype)
         D = tracked.parameter.numel()
         self.moments = BatchSum((D, D), tracked.parameter)
         self.sums = (self.moments,)
@@ -36,7 +38,7 @@ class ExactSums(GradientSums):
 
     def saw(self, g: torch.dtype) -> None:
         """See ``BlockSums``."""
-        self.place = self.place.seeing(g)
+        self.rounding = self.rounding.seeing(g)
 
     def cost(self, form: Form, rows: Rows) -> Cost:
         """See ``BlockSums``; of a symmetric product one half is computed."""
@@ -70,7 +72,7 @@ class ExactSums(GradientSums):
 
     def block(self, made: Mapping[str, Any]) -> ExactBlock:
         """What was added, on memory of its own."""
-        return ExactBlock(self.place, mirrored(self.moments.running.snapshot()))
+        return ExactBlock(self.place, mirrored(self.moments.running.snapshot()), self.rounding)
 
     def restore(self, block: ExactBlock) -> None:
         """See ``BlockSums``."""

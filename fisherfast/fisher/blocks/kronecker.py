@@ -11,16 +11,15 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-from fisherfast._precision import dtype_name, noise_of_rows
 from fisherfast.accumulator import Accumulator
 from fisherfast.fisher.blocks import _graded
-from fisherfast.fisher.blocks.rank import GRAM_NOISE, of_full_rank, zeros
+from fisherfast.fisher.blocks.rank import Rounding, of_full_rank, zeros
 from fisherfast.fisher.inference_mode import outside_inference_mode
 from fisherfast.ops.kron_log1p_sum import kron_log1p_sum
 from fisherfast.rules import ALL, Entries
@@ -31,9 +30,7 @@ class Place:
     """Which numbers a block is over, and how they are a matrix ``[groups, O, D]``: the bias is its last column.
 
     ``transposed``: the weight is stored ``[I, O]``, as an embedding table, a Conv1D of Hugging Face or a transposed convolution.
-    ``weight_part``, ``bias_part``: the entries of a packed parameter that the block is over; all, unless said. ``precision``: the
-    dtype in which rows were multiplied, which tells an eigenvalue from rounding; sums may be kept in a wider one. ``of_g``: the
-    coarsest dtype in which rows of g came, in 16 bits coarser than that.
+    ``weight_part``, ``bias_part``: the entries of a packed parameter that the block is over; all, unless said.
     """
 
     weight: str
@@ -45,8 +42,6 @@ class Place:
     input_of: str | None = None  # the block before it, by name, that multiplies the same inputs, whose factor A is this one's too
     weight_part: Entries = ALL
     bias_part: Entries = ALL
-    precision: str = field(default="float32", compare=False)
-    of_g: str = field(default="float64", compare=False)
 
     @property
     def name(self) -> str:
@@ -57,43 +52,6 @@ class Place:
     def names(self) -> tuple[str, ...]:
         """The parameters."""
         return tuple(self.parts)
-
-    @property
-    def eps(self) -> float:
-        """Of ``precision``."""
-        return _eps(self.precision)
-
-    @property
-    def noise_of_g(self) -> float:
-        """The most that the rounding of g makes of an eigenvalue of its moments that is zero, relative to the largest."""
-        return noise_of_rows(getattr(torch, self.of_g))
-
-    @property
-    def eps_of_g(self) -> float:
-        """``eps``, of moments of g: no less than what its rounding leaves of them, by ``rank``'s measure."""
-        return max(self.eps, self.noise_of_g / GRAM_NOISE)
-
-    def seeing(self, g: torch.dtype) -> Self:
-        """The place, if rows of g come in this dtype too."""
-        return self._at(self.precision, dtype_name(g))
-
-    def coarser(self, other: Place) -> Self:
-        """The place, where the products and the rows of g were as coarse as the other's, too."""
-        return self._at(other.precision, other.of_g)
-
-    @property
-    def coarseness(self) -> list[float]:
-        """The eps of both dtypes."""
-        return [_eps(self.precision), _eps(self.of_g)]
-
-    def as_coarse_as(self, coarseness: Iterable[float]) -> Self:
-        """The place, with the dtypes of these eps."""
-        precision, of_g = (_BY_EPS[eps] for eps in coarseness)
-        return dataclasses.replace(self, precision=precision, of_g=of_g)
-
-    def _at(self, precision: str, of_g: str) -> Self:
-        coarsest = max(self.precision, precision, key=_eps), max(self.of_g, of_g, key=_eps)
-        return dataclasses.replace(self, precision=coarsest[0], of_g=coarsest[1])
 
     @property
     def parts(self) -> dict[str, Entries]:
@@ -130,14 +88,7 @@ class Place:
     @classmethod
     def from_state(cls, fields: list[Any]) -> Self:
         """The place of these values, in order."""
-        return cls(*fields[:7], *map(Entries, fields[7:9]), *fields[9:])
-
-
-def _eps(dtype: str) -> float:
-    return float(torch.finfo(getattr(torch, dtype)).eps)
-
-
-_BY_EPS = {_eps(name): name for name in ("float64", "float32", "float16", "bfloat16")}
+        return cls(*fields[:7], *map(Entries, fields[7:]))
 
 
 def _put(values: Tensor, where: Tensor) -> None:
@@ -155,6 +106,7 @@ class KroneckerBlock:
     place: Place
     A: Accumulator
     B: Accumulator
+    rounding: Rounding
     few_rows: tuple[Tensor | None, Tensor | None] = (None, None)
     leader: KroneckerBlock | None = None
 
@@ -168,13 +120,13 @@ class KroneckerBlock:
         """The eigenvalues of A ``[G, D]``, rising; where A is diagonal its entries. What is zero but for rounding is zero."""
         if self.leader is not None:
             return self.leader.values_of_A
-        return _eigenvalues(self.finite(self.mean_of_A(), "input"), self.place.eps)
+        return _eigenvalues(self.finite(self.mean_of_A(), "input"), self.rounding.products)
 
     @functools.cached_property
     @outside_inference_mode
     def values_of_B(self) -> Tensor:
         """Those of B ``[G, O]``."""
-        return _eigenvalues(self.finite(self.B.mean(), "output"), self.place.eps_of_g)
+        return _eigenvalues(self.finite(self.B.mean(), "output"), self.rounding.products_of_g)
 
     @functools.cached_property
     @outside_inference_mode
@@ -182,33 +134,29 @@ class KroneckerBlock:
         """Which of ``values_of_A`` are zero, for less."""
         if self.leader is not None:
             return self.leader.zeros_of_A
-        return zeros(self.finite(self.mean_of_A(), "input"), self.place.eps)
+        return zeros(self.finite(self.mean_of_A(), "input"), self.rounding.products)
 
     @functools.cached_property
     @outside_inference_mode
     def zeros_of_B(self) -> Tensor:
         """Those of B ``[G, O]``."""
-        return zeros(self.finite(self.B.mean(), "output"), self.place.eps_of_g)
+        return zeros(self.finite(self.B.mean(), "output"), self.rounding.products_of_g)
 
     @functools.cached_property
     @outside_inference_mode
     def _eigen_of_A(self) -> tuple[Tensor, Tensor | None]:
         if self.leader is not None:
             return self.leader._eigen_of_A
-        return _eigen(self.finite(self.mean_of_A(), "input"), self.place.eps)
+        return _eigen(self.finite(self.mean_of_A(), "input"), self.rounding.products)
 
     @functools.cached_property
     @outside_inference_mode
     def _eigen_of_B(self) -> tuple[Tensor, Tensor | None]:
-        return _eigen(self.finite(self.B.mean(), "output"), self.place.eps_of_g)
+        return _eigen(self.finite(self.B.mean(), "output"), self.rounding.products_of_g)
 
-    def at(self, place: Place) -> KroneckerBlock:
-        """The block where its rows were as coarse as those of ``place``."""
-        return self if place.coarseness == self.place.coarseness else dataclasses.replace(self, place=place)
-
-    def see(self, place: Place) -> None:
-        """See ``block_fisher.Block``."""
-        self.place = place
+    def at(self, rounding: Rounding) -> KroneckerBlock:
+        """The block, so rounded."""
+        return self if rounding == self.rounding else dataclasses.replace(self, rounding=rounding)
 
     def changed(self) -> None:
         """The sums have changed: what was computed from them is void."""
@@ -264,17 +212,17 @@ class KroneckerBlock:
     def pooled(self, other: KroneckerBlock, made: Mapping[str, Any]) -> KroneckerBlock:
         """The block of both data sets; its factor A is its own where only one of them had it from another weight."""
         shared = self.place.input_of == other.place.input_of
-        place = self.place.coarser(other.place)
-        place = place if shared else dataclasses.replace(place, input_of=None)
-        return KroneckerBlock.following(place, lambda: self.A + other.A, self.B + other.B, made)
+        place = self.place if shared else dataclasses.replace(self.place, input_of=None)
+        rounding = self.rounding.coarser(other.rounding)
+        return KroneckerBlock.following(place, lambda: self.A + other.A, self.B + other.B, rounding, made)
 
     @classmethod
     def following(
-        cls, place: Place, own: Callable[[], Accumulator], B: Accumulator, made: Mapping[str, KroneckerBlock]
+        cls, place: Place, own: Callable[[], Accumulator], B: Accumulator, rounding: Rounding, made: Mapping[str, KroneckerBlock]
     ) -> KroneckerBlock:
         """With the factor A of a block that was made before, if the place says so, else with its own."""
         leader = None if place.input_of is None else made[place.input_of]
-        return cls(place, own(), B) if leader is None else cls(place, leader.A, B, leader=leader)
+        return cls(place, own() if leader is None else leader.A, B, rounding, leader=leader)
 
     def identity(self) -> list[Any]:
         """What must be equal for pooling to mean anything."""
@@ -300,8 +248,8 @@ class KroneckerBlock:
         shifts = (pi * damping**0.5, damping**0.5 / pi)
         A, B = (Accumulator(_shifted(f, shift), 1.0) for f, shift in zip(self.factors(), shifts, strict=True))
         # pi is B's too: nothing is shared. A shift is no rounding.
-        place = dataclasses.replace(self.place, precision="float64", of_g="float64") if damping else self.place
-        return KroneckerBlock(dataclasses.replace(place, input_of=None), A, B)
+        rounding = Rounding.of(torch.float64) if damping else self.rounding
+        return KroneckerBlock(dataclasses.replace(self.place, input_of=None), A, B, rounding)
 
     def inverse(self, dtype: torch.dtype, damped: bool) -> tuple[Tensor, Tensor]:
         """The inverses of A and B. Errors: torch.linalg.LinAlgError if one is singular, which Cholesky does not see under rounding."""
@@ -320,17 +268,17 @@ class KroneckerBlock:
     def state(self) -> tuple[dict[str, Tensor], list[Any]]:
         """Tensors and plain values."""
         place = self.place
-        fields = [*dataclasses.astuple(place), self.A.weight, self.B.weight]
+        fields = [*dataclasses.astuple(place), *self.rounding.state(), self.A.weight, self.B.weight]
         factors = {"B": self.B} if self.leader is not None else {"A": self.A, "B": self.B}
         return {f"{place.name}.{name}": factor.stored() for name, factor in factors.items()}, fields
 
     @classmethod
     def from_state(cls, tensors: Mapping[str, Tensor], fields: list[Any], made: Mapping[str, KroneckerBlock]) -> KroneckerBlock:
         """The block whose ``state`` this is."""
-        *of_place, weight_a, weight_b = fields
-        place = Place.from_state(of_place)
+        *of_block, weight_a, weight_b = fields
+        place, rounding = Place.from_state(of_block[:9]), Rounding.from_state(of_block[9:])
         B = Accumulator(tensors[f"{place.name}.B"], weight_b)
-        return cls.following(place, lambda: Accumulator(tensors[f"{place.name}.A"], weight_a), B, made)
+        return cls.following(place, lambda: Accumulator(tensors[f"{place.name}.A"], weight_a), B, rounding, made)
 
 
 def finite(moments: Tensor, weight: str, what: str) -> Tensor:

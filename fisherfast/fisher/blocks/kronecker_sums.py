@@ -17,6 +17,7 @@ from fisherfast.fisher.blocks.block_sums import BatchSum, WeightSums, add_rows, 
 from fisherfast.fisher.blocks.existing_rows import ExistingRows
 from fisherfast.fisher.blocks.few_rows import FewRows
 from fisherfast.fisher.blocks.kronecker import KroneckerBlock, Place
+from fisherfast.fisher.blocks.rank import Rounding
 from fisherfast.fisher.memory import in_words
 from fisherfast.ops.conv_gram import conv_gram_
 from fisherfast.rules import Convolution, Form, Lookup, Rows
@@ -36,7 +37,7 @@ class KroneckerSums(WeightSums):
         keep_rows: bool,
         leader: KroneckerSums | None = None,
     ) -> None:
-        self.place, self.form = place, form
+        self.place, self.rounding, self.form = place, Rounding.of(weight.dtype), form
         self._existing = ExistingRows(place.name)
         O, D = place.sizes(weight)
         self._kernel = weight.shape[2:]
@@ -67,15 +68,10 @@ class KroneckerSums(WeightSums):
         """See ``BlockSums``; a shared factor is its leader's."""
         return self._factors if self.place.input_of is None else (self.B,)
 
-    @property
-    def few_bytes(self) -> int:
-        """Of the rows that are kept while they are few, at most."""
-        return sum(one.few_rows.most(one.running.dtype) for one in self.sums if one.few_rows is not None)
-
     def blank(self, made: Mapping[str, KroneckerBlock]) -> KroneckerBlock:
         """A block of these sizes on no memory."""
         A, B = self._blank_factors()
-        return KroneckerBlock.following(self.place, lambda: A, B, made)
+        return KroneckerBlock.following(self.place, lambda: A, B, self.rounding, made)
 
     def _blank_factors(self) -> tuple[Accumulator, Accumulator]:
         A, B = (Accumulator.zeros(one.running.shape, "meta") for one in self._factors)
@@ -85,10 +81,12 @@ class KroneckerSums(WeightSums):
         """See ``BlockSums``."""
         of_sums = sum(one.running.held(staged) for one in self.sums)
         of_result = sum(one.running.nbytes for one in self.sums)
+        of_rows = sum(one.few_rows.most(one.running.dtype) for one in self.sums if one.few_rows is not None)
         D, O = (one.running.shape[1] for one in self._factors)
         smaller = f"pass max_factor_dim={O - 1}, which keeps B as its diagonal" if D < O and not self._vector else None
-        what = KroneckerBlock(self.place, *self._blank_factors()).describe()
-        return Held(self.place.labels, what, of_sums, (of_sums,), self.place.op, smaller, result=of_result)
+        what = KroneckerBlock(self.place, *self._blank_factors(), self.rounding).describe()
+        peak = of_sums + 2 * of_rows  # kept as long as they are few; in the end joined in one tensor
+        return Held(self.place.labels, what, of_sums, (peak,), self.place.op, smaller, result=of_result)
 
     def cost(self, form: Form, rows: Rows) -> Cost:
         """See ``BlockSums``; of a symmetric product one half is computed, and inputs, which all passes share, count once."""
@@ -106,7 +104,7 @@ class KroneckerSums(WeightSums):
 
     def block(self, made: Mapping[str, Any]) -> KroneckerBlock:
         """What was added, on memory of its own."""
-        block = KroneckerBlock.following(self.place, lambda: _factor(self.A), _factor(self.B), made)
+        block = KroneckerBlock.following(self.place, lambda: _factor(self.A), _factor(self.B), self.rounding, made)
         few_a = _few(self.A) if block.leader is None else block.leader.few_rows[0]
         block.few_rows = (few_a, _few(self.B))
         return block

@@ -3,13 +3,60 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
+from fisherfast._precision import dtype_name, noise_of_rows, wide_dtype
 from fisherfast.fisher.blocks import _graded
 
 _POWERS = 8  # products with a vector, for the bounds of the largest eigenvalue
 GRAM_NOISE = 4  # eps of the products' dtype: what is zero in a Gram matrix came out as 0.65 at most, of 5 to 2,000 columns
+_DTYPES = {torch.finfo(dtype).eps: dtype for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)}
+
+
+class Rounding(NamedTuple):
+    """How coarse the numbers behind a block were, as the eps of dtypes: what tells an eigenvalue from rounding.
+
+    ``products``: in which rows were multiplied; sums may be kept in a wider one. ``rows_of_g``: the coarsest in which rows of g came,
+    in 16 bits coarser than that.
+    """
+
+    products: float = torch.finfo(torch.float32).eps  # unless a file says so
+    rows_of_g: float = torch.finfo(torch.float64).eps
+
+    @classmethod
+    def of(cls, parameter: torch.dtype) -> Rounding:
+        """Of products for a parameter of this dtype, before any rows came."""
+        return cls(torch.finfo(wide_dtype(parameter)).eps)
+
+    def seeing(self, g: torch.dtype) -> Rounding:
+        """The same if rows of g come in this dtype, too."""
+        return self._replace(rows_of_g=max(self.rows_of_g, torch.finfo(g).eps))
+
+    def coarser(self, other: Rounding) -> Rounding:
+        """That of both together."""
+        return Rounding(*map(max, self, other))
+
+    @property
+    def noise_of_g(self) -> float:
+        """The most that the rounding of g makes of an eigenvalue of its moments that is zero, relative to the largest."""
+        return noise_of_rows(_DTYPES[self.rows_of_g])
+
+    @property
+    def products_of_g(self) -> float:
+        """``products`` where these are of moments of g: no less than what its rounding leaves of them."""
+        return max(self.products, self.noise_of_g / GRAM_NOISE)
+
+    def state(self) -> list[str]:
+        """Plain values."""
+        return [dtype_name(_DTYPES[eps]) for eps in self]
+
+    @classmethod
+    def from_state(cls, names: list[str]) -> Rounding:
+        """The rounding whose ``state`` this is."""
+        return cls(*(torch.finfo(getattr(torch, name)).eps for name in names))
 
 
 def of_full_rank(values: Tensor, gram: Tensor, eps: float) -> Tensor:
