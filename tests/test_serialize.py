@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A file gives back every bit that was saved, or is refused with the reason; it is never half a file, never a pickle."""
 
+import importlib.metadata
 import json
 import os
 import pickle
@@ -325,3 +326,13 @@ def test_a_copy_on_a_device_is_what_a_file_gives_and_shares_nothing(structure, t
     assert not pointers[0] & pointers[1]
     with pytest.raises(ValueError, match="to: device must be one of this machine's"):
         F.to("cuda:77")
+
+
+def test_a_source_tree_that_is_not_installed_saves_its_version(monkeypatch, tmp_path):
+    def nothing_installed(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", nothing_installed)
+    DiagonalFisher({"w": torch.ones(3)}, num_samples=2).save(tmp_path / "run.safetensors")
+    with safe_open(tmp_path / "run.safetensors", "pt") as file:
+        assert file.metadata()["fisherfast_version"] == ff.__version__
