@@ -58,11 +58,12 @@ def inputs(names: dict[str, tuple[int, ...]]) -> tuple[Any, dict[str, Any]]:
     import torch
 
     import fisherfast as ff
-    from fisherfast.accumulator import Accumulator
+    from fisherfast.fisher.counts import Counts
+    from fisherfast.fisher.coverage import Coverage
 
     torch.manual_seed(0)
     entries, values = torch.empty(1 << 20, dtype=torch.float64).log_normal_(-12, 2.5), 0.02 * torch.randn(1 << 20).bfloat16()
-    sums, weights = {}, {}
+    totals, weights = {}, {}
     for i, (name, shape) in enumerate(names.items()):
         total, weights[name] = torch.empty(shape, dtype=torch.float64), torch.empty(shape, dtype=torch.bfloat16)
         for start in range(0, total.numel(), len(entries)):
@@ -71,8 +72,10 @@ def inputs(names: dict[str, tuple[int, ...]]) -> tuple[Any, dict[str, Any]]:
             weights[name].view(-1)[to] = values[:count]
         if shape[0] == VOCABULARY:
             total[torch.rand(VOCABULARY) < 0.4] = 0
-        sums[name] = Accumulator(total, SAMPLES)
-    return ff.DiagonalFisher.from_accumulators(sums, num_samples=SAMPLES), weights
+        totals[name] = total
+    counts = Counts(SAMPLES, SAMPLES, 0, ff.Provenance(), Coverage(), {})
+    fields = {**counts.state(), "weights": dict.fromkeys(totals, SAMPLES), "spread": None}
+    return ff.DiagonalFisher.from_state(totals, fields), weights  # no copies, as means would make
 
 
 def calls(F: Any, weights: dict[str, Any]) -> dict[str, Callable[[], Any]]:

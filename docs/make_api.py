@@ -35,7 +35,7 @@ ASKED_FOR = ("What to measure", "Likelihoods")  # made by the user, who calls no
 
 # Whose constructors are not for users.
 BY_FUNCTIONS = {"KFACFisher", "EKFACFisher", "GramFisher", "SampleNorms", "SampleMoments", "Coverage"}
-FOR_FILES = {"accumulators", "from_accumulators", "from_state", "state"}  # how files and resumed runs make a result again
+FOR_FILES = {"accumulators", "from_state", "state"}  # how files and resumed runs make a result again
 
 OPERATORS = {"F @ v": "__matmul__", "F + other": "__add__"}
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import sys
 import warnings
 
-_BETWEEN = {"contextlib", __package__, "torch"}  # packages whose frames may lie between a warning and who caused it
+_BETWEEN = {"contextlib", "functools", __package__, "torch"}  # packages whose frames may lie between a warning and who caused it
 
 
 class FisherWarning(UserWarning):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Batches: what a data set may yield, and how it is moved, cut and fed to a model."""
+"""Batches: what a data set yields as tensors, and how these are cut and fed to a model."""
 
 from __future__ import annotations
 
@@ -11,12 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
-from fisherfast import _checks, _nested, packing
+from fisherfast import _nested, items
 from fisherfast._random import GOLDEN
 
-_OURS = ("labels", "sample_weight", "sample_offsets")  # keys of a dict batch that are not passed to the model
 IGNORED = -100  # torch's and Hugging Face's ignore_index, of a likelihood that has none
 Output = str | Callable[[Any], Tensor] | None
 
@@ -46,13 +44,13 @@ class Batch:
         ``"position_ids"`` that start again do. If an encoder-decoder ``model`` is given labels without decoder inputs,
         these come from its ``prepare_decoder_input_ids_from_labels``, as in its own forward pass.
         """
-        inputs, targets, weight, offsets = _parts(item)
+        inputs, targets, weight, offsets = items.parts(item)
         if isinstance(inputs, Mapping):
-            inputs = {key: _moved(value, device) for key, value in inputs.items()}
+            inputs = {key: items.moved(value, device) for key, value in inputs.items()}
             inputs |= _read_by_the_decoder(model, inputs, targets, device)
             mask = inputs.get("attention_mask")
         else:
-            inputs = tuple(_moved(value, device) for value in (inputs if isinstance(inputs, (tuple, list)) else (inputs,)))
+            inputs = tuple(items.moved(value, device) for value in (inputs if isinstance(inputs, (tuple, list)) else (inputs,)))
             mask = None
         given = inputs.values() if isinstance(inputs, dict) else inputs
         own = [value for value in given if isinstance(value, Tensor)]
@@ -63,17 +61,17 @@ class Batch:
                 "arrays become tensors by torch.as_tensor"
             )
         if offsets is not None:
-            return cls._of_packed(inputs, targets, weight, _moved(_tensor(offsets), device), device)
+            return cls._of_packed(inputs, targets, weight, items.moved(items.as_tensor(offsets), device), device)
         N = first.shape[0]
         if N == 0:
             raise ValueError(f"data: a batch must hold at least one sample, got inputs of shape {tuple(first.shape)}")
-        targets = None if targets is None else _targets(targets, device)
+        targets = None if targets is None else items.targets(targets, device)
         if targets is not None and (targets.dim() == 0 or targets.shape[0] != N):
             hint = "; is this a Dataset? pass a DataLoader over it" if targets.dim() == 0 else ""
             raise ValueError(
                 f"data: inputs and targets must hold the same samples, got {N} and targets {tuple(targets.shape)}{hint}"
             )
-        return cls(inputs, targets, mask, N, _weight(weight, N, device))
+        return cls(inputs, targets, mask, N, items.weights(weight, N, device))
 
     @classmethod
     def _of_packed(cls, inputs: dict[str, Any], targets: Any, weight: Any, offsets: Tensor, device: torch.device) -> Batch:
@@ -83,13 +81,13 @@ class Batch:
         if len(bounds) < 2 or bounds[0] != 0 or sorted(set(bounds)) != bounds or (1, bounds[-1]) not in rows:
             raise ValueError(
                 f"data: the offsets of packed samples must rise from 0 to M, inputs being [1, M], got {bounds[:8]} and inputs {shapes}; flatten "
-                "several rows to one, and give a row without its axis that by .unsqueeze(0)"
+                "several rows to one, and add a missing first axis with .unsqueeze(0)"
             )
-        targets = None if targets is None else _targets(targets, device)
+        targets = None if targets is None else items.targets(targets, device)
         if targets is not None and targets.shape[:2] != (1, bounds[-1]):
             raise ValueError(f"data: the targets of packed samples must be [1, {bounds[-1]}], got {tuple(targets.shape)}")
         N = len(bounds) - 1
-        return cls(inputs, targets, None, N, _weight(weight, N, device), offsets.long())
+        return cls(inputs, targets, None, N, items.weights(weight, N, device), offsets.long())
 
     def has_samples(self, value: Any) -> bool:
         """Whether an input has an entry for each sample: a tensor along its first axis, or a list or tuple of numbers or strings."""
@@ -100,6 +98,11 @@ class Batch:
         return (
             type(value) in (list, tuple) and len(value) == self.N and all(isinstance(entry, int | float | str) for entry in value)
         )
+
+    @property
+    def total_weight(self) -> float:
+        """Of all samples; N without weights."""
+        return float(self.N if self.weight is None else self.weight.sum(dtype=torch.float64))
 
     @property
     def output_mask(self) -> Tensor | None:
@@ -226,31 +229,6 @@ class Batch:
         return picked
 
 
-def _parts(item: Any) -> tuple[Any, Any, Any, Any]:
-    """What a data set yields, as inputs, targets, weights and offsets; all but the inputs may be None."""
-    if isinstance(item, Mapping):
-        inputs = {key: value for key, value in item.items() if key not in _OURS}
-        return inputs, item.get("labels"), item.get("sample_weight"), packing.offsets(item)
-    if isinstance(item, (tuple, list)) and len(item) in (2, 3):
-        inputs, targets, weight = (*item, None)[:3]
-        if weight is not None and not _tensor(weight).is_floating_point():  # the samples' indices, say
-            raise TypeError(
-                "data: the third entry of a batch is the weights of its samples and must be floating, got "
-                f"{_tensor(weight).dtype}; several inputs are one entry, ((x1, x2), y); leave indices out, or pass weights as .float()"
-            )
-        return inputs, targets, weight, None
-    several = f" of {len(item)}" if isinstance(item, (tuple, list)) else ""
-    if isinstance(item, Tensor):
-        way = "data is a list of batches, [(inputs, targets)], and inputs without labels are (inputs, None)"
-    elif isinstance(item, DataLoader):
-        way = "take one batch of it, next(iter(loader))"
-    else:
-        way = "several inputs are one entry, ((x1, x2), targets)"
-    raise TypeError(
-        f"data: a batch must be (inputs, targets), (inputs, targets, weights) or a dict, got {type(item).__name__}{several}; {way}"
-    )
-
-
 def _read_by_the_decoder(
     model: Callable[..., Any] | None, inputs: Mapping[str, Any], targets: Any, device: torch.device
 ) -> dict[str, Tensor]:
@@ -258,7 +236,7 @@ def _read_by_the_decoder(
     prepare = getattr(model, "prepare_decoder_input_ids_from_labels", None)
     if prepare is None or targets is None or {"decoder_input_ids", "decoder_inputs_embeds"} & inputs.keys():
         return {}
-    return {"decoder_input_ids": prepare(_targets(targets, device))}
+    return {"decoder_input_ids": prepare(items.targets(targets, device))}
 
 
 def _picked(result: Any, output: Output) -> Any:
@@ -285,42 +263,6 @@ def _named(result: Any, name: str) -> Any:
     )
 
 
-def _targets(values: Any, device: torch.device) -> Tensor:
-    try:
-        tensor = _tensor(values)
-    except (TypeError, ValueError, RuntimeError) as error:  # of text, of None, of rows of several lengths
-        of = f" of {type(values[0]).__name__}" if isinstance(values, (list, tuple)) and values else ""
-        raise TypeError(
-            f"data: targets must be numbers, got {type(values).__name__}{of} ({error}); number the classes, pad what differs in length"
-        ) from error
-    return _moved(tensor, device)
-
-
-def _tensor(values: Any) -> Tensor:
-    """As it is, or what lists and arrays hold: torch would move either to its default device."""
-    return values if isinstance(values, Tensor) else torch.as_tensor(values, device="cpu")
-
-
-def _weight(weight: Any, N: int, device: torch.device) -> Tensor | None:
-    if weight is None:
-        return None
-    weight = _tensor(weight).detach()
-    _checks.real("data", "sample weights", weight)
-    weight = weight.to(device, torch.float32).contiguous()  # as the ops take them
-    if weight.shape != (N,):
-        raise ValueError(f"data: sample weights must be [N] = ({N},), one number per sample, got {tuple(weight.shape)}")
-    if not bool((torch.isfinite(weight) & (weight >= 0)).all()):
-        raise ValueError(
-            f"data: sample weights must be finite and not negative, got {float(weight.min())} .. {float(weight.max())}"
-        )
-    if bool(((weight > 0) & (weight < (least := torch.finfo(torch.float32).tiny))).any()):
-        raise ValueError(
-            f"data: sample weights must be 0 or at least {least:.3g}, where float32 has its digits, got {float(weight[weight > 0].min()):.3g}; "
-            "multiply all by one factor: only their ratios count"
-        )
-    return weight
-
-
 def _flat(tensor: Any) -> tuple[Tensor, ...]:
     """The tensor, or the two that make up a nested one: its own shape has a symbol in it that no other tensor of the same numbers has."""
     return (tensor.values(), tensor.offsets()) if tensor.is_nested else (tensor,)
@@ -336,8 +278,3 @@ def _digest(tensor: Tensor) -> int:
     words = torch.nn.functional.pad(raw, (0, -raw.numel() % 8)).view(torch.int64)
     factors = (2 * torch.arange(words.numel(), device=words.device) + 1) * GOLDEN
     return int(((words ^ (words >> 29)) * factors).sum())
-
-
-def _moved(value: Any, device: torch.device) -> Any:
-    """Autograd keeps no tensor that was made in inference mode, so of these it is a copy."""
-    return _nested.mapped(value, lambda tensor: tensor.to(device, copy=tensor.is_inference()))

@@ -22,7 +22,7 @@ import fisherfast as ff
 from fisherfast import environment, loading, report, timing
 from fisherfast._error import raised_here
 from fisherfast.fisher.parse import STRUCTURES
-from fisherfast.information import _prior
+from fisherfast.information import check_prior_scale
 from fisherfast.likelihood import FISHER_TYPES, LIKELIHOODS, resolve
 
 app = typer.Typer(
@@ -76,12 +76,10 @@ def _prior_scale(text: str) -> float | str:
         value = float(text)
     except ValueError:
         raise typer.BadParameter(f"must be 'fit' or a number > 0, got {text!r}") from None
-    _positive(value)
-    if not _prior.LEAST < value < _prior.LARGEST:
-        raise typer.BadParameter(
-            f"must be above {_prior.LEAST:g} and below {_prior.LARGEST:g}, which have squares, got {value:g}"
-        )
-    return value
+    try:
+        return check_prior_scale("prior_scale", value, "info")
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
 
 
 def _one_of(names: Collection[str]) -> dict[str, Any]:
@@ -99,7 +97,7 @@ _MODEL = typer.Option(help="module:function that returns the network, a torch.nn
 _DATA = typer.Option(help="module:function that returns an iterable of (inputs, targets) batches")
 _TYPE = typer.Option(
     **_one_of(FISHER_TYPES),
-    help="labels: drawn from the model, the expectation over all, or those of the data (not the Fisher)",
+    help="labels; mc: drawn from the model; exact: all of them, weighted; empirical: the data's (not the Fisher)",
 )
 _STRUCTURE = typer.Option(
     **_one_of(STRUCTURES),

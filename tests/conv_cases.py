@@ -11,6 +11,7 @@ from typing import NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
+from gate import product_in
 from op_cases import Problem, Target, draw, sliced, strided, transposed
 from targets import DEVICES
 
@@ -83,12 +84,12 @@ class ConvProblem(Problem):
 
     def _gradient(self, piece, dtype: torch.dtype) -> torch.Tensor:
         images = slice(piece, piece + 1) if isinstance(piece, int) else piece
-        x, g = self.first[images].to(dtype), self.g[images].to(dtype)
+        x, g = self.first[images], self.g[images]
         if x.numel() == 0 or g.numel() == 0:
             return torch.zeros(self.parameter, dtype=dtype, device=g.device)
         grown = F.pad(x, [max(side, 0) for side in self.geometry.frame])
         framed = F.pad(grown, [min(side, 0) for side in self.geometry.frame])
-        return (self._by_autograd if dtype == torch.float64 else self._by_einsum)(framed, g)
+        return self._by_autograd(framed.double(), g.double()) if dtype == torch.float64 else self._by_product(framed, g)
 
     def _by_autograd(self, framed: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
         shape = self.geometry
@@ -98,7 +99,7 @@ class ConvProblem(Problem):
         (gradient,) = torch.autograd.grad(out, weight, g)
         return gradient
 
-    def _by_einsum(self, framed: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
+    def _by_product(self, framed: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
         shape, groups = self.geometry, self.geometry.groups
         framed = framed.contiguous()
         steps = framed.stride()
@@ -107,8 +108,9 @@ class ConvProblem(Problem):
         along_kernel = [s * a[5] for s, a in zip(steps[2:], shape.axes, strict=True)]
         along_positions = [s * a[2] for s, a in zip(steps[2:], shape.axes, strict=True)]
         patches = framed.as_strided(size, (*lead, *along_kernel, *along_positions)).flatten(3 + len(shape.K)).flatten(3, -2)
-        gradient = torch.einsum("ngop,ngckp->gock", g.reshape(len(g), groups, shape.O // groups, -1), patches)
-        return gradient.reshape(self.parameter)
+        outputs = g.reshape(len(g), groups, shape.O // groups, -1).permute(1, 2, 0, 3).flatten(2)
+        inputs = patches.permute(1, 0, 4, 2, 3).flatten(3).flatten(1, 2)
+        return product_in(torch.float32, outputs, inputs).reshape(self.parameter)
 
 
 BASIC = Geometry(3, 4, 6, (5, 7), (3, 2), (1, 2), (1, 0), (1, 1))

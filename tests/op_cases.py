@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from gate import passes
+from gate import passes, product_in
 from targets import DEVICES
 
 import fisherfast as ff
@@ -87,15 +87,15 @@ class Problem:
         return {"weight": self.weight, "offsets": self.offsets, **extra}
 
     def sample_gradients(self, dtype: torch.dtype) -> torch.Tensor:
-        """[N, parameter], one einsum a sample."""
+        """[N, parameter], one product a sample."""
         empty = torch.zeros(0, *self.parameter, dtype=dtype, device=self.g.device)
         pieces = range(self.N) if self.offsets is None else map(slice, self.offsets[:-1].tolist(), self.offsets[1:].tolist())
         return torch.stack([self._gradient(p, dtype) for p in pieces]) if self.N else empty
 
     def _gradient(self, piece, dtype: torch.dtype) -> torch.Tensor:
-        g = self.g[piece].to(dtype)
         if self.op == "linear_sq_":
-            return torch.einsum("to,ti->oi", g, self.first[piece].to(dtype))
+            return product_in(dtype, self.g[piece].mT, self.first[piece])
+        g = self.g[piece].to(dtype)
         if self.op == "scale_sq_":
             return g.sum(0) if self.first is None else torch.einsum("td,td->d", g, self.first[piece].to(dtype))
         belongs = self.first[piece].unsqueeze(-1) == torch.arange(self.rows, device=g.device)  # [T, V]

@@ -237,6 +237,7 @@ FLOORS = {
     "likelihood": 4,
     "accumulator": 4,
     "batches": 4,
+    "items": 4,
     "packing": 4,
     "readings": 4,
     "fisher": 5,

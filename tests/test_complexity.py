@@ -182,8 +182,9 @@ class Pair(nn.Module):
 
 def test_takes_the_output_that_is_picked():
     model, data = Pair().double(), [(torch.randn(5, 3).double(), torch.randint(0, 2, (5,)))]
-    F, G = (DiagonalFisher({n: torch.ones_like(p) for n, p in m.named_parameters()}, 5) for m in (model, model.layer))
-    options = {"prior_scale": 1.0, "beta": 0.1, "data": data, "method": "monte-carlo", "likelihood": "categorical"}
+    how = {"num_samples": 5, "provenance": ff.Provenance(likelihood="categorical")}
+    F, G = (DiagonalFisher({n: torch.ones_like(p) for n, p in m.named_parameters()}, **how) for m in (model, model.layer))
+    options = {"prior_scale": 1.0, "beta": 0.1, "data": data, "method": "monte-carlo"}
     one = ff.task_complexity(F, model, output="wanted", **options)
     other = ff.task_complexity(G, model.layer, **options)
     assert (one.loss, one.expected_loss) == (other.loss, other.expected_loss)
@@ -191,18 +192,24 @@ def test_takes_the_output_that_is_picked():
     assert ff.measured_complexity(posterior, model, data, output="wanted").expected_loss == one.expected_loss
 
 
+def complexity_of_posterior(F, model, *, data, likelihood=None, **options):
+    return ff.measured_complexity(ff.optimal_posterior(F, model, **options), model, data, likelihood)
+
+
 @pytest.mark.parametrize(
-    "measure", [ff.task_complexity, lambda F, m, *, beta, **o: ff.rate_distortion(F, m, [beta], **o).points[0]]
+    "measure",
+    [ff.task_complexity, lambda F, m, *, beta, **o: ff.rate_distortion(F, m, [beta], **o).points[0], complexity_of_posterior],
 )
 def test_the_loss_is_of_the_fishers_own_likelihood(measure):
     X, y, net, F, scale, _ = regression()
     options = {"prior_scale": scale, "beta": 0.1, "data": [(X, y)]}
-    assert measure(F, net, **options).loss == ff.mean_loss(net, [(X, y)], "gaussian")
-    with pytest.warns(ff.FisherWarning, match="should be that of the Fisher, gaussian, got bernoulli"):
+    assert measure(F, net, **options).loss == pytest.approx(ff.mean_loss(net, [(X, y)], "gaussian"), rel=1e-14)
+    with pytest.warns(ff.FisherWarning, match="should be that of the nats, gaussian, got bernoulli") as said:
         measure(F, net, likelihood="bernoulli", **(options | {"data": [(X, y.sigmoid())]}))
+    assert [warning.filename for warning in said] == [__file__]
     unknown = DiagonalFisher({"weight": torch.ones_like(net.weight)}, num_samples=20)
     with pytest.raises(
-        ValueError, match="likelihood must be given for a Fisher of an unknown likelihood, got None; pass likelihood="
+        ValueError, match="likelihood must be given beside nats of an unknown likelihood, got None; pass likelihood="
     ):
         measure(unknown, net, **options)
     assert measure(unknown, net, likelihood="gaussian", **options).loss == measure(F, net, **options).loss
@@ -214,7 +221,7 @@ def test_a_likelihood_whose_loss_has_settings_is_the_fishers_own():
     F = ff.fisher(net, [(X, y)], fisher_type="empirical", likelihood=smooth, progress=False)
     found = ff.task_complexity(F, net, prior_scale=1.0, beta=0.1, data=[(X, y)], likelihood=smooth)
     assert found.loss == ff.mean_loss(net, [(X, y)], smooth)
-    with pytest.raises(ValueError, match=r"must be given for a Fisher of categorical\(label_smoothing=0.1\), got None"):
+    with pytest.raises(ValueError, match=r"must be given beside nats of categorical\(label_smoothing=0.1\), got None"):
         ff.task_complexity(F, net, prior_scale=1.0, beta=0.1, data=[(X, y)])
 
 
@@ -225,7 +232,7 @@ def test_labels_that_do_not_count_are_part_of_the_likelihood():
     options = {"prior_scale": 1.0, "beta": 0.1, "data": [(X, y)]}
     assert F.provenance.likelihood == "categorical(ignore_index=0)"
     assert ff.task_complexity(F, net, likelihood=some, **options).loss == ff.mean_loss(net, [(X, y)], some)
-    with pytest.raises(ValueError, match="likelihood must be given for a Fisher of categorical"):
+    with pytest.raises(ValueError, match="likelihood must be given beside nats of categorical"):
         ff.task_complexity(F, net, **options)
 
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conv_cases import LAYOUTS, Geometry, channels_last, same_channels
-from gate import passes
+from gate import passes, product_in
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from op_cases import NONFINITE, error, sliced, strided
@@ -84,7 +84,7 @@ class Case:
         shape = self.geometry
         if 0 in shape.P:
             return torch.zeros(self.size, dtype=dtype, device=self.x.device)
-        grown = F.pad(self.x.to(dtype), [max(side, 0) for side in shape.frame])
+        grown = F.pad(self.x, [max(side, 0) for side in shape.frame])
         x = F.pad(grown, [min(side, 0) for side in shape.frame])
         u = x.new_empty(len(x), shape.C, math.prod(shape.K), math.prod(shape.P))
         for k, offsets in enumerate(itertools.product(*map(range, shape.K))):
@@ -93,9 +93,11 @@ class Case:
         u = u.unflatten(1, (shape.groups, shape.C // shape.groups)).flatten(2, 3)
         if self.bias:
             u = torch.cat([u, u.new_ones(*u.shape[:2], 1, u.shape[3])], 2)
-        left = u if self.weight is None else u * self.weight.to(dtype).view(-1, 1, 1, 1)
-        left, right = (v.permute(1, 2, 0, 3).flatten(2) for v in (left, u))
-        return self.scale * (left @ right.mT)
+        left, right = u, u
+        if self.weight is not None:
+            left, right = u.to(dtype) * self.weight.to(dtype).view(-1, 1, 1, 1), u.to(dtype)
+        left, right = (v.permute(1, 2, 0, 3).flatten(2) for v in (left, right))
+        return self.scale * product_in(dtype, left, right.mT)
 
     def acc(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Integers to add to; below the diagonal what nobody may touch."""

@@ -24,7 +24,8 @@ def labelled():
 
 
 def posterior_of(net, beta=1e-2, names=None):
-    F = DiagonalFisher({n: torch.rand_like(p) for n, p in net.named_parameters() if names is None or n in names}, num_samples=N)
+    diagonal = {n: torch.rand_like(p) for n, p in net.named_parameters() if names is None or n in names}
+    F = DiagonalFisher(diagonal, num_samples=N, provenance=ff.Provenance(likelihood="categorical"))
     weights = {n: p for n, p in net.named_parameters() if n in F.names}
     return ff.optimal_posterior(F, weights, prior_scale=0.5, beta=beta)
 
@@ -65,6 +66,42 @@ def test_linear_gaussian_model_matches_the_closed_form():
     estimate = ff.expected_loss(posterior, net, [(X, y)], "gaussian", draws=400)
     assert abs(estimate.value - closed) < 4.5 * estimate.stderr < 0.1 * closed
     assert ff.mean_loss(net, [(X, y)], "gaussian") == pytest.approx(at_mean.item(), rel=1e-12)
+
+
+def test_the_loss_is_of_the_posterior_s_own_likelihood():
+    net, x = network(), labelled()[0]
+    data = [(x, torch.randn(N, 3))]
+    F = ff.fisher(net, data, likelihood="gaussian", progress=False)
+    options = {"beta": 1e-2, "prior_scale": 0.5}
+    for q in (
+        ff.optimal_posterior(F, net, **options),
+        ff.variational_posterior(net, data, likelihood="gaussian", epochs=1, **options),
+    ):
+        assert q.likelihood == "gaussian"
+        assert ff.expected_loss(q, net, data).value == ff.expected_loss(q, net, data, "gaussian").value
+        with pytest.warns(
+            ff.FisherWarning, match="expected_loss: likelihood should be that of the nats, gaussian, got bernoulli"
+        ):
+            ff.expected_loss(q, net, [(x, torch.rand(N, 3))], "bernoulli")
+
+
+class Unnamed(ff.Posterior):
+    """As one of the user's own, which says nothing of a likelihood."""
+
+    likelihood = ff.GaussianPosterior.likelihood
+
+
+def test_a_likelihood_that_cannot_be_made_from_its_name_is_asked_for():
+    net, data = network(), [labelled()]
+    smooth = ff.Categorical(label_smoothing=0.1)
+    trained = ff.variational_posterior(net, data, beta=1e-2, prior_scale=0.5, likelihood=smooth, epochs=1)
+    with pytest.raises(ValueError, match=r"must be given beside nats of categorical\(label_smoothing=0.1\), got None"):
+        ff.expected_loss(trained, net, data)
+    known = posterior_of(net)
+    unnamed = Unnamed(known.mean, known.information)
+    with pytest.raises(ValueError, match="must be given beside nats of an unknown likelihood, got None; pass likelihood="):
+        ff.expected_loss(unnamed, net, data)
+    assert ff.expected_loss(unnamed, net, data, "categorical").value == ff.expected_loss(known, net, data).value
 
 
 def test_gradient_of_the_loss_cancels():

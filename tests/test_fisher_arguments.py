@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from diagonals import SHAPES, example
+from diagonals import SHAPES, example, of_sums
 
 from fisherfast.accumulator import Accumulator
 from fisherfast.fisher import DiagonalFisher
@@ -29,7 +29,7 @@ def vector():
         ({}, 1, {}, ValueError, "at least one parameter"),
         ({"w": torch.ones(1)}, 0, {}, ValueError, "num_samples must be an integer > 0, got 0"),
         ({"w": torch.ones(1)}, 1.5, {}, TypeError, "float"),
-        ({"w": torch.ones(1)}, 1, {"num_positions": -1}, ValueError, "counts must be >= 0"),
+        ({"w": torch.ones(1)}, 1, {"num_positions": -1}, ValueError, "num_positions must be >= 0, got -1"),
         ({"w": torch.ones(1)}, 1, {"aliases": {"tied": "v"}}, ValueError, r"aliases must map .* got 'tied': 'v'"),
         ({"w": torch.ones(1), "v": torch.ones(1)}, 1, {"aliases": {"w": "v"}}, ValueError, r"aliases must map .* got 'w': 'v'"),
     ],
@@ -42,9 +42,9 @@ def test_rejects_entries(diagonal, samples, kwargs, error, reason):
 def test_rejects_one_sum_under_two_names():
     total = Accumulator(torch.ones(3), 1)
     with pytest.raises(ValueError, match="got one tensor for 'a' and 'b'; pass it once, with the other name in aliases"):
-        DiagonalFisher.from_accumulators({"a": total, "b": total}, num_samples=1)
+        of_sums({"a": total, "b": total}, num_samples=1)
     empty = Accumulator.zeros((0,))
-    assert DiagonalFisher.from_accumulators({"a": empty, "b": empty, "c": total}, num_samples=1).num_parameters == 3
+    assert of_sums({"a": empty, "b": empty, "c": total}, num_samples=1).num_parameters == 3
 
 
 @pytest.mark.parametrize("method", ["F @ v", "solve"])

@@ -10,7 +10,7 @@ import textwrap
 
 import pytest
 import torch
-from diagonals import SHAPES, example
+from diagonals import SHAPES, example, of_sums
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -30,9 +30,7 @@ def test_pooling_equals_one_pass(first, second, third):
         total = Accumulator.zeros((4,))
         for row in rows:
             total.fold(torch.tensor(row, dtype=torch.float64), samples)
-        return DiagonalFisher.from_accumulators(
-            {"w": total}, num_samples=samples * len(rows), num_positions=5 * samples * len(rows), batches=len(rows)
-        )
+        return of_sums({"w": total}, num_samples=samples * len(rows), num_positions=5 * samples * len(rows), batches=len(rows))
 
     a, b, c = (measured(part, samples=3) for part in parts)
     whole = measured(*parts, samples=3)
@@ -180,10 +178,11 @@ def test_norms_of_other_parameters_do_not_pool():
 
 
 RANK = """
+    from diagonals import of_sums
     from test_fisher_pooling import norms_of, two_layers_of_one_input
     import sys, torch, torch.distributed as dist, fisherfast as ff
     from fisherfast.accumulator import Accumulator
-    from fisherfast.fisher import DiagonalFisher, Provenance
+    from fisherfast.fisher import Provenance
 
     rank, folder = int(sys.argv[1]), sys.argv[2]
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
@@ -192,7 +191,7 @@ RANK = """
         g = torch.Generator().manual_seed(rank)
         sums = {n: Accumulator(torch.randint(2**40, s, generator=g).double(), 3 + 4 * rank + len(n)) for n, s in
                 [("w", (5, 3)), ("b", (5,)), ("unseen", (2, 2))][::order]}
-        return DiagonalFisher.from_accumulators(
+        return of_sums(
             sums, num_samples=7 + rank, num_positions=70 + rank, batches=1 + rank, aliases={"tied": "w"},
             provenance=Provenance(fisher_type, "categorical", 1, rank, "Net"))
 

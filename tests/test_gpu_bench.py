@@ -11,6 +11,7 @@ import time
 from itertools import pairwise
 from pathlib import Path
 
+import gate
 import origin
 import page
 import pytest
@@ -105,8 +106,8 @@ def test_the_gate_of_16_bits_is_set_by_torch_s_own_tensor_cores(op, monkeypatch)
 
 def test_products_of_16_bit_values_are_of_float32():
     a, b = torch.randn(2, 3, 5).bfloat16(), torch.randn(2, 5, 7).bfloat16()
-    assert torch.equal(problems.product(a, b), a.float() @ b.float())
-    assert problems.product(a.double(), b.double()).dtype == torch.float64
+    assert torch.equal(gate.product(a, b), a.float() @ b.float())
+    assert gate.product(a.double(), b.double()).dtype == torch.float64
 
 
 def test_a_wrong_result_a_failing_kernel_and_a_full_memory_have_no_time(monkeypatch, rehearsal):
@@ -226,7 +227,7 @@ def test_the_device_waits_while_a_run_is_launched(monkeypatch):
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: done.append("wait"))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: done.append("synchronize"))
-    assert clock._events(lambda: done.append("run"), 2, Flush()) == [2e-3, 2e-3]
+    assert clock._events(lambda: done.append("run"), 2, Flush(), clock.AHEAD_CYCLES) == [2e-3, 2e-3]
     assert done == ["flush", "wait", "record", "run", "record"] * 2 + ["synchronize"]
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from gate import error, passes
+from gate import error, passes, product_in
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from op_cases import sliced, strided, transposed
@@ -39,11 +39,13 @@ class Problem:
 
     def answer(self, dtype: torch.dtype) -> torch.Tensor:
         """What is to be added, computed in ``dtype`` as plain torch would."""
-        rows = self.x.to(dtype).flatten(0, -2)
+        rows = self.x.flatten(0, -2)
         if self.bias:
             rows = torch.cat([rows, rows.new_ones(len(rows), 1)], 1)
-        weighted = rows if self.weight is None else rows * self.weight.to(dtype).view(-1, 1)
-        return (self.scale * (weighted.T @ rows)).triu()
+        left, right = rows, rows
+        if self.weight is not None:
+            left, right = rows.to(dtype) * self.weight.to(dtype).view(-1, 1), rows.to(dtype)
+        return (self.scale * product_in(dtype, left.T, right)).triu()
 
     def acc(self, dtype: torch.dtype = torch.float32, *, integers: bool = False) -> torch.Tensor:
         """An accumulator that holds something, and elsewhere what must stay as it is."""

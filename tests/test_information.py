@@ -326,7 +326,7 @@ def test_rejects_names_and_shapes():
         information_in_weights(F, net, prior_scale=1.0, beta=1e-3, center=weights | {"0.bias": torch.zeros(3)})
     with pytest.raises(ValueError, match=r"center must hold every parameter of F, got none for \['0.bias', '0.weight'"):
         information_in_weights(F, net, prior_scale=1.0, beta=1e-3, center={})
-    with pytest.raises(TypeError, match=r"weights must be a network or \{name: tensor\}, got int; zero is the center"):
+    with pytest.raises(TypeError, match=r"weights must be a network or \{name: tensor\}, got int; pass the module"):
         information_in_weights(F, net, prior_scale=1.0, beta=1e-3, center=0)
     with pytest.raises(ValueError, match=r"F must cover every parameter of model, lacks \['3.weight'\]"):
         information_in_weights(F, weights | {"3.weight": torch.zeros(3)}, prior_scale=1.0, beta=1e-3)

@@ -6,12 +6,13 @@ import math
 import pytest
 import torch
 from allocations import Allocations
+from diagonals import of_sums
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fisherfast as ff
 from fisherfast.accumulator import Accumulator
-from fisherfast.fisher import DiagonalFisher, Spectrum, diagonal
+from fisherfast.fisher import Spectrum, diagonal
 from fisherfast.information import _prior, _series, information_in_weights
 from fisherfast.ops import _log1p
 
@@ -39,7 +40,7 @@ def network(dtype=torch.float32, seed=0):
         if name == "embed.weight":
             f[torch.rand(shape[0], generator=generator) < 0.4] = 0
         sums[name] = Accumulator(7 * f, 7)
-    return DiagonalFisher.from_accumulators(sums, num_samples=7), weights
+    return of_sums(sums, num_samples=7), weights
 
 
 @pytest.mark.parametrize("options", [{"prior_scale": 0.1}, {"prior_scale": "fit"}], ids=["given", "fit"])
@@ -202,7 +203,7 @@ def test_layers_add_up_at_any_size():
         total = F.accumulators()[name].sum
         for i, rows in enumerate((slice(0, w.shape[0] // 2), slice(w.shape[0] // 2, None))):
             halves[f"{name}{i}"], sums[f"{name}{i}"] = w[rows], Accumulator(total[rows], 7)
-    split = DiagonalFisher.from_accumulators(sums, num_samples=7)
+    split = of_sums(sums, num_samples=7)
     assert information_in_weights(split, halves, prior_scale=0.1, beta=1e-3).nats == pytest.approx(whole.nats, rel=1e-13)
     assert split.trace() == pytest.approx(F.trace(), rel=1e-13)
 

@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 import fisherfast as ff
-from fisherfast.capture import fallback, folded
+from fisherfast.capture import folded
+from fisherfast.fisher import fallback
 
 EXACT = 1e-12
 FAMILIES = ["mlp-inplace-relu", "layer-norm", "embedding", "conv1d-addmm", "weight-used-twice", "positions-without-samples"]

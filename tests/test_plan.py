@@ -3,9 +3,12 @@
 
 import gc
 import importlib
+import inspect
 import io
 import itertools
 import weakref
+from dataclasses import replace
+from unittest.mock import ANY
 
 import networks
 import pytest
@@ -115,8 +118,22 @@ def test_bytes_of_a_run_with_a_checkpoint(tmp_path, runs):
     build, data = networks.COVERED["linear-sequence"]
     model, batch = build(), data(MANY)
     for structure in ("diagonal", "kfac"):
-        actual = measured(model, batch, structure, runs, checkpoint=tmp_path / f"{structure}.safetensors")
+        path = tmp_path / f"{structure}.safetensors"
+        actual = measured(model, batch, structure, runs, checkpoint=path)
+        assert ff.plan(model, batch, structure, checkpoint=path).total_bytes == actual
         assert ff.plan(model, batch, structure, checkpoint=True).total_bytes == actual
+
+
+def test_every_argument_of_a_run_is_one_of_its_plan():
+    build, data = networks.COVERED["linear-sequence"]
+    (model, batch), run = (build(), data(8)), inspect.signature(ff.fisher).parameters.values()
+    options = {one.name: one.default for one in run if one.kind is one.KEYWORD_ONLY}
+    others = {"seed": 3, "sample_offset": 100, "loss_scale": 8.0, "progress": False}
+    planned = replace(ff.plan(model, batch), free_bytes=ANY)  # what is free changes meanwhile
+    assert planned == ff.plan(model, batch, **options)
+    assert planned == ff.plan(model, batch, **{**options, **others})
+    with pytest.raises(ValueError, match="plan: loss_scale must be "):
+        ff.plan(model, batch, loss_scale=0.0)
 
 
 def test_bytes_of_several_requests(runs):

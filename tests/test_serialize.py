@@ -14,6 +14,7 @@ import time
 import pytest
 import safetensors.torch
 import torch
+from diagonals import of_sums
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -29,7 +30,7 @@ def example(seed=0):
     def total(*shape):
         return torch.rand(shape, dtype=torch.float64, generator=generator)
 
-    return DiagonalFisher.from_accumulators(
+    return of_sums(
         # Not in alphabetical order, with a scalar and an empty tensor.
         {"z.weight": Accumulator(total(5, 3), 7), "a.weight": Accumulator(total(2, 3, 2), 6.5), "s": Accumulator(total(), 7)},
         num_samples=7,
@@ -68,7 +69,7 @@ FLOATS = st.floats(min_value=0, allow_nan=False, allow_infinity=False)  # subnor
 def test_load_is_bit_exact_for_any_names_and_values(tmp_path_factory, entries, weight):
     path = tmp_path_factory.getbasetemp() / "any.safetensors"
     sums = {name: Accumulator(torch.tensor(values, dtype=torch.float64), weight) for name, values in entries.items()}
-    F = DiagonalFisher.from_accumulators(sums, num_samples=3)
+    F = of_sums(sums, num_samples=3)
     F.save(path)
     assert_identical(F, load(path))
 
@@ -89,7 +90,7 @@ def test_tensors_are_readable_by_plain_safetensors_and_tied_ones_stored_once(tmp
 
 def test_views_of_one_buffer_are_saved(tmp_path):
     buffer = torch.arange(1, 16, dtype=torch.float64)
-    F = DiagonalFisher.from_accumulators({"a": Accumulator(buffer[:4], 1), "b": Accumulator(buffer[4:], 1)}, num_samples=1)
+    F = of_sums({"a": Accumulator(buffer[:4], 1), "b": Accumulator(buffer[4:], 1)}, num_samples=1)
     F.save(tmp_path / "run.safetensors")
     assert_identical(F, load(tmp_path / "run.safetensors"))
 

@@ -10,6 +10,7 @@ from torch import nn
 import fisherfast as ff
 from fisherfast.accumulator import RunningSum
 from fisherfast.fisher import checkpoint, interrupts
+from fisherfast.fisher.blocks import eigen_sums
 from fisherfast.fisher.blocks.block_sums import BatchSum
 from fisherfast.fisher.blocks.few_rows import FewRows
 from fisherfast.fisher.engine import Engine
@@ -23,7 +24,7 @@ ASKED = {
 
 
 class Sick(torch.autograd.Function):
-    """The identity, with a gradient that is NaN where asked."""
+    """The identity, with a gradient that is NaN where ``sick`` is true."""
 
     @staticmethod
     def forward(ctx, x, sick):
@@ -32,7 +33,7 @@ class Sick(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, g):
-        return g * float("nan") if ctx.sick else g, None
+        return g.masked_fill(torch.as_tensor(ctx.sick), float("nan")), None
 
 
 class Parts(nn.Module):
@@ -112,6 +113,100 @@ def test_squares_that_overflow_in_a_staged_batch_are_dropped(tmp_path):
     with pytest.raises(ff.NonFiniteError, match="gradients must be finite") as caught:
         ff.fisher(model, [(x, y), (large, y)], fisher_type="empirical", progress=False, checkpoint=tmp_path / "c")
     assert caught.value.fisher.trace() == pytest.approx(before.trace())
+
+
+class Last(nn.Module):
+    """A layer of which some output gradients are NaN where asked: those of the last sample, or of the last channel."""
+
+    def __init__(self, layer, sick):
+        super().__init__()
+        self.layer, self.sick, self.fails = layer, sick, False
+
+    def forward(self, x):
+        out = Sick.apply(self.layer(x), self.sick if self.fails else False)
+        return out if out.dim() == 2 else out.mean(2)
+
+
+SAMPLE, CHANNEL = torch.arange(6).view(6, 1) == 5, torch.arange(4).view(1, 4, 1) == 3
+
+
+@pytest.mark.parametrize("chunk", [1, 2**24], ids=["chunks", "whole"])
+@pytest.mark.parametrize(
+    ("asked", "layer", "shape", "sick"),
+    [
+        (ff.EKFAC, lambda: nn.Linear(5, 4), (5,), SAMPLE),
+        (ff.EKFAC, lambda: nn.Conv1d(4, 4, 3, groups=2), (4, 6), CHANNEL),
+        (ff.EKFAC, lambda: nn.Conv1d(4, 4, 3, groups=2), (4, 6), SAMPLE.unsqueeze(2)),
+        (ff.KFAC, lambda: nn.Conv1d(4, 4, 3, groups=2), (4, 6), CHANNEL),
+    ],
+    ids=["ekfac-samples", "ekfac-groups", "ekfac-images", "reduce-groups"],
+)
+def test_a_batch_that_is_added_in_several_parts_adds_none_if_one_is_not_finite(asked, layer, shape, sick, chunk, monkeypatch):
+    monkeypatch.setattr(eigen_sums, "_CHUNK_BYTES", chunk)
+    model, x, y = Last(layer(), sick), torch.randn(9, *shape), torch.arange(9) % 4
+    basis = measure(model, [(x, y)], "kfac") if asked is ff.EKFAC else None
+    request = (ff.KFAC(sharing="reduce") if basis is None else ff.EKFAC(basis=basis),)
+    before = measure(model, [(x[:3], y[:3])], request)
+
+    def batches():
+        yield x[:3], y[:3]
+        model.fails = True
+        yield x[3:], y[3:]
+
+    with pytest.raises(ff.NonFiniteError) as caught:
+        measure(model, batches(), request)
+    found = caught.value.fisher
+    of_gradients = [F.blocks[0].B if basis is None else F.blocks[0].values for F in (before, found)]
+    torch.testing.assert_close(*(sums.mean() for sums in of_gradients))
+
+
+class Unseen(torch.autograd.Function):
+    """``x * p``, which no rule covers and vmap cannot take: its sample gradients come one by one."""
+
+    @staticmethod
+    def forward(ctx, x, p, sick):
+        ctx.save_for_backward(x, p)
+        ctx.sick = sick
+        return x * p
+
+    @staticmethod
+    def backward(ctx, g):
+        x, p = ctx.saved_tensors
+        return g * p, (g * x).sum(0) * (float("nan") if ctx.sick else 1), None
+
+
+class Looped(nn.Module):
+    """Fails where asked when a sample comes alone whose inputs are all ``ILL``: with an error, or with a gradient that is NaN."""
+
+    ILL = 9.0
+
+    def __init__(self):
+        super().__init__()
+        self.p, self.head, self.fails = nn.Parameter(torch.rand(4)), nn.Linear(4, 3), None
+
+    def forward(self, x):
+        ill = len(x) == 1 and bool((x == self.ILL).all())
+        if ill and self.fails is OSError:
+            raise OSError("the sample is ill")
+        return self.head(Unseen.apply(x, self.p, ill and self.fails is ff.NonFiniteError))
+
+
+@pytest.mark.parametrize("weighted", [False, True], ids=["", "weighted"])
+@pytest.mark.parametrize("error", [OSError, ff.NonFiniteError])
+@pytest.mark.parametrize("asked", ["diagonal", "exact block", "diagonal of kfac"])
+def test_of_a_loop_that_is_broken_off_the_samples_that_came_count(asked, error, weighted):
+    model, x, y = Looped().double(), torch.randn(9, 4).double(), torch.arange(9) % 3
+    x[8] = Looped.ILL
+    weight = torch.arange(1.0, 10.0) if weighted else torch.ones(9)
+    squares = [
+        torch.autograd.grad(nn.functional.cross_entropy(model(x[n : n + 1]), y[n : n + 1]), model.p)[0] ** 2 for n in range(8)
+    ]
+    model.fails = error
+    data = [(x[some], y[some], *([weight[some]] if weighted else [])) for some in (slice(0, 3), slice(3, 9))]
+    with pytest.raises(error) as caught:
+        measure(model, data, ASKED[asked])
+    expected = weight[:8].double() @ torch.stack(squares) / weight[:8].sum()
+    torch.testing.assert_close(caught.value.fisher.diagonal(dtype=torch.float64)["p"], expected)
 
 
 @pytest.mark.parametrize("staged", [False, True])

@@ -418,7 +418,7 @@ def test_a_price_that_is_small_against_the_curvature_is_no_obstacle(beta, curvat
 def test_says_when_it_was_stopped_on_its_way():
     net, x = of_one_weight(1.0)
     options = {"beta": 1 / 512, "prior_scale": 1.0, "likelihood": "gaussian"}
-    with pytest.warns(ff.FisherWarning, match="sigma should have come to rest, is still moving .* pass more epochs, or smaller"):
+    with pytest.warns(ff.FisherWarning, match="sigma has not converged: it still moves .* pass more epochs, or smaller"):
         ff.variational_posterior(net, [(x, x)], **options)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -100,6 +100,31 @@ def test_a_staged_batch_that_does_not_complete_adds_nothing():
     assert all(torch.equal(a, b) for a, b in zip(before, everything(engine), strict=True))
 
 
+class Fails(MatMul):
+    """Adds, and then fails."""
+
+    def accumulate(self, acc, rows, scale, **outputs):
+        super().accumulate(acc, rows, scale, **outputs)
+        raise MemoryError
+
+
+def test_what_a_staged_batch_added_before_it_failed_is_not_in_the_next_one():
+    x, g = torch.randn(5, 3, 4).double(), torch.randn(5, 3, 7).double()
+    engine, once = (weighted_engine(WITH_MOMENTS, None, x, g, passes=2) for _ in range(2))
+    (tracked,) = Capture(nn.Linear(4, 7, bias=False).double()).tracked.values()
+    engine.begin(Samples(5, 2))
+    with pytest.raises(MemoryError):
+        engine.add(tracked, Fails(), Rows(x, g), 0.5, 0)
+    engine.settle(complete=False)
+    engine.begin(Samples(5, 2))
+    for number in range(2):
+        engine.add(tracked, MatMul(), Rows(x, g), 0.5, number)
+    assert engine.settle(complete=True) == []
+    for mine, other in ((engine.squares, once.squares), (engine.totals, once.totals)):
+        assert mine["weight"].weight == 10
+        assert close(mine["weight"].snapshot().mean(), other["weight"].snapshot().mean(), EXACT)
+
+
 @pytest.mark.parametrize("weight", [None, torch.tensor([1.0, 0.5, 2.0, 1.5])], ids=["", "weighted"])
 def test_a_copy_of_a_spread_goes_on_by_itself(weight):
     spread, t = Spread.zeros(("a", "b"), torch.device("cpu")), torch.rand(2, 4).double()

@@ -18,7 +18,8 @@ import triton.language as tl
 
 ROUNDS = 30
 SECONDS = 0.5  # about this long for one target
-AHEAD_CYCLES = 2_000_000  # about a millisecond, for which the device waits before each run
+AHEAD_CYCLES = 2_000_000  # about a millisecond, the least for which the device waits before each run
+CLOCK = 2e9  # cycles a second, about
 
 
 class Sizes(NamedTuple):
@@ -32,12 +33,12 @@ class Sizes(NamedTuple):
 SIZES = {"cuda": Sizes(4 * 2**30, 8192, 4096), "cpu": Sizes(2**20, 64, 2)}
 
 
-def _events(run: Callable[[], object], rounds: int, flush: torch.Tensor) -> list[float]:
+def _events(run: Callable[[], object], rounds: int, flush: torch.Tensor, ahead: int) -> list[float]:
     pairs = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(rounds)]
     for start, end in pairs:
         flush.amax()  # several times the L2, outside the timed region; read, since what is written would be written back inside it
         # Or the events would be of the host: an op takes it longer to launch than many take to run.
-        torch.cuda._sleep(AHEAD_CYCLES)
+        torch.cuda._sleep(ahead)
         start.record()
         run()
         end.record()
@@ -55,13 +56,16 @@ def _host(run: Callable[[], object], rounds: int) -> list[float]:
 
 
 def seconds(run: Callable[[], object], device: str) -> list[float]:
-    """The quartiles of the time of ``run``, which is called three times before anything is kept."""
+    """The quartiles of the time of ``run``, which is called six times before anything is kept."""
     if device == "cpu":
         return quantiles(_host(run, 3), n=4)
     l2 = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
     flush = torch.zeros(l2, dtype=torch.int32, device="cuda")  # four times its bytes
-    probe = median(_events(run, 3, flush))
-    return quantiles(_events(run, max(5, min(ROUNDS, int(SECONDS / probe))), flush), n=4)
+    run()  # what is compiled or allocated once
+    torch.cuda.synchronize()
+    ahead = max(AHEAD_CYCLES, int(1.5 * CLOCK * min(_host(run, 2))))  # of a route of many launches, what it takes to launch them
+    probe = median(_events(run, 3, flush, ahead))
+    return quantiles(_events(run, max(5, min(ROUNDS, int(SECONDS / probe))), flush, ahead), n=4)
 
 
 @contextmanager

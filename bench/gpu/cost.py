@@ -134,7 +134,7 @@ def meant(op: str, mode: str, shape: dict[str, int], by: str) -> float | None:
 def passes(error: float, plain: float, mode: str = "fp32") -> bool:
     """The gate of the whole project; where TF32 is asked for, what its operands lose passes, too.
 
-    Plain torch multiplies values of 16 bits with the units that we do: ``problems.product``.
+    Plain torch multiplies values of 16 bits with the units that we do: ``gate.product``.
     """
     return gate.passes(error, plain) or (mode == "tf32" and error <= TF32_ERROR)
 

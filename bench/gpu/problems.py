@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+from gate import product
 from gpu import cost
 from torch import Tensor
 from torch.nn import functional
@@ -119,19 +120,6 @@ def squared(acc: Tensor, gradient: Tensor) -> None:
     """Add a sample gradient's squares, formed in the accumulator's dtype."""
     gradient = gradient.to(acc.dtype)
     acc.addcmul_(gradient, gradient)
-
-
-def product(a: Tensor, b: Tensor) -> Tensor:
-    """``a b``, of 16-bit matrices or batches of them in float32.
-
-    On CUDA torch multiplies those on tensor cores, which truncate the float32 sum with every 16 rows: an error that grows with the rows
-    and that no kernel on tensor cores avoids. A gate set by multiply-adds, which round to nearest, would reject all of them.
-    """
-    if a.dtype.itemsize > 2:
-        return a @ b
-    if not a.is_cuda:
-        return a.float() @ b.float()
-    return (torch.mm if a.dim() == 2 else torch.bmm)(a, b, out_dtype=torch.float32)
 
 
 def per_sample(acc: Tensor, x: Tensor, g: Tensor) -> Tensor:

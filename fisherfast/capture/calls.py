@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fisherfast._nested import tensors
 from fisherfast.capture.chosen_rows import Chosen
-from fisherfast.capture.tracked import Tracked, Unbatched
+from fisherfast.capture.tracked import Tracked, Ways
 from fisherfast.rules import Form, Rows, Window
 
 Key = tuple[str, Window | None, int, int]  # parameter, part of it, number among the uses of that part, and how many they are
@@ -47,7 +47,7 @@ class ForwardSettings:
     followed_sites: dict[
         Site, str
     ]  # calls that no sample enters and whose results are followed like parameters; and why they are
-    ways: dict[str, tuple[bool, bool, Unbatched | None]]  # of each parameter; see ``Tracked.ways``
+    ways: dict[str, Ways]  # of each parameter
 
 
 @dataclass

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -18,15 +19,26 @@ from fisherfast.rules import Form, Rows, Window
 class Samples:
     """What there is to know of a batch before its backward passes.
 
-    ``weight`` ``[N]`` float32 or None; ``padded``: many positions have no gradient; ``exists``, each ``[N, L]``: which positions of
-    a sequence there are, of the inputs and of the output, where that is said.
+    ``weight`` ``[N]`` float32 or None; ``exists``, each ``[N, L]``: which positions of a sequence there are, of the inputs and of the
+    output, where that is said; ``mask`` ``[N, L]`` bool: the one of the inputs alone; ``sparse``: many positions have no gradient.
     """
 
     N: int
     passes: int = 1
     weight: Tensor | None = None
-    padded: bool = False
     exists: tuple[Tensor, ...] = ()
+    mask: Tensor | None = None
+    sparse: bool = False
+
+    @cached_property
+    def padding(self) -> bool:
+        """Whether some positions do not exist."""
+        return not all(bool(positions.all()) for positions in self.exists)
+
+    @cached_property
+    def alike(self) -> bool:
+        """Whether all samples have one weight."""
+        return self.weight is None or bool((self.weight == self.weight[0]).all())
 
     def total_weight(self) -> Tensor | float:
         """Of all samples; where there are weights on their device, so that nothing waits for it."""
@@ -41,20 +53,23 @@ class Samples:
 class Cost:
     """What taking the rows of one pass costs: FLOPs (exact for products of matrices, rough for the rest) and bytes beside the sums.
 
-    ``kept``: bytes that stay until the end of the run, and grow with every batch. ``scratch``: bytes that are needed meanwhile.
+    ``once``: FLOPs of a batch's first pass alone, of what all its passes share. ``kept``: bytes that stay until the end of the run, and
+    grow with every batch. ``scratch``: bytes that are needed meanwhile.
     """
 
     flops: int = 0
+    once: int = 0
     kept: int = 0
     scratch: int = 0
 
     def __add__(self, other: Cost) -> Cost:
         """The cost of both, one after the other."""
-        return Cost(self.flops + other.flops, self.kept + other.kept, max(self.scratch, other.scratch))
+        once, kept = self.once + other.once, self.kept + other.kept
+        return Cost(self.flops + other.flops, once, kept, max(self.scratch, other.scratch))
 
-    def times(self, count: int) -> Cost:
-        """The cost of ``count`` such passes, one after the other."""
-        return Cost(count * self.flops, count * self.kept, self.scratch if count else 0)
+    def of_batch(self, passes: int) -> Cost:
+        """The cost of a batch's passes, one after the other."""
+        return Cost(passes * self.flops + self.once, kept=passes * self.kept, scratch=self.scratch)
 
 
 @dataclass(frozen=True)
@@ -126,5 +141,5 @@ class Collector(Receiver, Protocol):
     def holds(self, passes: int) -> list[Held]:
         """What batches of so many backward passes take, once the model is explored."""
 
-    def cost(self, tracked: Tracked, form: Form, rows: Rows, number: int) -> Cost:
+    def cost(self, tracked: Tracked, form: Form, rows: Rows) -> Cost:
         """What ``add`` of these rows takes, told by their shapes alone."""

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fisherfast.capture.calls import CallUse, Key
 from fisherfast.capture.capture import Capture
+from fisherfast.capture.collector import Samples
 from fisherfast.capture.layout import PROBED, UNKNOWN, Finding, Gathered, Kind, Layout, completed
 from fisherfast.rules import Rows
 
@@ -25,12 +26,11 @@ class Locator:
     not show it, so in batches 2, 4, 8, ... all rows are looked at.
     """
 
-    def __init__(self, capture: Capture) -> None:
-        self._capture = capture
+    def __init__(self, capture: Capture, averages: bool) -> None:
+        self._capture, self._averages = capture, averages  # whether anybody averages a sample's rows
         self.batches = 0  # so far, this one included
-        self._mask: Tensor | None = None  # [N, L]: which positions exist
-        self._padding = False  # whether some positions do not exist
-        self._every = True  # whether every row counts as an input, whosever it is: there is no padding, and samples weigh alike
+        self._samples = Samples(0)  # of this batch
+        self.every = True  # whether a row that has no gradient may be counted as any sample's input
         self.scattered: set[Key] = set()  # uses whose rows lie as the data has it (experts): tagged in every batch
         # Of the batches the last in which all rows were looked at, of layouts that are flat or not; and the one before it.
         self._looked = self._before = {True: 0, False: 0}
@@ -39,17 +39,13 @@ class Locator:
         """Keep the layouts that a probe found."""
         self._capture.layouts.update((key, found.layout) for key, found in findings.items() if found.layout is not None)
 
-    def begin(
-        self, uses: Iterable[CallUse], N: int, padding: bool, alike: bool, mask: Tensor | None = None
-    ) -> tuple[set[Key], set[Key]]:
+    def begin(self, uses: Iterable[CallUse], samples: Samples) -> tuple[set[Key], set[Key]]:
         """Start a batch. Returns ``(unlocated, again)``: the uses without a known layout, and those whose known layout is to be checked in
         this batch.
-
-        ``padding``: some positions do not exist. ``alike``: all samples have one weight, and nobody averages a sample's rows, so that
-        without padding a row that has no gradient may be counted as any sample's input. ``mask`` ``[N, L]``: which positions exist.
         """
         self.batches += 1
-        self._padding, self._every, self._mask = padding, alike and not padding, mask
+        self._samples, N = samples, samples.N
+        self.every = samples.alike and not self._averages and not samples.padding
         if N == 1:
             return set(), set()
         uses = list(uses)
@@ -121,20 +117,20 @@ class Locator:
             return self._laid_out(layout, rows, N, use.form.features)
         if use.key not in self.scattered and before is not None:
             self._distrust(use, before)
-        if before is None and finding.possible and not (use.gathered and self._padding):
+        if before is None and finding.possible and not (use.gathered and self._samples.padding):
             # Too few rows have a gradient to tell.
             return self._laid_out(self._likely(finding.possible), rows, N, use.form.features)
         self.scattered.add(use.key)
-        numbers = finding.numbers if self._padding else completed(finding.numbers, N)
+        numbers = finding.numbers if self._samples.padding else completed(finding.numbers, N)
         return self._packed(use, rows, numbers, N)
 
     def _may_be_padding(self, use: CallUse, alive: Tensor) -> bool:
         """Whether some of these rows ``[N, T]``, chosen by the data, may be padding: they have no gradient, and are not the positions
         that the mask is of, some of which it leaves out although they have one.
         """
-        if not self._padding or not use.gathered or bool(alive.all()):
+        if not self._samples.padding or not use.gathered or bool(alive.all()):
             return False
-        mask = self._mask
+        mask = self._samples.mask
         return mask is None or mask.shape != alive.shape or bool((alive & ~mask).any())
 
     def _likely(self, possible: Sequence[Layout]) -> Layout:
@@ -149,12 +145,12 @@ class Locator:
         other uses have. None if they fit none, or may be padding that no mask describes: then they are left out.
         """
         nobodys = torch.full(rows.g.shape[: rows.g.dim() - use.form.features], UNKNOWN, device=rows.g.device)
-        if self._every:
+        if self.every:
             return self._packed(use, rows, nobodys, N)
         possible = Finding.of(nobodys, N, self._capture.offsets).possible
         return (
             None
-            if (use.gathered and self._padding) or not possible
+            if (use.gathered and self._samples.padding) or not possible
             else self._laid_out(self._likely(possible), rows, N, use.form.features)
         )
 
@@ -164,7 +160,7 @@ class Locator:
 
         ``numbers``: the sample of each row, ``UNKNOWN`` for padding, where that was found for all passes together.
         """
-        if not self._padding or not use.gathered:
+        if not self._samples.padding or not use.gathered:
             return self.samples_first(use, rows, 1)
         if numbers is None:
             features = use.form.features
@@ -175,7 +171,7 @@ class Locator:
         return self._packed(use, rows, numbers, 1)
 
     def _packed(self, use: CallUse, rows: Rows, numbers: Tensor, N: int) -> Rows:
-        gathered = Gathered(numbers, N, self._every)
+        gathered = Gathered(numbers, N, self.every)
         return rows.each(lambda t: gathered.packed(t, use.form.features), gathered.offsets)
 
     def _distrust(self, use: CallUse, before: Layout) -> None:

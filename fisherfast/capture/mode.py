@@ -122,7 +122,7 @@ class Mode(TorchFunctionMode):
         site = self._site(func, given, uses)
         if site in self.settings.followed_sites:
             return self._uncovered(func, args, kwargs, [alias for _, alias in uses], self.settings.followed_sites[site])
-        stand_ins = {id(alias.tensor): alias.stand_in(alias.tracked.differentiated) for _, alias in uses}
+        stand_ins = {id(alias.tensor): alias.stand_in(alias.tracked.ways.differentiated) for _, alias in uses}
         args, kwargs = replaced(args, stand_ins), replaced(kwargs, stand_ins)
         out = func(*args, **kwargs)
         chosen = self._chosen.of(given)
@@ -197,7 +197,7 @@ class Mode(TorchFunctionMode):
     def _make(self, func: Any, outputs: list[Tensor], found: list[Alias], reason: str) -> None:
         """Follow what a call has made of parameters alone as parameters."""
         sources = tuple({t.name: t for r in found for t in r.tracked.sources}.values())
-        lost = not all(t.caught for t in sources) or any(out.layout is not torch.strided or out.is_nested for out in outputs)
+        lost = not all(t.ways.caught for t in sources) or any(out.layout is not torch.strided or out.is_nested for out in outputs)
         for source in sources:
             source.give_up(reason) if lost else source.chain(reason)
         for out in outputs:
@@ -206,13 +206,13 @@ class Mode(TorchFunctionMode):
                 self._aliases.add(Alias(out, made, version=out._version))
 
     def _with_tap(self, out: Tensor, uses: list[tuple[Use, Alias]], chosen: Chosen, given: Any, site: Site | None) -> Tensor:
-        caught = [(use, alias) for use, alias in uses if alias.tracked.caught]
+        caught = [(use, alias) for use, alias in uses if alias.tracked.ways.caught]
         if not caught:
             return out
         if self.input_shapes is not None:
             self.input_shapes.note()
         self.halves |= out.dtype == torch.float16
-        bare = next((alias.tracked.expanding for _, alias in caught if alias.tracked.expanding), None)
+        bare = next((alias.tracked.ways.expanding for _, alias in caught if alias.tracked.ways.expanding), None)
         if self.settings.num_samples is not None and bare is not None:
             self.doubtful |= bare.doubts(out.shape, self.settings.num_samples)
             out = out.expand(bare.with_samples(self.settings.num_samples, out.shape))
@@ -226,7 +226,7 @@ class Mode(TorchFunctionMode):
                 if self.settings.exploring
                 else ()
             )
-            differentiated = alias.tracked.differentiated
+            differentiated = alias.tracked.ways.differentiated
             call.uses.append(CallUse(alias.tracked, form, saved_at, numbers, chosen=chosen, differentiated=differentiated))
         saved = [tensor.detach() if tensor in self._aliases else tensor for tensor in saved]
         base = Tap.apply(writable(out, given), self.anchor, call, *saved)

@@ -8,29 +8,29 @@ likelihoods or of what a collector computes.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain, combinations
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from fisherfast._precision import wide_dtype
 from fisherfast.capture.backward import Backward, Pass
 from fisherfast.capture.calls import Call, CallUse, Key
 from fisherfast.capture.capture import Capture
-from fisherfast.capture.collector import Receiver
+from fisherfast.capture.chained import Used, hand_over_chained
+from fisherfast.capture.collector import Receiver, Samples
 from fisherfast.capture.folded import Folded, one_position
 from fisherfast.capture.layout import Sightings
 from fisherfast.capture.locator import Locator
 from fisherfast.capture.tagging import Tagging
 from fisherfast.capture.tracked import Tracked
+from fisherfast.capture.underflow import Underflow
 from fisherfast.capture.uses import Uses
 from fisherfast.rules import Form, Rows, Window, combines, joined
 
 Group = tuple[str, Window | None]  # a parameter, or a part of it
-_MOST_CHAINED, _CHAINED_BYTES = 16, 2**26  # samples, and bytes of their gradients, at a time
 
 
 @dataclass
@@ -38,18 +38,13 @@ class _Batch:
     """What the passes through one graph share."""
 
     root: Tensor
+    N: int
     groups: dict[Group, list[CallUse]]
     unlocated: set[Key]
     again: set[Key]  # uses whose layout is known, to be looked at once more
     owners: dict[Key, Tensor]  # whose each row is, in any pass
     folds: bool  # whether passes over one position may be added up
     folded: dict[int, Folded | None] = field(default_factory=dict)  # by the call's index; None: one that cannot be
-    chained: list[tuple[Tracked, Form, Rows]] = field(default_factory=list)  # uses of one pass whose sample gradients are summed
-
-    @property
-    def N(self) -> int:
-        """Samples."""
-        return self.root.shape[0]
 
 
 class Passes:
@@ -57,17 +52,17 @@ class Passes:
 
     def __init__(self, capture: Capture, collectors: Sequence[Receiver]) -> None:
         self.capture, self.collectors = capture, collectors
-        self._averages = any(collector.averages for collector in collectors)
         self._separate = any(collector.separate for collector in collectors)
         self._combine: set[tuple[Any, ...]] = set()  # the ways in which a parameter was used several times that combine
-        self.locator, self.backward = Locator(capture), Backward(capture)
+        averages = any(collector.averages for collector in collectors)
+        self.locator, self.backward = Locator(capture, averages), Backward(capture)
         self.tagging = Tagging(capture, self.backward, self.locator)
-        self._underflow: dict[str, tuple[int | Tensor, int]] = {}  # of each parameter: subnormal float16 gradients, and all
+        self._underflow = Underflow()
 
     @property
     def underflow(self) -> dict[str, list[int]]:
-        """``{parameter name: [float16 gradients that are subnormal, all of them]}``."""
-        return {name: [int(small), every] for name, (small, every) in self._underflow.items()}
+        """See ``Underflow.counts``."""
+        return self._underflow.counts()
 
     def route_mixed_forms(self, uses: Uses) -> None:
         """Of parameters that are used in forms which do not combine, sum the sample gradients over the uses."""
@@ -89,17 +84,16 @@ class Passes:
         self,
         uses: Uses,
         passes: Iterable[Pass],
-        count: int,
+        samples: Samples,
+        *,
         keep: bool = False,
-        padding: bool = False,
-        alike: bool = True,
-        mask: Tensor | None = None,
         support: Callable[[], Pass] | None = None,
     ) -> None:
-        """Back-propagate ``count`` passes and hand each parameter's rows, all its uses joined, to the collectors.
+        """Back-propagate the passes of a batch, as many as ``samples`` says, and hand each parameter's rows, all its uses joined, to the
+        collectors.
 
-        ``padding``, ``alike``, ``mask``: see ``Locator.begin``. ``support``: makes a pass that gives a gradient to every row that any of several passes gives
-        one; rows chosen by the data are those, in each of them.
+        ``support``: makes a pass that gives a gradient to every row that any of several passes gives one; rows chosen by the data are
+        those, in each of them.
         """
         root = uses.root
         self.route_mixed_forms(uses)
@@ -114,145 +108,26 @@ class Passes:
             if tracked.fallback is None:
                 for collector in self.collectors:
                     collector.expect(tracked, windows[name])
-        N, alike = root.shape[0], alike and not self._averages
-        unlocated, again = self.locator.begin(chain.from_iterable(groups.values()), N, padding, alike, mask)
+        N, count = samples.N, samples.passes
+        unlocated, again = self.locator.begin(chain.from_iterable(groups.values()), samples)
         owners: dict[Key, Tensor] = {}
         if support is not None and count > 1:
             chosen = {use.key for uses in groups.values() for use in uses if N == 1 and use.gathered}
-            shared = unlocated | (again | chosen if padding or not alike else set())
+            shared = unlocated | (set() if self.locator.every else again | chosen)
             owners = self.tagging.owners(root, support(), shared) if shared else {}
             again -= owners.keys()
-        batch = _Batch(root, groups, unlocated, again, owners, count > 1 and not self._separate)
+        batch = _Batch(root, N, groups, unlocated, again, owners, count > 1 and not self._separate)
         for number, one in enumerate(passes):
-            self._run_one(batch, one, number, keep or number + 1 < count)
+            _OnePass(self, self._underflow, batch, one, number).run(keep or number + 1 < count)
         with self.capture.aside():
             for folded in filter(None, batch.folded.values()):
                 for use, rows in folded.rows():
-                    self._hand_over(use.tracked, use.form, use.form.oriented(self.locator.samples_first(use, rows, N)), 1.0, 0)
+                    self.hand_over(use.tracked, use.form, use.form.oriented(self.locator.samples_first(use, rows, N)), 1.0, 0)
 
-    def _run_one(self, batch: _Batch, one: Pass, number: int, keep: bool) -> None:
-        visited: defaultdict[Group, int] = defaultdict(int)
-        waiting: defaultdict[Group, list[tuple[Form, Rows]]] = defaultdict(list)
-        held: defaultdict[Group, list[tuple[CallUse, Rows]]] = defaultdict(list)  # of uses that nothing is known of yet
-        again = self.tagging.doubtful(batch.root, one, batch.again) if number == 0 else set()
-        tagged = ((batch.unlocated & self.locator.scattered) | again) - batch.owners.keys()
-        sightings = self.tagging.sightings(batch.root, one, tagged) if tagged else {}
-
-        def listen(call: Call, g: Tensor | None, saved: tuple[Tensor, ...]) -> None:
-            folded = g is not None and batch.folds and self._fold(batch, one, call, g, saved, sightings)
-            for use in call.uses:
-                group = use.key[:2]
-                if group not in batch.groups:
-                    continue
-                visited[group] += 1
-                if g is not None:
-                    self._count_underflow(use, g)
-                    if folded:
-                        continue
-                    rows = use.rows(one.unscaled(g), saved)
-                    located = self._located(batch, use, rows, sightings)
-                    if located is None and bool((g != 0).any()):
-                        held[group].append((use, rows))
-                        continue
-                    if located is None:
-                        located = self.locator.without_gradient(use, rows, batch.N)
-                    if located is not None:
-                        waiting[group].append((use.form, located))
-                if visited[group] == len(batch.groups[group]) and group not in held:
-                    self._joined(batch, group, waiting.pop(group, []), one.scale, number)
-
-        self.backward.run(batch.root, one.cotangent, listen, keep or bool(batch.unlocated))
-        if held:
-            sightings = self.tagging.sightings(batch.root, one, {use.key for uses in held.values() for use, _ in uses})
-        with self.capture.aside():
-            for group, uses in held.items():
-                rows = [(use.form, self._gathered(batch.N, use, r, sightings)) for use, r in uses]
-                self._joined(batch, group, waiting[group] + rows, one.scale, number)
-        batch.unlocated |= batch.again & self.locator.scattered
-        for group, expected in batch.groups.items():
-            if visited[group] != len(expected):
-                raise RuntimeError(
-                    f"{group[0]}: its {len(expected)} uses must each be visited once by the backward pass, got {visited[group]} "
-                    "visits; part of the graph was cut or replaced after the forward pass. Nothing of this batch is trusted"
-                )
-        self._hand_over_chained(batch, one, number)
-
-    def _located(self, batch: _Batch, use: CallUse, rows: Rows, sightings: Mapping[Key, Sightings]) -> Rows | None:
-        """Rows in the order of samples, by what is known of their use; None if nothing is known yet."""
-        if batch.N == 1:
-            return self.locator.alone(use, rows, batch.owners.get(use.key))
-        if use.key in batch.owners:
-            return self.locator.gathered(use, rows, batch.N, batch.owners[use.key])
-        if use.key in sightings:
-            return self._gathered(batch.N, use, rows, sightings)
-        return None if use.key in batch.unlocated else self.locator.samples_first(use, rows, batch.N)
-
-    def _gathered(self, N: int, use: CallUse, rows: Rows, sightings: Mapping[Key, Sightings]) -> Rows:
-        return self.locator.gathered(use, rows, N, sightings[use.key].numbers(rows.g, use.form.features))
-
-    def _fold(self, batch: _Batch, one: Pass, call: Call, g: Tensor, saved: tuple[Tensor, ...], tagged: Container[Key]) -> bool:
-        """Add a pass to a call's others; False where they cannot be added up, or its rows are being looked at."""
-        if any(use.key in tagged or use.key in batch.owners for use in call.uses):
-            return False
-        if call.index not in batch.folded:
-            batch.folded[call.index] = Folded(call, saved) if self._can_fold(batch, call, g, saved) else None
-        folded = batch.folded[call.index]
-        if folded is not None:
-            folded.add(one.unscaled(g), one.scale)
-        return folded is not None
-
-    def _can_fold(self, batch: _Batch, call: Call, g: Tensor, saved: tuple[Tensor, ...]) -> bool:
-        """Whether samples have one position each, and each parameter no other use."""
-        alone = all(
-            use.key not in batch.unlocated and len(batch.groups.get(use.key[:2], ())) == 1 and not use.tracked.in_chain
-            for use in call.uses
-        )
-        return alone and all(one_position(self.locator.samples_first(use, use.rows(g, saved), batch.N)) for use in call.uses)
-
-    def _joined(self, batch: _Batch, group: Group, uses: list[tuple[Form, Rows]], scale: float, number: int) -> None:
-        """One part of a parameter, all its uses heard: hand it over."""
-        tracked = batch.groups[group][0].tracked
-        if tracked.in_chain:
-            batch.chained += [(tracked, form, form.oriented(rows)) for form, rows in uses]
-        elif not uses:
-            for collector in self.collectors:
-                collector.touch(tracked, group[1])
-        else:
-            form, rows = joined([(form, form.oriented(rows)) for form, rows in uses])
-            self._hand_over(tracked, form, rows, scale, number)
-
-    def _hand_over(self, tracked: Tracked, form: Form, rows: Rows, scale: float, number: int) -> None:
+    def hand_over(self, tracked: Tracked, form: Form, rows: Rows, scale: float, number: int) -> None:
+        """Rows of one part of a parameter, samples first, to the collectors."""
         for collector in self.collectors:
             collector.add(tracked, form, rows, scale, number)
-
-    def _hand_over_chained(self, batch: _Batch, one: Pass, number: int) -> None:
-        """The sample gradients that are sums over the uses of a parameter and of what is made of it, some samples at a time."""
-        tracked = [t for t in self.capture.tracked.values() if t.chained]
-        if not tracked:
-            return
-        largest = max((made.parameter.nbytes for made, _, _ in batch.chained), default=1)
-        step = max(1, min(_MOST_CHAINED, _CHAINED_BYTES // largest))
-        for first in range(0, batch.N, step):
-            last = min(first + step, batch.N)
-            sums = {t.name: _zeros(last - first, t.detached) for t in tracked}
-            for made, form, rows in batch.chained:
-                with self.capture.aside():
-                    gradients = form.gradients(rows.samples(first, last), made.parameter.shape) * one.loss_scale
-                    gradients = gradients.to(made.parameter.dtype)
-                for n, gradient in enumerate(gradients):
-                    for source, pulled in zip(made.sources, made.pull_back(gradient), strict=True):
-                        if source.name in sums:
-                            sums[source.name][n] += one.unscaled(pulled)
-            for which in tracked:
-                self.hand_over_gradients(which, sums[which.name], first, one.scale, number)
-        batch.chained.clear()
-
-    def _count_underflow(self, use: CallUse, g: Tensor) -> None:
-        if g.dtype == torch.float16:
-            small = ((g != 0) & (g.abs() < torch.finfo(g.dtype).tiny)).sum()
-            for source in use.tracked.sources:
-                found, every = self._underflow.get(source.name, (0, 0))
-                self._underflow[source.name] = found + small, every + g.numel()  # on the device: nothing waits for it
 
     def loop(self, root: Tensor, tracked: list[Tracked], n: int, passes: Iterable[Pass]) -> None:
         """Hand sample n's gradients by autograd itself to the collectors: the loop's share. Keeps the graph."""
@@ -267,8 +142,121 @@ class Passes:
                 collector.add_gradients(tracked, gradients, first, scale, number)
 
 
-def _zeros(n: int, like: Tensor) -> Tensor:
-    return torch.zeros((n, *like.shape), dtype=wide_dtype(like.dtype), device=like.device)
+class _OnePass:
+    """One backward pass that counts: of each part of a parameter the rows, until its last use is heard and they are handed over."""
+
+    def __init__(self, passes: Passes, underflow: Underflow, batch: _Batch, one: Pass, number: int) -> None:
+        self._passes, self._locator, self._underflow = passes, passes.locator, underflow
+        self._batch, self._groups, self._one, self._number = batch, batch.groups, one, number
+        self._visited: defaultdict[Group, int] = defaultdict(int)
+        self._waiting: defaultdict[Group, list[tuple[Form, Rows]]] = defaultdict(list)
+        self._unknown: defaultdict[Group, list[tuple[CallUse, Rows]]] = defaultdict(list)  # of uses that nothing is known of yet
+        self._chained: list[Used] = []
+        self._sightings: Mapping[Key, Sightings] = {}
+
+    def run(self, keep: bool) -> None:
+        """Back-propagate it; ``keep``: further passes follow."""
+        batch, passes, one = self._batch, self._passes, self._one
+        again = passes.tagging.doubtful(batch.root, one, batch.again) if self._number == 0 else set()
+        tagged = ((batch.unlocated & self._locator.scattered) | again) - batch.owners.keys()
+        if tagged:
+            self._sightings = passes.tagging.sightings(batch.root, one, tagged)
+        passes.backward.run(batch.root, one.cotangent, self._hear, keep or bool(batch.unlocated))
+        if self._unknown:
+            self._locate_unknown()
+        batch.unlocated |= batch.again & self._locator.scattered
+        self._check_all_visited()
+        take = partial(passes.hand_over_gradients, scale=one.scale, number=self._number)
+        hand_over_chained(passes.capture, self._chained, batch.N, one, take)
+
+    def _hear(self, call: Call, g: Tensor | None, saved: tuple[Tensor, ...]) -> None:
+        folded = g is not None and self._batch.folds and self._fold(call, g, saved)
+        for use in call.uses:
+            group = use.key[:2]
+            if group not in self._groups:
+                continue
+            self._visited[group] += 1
+            if g is not None:
+                self._underflow.add(use.tracked, g)
+                if folded:
+                    continue
+                self._take(group, use, g, saved)
+            if self._visited[group] == len(self._groups[group]) and group not in self._unknown:
+                self._join(group, self._waiting.pop(group, []))
+
+    def _take(self, group: Group, use: CallUse, g: Tensor, saved: tuple[Tensor, ...]) -> None:
+        """Have a use's rows wait for the others, in the order of samples by what is known of it, or among the unknown."""
+        batch, key, rows = self._batch, use.key, use.rows(self._one.unscaled(g), saved)
+        located: Rows | None
+        if batch.N == 1:
+            located = self._locator.alone(use, rows, batch.owners.get(key))
+        elif key in batch.owners:
+            located = self._locator.gathered(use, rows, batch.N, batch.owners[key])
+        elif key in self._sightings:
+            located = self._tagged(use, rows)
+        elif key not in batch.unlocated:
+            located = self._locator.samples_first(use, rows, batch.N)
+        elif not bool((g != 0).any()):
+            located = self._locator.without_gradient(use, rows, batch.N)
+        else:
+            self._unknown[group].append((use, rows))
+            return
+        if located is not None:
+            self._waiting[group].append((use.form, located))
+
+    def _tagged(self, use: CallUse, rows: Rows) -> Rows:
+        """Rows in the order of samples, by what tags showed."""
+        return self._locator.gathered(use, rows, self._batch.N, self._sightings[use.key].numbers(rows.g, use.form.features))
+
+    def _join(self, group: Group, uses: list[tuple[Form, Rows]]) -> None:
+        """One part of a parameter, all its uses heard: hand it over, or leave it to the chain rule."""
+        tracked = self._groups[group][0].tracked
+        if tracked.in_chain:
+            self._chained += [(tracked, form, form.oriented(rows)) for form, rows in uses]
+        elif not uses:
+            for collector in self._passes.collectors:
+                collector.touch(tracked, group[1])
+        else:
+            form, rows = joined([(form, form.oriented(rows)) for form, rows in uses])
+            self._passes.hand_over(tracked, form, rows, self._one.scale, self._number)
+
+    def _fold(self, call: Call, g: Tensor, saved: tuple[Tensor, ...]) -> bool:
+        """Add the pass to a call's others; False where they cannot be added up, or its rows are being looked at."""
+        batch = self._batch
+        if any(use.key in self._sightings or use.key in batch.owners for use in call.uses):
+            return False
+        if call.index not in batch.folded:
+            batch.folded[call.index] = Folded(call, saved) if self._can_fold(call, g, saved) else None
+        folded = batch.folded[call.index]
+        if folded is not None:
+            folded.add(self._one.unscaled(g), self._one.scale)
+        return folded is not None
+
+    def _can_fold(self, call: Call, g: Tensor, saved: tuple[Tensor, ...]) -> bool:
+        """Whether samples have one position each, and each parameter no other use."""
+        batch = self._batch
+        alone = all(
+            use.key not in batch.unlocated and len(self._groups.get(use.key[:2], ())) == 1 and not use.tracked.in_chain
+            for use in call.uses
+        )
+        return alone and all(one_position(self._locator.samples_first(use, use.rows(g, saved), batch.N)) for use in call.uses)
+
+    def _locate_unknown(self) -> None:
+        """Tag the uses that nothing was known of, and hand their rows over."""
+        keys = {use.key for uses in self._unknown.values() for use, _ in uses}
+        self._sightings = self._passes.tagging.sightings(self._batch.root, self._one, keys)
+        with self._passes.capture.aside():
+            for group, uses in self._unknown.items():
+                located = [(use.form, self._tagged(use, rows)) for use, rows in uses]
+                self._join(group, self._waiting[group] + located)
+
+    def _check_all_visited(self) -> None:
+        for group, expected in self._groups.items():
+            if self._visited[group] != len(expected):
+                raise RuntimeError(
+                    f"{group[0]}: its {len(expected)} uses must each be visited once by the backward pass, got {self._visited[group]} "
+                    "visits; part of the graph was cut or replaced after the forward pass. Nothing of this batch is trusted"
+                )
 
 
 def _conflict(uses: list[CallUse]) -> str | None:

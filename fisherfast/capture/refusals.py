@@ -164,7 +164,7 @@ class RandomDraws:
             self._warned = True
             warn(
                 f"model: should draw no random numbers in its forward pass, got {what}; the result is of what was drawn this time, "
-                "and another run has another"
+                "and will differ in another run"
             )
 
 

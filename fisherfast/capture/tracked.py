@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,6 +35,14 @@ class Unbatched:
         return len(shape) == self.axes and not self.has_place and shape[:1] == (N,) and N > 1
 
 
+class Ways(NamedTuple):
+    """How the uses of a parameter are treated in one forward pass."""
+
+    caught: bool
+    differentiated: bool  # whether autograd's own path to it stays open beside the taps
+    expanding: Unbatched | None  # the uses that are given a sample axis
+
+
 class Tracked:
     """A parameter that asks for a gradient, its stand-ins, and how it is covered.
 
@@ -50,8 +58,7 @@ class Tracked:
         # Whether all its uses are caught nonetheless: sample gradients are sums over them, by the chain rule.
         self.chained = False
         self.expand: Unbatched | None = None  # give it a sample axis where it is used without one
-        self.expanding: Unbatched | None = None
-        self.caught, self.differentiated = True, False  # these three as in force in this forward pass
+        self.ways = Ways(caught=True, differentiated=False, expanding=None)  # in force in this forward pass
 
     @property
     def sources(self) -> tuple[Tracked, ...]:
@@ -81,17 +88,7 @@ class Tracked:
     def begin(self, exploring: bool) -> None:
         """Bring into force, for a forward pass, what was decided since the last one."""
         self.follow()
-        self.caught, self.expanding = not self.looped, self.expand
-        self.differentiated = exploring or self.expand is not None or not self.caught
-
-    @property
-    def ways(self) -> tuple[bool, bool, Unbatched | None]:
-        """``(caught, differentiated, expanding)`` as in force in this forward pass; assigned to restore those of an earlier one."""
-        return self.caught, self.differentiated, self.expanding
-
-    @ways.setter
-    def ways(self, ways: tuple[bool, bool, Unbatched | None]) -> None:
-        self.caught, self.differentiated, self.expanding = ways
+        self.ways = Ways(not self.looped, exploring or self.expand is not None or self.looped, self.expand)
 
     def follow(self) -> None:
         """Have the stand-ins share the parameter's memory, also where somebody gave it another (``parameter.data = ...``)."""
@@ -123,10 +120,9 @@ class Derived(Tracked):
         self.parameter, self._sources, self._structure = tensor, sources, structure
         self.reason = sources[0].fallback or ""  # why these are in the chain
         self.outer, self.detached = tensor, tensor.detach()
-        self.leaf = Boundary.apply(tensor) if any(t.differentiated for t in sources) else tensor
+        self.ways = Ways(all(t.ways.caught for t in sources), any(t.ways.differentiated for t in sources), expanding=None)
+        self.leaf = Boundary.apply(tensor) if self.ways.differentiated else tensor
         self.fallback, self.chained, self.expand = "made of parameters", False, None
-        self.caught, self.expanding = all(t.caught for t in sources), None
-        self.differentiated = any(t.differentiated for t in sources)
 
     @property
     def sources(self) -> tuple[Tracked, ...]:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
@@ -19,26 +18,13 @@ from fisherfast.capture.parameters import unwrapped
 from fisherfast.capture.refusals import refuse_train_mode
 from fisherfast.capture.running import InputShapes
 from fisherfast.fisher import loss_vector
-from fisherfast.fisher.diagonal import Diagonal
 from fisherfast.fisher.labelling import known_type
-from fisherfast.fisher.moments import GradientMoments
-from fisherfast.fisher.norms import PerSampleNorm
 from fisherfast.fisher.parse import parse
 from fisherfast.fisher.protocol import Provenance
 from fisherfast.fisher.request import Request
 from fisherfast.fisher.routing import Routing
 from fisherfast.fisher.run import Interrupted, Run, model_name
 from fisherfast.likelihood import Likelihood, resolve, stored_name
-
-
-@dataclass(frozen=True)
-class Gradients(Request[None]):
-    """What ``ff.collect(..., gradients=True)`` adds to what is asked for: the parameters' ``.grad``, and no result."""
-
-    fills: str = "sum"
-
-
-_OF_ROWS_ALONE = (Diagonal, PerSampleNorm, GradientMoments, Gradients)  # to which samples without a loss add nothing
 
 
 class collect:
@@ -60,7 +46,7 @@ class collect:
               what came before) for NaN or infinity; MemoryError, at the first loss, if the sums and the result do not fit.
     Numerics: as the ops; sums over samples with 48 bits or more (``accumulator.RunningSum``).
     Source:   the empirical Fisher if the labels are the data's; the Fisher if you drew them from the model: say which with
-              ``fisher_type``. It and ``likelihood``, of which the losses are, are recorded and not checked; results pool with
+              ``fisher_type``. It and ``likelihood`` are recorded, not checked; results pool with
               those of ``ff.fisher`` where both are the same, but for KFAC of a table without a sample axis where it is used
               (GPT-2's ``wpe``): ``ff.fisher``, which runs the model itself, expands it and gives it a Kronecker block; here it
               has an exact block or its diagonal.
@@ -74,7 +60,7 @@ class collect:
     squares; the loss itself is not scaled. A forward pass without a backward pass counts for nothing; several backward passes through one
     forward pass (``retain_graph=True``) are draws: they are averaged, and their samples counted once; every batch must have as many.
     Padded sequences: give ``stats.backward(losses, mask=attention_mask)``, by which KFAC leaves the padding out, as ``ff.fisher`` does.
-    ``result()`` may be asked for at any time and is made of the run's own memory; a run that goes on takes as much again.
+    ``result()`` may be asked for at any time and takes over the run's buffers; continuing allocates new ones of the same size.
     """
 
     def __init__(
@@ -111,11 +97,13 @@ class collect:
                 "later gradients; run model.module in the block otherwise"
             )
         self._fills, self._averages = gradients, reduction == "mean"
-        asked = (*asked, Gradients(reduction)) if gradients else asked
-        self._run = Run(model, asked, Provenance(fisher_type, name, draws=None, model=model_name(model)), allow_missing)
+        provenance = Provenance(fisher_type, name, draws=None, model=model_name(model))
+        self._run = Run(model, asked, provenance, allow_missing, fills=reduction if gradients else None)
         self._run.capture.mode.input_shapes = InputShapes(unwrapped(model))  # until the first loss
         self._routing = Routing(self._run)
-        self._told_of_a_part, self._only_diagonal = False, all(isinstance(one, _OF_ROWS_ALONE) for one in asked)
+        self._told_of_a_part = False
+        # To the engine's sums samples without a loss add nothing; a factor of all rows counts them.
+        self._only_rows_with_loss = all(source is self._run.engine for source in self._run.sources)
 
     def __enter__(self) -> collect:
         self._run.capture.__enter__()
@@ -125,7 +113,7 @@ class collect:
         self._run.capture.__exit__(kind, error, trace)
         if error is None:
             with self._run.rescue():
-                self._run.warn_of_underflow()
+                self._run.covered.warn_of_underflow()
         elif isinstance(error, KeyboardInterrupt) and not isinstance(error, Interrupted):
             raise self._run.interrupted(error) from error
         elif isinstance(error, Exception) and not hasattr(error, "fisher"):
@@ -142,7 +130,8 @@ class collect:
             loss_vector.check(loss)
             N = loss.shape[0]
             positions = None if mask is None else self._positions(mask, N)
-            padding = positions is not None and not bool(positions.all())
+            exists = () if positions is None else (positions,)
+            samples = Samples(N, exists=exists, mask=positions, sparse=positions is not None and not bool(positions.all()))
             if not bool(loss.detach().isfinite().all()):
                 run.raise_not_finite(loss, "the loss")
             if capture.mode.input_shapes is not None:
@@ -151,19 +140,19 @@ class collect:
             uses = capture.read(loss)
             one = self._pass(torch.ones_like(loss))
             self._routing.look(uses, one)
-            matters = not self._only_diagonal or any(call.counted for call in uses.calls)
+            matters = not self._only_rows_with_loss or any(call.counted for call in uses.calls)
             self._told_of_a_part = self._told_of_a_part or (matters and loss_vector.warn_of_part(loss))
             if self._fills and not run.tally.batches:
                 loss_vector.warn_of_others(loss, capture.tracked)
             if self._fills and run.engine is not None:
                 sources = {source.name for use in uses.all for source in use.tracked.sources}
                 run.engine.reached = run.passes.backward.reached(loss) | sources
-            late = self._of_missing(loss) if self._fills and run.missing_parameters else []
-            with run.transaction(Samples(N, padded=padding, exists=() if positions is None else (positions,)), positions=N):
-                looped = bool(run.looped)
-                run.passes.run(uses, [one], 1, keep=looped or retain_graph, padding=padding, mask=positions)
+            late = self._of_missing(loss) if self._fills and run.covered.missing_parameters else []
+            with run.transaction(samples, positions=N):
+                looped = bool(run.covered.looped)
+                run.passes.run(uses, [one], samples, keep=looped or retain_graph)
                 if looped:
-                    with run.timed("loop"):
+                    with run.covered.timed("loop"):
                         self._loop(loss)
                 run.note_draw(uses.calls)
             for parameter, gradient in late:
@@ -173,7 +162,7 @@ class collect:
 
     def _of_missing(self, loss: Tensor) -> list[tuple[Tensor, Tensor]]:
         """The gradients of parameters that the first loss did not depend on, which are not measured, where this one does."""
-        missing = {id(p) for p in self._run.missing_parameters}
+        missing = {id(p) for p in self._run.covered.missing_parameters}
         found: list[Tensor] = [node.variable for node in graph(loss) if id(getattr(node, "variable", None)) in missing]
         one = self._pass(torch.full_like(loss, 1 / len(loss) if self._averages else 1.0))
         gradients = self._run.passes.backward.gradients_of_leaves(loss, found, one.cotangent) if found else ()
@@ -190,7 +179,7 @@ class collect:
 
     def _loop(self, loss: Tensor) -> None:
         run = self._run
-        tracked = [run.capture.tracked[name] for name in run.looped]
+        tracked = [run.capture.tracked[name] for name in run.covered.looped]
         for n in range(loss.shape[0]):
             unit = torch.zeros_like(loss)
             unit[n] = 1

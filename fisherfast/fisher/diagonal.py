@@ -61,7 +61,7 @@ class Diagonal(Request["DiagonalFisher"]):
 class DiagonalFisher(Layered, Plotted):
     """``f_i = (1/N) sum_n E_y[(d/dw_i log p_w(y | x_n))^2]``, the diagonal of the Fisher matrix; all else is taken as zero.
 
-    Built here from means computed elsewhere, by ``fisher`` and ``collect`` from sums (``from_accumulators``).
+    Built here from means computed elsewhere, by ``fisher`` and ``collect`` from sums.
 
     Shapes:   diagonal {parameter name: tensor shaped like the parameter}; vectors are the same, or flat in ``names`` order.
     Scale:    a mean over ``num_samples`` samples, never a sum, never a squared batch gradient.
@@ -83,31 +83,18 @@ class DiagonalFisher(Layered, Plotted):
         coverage: Mapping[str, str] | None = None,
         aliases: Mapping[str, str] | None = None,
     ) -> None:
-        if operator.index(num_samples) < 1:
+        samples = operator.index(num_samples)
+        if samples < 1:
             raise ValueError(f"DiagonalFisher: num_samples must be an integer > 0, got {num_samples}")
+        positions = samples if num_positions is None else _checks.integer("DiagonalFisher", "num_positions", num_positions, 0)
         for name, mean in diagonal.items():
             arguments.check_mean(name, mean)
-        sums = {name: Accumulator(mean.detach().double() * num_samples, num_samples) for name, mean in diagonal.items()}
-        self._hold(sums, _counts(num_samples, num_positions, provenance, coverage, aliases, batches=0), None)
-
-    @classmethod
-    def from_accumulators(
-        cls,
-        sums: Mapping[str, Accumulator],
-        *,
-        num_samples: int,
-        num_positions: int | None = None,
-        provenance: Provenance | None = None,
-        coverage: Mapping[str, str] | None = None,
-        aliases: Mapping[str, str] | None = None,
-        batches: int = 0,
-        spread: Spread | None = None,
-    ) -> DiagonalFisher:
-        """From sums of squared scores, each with its own weight. The accumulators are kept, not copied."""
-        return cls._of(sums, _counts(num_samples, num_positions, provenance, coverage, aliases, batches=batches), spread)
+        sums = {name: Accumulator(mean.detach().double() * samples, samples) for name, mean in diagonal.items()}
+        self._hold(sums, Counts(samples, positions, 0, provenance or Provenance(), Coverage(coverage), dict(aliases or {})), None)
 
     @classmethod
     def _of(cls, sums: Mapping[str, Accumulator], counts: Counts, spread: Spread | None) -> DiagonalFisher:
+        """From sums of squared scores, each with its own weight, which are kept, not copied."""
         fisher = cls.__new__(cls)
         fisher._hold(sums, counts, spread)
         return fisher
@@ -266,19 +253,3 @@ class DiagonalFisher(Layered, Plotted):
             f"{self.num_samples:,} samples, {self.num_positions:,} positions, {self.provenance}"
             f"{f', {excluded} tensors missing' if excluded else ''})"
         )
-
-
-def _counts(
-    num_samples: int,
-    num_positions: int | None,
-    provenance: Provenance | None,
-    coverage: Mapping[str, str] | None,
-    aliases: Mapping[str, str] | None,
-    *,
-    batches: int,
-) -> Counts:
-    samples, batches = operator.index(num_samples), operator.index(batches)
-    positions = samples if num_positions is None else operator.index(num_positions)
-    if min(samples, positions, batches) < 0:
-        raise ValueError(f"DiagonalFisher: counts must be >= 0, got {samples}, {positions}, {batches}")
-    return Counts(samples, positions, batches, provenance or Provenance(), Coverage(coverage), dict(aliases or {}))

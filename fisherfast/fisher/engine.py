@@ -30,14 +30,16 @@ class Engine:
     only when its batch is complete, and ``.grad`` is filled only then.
     """
 
-    def __init__(self, capture: Capture, structures: Sequence[Request], transactional: bool = False) -> None:
+    def __init__(
+        self, capture: Capture, structures: Sequence[Request], transactional: bool = False, fills: str | None = None
+    ) -> None:
         parameters = {name: t.parameter for name, t in capture.tracked.items()}
         needs = [structure.needs for structure in structures]
         self.squares = {name: RunningSum(p) for name, p in parameters.items() if any(need.squares for need in needs)}
         self.totals = {name: RunningSum(p) for name, p in parameters.items() if any(need.totals for need in needs)}
         self._copies = [self.squares for need in needs if need.squares] + [self.totals for need in needs if need.totals]
         self.squared_weights = dict.fromkeys(self.totals, 0.0)  # sum of w^2, where the sum of w is in the running sums
-        self._fills = next((s.fills for s in structures if s.fills), None)
+        self._fills = fills  # ``.grad`` with each batch's "sum" or "mean"
         self._tracked = dict(capture.tracked)
         self.reached: set[str] = set()  # by the loss at hand: only these get a .grad
         norms = {need.norms for need in needs}
@@ -90,7 +92,7 @@ class Engine:
         of_grad = 0 if dtype == parameter.dtype else parameter.nbytes
         return parameter.numel() * dtype.itemsize + of_grad if self._fills else 0
 
-    def cost(self, tracked: Tracked, form: Form, rows: Rows, number: int) -> Cost:
+    def cost(self, tracked: Tracked, form: Form, rows: Rows) -> Cost:
         """See ``Collector``."""
         parameter = tracked.parameter
         unwanted = tracked.name not in self.squares and not ghost.applies(form, rows)
@@ -118,17 +120,11 @@ class Engine:
 
     def add(self, tracked: Tracked, form: Form, rows: Rows, scale: float, number: int) -> None:
         """See ``Collector``."""
-        if self._samples.padded and form.op == "linear_sq_" and rows.g.shape[-2] > 1:
+        if self._samples.sparse and form.op == "linear_sq_" and rows.g.shape[-2] > 1:
             rows = rows.without_zeros()
         name, flag, sqnorm = tracked.name, self._flag[tracked.name], self.values.target(tracked.name, scale)
-        known = name in self._touched
-        self._touched[name] = None
-        try:
-            self._accumulate(tracked, form, rows, scale, sqnorm, flag)
-        except Exception:
-            if not known:
-                del self._touched[name]
-            raise
+        self._accumulate(tracked, form, rows, scale, sqnorm, flag)
+        self._touched[name] = None  # afterwards, so that what fails has no weight
 
     def _accumulate(self, tracked: Tracked, form: Form, rows: Rows, scale: float, sqnorm: Tensor | None, flag: Tensor) -> None:
         name = tracked.name
@@ -213,10 +209,9 @@ class Engine:
             self.totals[name].low.add_(self._staged_totals[name], alpha=1 / self._samples.passes)
 
     def _clear_batch(self) -> None:
-        """Make room for the next one, on the same memory."""
-        for staged in (self._staged_squares, self._staged_totals):
-            for name in self._touched.keys() & staged.keys():
-                staged[name].zero_()
+        """Make room for the next one, on the same memory; what failed may have added to it, too."""
+        for staged in (*self._staged_squares.values(), *self._staged_totals.values()):
+            staged.zero_()
         self._flags.zero_()
         self._touched.clear()
 

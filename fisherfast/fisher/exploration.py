@@ -15,13 +15,13 @@ from fisherfast._error import raised_here
 from fisherfast._warning import warn
 from fisherfast.batches import Batch
 from fisherfast.capture.calls import Call
-from fisherfast.capture.dependence import check_first, check_independent, dependent, same_but_rounding
 from fisherfast.capture.layout import PROBED
 from fisherfast.capture.locator import NO_AXIS, mixing
 from fisherfast.capture.parameters import unwrapped
 from fisherfast.capture.tracked import Unbatched
 from fisherfast.capture.uses import Uses
 from fisherfast.fisher.blocks.block_collector import BlockCollector
+from fisherfast.fisher.dependence import check_first, check_independent, dependent, same_but_rounding
 from fisherfast.fisher.forward import Forward
 from fisherfast.fisher.run import Run
 from fisherfast.likelihood import Predictions
@@ -50,10 +50,10 @@ class Exploration:
             self._run.show(uses.calls)
             if few.N < batch.N and self._run.passes.backward.reached(values) < self._run.capture.tracked.keys():
                 everything, noted = self._forward.values(batch), batch  # an expert may be none of the few samples'
-                self._run.check_reached(everything)
+                self._run.covered.check_reached(everything)
                 self._run.show(self._run.capture.read(everything).calls)
             else:
-                self._run.check_reached(values)
+                self._run.covered.check_reached(values)
             self._run.passes.route_mixed_forms(uses)
             self._explored = True
             if few.N == 1 and few.offsets is None and _may_hide_a_table(uses.calls):
@@ -102,8 +102,8 @@ class Exploration:
             return
         if n is not None:
             warn(
-                f"model: samples should not depend on each other, got one, sample {n}, whose output changes with its batch; the result is of the "
-                "batches that were given, and others have another. Statistics of a batch do this, also where they are detached; an input "
+                f"model: samples should not depend on each other, got one, sample {n}, whose output changes with its batch; the result "
+                "depends on how the data are batched. Statistics of a batch do this, also where they are detached; an input "
                 "without samples that is as long as the batch does, too: pass it as [1, ...]"
             )
 

@@ -8,22 +8,19 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from fisherfast.batches import Batch, Output
+from fisherfast.batches import Batch
 from fisherfast.capture.backward import Pass
-from fisherfast.capture.dependence import precision, same_but_rounding
-from fisherfast.fisher.labelling import Labelling
+from fisherfast.fisher.dependence import precision, same_but_rounding
 from fisherfast.fisher.run import Run
+from fisherfast.fisher.settings import Settings
 from fisherfast.likelihood import Predictions
 
 
 class Forward:
     """Runs the model under the run's capture; ``passes`` are the backward passes of what comes out."""
 
-    def __init__(
-        self, run: Run, model: nn.Module, labelling: Labelling, *, sample_offset: int, output: Output, loss_scale: float
-    ) -> None:
-        self._run, self.model, self._labelling = run, model, labelling
-        self._sample_offset, self._output, self._loss_scale = sample_offset, output, loss_scale
+    def __init__(self, run: Run, model: nn.Module, settings: Settings) -> None:
+        self._run, self.model, self._settings = run, model, settings
 
     def __call__(
         self, batch: Batch, exploring: bool = False, first: int = 0, model: nn.Module | None = None
@@ -33,15 +30,16 @@ class Forward:
             output = self.output_of(batch, exploring, model)
             if self._run.capture.mode.doubtful and not exploring:
                 self._check_expanded(batch, output)
-            predictions = self._labelling.predictions(batch, output, self._sample_offset + self._run.tally.samples + first)
-        if not self._labelling.says_something(predictions):
+            start = self._settings.sample_offset + self._run.tally.samples + first
+            predictions = self._settings.labelling.predictions(batch, output, start)
+        if not self._settings.labelling.says_something(predictions):
             self._run.raise_not_finite(predictions.values, "the model's output")
         return output, predictions
 
     def _check_expanded(self, batch: Batch, output: Tensor) -> None:
         """A use was given a sample axis whose first axis is as long as the batch, and may hold the samples: compare without."""
         # The same shapes and mode of autograd: the same kernels and rounding.
-        alone = batch.copied().feed(self.model, self._output)
+        alone = batch.copied().feed(self.model, self._settings.output)
         if not same_but_rounding(alone, output, self.precision(output)):
             raise ValueError(
                 f"model: what has no sample axis in one batch must not have one in another, got a batch of as many positions as samples, {batch.N}; "
@@ -62,10 +60,10 @@ class Forward:
         fed = batch.copied() if exploring or self._run.writes_inputs else batch  # they are fed again
         before = fed.versions()
         with self._run.capture, torch.enable_grad():
-            output = fed.feed(self.model if model is None else model, self._output)
+            output = fed.feed(self.model if model is None else model, self._settings.output)
         if fed.versions() != before:
             self._run.writes_inputs = True
-            if fed is batch and self._run.looped:
+            if fed is batch and self._run.covered.looped:
                 raise ValueError(
                     "model: must not write into its inputs, got a later batch in which it does; clone them in forward, because the fallback reads them again"
                 )
@@ -73,5 +71,6 @@ class Forward:
 
     def passes(self, predictions: Predictions) -> Iterator[Pass]:
         """The likelihood's, with the loss scale in them."""
-        for one in self._labelling.passes(predictions):
-            yield Pass(one.cotangent * self._loss_scale, one.scale, self._loss_scale) if self._loss_scale != 1 else one
+        loss_scale = self._settings.loss_scale
+        for one in self._settings.labelling.passes(predictions):
+            yield Pass(one.cotangent * loss_scale, one.scale, loss_scale) if loss_scale != 1 else one

@@ -145,7 +145,7 @@ class GramCollector:
         smaller = "measure fewer samples or draws"
         return [Held((name,), "rows, more with every sample", 0, (0,), smaller=smaller) for name in self._tracked]
 
-    def cost(self, tracked: Tracked, form: Form, rows: Rows, number: int) -> Cost:
+    def cost(self, tracked: Tracked, form: Form, rows: Rows) -> Cost:
         """See ``Collector``: the rows and their roots; what is multiplied is multiplied when the result is asked."""
         part, n = _part_shape(form, tracked.parameter.shape), rows.num_samples
         whole = n * math.prod(part) * wide_dtype(rows.g.dtype).itemsize

@@ -102,10 +102,10 @@ class KroneckerCollector(BlockCollector):
         rows = [2 * sums.few_bytes if isinstance(sums, KroneckerSums) else 0 for sums in self._sums.values()]
         return [_in_turn(*three) for three in zip(first, second, rows, strict=True)]
 
-    def cost(self, tracked: Tracked, form: Form, rows: Rows, number: int) -> Cost:
+    def cost(self, tracked: Tracked, form: Form, rows: Rows) -> Cost:
         """See ``BlockCollector``."""
-        first = super().cost(tracked, form, rows, number)
-        return first if self._second is None else first + self._second.cost(tracked, form, rows, number)
+        first = super().cost(tracked, form, rows)
+        return first if self._second is None else first + self._second.cost(tracked, form, rows)
 
 
 def _in_turn(first: Held, second: Held, rows: int) -> Held:

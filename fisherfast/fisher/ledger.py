@@ -23,20 +23,20 @@ class Ledger:
     averages = False
 
     def __init__(self, asked: Sequence[Collector], passes: int, N: int) -> None:
-        self._asked, self._more, self._N = asked, passes - 1, N
+        self._asked, self._passes, self._N = asked, passes, N
         self._folds = not any(collector.separate for collector in asked)
         self.costs: list[defaultdict[str, Cost]] = [defaultdict(Cost) for _ in asked]
 
     def add(self, tracked: Tracked, form: Form, rows: Rows, scale: float, number: int) -> None:
         """See ``Collector``."""
-        more = 0 if self._folds and one_position(rows) else self._more
+        passes = 1 if self._folds and one_position(rows) else self._passes
         entries = None if form.window is None else form.window.entries(tracked.parameter.shape)
         names = {tracked.name, (entries or ALL).named(tracked.name)}  # what is held may be of the part alone
         many = _of_samples(rows, self._N)
         for collector, mine in zip(self._asked, self.costs, strict=True):
-            first, later = (collector.cost(tracked, form, many, number) for number in (0, 1))
+            cost = collector.cost(tracked, form, many).of_batch(passes)
             for name in names:
-                mine[name] += first + later.times(more)
+                mine[name] += cost
 
     def expect(self, tracked: Tracked, windows: set[Window | None]) -> None:
         """See ``Receiver``: nothing is kept."""

@@ -5,12 +5,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, TypedDict, Unpack, overload
 
 from torch import nn
 
-from fisherfast import _checks
 from fisherfast.batches import Output
 from fisherfast.capture.eager import uncompiled
 from fisherfast.capture.refusals import refuse_train_mode
@@ -23,6 +23,7 @@ from fisherfast.fisher.measurement import Measurement
 from fisherfast.fisher.parse import Requests, factors_first, needs_basis, parse, with_basis
 from fisherfast.fisher.request import Request, Result
 from fisherfast.fisher.run import Explored
+from fisherfast.fisher.settings import Settings
 from fisherfast.likelihood import Likelihood
 from fisherfast.readings import SameReadings
 
@@ -99,35 +100,21 @@ def fisher(
     Shapes:   the output has the sample axis first; see the likelihoods for the rest.
     Scale:    per sample, mean over samples; independent of loss reduction, batch size and number of devices.
     Errors:   ValueError, TypeError or NonFiniteError for what cannot be measured, naming parameter or batch. Once the data are
-              being read, every ``Exception`` and Ctrl-C (``ff.Interrupted``) have ``.fisher``, the result of the batches before;
-              only an error that breaks a batch off while it is counted has none, and the MemoryError, before a sum is
-              allocated, of sums and a result that do not fit: ``ff.plan`` tells beforehand.
+              being read, every ``Exception`` and Ctrl-C (``ff.Interrupted``) have ``.fisher``, the result of the batches before.
+              Two errors carry none: one that interrupts the counting of a batch, and the MemoryError for sums and a result that do
+              not fit, raised before a sum is allocated (``ff.plan`` predicts it).
     Numerics: gradients in the model's precision, squares in float32 or wider, sums over samples with 48 bits or more. Labels are a
               function of (seed, sample number, position, draw) alone.
     Source:   Achille, Paolini, Soatto 2019 (arXiv:1905.12213), Preliminaries; columns of the exact Fisher: docs/semantics.md.
     """
     structures = parse("fisher", structure)
     labelling = Labelling.of("fisher", fisher_type, likelihood, draws, seed, max_passes)
-    sample_offset = _checks.integer("fisher", "sample_offset", sample_offset)
-    loss_scale = _checks.positive("fisher", "loss_scale", loss_scale, "a power of two rounds nothing")
+    settings = Settings.of(labelling, sample_offset=sample_offset, output=output, loss_scale=loss_scale)
     refuse_train_mode(model)
     path = None if checkpoint is None else Path(checkpoint)
     if path is not None and not path.parent.is_dir():
         raise ValueError(f"fisher: checkpoint must be a file in a folder that exists, got {path}; make the folder first")
-
-    def measurement(structures: tuple[Request, ...], known: Explored | None = None) -> Measurement:
-        return Measurement(
-            model,
-            structures,
-            labelling,
-            sample_offset=sample_offset,
-            output=output,
-            loss_scale=loss_scale,
-            allow_missing=allow_missing,
-            transactional=checkpoint is not None,
-            known=known,
-        )
-
+    measurement = partial(Measurement, model, settings=settings, allow_missing=allow_missing, transactional=path is not None)
     if not any(map(needs_basis, structures)):
         once = measurement(structures)
         results = once.over(once.batches(data, progress, "Fisher"), path)
@@ -158,7 +145,7 @@ def _in_two_passes(
         return basis, factors.run.explored
 
     basis, known = first_pass()
-    corrected = measurement(tuple(with_basis(asked, basis) for asked in structures), known)
+    corrected = measurement(tuple(with_basis(asked, basis) for asked in structures), known=known)
     try:
         return corrected.over(twice.read(corrected.batches(data, progress, "Fisher")), None)
     except (Exception, KeyboardInterrupt) as error:

@@ -11,20 +11,20 @@ from typing import Any
 
 from torch import nn
 
-from fisherfast.batches import Batch, Output
+from fisherfast.batches import Batch
 from fisherfast.capture.backward import Pass
 from fisherfast.capture.collector import Samples
-from fisherfast.capture.fallback import SampleGradients
 from fisherfast.capture.parameters import unwrapped
 from fisherfast.fisher.checkpoint import Checkpoint, digest, digest_of_function, digest_of_weights
 from fisherfast.fisher.diagonal import Diagonal
 from fisherfast.fisher.exploration import Exploration, noise
+from fisherfast.fisher.fallback import SampleGradients
 from fisherfast.fisher.forward import Forward
-from fisherfast.fisher.labelling import Labelling
 from fisherfast.fisher.progress import shown
 from fisherfast.fisher.request import Request
 from fisherfast.fisher.run import Explored, Run, model_name
 from fisherfast.fisher.sample_loop import SampleLoop
+from fisherfast.fisher.settings import Settings
 from fisherfast.likelihood import Predictions
 
 
@@ -35,23 +35,20 @@ class Measurement:
         self,
         model: nn.Module,
         structures: tuple[Request, ...],
-        labelling: Labelling,
+        settings: Settings,
         *,
-        sample_offset: int = 0,
-        output: Output = None,
-        loss_scale: float = 1.0,
         allow_missing: bool = False,
         transactional: bool = False,
         known: Explored | None = None,
     ) -> None:
-        self.model, self.labelling = unwrapped(model), labelling
-        labelling.check_model(self.model)
-        self.sample_offset, self.output, self.loss_scale = sample_offset, output, loss_scale
-        self.run = Run(model, structures, labelling.provenance(model_name(model)), allow_missing, transactional, known)
+        self.model, self.settings = unwrapped(model), settings
+        settings.labelling.check_model(self.model)
+        provenance = settings.labelling.provenance(model_name(model))
+        self.run = Run(model, structures, provenance, allow_missing, transactional, known)
         self.capture = self.run.capture
-        self.forward = Forward(self.run, self.model, labelling, sample_offset=sample_offset, output=output, loss_scale=loss_scale)
+        self.forward = Forward(self.run, self.model, settings)
         self.exploration = Exploration(self.run, self.forward, explored=known is not None)
-        self._loop = SampleLoop(self.run, self.forward, SampleGradients(model, output))
+        self._loop = SampleLoop(self.run, self.forward, SampleGradients(model, settings.output))
 
     # -- the data set
 
@@ -66,7 +63,7 @@ class Measurement:
 
     def over(self, batches: Iterable[Batch], path: Path | None) -> tuple[Any, ...]:
         """Measure all of them; ``path`` is the checkpoint's."""
-        checkpoint = None if path is None else Checkpoint(path, self.run, self._settings())
+        checkpoint = None if path is None else Checkpoint(path, self.run, self._same_again())
         with self.run.rescue():
             try:
                 self._add_all(batches, checkpoint)
@@ -76,7 +73,7 @@ class Measurement:
                 raise
             if checkpoint is not None:
                 checkpoint.end()
-            self.run.warn_of_underflow()
+            self.run.covered.warn_of_underflow()
             self.run.tally.warn_of_no_labels()
         return self.run.results()
 
@@ -93,20 +90,16 @@ class Measurement:
         if not self.run.tally.samples:
             raise ValueError("fisher: data must yield at least one batch, got none; was the iterator used up?")
 
-    def _settings(self) -> dict[str, str]:
+    def _same_again(self) -> dict[str, str]:
         """What a checkpoint must agree in, besides the provenance."""
-        asked = self.run.structures
+        asked, output = self.run.structures, self.settings.output
         return {
-            "sample_offset": str(self.sample_offset),
+            "sample_offset": str(self.settings.sample_offset),
             "weights": digest_of_weights(self.model),
             "modules": digest(re.sub(r" at 0x[0-9a-f]+", "", repr(self.model))),
             "parameters": digest(" ".join(sorted(self.capture.tracked))),
-            **self.labelling.counting(),
-            **(
-                {}
-                if self.output is None
-                else {"output": self.output if isinstance(self.output, str) else digest_of_function(self.output)}
-            ),
+            **self.settings.labelling.counting(),
+            **({} if output is None else {"output": output if isinstance(output, str) else digest_of_function(output)}),
             **({} if asked == (Diagonal(),) else {"structure": ", ".join(map(repr, asked))}),
         }
 
@@ -114,29 +107,27 @@ class Measurement:
 
     def batch(self, batch: Batch) -> None:
         """Add one batch."""
-        self.labelling.check(batch)
+        self.settings.labelling.check(batch)
         self.capture.check_parameters()
         self.exploration.look(batch)
         output, predictions = self.forward(batch)
-        count = self.labelling.num_passes(predictions)
+        count = self.settings.labelling.num_passes(predictions)
         if predictions.values.grad_fn is None:
             raise ValueError(
                 "model: the output must depend on the parameters through autograd, got one without a graph; is grad disabled?"
             )
-        padded = predictions.num_positions < 0.8 * predictions.counted.numel()
-        masks = tuple({id(mask): mask for mask in (batch.mask, batch.output_mask) if mask is not None}.values())
-        with self.run.transaction(Samples(batch.N, count, batch.weight, padded, masks), predictions.num_positions):
-            padding = not all(bool(mask.all()) for mask in masks)
-            alike = batch.weight is None or bool((batch.weight == batch.weight[0]).all())
+        exists = tuple({id(mask): mask for mask in (batch.mask, batch.output_mask) if mask is not None}.values())
+        mask = None if batch.mask is None or batch.mask.dim() != 2 else batch.mask != 0
+        sparse = predictions.num_positions < 0.8 * predictions.counted.numel()
+        samples = Samples(batch.N, count, batch.weight, exists, mask, sparse)
+        with self.run.transaction(samples, predictions.num_positions):
             detached = predictions.detached()
-            support = partial(self._support, detached)
-            mask = None if batch.mask is None or batch.mask.dim() != 2 else batch.mask != 0
             passes, uses = self.forward.passes(detached), self.capture.read(predictions.values)
-            self.run.passes.run(uses, passes, count, padding=padding, alike=alike, mask=mask, support=support)
+            self.run.passes.run(uses, passes, samples, support=partial(self._support, detached))
             self._loop.add(batch, output, predictions)
 
     def _support(self, predictions: Predictions) -> Pass:
         """A pass that gives a gradient to all that any pass of the batch gives one, and is no larger than they."""
-        cotangent = noise(predictions.values)
+        cotangent, loss_scale = noise(predictions.values), self.settings.loss_scale
         largest = cotangent.abs().amax().clamp_min(1e-4) * predictions.values[0].numel() ** 0.5
-        return Pass(cotangent / largest * predictions.everywhere() * self.loss_scale, loss_scale=self.loss_scale)
+        return Pass(cotangent / largest * predictions.everywhere() * loss_scale, loss_scale=loss_scale)

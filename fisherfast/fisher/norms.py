@@ -122,7 +122,7 @@ class SampleNorms(Counted):
         return self
 
     def _identity(self) -> dict[str, Any]:
-        measured = sorted(name for name, way in self.coverage.items() if not way.startswith("missing"))
+        measured = sorted(self.coverage.keys() - self.coverage.missing.keys())
         layers = {"layers": None if self._by_layer is None else list(self._by_layer), "parameters": measured}
         return {**layers, **{f: getattr(self.provenance, f) for f in ("fisher_type", "likelihood", "model")}}
 

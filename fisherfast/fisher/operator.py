@@ -14,11 +14,11 @@ from fisherfast import _checks, _nested
 from fisherfast._error import NonFiniteError
 from fisherfast._names import listed
 from fisherfast.batches import Batch, Output
-from fisherfast.capture.dependence import check_first, check_independent, precision
 from fisherfast.capture.layout import PROBED
 from fisherfast.capture.parameters import measurable, unwrapped
 from fisherfast.capture.refusals import Refusals, refuse_train_mode
 from fisherfast.fisher import arguments
+from fisherfast.fisher.dependence import check_first, check_independent, precision
 from fisherfast.fisher.labelling import Labelling
 from fisherfast.fisher.protocol import Vector
 from fisherfast.fisher.run import model_name
@@ -98,7 +98,7 @@ class FisherOperator:
             for name, product in self._product(batch, along, samples).items():
                 sums[name] += product
             samples += batch.N
-            total += batch.N if batch.weight is None else float(batch.weight.sum(dtype=torch.float64))
+            total += batch.total_weight
         if not total:
             raise ValueError("FisherOperator: data must hold samples of a weight > 0, got none")
         means = {name: (value / total).to(parts[name].device, parts[name].dtype) for name, value in sums.items()}

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,7 +15,7 @@ from torch import nn
 
 from fisherfast.batches import Batch, Output
 from fisherfast.capture.backward import Pass
-from fisherfast.capture.collector import Cost, Samples
+from fisherfast.capture.collector import Cost, Held, Samples
 from fisherfast.capture.eager import uncompiled
 from fisherfast.capture.layout import PROBED
 from fisherfast.capture.passes import Passes
@@ -23,9 +24,10 @@ from fisherfast.fisher import memory
 from fisherfast.fisher.labelling import Labelling
 from fisherfast.fisher.ledger import Ledger
 from fisherfast.fisher.measurement import Measurement
-from fisherfast.fisher.memory import Held, in_words
+from fisherfast.fisher.memory import in_words
 from fisherfast.fisher.parse import Requests, factors_first, needs_basis, parse
 from fisherfast.fisher.run import Run
+from fisherfast.fisher.settings import Settings
 from fisherfast.likelihood import Likelihood, Predictions
 
 
@@ -150,18 +152,22 @@ def plan(
     likelihood: str | Likelihood = "categorical",
     *,
     draws: int = 1,
+    seed: int = 0,
+    sample_offset: int = 0,
     max_passes: int = 1000,
     output: Output = None,
+    loss_scale: float = 1.0,
     allow_missing: bool = False,
-    checkpoint: bool = False,
+    checkpoint: str | os.PathLike[str] | bool | None = None,
+    progress: bool = True,
     num_samples: int | None = None,
 ) -> Plan:
     """What ``ff.fisher`` with these arguments will hold, by layer, and the work of a batch as ``run FLOPs / plain step's FLOPs``.
 
     ``batch`` is one that the data yield; a few of its samples go through the model, as at the beginning of every run, and what
-    is seen is scaled to all of them. Nothing is measured, no sum is allocated. ``checkpoint``: whether the run will have one, for
-    which every batch is staged. ``num_samples``: of all data, where what is held grows with them (``"gram"``); those of ``batch``
-    if None.
+    is seen is scaled to all of them. Nothing is measured, no sum is allocated. With ``checkpoint``, a path as for ``ff.fisher`` or
+    True, every batch is staged; no file is read or written. ``progress`` is for ``ff.fisher`` alone.
+    ``num_samples``: of all data, where what is held grows with them (``"gram"``); those of ``batch`` if None.
 
     Shapes:   as ``ff.fisher``.
     Scale:    bytes of a whole run, FLOPs, activations and scratch of one batch.
@@ -173,18 +179,13 @@ def plan(
     Source:   ours.
     """
     structures = parse("plan", structure)
-    labelling = Labelling.of("plan", fisher_type, likelihood, draws, 0, max_passes)
+    labelling = Labelling.of("plan", fisher_type, likelihood, draws, seed, max_passes)
+    settings = Settings.of(labelling, sample_offset=sample_offset, output=output, loss_scale=loss_scale)
     if num_samples is not None and num_samples < 1:
         raise ValueError(f"plan: num_samples must be >= 1, got {num_samples}; pass how many samples the data hold")
     refuse_train_mode(model)
-    measurement = Measurement(
-        model,
-        tuple(map(factors_first, structures)),
-        labelling,
-        output=output,
-        allow_missing=allow_missing,
-        transactional=checkpoint,
-    )
+    first, staged = tuple(map(factors_first, structures)), checkpoint is not None and checkpoint is not False
+    measurement = Measurement(model, first, settings, allow_missing=allow_missing, transactional=staged)
     whole = Batch.of(batch, measurement.capture.device, measurement.model)
     readings = 2 if any(map(needs_basis, structures)) else 1
     name = structure if isinstance(structure, str) else ", ".join(type(one).__name__ for one in structures)
@@ -198,7 +199,7 @@ def _planned(measurement: Measurement, whole: Batch, every: int, readings: int, 
     measurement.exploration.explore(whole)
     half = _forward(measurement, few.cut(0, few.N // 2))[0] if whole.N > few.N else None
     forward, predictions = _forward(measurement, few)  # after the other: the capture is left as this one needs it
-    passes = measurement.labelling.num_passes(predictions)
+    passes = measurement.settings.labelling.num_passes(predictions)
     for collector in run.collectors:
         collector.begin(Samples(every, passes))  # as if all data were one batch: refuses what a run would refuse in the end
     sums = [collector.holds(passes) for collector in run.collectors]
@@ -226,7 +227,8 @@ def _ledger(measurement: Measurement, predictions: Predictions, passes: int, N: 
     """What so many backward passes of such samples take."""
     capture = measurement.capture
     ledger = Ledger(measurement.run.collectors, passes, N)
-    Passes(capture, [ledger]).run(capture.read(predictions.values), [Pass(torch.ones_like(predictions.values))], 1)
+    values = predictions.values
+    Passes(capture, [ledger]).run(capture.read(values), [Pass(torch.ones_like(values))], Samples(len(values)))
     for tracked in capture.tracked.values():
         if tracked.fallback is not None:
             ledger.note_whole(tracked)
@@ -235,11 +237,12 @@ def _ledger(measurement: Measurement, predictions: Predictions, passes: int, N: 
 
 def _rows(run: Run, held: Sequence[Sequence[Held]], ledger: Ledger, of_loop: float) -> Iterator[Row]:
     """The table's; ``of_loop``: the FLOPs of the fallback, which goes forward and backward once more for all its parameters and collectors."""
-    each = of_loop / max(1, len(run.looped) * len(held))
+    coverage, looped = run.covered.report(), run.covered.looped
+    each = of_loop / max(1, len(looped) * len(held))
     for mine, costs in zip(held, ledger.costs, strict=True):
-        work = {name: cost.flops for name, cost in costs.items()} | dict.fromkeys(run.looped, each)
-        yield from (_row(one, run.coverage, work) for one in mine)
-    yield from (Row((name,), why, "nothing", 0, 0.0) for name, why in run.missing.items())
+        work = {name: cost.flops for name, cost in costs.items()} | dict.fromkeys(looped, each)
+        yield from (_row(one, coverage, work) for one in mine)
+    yield from (Row((name,), coverage[name], "nothing", 0, 0.0) for name in coverage.missing)
 
 
 def _with_rows(held: Held, costs: Mapping[str, Cost], times: float) -> Held:

@@ -27,11 +27,8 @@ class Needs:
 class Request(Generic[Result]):
     """What a user asks a run for.
 
-    It declares which of the engine's sums it needs or brings its own collector, and turns what was collected into a result. ``fills``:
-    that it asks for the parameters' ``.grad`` instead, filled with the sum over a batch or its mean, ``"sum"`` or ``"mean"``.
+    It declares which of the engine's sums it needs or brings its own collector, and turns what was collected into a result.
     """
-
-    fills: str | None = None
 
     @property
     def needs(self) -> Needs:

@@ -30,13 +30,13 @@ class Routing:
         """The batch is done: what was looped for it alone is followed from the next on."""
         for name in self._postponed:
             self._run.capture.tracked[name].fallback = None
-            self._run.ops[name] = f"loop: {NO_AXIS}, in the first batches"
+            self._run.covered.note(name, f"loop: {NO_AXIS}, in the first batches")
         self._postponed.clear()
 
     def _explore(self, uses: Uses, one: Pass) -> None:
         run = self._run
         if not run.tally.batches:
-            run.check_reached(uses.root)
+            run.covered.check_reached(uses.root)
         run.show(uses.calls)
         if len(uses.root) > 1:
             findings = run.passes.tagging.probe(uses, one.cotangent, large=one.loss_scale > 1)
@@ -76,7 +76,7 @@ class Routing:
 
         Errors: ValueError if there is nothing, or if what is looped is used where autograd's graph is cut off.
         """
-        looped = self._run.looped
+        looped = self._run.covered.looped
         if not uses.calls:
             if not looped:
                 raise ValueError(

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from fisherfast.batches import Batch
-from fisherfast.capture.dependence import check_first
-from fisherfast.capture.fallback import SampleGradients
 from fisherfast.capture.tracked import Tracked
+from fisherfast.fisher.dependence import check_first
+from fisherfast.fisher.fallback import SampleGradients
 from fisherfast.fisher.forward import Forward
 from fisherfast.fisher.run import Run
 from fisherfast.likelihood import Predictions
@@ -26,31 +26,32 @@ class SampleLoop:
 
     def __init__(self, run: Run, forward: Forward, sample_gradients: SampleGradients) -> None:
         self._run, self._forward, self._sample_gradients = run, forward, sample_gradients
-        run.vmap_problem = None
+        run.covered.note_vmap(problem=None)
 
     def add(self, batch: Batch, output: Tensor, predictions: Predictions) -> None:
         """Hand over the sample gradients of what no rule covers."""
-        tracked = [self._run.capture.tracked[name] for name in self._run.looped]
+        tracked = [self._run.capture.tracked[name] for name in self._run.covered.looped]
         if tracked and not self._by_vmap(batch, output, predictions, tracked):
-            with self._run.timed("loop"):
+            with self._run.covered.timed("loop"):
                 self._loop(batch, output, predictions.detached(), tracked)
 
     def _by_vmap(self, batch: Batch, output: Tensor, predictions: Predictions, tracked: list[Tracked]) -> bool:
         """Hand over several samples' gradients at a time; False, with nothing handed over, if that cannot be done."""
+        covered = self._run.covered
         if batch.offsets is not None:
-            self._run.vmap_problem = "vmap cannot take packed samples apart"
+            covered.note_vmap("vmap cannot take packed samples apart")
             return False
         if batch.nested:
-            self._run.vmap_problem = "vmap takes no nested inputs apart"
+            covered.note_vmap("vmap takes no nested inputs apart")
             return False
-        with self._run.timed("vmap"):
+        with covered.timed("vmap"):
             for number, one in enumerate(self._forward.passes(predictions.detached())):
                 (cotangent,) = torch.autograd.grad(predictions.values, output, one.cotangent, retain_graph=True)
                 chunks = self._sample_gradients(
                     batch, cotangent, tracked, partial(self._first, batch, output, cotangent, tracked)
                 )
                 if chunks is None:
-                    self._run.vmap_problem = self._sample_gradients.problem
+                    covered.note_vmap(self._sample_gradients.problem)
                     return False
                 for first, gradients in chunks:
                     for which in tracked:

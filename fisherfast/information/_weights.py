@@ -17,6 +17,6 @@ def tensors(caller: str, source: Weights) -> dict[str, Tensor]:
     """The weights by name. Errors: TypeError."""
     if not isinstance(source, nn.Module | Mapping):
         raise TypeError(
-            f"{caller}: weights must be a network or {{name: tensor}}, got {type(source).__name__}; zero is the center unless said"
+            f"{caller}: weights must be a network or {{name: tensor}}, got {type(source).__name__}; pass the module or dict(model.named_parameters())"
         )
     return dict(unwrapped(source).named_parameters()) if isinstance(source, nn.Module) else dict(source)

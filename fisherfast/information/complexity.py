@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,11 +16,11 @@ from fisherfast.batches import Output
 from fisherfast.fisher import Fisher
 from fisherfast.information._prior import PriorScale
 from fisherfast.information._weights import Weights
-from fisherfast.information.expected_loss import expected_loss, mean_loss
+from fisherfast.information.expected_loss import likelihood_beside, loss_under_noise, mean_loss
 from fisherfast.information.posterior import GaussianPosterior, Posterior
 from fisherfast.information.result import Information
-from fisherfast.information.weights import information_in_weights
-from fisherfast.likelihood import Likelihood, beside, resolve
+from fisherfast.information.weights import information_at_betas
+from fisherfast.likelihood import Likelihood, beside
 from fisherfast.readings import check_rereadable
 
 METHODS = ("analytic", "monte-carlo")
@@ -105,19 +105,9 @@ def task_complexity(
     Numerics: theirs.
     Source:   Definition 2.1 and Proposition 2.5 of Achille, Paolini and Soatto (arXiv:1905.12213).
     """
-    source = LossSource(
-        "task_complexity",
-        method,
-        data,
-        stored=F.provenance.likelihood,
-        given=likelihood,
-        draws=draws,
-        seed=seed,
-        output=output,
-    )
-    loss = source.loss_of(model, loss)
-    info = information_in_weights(F, model, prior_scale=prior_scale, beta=beta, center=center, variant=variant, loss=loss)
-    return source.complexity(info, loss, model)
+    source = LossSource("task_complexity", method, data, F.provenance.likelihood, likelihood, draws, seed, output)
+    (found,) = source.complexities(F, model, (beta,), loss, prior_scale=prior_scale, center=center, variant=variant)
+    return found
 
 
 @dataclass(frozen=True)
@@ -138,7 +128,23 @@ class LossSource:
         """Of the measured losses."""
         return beside(self.caller, self.stored, self.given)
 
-    def loss_of(self, model: Weights, given: float | None) -> float:
+    def complexities(
+        self,
+        F: Fisher,
+        model: Weights,
+        betas: Sequence[float],
+        loss: float | None,
+        *,
+        prior_scale: PriorScale,
+        center: Weights | None,
+        variant: str,
+    ) -> list[Complexity]:
+        """``task_complexity`` at several betas, with the same random numbers."""
+        loss = self._loss_of(model, loss)
+        infos = information_at_betas(F, model, betas, prior_scale=prior_scale, center=center, variant=variant, loss=loss)
+        return [self._complexity(info, loss, model) for info in infos]
+
+    def _loss_of(self, model: Weights, given: float | None) -> float:
         """``L(w)``, given or measured. Errors: ValueError where the arguments do not suffice for the method."""
         _checks.one_of(self.caller, "method", self.method, METHODS)
         if self.method == "monte-carlo":
@@ -149,14 +155,13 @@ class LossSource:
             return mean_loss(network, data, self.likelihood, output=self.output)
         return _checks.number(self.caller, "loss", given, "it is the mean loss at the weights")
 
-    def complexity(self, info: Information, loss: float, model: Weights) -> Complexity:
-        """The complexity at nats that are known."""
+    def _complexity(self, info: Information, loss: float, model: Weights) -> Complexity:
+        """At nats that are known."""
         if self.method == "analytic":
             return Complexity(loss, loss + info.loss_rise, 0.0, "by formula", info)
         data, network = self._runnable(model, "method='monte-carlo' must have")
-        estimate = expected_loss(
-            Posterior.of(info, model), network, data, self.likelihood, draws=self.draws, seed=self.seed, output=self.output
-        )
+        posterior = Posterior.of(info, model)
+        estimate = loss_under_noise(posterior, network, data, self.likelihood, self.draws, self.seed, None, self.output)
         return Complexity(loss, estimate.value, estimate.stderr, _measured(self.likelihood, self.draws, self.seed), info)
 
     def _runnable(self, model: Weights, rule: str) -> tuple[Iterable[Any], nn.Module]:
@@ -171,7 +176,7 @@ def measured_complexity(
     posterior: GaussianPosterior,
     model: nn.Module,
     data: Iterable[Any],
-    likelihood: str | Likelihood = "categorical",
+    likelihood: str | Likelihood | None = None,
     *,
     draws: int = 8,
     seed: int = 0,
@@ -188,11 +193,12 @@ def measured_complexity(
     Source:   Definition 2.1 of arXiv:1905.12213.
     """
     check_rereadable("measured_complexity", data)
-    estimate = expected_loss(posterior, model, data, likelihood, draws=draws, seed=seed, output=output)
-    loss = mean_loss(model, data, likelihood, weights=posterior.mean, output=output)
+    chosen = likelihood_beside("measured_complexity", posterior, likelihood)
+    estimate = loss_under_noise(posterior, model, data, chosen, draws, seed, None, output)
+    loss = mean_loss(model, data, chosen, weights=posterior.mean, output=output)
     source = posterior.information if isinstance(posterior, Posterior) else posterior
-    return Complexity(loss, estimate.value, estimate.stderr, _measured(likelihood, draws, seed), source)
+    return Complexity(loss, estimate.value, estimate.stderr, _measured(chosen, draws, seed), source)
 
 
-def _measured(likelihood: str | Likelihood, draws: int, seed: int) -> str:
-    return f"measured by {draws} draws (seed {seed}) and their mirror images, {resolve(likelihood).name} likelihood"
+def _measured(likelihood: Likelihood, draws: int, seed: int) -> str:
+    return f"measured by {draws} draws (seed {seed}) and their mirror images, {likelihood.name} likelihood"

@@ -188,7 +188,7 @@ def _by_determinant(method: str, source: InputFisher, entropy: float | None) -> 
     if entropy is None and int(rank.min()) < source.max_rank:
         warn(
             f"effective_information: F_{{z|x}} should have rank {source.max_rank} at every input, got {_ranks(source)}: a "
-            "direction that z has lost adds nothing, where one that it hardly tells takes nats away; compare by .trace, or at equal rank"
+            "lost direction counts 0 nats, a barely resolved one negative nats; compare by .trace, or at equal rank"
         )
     each = (entropy or 0.0) + (source.logdet() - rank.double() * math.log(2 * math.pi * math.e)) / 2
     return EffectiveInformation(*Estimate.of(each), method, entropy, None, each, source)

@@ -16,7 +16,7 @@ from fisherfast.fisher.lanczos import Estimate
 from fisherfast.information._losses import Loss, SampleLosses
 from fisherfast.information._weights import tensors
 from fisherfast.information.posterior import GaussianPosterior
-from fisherfast.likelihood import Likelihood
+from fisherfast.likelihood import Likelihood, beside
 from fisherfast.readings import check_rereadable
 
 
@@ -29,7 +29,7 @@ def expected_loss(
     posterior: GaussianPosterior,
     model: nn.Module,
     data: Iterable[Any],
-    likelihood: str | Likelihood = "categorical",
+    likelihood: str | Likelihood | None = None,
     *,
     draws: int = 8,
     seed: int = 0,
@@ -43,7 +43,7 @@ def expected_loss(
     ``posterior``  Q: an ``optimal_posterior`` or a ``variational_posterior``. Parameters it does not name keep their values.
     ``data``       as for ``ff.fisher``, with labels; it is read twice for every draw.
     ``likelihood`` the loss is ``-log p`` of the data's labels, in nats, every constant included. Class weights and label
-                   smoothing count.
+                   smoothing count. Where not given it is the posterior's own, that of its Fisher or of its training.
     ``loss``       another loss: ``loss(output, targets)`` gives one number per sample, ``[N]``; ``ff.zero_one`` is the error. What the
                    likelihood ignores has the target -100. For ``"causal_lm"`` targets are shifted: position t has token t + 1,
                    and the last one -100. Other likelihoods do not change what ``loss`` is given; packed samples it is given one
@@ -55,15 +55,35 @@ def expected_loss(
     Shapes:   as for ``ff.fisher``.
     Scale:    a mean over samples, by their weights; nats per sample for a likelihood.
     Errors:   ValueError for data without samples or labels, also if all are ignored, an iterator and several draws, names or shapes that are not the
-              model's, train mode with dropout or batch statistics; NonFiniteError for a loss that is not finite.
+              model's, no likelihood beside a posterior whose own is not known by name, train mode with dropout or batch statistics; NonFiniteError for a loss that is not finite.
     Numerics: the forward pass in the model's precision (noise below the rounding of a bfloat16 weight is lost), losses in
               float32 or wider, means in float64. The standard error is over draws (nan of a single one), not over samples.
     Source:   the first term of Definition 2.1 of arXiv:1905.12213.
     """
+    chosen = likelihood_beside("expected_loss", posterior, likelihood)
+    return loss_under_noise(posterior, model, data, chosen, draws, seed, loss, output)
+
+
+def likelihood_beside(caller: str, posterior: GaussianPosterior, given: str | Likelihood | None) -> Likelihood:
+    """The likelihood of losses under Q: the argument if given, else Q's own. Errors: TypeError for what is no Q, and those of ``beside``."""
     if not isinstance(posterior, GaussianPosterior):
         raise TypeError(
-            f"expected_loss: posterior must be an optimal_posterior or a variational_posterior, got {type(posterior).__name__}; it comes first"
+            f"{caller}: posterior must be an optimal_posterior or a variational_posterior, got {type(posterior).__name__}; it comes first"
         )
+    return beside(caller, posterior.likelihood, given)
+
+
+def loss_under_noise(
+    posterior: GaussianPosterior,
+    model: nn.Module,
+    data: Iterable[Any],
+    likelihood: Likelihood,
+    draws: int,
+    seed: int,
+    loss: Loss | None,
+    output: Output,
+) -> Estimate:
+    """``expected_loss`` of a likelihood that is known."""
     draws = _checks.integer("expected_loss", "draws", draws, 1)
     check_rereadable("expected_loss", data)
     _check_model("expected_loss", model, posterior.mean)

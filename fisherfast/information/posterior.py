@@ -41,6 +41,11 @@ class GaussianPosterior(ABC):
     def beta(self) -> float:
         """The price of a nat that Q was found at, in units of the mean loss."""
 
+    @property
+    def likelihood(self) -> str | None:
+        """The name of the likelihood whose loss Q was found for; None where that is not known."""
+        return None
+
     @abstractmethod
     def variance(self) -> dict[str, Tensor]:
         """The variance of each weight, given the others: ``1 / (Sigma^-1)_ii``, shaped like the parameters."""
@@ -101,6 +106,11 @@ class Posterior(GaussianPosterior):
     def beta(self) -> float:
         """The price of a nat, in units of the mean loss."""
         return self.information.beta
+
+    @property
+    def likelihood(self) -> str | None:
+        """The name of the Fisher's likelihood; None where that is not known."""
+        return self.information.fisher.provenance.likelihood
 
     def variance(self) -> dict[str, Tensor]:
         """``t / (f_ii + t / lambda^2)``: the variance of each weight given the others; of a diagonal Fisher, that of Sigma.

@@ -16,7 +16,6 @@ from fisherfast.information import _arguments
 from fisherfast.information._prior import PriorScale
 from fisherfast.information._weights import Weights
 from fisherfast.information.complexity import Complexity, LossSource
-from fisherfast.information.weights import information_at_betas
 from fisherfast.likelihood import Likelihood
 
 
@@ -113,16 +112,6 @@ def rate_distortion(
     prices = _arguments.as_list(betas)
     if not prices:
         raise ValueError("rate_distortion: betas must hold at least one price of a nat, got none")
-    source = LossSource(
-        "rate_distortion",
-        method,
-        data,
-        stored=F.provenance.likelihood,
-        given=likelihood,
-        draws=draws,
-        seed=seed,
-        output=output,
-    )
-    loss = source.loss_of(model, loss)
-    infos = information_at_betas(F, model, prices, prior_scale=prior_scale, center=center, variant=variant, loss=loss)
-    return RateDistortion(tuple(source.complexity(info, loss, model) for info in infos))
+    source = LossSource("rate_distortion", method, data, F.provenance.likelihood, likelihood, draws, seed, output)
+    found = source.complexities(F, model, prices, loss, prior_scale=prior_scale, center=center, variant=variant)
+    return RateDistortion(tuple(found))

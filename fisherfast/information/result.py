@@ -181,9 +181,11 @@ class Information:
 
         return _plot.by_layer(self, path)
 
-    def prior_in_words(self) -> str:
-        """The prior scale and its center: ``0.1 around 0``."""
-        return _prior.in_words(self.prior_scale, self.centered)
+    def prior_in_words(self, ranged: bool = False) -> str:
+        """The prior scale and its center: ``0.1 around 0``; ``ranged``: of several scales also the least and the largest."""
+        scales = set(self.prior_scales.values())
+        span = f": {_conditions.span(scales)}" if ranged and len(scales) > 1 else ""
+        return _prior.in_words(self.prior_scale, self.centered) + span
 
     def conditions(self) -> str:
         """Everything the nats depend on, in one line."""

@@ -26,7 +26,7 @@ from fisherfast.information._losses import SampleLosses
 from fisherfast.information._prior import PriorScale
 from fisherfast.information._weights import Weights
 from fisherfast.information.posterior import GaussianPosterior
-from fisherfast.likelihood import Likelihood
+from fisherfast.likelihood import Likelihood, stored_name
 from fisherfast.readings import check_rereadable
 
 NOISES = ("local", "weight")
@@ -55,6 +55,7 @@ class VariationalPosterior(GaussianPosterior):
     centered: bool
     center_norm: float
     num_samples: int
+    likelihood_name: str
     history: tuple[float, ...] = field(repr=False)
     settings: str
     frozen: tuple[str, ...] = field(default=(), repr=False)
@@ -68,6 +69,11 @@ class VariationalPosterior(GaussianPosterior):
     def beta(self) -> float:
         """The price of a nat, in units of the mean loss."""
         return self.price
+
+    @property
+    def likelihood(self) -> str:
+        """The name of the likelihood that it was trained by, with the settings of its loss."""
+        return self.likelihood_name
 
     def variance(self) -> dict[str, Tensor]:
         """``std^2`` in float64, shaped like the parameters."""
@@ -174,6 +180,7 @@ def variational_posterior(
             centered=center is not None,
             center_norm=q.center_norm,
             num_samples=num_samples,
+            likelihood_name=stored_name(losses.likelihood, "empirical"),  # its loss is of the data's labels
             history=history,
             settings=f"{losses.likelihood.name}, {noise} noise, {epochs} epochs, lr {lr:g}, seed {seed}, around {around}",
             frozen=tuple(name for name, parameter in losses.model.named_parameters() if not parameter.requires_grad),
@@ -226,7 +233,7 @@ def _train(
             loss = _noisy_loss(losses, q, local, batch, stds)
             if not bool(loss.detach().isfinite()):
                 raise NonFiniteError(f"{_CALLER}: losses must be finite, got {loss.item()} in batch {number} of epoch {epoch}")
-            size = float(batch.N if batch.weight is None else batch.weight.sum(dtype=torch.float64))
+            size = batch.total_weight
             weight += size
             share = size / (usual or weight / (number + 1)) if weight else 0.0
             objective = share * loss.double() + beta * q.kl(stds, q.scales(stds))
@@ -244,7 +251,7 @@ def _train(
         history.append(math.fsum(values) / len(values))
     if way.share() > _MOVING:
         warn(
-            f"{_CALLER}: sigma should have come to rest, is still moving {way.share():.0%} of what lr allows: the nats are those of a "
+            f"{_CALLER}: sigma has not converged: it still moves {way.share():.0%} of what lr allows, and the nats are those of a "
             "training that was stopped on its way; pass more epochs, or smaller batches"
         )
     return tuple(history), samples

@@ -37,13 +37,13 @@ def beside(caller: str, stored: str | None, given: str | Likelihood | None) -> L
     if given is None:
         if stored not in LIKELIHOODS:
             raise ValueError(
-                f"{caller}: likelihood must be given for a Fisher of {stored or 'an unknown likelihood'}, got None; pass likelihood="
+                f"{caller}: likelihood must be given beside nats of {stored or 'an unknown likelihood'}, got None; pass likelihood="
             )
         return resolve(stored)
     chosen = resolve(given)
     if stored is not None and stored not in (_with_settings(chosen, of_loss=False), _with_settings(chosen, of_loss=True)):
         warn(
-            f"{caller}: likelihood should be that of the Fisher, {stored}, got {chosen.name}; loss and nats then belong to different tasks"
+            f"{caller}: likelihood should be that of the nats, {stored}, got {chosen.name}; loss and nats then belong to different tasks"
         )
     return chosen
 

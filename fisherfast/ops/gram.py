@@ -49,8 +49,8 @@ def gram_(
     Errors:   ValueError for shapes, strides or devices that do not fit; TypeError for dtypes; BackendError when a
               forced backend cannot run the call.
     Numerics: products and sums in float32 (float64 for float64 inputs), whatever the input dtype; the error against
-              float64 is at most twice that of plain ``x.T @ x`` in float32. A finite row of weight zero adds exactly
-              nothing. The order of sums is fixed, so results repeat bit by bit on one machine. ``M D^2`` FLOPs, half of
+              float64 is at most twice that of plain ``x.T @ x`` in float32 (for 16-bit x on a GPU: of torch's own
+              product of them with float32 output, on the same tensor cores). A finite row of weight zero adds exactly nothing. The order of sums is fixed, so results repeat bit by bit on one machine. ``M D^2`` FLOPs, half of
               those of the matrix product.
     Source:   Martens & Grosse 2015 (KFAC, arXiv:1503.05671) for the factor; the BLAS' syrk for the triangle.
     """

@@ -7,9 +7,8 @@ import warnings
 from collections.abc import Sequence
 
 from fisherfast.fisher import Fisher, FisherWarning
-from fisherfast.information import Information, RateDistortion
+from fisherfast.information import Information, RateDistortion, Weights
 from fisherfast.information import rate_distortion as of_betas
-from fisherfast.information._weights import Weights
 
 FACTORS = tuple(10 ** (step / 2) for step in range(-6, 7))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from fisherfast._names import joined
 from fisherfast.fisher import Fisher
-from fisherfast.information import WHOLE, Information, _conditions
+from fisherfast.information import WHOLE, Information
 
 TERMS = {
     "nat": "The unit of information when logarithms are natural; one nat is 1.44 bits.",
@@ -49,7 +49,7 @@ def settings(F: Fisher, info: Information) -> dict[str, str]:
         "labels": f"{F.num_positions:,}",
         "weights k": f"{info.num_parameters:,}",
         "beta": f"{info.beta:.6g}",
-        "prior scale lambda": _prior(info),
+        "prior scale lambda": info.prior_in_words(ranged=True),
         "formulas": _FORMULAS[info.variant],
     }
 
@@ -59,12 +59,6 @@ def _of_drawn_labels(F: Fisher, value: int | None) -> str:
     if F.provenance.fisher_type in ("exact", "empirical"):
         return "none, labels are not drawn"
     return "unknown" if value is None else f"{value}"
-
-
-def _prior(info: Information) -> str:
-    """The prior scale and its center, and of several scales the range."""
-    scales = set(info.prior_scales.values())
-    return info.prior_in_words() + (f": {_conditions.span(scales)}" if len(scales) > 1 else "")
 
 
 def warnings(F: Fisher, info: Information) -> list[str]:

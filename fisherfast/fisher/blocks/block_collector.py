@@ -81,11 +81,11 @@ class BlockCollector:
         held = [sums.holds(staged or name in self._in_parts) for name, sums in self._sums.items()]
         return [one.written() for one in held] if self._transactional else held
 
-    def cost(self, tracked: Tracked, form: Form, rows: Rows, number: int) -> Cost:
+    def cost(self, tracked: Tracked, form: Form, rows: Rows) -> Cost:
         """See ``Collector``; a bias that joins its weight takes no more."""
         name, form = self._unit(tracked, form)
         sums = self._sums.get(name)
-        return Cost() if sums is None else Cost(sums.flops(form, rows, number), scratch=sums.scratch(rows))
+        return Cost() if sums is None else sums.cost(form, rows)
 
     def begin(self, samples: Samples) -> None:
         """See ``Collector``."""
@@ -145,13 +145,13 @@ class BlockCollector:
         sums = self._sums[name]
         sums.check(form)
         sums.saw(rows.g.dtype)
-        with sums.main.visiting(self._samples.total_weight()):
-            sums.add(form, rows, scale, number, self._samples, self._waits(name))
+        sums.add(form, rows, scale, number, self._samples, self._waits(name))
+        sums.main.visited(self._samples.total_weight())
         if name in self._with_bias:
             self._seen[name] = [form.as_used(use)[1] for use in rows.uses or (rows,)]
 
     def add_gradients(self, tracked: Tracked, gradients: Tensor, first: int, scale: float, number: int) -> None:
-        """See ``Collector``."""
+        """See ``Collector``. Outside a staged batch every call is a transaction of its own."""
         sums = self._sums.get(tracked.name)
         if not isinstance(sums, GradientSums):
             raise ValueError(
@@ -159,8 +159,13 @@ class BlockCollector:
                 "of 2 samples or more"
             )
         sums.saw(gradients.dtype)
-        with sums.main.visiting(self._samples.total_weight()):
-            sums.add_gradients(gradients, first, scale, self._samples, self._waits(tracked.name))
+        waits = self._waits(tracked.name)
+        sums.add_gradients(gradients, first, scale, self._samples, waits)
+        if waits:
+            sums.main.visited(self._samples.total_weight())
+        else:
+            weight = self._samples.weight_of(first, len(gradients))
+            sums.main.count(len(gradients) if weight is None else float(weight.double().sum()))
 
     def _waits(self, name: str) -> bool:
         """Whether what is added counts only with its whole batch: also of a parameter that comes part by part."""

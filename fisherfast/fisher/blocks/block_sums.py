@@ -3,15 +3,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from fisherfast.accumulator import Accumulator, RunningSum
-from fisherfast.capture.collector import Held, Samples
+from fisherfast.capture.collector import Cost, Held, Samples
 from fisherfast.capture.tracked import Tracked
 from fisherfast.fisher.blocks.few_rows import FewRows
 from fisherfast.fisher.blocks.kronecker import Place
@@ -41,6 +40,11 @@ class BatchSum:
             self._stage = torch.zeros_like(self.running.low)
         return self._stage
 
+    def foresee(self, *rows: Tensor) -> None:
+        """Set the flag if one is not finite: before they are added in several parts, of which the earlier ones would stay."""
+        for some in rows:
+            self.flag |= ~torch.isfinite(some).all()
+
     def add_outer(
         self, target: Tensor, rows: Tensor, scale: float = 1.0, *, weight: Tensor | None = None, bias: bool = False
     ) -> None:
@@ -60,18 +64,13 @@ class BatchSum:
         return copy
 
     def visited(self, weight: Tensor | float) -> None:
-        """Note the weight of the batch."""
+        """Note the weight of what this batch has added: afterwards, so that what fails has none."""
         self._weight = weight
 
-    @contextmanager
-    def visiting(self, weight: Tensor | float) -> Iterator[None]:
-        """Note the weight of what is added inside; not if that fails."""
-        before, self._weight = self._weight, weight
-        try:
-            yield
-        except Exception:
-            self._weight = before
-            raise
+    def count(self, weight: float) -> None:
+        """Count what was just added by itself, whatever becomes of its batch; while the flag is set, nothing was."""
+        if not self.flag:
+            self.running.counted(weight)
 
     def settle(self, whole: bool, alone: bool) -> None:
         """End the batch; ``whole``: it counts; ``alone``: this sum counts although the batch did not complete."""
@@ -118,11 +117,8 @@ class BlockSums(Protocol):
     def holds(self, staged: bool) -> Held:
         """What they take; ``staged``: with batches that are added up before they count."""
 
-    def flops(self, form: Form, rows: Rows, number: int) -> int:
-        """What ``add`` takes."""
-
-    def scratch(self, rows: Rows) -> int:
-        """The bytes of what ``add`` makes of the rows, where that is large."""
+    def cost(self, form: Form, rows: Rows) -> Cost:
+        """What ``add`` takes; of the scratch what it makes of the rows, where that is large."""
 
     def block(self, made: Mapping[str, Any]) -> Any:
         """What was added, on memory of its own; ``made`` are the blocks before it, by name."""
@@ -132,17 +128,13 @@ class BlockSums(Protocol):
 
 
 class BatchwiseSums:
-    """Those that keep nothing of a batch once it is over, and to which the ops add the rows as they are."""
+    """Those that keep nothing of a batch once it is over."""
 
     def saw(self, g: torch.dtype) -> None:
         """See ``BlockSums``: nothing depends on it."""
 
     def end(self) -> None:
         """See ``BlockSums``: nothing is kept of a batch."""
-
-    def scratch(self, rows: Rows) -> int:
-        """See ``BlockSums``: the ops make nothing of the rows."""
-        return 0
 
 
 class WeightSums(BatchwiseSums):
@@ -188,9 +180,9 @@ class DiagonalSums(GradientSums):
         held, result = self.squares.running.held(staged), self.squares.running.nbytes
         return Held((self._name,), f"diagonal {list(self._shape)}", held, (held,), result=result)
 
-    def flops(self, form: Form, rows: Rows, number: int) -> int:
+    def cost(self, form: Form, rows: Rows) -> Cost:
         """See ``BlockSums``."""
-        return form.flops(rows, self._shape)
+        return Cost(form.flops(rows, self._shape))
 
     def add(self, form: Form, rows: Rows, scale: float, number: int, samples: Samples, staged: bool) -> None:
         """Take the rows of one pass."""

@@ -20,7 +20,7 @@ from torch import Tensor
 from fisherfast._precision import wide_dtype
 from fisherfast.accumulator import Accumulator
 from fisherfast.capture.capture import Capture
-from fisherfast.capture.collector import Held, Samples
+from fisherfast.capture.collector import Cost, Held, Samples
 from fisherfast.fisher.blocks.block_collector import BlockCollector
 from fisherfast.fisher.blocks.block_sums import BatchSum, WeightSums
 from fisherfast.fisher.blocks.eigen import EigenBlock, eigenbasis, workspace
@@ -90,15 +90,15 @@ class EigenSums(WeightSums):
         scratch = workspace(self.place.groups, largest, self._dtype)
         return Held(self.place.labels, what, made + of_factors, (made,), self.form.op, scratch=(scratch,), result=values.nbytes)
 
-    def flops(self, form: Form, rows: Rows, number: int) -> int:
-        """See ``BlockSums``: of the cheapest order; the eigenvectors, once in a run, are not counted."""
-        N, T = self._extents(rows)
-        return 2 * N * self.place.groups * self._products(T)[self.order(rows)]
+    def cost(self, form: Form, rows: Rows) -> Cost:
+        """See ``BlockSums``: of the cheapest order; the eigenvectors, once in a run, are not counted.
 
-    def scratch(self, rows: Rows) -> int:
-        """See ``BlockSums``: what the samples of a chunk are turned into, twice: before the last product and after it."""
-        floats = self._made(rows, self.order(rows))
-        return 2 * min(rows.num_samples, _samples_at_a_time(floats)) * floats * self._dtype.itemsize
+        The scratch is what the samples of a chunk are turned into, twice: before the last product and after it.
+        """
+        (N, T), order = self._extents(rows), self.order(rows)
+        floats = self._made(rows, order)
+        scratch = 2 * min(rows.num_samples, _samples_at_a_time(floats)) * floats * self._dtype.itemsize
+        return Cost(2 * N * self.place.groups * self._products(T)[order], scratch=scratch)
 
     def _extents(self, rows: Rows) -> tuple[int, int]:
         """Samples, and positions of each."""
@@ -140,7 +140,10 @@ class EigenSums(WeightSums):
         if isinstance(form, MatMul):
             rows = form.oriented(rows)  # a transposed use, turned round before, is needed as it is used
         order = self.order(rows)
-        for few, weight in _chunks(rows, samples.weight, _samples_at_a_time(self._made(rows, order))):
+        step = _samples_at_a_time(self._made(rows, order))
+        if rows.num_samples > step or self.place.groups > 1:
+            self.values.foresee(rows.inputs, rows.g)
+        for few, weight in _chunks(rows, samples.weight, step):
             exact = few._replace(x=self._exact(few.x), g=self._exact(few.g))
             if order is Order.ROWS:
                 self._add_rows(acc, exact, scale, weight)

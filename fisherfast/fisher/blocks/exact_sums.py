@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fisherfast._precision import wide, wide_name
-from fisherfast.capture.collector import Held, Samples
+from fisherfast.capture.collector import Cost, Held, Samples
 from fisherfast.capture.tracked import Tracked
 from fisherfast.fisher.blocks.block_sums import BatchSum, GradientSums, mirrored
 from fisherfast.fisher.blocks.exact import ExactBlock, Flat
@@ -38,9 +38,9 @@ class ExactSums(GradientSums):
         """See ``BlockSums``."""
         self.place = self.place.seeing(g)
 
-    def flops(self, form: Form, rows: Rows, number: int) -> int:
+    def cost(self, form: Form, rows: Rows) -> Cost:
         """See ``BlockSums``; of a symmetric product one half is computed."""
-        return form.flops(rows, self._shape) + rows.num_samples * self.moments.running.shape[0] ** 2
+        return Cost(form.flops(rows, self._shape) + rows.num_samples * self.moments.running.shape[0] ** 2)
 
     def add(self, form: Form, rows: Rows, scale: float, number: int, samples: Samples, staged: bool) -> None:
         """Take the rows of one pass. A parameter that is used in parts comes part by part: the sum of its parts is squared."""

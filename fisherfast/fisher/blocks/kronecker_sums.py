@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from fisherfast.accumulator import Accumulator
-from fisherfast.capture.collector import Samples
+from fisherfast.capture.collector import Cost, Held, Samples
 from fisherfast.fisher.blocks.block_sums import BatchSum, WeightSums, add_rows, add_squares, mirrored
 from fisherfast.fisher.blocks.existing_rows import ExistingRows
 from fisherfast.fisher.blocks.few_rows import FewRows
 from fisherfast.fisher.blocks.kronecker import KroneckerBlock, Place
-from fisherfast.fisher.memory import Held, in_words
+from fisherfast.fisher.memory import in_words
 from fisherfast.ops.conv_gram import conv_gram_
 from fisherfast.rules import Convolution, Form, Lookup, Rows
 
@@ -90,14 +90,14 @@ class KroneckerSums(WeightSums):
         what = KroneckerBlock(self.place, *self._blank_factors()).describe()
         return Held(self.place.labels, what, of_sums, (of_sums,), self.place.op, smaller, result=of_result)
 
-    def flops(self, form: Form, rows: Rows, number: int) -> int:
-        """See ``BlockSums``; of a symmetric product one half is computed."""
+    def cost(self, form: Form, rows: Rows) -> Cost:
+        """See ``BlockSums``; of a symmetric product one half is computed, and inputs, which all passes share, count once."""
         G = self.place.groups
         M = self._num_rows(form, rows)
         widths = [1 if len(one.running.shape) == 2 else one.running.shape[1] for one in self._factors]
         of_inputs, of_gradients = (G * M * one.running.shape[1] * width for one, width in zip(self._factors, widths, strict=True))
         of_inputs = M if isinstance(form, Lookup) else of_inputs
-        return of_gradients + (of_inputs if number == 0 and self.place.input_of is None else 0)
+        return Cost(of_gradients, once=of_inputs if self.place.input_of is None else 0)
 
     def _num_rows(self, form: Form, rows: Rows) -> int:
         if not isinstance(form, Convolution):
@@ -150,16 +150,16 @@ class KroneckerSums(WeightSums):
         inputs, gradients, uses = self._add_patches, self._add_pixels, rows.uses or (rows,)
         if form.transposed:
             inputs, gradients = gradients, inputs
-        if rows.uses:  # what a later use brings must be known before an earlier one is added
+        if rows.uses:
             of_x, of_g = (self.B, self.A) if form.transposed else (self.A, self.B)
-            of_x.flag |= ~torch.isfinite(rows.inputs).all()
-            of_g.flag |= ~torch.isfinite(rows.g).all()
+            of_x.foresee(rows.inputs)
+            of_g.foresee(rows.g)
         each = [weight if weight is None or use.offsets is None else weight.repeat_interleave(use.offsets.diff()) for use in uses]
         positions = 0.0 if A is None else sum(_positions(use, mine) for use, mine in zip(uses, each, strict=True))
         for use, mine in zip(uses, each, strict=True):
             if A is not None:
-                with self.A.visiting(positions):
-                    inputs(self.A, A, form, use, 1.0, mine)
+                inputs(self.A, A, form, use, 1.0, mine)
+                self.A.visited(positions)
             gradients(self.B, B, form, use, scale, mine)
 
     def _add_patches(
@@ -200,14 +200,14 @@ class KroneckerSums(WeightSums):
         if mask is not None and (weight is not None or isinstance(self.form, Lookup)):
             weight, mask = mask.to(torch.float32) if weight is None else weight * mask, None
         counted = weight if mask is None else mask
-        with self.A.visiting(math.prod(x.shape[:-1]) if counted is None else counted.sum(dtype=torch.float64)):
-            if isinstance(self.form, Lookup):
-                counts = self._counted(x, weight).flatten().double()
-                # By sorting, on a GPU: bincount would wait for the device, and add in any order.
-                A[0] += counts.new_zeros(A.shape[1]).index_put_((x.flatten(),), counts, accumulate=True).to(A.dtype)
-                return
+        if isinstance(self.form, Lookup):
+            counts = self._counted(x, weight).flatten().double()
+            # By sorting, on a GPU: bincount would wait for the device, and add in any order.
+            A[0] += counts.new_zeros(A.shape[1]).index_put_((x.flatten(),), counts, accumulate=True).to(A.dtype)
+        else:
             for rows in (x,) if mask is None else _present(x, mask):
                 self.A.add_outer(A[0], rows, weight=weight, bias=self.place.bias is not None)
+        self.A.visited(math.prod(x.shape[:-1]) if counted is None else counted.sum(dtype=torch.float64))
 
     def _counted(self, ids: Tensor, weight: Tensor | None) -> Tensor:
         """The weights of the rows of a table that are looked up; the padding row has no gradient."""

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fisherfast._precision import wide
 from fisherfast.capture.collector import Samples
+from fisherfast.fisher.blocks.block_sums import BatchSum
 from fisherfast.fisher.blocks.existing_rows import ExistingRows
 from fisherfast.fisher.blocks.kronecker import Place
 from fisherfast.fisher.blocks.kronecker_sums import KroneckerSums
@@ -57,19 +58,21 @@ class ReducedSums(KroneckerSums):
             x, g, positions = _of_rows(form, rows, self._existing, samples.exists)
         if number == 0 and self._inputs.new(self.place.name, form.as_used(rows)[0]):
             self._add_means(x / positions.clamp_min(1).unsqueeze(1), samples.weight, positions > 0, self.A.target(staged))
-        B = self.B.target(staged)
-        for k, mine in enumerate(self._by_group(g)):
-            self.B.add_outer(B[k], mine, scale, weight=samples.weight)
+        self._add_by_group(self.B, self.B.target(staged), g, scale, weight=samples.weight)
 
     def _add_means(self, x: Tensor, weight: Tensor | None, counts: Tensor, A: Tensor) -> None:
         """A sample without positions has no mean."""
         weight = counts.to(torch.float32) if weight is None else weight * counts
-        with self.A.visiting(weight.sum(dtype=torch.float64)):
-            for k, mine in enumerate(self._by_group(x)):
-                self.A.add_outer(A[k], mine, weight=weight, bias=self.place.bias is not None)
+        self._add_by_group(self.A, A, x, weight=weight, bias=self.place.bias is not None)
+        self.A.visited(weight.sum(dtype=torch.float64))
 
-    def _by_group(self, rows: Tensor) -> tuple[Tensor, ...]:
-        return rows.unflatten(1, (self.place.groups, -1)).unbind(1)
+    def _add_by_group(
+        self, one: BatchSum, target: Tensor, rows: Tensor, scale: float = 1.0, *, weight: Tensor | None, bias: bool = False
+    ) -> None:
+        if self.place.groups > 1:
+            one.foresee(rows)
+        for k, mine in enumerate(rows.unflatten(1, (self.place.groups, -1)).unbind(1)):
+            one.add_outer(target[k], mine, scale, weight=weight, bias=bias)
 
 
 def _of_rows(form: Form, rows: Rows, existing: ExistingRows, masks: Sequence[Tensor]) -> Reduced:
