@@ -109,8 +109,9 @@ class Batch:
         """Which positions of the output there are: those of the decoder, where there is one, all if it has no mask of its own."""
         if not isinstance(self.inputs, dict) or not any(key.startswith("decoder_") for key in self.inputs):
             return self.mask
-        mask, ids = (self.inputs.get(f"decoder_{key}") for key in ("attention_mask", "input_ids"))
-        return torch.ones_like(ids) if mask is None and isinstance(ids, Tensor) else mask
+        mask, *read = (self.inputs.get(f"decoder_{key}") for key in ("attention_mask", "input_ids", "inputs_embeds"))
+        positions = [given.new_ones(given.shape[:2], dtype=torch.long) for given in read if isinstance(given, Tensor)]
+        return positions[0] if mask is None and positions else mask
 
     @property
     def nested(self) -> bool:
