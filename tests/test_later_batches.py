@@ -3,6 +3,7 @@
 
 import gc
 import resource
+import weakref
 from collections import OrderedDict
 
 import networks
@@ -232,6 +233,19 @@ def test_memory_does_not_grow_with_the_batches():
 
     grown(100)
     assert grown(600) < 60 * 2**20  # 96 MiB were left where each batch kept a tensor of its own
+
+
+def test_a_measured_model_is_let_go_without_garbage_collection():
+    model, data = nn.Linear(5, 3), [(torch.randn(4, 5), torch.randint(3, (4,)))]
+    there = weakref.ref(model)
+    gc.collect()
+    gc.disable()
+    try:
+        ff.fisher(model, data, ("diagonal", "kfac"), progress=False)
+        del model
+        assert there() is None
+    finally:
+        gc.enable()
 
 
 def _resident():
