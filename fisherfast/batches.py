@@ -6,7 +6,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from itertools import chain
+from numbers import Number
 from typing import Any
 
 import torch
@@ -109,8 +109,9 @@ class Batch:
         """Which positions of the output there are: those of the decoder, where there is one, all if it has no mask of its own."""
         if not isinstance(self.inputs, dict) or not any(key.startswith("decoder_") for key in self.inputs):
             return self.mask
-        mask, ids = (self.inputs.get(f"decoder_{key}") for key in ("attention_mask", "input_ids"))
-        return torch.ones_like(ids) if mask is None and isinstance(ids, Tensor) else mask
+        mask, *read = (self.inputs.get(f"decoder_{key}") for key in ("attention_mask", "input_ids", "inputs_embeds"))
+        positions = [given.new_ones(given.shape[:2], dtype=torch.long) for given in read if isinstance(given, Tensor)]
+        return positions[0] if mask is None and positions else mask
 
     @property
     def nested(self) -> bool:
@@ -174,10 +175,7 @@ class Batch:
 
     def fingerprint(self) -> int:
         """A hash of contents and order, the same in every process; two different batches collide with probability 2**-60 at most."""
-        inputs = sorted(self.inputs.items()) if isinstance(self.inputs, dict) else self.inputs
-        given = _nested.tensors((inputs, self.targets, self.weight, self.offsets))
-        every = chain.from_iterable(map(_flat, given))
-        described = " ".join(f"{tuple(t.shape)} {t.dtype} {_digest(t)}" for t in every)
+        described = _described((self.inputs, self.targets, self.weight, self.offsets))
         return int.from_bytes(hashlib.blake2b(described.encode(), digest_size=8).digest(), "big")
 
     def unpacked(self, output: Tensor, ignore_index: float = IGNORED) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -261,6 +259,17 @@ def _named(result: Any, name: str) -> Any:
     raise ValueError(
         f"output: must be the name of a part of what the model returns, got {name!r} of {there}; or pass a function of the result"
     )
+
+
+def _described(tree: Any) -> str:
+    """What a batch holds, for its fingerprint: of tensors a digest, numbers and text as they are, of anything else its type."""
+    if isinstance(tree, Tensor):
+        return " ".join(f"{tuple(t.shape)} {t.dtype} {_digest(t)}" for t in _flat(tree))
+    if isinstance(tree, Mapping):
+        return f"{{{', '.join(f'{key!r}: {_described(tree[key])}' for key in sorted(tree, key=str))}}}"
+    if isinstance(tree, (tuple, list)):
+        return f"({', '.join(map(_described, tree))})"
+    return repr(tree) if tree is None or isinstance(tree, (Number, str, bytes)) else type(tree).__name__
 
 
 def _flat(tensor: Any) -> tuple[Tensor, ...]:

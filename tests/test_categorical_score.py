@@ -352,7 +352,12 @@ REJECTIONS = {
     "logits_dtype": (lambda a, k: a.__setitem__(1, a[1].int()), TypeError, "logits must be one of"),
     "out_dtype": (lambda a, k: a.__setitem__(0, a[0].double()), TypeError, "out must have the dtype of logits"),
     "out_shape": (lambda a, k: a.__setitem__(0, torch.zeros(3, 4)), ValueError, r"out must be \[R, C\] = \(3, 5\), got \(3, 4\)"),
-    "out_strides": (lambda a, k: a.__setitem__(0, torch.zeros(5, 3).mT), ValueError, "out must be contiguous"),
+    "out_strides": (lambda a, k: a.__setitem__(0, torch.zeros(5, 3).mT), ValueError, "out must be contiguous.*written in place"),
+    "counted_strides": (
+        lambda a, k: k.update(counted=torch.ones(3, 2).bool()[:, 0]),
+        ValueError,
+        r"got strides \(2,\); pass counted\.cont",
+    ),
     "neither": (lambda a, k: k.update(uniform=None), ValueError, "exactly one of labels and uniform must be given, got neither"),
     "both": (lambda a, k: k.update(labels=torch.zeros(3, dtype=torch.int64)), ValueError, "must be given, got both"),
     "uniform_dtype": (lambda a, k: k.update(uniform=torch.rand(3)), TypeError, r"uniform must be one of \['float64'\]"),

@@ -253,6 +253,33 @@ def test_a_batch_has_another_fingerprint_if_anything_changes(change):
     assert prints[0] == prints[1] != prints[2]
 
 
+@pytest.mark.parametrize("other", [{"scale": [1.0, 3.0]}, {"scale": 1.0}, {"bias": [1.0, 2.0]}, {"scale": [["a"], [1.0]]}])
+def test_numbers_and_text_in_a_batch_are_in_its_fingerprint(other):
+    batches = importlib.import_module("fisherfast.batches")
+    x, y = torch.randn(2, 3), torch.zeros(2, dtype=torch.long)
+    same = {"scale": [1.0, 2.0], "names": {"b": "one", "a": None}}
+    again = {"names": {"a": None, "b": "one"}, "scale": [1.0, 2.0]}
+    given = (same, again, {"names": same["names"], **other})
+    prints = [batches.Batch.of({"x": x, **more, "labels": y}, torch.device("cpu")).fingerprint() for more in given]
+    assert prints[0] == prints[1] != prints[2]
+
+
+class Scaled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(5, 7), nn.Linear(7, 3)
+
+    def forward(self, x, scale):
+        return self.last((self.first(x) * torch.tensor(scale)[:, None]).tanh())
+
+
+def test_lists_that_change_between_the_passes_are_detected():
+    x, y = torch.randn(4, 5), torch.tensor([0, 1, 2, 0])
+    first, second = ([{"x": x, "scale": [factor, 1.0, 2.0, 0.5], "labels": y}] for factor in (1.0, 2.0))
+    with pytest.raises(ValueError, match="another batch 0 than in the first"):
+        measure(Scaled(), Changing(first, second), "ekfac")
+
+
 def test_a_checkpoint_is_for_a_basis_that_is_given(tmp_path):
     model, batch = mlp(), double_vectors()
     with pytest.raises(ValueError, match="checkpoint must be None for 'ekfac'"):

@@ -3,6 +3,7 @@
 
 import gc
 import resource
+import weakref
 from collections import OrderedDict
 
 import networks
@@ -234,6 +235,19 @@ def test_memory_does_not_grow_with_the_batches():
     assert grown(600) < 60 * 2**20  # 96 MiB were left where each batch kept a tensor of its own
 
 
+def test_a_measured_model_is_let_go_without_garbage_collection():
+    model, data = nn.Linear(5, 3), [(torch.randn(4, 5), torch.randint(3, (4,)))]
+    there = weakref.ref(model)
+    gc.collect()
+    gc.disable()
+    try:
+        ff.fisher(model, data, ("diagonal", "kfac"), progress=False)
+        del model
+        assert there() is None
+    finally:
+        gc.enable()
+
+
 def _resident():
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * resource.getpagesize()
@@ -430,3 +444,23 @@ def test_a_bias_that_a_later_batch_leaves_out_does_not_count_there(structure):
     for part, diagonal in zip((data[:1], data[1:]), each, strict=True):
         found = ff.fisher(model, part, (ff.KFAC if structure == "kfac" else ff.EKFAC)(max_exact_dim=0), **options)
         assert structure == "kfac" or found.trace() == pytest.approx(diagonal.trace())
+
+
+class EachByItself(nn.Module):
+    """A layer that is called for every sample, on rows that are its positions."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.layer, self.head = nn.Embedding(11, 6), nn.Linear(6, 6), nn.Linear(6, 11)
+
+    def forward(self, ids):
+        return self.head(torch.stack([self.layer(one).tanh() for one in self.table(ids)]))
+
+
+@pytest.mark.parametrize("N", [2, 3])
+def test_as_many_positions_as_samples_are_no_axis_of_a_layer_called_for_each(N):
+    """Of sample n only position n has a label, until the third batch, at which nobody looks."""
+    batches = [(torch.randint(11, (N, N)), torch.randint(11, (N, N))) for _ in range(3)]
+    for _, labels in batches[:2]:
+        labels[~torch.eye(N, dtype=torch.bool)] = -100
+    same(*by_batch_and_by_sample(EachByItself().double(), batches, fisher_type="empirical"))

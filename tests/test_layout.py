@@ -139,6 +139,12 @@ def test_no_gradient_is_no_evidence():
     assert found.layout is None and not found.mixes_samples
 
 
+def test_rows_of_one_sample_are_no_evidence():
+    """As many positions as samples, of which one has a gradient: that of the sample of its number, by chance."""
+    found = finding(torch.tensor([UNKNOWN, 1, UNKNOWN]), 3)
+    assert found.layout is None and not found.mixes_samples and Layout(0, Kind.AXIS) in found.possible
+
+
 @pytest.mark.parametrize("lead", [(4,), (4, 3), (3, 4), (8,), (4, 4)])
 def test_candidates_name_no_layout_twice(lead):
     rows = torch.arange(torch.Size(lead).numel()).view(*lead, 1)

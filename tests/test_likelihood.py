@@ -670,3 +670,12 @@ def test_targets_of_16_bit_outputs_are_not_rounded(likelihood, output, target, d
     (true,) = torch.autograd.grad(likelihood.losses(predictions(likelihood, leaf, y.double())).sum(), leaf)
     assert score.dtype == dtype
     torch.testing.assert_close(score.double(), true, rtol=2 * torch.finfo(dtype).eps, atol=0)
+
+
+def test_labels_may_be_a_column_of_others():
+    model, x, columns = nn.Linear(5, 3), torch.randn(6, 5), torch.randint(3, (6, 4))
+    found, true = (
+        ff.fisher(model, [(x, y)], fisher_type="empirical", progress=False).trace()
+        for y in (columns[:, 1], columns[:, 1].clone())
+    )
+    assert found == true

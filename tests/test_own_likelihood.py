@@ -59,3 +59,27 @@ def test_without_labels_or_sample_nobody_knows_what_log_prob_is_of():
     with pytest.raises(ValueError, match=r"log_prob must be known to return \[N\] or \[N, L\] beside an attention mask"):
         ff.fisher(model, [batch], fisher_type="exact", likelihood=own, progress=False)
     ff.fisher(model, [{**batch, "attention_mask": torch.ones_like(mask)}], fisher_type="exact", likelihood=own, progress=False)
+
+
+class Words(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.words, self.head = nn.Embedding(20, 8), nn.Linear(8, K)
+
+    def forward(self, ids, attention_mask):
+        return self.head(self.words(ids).tanh())
+
+
+def test_labels_of_padding_may_be_nan():
+    """As a named likelihood's may: autograd makes 0 * NaN of what does not count."""
+    model, ids = Words().double(), torch.randint(1, 20, (3, 4))
+    mask = (torch.arange(4) < torch.tensor([4, 2, 3])[:, None]).long()
+    y = torch.randn(3, 4, K).double().masked_fill(mask[..., None] == 0, float("nan"))
+    own = ff.LogLikelihood(lambda z, y: -(z - y).square().sum(2) / 2, name="unit normal")
+    batch = {"ids": ids, "attention_mask": mask, "labels": y}
+    found, true = (
+        ff.fisher(model, [batch], fisher_type="empirical", likelihood=each, progress=False).diagonal(dtype=torch.float64)
+        for each in (own, ff.Gaussian(1.0))
+    )
+    for name, values in true.items():
+        torch.testing.assert_close(found[name], values, rtol=1e-12, atol=0)

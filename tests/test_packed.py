@@ -288,3 +288,21 @@ def test_a_mask_of_four_axes_says_nothing_of_padding():
         "attention_mask": block,
     }
     assert packing.offsets(batch) == [0, 2, 5]
+
+
+class Flattened(Positions):
+    """Without the row's axis, as flash attention has it."""
+
+    def forward(self, input_ids, position_ids):
+        """Logits [1, M, V]."""
+        return super().forward(input_ids.squeeze(0), position_ids.squeeze(0)).unsqueeze(0)
+
+
+@pytest.mark.parametrize("lengths", [([5, 3, 4], [2, 2, 5, 4]), ([3, 3, 3], [2, 2, 5, 3])])
+def test_packed_rows_without_an_axis_for_the_row(lengths):
+    model, batches = Flattened().double(), [packed(each) for each in lengths]
+    options = {"progress": False, "fisher_type": "empirical"}
+    expected = ff.fisher(model, [one for batch in batches for one in apart(batch)], **options)
+    found = ff.fisher(model, [without(batch, "cu_seq_lens_q") for batch in batches], **options)
+    assert (found.num_samples, found.num_positions) == (expected.num_samples, expected.num_positions)
+    assert oracle.error(found.diagonal(dtype=torch.float64), expected.diagonal(dtype=torch.float64)) < EXACT

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """KFAC's inputs of padded samples are those of the same samples unpadded, in whatever order a layer meets the positions."""
 
+import warnings
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -77,7 +79,32 @@ class Permuted(Reader):
         return self.layer(x[at, order])[at, order.argsort(dim=1)]
 
 
+class LongPrompt(Reader):
+    """Beside as many rows that always exist, or more: before the positions or behind them."""
+
+    rows, behind = 6, False
+
+    def meet(self, x, exists):
+        prompt = self.prompt.repeat(self.rows // 2, 1).expand(len(x), -1, -1)
+        h = self.layer(torch.cat([x, prompt] if self.behind else [prompt, x], 1))
+        h, first = (h[:, : x.shape[1]], h[:, x.shape[1] :]) if self.behind else (h[:, self.rows :], h[:, : self.rows])
+        return h + (h @ first.mT).softmax(-1) @ first
+
+
+class LongerPrompt(LongPrompt):
+    rows = 14
+
+
+class LongPromptBehind(LongPrompt):
+    behind = True
+
+
+class LongerPromptBehind(LongerPrompt):
+    behind = True
+
+
 MODELS = [Heads, HeadsFirst, Prompted, WithMean, Backwards, Pairs, Placed, Permuted]
+MODELS += [LongPrompt, LongerPrompt, LongPromptBehind, LongerPromptBehind]
 
 
 def batches():
@@ -233,3 +260,133 @@ def test_a_decoder_without_a_mask_does_not_get_the_encoders():
     for name, x in (("layer", model.table(read)), ("encoder", model.table(padded["ids"])[padded["attention_mask"] > 0])):
         x = F.pad(x.reshape(-1, D), (0, 1), value=1.0)
         torch.testing.assert_close(factors[name][0], x.T @ x / len(x), rtol=1e-9, atol=1e-12)
+
+
+class Masked(Translator):
+    """A decoder with a mask of its own, whose layer is the encoder's if ``shared``."""
+
+    def __init__(self, shared):
+        super().__init__()
+        self.layer = self.encoder if shared else self.layer
+
+    def forward(self, input_ids, attention_mask, decoder_input_ids, decoder_attention_mask):
+        source = (self.encoder(self.table(input_ids)).tanh() * attention_mask[..., None]).sum(1, keepdim=True)
+        return self.head(self.layer(self.table(decoder_input_ids)).tanh() + source)
+
+
+def translation(sources, targets, unlabelled):
+    """Padded sources and targets; ``"first"`` or ``"last"`` of several targets has no label."""
+    exist = [torch.arange(max(lengths)) < torch.tensor(lengths)[:, None] for lengths in (sources, targets)]
+    ids = [torch.randint(V, mask.shape) for mask in exist]
+    labels = torch.randint(V, exist[1].shape).masked_fill(~exist[1], -100)
+    for n, length in enumerate(targets):
+        if length > 1:
+            labels[n, 0 if unlabelled == "first" else length - 1] = -100
+    names = ("input_ids", "attention_mask", "decoder_input_ids", "decoder_attention_mask")
+    return dict(zip(names, (ids[0], exist[0].long(), ids[1], exist[1].long()), strict=True), labels=labels)
+
+
+def second_moment(*rows):
+    x = F.pad(torch.cat(rows), (0, 1), value=1.0)
+    return x.T @ x / len(x)
+
+
+def inputs(model, batch):
+    """Of the encoder and of the decoder's layer: the words that there are."""
+    read = ((batch["input_ids"], batch["attention_mask"]), (batch["decoder_input_ids"], batch["decoder_attention_mask"]))
+    return [model.table(ids)[mask > 0] for ids, mask in read]
+
+
+@pytest.mark.parametrize("unlabelled", ["first", "last"])
+@pytest.mark.parametrize(
+    ("sources", "targets", "doubts"),
+    [
+        ([5] * 5, [2, 4, 1, 3, 5], 1),
+        ([2] * 5, [4, 2, 1, 3, 1], 0),
+        ([4, 2, 3, 1, 4], [5, 3, 4, 2, 5], 0),
+        ([3, 6, 6, 4], [5, 6, 4, 2], 0),
+    ],
+)
+def test_a_decoders_positions_without_a_label_are_inputs(sources, targets, doubts, unlabelled):
+    """Although those with one are among the encoder's, too, or are just as many as these."""
+    model, batch = Masked(shared=False).double(), translation(sources, targets, unlabelled)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        factors = fisher(model, [batch], "expand").factors(dtype=torch.float64)
+    assert sum("layer.weight: its rows should have gradients that tell" in str(one.message) for one in said) == doubts
+    for name, x in zip(("encoder", "layer"), inputs(model, batch), strict=True):
+        torch.testing.assert_close(factors[name][0], second_moment(x), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(("sources", "targets"), [([6, 3, 5, 2], [2, 6, 4, 3]), ([5, 3, 4, 2], [3, 2, 4, 4])])
+def test_a_layer_of_encoder_and_decoder_has_the_positions_of_both(sources, targets):
+    model, batch = Masked(shared=True).double(), translation(sources, targets, "last")
+    factors = fisher(model, [batch], "expand").factors(dtype=torch.float64)
+    torch.testing.assert_close(factors["encoder"][0], second_moment(*inputs(model, batch)), rtol=1e-9, atol=1e-12)
+
+
+def test_a_mask_that_was_the_only_one_to_fit_stays_that_of_the_weight():
+    """In batch 2 the decoder's rows with a gradient are exactly the encoder's positions."""
+    model = Masked(shared=False).double()
+    data = [translation([3, 2, 5], [5, 4, 2], "last"), translation([4, 2, 3], [5, 3, 4], "last")]
+    data[1] = {key: value if key.startswith("dec") or key == "labels" else F.pad(value, (0, 1)) for key, value in data[1].items()}
+    factors = fisher(model, data, "expand").factors(dtype=torch.float64)
+    for name, each in zip(("encoder", "layer"), zip(*(inputs(model, batch) for batch in data), strict=True), strict=True):
+        torch.testing.assert_close(factors[name][0], second_moment(*each), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore::fisherfast.FisherWarning")
+def test_a_decoder_that_is_given_embeddings_does_not_get_the_encoders_mask():
+    class Embedded(Translator):
+        def forward(self, input_ids, attention_mask, decoder_inputs_embeds):
+            source = (self.encoder(self.table(input_ids)).tanh() * attention_mask[..., None]).sum(1, keepdim=True)
+            return self.head(self.layer(decoder_inputs_embeds) + source)
+
+    padded, _ = batches()
+    read = torch.randn(*padded["ids"].shape, D).double()
+    labels = torch.randint(V, read.shape[:2]).masked_fill(torch.arange(read.shape[1]) > 1, -100)
+    batch = {
+        "input_ids": padded["ids"],
+        "attention_mask": padded["attention_mask"],
+        "decoder_inputs_embeds": read,
+        "labels": labels,
+    }
+    model = Embedded().double()
+    A, _ = fisher(model, [batch], "expand").factors(dtype=torch.float64)["layer"]
+    torch.testing.assert_close(A, second_moment(read.flatten(0, 1)), rtol=1e-9, atol=1e-12)
+
+
+class Chunked(Reader):
+    """Two positions at a time, as ``chunk_size_feed_forward`` has it."""
+
+    def meet(self, x, exists):
+        return torch.cat([self.layer(part) for part in x.split(2, 1)], 1)
+
+
+class Recurrent(Reader):
+    """Step by step; a sample that has ended keeps its state."""
+
+    def meet(self, x, exists):
+        h, states = torch.zeros_like(x[:, 0]), []
+        for t in range(x.shape[1]):
+            h = torch.where(exists[:, t, None], self.layer(h + x[:, t]).tanh(), h)
+            states.append(h)
+        return torch.stack(states, 1)
+
+
+@pytest.mark.parametrize("left", [False, True])
+@pytest.mark.parametrize("sizes", [(6,), (4, 2)])
+@pytest.mark.parametrize("kind", [Chunked, Recurrent])
+def test_uses_of_a_part_of_the_positions_lie_in_the_order_of_the_forward_pass(kind, sizes, left):
+    """Also where the first samples, which are looked at first, do not reach the later uses."""
+    model = kind().double()
+    padded, _ = batches()
+    padded = {key: value[torch.tensor([2, 5, 1, 3, 4, 0])] for key, value in padded.items()}
+    padded = {key: value.flip(1) for key, value in padded.items()} if left else padded
+    cut = {key: value.split(list(sizes)) for key, value in padded.items()}
+    data = [dict(zip(cut, each, strict=True)) for each in zip(*cut.values(), strict=True)]
+    alone = [
+        {key: value[n : n + 1, padded["attention_mask"][n] > 0] for key, value in padded.items()} for n in range(len(LENGTHS))
+    ]
+    A, A_alone = (fisher(model, each, "expand").factors(dtype=torch.float64)["layer"][0] for each in (data, alone))
+    torch.testing.assert_close(A, A_alone, rtol=1e-9, atol=1e-12)

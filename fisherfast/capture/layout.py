@@ -203,8 +203,8 @@ _ROUNDED = 100 * torch.finfo(torch.float16).smallest_normal
 
 @dataclass(frozen=True)
 class Finding:
-    """What is known of one use's rows: the one layout that explains them, if there is one; else who owns each row, and all ``possible``
-    layouts.
+    """What is known of one use's rows: the one layout that explains them, if there is one and they are of two samples at least; else who owns
+    each row, and all ``possible`` layouts.
     """
 
     layout: Layout | None
@@ -219,7 +219,8 @@ class Finding:
         possible = [layout for layout in candidates(lead, N, offsets) if layout.explains(numbers, N, offsets)]
         # Samples of one length lie as blocks too; in the next batch they may not.
         possible = [layout for layout in possible if layout.kind is Kind.PACKED] or possible
-        known = bool((numbers != UNKNOWN).any())
+        # The rows of one sample lie as along an axis by chance: a layer that is called for each sample, whose rows are positions.
+        known = len(numbers[numbers >= 0].unique()) > 1
         return cls(possible[0] if known and len(possible) == 1 else None, numbers, N in lead, tuple(possible))
 
     @property

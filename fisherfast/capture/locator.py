@@ -108,7 +108,9 @@ class Locator:
         before, offsets = self._capture.layouts.get(use.key), self._capture.offsets
         known = before is not None and before.explains(finding.numbers, N, offsets)
         layout = before if known else finding.layout
-        fits = layout is not None and not self._may_be_padding(use, layout.samples_first(finding.numbers, N, 0) != UNKNOWN)
+        fits = layout is not None and (  # packed samples have no padding
+            layout.kind is Kind.PACKED or not self._may_be_padding(use, layout.samples_first(finding.numbers, N, 0) != UNKNOWN)
+        )
         if layout is not None and fits and (before is None or known or use.key in self.scattered):
             if use.key not in self.scattered:
                 self._capture.layouts[use.key] = layout

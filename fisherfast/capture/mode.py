@@ -15,6 +15,7 @@ from __future__ import annotations
 import functools
 import inspect
 import itertools
+import weakref
 from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -50,12 +51,19 @@ class Mode(TorchFunctionMode):
 
     def __init__(self, root: nn.Module, device: torch.device, owner: TapOwner) -> None:
         super().__init__()
-        self._root, self._draws, self._owner = root, RandomDraws(root), owner
+        self._root, self._draws = root, RandomDraws(root)
+        self._owner_there = weakref.ref(owner)  # which holds the mode: a cycle would keep the model until garbage is collected
         self.anchor = torch.zeros((), device=device, requires_grad=True)
         self.input_shapes: InputShapes | None = None
         self.saved_hooks: list[Hooks | None] = []
         self.halves = False
         self._counter, self._numbers = itertools.count(), itertools.count()
+
+    @property
+    def _owner(self) -> TapOwner:
+        owner = self._owner_there()
+        assert owner is not None  # it enters the mode
+        return owner
 
     def begin(self, settings: ForwardSettings, tracked: Collection[Tracked]) -> None:
         """Prepare a forward pass, in which these parameters are followed as was decided."""

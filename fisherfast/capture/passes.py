@@ -149,7 +149,7 @@ class _OnePass:
         self._passes, self._locator, self._underflow = passes, passes.locator, underflow
         self._batch, self._groups, self._one, self._number = batch, batch.groups, one, number
         self._visited: defaultdict[Group, int] = defaultdict(int)
-        self._waiting: defaultdict[Group, list[tuple[Form, Rows]]] = defaultdict(list)
+        self._waiting: defaultdict[Group, list[tuple[CallUse, Rows]]] = defaultdict(list)
         self._unknown: defaultdict[Group, list[tuple[CallUse, Rows]]] = defaultdict(list)  # of uses that nothing is known of yet
         self._chained: list[Used] = []
         self._sightings: Mapping[Key, Sightings] = {}
@@ -202,14 +202,18 @@ class _OnePass:
             self._unknown[group].append((use, rows))
             return
         if located is not None:
-            self._waiting[group].append((use.form, located))
+            self._waiting[group].append((use, located))
 
     def _tagged(self, use: CallUse, rows: Rows) -> Rows:
         """Rows in the order of samples, by what tags showed."""
         return self._locator.gathered(use, rows, self._batch.N, self._sightings[use.key].numbers(rows.g, use.form.features))
 
-    def _join(self, group: Group, uses: list[tuple[Form, Rows]]) -> None:
-        """One part of a parameter, all its uses heard: hand it over, or leave it to the chain rule."""
+    def _join(self, group: Group, heard: list[tuple[CallUse, Rows]]) -> None:
+        """One part of a parameter, all its uses heard: hand it over, or leave it to the chain rule.
+
+        Rows come in the order of the forward pass, for a use may be of a part of a mask's positions: a step, or a chunk of them.
+        """
+        uses = [(use.form, rows) for use, rows in sorted(heard, key=lambda pair: pair[0].key[2])]
         tracked = self._groups[group][0].tracked
         if tracked.in_chain:
             self._chained += [(tracked, form, form.oriented(rows)) for form, rows in uses]
@@ -247,7 +251,7 @@ class _OnePass:
         self._sightings = self._passes.tagging.sightings(self._batch.root, self._one, keys)
         with self._passes.capture.aside():
             for group, uses in self._unknown.items():
-                located = [(use.form, self._tagged(use, rows)) for use, rows in uses]
+                located = [(use, self._tagged(use, rows)) for use, rows in uses]
                 self._join(group, self._waiting[group] + located)
 
     def _check_all_visited(self) -> None:

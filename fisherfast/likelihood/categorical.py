@@ -133,7 +133,7 @@ class Categorical:
         # Where the class axis is not last the rows are a copy already: they become the result.
         fresh = rows.is_contiguous() and rows.untyped_storage().data_ptr() != values.untyped_storage().data_ptr()
         score = rows if fresh else torch.empty(rows.shape, dtype=rows.dtype, device=rows.device)
-        flat = {name: label.reshape(-1) for name, label in labels.items()}
+        flat = {name: label.reshape(-1).contiguous() for name, label in labels.items()}
         categorical_score_(score, rows, counted=predictions.counted.reshape(-1), **flat)
         return score.view(values.shape)
 

@@ -97,7 +97,12 @@ class LogLikelihood:
     def _score(self, predictions: Predictions, y: Tensor) -> Tensor:
         with torch.enable_grad():
             leaf = predictions.values.detach().requires_grad_()
-            return torch.autograd.grad(-self._log_p(replace(predictions, values=leaf), y).sum(), leaf)[0]
+            score = torch.autograd.grad(-self._log_p(replace(predictions, values=leaf), y).sum(), leaf)[0]
+        if predictions.counted.shape != score.shape[:2]:
+            return score  # of samples, all of which count
+        # Labels of padding may be anything, also NaN, of which autograd makes 0 * NaN.
+        left_out = ~predictions.counted.view(*predictions.counted.shape, *[1] * (score.dim() - 2))
+        return score.masked_fill(left_out & score.isnan(), 0.0)
 
     def _log_p(self, predictions: Predictions, y: Tensor) -> Tensor:
         """What ``log_prob`` says of each sample, checked and added over its positions: ``[N]``."""

@@ -30,6 +30,7 @@ OUTPUTS = (
 )
 INPUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 ACCUMULATOR_DTYPES = (torch.float32, torch.float64)
+_WRITTEN = ("acc", "out", "drawn", "total", "sqnorm", "flag")
 
 
 def shape(tensor: Tensor) -> tuple[int, ...]:
@@ -54,7 +55,8 @@ def check_shape(op: str, name: str, tensor: Tensor, symbols: str, expected: tupl
     if tensor.shape != expected:
         raise ValueError(f"{op}: {name} must be {symbols} = {expected}, got {shape(tensor)}")
     if not tensor.is_contiguous():
-        raise ValueError(f"{op}: {name} must be contiguous, got strides {tensor.stride()}; it is written in place")
+        way = "it is written in place" if name in _WRITTEN else f"pass {name}.contiguous()"
+        raise ValueError(f"{op}: {name} must be contiguous, got strides {tensor.stride()}; {way}")
 
 
 def check_optional(

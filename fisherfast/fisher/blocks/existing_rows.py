@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain, permutations
 
 import torch
@@ -11,52 +11,92 @@ from torch import Tensor
 
 from fisherfast._warning import warn
 
+_EVERY = -1  # the place of all masks together; that of a mask is counted from the last
+
 
 class ExistingRows:
     """Asks the masks about the rows of one weight; ``name`` is what a warning calls it."""
 
     def __init__(self, name: str) -> None:
         self._name, self._warned = name, False
+        self._mask: int | None = None  # the place of the mask that was alone in leaving out no row with a gradient
 
     def among(self, g: Tensor, masks: Sequence[Tensor]) -> Tensor | None:
-        """Which rows of gradients ``g`` ``[N, T, O]`` there are ``[N, T]``; None if no mask leaves any out.
+        """Which rows of gradients ``g`` ``[N, T, O]`` there are ``[N, T]``; None if no mask leaves any out. The last mask is the output's.
 
-        A mask ``[N, L]`` may describe rows that are its positions, once for each use, although few of them have a gradient; of several
-        that do, the one with fewest rows. In any other order it must leave out exactly those without a gradient: rows of which a head
-        reads only the first would fit anything.
+        They are the T positions of a mask, although few of them may have a gradient; else those of one or several masks in an order
+        in which exactly the positions that are left out have none (rows of which a head reads only the first would fit anything); else
+        the positions of each mask in turn, or of one, once for each use.
         """
-        masks = [mask != 0 for mask in masks if mask.dim() == 2 and len(mask) == len(g) and mask.shape[1]]
-        if not masks or g.dim() != 3:
+        numbered = {
+            k: mask != 0 for k, mask in enumerate(reversed(masks)) if mask.dim() == 2 and len(mask) == len(g) and mask.shape[1]
+        }
+        if not numbered or g.dim() != 3:
             return None
         alive = (g != 0).any(-1)
-        of_samples = alive.any(1, keepdim=True)  # a sample without labels says nothing
-        in_order = [mask.repeat(1, alive.shape[1] // mask.shape[1]) for mask in masks if _may_be_uses(alive, mask.shape[1])]
-        for rows in chain(in_order, _in_other_orders(masks, alive.shape[1])):
-            if torch.equal(alive, rows & of_samples):
-                return None if bool(rows.all()) else rows
-        fitting = [rows for rows in in_order if not bool((alive & ~rows).any())]
-        if not fitting:
+        T = alive.shape[1]
+        positions = {k: mask for k, mask in numbered.items() if mask.shape[1] == T}
+        rows = self._one_of(positions, alive)
+        if rows is None:
+            uses = _of_uses(numbered, alive)
+            others = chain(uses.values(), _in_other_orders([*numbered.values()], T))
+            rows = next((rows for rows in others if _match(alive, rows)), None)
+            rows = self._one_of(uses, alive) if rows is None else rows
+        if rows is None:
             self._warn(alive, masks)
-        if not fitting or any(bool(rows.all()) for rows in fitting):
+        return None if rows is None or bool(rows.all()) else rows
+
+    def _one_of(self, candidates: Mapping[int, Tensor], alive: Tensor) -> Tensor | None:
+        """Of the candidates that leave out no row with a gradient the one that was alone in this before; else the one that leaves out exactly
+        those without; else the first, the output's: an encoder's positions all have a gradient, it is a decoder's that may have no label.
+        """
+        fitting = {k: rows for k, rows in candidates.items() if not bool((alive & ~rows).any())}
+        if not fitting:
             return None
-        return min(fitting, key=lambda rows: int(rows.sum()))
+        if len(fitting) == 1:
+            (self._mask,) = fitting
+        if self._mask in fitting:
+            return fitting[self._mask]
+        first, *others = fitting.values()
+        exact = next((rows for rows in fitting.values() if _match(alive, rows)), None)
+        if exact is None and not all(torch.equal(first, rows) for rows in others):
+            self._say(
+                f"{self._name}: its rows should have gradients that tell which mask they are the positions of, got {len(fitting)} that leave out "
+                "none with a gradient; KFAC takes the decoder's. Pad encoder and decoder to different lengths"
+            )
+        return first if exact is None else exact
+
+    def _say(self, message: str) -> None:
+        if not self._warned:
+            self._warned = True
+            warn(message)
 
     def _warn(self, alive: Tensor, masks: Sequence[Tensor]) -> None:
         """Rows that end earlier the shorter a sample is are positions, too, in some order or number of their own."""
         if self._warned or not any(_ends_with(alive, mask) for mask in masks):
             return
-        self._warned = True
         lengths = " or ".join(str(mask.shape[1]) for mask in masks)
-        warn(
+        self._say(
             f"{self._name}: its rows should be the positions of a mask, got {alive.shape[1]} rows a sample beside a mask of {lengths}, the fewer with a "
             f"gradient the shorter the sample; KFAC counts all {alive.shape[1]} as inputs, those of padding too. Take batches of samples of one length"
         )
 
 
-def _may_be_uses(alive: Tensor, L: int) -> bool:
-    """Whether rows may be L positions for each of one or more uses, all of which have a gradient."""
-    times, more = divmod(alive.shape[1], L)
-    return not more and (times == 1 or (times > 1 and bool(alive.any(0).view(times, L).any(1).all())))
+def _of_uses(masks: Mapping[int, Tensor], alive: Tensor) -> dict[int, Tensor]:
+    """The positions of every mask in turn, the output's last, and of each mask several times, where all such uses have a gradient."""
+    T, some = alive.shape[1], alive.any(0).cpu()
+    in_turn = {_EVERY: [*masks.values()][::-1]} | {k: [mask] * (T // mask.shape[1]) for k, mask in masks.items()}
+    found: dict[int, Tensor] = {}
+    for k, uses in in_turn.items():
+        lengths = [mask.shape[1] for mask in uses]
+        if len(uses) > 1 and sum(lengths) == T and all(bool(use.any()) for use in some.split(lengths)):
+            found[k] = torch.cat(uses, 1)
+    return found
+
+
+def _match(alive: Tensor, rows: Tensor) -> bool:
+    """Whether the rows with a gradient are all of ``rows`` and no other; a sample without labels says nothing."""
+    return torch.equal(alive, rows & alive.any(1, keepdim=True))
 
 
 def _in_other_orders(masks: Sequence[Tensor], T: int) -> Iterator[Tensor]:
@@ -69,8 +109,11 @@ def _in_other_orders(masks: Sequence[Tensor], T: int) -> Iterator[Tensor]:
             yield mask.repeat_interleave(times, 1) if times > 1 else mask.flip(1)
         if T == mask.shape[1] ** 2:
             yield (mask.unsqueeze(2) & mask.unsqueeze(1)).flatten(1)
-        if more and times == 1:
-            for others in (mask.new_ones(len(mask), more), mask.new_zeros(len(mask), more)):
+        beside = T - mask.shape[1]
+        if beside > 0:
+            # Rows without a gradient, as many as further uses have, are no padding: a use whose gradient was lost.
+            for always in (True, False) if more else (True,):
+                others = mask.new_full((len(mask), beside), always)
                 yield torch.cat([others, mask], 1)
                 yield torch.cat([mask, others], 1)
     for pair in permutations(masks, 2):
