@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fisherfast._pieces import pieces
 from fisherfast._precision import wide_dtype
 
 PROBED = 4  # samples that a first probe looks at: enough to tell one layout from another
@@ -191,7 +192,16 @@ class Sightings:
 
 def _sizes(g: Tensor, features: int) -> tuple[Tensor, Tensor]:
     """The largest absolute value of every row of ``[*lead, *F]`` and the sum of all; no rounding tells one tag's from another's."""
-    rows = g.detach().flatten(g.dim() - features).abs()
+    every = g.detach().flatten(g.dim() - features)
+    found = [_sizes_of_piece(rows) for rows in pieces(every)]
+    if len(found) == 1:
+        return found[0]
+    largest, total = (torch.cat([part.flatten() for part in parts]) for parts in zip(*found, strict=True))
+    return largest.view(every.shape[:-1]), total.view(every.shape[:-1])
+
+
+def _sizes_of_piece(rows: Tensor) -> tuple[Tensor, Tensor]:
+    rows = rows.abs()
     largest = rows.amax(-1) if rows.shape[-1] else rows.new_zeros(rows.shape[:-1])
     return largest.double(), rows.sum(-1, dtype=wide_dtype(rows.dtype)).double()
 
