@@ -51,8 +51,7 @@ class EKFAC(Request["EKFACFisher"]):
     def result(self, source: EigenCollector, counts: Counts) -> EKFACFisher:
         """See ``Request``."""
         blocks, diagonals = source.snapshot()
-        ways = counts.coverage.ways
-        how = described({block: ways[block.place.weight] for block in blocks})
+        how = described({block: counts.coverage[block.place.weight] for block in blocks})
         return EKFACFisher(blocks, diagonals, counts.saying("diagonal", how), source.shapes)
 
     def restore(self, source: EigenCollector, before: EKFACFisher) -> None:

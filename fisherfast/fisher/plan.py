@@ -251,7 +251,9 @@ def _with_rows(held: Held, costs: Mapping[str, Cost], times: float) -> Held:
 
 def _row(held: Held, coverage: Mapping[str, str], work: Mapping[str, float]) -> Row:
     flops = sum(work.get(name, 0.0) for name in held.names)
-    return Row(held.names, held.way or coverage[held.names[0]], held.holds, held.bytes, flops)
+    how = coverage.get(held.names[0], "")  # a part of a packed one has a way of its own
+    way = how if held.way is None or ":" in how else held.way  # with a reason, if its gradients take another way to the op
+    return Row(held.names, way, held.holds, held.bytes, flops)
 
 
 @dataclass(frozen=True)

@@ -83,16 +83,19 @@ class Block(Protocol):
 _Block = TypeVar("_Block", bound=Block)
 
 
-def described(ways: Mapping[Any, str]) -> dict[str, str]:
-    """How each parameter is covered and what is kept of it, for the coverage report; ``ways`` are those of the blocks."""
+def described(blocks: Mapping[Any, str]) -> dict[str, str]:
+    """How each parameter is covered, what is kept of it, and why it needs another way than an op, for the coverage report; ``blocks`` has the
+    coverage of each.
+    """
     parts: defaultdict[str, Counter[str]] = defaultdict(Counter)
     how = {}
-    for block, way in ways.items():
+    for block, covered in blocks.items():
+        way, _, why = covered.partition(":")
         for name, part in block.place.parts.items():
             parts[name][block.describe()] += bool(part)
             kept = (f"{number} part{'s' * (number > 1)} of {what}" if number else what for what, number in parts[name].items())
             op = "gram_" if isinstance(block, ExactBlock) and way.endswith("_") else way  # that of the block, not of its squares
-            how[name] = f"{op}: {', '.join(kept)}"
+            how[name] = f"{op}: {', '.join(kept)}" + f";{why}" * bool(why)
     return how
 
 
