@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils.data import DataLoader
 
 from fisherfast import _checks, _nested, packing
@@ -47,6 +48,7 @@ class Batch:
         these come from its ``prepare_decoder_input_ids_from_labels``, as in its own forward pass.
         """
         inputs, targets, weight, offsets = _parts(item)
+        _refuse_packed_sequences(inputs)
         if isinstance(inputs, Mapping):
             inputs = {key: _moved(value, device) for key, value in inputs.items()}
             inputs |= _read_by_the_decoder(model, inputs, targets, device)
@@ -336,6 +338,16 @@ def _digest(tensor: Tensor) -> int:
     words = torch.nn.functional.pad(raw, (0, -raw.numel() % 8)).view(torch.int64)
     factors = (2 * torch.arange(words.numel(), device=words.device) + 1) * GOLDEN
     return int(((words ^ (words >> 29)) * factors).sum())
+
+
+def _refuse_packed_sequences(inputs: Any) -> None:
+    """Raise TypeError for what ``pack_sequence`` gives: a tuple to look at, whose first tensor has a row for every position."""
+    given = inputs.values() if isinstance(inputs, Mapping) else inputs if type(inputs) in (tuple, list) else (inputs,)
+    if any(isinstance(value, PackedSequence) for value in given):
+        raise TypeError(
+            "data: inputs must have the sample axis first, got a PackedSequence; pass padded sequences and their lengths, and pack them inside "
+            "the model, or use ff.collect around your own forward passes"
+        )
 
 
 def _moved(value: Any, device: torch.device) -> Any:

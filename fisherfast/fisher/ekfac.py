@@ -35,6 +35,8 @@ class EKFAC(Request["EKFACFisher"]):
     def __post_init__(self) -> None:
         _checks.integer("EKFAC", "max_factor_dim", self.max_factor_dim, 1)
         _checks.integer("EKFAC", "max_exact_dim", self.max_exact_dim, 0)
+        if self.basis is not None and not isinstance(self.basis, KFACFisher):
+            raise ValueError(f"EKFAC: basis must be a KFACFisher, got {type(self.basis).__name__}; measure ff.KFAC()")
 
     def collector(self, capture: Capture, transactional: bool) -> EigenCollector:
         """See ``Request``."""
@@ -43,8 +45,6 @@ class EKFAC(Request["EKFACFisher"]):
                 "EKFAC: basis must be a KFACFisher where the data pass once, got None; measure ff.KFAC() first, or use "
                 "ff.fisher(model, data, structure='ekfac'), which reads the data twice"
             )
-        if not isinstance(self.basis, KFACFisher):
-            raise ValueError(f"EKFAC: basis must be a KFACFisher, got {type(self.basis).__name__}; measure ff.KFAC()")
         basis = {block.place.name: block for block in self.basis.blocks if isinstance(block, KroneckerBlock)}
         return EigenCollector(capture, basis, transactional, self.max_exact_dim)
 
