@@ -1,6 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The peak of a run with a large vocabulary: three tensors as large as the logits, as in a plain step, and none of them in float32."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import networks
 import pytest
 import torch
@@ -10,7 +14,7 @@ from torch import nn
 
 import fisherfast as ff
 from fisherfast._pieces import PIECE, pieces
-from fisherfast.capture import layout
+from fisherfast.capture import layout, tagging
 from fisherfast.capture.dependence import dependent, same_but_rounding
 from fisherfast.fisher.exploration import noise
 
@@ -69,6 +73,27 @@ def test_sizes_of_rows_are_the_same_in_pieces():
     assert torch.equal(largest, g.abs().amax(-1).double()) and torch.equal(total, g.abs().sum(-1, dtype=torch.float32).double())
     moments = g.float().mean(), g.float().var()
     assert torch.allclose(torch.stack(moments), torch.tensor([0.0, 1.0]), atol=5e-3)
+
+
+def test_rows_left_out_are_found_in_pieces():
+    g, out = torch.zeros(6, PIECE // 4, dtype=torch.bfloat16), torch.tensor([True, False] * 3)
+    for row in range(6):
+        g.zero_()[row, -1] = 1
+        assert bool(tagging._any(g, out)) == bool(out[row])
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peaks of resident memory are Linux's")
+def test_the_memory_of_a_piece_is_the_next_ones():
+    """As the system sees it, with the allocator it comes with: a tensor that stays between two pieces would cost as much as they."""
+    script = (
+        "import re, torch\nfrom fisherfast.capture import layout\n"
+        "def resident(of): return 1024 * int(re.search(of + r':\\s+(\\d+)', open('/proc/self/status').read())[1])\n"
+        "g = torch.ones(2048, 2**15, dtype=torch.bfloat16)\nlayout._sizes(g[:8], 1)\n"
+        "open('/proc/self/clear_refs', 'w').write('5')\nbefore = resident('VmRSS')\n"
+        "layout._sizes(g, 1)\nprint(resident('VmHWM') - before)\n"
+    )
+    run = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
+    assert int(run.stdout) < 2 * 2048 * 2**15  # what g takes; no piece in the place of another takes three times that
 
 
 def test_outputs_that_round_differently_are_compared_in_little_memory():

@@ -110,4 +110,7 @@ def _any(g: Tensor, rows: Tensor) -> Tensor:
     if g.numel() <= PIECE:
         return g[rows].any()
     step = max(1, len(g) * PIECE // g.numel())
-    return torch.stack([part[picked].any() for part, picked in zip(g.split(step), rows.split(step), strict=True)]).any()
+    found = torch.zeros((), dtype=torch.bool, device=g.device)
+    for part, picked in zip(g.split(step), rows.split(step), strict=True):
+        found |= part[picked].any()
+    return found

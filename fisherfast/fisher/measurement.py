@@ -140,7 +140,9 @@ class Measurement:
     def _support(self, predictions: Predictions) -> Pass:
         """A pass that gives a gradient to all that any pass of the batch gives one, and is no larger than they."""
         cotangent = noise(predictions.values)
-        largest = torch.stack([piece.abs().amax() for piece in pieces(cotangent)]).amax()
-        largest = largest.clamp_min(1e-4) * predictions.values[0].numel() ** 0.5
+        largest = cotangent.new_full((), 1e-4)
+        for piece in pieces(cotangent):
+            torch.maximum(largest, piece.abs().amax(), out=largest)
+        largest = largest * predictions.values[0].numel() ** 0.5
         cotangent.div_(largest).mul_(predictions.everywhere()).mul_(self.loss_scale)  # in place: it may be as large as all logits
         return Pass(cotangent, loss_scale=self.loss_scale)
