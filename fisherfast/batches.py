@@ -45,6 +45,7 @@ class Batch:
         these come from its ``prepare_decoder_input_ids_from_labels``, as in its own forward pass.
         """
         inputs, targets, weight, offsets = items.parts(item)
+        items.refuse_packed_sequences(inputs)
         if isinstance(inputs, Mapping):
             inputs = {key: items.moved(value, device) for key, value in inputs.items()}
             inputs |= _read_by_the_decoder(model, inputs, targets, device)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils.data import DataLoader
 
 from fisherfast import _checks, _nested, packing
@@ -38,6 +39,16 @@ def parts(item: Any) -> tuple[Any, Any, Any, Any]:
     raise TypeError(
         f"data: a batch must be (inputs, targets), (inputs, targets, weights) or a dict, got {type(item).__name__}{several}; {way}"
     )
+
+
+def refuse_packed_sequences(inputs: Any) -> None:
+    """Raise TypeError for what ``pack_sequence`` gives: a tuple to look at, whose first tensor has a row for every position."""
+    given = inputs.values() if isinstance(inputs, Mapping) else inputs if type(inputs) in (tuple, list) else (inputs,)
+    if any(isinstance(value, PackedSequence) for value in given):
+        raise TypeError(
+            "data: inputs must have the sample axis first, got a PackedSequence; pass padded sequences and their lengths, and pack them inside "
+            "the model, or use ff.collect around your own forward passes"
+        )
 
 
 def targets(values: Any, device: torch.device) -> Tensor:

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How large the tensors are that a computation makes."""
+"""How large the tensors are that a computation makes, and how much memory it takes at once."""
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
@@ -19,3 +20,15 @@ class Allocations(TorchDispatchMode):
             if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() not in inputs:
                 self.largest = max(self.largest, tensor.numel())
         return result
+
+
+def peak_bytes(function):
+    """The most memory on the CPU that a call holds at a time, of all that torch allocates in it, and inside its operations."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        result = function()  # noqa: F841  is held
+    events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak

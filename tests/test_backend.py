@@ -229,6 +229,7 @@ FLOORS = {
     "_version": 1,
     "_nested": 1,
     "_functional": 1,
+    "_pieces": 1,
     "_precision": 1,
     "_random": 1,
     "_warning": 1,

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils.rnn import pack_padded_sequence
 
 import fisherfast as ff
 from fisherfast.batches import Batch
@@ -17,6 +18,39 @@ N, L = 4, 7
 
 def measure(model, item, likelihood="categorical", fisher_type="empirical", **options):
     return ff.fisher(model, [item], "diagonal", fisher_type, likelihood=likelihood, progress=False, **options)
+
+
+class Packed(nn.Module):
+    """Reads sequences that are packed already, or packs them."""
+
+    def __init__(self):
+        super().__init__()
+        self.cells, self.head = nn.LSTM(4, 5), nn.Linear(5, 3)
+
+    def forward(self, x, lengths=None):
+        x = x if lengths is None else pack_padded_sequence(x, lengths.cpu(), batch_first=True, enforce_sorted=False)
+        return self.head(self.cells(x)[1][0][-1])
+
+
+@pytest.mark.parametrize("given", [lambda x: x, lambda x: (x,), lambda x: {"x": x}], ids=["alone", "tuple", "dict"])
+def test_a_packed_sequence_is_refused_with_the_ways_out(given):
+    model, lengths, y = Packed().double(), torch.tensor([3, 2, 1]), torch.tensor([0, 1, 2])
+    x = torch.randn(3, 3, 4).double()
+    packed = given(pack_padded_sequence(x, lengths, batch_first=True))
+    item = {**packed, "labels": y} if isinstance(packed, dict) else (packed, y)
+    for ask in (
+        lambda: measure(model, item),
+        lambda: ff.plan(model, item),
+        lambda: ff.FisherOperator(model, [item]) @ torch.ones(238),
+    ):
+        with pytest.raises(
+            (TypeError, ValueError), match="got a PackedSequence; pass padded sequences and their lengths, and pack them"
+        ):
+            ask()
+    inside = measure(model, ((x, lengths), y))
+    with ff.collect(model, ff.Diagonal()) as stats:
+        stats.backward(F.cross_entropy(model(pack_padded_sequence(x, lengths, batch_first=True)), y, reduction="none"))
+    assert inside.trace() == pytest.approx(stats.result().trace(), rel=1e-12)
 
 
 class Copies(nn.Module):

@@ -100,6 +100,16 @@ def test_backwards_through_one_forward_are_draws_of_its_samples():
     assert fisher.stderr("trace") == pytest.approx(float(expected.std() / 11**0.5), rel=1e-9)
 
 
+@pytest.mark.parametrize("structure", ["kfac", "ekfac", "gram"])
+def test_the_error_of_a_trace_is_of_the_diagonal_beside_other_structures(structure):
+    model, x, y = networks.doubles("mlp-inplace-relu", 6)
+    options = {"fisher_type": "empirical", "progress": False}
+    D, F_ = ff.fisher(model, [(x, y)], ("diagonal", structure), **options)
+    assert D.stderr() == ff.fisher(model, [(x, y)], **options).stderr() > 0
+    with pytest.raises(ValueError, match=rf"got a {type(F_).__name__}.* structure=\('diagonal', ...\), and ask the first result"):
+        F_.stderr("trace")
+
+
 def test_draws_of_interleaved_forwards_are_not_guessed():
     model, x, y = networks.doubles("mlp-inplace-relu", 6)
     with ff.collect(model, ff.PerSampleNorm(), ff.Diagonal(), fisher_type="mc") as stats:

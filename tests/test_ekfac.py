@@ -174,6 +174,8 @@ def test_collect_takes_the_basis_of_other_data():
     assert torch.equal(E.factors()["0"][0], K.factors()["0"][0])
     with pytest.raises(ValueError, match="basis must be a KFACFisher where the data pass once"):
         ff.collect(model, ff.EKFAC())
+    with pytest.raises(ValueError, match="basis must be a KFACFisher, got DiagonalFisher"):
+        ff.EKFAC(basis=D)
 
 
 def test_it_stands_beside_others_in_one_call():

@@ -137,3 +137,27 @@ def test_both_uses_of_a_tied_table_are_summed_in_float32():
     )
     assert "exact" in kfac.coverage["table.weight"]
     torch.testing.assert_close(kfac.diagonal()["table.weight"], diagonal.diagonal()["table.weight"], rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("structure", ["kfac", "ekfac"])
+@pytest.mark.parametrize("name", ["fft", "weight-norm"])
+def test_the_way_of_gradients_that_no_op_gives_has_its_reason_in_plan_and_coverage(name, structure):
+    if name == "fft":
+        w, head = nn.Parameter(torch.randn(6)), nn.Linear(6, 3)
+        model, way = (
+            networks.Wrapped(lambda m, x: m.head(torch.fft.irfft(torch.fft.rfft(x) * torch.fft.rfft(m.w), n=6)), head=head),
+            "vmap",
+        )
+        model.register_parameter("w", w)
+        exact = "w"
+    else:
+        model, way = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(6, 5)), nn.Linear(5, 3)), "chain"
+        exact = "0.parametrizations.weight.original0"
+    batch = (torch.randn(7, 6), torch.randint(3, (7,)))
+    reasons = ff.fisher(model, [batch], progress=False).coverage
+    covered = measure(model, [batch], structure).coverage
+    D = dict(model.named_parameters())[exact].numel()
+    assert reasons[exact].startswith(f"{way}: ")
+    assert covered[exact] == f"{way}: exact [{D}, {D}];{reasons[exact].removeprefix(f'{way}:')}" and covered.ways[exact] == way
+    planned = {name: row.way for row in ff.plan(model, batch, structure).rows for name in row.names}
+    assert planned[exact] == reasons[exact]

@@ -81,6 +81,8 @@ def test_rejects_vectors(method, change, error, reason):
     [
         (-1.0, r"damping must be a finite number >= 0, got -1\.0"),
         (math.nan, "damping must be a finite number >= 0, got nan"),
+        ([1, 2], r"damping must be a finite number >= 0, got \[1, 2\]"),
+        (torch.ones(2), r"damping must be a finite number >= 0, got tensor"),
         (math.inf, "damping must be a finite number >= 0, got inf"),
         (torch.ones((), requires_grad=True), "damping must be a number, got a tensor that asks for a gradient"),
         ({"body.0": 1.0, "head": 1.0}, r"cover every parameter, got none for \['scale'\]"),

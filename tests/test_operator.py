@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from networks import double_vectors, mlp
 from oracle import close
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import fisherfast as ff
 
@@ -183,6 +184,46 @@ class Centred(nn.Module):
     def forward(self, x):
         outputs = self.linear(x)
         return outputs - outputs.mean(0)
+
+
+class Parts(nn.Module):
+    """A first layer that autograd may not see, or that the output may not use, and experts that a batch may leave out."""
+
+    def __init__(self, way):
+        super().__init__()
+        self.way, self.first, self.head = way, nn.Linear(3, 5), nn.Linear(5, 4)
+
+    def forward(self, x):
+        if self.way == "no_grad":
+            with torch.no_grad():
+                hidden = self.first(x)
+        elif self.way == "reentrant":
+            hidden = checkpoint(self.first, x, use_reentrant=True)
+        else:
+            hidden = F.pad(x, (0, 2)) if self.way == "unused" or x.sum() < 0 else self.first(x)
+        return self.head(hidden)
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+@pytest.mark.parametrize("way", ["no_grad", "reentrant", "unused"])
+def test_parameters_without_a_gradient_are_refused_or_zero(way):
+    model = Parts(way).double()
+    data, v = [(torch.randn(6, 3).double(), torch.randint(0, 4, (6,)))], torch.randn(44).double()
+    for ask in (lambda: exact(model, data, "empirical"), lambda: ff.FisherOperator(model, data, "empirical") @ v):
+        with pytest.raises(ValueError, match=r"every parameter with requires_grad must reach.* got 2 of 4 that .*'first.weight'"):
+            ask()
+    product = ff.FisherOperator(model, data, "empirical", allow_missing=True) @ v
+    model.first.requires_grad_(False)
+    head = ff.FisherOperator(model, data, "empirical") @ v[20:]
+    assert not product[:20].any() and close(product[20:], head, EXACT)
+
+
+def test_an_expert_may_be_of_a_later_batch():
+    x, y, v = torch.rand(4, 3).double(), torch.randint(0, 4, (4,)), torch.randn(44).double()
+    model = Parts("expert").double()
+    operator = ff.FisherOperator(model, [(-x, y), (x, y)], "empirical")
+    assert close(operator @ v, exact(model, [(x, y), (-x, y)], "empirical") @ v, EXACT)
+    assert close(operator @ v, exact(model, [(x, y), (-x, y)], "empirical") @ v, EXACT)
 
 
 @pytest.mark.parametrize("N", [2, 4, 5, 20])

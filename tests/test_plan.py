@@ -296,7 +296,7 @@ def saved_by_the_graph(model, batch):
         found.update(
             {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t.dim()}
         )  # numbers are none
-        found["gradient"] = root.nbytes
+        found["gradients"] = 2 * root.nbytes
         return begin(self, uses, *more, **options)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -322,8 +322,10 @@ def test_activations_are_counted_by_hand():
     model = nn.Sequential(nn.Linear(I, D), nn.Tanh(), nn.Linear(D, C))
     planned = ff.plan(model, (torch.randn(N, I), torch.randint(C, (N,))))
     assert planned.activation_bytes == 4 * N * (
-        D + 2 * C
-    )  # of tanh its result, which the second layer's input is; logits and their gradient
+        D + 3 * C
+    )  # of tanh its result, which the second layer's input is; logits and two gradients at them
+    alone = ff.plan(model, (torch.randn(1, I), torch.randint(C, (1,))))
+    assert alone.activation_bytes == 4 * (D + 2 * C)  # no samples to tell apart
 
 
 def test_checkpointed_layers_keep_their_inputs_only():
@@ -337,7 +339,7 @@ def test_checkpointed_layers_keep_their_inputs_only():
         return x
 
     layers.forward = checkpointed
-    assert (every, ff.plan(layers, batch).activation_bytes) == (4 * 20 * 11 * (6 + 1), 4 * 20 * 11 * (2 + 2))
+    assert (every, ff.plan(layers, batch).activation_bytes) == (4 * 20 * 11 * (6 + 2), 4 * 20 * 11 * (2 + 3))
 
 
 def test_scratch_is_what_a_chunk_is_turned_into(monkeypatch):

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fisherfast._pieces import PIECE, pieces
 from fisherfast._precision import wide_dtype
 
 PROBED = 4  # samples that a first probe looks at: enough to tell one layout from another
@@ -191,7 +192,22 @@ class Sightings:
 
 def _sizes(g: Tensor, features: int) -> tuple[Tensor, Tensor]:
     """The largest absolute value of every row of ``[*lead, *F]`` and the sum of all; no rounding tells one tag's from another's."""
-    rows = g.detach().flatten(g.dim() - features).abs()
+    every = g.detach().flatten(g.dim() - features)
+    if every.numel() <= PIECE:
+        return _sizes_of_piece(every)
+    # Allocated first: a small tensor that stays between two pieces would keep the second from the memory of the first.
+    sizes = torch.empty(2, every.shape[:-1].numel(), dtype=torch.float64, device=g.device)
+    first = 0
+    for rows in pieces(every):
+        last = first + rows.shape[:-1].numel()
+        for of_all, of_rows in zip(sizes, _sizes_of_piece(rows), strict=True):
+            of_all[first:last] = of_rows.flatten()
+        first = last
+    return sizes[0].view(every.shape[:-1]), sizes[1].view(every.shape[:-1])
+
+
+def _sizes_of_piece(rows: Tensor) -> tuple[Tensor, Tensor]:
+    rows = rows.abs()
     largest = rows.amax(-1) if rows.shape[-1] else rows.new_zeros(rows.shape[:-1])
     return largest.double(), rows.sum(-1, dtype=wide_dtype(rows.dtype)).double()
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from fisherfast._pieces import PIECE
 from fisherfast.capture.backward import Backward, Pass
 from fisherfast.capture.calls import Call, Key
 from fisherfast.capture.capture import Capture
@@ -30,7 +31,9 @@ class Tagging:
         """
         root, N = uses.root, uses.root.shape[0]
         tags = Tags(N, PROBED, self._capture.narrow, large)
-        one = Pass(Pass(cotangent).times(torch.arange(N, device=root.device) < tags.few))
+        one = Pass(cotangent)
+        if tags.few < N:
+            one = Pass(one.times(torch.arange(N, device=root.device) < tags.few))
         numbers = self._numbers(root, one, self._sightings(root, one, tags))
         findings = {key: Finding.of(found, N, self._capture.offsets) for key, found in numbers.items()}
         self._locator.learn(findings)
@@ -69,7 +72,7 @@ class Tagging:
                     suspects.add(use.key)
                     continue
                 left_out = out if rows.offsets is None else out.repeat_interleave(rows.offsets.diff())
-                leaks[use.key] = rows.g[left_out].any()
+                leaks[use.key] = _any(rows.g, left_out)
 
         self._backward.run(root, one.times(~out), listen)
         found = torch.stack(list(leaks.values())).tolist() if leaks else []
@@ -100,3 +103,14 @@ class Tagging:
 
         self._backward.run(root, one.cotangent, listen)
         return numbers
+
+
+def _any(g: Tensor, rows: Tensor) -> Tensor:
+    """Whether a number of these rows ``[N]`` of ``g`` is not zero; many of them at a time, for picked they are a copy."""
+    if g.numel() <= PIECE:
+        return g[rows].any()
+    step = max(1, len(g) * PIECE // g.numel())
+    found = torch.zeros((), dtype=torch.bool, device=g.device)
+    for part, picked in zip(g.split(step), rows.split(step), strict=True):
+        found |= part[picked].any()
+    return found

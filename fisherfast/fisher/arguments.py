@@ -68,7 +68,11 @@ def _checked_damping(method: str, what: str, damping: float) -> float:
         raise ValueError(
             f"{method}: {what} must be a number, got a tensor that asks for a gradient, which would be lost; pass its .item()"
         )
-    value = _checks.non_negative(method, what, float(damping))
+    try:
+        value = float(damping)
+    except (TypeError, ValueError, RuntimeError):  # of several numbers, or none
+        value = damping
+    value = _checks.non_negative(method, what, value)
     if 0 < value < sys.float_info.min:
         raise ValueError(f"{method}: {what} must be 0 or at least {sys.float_info.min:.3g}, whose inverse is finite, got {value}")
     return value

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from fisherfast._pieces import pieces
 from fisherfast.batches import Batch
 
 _PACKED = (
@@ -25,7 +26,9 @@ def check_independent(
     A model that gives two outputs for one batch is told so instead: its samples may well be independent. ``ran``: the batch that
     gave ``values``, if it begins with the few.
     """
-    alone = torch.cat([_without_others(outputs, few, values, n) for n in range(few.N)])
+    alone = torch.empty_like(values)
+    for n in range(few.N):
+        alone[n] = _without_others(outputs, few, values, n)  # no two outputs of the model at a time
     if same_but_rounding(alone, values, eps):
         return
     _check_repeatable(outputs(ran or few)[: few.N].detach(), values.detach(), eps)
@@ -77,13 +80,14 @@ def same_but_rounding(a: Tensor, b: Tensor, eps: float) -> bool:
     if a.shape != b.shape:
         return False
     a, b = a.detach(), b.detach()
-    different, infinity = a != b, torch.tensor(torch.inf, device=b.device, dtype=b.dtype)
+    different = a != b
     if not different.any():
         return True
-    ranges = torch.where(different, b, -infinity).amax(0) - torch.where(different, b, infinity).amin(0)
-    range_ = ranges[different.any(0)].median()
-    scale = torch.where(range_ > 0, range_, b[different].abs().median())  # one sample alone has no range
-    return bool((_apart(a, b) < eps * (4 * b.abs() + 16 * scale))[different].all())  # one that is infinite in one is another
+    ranges = torch.where(different, b, -torch.inf).amax(0).sub_(torch.where(different, b, torch.inf).amin(0))
+    scale = _median(ranges, different.any(0))
+    if not scale > 0:  # one sample alone has no range
+        scale = _median(b.abs(), different)
+    return _all_within(a, b, lambda b: eps * (4 * b.abs() + 16 * scale))  # one that is infinite in one is another
 
 
 def _roughly_same(a: Tensor, b: Tensor, eps: float) -> bool:
@@ -93,8 +97,18 @@ def _roughly_same(a: Tensor, b: Tensor, eps: float) -> bool:
     different = a != b  # an output that masks is the same, and says nothing of how large the others are
     if not different.any():
         return True
-    others = b[different].abs()
-    return bool((_apart(a, b)[different] < max(0.02, 16 * eps) * (others + others.median())).all())
+    median = _median(b.abs(), different)
+    return _all_within(a, b, lambda b: max(0.02, 16 * eps) * (b.abs() + median))
+
+
+def _median(values: Tensor, mask: Tensor) -> Tensor:
+    """The median of the values where the mask is; these are overwritten. Indexed by a mask, logits would give several times their size in indices."""
+    return values.masked_fill_(~mask, torch.nan).nanmedian()
+
+
+def _all_within(a: Tensor, b: Tensor, bound: Callable[[Tensor], Tensor]) -> bool:
+    """Whether all entries are equal, or less than ``bound(b)`` apart."""
+    return all(bool(((_apart(a, b) < bound(b)) | (a == b)).all()) for a, b in zip(pieces(a), pieces(b), strict=True))
 
 
 def dependent(outputs: Callable[[Batch], Tensor], batch: Batch, values: Tensor, eps: float) -> int | None:
@@ -104,7 +118,7 @@ def dependent(outputs: Callable[[Batch], Tensor], batch: Batch, values: Tensor, 
     smallest outputs: a maximum over the batch is rather another's. A model that gives another output each time is not looked at.
     ``values``: the outputs of the batch's first few samples; those that do not count are zero.
     """
-    n = int(values.reshape(len(values), -1).abs().sum(1).argmin())
+    n = int(torch.stack([sample.abs().sum() for sample in values]).argmin())
     if batch.offsets is None:
         alone, together = outputs(batch.repeated(n, 2))[:1], values[n : n + 1]
     else:

@@ -40,6 +40,8 @@ class EKFAC(Request["EKFACFisher"]):
     def __post_init__(self) -> None:
         _checks.integer("EKFAC", "max_factor_dim", self.max_factor_dim, 1)
         _checks.integer("EKFAC", "max_exact_dim", self.max_exact_dim, 0)
+        if self.basis is not None and not isinstance(self.basis, KFACFisher):
+            raise ValueError(f"EKFAC: basis must be a KFACFisher, got {type(self.basis).__name__}; measure ff.KFAC()")
 
     def collector(self, capture: Capture, transactional: bool) -> EigenCollector:
         """See ``Request``."""
@@ -48,16 +50,13 @@ class EKFAC(Request["EKFACFisher"]):
                 "EKFAC: basis must be a KFACFisher where the data pass once, got None; measure ff.KFAC() first, or use "
                 "ff.fisher(model, data, structure='ekfac'), which reads the data twice"
             )
-        if not isinstance(self.basis, KFACFisher):
-            raise ValueError(f"EKFAC: basis must be a KFACFisher, got {type(self.basis).__name__}; measure ff.KFAC()")
         basis = {block.place.name: block for block in self.basis.blocks if isinstance(block, KroneckerBlock)}
         return EigenCollector(capture, basis, transactional, self.max_exact_dim)
 
     def result(self, source: EigenCollector, counts: Counts) -> EKFACFisher:
         """See ``Request``."""
         blocks, diagonals = source.snapshot()
-        ways = counts.coverage.ways
-        how = described({block: ways[block.place.weight] for block in blocks})
+        how = described({block: counts.coverage[block.place.weight] for block in blocks})
         return EKFACFisher(blocks, diagonals, counts.saying("diagonal", how), source.shapes)
 
     def restore(self, source: EigenCollector, before: EKFACFisher) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fisherfast._error import raised_here
+from fisherfast._pieces import pieces
 from fisherfast._warning import warn
 from fisherfast.batches import Batch
 from fisherfast.capture.calls import Call
@@ -66,7 +67,9 @@ class Exploration:
             if mixed:
                 self._resolve(self._forward.values, few, uses, mixed, noted)
             else:
-                self._warn_if_dependent(batch, _counted(predictions))
+                counted, eps = _counted(predictions), self._forward.precision(values)
+                del values, uses, predictions  # with their graph, as above
+                self._warn_if_dependent(batch, counted, eps)
             self._probed = True
 
     def _looked_at(self, batch: Batch) -> tuple[Batch, Predictions]:
@@ -90,14 +93,14 @@ class Exploration:
     def _probe(self, uses: Uses) -> set[str]:
         return mixing(self._run.passes.tagging.probe(uses, noise(uses.root)), self._run.capture.tracked, uses.chosen)
 
-    def _warn_if_dependent(self, batch: Batch, values: Tensor) -> None:
+    def _warn_if_dependent(self, batch: Batch, values: Tensor, eps: float) -> None:
         """Samples that depend on each other through what is detached have a gradient each, but of the batch that they were in."""
         device = self._run.capture.device
         try:
             model = _without_state(self._forward.model)
             with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
                 outputs = partial(self._forward, exploring=True, model=model)
-                n = dependent(lambda few: _counted(outputs(few)[1]), batch, values, self._forward.precision(values))
+                n = dependent(lambda few: _counted(outputs(few)[1]), batch, values, eps)
         except Exception:  # noqa: BLE001  user code may raise anything for two copies of a sample
             return
         if n is not None:
@@ -166,6 +169,8 @@ class Exploration:
 def _counted(predictions: Predictions) -> Tensor:
     """The values for which a label counts, and zeros elsewhere: what a model says of padding is arbitrary."""
     values, counted = predictions.values.detach(), predictions.counted
+    if counted.all():
+        return values  # no copy of them
     counted = counted if values.dim() > 1 else counted.any(1)
     return torch.where(counted.view(*counted.shape, *[1] * (values.dim() - counted.dim())), values, 0.0)
 
@@ -186,4 +191,7 @@ def _may_hide_a_table(calls: Sequence[Call]) -> bool:
 def noise(like: Tensor) -> Tensor:
     """Normal numbers, the same on every device."""
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(like.shape, generator=generator, device="cpu").to(like.device, like.dtype)
+    numbers = torch.empty(like.shape, dtype=like.dtype, device=like.device)
+    for piece in pieces(numbers):
+        piece.copy_(torch.randn(piece.shape, generator=generator, device="cpu"))
+    return numbers

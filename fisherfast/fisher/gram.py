@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, NoReturn, Self
 
 import torch
 import torch.distributed as dist
@@ -17,7 +17,7 @@ from fisherfast import _checks
 from fisherfast._names import listed
 from fisherfast._precision import dtype_name, noise_of_rows, wide_dtype
 from fisherfast.capture.capture import Capture
-from fisherfast.fisher import arguments, logdet, pooling, serialize
+from fisherfast.fisher import arguments, logdet, pooling, serialize, spread
 from fisherfast.fisher.counts import Counts, Measured
 from fisherfast.fisher.gram_sums import GramCollector, Piece, Pieces
 from fisherfast.fisher.inference_mode import outside_inference_mode
@@ -195,6 +195,10 @@ class GramFisher(Plotted, Measured):
     def trace(self) -> float:
         """The sum of the eigenvalues."""
         return math.fsum(float(self._diagonal(name).sum()) for name in self.names)
+
+    def stderr(self, what: str = "trace") -> NoReturn:
+        """Raises ValueError: a run records it for the diagonal, ``structure=("diagonal", ...)``, beside this structure if asked for both."""
+        spread.refuse(self)
 
     def eigenvalues(self) -> Tensor:
         """All P eigenvalues in one float64 tensor, largest first."""

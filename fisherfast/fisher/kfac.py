@@ -63,8 +63,8 @@ class KFAC(Request["KFACFisher"]):
     def result(self, source: KroneckerCollector, counts: Counts) -> KFACFisher:
         """See ``Request``."""
         blocks, diagonals = source.snapshot()
-        ways = counts.coverage.ways
-        how = described({b: b.place.op if isinstance(b, KroneckerBlock) else ways[b.place.weight] for b in blocks})
+        covered = counts.coverage
+        how = described({b: b.place.op if isinstance(b, KroneckerBlock) else covered[b.place.weight] for b in blocks})
         return KFACFisher(blocks, diagonals, counts.saying("diagonal", how), source.shapes)
 
     def restore(self, source: KroneckerCollector, before: KFACFisher) -> None:

@@ -9,8 +9,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
+from fisherfast._pieces import pieces
 from fisherfast.batches import Batch
 from fisherfast.capture.backward import Pass
 from fisherfast.capture.collector import Samples
@@ -129,5 +131,9 @@ class Measurement:
     def _support(self, predictions: Predictions) -> Pass:
         """A pass that gives a gradient to all that any pass of the batch gives one, and is no larger than they."""
         cotangent, loss_scale = noise(predictions.values), self.settings.loss_scale
-        largest = cotangent.abs().amax().clamp_min(1e-4) * predictions.values[0].numel() ** 0.5
-        return Pass(cotangent / largest * predictions.everywhere() * loss_scale, loss_scale=loss_scale)
+        largest = cotangent.new_full((), 1e-4)
+        for piece in pieces(cotangent):
+            torch.maximum(largest, piece.abs().amax(), out=largest)
+        largest = largest * predictions.values[0].numel() ** 0.5
+        cotangent.div_(largest).mul_(predictions.everywhere()).mul_(loss_scale)  # in place: it may be as large as all logits
+        return Pass(cotangent, loss_scale=loss_scale)

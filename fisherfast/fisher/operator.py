@@ -35,7 +35,8 @@ class FisherOperator:
 
     ``data`` is read once for every product: a list of batches or a loader that does not shuffle, as for ``ff.fisher`` otherwise. A
     second product that reads other batches than the first, or in another order, is refused (drawn labels go by a sample's number), and a
-    later one that reads more or fewer.
+    later one that reads more or fewer. A parameter that reaches no output of the first product's batches is refused, as by ``ff.fisher``;
+    with ``allow_missing=True`` its part of F is zero.
 
     Shapes:   vectors {parameter name: tensor shaped like the parameter}, or flat in ``names`` order; the same kind comes back.
     Scale:    a mean over samples, as every Fisher's.
@@ -59,6 +60,7 @@ class FisherOperator:
         sample_offset: int = 0,
         max_passes: int = 1000,
         output: Output = None,
+        allow_missing: bool = False,
     ) -> None:
         self._labelling = Labelling.of("FisherOperator", fisher_type, likelihood, draws, seed, max_passes)
         refuse_train_mode(model)
@@ -69,6 +71,7 @@ class FisherOperator:
         self._first = _checks.integer("FisherOperator", "sample_offset", sample_offset)
         self._parameters = measurable(model)
         self._checked = False  # whether samples were seen not to depend on each other
+        self._missing = set(() if allow_missing else self._parameters)  # parameters that no output was seen to depend on
         self.provenance = self._labelling.provenance(model_name(model))
         self.shapes: dict[str, torch.Size] = {name: p.shape for name, p in self._parameters.items()}
 
@@ -101,10 +104,22 @@ class FisherOperator:
             total += batch.total_weight
         if not total:
             raise ValueError("FisherOperator: data must hold samples of a weight > 0, got none")
+        self._check_reached()
         means = {name: (value / total).to(parts[name].device, parts[name].dtype) for name, value in sums.items()}
         if bad := [name for name, value in means.items() if not bool(value.isfinite().all())]:
             raise NonFiniteError(f"FisherOperator: F v must be finite, got others in {listed(bad)}")
         return arguments.like(v, means)
+
+    def _check_reached(self) -> None:
+        """After a first product, whose batches may each have others (experts): raise ValueError if one has no gradient in any."""
+        if self._missing:
+            lost = [name for name in self._parameters if name in self._missing]
+            raise ValueError(
+                f"model: every parameter with requires_grad must reach the output, got {len(lost)} of {len(self._parameters)} that do not, in "
+                f"no batch, {listed(lost)}, or only from where autograd keeps no graph: torch.no_grad(), or gradient checkpointing with "
+                "use_reentrant=True; pass use_reentrant=False, freeze them (requires_grad_(False)), or pass allow_missing=True, which makes "
+                "their part of F zero"
+            )
 
     def _product(self, batch: Batch, along: Mapping[str, Tensor], first: int) -> dict[str, Tensor]:
         """``sum_n w_n E_y[s_n s_n^T v]`` of one batch whose first sample is number ``first``; a parameter out of reach is left out."""
@@ -150,11 +165,12 @@ class FisherOperator:
         """``J v``: the derivative by u of ``(J^T u) . v``, which is linear in u."""
         u = torch.zeros_like(values, requires_grad=True)
         gradients = torch.autograd.grad(values, list(self._parameters.values()), u, create_graph=True, allow_unused=True)
-        reached = [(g, v[name]) for name, g in zip(self._parameters, gradients, strict=True) if g is not None]
-        if not reached:
+        found = [(name, g) for name, g in zip(self._parameters, gradients, strict=True) if g is not None]
+        self._missing.difference_update(name for name, _ in found)
+        if not found:
             raise ValueError("model: the output must depend on the parameters through autograd, got one that does not")
         try:
-            (derivative,) = torch.autograd.grad([g for g, _ in reached], u, [part for _, part in reached])
+            (derivative,) = torch.autograd.grad([g for _, g in found], u, [v[name] for name, _ in found])
         except NotImplementedError as error:
             raise NotImplementedError(
                 f"FisherOperator: the backward pass of every function must have a derivative, got one without ({error}); write it "

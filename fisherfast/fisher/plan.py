@@ -54,8 +54,8 @@ class Plan:
               rows of its own.
     Scale:    ``total_bytes`` are what every row holds at the end of a run; ``peak_bytes`` those allocated at once at most, the
               result and, for EKFAC, the workspace of an eigendecomposition included. A batch takes more while it is there:
-              ``activation_bytes``, what the forward pass leaves for the backward pass, its output and the gradient at
-              it; ``scratch_bytes``, what one layer's rows are turned into. ``needed_bytes`` is the sum of these three. FLOPs are those
+              ``activation_bytes``, what the forward pass leaves for the backward pass, its output and two gradients at
+              it, the second of which tells the samples of the first batches apart (one where a batch is one sample); ``scratch_bytes``, what one layer's rows are turned into. ``needed_bytes`` is the sum of these three. FLOPs are those
               of one batch: ``flops`` of the ops, ``step_flops`` of one plain forward and backward pass, ``run_flops`` of all
               passes and ops, ``ratio = run_flops / step_flops``.
     Errors:   none of its own.
@@ -197,8 +197,9 @@ def _planned(measurement: Measurement, whole: Batch, every: int, readings: int, 
     run, device = measurement.run, measurement.capture.device
     few = whole.cut(0, min(whole.N, PROBED))
     measurement.exploration.explore(whole)
-    half = _forward(measurement, few.cut(0, few.N // 2))[0] if whole.N > few.N else None
-    forward, predictions = _forward(measurement, few)  # after the other: the capture is left as this one needs it
+    gradients = 1 if whole.N == 1 else 2  # at the output: the one of a pass, and the one that tells the samples apart
+    half = _forward(measurement, few.cut(0, few.N // 2), gradients)[0] if whole.N > few.N else None
+    forward, predictions = _forward(measurement, few, gradients)  # after the other: the capture is left as this one needs it
     passes = measurement.settings.labelling.num_passes(predictions)
     for collector in run.collectors:
         collector.begin(Samples(every, passes))  # as if all data were one batch: refuses what a run would refuse in the end
@@ -253,12 +254,14 @@ def _with_rows(held: Held, costs: Mapping[str, Cost], times: float) -> Held:
 
 def _row(held: Held, coverage: Mapping[str, str], work: Mapping[str, float]) -> Row:
     flops = sum(work.get(name, 0.0) for name in held.names)
-    return Row(held.names, held.way or coverage[held.names[0]], held.holds, held.bytes, flops)
+    how = coverage.get(held.names[0], "")  # a part of a packed one has a way of its own
+    way = how if held.way is None or ":" in how else held.way  # with a reason, if its gradients take another way to the op
+    return Row(held.names, way, held.holds, held.bytes, flops)
 
 
 @dataclass(frozen=True)
 class _Forward:
-    """A forward pass of a batch: its FLOPs, and the bytes that it leaves for the backward pass, output and its gradient included."""
+    """A forward pass of a batch: its FLOPs, and the bytes that it leaves for the backward pass, output and its gradients included."""
 
     batch: Batch
     flops: int
@@ -277,7 +280,7 @@ def _size(batch: Batch) -> int:
     return batch.N if batch.offsets is None else int(batch.offsets[-1])
 
 
-def _forward(measurement: Measurement, batch: Batch) -> tuple[_Forward, Predictions]:
+def _forward(measurement: Measurement, batch: Batch, gradients: int) -> tuple[_Forward, Predictions]:
     from torch.utils.flop_counter import FlopCounterMode  # imports triton, which whoever plans nothing need not
 
     model = measurement.model
@@ -285,4 +288,6 @@ def _forward(measurement: Measurement, batch: Batch) -> tuple[_Forward, Predicti
     with FlopCounterMode(display=False) as counter, saved.noted():
         output, predictions = measurement.forward(batch)
     values = predictions.values
-    return _Forward(batch, counter.get_total_flops(), saved.with_those_of((output, values)) + values.nbytes), predictions
+    return _Forward(
+        batch, counter.get_total_flops(), saved.with_those_of((output, values)) + gradients * values.nbytes
+    ), predictions

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -98,3 +98,11 @@ class Spread:
 def _with_whole(values: Tensor) -> Tensor:
     """Values of layers ``[layers, N]`` and, behind them, of the whole."""
     return torch.cat([values, values.sum(0, keepdim=True)])
+
+
+def refuse(F: object) -> NoReturn:
+    """Raise ValueError: the run of another structure than the diagonal records nothing of single samples."""
+    raise ValueError(
+        f"stderr: must be asked of a DiagonalFisher, got a {type(F).__name__}, whose run does not record how the trace varies over samples; "
+        "measure both in one run, structure=('diagonal', ...), and ask the first result"
+    )

@@ -7,7 +7,7 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, ClassVar, Generic, Protocol, Self, TypeVar
+from typing import Any, ClassVar, Generic, NoReturn, Protocol, Self, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -16,7 +16,7 @@ from torch import Tensor
 from fisherfast import _checks
 from fisherfast._precision import wide
 from fisherfast.accumulator import Accumulator
-from fisherfast.fisher import arguments, logdet, pooling, serialize
+from fisherfast.fisher import arguments, logdet, pooling, serialize, spread
 from fisherfast.fisher.blocks.exact import ExactBlock
 from fisherfast.fisher.blocks.kronecker import Place
 from fisherfast.fisher.blocks.rank import Rounding
@@ -83,16 +83,19 @@ class Block(Protocol):
 _Block = TypeVar("_Block", bound=Block)
 
 
-def described(ways: Mapping[Any, str]) -> dict[str, str]:
-    """How each parameter is covered and what is kept of it, for the coverage report; ``ways`` are those of the blocks."""
+def described(blocks: Mapping[Any, str]) -> dict[str, str]:
+    """How each parameter is covered, what is kept of it, and why it needs another way than an op, for the coverage report; ``blocks`` has the
+    coverage of each.
+    """
     parts: defaultdict[str, Counter[str]] = defaultdict(Counter)
     how = {}
-    for block, way in ways.items():
+    for block, covered in blocks.items():
+        way, _, why = covered.partition(":")
         for name, part in block.place.parts.items():
             parts[name][block.describe()] += bool(part)
             kept = (f"{number} part{'s' * (number > 1)} of {what}" if number else what for what, number in parts[name].items())
             op = "gram_" if isinstance(block, ExactBlock) and way.endswith("_") else way  # that of the block, not of its squares
-            how[name] = f"{op}: {', '.join(kept)}"
+            how[name] = f"{op}: {', '.join(kept)}" + f";{why}" * bool(why)
     return how
 
 
@@ -179,6 +182,10 @@ class BlockFisher(Plotted, Layered, Generic[_Block]):
             if len({dampings[name] for name in block.place.names}) > 1:
                 raise ValueError(f"{method}: damping must be one number for a block, got several for {list(block.place.names)}")
         return dampings
+
+    def stderr(self, what: str = "trace") -> NoReturn:
+        """Raises ValueError: a run records it for the diagonal, ``structure=("diagonal", ...)``, beside this structure if asked for both."""
+        spread.refuse(self)
 
     def logdet(self, damping: Damping = 0.0) -> float:
         """``log det(F + damping I)``, from the factors' eigenvalues alone; -inf with a FisherWarning if that is singular."""
