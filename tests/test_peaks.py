@@ -15,7 +15,7 @@ from torch import nn
 import fisherfast as ff
 from fisherfast._pieces import PIECE, pieces
 from fisherfast.capture import layout, tagging
-from fisherfast.capture.dependence import dependent, same_but_rounding
+from fisherfast.fisher.dependence import dependent, same_but_rounding
 from fisherfast.fisher.exploration import noise
 
 V, D, MIB = 2**15, 16, 2**20
