@@ -289,3 +289,45 @@ def test_a_module_under_two_names_keeps_its_parameters(run):
         ff.activation_noise(model, data[0][0][:2], fisher, beta=0.1, prior_scale=1.0)
     after = dict(model.named_parameters())
     assert before.keys() == after.keys() and all(after[name] is before[name] for name in before)
+
+
+class Keeps(nn.Module):
+    """Keeps what it makes of its parameters, ``make(model, N)``, for later forward passes with as many rows."""
+
+    def __init__(self, make):
+        super().__init__()
+        self.make, self.kept = make, None
+        self.a, self.o, self.f, self.table = nn.Linear(4, 5), nn.Linear(5, 3), nn.Linear(2, 5), nn.Parameter(torch.randn(2, 5))
+
+    def forward(self, x):
+        if self.kept is None or len(self.kept) not in (1, len(x)):
+            self.kept = self.make(self, len(x))
+        return self.o((self.a(x) + self.kept).tanh() + self.f.weight.sum(1) + self.f.bias + self.table.sum(0))
+
+
+def a_row(m, _):
+    return m.f(torch.ones(1, 2).double())
+
+
+def a_row_for_each_sample(m, N):
+    return a_row(m, N).expand(N, -1)
+
+
+@pytest.mark.parametrize("size", [1, 4, 8])
+@pytest.mark.parametrize("make", [a_row, a_row_for_each_sample])
+def test_what_an_earlier_forward_pass_made_is_named(make, size):
+    data = [(torch.randn(size, 4).double(), torch.randint(3, (size,))) for _ in range(8 // size)]
+    with pytest.raises(ValueError, match=r"must not keep tensors made of its parameters .* got one made of 'f\.weight'"):
+        ff.fisher(Keeps(make).double(), data, fisher_type="empirical", progress=False)
+
+
+@pytest.mark.parametrize("warm", [False, True])
+def test_a_table_looked_up_once_is_kept(warm):
+    """As the attention biases of LeViT in eval mode."""
+    model = Keeps(lambda m, _: m.table[:, torch.tensor([0, 2, 4, 1, 3])].sum(0, keepdim=True)).double()
+    data = [(torch.randn(4, 4).double(), torch.randint(3, (4,))) for _ in range(2)]
+    if warm:
+        model(data[0][0])
+    found = ff.fisher(model, data, fisher_type="empirical", progress=False).diagonal(dtype=torch.float64)
+    model.kept = None
+    assert oracle.error(found, oracle.diagonal(model, data, oracle.cross_entropy)) < EXACT

@@ -131,7 +131,7 @@ class Measurement:
             detached = predictions.detached()
             support = partial(self._support, detached)
             mask = None if batch.mask is None or batch.mask.dim() != 2 else batch.mask != 0
-            passes, uses = self.forward.passes(detached), self.capture.read(predictions.values)
+            passes, uses = self.forward.passes(detached), self.forward.uses(predictions.values)
             self.run.passes.run(uses, passes, count, padding=padding, alike=alike, mask=mask, support=support)
             self._loop.add(batch, output, predictions)
 
