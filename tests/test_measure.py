@@ -164,6 +164,12 @@ def test_sees_through_wrappers_and_refuses_compiled_models():
         assert through.names == result.names and oracle.error(diagonal(through), diagonal(result)) < EXACT
 
 
+def test_parameters_that_were_computed_are_said_to_be():
+    model = copy.deepcopy(torch.jit.script(nn.Sequential(nn.Linear(3, 4))))
+    with pytest.raises(ValueError, match=r"must be leaves of autograd's graph, got 2 of 2 that were computed .*script the copy"):
+        measure(model, [(torch.randn(5, 3), torch.zeros(5, dtype=torch.int64))])
+
+
 # -- what goes wrong
 
 
