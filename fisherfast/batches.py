@@ -123,6 +123,12 @@ class Batch:
         others = [value for value in own if not isinstance(value, Tensor)]
         return any(map(self.has_samples, [*others, *_nested.tensors(others)]))
 
+    @property
+    def ragged(self) -> bool:
+        """Whether an input has more rows than there are samples, so that samples cannot be cut out: tokens, of which others say whose they are."""
+        own = self.inputs.values() if isinstance(self.inputs, dict) else self.inputs
+        return self.offsets is None and any(isinstance(t, Tensor) and t.dim() and len(t) > self.N for t in own)
+
     def cut(self, start: int, stop: int) -> Batch:
         """Samples ``start:stop``; what has no entry for each sample is kept whole."""
         if self.offsets is not None:

@@ -384,15 +384,35 @@ def diagonal_by_autograd(model, data):
     return {name: torch.stack(own).square().mean(0) for name, own in zip(named, zip(*rows, strict=True), strict=True)}
 
 
+@pytest.mark.filterwarnings("error::fisherfast.FisherWarning")
+@pytest.mark.parametrize("mode", ["mean", "max"])  # no rule covers max
 @pytest.mark.parametrize("structure", ["diagonal", "kfac"])
-def test_there_are_as_many_samples_as_targets(structure):
+def test_there_are_as_many_samples_as_targets(structure, mode):
     """The tokens of all bags come first, and are more."""
-    model, data = Bags().double(), [bags([3, 2, 4, 3, 4, 4]), bags([1, 2]), bags([5]), bags([2, 2, 2])]
+    model, data = Bags(mode).double(), [bags([3, 2, 4, 3, 4, 4]), bags([1, 2]), bags([5]), bags([2, 2, 2])]
     found = ff.fisher(model, data, structure, "empirical", progress=False)
     assert found.num_samples == 12
     if structure == "diagonal":
         expected = diagonal_by_autograd(model, data)
         torch.testing.assert_close(found.diagonal(dtype=torch.float64), expected, rtol=1e-6, atol=1e-12)
+
+
+@pytest.mark.parametrize("fisher_type", ["exact", "mc"])
+def test_samples_that_cannot_be_cut_out_have_all_passes(fisher_type):
+    """One loss after the other, on the graph of all bags."""
+    model, data = Bags("max").double(), [bags([3, 2, 4]), bags([1, 2])]
+    model.head.requires_grad_(False)
+    by_loop = ff.fisher(model, data, "diagonal", fisher_type, progress=False)
+    assert by_loop.coverage["embed.weight"].startswith("loop")
+    alone = [
+        ((ids[a:b], torch.tensor([0])), torch.zeros(1).long()) for (ids, offsets), _ in data for a, b in _bounds(ids, offsets)
+    ]
+    expected = ff.fisher(model, alone, "diagonal", fisher_type, progress=False).diagonal(dtype=torch.float64)
+    torch.testing.assert_close(by_loop.diagonal(dtype=torch.float64), expected, rtol=1e-6, atol=1e-12)
+
+
+def _bounds(ids, offsets):
+    return zip(offsets.tolist(), [*offsets[1:].tolist(), len(ids)], strict=True)
 
 
 def test_graphs_are_referred_to_collect():

@@ -65,7 +65,7 @@ class Exploration:
             mixed = self._probe(uses)
             if mixed:
                 self._resolve(self._forward.values, few, uses, mixed, noted)
-            else:
+            elif not batch.ragged:  # of which there are no copies of a sample
                 self._warn_if_dependent(batch, _counted(predictions))
             self._probed = True
 
@@ -130,6 +130,8 @@ class Exploration:
         else the fallback. ``of``: the model's values; ``noted``: the samples whose uses the collectors were shown.
         """
         hint = f"; rows that mix samples reach {sorted(mixed)[:3]}"
+        if few.ragged:
+            hint += ", and inputs have more rows than there are samples; ff.collect can measure samples that cannot be cut out"
         check_independent(of, few, uses.root, self._forward.precision(uses.root), hint)
         if few.offsets is None:  # packed samples have no axis to expand to
             mixed = self._not_expanded(of, few, uses, mixed)
