@@ -2,6 +2,7 @@
 """Nothing is left out in silence: what a batch uses otherwise than those before it is followed, or refused by name."""
 
 import threading
+import warnings
 
 import networks
 import oracle
@@ -40,6 +41,18 @@ def test_a_later_batch_that_ran_outside_the_block_is_looped_over(asked):
     F_ = stats.result()
     assert F_.num_samples == 24
     assert oracle.error(F_.diagonal(dtype=torch.float64), oracle.diagonal(model, data, oracle.cross_entropy)) < EXACT
+
+
+def test_a_model_that_maps_over_its_samples_ran_in_the_block():
+    """torch.func hides the uses of all parameters."""
+    layer, (x, y) = nn.Linear(6, 4).double(), batches()[0]
+    model = networks.Wrapped(lambda m, x: torch.vmap(m.layer)(x), layer=layer)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with ff.collect(model, ff.Diagonal()) as stats:
+            stats.backward(losses(model, x, y))
+    expected = oracle.diagonal(model, [(x, y)], oracle.cross_entropy)
+    assert oracle.error(stats.result().diagonal(dtype=torch.float64), expected) < EXACT
 
 
 class Scaled(torch.autograd.Function):

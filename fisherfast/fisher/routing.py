@@ -85,10 +85,11 @@ class Routing:
                     "collect: the loss must depend on the model's parameters, got one that none of them reaches; run the model itself, "
                     "not with other tensors in their place"
                 )
-            warn(
-                "collect: the model should run in the block, got a loss in which no use of a parameter was caught; a loop over samples "
-                "differentiates them all, which is slow",
-            )
+            if not self._run.capture.mode.transformed:
+                warn(
+                    "collect: the model should run in the block, got a loss in which no use of a parameter was caught; a loop over samples "
+                    "differentiates them all, which is slow",
+                )
         cut = {source.name for use in uses.all if not use.differentiated for source in use.tracked.sources} if looped else ()
         late = [name for name in looped if name in cut]
         if late:
