@@ -37,7 +37,8 @@ class Batch:
     def of(cls, item: Any, device: torch.device, model: Callable[..., Any] | None = None) -> Batch:
         """From ``(inputs, targets)``, ``(inputs, targets, weights)`` or a dict (Hugging Face); moved to ``device``.
 
-        A tuple of inputs is ``model(*x)``, a dict ``model(**x)``; targets may be None. A dict batch's ``labels`` are its
+        A tuple of inputs is ``model(*x)``, a dict ``model(**x)``; targets may be None. N is the length of the first input, or of another one
+        that is as long as the targets (``(ids, offsets)`` of bags). A dict batch's ``labels`` are its
         targets, its ``sample_weight`` its weights, and neither is passed to the model. A sample of weight 2 counts as
         two: means become ``sum_n w_n (...) / sum_n w_n``. ``"sample_offsets"`` ``[N + 1]``, Hugging Face's ``"cu_seq_lens_q"`` or
         flash-attention's ``"cu_seqlens"`` say where samples packed into one row ``[1, M]`` begin and end; without them
@@ -64,13 +65,19 @@ class Batch:
         if offsets is not None:
             return cls._of_packed(inputs, targets, weight, items.moved(items.as_tensor(offsets), device), device)
         N = first.shape[0]
+        targets = None if targets is None else items.targets(targets, device)
+        if targets is not None and any(value.dim() and value.shape[:1] == targets.shape[:1] for value in own):
+            N = len(targets)  # as of the offsets behind all samples' tokens
         if N == 0:
             raise ValueError(f"data: a batch must hold at least one sample, got inputs of shape {tuple(first.shape)}")
-        targets = None if targets is None else items.targets(targets, device)
         if targets is not None and (targets.dim() == 0 or targets.shape[0] != N):
-            hint = "; is this a Dataset? pass a DataLoader over it" if targets.dim() == 0 else ""
+            hint = (
+                "is this a Dataset? pass a DataLoader over it"
+                if targets.dim() == 0
+                else "graphs, and ragged batches of which no input is as long as the targets, can be measured with ff.collect"
+            )
             raise ValueError(
-                f"data: inputs and targets must hold the same samples, got {N} and targets {tuple(targets.shape)}{hint}"
+                f"data: inputs and targets must hold the same samples, got {N} and targets {tuple(targets.shape)}; {hint}"
             )
         return cls(inputs, targets, mask, N, items.weights(weight, N, device))
 
@@ -120,6 +127,12 @@ class Batch:
         own = self.inputs.values() if isinstance(self.inputs, dict) else self.inputs
         others = [value for value in own if not isinstance(value, Tensor)]
         return any(map(self.has_samples, [*others, *_nested.tensors(others)]))
+
+    @property
+    def ragged(self) -> bool:
+        """Whether an input has more rows than there are samples, so that samples cannot be cut out: tokens, of which others say whose they are."""
+        own = self.inputs.values() if isinstance(self.inputs, dict) else self.inputs
+        return self.offsets is None and any(isinstance(t, Tensor) and t.dim() and len(t) > self.N for t in own)
 
     def cut(self, start: int, stop: int) -> Batch:
         """Samples ``start:stop``; what has no entry for each sample is kept whole."""

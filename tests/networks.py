@@ -215,6 +215,16 @@ COVERED = {
         ),
         sequences,
     ),
+    "raw-mv": (
+        lambda: Wrapped(
+            lambda m, x: m.head(torch.stack([torch.mv(m.first(x).tanh(), m.w), x.mv(m.v)], -1)),
+            first=nn.Linear(I, D),
+            w=parameter(D),
+            v=parameter(I),
+            head=nn.Linear(2, C),
+        ),
+        vectors,
+    ),
     "raw-matmul": (
         lambda: Wrapped(lambda m, x: torch.tanh(x @ m.w) @ m.v + m.b, w=parameter(I, D), v=parameter(D, C), b=parameter(C)),
         sequences,

@@ -391,3 +391,65 @@ def test_labels_as_long_as_the_longest_sample_which_is_not_among_the_first(lengt
         torch.cat([g.flatten() for g in torch.autograd.grad(loss, [*model.parameters()], retain_graph=True)]) for loss in losses
     ]
     assert found.trace() == pytest.approx(float(torch.stack(true).square().sum() / 6), rel=1e-9)
+
+
+class Bags(nn.Module):
+    """Means over bags of tokens; ``offsets`` say where each begins."""
+
+    def __init__(self, mode="mean"):
+        super().__init__()
+        self.embed, self.head = nn.EmbeddingBag(11, 5, mode=mode), nn.Linear(5, 3)
+
+    def forward(self, ids, offsets):
+        return self.head(self.embed(ids, offsets).tanh())
+
+
+def bags(sizes):
+    offsets = torch.tensor([0, *sizes]).cumsum(0)[:-1]
+    return (torch.randint(11, (sum(sizes),)), offsets), torch.randint(3, (len(sizes),))
+
+
+def diagonal_by_autograd(model, data):
+    """Of the losses, each in its batch."""
+    named, rows = dict(model.named_parameters()), []
+    for inputs, y in data:
+        losses = F.cross_entropy(model(*inputs), y, reduction="none")
+        rows += [torch.autograd.grad(loss, list(named.values()), retain_graph=True) for loss in losses]
+    return {name: torch.stack(own).square().mean(0) for name, own in zip(named, zip(*rows, strict=True), strict=True)}
+
+
+@pytest.mark.filterwarnings("error::fisherfast.FisherWarning")
+@pytest.mark.parametrize("mode", ["mean", "max"])  # no rule covers max
+@pytest.mark.parametrize("structure", ["diagonal", "kfac"])
+def test_there_are_as_many_samples_as_targets(structure, mode):
+    """The tokens of all bags come first, and are more."""
+    model, data = Bags(mode).double(), [bags([3, 2, 4, 3, 4, 4]), bags([1, 2]), bags([5]), bags([2, 2, 2])]
+    found = ff.fisher(model, data, structure, "empirical", progress=False)
+    assert found.num_samples == 12
+    if structure == "diagonal":
+        expected = diagonal_by_autograd(model, data)
+        torch.testing.assert_close(found.diagonal(dtype=torch.float64), expected, rtol=1e-6, atol=1e-12)
+
+
+@pytest.mark.parametrize("fisher_type", ["exact", "mc"])
+def test_samples_that_cannot_be_cut_out_have_all_passes(fisher_type):
+    """One loss after the other, on the graph of all bags."""
+    model, data = Bags("max").double(), [bags([3, 2, 4]), bags([1, 2])]
+    model.head.requires_grad_(False)
+    by_loop = ff.fisher(model, data, "diagonal", fisher_type, progress=False)
+    assert by_loop.coverage["embed.weight"].startswith("loop")
+    alone = [
+        ((ids[a:b], torch.tensor([0])), torch.zeros(1).long()) for (ids, offsets), _ in data for a, b in _bounds(ids, offsets)
+    ]
+    expected = ff.fisher(model, alone, "diagonal", fisher_type, progress=False).diagonal(dtype=torch.float64)
+    torch.testing.assert_close(by_loop.diagonal(dtype=torch.float64), expected, rtol=1e-6, atol=1e-12)
+
+
+def _bounds(ids, offsets):
+    return zip(offsets.tolist(), [*offsets[1:].tolist(), len(ids)], strict=True)
+
+
+def test_graphs_are_referred_to_collect():
+    x, owner, y = torch.randn(20, 5), torch.arange(20) // 4, torch.randint(3, (5,))
+    with pytest.raises(ValueError, match=r"the same samples, got 20 and targets \(5,\); graphs, .*with ff\.collect"):
+        measure(nn.Linear(5, 3), ((x, owner), y))

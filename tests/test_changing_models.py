@@ -2,6 +2,7 @@
 """Nothing is left out in silence: what a batch uses otherwise than those before it is followed, or refused by name."""
 
 import threading
+import warnings
 
 import networks
 import oracle
@@ -40,6 +41,18 @@ def test_a_later_batch_that_ran_outside_the_block_is_looped_over(asked):
     F_ = stats.result()
     assert F_.num_samples == 24
     assert oracle.error(F_.diagonal(dtype=torch.float64), oracle.diagonal(model, data, oracle.cross_entropy)) < EXACT
+
+
+def test_a_model_that_maps_over_its_samples_ran_in_the_block():
+    """torch.func hides the uses of all parameters."""
+    layer, (x, y) = nn.Linear(6, 4).double(), batches()[0]
+    model = networks.Wrapped(lambda m, x: torch.vmap(m.layer)(x), layer=layer)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with ff.collect(model, ff.Diagonal()) as stats:
+            stats.backward(losses(model, x, y))
+    expected = oracle.diagonal(model, [(x, y)], oracle.cross_entropy)
+    assert oracle.error(stats.result().diagonal(dtype=torch.float64), expected) < EXACT
 
 
 class Scaled(torch.autograd.Function):
@@ -289,3 +302,45 @@ def test_a_module_under_two_names_keeps_its_parameters(run):
         ff.activation_noise(model, data[0][0][:2], fisher, beta=0.1, prior_scale=1.0)
     after = dict(model.named_parameters())
     assert before.keys() == after.keys() and all(after[name] is before[name] for name in before)
+
+
+class Keeps(nn.Module):
+    """Keeps what it makes of its parameters, ``make(model, N)``, for later forward passes with as many rows."""
+
+    def __init__(self, make):
+        super().__init__()
+        self.make, self.kept = make, None
+        self.a, self.o, self.f, self.table = nn.Linear(4, 5), nn.Linear(5, 3), nn.Linear(2, 5), nn.Parameter(torch.randn(2, 5))
+
+    def forward(self, x):
+        if self.kept is None or len(self.kept) not in (1, len(x)):
+            self.kept = self.make(self, len(x))
+        return self.o((self.a(x) + self.kept).tanh() + self.f.weight.sum(1) + self.f.bias + self.table.sum(0))
+
+
+def a_row(m, _):
+    return m.f(torch.ones(1, 2).double())
+
+
+def a_row_for_each_sample(m, N):
+    return a_row(m, N).expand(N, -1)
+
+
+@pytest.mark.parametrize("size", [1, 4, 8])
+@pytest.mark.parametrize("make", [a_row, a_row_for_each_sample])
+def test_what_an_earlier_forward_pass_made_is_named(make, size):
+    data = [(torch.randn(size, 4).double(), torch.randint(3, (size,))) for _ in range(8 // size)]
+    with pytest.raises(ValueError, match=r"must not keep tensors made of its parameters .* got one made of 'f\.weight'"):
+        ff.fisher(Keeps(make).double(), data, fisher_type="empirical", progress=False)
+
+
+@pytest.mark.parametrize("warm", [False, True])
+def test_a_table_looked_up_once_is_kept(warm):
+    """As the attention biases of LeViT in eval mode."""
+    model = Keeps(lambda m, _: m.table[:, torch.tensor([0, 2, 4, 1, 3])].sum(0, keepdim=True)).double()
+    data = [(torch.randn(4, 4).double(), torch.randint(3, (4,))) for _ in range(2)]
+    if warm:
+        model(data[0][0])
+    found = ff.fisher(model, data, fisher_type="empirical", progress=False).diagonal(dtype=torch.float64)
+    model.kept = None
+    assert oracle.error(found, oracle.diagonal(model, data, oracle.cross_entropy)) < EXACT

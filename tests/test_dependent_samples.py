@@ -88,6 +88,16 @@ def test_one_sample_is_one_loss():
             stats.backward(nn.functional.cross_entropy(net(x), y).view(1))
 
 
+def test_a_list_of_the_losses_of_one_sample_is_no_mean():
+    net, (x, y) = nn.Linear(5, 3), data()[0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with ff.collect(net, "diagonal") as stats:
+            for n in range(len(x)):
+                stats.backward(torch.stack([nn.functional.cross_entropy(net(x[n]), y[n])]))
+    assert stats.result().num_samples == len(x)
+
+
 def test_what_no_label_counts_for_may_change_with_the_batch():
     class Trimmed(nn.Module):
         def __init__(self):

@@ -165,6 +165,12 @@ def test_sees_through_wrappers_and_refuses_compiled_models():
         assert through.names == result.names and oracle.error(diagonal(through), diagonal(result)) < EXACT
 
 
+def test_parameters_that_were_computed_are_said_to_be():
+    model = copy.deepcopy(torch.jit.script(nn.Sequential(nn.Linear(3, 4))))
+    with pytest.raises(ValueError, match=r"must be leaves of autograd's graph, got 2 of 2 that were computed .*script the copy"):
+        measure(model, [(torch.randn(5, 3), torch.zeros(5, dtype=torch.int64))])
+
+
 # -- what goes wrong
 
 
@@ -301,9 +307,20 @@ def test_samples_that_depend_on_each_other_are_refused():
     model = nn.Sequential(nn.Linear(3, 11), networks.Wrapped(lambda m, x: x - x.mean(0)), nn.Linear(11, 4)).double()
     with pytest.raises(ValueError, match="samples must not depend on each other"):
         measure(model, batches(1))
-    with pytest.raises(ValueError, match="a row must belong to one sample"), ff.collect(model, ff.Diagonal()) as stats:
-        x, y = batches(1)[0]
-        stats.backward(F.cross_entropy(model(x), y, reduction="none"))
+
+
+@pytest.mark.parametrize("sizes", [[5], [1, 3], [1, 1, 3]], ids=str)
+def test_samples_that_depend_on_each_other_are_refused_in_the_first_batch_of_several(sizes):
+    """A batch of one sample says nothing of it."""
+    model = nn.Sequential(nn.Linear(3, 11), networks.Wrapped(lambda m, x: x - x.mean(0)), nn.Linear(11, 4)).double()
+    with ff.collect(model, ff.Diagonal()) as stats:
+        for N in sizes:
+            losses = F.cross_entropy(model(torch.randn(N, 3).double()), torch.randint(4, (N,)), reduction="none")
+            if N == 1:
+                stats.backward(losses)
+            else:
+                with pytest.raises(ValueError, match="a row must belong to one sample"):
+                    stats.backward(losses)
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ class Locator:
     """Brings the rows of one capture's uses into the order of samples.
 
     The layouts are the capture's: what the probe of the first batch found. Data may decide how rows lie, and the first batch may
-    not show it, so in batches 2, 4, 8, ... all rows are looked at.
+    not show it, so in batches 2, 4, 8, ... all rows are looked at; where they are seen to, in every batch.
     """
 
     def __init__(self, capture: Capture, averages: bool) -> None:
@@ -46,7 +46,9 @@ class Locator:
         self.batches += 1
         self._samples, N = samples, samples.N
         self.every = samples.alike and not self._averages and not samples.padding
-        if N == 1:
+        if N == 1:  # whose rows cannot lie otherwise: where all batches before were looked at, they still are
+            last = self.batches - 1
+            self._looked = {flat: looked + 1 if looked == last else looked for flat, looked in self._looked.items()}
             return set(), set()
         uses = list(uses)
         self.scattered |= {use.key for use in uses if use.chosen}  # a layout that rows chosen by data seem to have is none
@@ -57,8 +59,12 @@ class Locator:
         """Of uses with a known layout those that are to be looked at: in batches 2, 4, 8, ... all.
 
         In the first batch, of which few samples were probed, only where samples and positions share an axis: sequences that are
-        of one length by chance lie like blocks.
+        of one length by chance lie like blocks. Where the data choose rows, in every batch all: what is made of no sample, as an initial
+        state, lies as the rows that it meets, and the tagged passes run anyway.
         """
+        if self.scattered:
+            self._before, self._looked = self._looked, dict.fromkeys(self._looked, self.batches)
+            return known
         if self.batches & (self.batches - 1):
             return set()
         first, all_probed = self.batches == 1, N <= PROBED

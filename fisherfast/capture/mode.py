@@ -46,7 +46,7 @@ class Mode(TorchFunctionMode):
     ``owner``: whom the taps tell of gradients. ``input_shapes``: of what the model is called with, where someone asks. ``saved_hooks``: what autograd's
     saved tensors went through, each time the mode was entered. ``halves``: whether a use had a float16 output; autocast may be over when
     it is differentiated. And of the last forward pass, ``doubtful``: whether an output that seemed to lack the sample axis may have had it;
-    ``without_graph``: names of parameters that were used where no graph is kept.
+    ``without_graph``: names of parameters that were used where no graph is kept; ``transformed``: whether some were in torch.func's transforms.
     """
 
     def __init__(self, root: nn.Module, device: torch.device, owner: TapOwner) -> None:
@@ -68,7 +68,7 @@ class Mode(TorchFunctionMode):
     def begin(self, settings: ForwardSettings, tracked: Collection[Tracked]) -> None:
         """Prepare a forward pass, in which these parameters are followed as was decided."""
         self.settings, self._tracked = settings, tracked
-        self.doubtful = False
+        self.doubtful = self.transformed = False
         self.without_graph: set[str] = set()
         self._chosen = ChosenRows(settings.num_samples, self._root)
         self._seen = WeakTensorKeyDictionary()  # inputs of calls, numbered
@@ -118,6 +118,7 @@ class Mode(TorchFunctionMode):
         if getattr(func, "__name__", "") == "__get__" and not isinstance(func(*args, **kwargs), Tensor):
             return func(*args, **kwargs)
         if torch._C._are_functorch_transforms_active():  # whose tensors a tap cannot see through
+            self.transformed = True
             return self._uncovered(func, args, kwargs, found, "a transform of torch.func", transformed=True)
         if func in DECOMPOSITIONS and _fits(func, args, kwargs):
             with self:

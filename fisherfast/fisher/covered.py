@@ -61,6 +61,12 @@ class Covered:
                     "model: the output must depend on the parameters, got one without a graph; leave out detach(), torch.no_grad(), NumPy and "
                     "argmax on the way to it"
                 )
+            computed = [name for name in lost if not tracked[name].parameter.is_leaf]
+            if computed:
+                raise ValueError(
+                    f"model: parameters must be leaves of autograd's graph, got {len(computed)} of {len(tracked)} that were computed "
+                    f"from others, {listed(computed)}; copy.deepcopy of a scripted model makes such: script the copy of the model instead"
+                )
             raise ValueError(
                 f"model: every parameter with requires_grad must reach the loss, got {len(lost)} of {len(tracked)} that "
                 f"do not, {listed(lost)}; freeze them (requires_grad_(False)), begin with a batch that reaches all "

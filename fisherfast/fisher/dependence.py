@@ -31,7 +31,7 @@ def check_independent(
         alone[n] = _without_others(outputs, few, values, n)  # no two outputs of the model at a time
     if same_but_rounding(alone, values, eps):
         return
-    _check_repeatable(outputs(ran or few)[: few.N].detach(), values.detach(), eps)
+    check_repeatable(outputs(ran or few)[: few.N].detach(), values.detach(), eps)
     apart = _apart(alone, values.detach()).flatten(1).amax(1)
     n = int(apart.argmax())
     packed = few.offsets is not None
@@ -41,7 +41,7 @@ def check_independent(
     )
 
 
-def _check_repeatable(again: Tensor, values: Tensor, eps: float) -> None:
+def check_repeatable(again: Tensor, values: Tensor, eps: float) -> None:
     """Raise ValueError if a batch has another output again."""
     if not same_but_rounding(again, values, eps):
         raise ValueError(

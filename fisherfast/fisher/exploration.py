@@ -46,13 +46,13 @@ class Exploration:
         """On a few samples: what is reached, in which forms, where the sample axis is; expands or loops where it has to."""
         few, predictions = self._looked_at(batch)
         values, noted = predictions.values, few
-        uses = self._run.capture.read(values)
+        uses = self._forward.uses(values)
         if not self._explored:
             self._run.show(uses.calls)
             if few.N < batch.N and self._run.passes.backward.reached(values) < self._run.capture.tracked.keys():
                 everything, noted = self._forward.values(batch), batch  # an expert may be none of the few samples'
                 self._run.covered.check_reached(everything)
-                self._run.show(self._run.capture.read(everything).calls)
+                self._run.show(self._forward.uses(everything).calls)
             else:
                 self._run.covered.check_reached(values)
             self._run.passes.route_mixed_forms(uses)
@@ -66,7 +66,7 @@ class Exploration:
             mixed = self._probe(uses)
             if mixed:
                 self._resolve(self._forward.values, few, uses, mixed, noted)
-            else:
+            elif not batch.ragged:  # of which there are no copies of a sample
                 counted, eps = _counted(predictions), self._forward.precision(values)
                 del values, uses, predictions  # with their graph, as above
                 self._warn_if_dependent(batch, counted, eps)
@@ -121,7 +121,7 @@ class Exploration:
         model, two = self._forward.model, one.repeated(0, 2)
         try:
             of = partial(self._forward.values, model=_without_state(model))
-            twice = self._run.capture.read(of(two))
+            twice = self._forward.uses(of(two))
             check_first(values, twice.root, self._forward.precision(twice.root))
             if mixed := self._probe(twice):
                 self._resolve(of, two, twice, mixed, one)
@@ -133,18 +133,20 @@ class Exploration:
         else the fallback. ``of``: the model's values; ``noted``: the samples whose uses the collectors were shown.
         """
         hint = f"; rows that mix samples reach {sorted(mixed)[:3]}"
+        if few.ragged:
+            hint += ", and inputs have more rows than there are samples; ff.collect can measure samples that cannot be cut out"
         check_independent(of, few, uses.root, self._forward.precision(uses.root), hint)
         if few.offsets is None:  # packed samples have no axis to expand to
             mixed = self._not_expanded(of, few, uses, mixed)
         further = False
         while mixed and self._run.capture.follow_further(uses, mixed, NO_AXIS):
-            uses, further = self._run.capture.read(of(few)), True
+            uses, further = self._forward.uses(of(few)), True
             mixed = self._probe(uses)
         followed = uses.followed
         for name in mixed:
             followed[name].give_up(NO_AXIS)
         if further:  # their uses are others now
-            self._run.show((uses if noted is few else self._run.capture.read(of(noted))).calls)
+            self._run.show((uses if noted is few else self._forward.uses(of(noted))).calls)
 
     def _not_expanded(self, of: Callable[[Batch], Tensor], few: Batch, uses: Uses, mixed: set[str]) -> set[str]:
         followed, values = uses.followed, uses.root
@@ -158,7 +160,7 @@ class Exploration:
         try:
             expanded = of(few)
             if same_but_rounding(expanded, values, self._forward.precision(values)):
-                mixed = self._probe(self._run.capture.read(expanded))
+                mixed = self._probe(self._forward.uses(expanded))
         except Exception:  # noqa: BLE001  user code may raise anything for such a shape: then this use cannot be expanded
             pass
         for one in tracked:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fisherfast.batches import Batch
 from fisherfast.capture.backward import Pass
+from fisherfast.capture.uses import Uses
 from fisherfast.fisher.dependence import precision, same_but_rounding
 from fisherfast.fisher.run import Run
 from fisherfast.fisher.settings import Settings
@@ -68,6 +69,20 @@ class Forward:
                     "model: must not write into its inputs, got a later batch in which it does; clone them in forward, because the fallback reads them again"
                 )
         return output
+
+    def uses(self, values: Tensor) -> Uses:
+        """The uses behind what the last forward pass gave. Errors: ValueError if an earlier one made some of them: what the model keeps of it
+        can be differentiated once, and knows nothing of what was decided since.
+        """
+        capture = self._run.capture
+        uses = capture.read(values)
+        kept = next((call for call in uses.calls if call.under is not capture.mode.settings), None)
+        if kept is not None:
+            raise ValueError(
+                "model: must not keep tensors made of its parameters between forward passes, got one made of "
+                f"{kept.uses[0].tracked.name!r} in an earlier one; make it in every forward pass"
+            )
+        return uses
 
     def passes(self, predictions: Predictions) -> Iterator[Pass]:
         """The likelihood's, with the loss scale in them."""

@@ -79,6 +79,8 @@ def warn_of_others(loss: Tensor, tracked: dict[str, Tracked]) -> None:
 
 
 def _was_a_number(loss: Tensor) -> bool:
-    """Whether a vector of one entry was made of a number, as a mean over a batch is."""
+    """Whether a vector of one entry was made of a number, as a mean over a batch is; a list of losses is one of samples."""
+    if type(loss.grad_fn).__name__ == "StackBackward0":
+        return False
     parents = [parent for parent, _ in getattr(loss.grad_fn, "next_functions", ()) if parent is not None]
     return len(parents) == 1 and len(parents[0]._input_metadata[0].shape) == 0

@@ -124,7 +124,7 @@ class Measurement:
         samples = Samples(batch.N, count, batch.weight, exists, mask, sparse)
         with self.run.transaction(samples, predictions.num_positions):
             detached = predictions.detached()
-            passes, uses = self.forward.passes(detached), self.capture.read(predictions.values)
+            passes, uses = self.forward.passes(detached), self.forward.uses(predictions.values)
             self.run.passes.run(uses, passes, samples, support=partial(self._support, detached))
             self._loop.add(batch, output, predictions)
 

@@ -18,6 +18,7 @@ class Routing:
     def __init__(self, run: Run) -> None:
         self._run = run
         self.known = False  # the parameters' forms, and samples were told apart at least once
+        self._told_apart = False  # samples, in a batch of several
         self._postponed: set[str] = set()  # looped in the batch at hand, to be followed further from the next on
 
     def look(self, uses: Uses, one: Pass) -> None:
@@ -46,19 +47,20 @@ class Routing:
             ):  # which looks like a row of several samples
                 run.raise_not_finite_gradients(f"{bad!r}; nothing of this batch was added")
             self._route_mixing(uses, findings, names)
+            self._told_apart = True
             self.known = not self._postponed
 
     def _route_mixing(self, uses: Uses, findings: dict[Key, Finding], names: list[str]) -> None:
         """Parameters without a sample axis where they are used.
 
-        Loop over this batch's samples, and follow what is made of them from the next on, if there is more to follow. In a later batch
-        an axis may be as long as the batch by chance.
+        Loop over this batch's samples, and follow what is made of them from the next on, if there is more to follow. In a batch after the
+        first of several samples an axis may be as long as the batch by chance.
         """
         capture = self._run.capture
         free = {use.key for call in uses.calls if call.site and not call.site.may_hold(len(uses.root)) for use in call.uses}
         with_axis = {key[0] for key, one in findings.items() if one.mixes_samples and one.had_sample_axis and key not in free}
         for name in names:
-            if name in with_axis and not self._run.tally.batches:
+            if name in with_axis and not self._told_apart:
                 raise ValueError(
                     f"{name}: a row must belong to one sample, got rows that depend on several; batch statistics and contrastive losses "
                     "have no per-sample gradient. If this is a table that has no sample axis but is as long as the batch, use ff.fisher, "
@@ -83,10 +85,11 @@ class Routing:
                     "collect: the loss must depend on the model's parameters, got one that none of them reaches; run the model itself, "
                     "not with other tensors in their place"
                 )
-            warn(
-                "collect: the model should run in the block, got a loss in which no use of a parameter was caught; a loop over samples "
-                "differentiates them all, which is slow",
-            )
+            if not self._run.capture.mode.transformed:
+                warn(
+                    "collect: the model should run in the block, got a loss in which no use of a parameter was caught; a loop over samples "
+                    "differentiates them all, which is slow",
+                )
         cut = {source.name for use in uses.all if not use.differentiated for source in use.tracked.sources} if looped else ()
         late = [name for name in looped if name in cut]
         if late:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fisherfast.batches import Batch
 from fisherfast.capture.tracked import Tracked
-from fisherfast.fisher.dependence import check_first
+from fisherfast.fisher.dependence import check_first, check_repeatable
 from fisherfast.fisher.fallback import SampleGradients
 from fisherfast.fisher.forward import Forward
 from fisherfast.fisher.run import Run
@@ -40,6 +40,9 @@ class SampleLoop:
         covered = self._run.covered
         if batch.offsets is not None:
             covered.note_vmap("vmap cannot take packed samples apart")
+            return False
+        if batch.ragged:
+            covered.note_vmap("vmap cannot take ragged samples apart")
             return False
         if batch.nested:
             covered.note_vmap("vmap takes no nested inputs apart")
@@ -67,6 +70,9 @@ class SampleLoop:
         return {which.name: gradient for which, gradient in zip(tracked, gradients, strict=True)}
 
     def _loop(self, batch: Batch, output: Tensor, predictions: Predictions, tracked: list[Tracked]) -> None:
+        if batch.ragged:
+            self._loop_over_losses(batch, output, predictions, tracked)
+            return
         if batch.offsets is None:
             check_first(self._forward.output_of(batch.cut(0, 1), exploring=False), output, self._forward.precision(output))
         for n in range(batch.N):
@@ -74,4 +80,17 @@ class SampleLoop:
             passes = self._forward.passes(predictions.one(n))
             if batch.offsets is not None:  # a packed sample by itself is as long as it is, not as the longest
                 passes = (replace(one, cotangent=one.cotangent[:, : values.shape[1]]) for one in passes)
+            self._run.passes.loop(values, tracked, n, passes)
+
+    def _loop_over_losses(self, batch: Batch, output: Tensor, predictions: Predictions, tracked: list[Tracked]) -> None:
+        """For samples that cannot be cut out: one graph of all, from which each sample's loss is differentiated."""
+        values = self._forward(batch, exploring=True)[1].values
+        check_repeatable(values.detach(), predictions.values, self._forward.precision(output))
+        for n in range(batch.N):
+            passes = (
+                replace(
+                    one, cotangent=torch.cat([torch.zeros_like(values[:n]), one.cotangent, torch.zeros_like(values[n + 1 :])])
+                )
+                for one in self._forward.passes(predictions.one(n))
+            )
             self._run.passes.loop(values, tracked, n, passes)

@@ -37,6 +37,11 @@ def _matmul(input, other):
     return NotImplemented
 
 
+@decomposes(torch.mv, Tensor.mv)
+def _mv(input, vec):
+    return torch.matmul(input, vec)
+
+
 def _stacked(x: Tensor, weight: Tensor, product):
     """``product`` of matrices ``[..., G, *, *]`` and those of a weight ``[G, *, *]``, or of either with one of the other."""
     G, of_x = len(weight), x.shape[-3]
