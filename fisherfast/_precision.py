@@ -17,11 +17,6 @@ def wide(tensor: Tensor) -> Tensor:
     return tensor.to(wide_dtype(tensor.dtype))
 
 
-def wide_name(dtype: torch.dtype) -> str:
-    """The name of ``wide_dtype``."""
-    return dtype_name(wide_dtype(dtype))
-
-
 def dtype_name(dtype: torch.dtype) -> str:
     """Such as ``"float32"``: what files hold."""
     return str(dtype).removeprefix("torch.")

@@ -25,7 +25,7 @@ class Allocations(TorchDispatchMode):
 def peak_bytes(function):
     """The most memory on the CPU that a call holds at a time, of all that torch allocates in it, and inside its operations."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-        result = function()  # noqa: F841  is held
+        function()
     events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
     held = peak = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
