@@ -142,10 +142,10 @@ def rewritten(path, **changes):
         ({"format": "pt"}, r"something else \(format 'pt'\)"),
         ({"format": None}, r"something else \(format None\)"),
         (
-            {"format_version": "2"},
-            r"written by fisherfast .* in format 2, this version reads format 1; load it with that version",
+            {"format_version": "1"},
+            r"written by fisherfast .* in format 1, this version reads format 2; load it with that version",
         ),
-        ({"format_version": None}, "in format None, this version reads format 1"),
+        ({"format_version": None}, "in format None, this version reads format 2"),
         ({"structure": "full"}, r"with structure 'full'; known here: \['diagonal'"),
         ({"num_samples": "8"}, "checksum does not match"),
         ({"checksum": None}, "checksum does not match"),

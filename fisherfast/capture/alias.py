@@ -129,6 +129,7 @@ _COPIES = {
     *(getattr(Tensor, name) for name in ("to", "type", "type_as", "float", "double", "half", "bfloat16", "contiguous", "clone")),
     torch.clone,
 }
+_RESHAPES = {torch.reshape, Tensor.reshape, torch.flatten, Tensor.flatten, Tensor.view}
 _SUMS = {torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__}
 
 
@@ -136,3 +137,11 @@ def keeps_derivative(func: Any, args: Any, kwargs: Any, out: Any) -> bool:
     """Whether a function of one parameter changes its dtype, its place in memory, or its values by a constant, only."""
     constant = all(isinstance(a, (int, float)) for a in (*args[1:], *kwargs.values()))
     return isinstance(out, Tensor) and (func in _COPIES or (func in _SUMS and constant))
+
+
+def reshaped(func: Any, alias: Alias, out: Any) -> Window | None:
+    """Which part of the parameter a copy is, where a function of the alias only gives it another shape; None if it does more."""
+    whole = alias.tracked.parameter
+    if func not in _RESHAPES or not isinstance(out, Tensor) or out.dtype != alias.tensor.dtype or not whole.is_contiguous():
+        return None
+    return (alias.window or Window.of(whole, whole)).reshaped(tuple(out.shape))

@@ -97,7 +97,7 @@ def _tuples(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 def _part_shape(form: Form, shape: torch.Size) -> tuple[int, ...]:
     """The shape of what the rows are of: the parameter or a part of it."""
-    return tuple(shape) if form.window is None else form.window.shape
+    return tuple(shape) if form.window is None else form.window.used_shape
 
 
 def _less_whole(rows: Rows, part: tuple[int, ...]) -> bool:

@@ -28,7 +28,7 @@ from fisherfast._version import __version__
 from fisherfast.fisher.inference_mode import outside_inference_mode
 
 _ABANDONED = 3600.0  # seconds without a write, after which nobody is writing a file any more
-FORMAT, FORMAT_VERSION = "fisherfast", "1"  # the only version that is read; one more for every change of what a structure writes
+FORMAT, FORMAT_VERSION = "fisherfast", "2"  # the only version that is read; one more for every change of what a structure writes
 State = tuple[dict[str, Tensor], dict[str, Any]]  # tensors, and fields of plain values that JSON keeps exactly
 _OWN = ("format", "format_version", "fisherfast_version", "structure", "extra", "checksum")
 

@@ -250,25 +250,25 @@ class Part(Form):
 
     def flops(self, rows: Rows, shape: tuple[int, ...]) -> int:
         """See ``Form``."""
-        return self.form.flops(rows, self.window.shape)
+        return self.form.flops(rows, self.window.used_shape)
 
     def accumulate(self, acc: Tensor, rows: Rows, scale: float, **outputs: Tensor | None) -> None:
         """See ``Form``: where the part does not lie in one piece, by way of a tensor that does."""
         total = outputs.pop("total", None)
         targets = [None if whole is None else self.window.of_tensor(whole) for whole in (acc, total)]
-        pieces = [
-            t if t is None or t.is_contiguous() else torch.zeros_like(t, memory_format=torch.contiguous_format) for t in targets
-        ]
+        shape = self.window.used_shape
+        pieces = [t if t is None or self.window.dense else t.new_zeros(shape) for t in targets]
         assert pieces[0] is not None
         self.form.accumulate(pieces[0], rows, scale, total=pieces[1], **outputs)
         for target, piece in zip(targets, pieces, strict=True):
             if target is not None and piece is not None and piece is not target:
-                target += piece
+                target += piece.view(target.shape)
 
     def gradients(self, rows: Rows, shape: tuple[int, ...]) -> Tensor:
         """See ``Form``: zero outside the part."""
         found = rows.g.new_zeros(rows.num_samples, *shape)
-        self.window.of_each(found).copy_(self.form.gradients(rows, self.window.shape))
+        part = self.window.of_each(found)
+        part.copy_(self.form.gradients(rows, self.window.used_shape).view(part.shape))
         return found
 
 

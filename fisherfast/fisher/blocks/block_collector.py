@@ -268,5 +268,7 @@ def _place(unit: Unit, bias: Unit | None, input_of: str | None) -> Place:
     groups = form.groups if isinstance(form, Convolution) else 1
     transposed = form.transposed or isinstance(form, Lookup)
     op = {"conv_sq_": "conv_gram_", "embedding_sq_": "counts"}.get(form.op, "gram_")
-    place = Place(unit.tracked.name, None, groups, transposed, op, input_of=input_of, weight_part=unit.entries)
+    place = Place(
+        unit.tracked.name, None, groups, transposed, op, input_of=input_of, weight_part=unit.entries, row_axes=unit.row_axes
+    )
     return place if bias is None else replace(place, bias=bias.tracked.name, bias_part=bias.entries)

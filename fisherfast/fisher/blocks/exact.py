@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -107,12 +106,12 @@ class ExactBlock:
 
     def state(self) -> tuple[dict[str, Tensor], list[Any]]:
         """Tensors and plain values."""
-        fields = [*dataclasses.astuple(self.place), *self.rounding.state(), self.moments.weight]
+        fields = [self.place.state(), self.rounding.state(), self.moments.weight]
         return {f"{self.place.name}.moments": self.moments.stored()}, fields
 
     @classmethod
     def from_state(cls, tensors: Mapping[str, Tensor], fields: list[Any], made: Mapping[str, Any]) -> ExactBlock:
         """The block whose ``state`` this is."""
-        *of_block, weight = fields
-        place = Flat.from_state(of_block[:9])
-        return cls(place, Accumulator(tensors[f"{place.name}.moments"], weight), Rounding.from_state(of_block[9:]))
+        of_place, of_rounding, weight = fields
+        place = Flat.from_state(of_place)
+        return cls(place, Accumulator(tensors[f"{place.name}.moments"], weight), Rounding.from_state(of_rounding))

@@ -31,6 +31,8 @@ class Place:
 
     ``transposed``: the weight is stored ``[I, O]``, as an embedding table, a Conv1D of Hugging Face or a transposed convolution.
     ``weight_part``, ``bias_part``: the entries of a packed parameter that the block is over; all, unless said.
+    ``row_axes``: the axes of the weight that make the rows of the matrix as it is stored, the others make its columns: (0, 2) of heads
+    ``[H, D, K]`` that are used as ``[H K, D]``.
     """
 
     weight: str
@@ -42,6 +44,7 @@ class Place:
     input_of: str | None = None  # the block before it, by name, that multiplies the same inputs, whose factor A is this one's too
     weight_part: Entries = ALL
     bias_part: Entries = ALL
+    row_axes: tuple[int, ...] = (0,)
 
     @property
     def name(self) -> str:
@@ -71,8 +74,9 @@ class Place:
 
     def matrix(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """The matrix of a vector by names."""
-        weight = self.weight_part.of(tensors[self.weight])
-        matrix = weight.reshape(self.groups, len(weight) // self.groups, -1)
+        weight = self._rows_first(tensors)
+        rows = math.prod(weight.shape[: len(self.row_axes)])
+        matrix = weight.reshape(self.groups, rows // self.groups, -1)
         matrix = matrix.mT if self.transposed else matrix
         if self.bias is None:
             return matrix
@@ -81,14 +85,24 @@ class Place:
     def write(self, matrix: Tensor, tensors: Mapping[str, Tensor]) -> None:
         """The inverse of ``matrix``: put it where it belongs in a vector by names."""
         weight = matrix if self.bias is None else matrix[..., :-1]
-        _put(weight.mT if self.transposed else weight, self.weight_part.of(tensors[self.weight]))
+        _put(weight.mT if self.transposed else weight, self._rows_first(tensors))
         if self.bias is not None:
             _put(matrix[..., -1], self.bias_part.of(tensors[self.bias]))
 
+    def _rows_first(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """The weight, or the part of it, with the axes of its rows in front: a view."""
+        weight = self.weight_part.of(tensors[self.weight])
+        return weight.permute(*self.row_axes, *(axis for axis in range(weight.dim()) if axis not in self.row_axes))
+
+    def state(self) -> dict[str, Any]:
+        """Plain values."""
+        return dataclasses.asdict(self)
+
     @classmethod
-    def from_state(cls, fields: list[Any]) -> Self:
-        """The place of these values, in order."""
-        return cls(*fields[:7], *map(Entries, fields[7:]))
+    def from_state(cls, fields: Mapping[str, Any]) -> Self:
+        """The place whose ``state`` this is; JSON has lists only."""
+        parts = {name: Entries(fields[name]) for name in ("weight_part", "bias_part")}
+        return cls(**{**fields, **parts, "row_axes": tuple(fields["row_axes"])})
 
 
 def _put(values: Tensor, where: Tensor) -> None:
@@ -268,15 +282,15 @@ class KroneckerBlock:
     def state(self) -> tuple[dict[str, Tensor], list[Any]]:
         """Tensors and plain values."""
         place = self.place
-        fields = [*dataclasses.astuple(place), *self.rounding.state(), self.A.weight, self.B.weight]
+        fields = [place.state(), self.rounding.state(), self.A.weight, self.B.weight]
         factors = {"B": self.B} if self.leader is not None else {"A": self.A, "B": self.B}
         return {f"{place.name}.{name}": factor.stored() for name, factor in factors.items()}, fields
 
     @classmethod
     def from_state(cls, tensors: Mapping[str, Tensor], fields: list[Any], made: Mapping[str, KroneckerBlock]) -> KroneckerBlock:
         """The block whose ``state`` this is."""
-        *of_block, weight_a, weight_b = fields
-        place, rounding = Place.from_state(of_block[:9]), Rounding.from_state(of_block[9:])
+        of_place, of_rounding, weight_a, weight_b = fields
+        place, rounding = Place.from_state(of_place), Rounding.from_state(of_rounding)
         B = Accumulator(tensors[f"{place.name}.B"], weight_b)
         return cls.following(place, lambda: Accumulator(tensors[f"{place.name}.A"], weight_a), B, rounding, made)
 

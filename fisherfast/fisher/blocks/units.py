@@ -25,6 +25,7 @@ from fisherfast.rules import ALL, Convolution, Elementwise, Entries, Form, Looku
 class Unit:
     """A parameter, or a part of one, all of whose uses have one form; they are in the calls ``key``.
 
+    ``row_axes``: of a weight that is used as a matrix, the axes that make the rows of it as it is stored.
     A part that no call has used yet has the form of the others; its key is that of other such parts if the others go together.
     """
 
@@ -34,6 +35,7 @@ class Unit:
     form: Form
     uses: tuple[CallUse, ...]
     key: tuple[Any, ...]
+    row_axes: tuple[int, ...] = (0,)
 
     @property
     def name(self) -> str:
@@ -44,7 +46,7 @@ class Unit:
     def tensor(self) -> Tensor:
         """As the calls have it: a view of the parameter may have other axes."""
         parameter = self.tracked.detached
-        return parameter if self.window is None else self.window.of_tensor(parameter)
+        return parameter if self.window is None else self.window.used(parameter)
 
     @property
     def outputs(self) -> int:
@@ -74,17 +76,26 @@ def _units(tracked: Tracked, uses: Mapping[Window | None, Sequence[tuple[int, Ca
     """The parameter, or the parts in which it is used, in their order; none unless they are parts that make it up."""
     shape, found = tracked.parameter.shape, []
     for window, mine in uses.items():
-        entries = ALL if window is None else window.entries(shape)
         forms = {use.form.inner for _, use in mine}
-        if entries is None or len(forms) > 1:
+        where = (ALL, (0,)) if window is None else _where(window, shape, forms)
+        if where is None or len(forms) > 1:
             return []
-        found.append(Unit(tracked, entries, window, forms.pop(), tuple(use for _, use in mine), tuple(call for call, _ in mine)))
+        calls, its = zip(*mine, strict=True)
+        found.append(Unit(tracked, where[0], window, forms.pop(), its, calls, where[1]))
     extent = shape[0] if shape else 1
     if found and all(len(unit.entries) == 1 for unit in found):
         found += _unused(found, extent)
     found.sort(key=lambda unit: unit.entries)
     spans = [unit.entries.span(extent) for unit in found]
     return found if [0, *(last for _, last in spans)] == [*(first for first, _ in spans), extent] else []
+
+
+def _where(window: Window, shape: tuple[int, ...], forms: Iterable[Form]) -> tuple[Entries, tuple[int, ...]] | None:
+    """The entries of a parameter that a part is, and the axes of its rows; None if it is no part that may have a block."""
+    if all(isinstance(form, MatMul) for form in forms):
+        return window.matrix(shape)
+    entries = window.entries(shape)
+    return None if entries is None else (entries, (0,))
 
 
 def _unused(stack: Sequence[Unit], extent: int) -> list[Unit]:
