@@ -582,6 +582,10 @@ COVERED |= {
         lambda: Wrapped(lambda m, x: m.head(F.linear(x[..., 1:], m.w[:, 1:])), w=parameter(D, I), head=nn.Linear(D, C)),
         sequences,
     ),
+    "einsum-across-a-weight": (  # whose numbers a product of matrices needs in another order
+        lambda: Wrapped(lambda m, x: m.head(torch.einsum("nti,hik->nthk", x, m.w).flatten(2).tanh()), w=parameter(2, I, 3), head=nn.Linear(6, C)),
+        sequences,
+    ),
 }  # fmt: skip
 
 
@@ -705,11 +709,6 @@ CHAINED = {
         lambda: Wrapped(lambda m, x: m.head(torch.lerp(x, x.tanh(), m.a.sigmoid())), a=parameter(1), head=nn.Linear(I, C)),
         sequences,
         {"a"},
-    ),
-    "einsum-across-a-weight": (  # whose numbers a product of matrices needs in another order
-        lambda: Wrapped(lambda m, x: m.head(torch.einsum("nti,hik->nthk", x, m.w).flatten(2).tanh()), w=parameter(2, I, 3), head=nn.Linear(6, C)),
-        sequences,
-        {"w"},
     ),
     "bias-of-scores": (  # added in place to what the samples make
         lambda: Wrapped(_scored, inner=nn.Linear(I, I), bias=nn.Embedding(2 * T, 1), head=nn.Linear(I, C)),
