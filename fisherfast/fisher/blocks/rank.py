@@ -23,7 +23,7 @@ class Rounding(NamedTuple):
     in 16 bits coarser than that.
     """
 
-    products: float = torch.finfo(torch.float32).eps  # unless a file says so
+    products: float
     rows_of_g: float = torch.finfo(torch.float64).eps
 
     @classmethod
