@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from numbers import Number
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -276,13 +277,17 @@ def _named(result: Any, name: str) -> Any:
 
 
 def _described(tree: Any) -> str:
-    """What a batch holds, for its fingerprint: of tensors a digest, numbers and text as they are, of anything else its type."""
+    """What a batch holds, for its fingerprint: of tensors and arrays a digest, numbers and text as they are, of anything else its type."""
     if isinstance(tree, Tensor):
         return " ".join(f"{tuple(t.shape)} {t.dtype} {_digest(t)}" for t in _flat(tree))
     if isinstance(tree, Mapping):
         return f"{{{', '.join(f'{key!r}: {_described(tree[key])}' for key in sorted(tree, key=str))}}}"
     if isinstance(tree, (tuple, list)):
         return f"({', '.join(map(_described, tree))})"
+    if isinstance(tree, np.ndarray):
+        if tree.dtype.kind not in "biufc":  # text, objects
+            return _described(tree.tolist())
+        return f"{tree.shape} {tree.dtype} {_digest(torch.from_numpy(np.array(tree, order='C').reshape(-1).view(np.uint8)))}"
     return repr(tree) if tree is None or isinstance(tree, (Number, str, bytes)) else type(tree).__name__
 
 
@@ -296,7 +301,9 @@ def _digest(tensor: Tensor) -> int:
     if tensor.layout != torch.strided:
         parts = tensor.detach().to_sparse_coo().coalesce()
         return 3 * _digest(parts.indices()) + _digest(parts.values())
-    flat = tensor.detach().contiguous().as_strided((tensor.numel(),), (1,))  # of one entry contiguous leaves any stride
+    flat = (
+        tensor.detach().resolve_conj().resolve_neg().contiguous().as_strided((tensor.numel(),), (1,))
+    )  # of one entry contiguous leaves any stride
     raw = flat.view(torch.uint8) if flat.dtype != torch.bool else flat.to(torch.uint8)
     words = torch.nn.functional.pad(raw, (0, -raw.numel() % 8)).view(torch.int64)
     factors = (2 * torch.arange(words.numel(), device=words.device) + 1) * GOLDEN

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """EKFAC: its trace is that of the exact diagonal, its values are sample gradients in the basis, squared; and two passes are one data set."""
 
+import copy
 import importlib
 import math
 
 import networks
+import numpy as np
 import oracle
 import pytest
 import torch
@@ -246,12 +248,20 @@ def test_another_second_pass_is_detected_and_what_was_added_is_kept():
         assert error.value.fisher.structure == ("ekfac" if counted else "kfac")
 
 
-@pytest.mark.parametrize("change", ["value", "order", "dtype"])
+@pytest.mark.parametrize("change", ["value", "order", "dtype", "conjugate", "array", "text"])
 def test_a_batch_has_another_fingerprint_if_anything_changes(change):
     batches = importlib.import_module("fisherfast.batches")
     x, y = torch.randn(5, 3), torch.randint(0, 4, (5,))
-    other = {"value": x + torch.eye(5, 3) * 1e-6, "order": x[[1, 0, 2, 3, 4]], "dtype": x.double()}[change]
-    prints = [batches.Batch.of((t, y), torch.device("cpu")).fingerprint() for t in (x, x.clone(), other)]
+    z, array = torch.view_as_complex(torch.randn(5, 3, 2)), np.arange(4.0)[::2]
+    first, other = {
+        "value": (x, x + torch.eye(5, 3) * 1e-6),
+        "order": (x, x[[1, 0, 2, 3, 4]]),
+        "dtype": (x, x.double()),
+        "conjugate": (z, z.conj()),
+        "array": ((x, array), (x, array + 1)),
+        "text": ((x, np.array(["one", "two"])), (x, np.array(["one", "three"]))),
+    }[change]
+    prints = [batches.Batch.of((t, y), torch.device("cpu")).fingerprint() for t in (first, copy.deepcopy(first), other)]
     assert prints[0] == prints[1] != prints[2]
 
 

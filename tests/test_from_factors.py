@@ -246,7 +246,8 @@ def test_gram_of_gradients(of_several, tmp_path):
 @pytest.mark.parametrize(
     ("gradients", "error", "reason"),
     [
-        ({}, ValueError, "num_samples must be >= 1, got 0"),
+        ({}, ValueError, "gradients must be of one parameter and one sample at least, got none"),
+        ({"w": torch.ones(0, 2)}, ValueError, "gradients must be of one parameter and one sample at least, got none"),
         (
             {"w": torch.ones(3, 2), "b": torch.ones(2)},
             ValueError,

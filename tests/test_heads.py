@@ -123,6 +123,10 @@ def test_kronecker_blocks_are_those_of_the_matrix(stored, structure, tmp_path):
     for function in (lambda F, v: F @ v, lambda F, v: F.solve(v, 0.1), lambda F, v: F.diagonal(dtype=torch.float64)):
         assert oracle.error(by_heads.back(function(found, v)), function(expected, by_heads.back(v))) < 1e-9
     assert found.logdet(0.1) == pytest.approx(expected.logdet(0.1))
+    if structure == "kfac":
+        diagonals = {name: found.diagonal(dtype=torch.float64)[name] for name in found.diagonals}
+        given = ff.KFACFisher.from_factors(found.factors(dtype=torch.float64), by_heads, num_samples=8, diagonals=diagonals)
+        assert oracle.error(given.solve(v, 0.1), found.solve(v, 0.1)) < EXACT
 
 
 @pytest.mark.parametrize("einsum", [False, True], ids=["reshaped", "einsum"])

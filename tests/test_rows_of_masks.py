@@ -275,12 +275,12 @@ class Masked(Translator):
 
 
 def translation(sources, targets, unlabelled):
-    """Padded sources and targets; ``"first"`` or ``"last"`` of several targets has no label."""
+    """Padded sources and targets; ``"first"``, ``"last"`` or ``"none"`` of several targets has no label."""
     exist = [torch.arange(max(lengths)) < torch.tensor(lengths)[:, None] for lengths in (sources, targets)]
     ids = [torch.randint(V, mask.shape) for mask in exist]
     labels = torch.randint(V, exist[1].shape).masked_fill(~exist[1], -100)
     for n, length in enumerate(targets):
-        if length > 1:
+        if length > 1 and unlabelled != "none":
             labels[n, 0 if unlabelled == "first" else length - 1] = -100
     names = ("input_ids", "attention_mask", "decoder_input_ids", "decoder_attention_mask")
     return dict(zip(names, (ids[0], exist[0].long(), ids[1], exist[1].long()), strict=True), labels=labels)
@@ -333,6 +333,27 @@ def test_a_mask_that_was_the_only_one_to_fit_stays_that_of_the_weight():
     factors = fisher(model, data, "expand").factors(dtype=torch.float64)
     for name, each in zip(("encoder", "layer"), zip(*(inputs(model, batch) for batch in data), strict=True), strict=True):
         torch.testing.assert_close(factors[name][0], second_moment(*each), rtol=1e-9, atol=1e-12)
+
+
+def test_uses_that_were_told_once_stay_those_of_the_weight():
+    """In batch 2 the rows of both uses with a gradient are exactly the encoder's positions, twice."""
+    model = Masked(shared=True).double()
+    data = [translation([4, 2, 3], [2, 4, 1], "none"), translation([1, 2], [2, 3], "last")]
+    data[1] = {
+        key: F.pad(value, (0, (2 if "dec" not in key and key != "labels" else 1)), value=-100 * (key == "labels"))
+        for key, value in data[1].items()
+    }
+    factors = fisher(model, data, "expand").factors(dtype=torch.float64)
+    x = [rows for batch in data for rows in inputs(model, batch)]
+    torch.testing.assert_close(factors["encoder"][0], second_moment(*x), rtol=1e-9, atol=1e-12)
+
+
+def test_masks_that_differ_in_samples_without_a_label_alone_are_in_doubt():
+    model, batch = Masked(shared=False).double(), translation([4, 4], [4, 2], "none")
+    batch["labels"][1] = -100
+    with pytest.warns(ff.FisherWarning, match=r"encoder.weight: its rows should have gradients that tell which mask"):
+        factors = fisher(model, [batch], "expand").factors(dtype=torch.float64)
+    torch.testing.assert_close(factors["layer"][0], second_moment(inputs(model, batch)[1]), rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.filterwarnings("ignore::fisherfast.FisherWarning")

@@ -100,6 +100,8 @@ class GramFisher(Plotted, Measured):
         Errors:   TypeError or ValueError, naming the entry, for what is not floating or finite, and for several M.
         """
         M = next((len(g) for g in gradients.values()), 0)
+        if not M:
+            raise ValueError("from_gradients: gradients must be of one parameter and one sample at least, got none")
         for name, g in gradients.items():
             if not (isinstance(g, Tensor) and g.is_floating_point()):
                 got = getattr(g, "dtype", type(g).__name__)

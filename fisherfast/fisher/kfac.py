@@ -133,7 +133,7 @@ class KFACFisher(BlockFisher[KroneckerBlock | ExactBlock]):
         ``rows``        Of how many rows x each A is the mean, samples times positions, under its name in ``factors``; if not said,
                         ``num_samples``. Pooling weighs with it.
         ``transposed``  The square weights that are stored ``[I, O]``, as Hugging Face's Conv1D; of others the sizes tell. A square one
-                        beside a vector A is a table ``[V, O]``.
+                        beside a vector A is a table ``[V, O]``. Of heads ``[H, D, K]`` with D = H K those whose first axis is of the inputs.
 
         Shapes:   A ``[I, I]``, with a bias ``[I + 1, I + 1]``, its column last; B ``[O, O]``; groups are an axis before these, a vector is
                   a diagonal. A bias without a column in A is a parameter of its own.

@@ -20,6 +20,7 @@ class ExistingRows:
     def __init__(self, name: str) -> None:
         self._name, self._warned = name, False
         self._mask: int | None = None  # the place of the mask that was alone in leaving out no row with a gradient
+        self._uses: int | None = None  # of those whose positions in turn were, and left out all others
 
     def among(self, g: Tensor, masks: Sequence[Tensor]) -> Tensor | None:
         """Which rows of gradients ``g`` ``[N, T, O]`` there are ``[N, T]``; None if no mask leaves any out. The last mask is the output's.
@@ -37,11 +38,7 @@ class ExistingRows:
         T = alive.shape[1]
         positions = {k: mask for k, mask in numbered.items() if mask.shape[1] == T}
         rows = self._one_of(positions, alive)
-        if rows is None:
-            uses = _of_uses(numbered, alive)
-            others = chain(uses.values(), _in_other_orders([*numbered.values()], T))
-            rows = next((rows for rows in others if _match(alive, rows)), None)
-            rows = self._one_of(uses, alive) if rows is None else rows
+        rows = self._of_several(numbered, alive) if rows is None else rows
         if rows is None:
             self._warn(alive, masks)
         return None if rows is None or bool(rows.all()) else rows
@@ -50,21 +47,36 @@ class ExistingRows:
         """Of the candidates that leave out no row with a gradient the one that was alone in this before; else the one that leaves out exactly
         those without; else the first, the output's: an encoder's positions all have a gradient, it is a decoder's that may have no label.
         """
-        fitting = {k: rows for k, rows in candidates.items() if not bool((alive & ~rows).any())}
+        fitting = _fitting(candidates, alive)
         if not fitting:
             return None
         if len(fitting) == 1:
             (self._mask,) = fitting
         if self._mask in fitting:
             return fitting[self._mask]
-        first, *others = fitting.values()
-        exact = next((rows for rows in fitting.values() if _match(alive, rows)), None)
-        if exact is None and not all(torch.equal(first, rows) for rows in others):
+        exact = [rows for rows in fitting.values() if _match(alive, rows)]
+        first, *others = exact or fitting.values()
+        if not all(torch.equal(first, rows) for rows in others):
             self._say(
                 f"{self._name}: its rows should have gradients that tell which mask they are the positions of, got {len(fitting)} that leave out "
                 "none with a gradient; KFAC takes the decoder's. Pad encoder and decoder to different lengths"
             )
-        return first if exact is None else exact
+        return first
+
+    def _of_several(self, masks: Mapping[int, Tensor], alive: Tensor) -> Tensor | None:
+        """Rows of several uses: of those that were told before; else in any order that leaves out exactly the rows without a gradient; else
+        as ``_one_of`` says.
+        """
+        uses = _fitting(_of_uses(masks, alive), alive)
+        if self._uses in uses:
+            return uses[self._uses]
+        orders = chain(uses.values(), _in_other_orders([*masks.values()], alive.shape[1]))
+        rows = next((rows for rows in orders if _match(alive, rows)), None)
+        if rows is None:
+            return self._one_of(uses, alive)
+        if len(uses) == 1 and rows is next(iter(uses.values())) and not bool(rows.all()):  # without padding all orders are alike
+            (self._uses,) = uses
+        return rows
 
     def _say(self, message: str) -> None:
         if not self._warned:
@@ -80,6 +92,11 @@ class ExistingRows:
             f"{self._name}: its rows should be the positions of a mask, got {alive.shape[1]} rows a sample beside a mask of {lengths}, the fewer with a "
             f"gradient the shorter the sample; KFAC counts all {alive.shape[1]} as inputs, those of padding too. Take batches of samples of one length"
         )
+
+
+def _fitting(candidates: Mapping[int, Tensor], alive: Tensor) -> dict[int, Tensor]:
+    """Those that leave out no row with a gradient."""
+    return {k: rows for k, rows in candidates.items() if not bool((alive & ~rows).any())}
 
 
 def _of_uses(masks: Mapping[int, Tensor], alive: Tensor) -> dict[int, Tensor]:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Container, Mapping
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import torch
@@ -123,17 +124,26 @@ def _place(key: str, A: Tensor, B: Tensor, free: Parameters, transposed: Contain
     tensor, groups = part.of(free[weight]), len(A)
     if _square(A) and _square(B) and len(B) == groups and tensor.dim() and len(tensor) % groups == 0:
         likely = weight in transposed or A.dim() == 2  # a table, whose rows are the inputs
-        for stored in (likely, not likely):
-            place = Place(weight, None, groups, stored, weight_part=part)
-            O, D = place.sizes(tensor)
-            if (B.shape[1], A.shape[1]) == (O, D):
-                return place
-            if (B.shape[1], A.shape[1]) == (O, D + 1):
-                return replace(place, bias=_bias(key, weight, part, groups * O, free), bias_part=part)
+        by_heads = ((0, 1), (0, 2)) if tensor.dim() == 3 and groups == 1 else ()
+        for rows, stored in product((((0,),), by_heads), (likely, not likely)):
+            places = [Place(weight, None, groups, stored, weight_part=part, row_axes=axes) for axes in rows]
+            fitting = [found for place in places if (found := _fitted(place, key, (B.shape[1], A.shape[1]), free))]
+            if len(fitting) == 1:
+                return fitting[0]
     raise ValueError(
         f"from_factors: factors[{key!r}] must be A [I, I], or [I + 1, I + 1] with a bias, and B [O, O] of {part.named(weight)!r} "
         f"{list(tensor.shape)}, got {list(A.shape)} and {list(B.shape)}, groups first"
     )
+
+
+def _fitted(place: Place, key: str, sizes: tuple[int, int], free: Parameters) -> Place | None:
+    """The place if its matrix ``[O, D]`` is of these sizes, with a bias if it is so with its column."""
+    O, D = place.matrix(free).shape[1:]
+    if sizes == (O, D + 1):
+        return replace(
+            place, bias=_bias(key, place.weight, place.weight_part, place.groups * O, free), bias_part=place.weight_part
+        )
+    return place if sizes == (O, D) else None
 
 
 def _square(factor: Tensor) -> bool:
@@ -150,6 +160,8 @@ def _weight(key: str, free: Parameters) -> tuple[str, Entries]:
         if part.span(0)[1] <= len(free[found[1]]):
             return found[1], part
     weights = [name for name, tensor in free.items() if layer_of(name) == key and tensor.dim() > 1]
+    if (usual := f"{key}.weight" if key else "weight") in weights:
+        return usual, ALL
     if len(weights) != 1:
         got = f"several weights: {listed(weights)}; name one of them" if weights else "no weight for which nothing else is given"
         raise ValueError(f"from_factors: factors must be of layers, weights or parts of them ('w[0:7]'), got {key!r} with {got}")
