@@ -3,7 +3,6 @@
 
 import re
 import runpy
-from collections import OrderedDict
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,7 @@ from torch.nn.functional import cross_entropy
 import fisherfast as ff
 
 README = Path(__file__).parents[1] / "README.md"
-N, I, O = 8, 4, 3
+N, I, O = 8, 20, 5  # of the first example
 
 
 def test_the_list_of_public_names_is_what_they_are():
@@ -31,8 +30,7 @@ def blocks():
 @pytest.fixture
 def names():
     """What the examples take for granted."""
-    layers = OrderedDict(hidden=nn.Linear(I, 3), act=nn.Tanh(), head=nn.Linear(3, O))
-    model = nn.Sequential(layers).eval()
+    model = nn.Sequential(nn.Linear(I, 64), nn.ReLU(), nn.Linear(64, O)).eval()
     x, y = torch.randn(N, I), torch.randint(O, (N,))
     loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), batch_size=3)
     base = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -50,10 +48,10 @@ def test_every_example_runs(blocks, names, tmp_path, monkeypatch, capsys):
     assert (tmp_path / "run.safetensors").exists() and "nats" in capsys.readouterr().out
 
 
-def test_the_first_examples_run_as_pasted(blocks, names, tmp_path, monkeypatch):
-    """One after the other, with nothing but a model and a loader."""
+def test_the_first_examples_run_as_pasted(blocks, tmp_path, monkeypatch):
+    """One after the other."""
     monkeypatch.chdir(tmp_path)
-    mine = {name: names[name] for name in ("model", "loader")}
+    mine = {}
     for block in blocks[:4]:
         exec(block, mine)
     assert mine["acc"].shape == (3, 4)
