@@ -248,20 +248,33 @@ def test_a_model_that_differentiates_inside_its_forward_pass_is_refused():
 class Prototypes(nn.Module):
     """Another input than the samples, in a use that no rule covers."""
 
-    def __init__(self):
+    def __init__(self, use):
         super().__init__()
-        self.inner, self.scale = nn.Linear(I, C), nn.Parameter(torch.randn(C))
+        self.inner, self.scale, self.use = nn.Linear(I, C), nn.Parameter(torch.randn(C)), use
 
     def forward(self, x, prototypes):
-        inner = self.inner(x)
-        return torch.maximum(inner, self.scale) @ prototypes.mT
+        return self.use(self.inner(x), self.scale) @ prototypes.mT
 
 
-def test_an_input_that_is_as_long_as_the_batch_by_chance_is_not_cut_in_silence():
-    model, x = Prototypes(), torch.randn(N, I)
-    assert ff.fisher(model, [((x, torch.randn(N + 1, C)), None)], fisher_type="exact", progress=False).trace() > 0
-    with pytest.raises(ValueError, match="the first sample alone has another output"):
-        ff.fisher(model, [((x, torch.randn(N, C)), None)], fisher_type="exact", progress=False)
+@pytest.mark.parametrize(
+    "use",
+    [torch.maximum, lambda inner, scale: torch.maximum(inner, scale) if float(inner.sum()) else inner],
+    ids=["vmap", "loop"],
+)
+def test_an_input_that_is_as_long_as_the_batch_by_chance_is_not_cut(use):
+    """Where the loop or vmap would cut it, samples are told apart by their losses."""
+    model, x, prototypes = Prototypes(use).double(), torch.randn(N, I).double(), torch.randn(N, C).double()
+    F = ff.fisher(model, [((x, prototypes), None)], fisher_type="exact", progress=False)
+    expected = ff.fisher(
+        Wrapped(lambda m, x: m.inner(x, prototypes), inner=model), [(x, None)], fisher_type="exact", progress=False
+    )
+    assert (
+        oracle.error(
+            F.diagonal(dtype=torch.float64),
+            {k.removeprefix("inner."): v for k, v in expected.diagonal(dtype=torch.float64).items()},
+        )
+        < 1e-12
+    )
 
 
 def test_an_input_that_cannot_be_cut_like_samples_is_explained():

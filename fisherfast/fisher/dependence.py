@@ -90,7 +90,7 @@ def same_but_rounding(a: Tensor, b: Tensor, eps: float) -> bool:
     return _all_within(a, b, lambda b: eps * (4 * b.abs() + 16 * scale))  # one that is infinite in one is another
 
 
-def _roughly_same(a: Tensor, b: Tensor, eps: float) -> bool:
+def roughly_same(a: Tensor, b: Tensor, eps: float) -> bool:
     """Whether outputs are the same but for rounding that differs, as that of other kernels for another number of samples."""
     if a.shape != b.shape:
         return False
@@ -124,16 +124,16 @@ def dependent(outputs: Callable[[Batch], Tensor], batch: Batch, values: Tensor, 
     else:
         alone = outputs(batch.cut(n, n + 1))
         together = values[n : n + 1, : alone.shape[1]]  # where the batch is longer
-    depends = not _roughly_same(alone, together, eps)
-    return n if depends and _roughly_same(outputs(batch.cut(0, len(values))), values, eps) else None
+    depends = not roughly_same(alone, together, eps)
+    return n if depends and roughly_same(outputs(batch.cut(0, len(values))), values, eps) else None
 
 
-def check_first(alone: Tensor, together: Tensor, eps: float) -> None:
-    """Raise ValueError if the first sample by itself is plainly another than in its batch: an input was cut that holds no samples."""
-    if _roughly_same(alone.detach(), together[:1].detach(), eps):
+def check_alone(alone: Tensor, together: Tensor, eps: float) -> None:
+    """Raise ValueError if samples by themselves are plainly others than in their batch: an input was cut that holds no samples."""
+    if roughly_same(alone.detach(), together.detach(), eps):
         return
     raise ValueError(
-        "data: inputs whose first axis is as long as the batch must hold its samples, got one that does not: the first sample alone "
+        "data: inputs whose first axis is as long as the batch must hold its samples, got one that does not: a sample alone "
         "has another output than in its batch; pass such an input as [1, ...], or expanded to [N, ...]. A model that draws random "
         "numbers in its forward pass has another output, too"
     )

@@ -22,7 +22,7 @@ from fisherfast.capture.parameters import unwrapped
 from fisherfast.capture.tracked import Unbatched
 from fisherfast.capture.uses import Uses
 from fisherfast.fisher.blocks.block_collector import BlockCollector
-from fisherfast.fisher.dependence import check_first, check_independent, dependent, same_but_rounding
+from fisherfast.fisher.dependence import check_alone, check_independent, dependent, same_but_rounding
 from fisherfast.fisher.forward import Forward
 from fisherfast.fisher.run import Run
 from fisherfast.likelihood import Predictions
@@ -122,7 +122,7 @@ class Exploration:
         try:
             of = partial(self._forward.values, model=_without_state(model))
             twice = self._forward.uses(of(two))
-            check_first(values, twice.root, self._forward.precision(twice.root))
+            check_alone(values, twice.root[:1], self._forward.precision(twice.root))
             if mixed := self._probe(twice):
                 self._resolve(of, two, twice, mixed, one)
         except Exception:  # noqa: BLE001  user code may raise anything for such a batch

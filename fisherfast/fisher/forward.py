@@ -23,19 +23,21 @@ class Forward:
     def __init__(self, run: Run, model: nn.Module, settings: Settings) -> None:
         self._run, self.model, self._settings = run, model, settings
 
-    def __call__(
-        self, batch: Batch, exploring: bool = False, first: int = 0, model: nn.Module | None = None
-    ) -> tuple[Tensor, Predictions]:
-        """Run the model, or a copy, on a batch whose first sample is number ``first`` of the current one: its output, and what that says."""
+    def __call__(self, batch: Batch, exploring: bool = False, model: nn.Module | None = None) -> tuple[Tensor, Predictions]:
+        """Run the model, or a copy, on a batch: its output, and what that says."""
         with torch.enable_grad():
             output = self.output_of(batch, exploring, model)
             if self._run.capture.mode.doubtful and not exploring:
                 self._check_expanded(batch, output)
-            start = self._settings.sample_offset + self._run.tally.samples + first
-            predictions = self._settings.labelling.predictions(batch, output, start)
+            return output, self.predictions(batch, output)
+
+    def predictions(self, batch: Batch, output: Tensor, first: int = 0) -> Predictions:
+        """What the likelihood makes of the model's output for a batch whose first sample is number ``first`` of the current one."""
+        start = self._settings.sample_offset + self._run.tally.samples + first
+        predictions = self._settings.labelling.predictions(batch, output, start)
         if not self._settings.labelling.says_something(predictions):
             self._run.raise_not_finite(predictions.values, "the model's output")
-        return output, predictions
+        return predictions
 
     def _check_expanded(self, batch: Batch, output: Tensor) -> None:
         """A use was given a sample axis whose first axis is as long as the batch, and may hold the samples: compare without."""

@@ -18,7 +18,7 @@ from fisherfast.capture.layout import PROBED
 from fisherfast.capture.parameters import measurable, unwrapped
 from fisherfast.capture.refusals import Refusals, refuse_train_mode
 from fisherfast.fisher import arguments
-from fisherfast.fisher.dependence import check_first, check_independent, precision
+from fisherfast.fisher.dependence import check_alone, check_independent, precision
 from fisherfast.fisher.labelling import Labelling
 from fisherfast.fisher.protocol import Vector
 from fisherfast.fisher.run import model_name
@@ -156,7 +156,7 @@ class FisherOperator:
             few = batch.cut(0, min(batch.N, PROBED))
             of_few = values[: few.N] if alone else self._predictions(few).values
             if not alone:
-                check_first(of_few[:1], values, eps)
+                check_alone(of_few[:1], values[:1], eps)
         except Exception:  # noqa: BLE001  an input without samples that is as long as the batch, a sparse one: the model is right as it is
             return
         check_independent(lambda batch: self._predictions(batch).values, few, of_few, eps, ran=batch if alone else few)

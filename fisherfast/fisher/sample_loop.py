@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fisherfast.batches import Batch
 from fisherfast.capture.tracked import Tracked
-from fisherfast.fisher.dependence import check_first, check_repeatable
+from fisherfast.fisher.dependence import check_repeatable, roughly_same
 from fisherfast.fisher.fallback import SampleGradients
 from fisherfast.fisher.forward import Forward
 from fisherfast.fisher.run import Run
@@ -26,11 +26,13 @@ class SampleLoop:
 
     def __init__(self, run: Run, forward: Forward, sample_gradients: SampleGradients) -> None:
         self._run, self._forward, self._sample_gradients = run, forward, sample_gradients
+        self._ragged = False  # whether a batch was: others are, too, though they may have as many tokens as samples
         run.covered.note_vmap(problem=None)
 
     def add(self, batch: Batch, output: Tensor, predictions: Predictions) -> None:
         """Hand over the sample gradients of what no rule covers."""
         tracked = [self._run.capture.tracked[name] for name in self._run.covered.looped]
+        self._ragged = self._ragged or batch.ragged
         if tracked and not self._by_vmap(batch, output, predictions, tracked):
             with self._run.covered.timed("loop"):
                 self._loop(batch, output, predictions.detached(), tracked)
@@ -38,20 +40,15 @@ class SampleLoop:
     def _by_vmap(self, batch: Batch, output: Tensor, predictions: Predictions, tracked: list[Tracked]) -> bool:
         """Hand over several samples' gradients at a time; False, with nothing handed over, if that cannot be done."""
         covered = self._run.covered
-        if batch.offsets is not None:
-            covered.note_vmap("vmap cannot take packed samples apart")
-            return False
-        if batch.ragged:
-            covered.note_vmap("vmap cannot take ragged samples apart")
-            return False
-        if batch.nested:
-            covered.note_vmap("vmap takes no nested inputs apart")
+        kinds = {"packed samples": batch.offsets is not None, "ragged samples": self._ragged, "nested inputs": batch.nested}
+        if kind := next((kind for kind, it_is in kinds.items() if it_is), None):
+            covered.note_vmap(f"vmap cannot take {kind} apart")
             return False
         with covered.timed("vmap"):
             for number, one in enumerate(self._forward.passes(predictions.detached())):
                 (cotangent,) = torch.autograd.grad(predictions.values, output, one.cotangent, retain_graph=True)
                 chunks = self._sample_gradients(
-                    batch, cotangent, tracked, partial(self._first, batch, output, cotangent, tracked)
+                    batch, output.detach(), cotangent, tracked, partial(self._first, batch, output, cotangent, tracked)
                 )
                 if chunks is None:
                     covered.note_vmap(self._sample_gradients.problem)
@@ -65,28 +62,35 @@ class SampleLoop:
     def _first(self, batch: Batch, output: Tensor, cotangent: Tensor, tracked: list[Tracked]) -> dict[str, Tensor]:
         """The first sample's gradients by autograd."""
         alone = self._forward.output_of(batch.cut(0, 1), exploring=True)
-        check_first(alone, output, self._forward.precision(output))
         gradients = self._run.passes.backward.gradients(alone, tracked, cotangent[:1])
         return {which.name: gradient for which, gradient in zip(tracked, gradients, strict=True)}
 
     def _loop(self, batch: Batch, output: Tensor, predictions: Predictions, tracked: list[Tracked]) -> None:
-        if batch.ragged:
+        if self._ragged:
             self._loop_over_losses(batch, output, predictions, tracked)
             return
-        if batch.offsets is None:
-            check_first(self._forward.output_of(batch.cut(0, 1), exploring=False), output, self._forward.precision(output))
+        eps = self._forward.precision(output)
         for n in range(batch.N):
-            values = self._forward(batch.cut(n, n + 1), exploring=True, first=n)[1].values
+            one = batch.cut(n, n + 1)
+            alone = self._forward.output_of(one, exploring=True)
+            if batch.offsets is None and not roughly_same(
+                alone, output[n : n + 1], eps
+            ):  # an input was cut that holds no samples
+                self._loop_over_losses(batch, output, predictions, tracked, first=n)
+                return
+            values = self._forward.predictions(one, alone, first=n).values
             passes = self._forward.passes(predictions.one(n))
             if batch.offsets is not None:  # a packed sample by itself is as long as it is, not as the longest
                 passes = (replace(one, cotangent=one.cotangent[:, : values.shape[1]]) for one in passes)
             self._run.passes.loop(values, tracked, n, passes)
 
-    def _loop_over_losses(self, batch: Batch, output: Tensor, predictions: Predictions, tracked: list[Tracked]) -> None:
-        """For samples that cannot be cut out: one graph of all, from which each sample's loss is differentiated."""
+    def _loop_over_losses(
+        self, batch: Batch, output: Tensor, predictions: Predictions, tracked: list[Tracked], first: int = 0
+    ) -> None:
+        """For samples, from ``first`` on, that cannot be cut out: one graph of all, from which each sample's loss is differentiated."""
         values = self._forward(batch, exploring=True)[1].values
         check_repeatable(values.detach(), predictions.values, self._forward.precision(output))
-        for n in range(batch.N):
+        for n in range(first, batch.N):
             passes = (
                 replace(
                     one, cotangent=torch.cat([torch.zeros_like(values[:n]), one.cotangent, torch.zeros_like(values[n + 1 :])])
