@@ -22,7 +22,7 @@ import fisherfast as ff
 from fisherfast import environment, loading, report, timing
 from fisherfast._error import raised_here
 from fisherfast.fisher.parse import STRUCTURES
-from fisherfast.information import check_prior_scale
+from fisherfast.information import checked_prior_scale
 from fisherfast.likelihood import FISHER_TYPES, LIKELIHOODS, resolve
 
 app = typer.Typer(
@@ -77,7 +77,7 @@ def _prior_scale(text: str) -> float | str:
     except ValueError:
         raise typer.BadParameter(f"must be 'fit' or a number > 0, got {text!r}") from None
     try:
-        return check_prior_scale("prior_scale", value, "info")
+        return checked_prior_scale("info", "prior_scale", value)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
 

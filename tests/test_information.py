@@ -225,7 +225,7 @@ def test_fit_agrees_with_the_plain_iteration():
     square = 1.0
     for _ in range(500):
         square = (distance + (square / (1 + square * f / temperature)).sum().item()) / 2
-    assert _prior.fitted([spectrum(f)], distance, temperature) ** 2 == pytest.approx(square, rel=1e-12)
+    assert _prior.fitted("fit", [spectrum(f)], distance, temperature) ** 2 == pytest.approx(square, rel=1e-12)
 
 
 def test_low_precision_weights_are_read_in_float64():
@@ -422,3 +422,25 @@ def test_an_operator_is_no_fisher_to_measure_by():
             TypeError, match=rf"{name}: F must be a Fisher that was measured, got FisherOperator; pass ff\.fisher"
         ):
             call()
+
+
+X = torch.ones(1, 5)
+MEASURES = {
+    "information_in_weights": lambda net, F, **options: ff.information_in_weights(F, net, **options),
+    "optimal_posterior": lambda net, F, **options: ff.optimal_posterior(F, net, **options),
+    "task_complexity": lambda net, F, **options: ff.task_complexity(F, net, loss=0.1, **options),
+    "rate_distortion": lambda net, F, beta, **options: ff.rate_distortion(F, net, [beta], loss=0.1, **options),
+    "effective_dimension": lambda net, F, **options: ff.effective_dimension(F, **options),
+    "free_energy": lambda net, F, beta, **options: ff.free_energy(F, 0.1, temperature=beta, **options),
+    "variational_posterior": lambda net, F, **options: ff.variational_posterior(net, [(X, X[0, :1].long())], **options),
+    "activation_noise": lambda net, F, **options: ff.activation_noise(net, X, F, **options),
+    "input_fisher": lambda net, F, **options: ff.input_fisher(net, X, F, **options),
+    "effective_information": lambda net, F, **options: ff.effective_information(net, X, F, method="monte-carlo", **options),
+}
+
+
+@pytest.mark.parametrize("wrong", [{"beta": -1.0}, {"prior_scale": 0.0}, {"prior_scale": {"nowhere": 1.0}}], ids=str)
+@pytest.mark.parametrize("name", MEASURES)
+def test_errors_name_the_function_that_was_called(name, wrong):
+    with pytest.raises(ValueError, match=f"^{name}: "):
+        MEASURES[name](*two_layers(), **({"beta": 0.1, "prior_scale": 1.0} | wrong))

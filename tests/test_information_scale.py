@@ -161,7 +161,7 @@ def test_fit_from_a_sample_is_the_root(spread, middle, zeros, distance, temperat
     f[1:][torch.rand(1999, generator=generator) < zeros] = 0
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_series, "_SAMPLE", 64)
-        got = _prior.fitted([Spectrum("", ("w",), (f,))], 10**distance, 10**temperature)
+        got = _prior.fitted("fit", [Spectrum("", ("w",), (f,))], 10**distance, 10**temperature)
     assert got == pytest.approx(newton(f, 10**distance, 10**temperature), rel=1e-11)
 
 
@@ -171,7 +171,7 @@ def test_fit_reads_all_of_a_large_block_a_few_times(monkeypatch):
     reads = []
     original = _series.costs_and_shares
     monkeypatch.setattr(_series, "costs_and_shares", lambda s, c: reads.append(s.num_parameters) or original(s, c))
-    got = _prior.fitted([Spectrum("", ("w",), (f,))], 100.0, 1e-3)
+    got = _prior.fitted("fit", [Spectrum("", ("w",), (f,))], 100.0, 1e-3)
     assert got == pytest.approx(newton(f, 100.0, 1e-3), rel=1e-12)
     assert reads.count(400_000) <= 5
 
@@ -181,7 +181,7 @@ def test_fit_does_without_a_sample_that_is_all_zero(monkeypatch):
     f[1::2] = torch.logspace(-6, 0, 500, dtype=torch.float64)  # every second, where the sample is not
     monkeypatch.setattr(_series, "_SAMPLE", 500)
     assert not _series.thinned(Spectrum("", ("w",), (f,)))[0].factors[0].any()
-    got = _prior.fitted([Spectrum("", ("w",), (f,))], 3.0, 1e-3)
+    got = _prior.fitted("fit", [Spectrum("", ("w",), (f,))], 3.0, 1e-3)
     assert got == pytest.approx(newton(f, 3.0, 1e-3), rel=1e-12)
 
 

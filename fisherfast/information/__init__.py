@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The estimators: what a Fisher says about the information a network holds. Each needs only the Fisher protocol."""
 
-from fisherfast.information._prior import check_scale as check_prior_scale
+from fisherfast.information._prior import checked_scale as checked_prior_scale
 from fisherfast.information._weights import Weights
 from fisherfast.information.activation_noise import ActivationNoise, activation_noise
 from fisherfast.information.compare import Comparison, LayerDifference, compare
@@ -50,7 +50,7 @@ __all__ = [
     "VariationalPosterior",
     "Weights",
     "activation_noise",
-    "check_prior_scale",
+    "checked_prior_scale",
     "compare",
     "effective_dimension",
     "effective_information",

@@ -15,7 +15,7 @@ from fisherfast._names import listed
 from fisherfast.fisher import Fisher
 from fisherfast.information import _arguments, _conditions, _prior
 from fisherfast.information._prior import PriorScale
-from fisherfast.information.weights import information_in_weights
+from fisherfast.information.weights import information_at_betas
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,8 @@ class Channel:
             raise ValueError(
                 f"{caller}: damping must be None with a prior_scale, whose damping is beta / prior_scale^2, got {damping!r}"
             )
-        scales = information_in_weights(F, model, prior_scale=prior_scale, beta=beta).prior_scales
+        (info,) = information_at_betas(caller, F, model, (beta,), prior_scale=prior_scale)
+        scales = info.prior_scales
         if unusable := [name for name, scale in scales.items() if not 0 < scale < math.inf]:
             raise ValueError(
                 f"{caller}: a fitted prior_scale must be > 0 and finite, got others for {listed(unusable)}; give numbers there"

@@ -43,7 +43,7 @@ class DiagonalGaussian:
         self._distances = {name: _series.squared_distance(p, self._centers.get(name)) for name, p in self._parameters.items()}
         if bad := [name for name, distance in self._distances.items() if not math.isfinite(distance)]:
             raise ValueError(f"{caller}: weights must be finite, got NaN or infinity in {listed(bad)}")
-        self._given = None if isinstance(prior_scale, str) else _prior.given(prior_scale, self._layers, caller, "model")
+        self._given = None if isinstance(prior_scale, str) else _prior.given(caller, prior_scale, self._layers, "model")
         self._train_mean = train_mean
         starts = {name: self._start(names, name) for names in self._layers.values() for name in names}
         self.log_stds = {

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable
 
 from torch import Tensor
@@ -21,13 +20,12 @@ def sums_by_layer(
     """``sum_j term(lambda^2 f_j / t)`` for each layer, in the order of F's parameters; one block's spectrum at a time. ``price``: what t is called."""
     _arguments.check_fisher(caller, F)
     layers = {name: layer.parameters for name, layer in F.by_layer().items()}
-    scales = _prior.given(prior_scale, layers, caller)
+    scales = _prior.given(caller, prior_scale, layers)
     sums: dict[str, list[float]] = {layer: [] for layer in layers}
     for spectrum in F.spectra():
-        scale = _prior.of_block(spectrum, scales, caller)
-        if temperature / 2 == 0 or scale**2 / temperature > sys.float_info.max / 4:
-            raise ValueError(f"{caller}: prior_scale^2 / {price} must be finite, got {price} = {temperature} with {scale}")
-        sums[spectrum.layer] += _series.sum_over(spectrum, scale**2 / temperature, term)
+        scale = _prior.of_block(caller, spectrum, scales)
+        ratio = _prior.square_over(caller, scale, temperature, price)
+        sums[spectrum.layer] += _series.sum_over(spectrum, ratio, term)
     totals = {layer: math.fsum(parts) for layer, parts in sums.items()}
     if bad := [layer for layer, total in totals.items() if not math.isfinite(total)]:
         raise ValueError(

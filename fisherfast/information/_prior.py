@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
 
 from fisherfast import _checks
@@ -14,42 +15,48 @@ from fisherfast.information import _series
 GivenScale = float | Mapping[str, float]  # one number, or one per layer or parameter name
 PriorScale = GivenScale | str  # or "fit"
 
-_CALLER = "information_in_weights"
 LEAST, LARGEST = 1e-150, 1e150  # between them scales have squares
 _MAX_STEPS = 100
 _CONVERGED = 1e-11  # error of log lambda^2
 _MIDDLE_SLOPE = 1.5  # of the slopes there are, 1 to 2
 
 
-def checked(prior_scale: PriorScale, caller: str = _CALLER) -> PriorScale:
+def checked(caller: str, prior_scale: PriorScale) -> PriorScale:
     """The prior scale with every number as a float. Errors: ValueError for a word other than "fit", and for scales out of range."""
     if isinstance(prior_scale, Mapping):
-        return {name: check_scale(f"prior_scale[{name!r}]", scale, caller) for name, scale in prior_scale.items()}
+        return {name: checked_scale(caller, f"prior_scale[{name!r}]", value) for name, value in prior_scale.items()}
     if not isinstance(prior_scale, str):
-        return check_scale("prior_scale", prior_scale, caller)
+        return checked_scale(caller, "prior_scale", prior_scale)
     if prior_scale != "fit":
         raise ValueError(f"{caller}: prior_scale must be a number, a mapping or 'fit', got {prior_scale!r}")
     return prior_scale
 
 
-def check_scale(name: str, value: float, caller: str = _CALLER) -> float:
-    """Raise ValueError unless ``value`` can be a prior scale; says what to compute instead of an infinite one."""
+def checked_scale(caller: str, name: str, value: float) -> float:
+    """``value`` as a prior scale. Errors: ValueError; says what to compute instead of an infinite one."""
     if isinstance(value, float) and value == math.inf:
         raise ValueError(
             f"{caller}: {name} must be finite, got inf; the information in the weights grows without bound with it "
             "and only differences of 0.5 * F.logdet(damping=...) between models of the same size are meaningful: compare those"
         )
-    scale = _checks.positive(caller, name, value, "it is the standard deviation of the weights before training")
-    if not LEAST < scale < LARGEST:
+    positive = _checks.positive(caller, name, value, "it is the standard deviation of the weights before training")
+    if not LEAST < positive < LARGEST:
         raise ValueError(f"{caller}: {name} must be above {LEAST:g} and below {LARGEST:g}, which have squares, got {value!r}")
-    return scale
+    return positive
 
 
-def given(prior_scale: GivenScale, layers: Mapping[str, Sequence[str]], caller: str = _CALLER, of: str = "F") -> dict[str, float]:
+def square_over(caller: str, scale: float, price: float, name: str) -> float:
+    """``lambda^2 / price`` of a price that is called ``name``. Errors: ValueError if it, or twice that, overflows."""
+    if price / 2 == 0 or scale**2 / price > sys.float_info.max / 4:
+        raise ValueError(f"{caller}: prior_scale^2 / {name} must be finite, got {name} = {price} with {scale}")
+    return scale**2 / price
+
+
+def given(caller: str, prior_scale: GivenScale, layers: Mapping[str, Sequence[str]], of: str = "F") -> dict[str, float]:
     """Lambda by parameter name, from one number or a mapping of layer and parameter names; a parameter's own name wins."""
     layer_of = {name: layer for layer, members in layers.items() for name in members}
     if not isinstance(prior_scale, Mapping):
-        return dict.fromkeys(layer_of, check_scale("prior_scale", prior_scale, caller))
+        return dict.fromkeys(layer_of, checked_scale(caller, "prior_scale", prior_scale))
     if unknown := set(prior_scale) - {*layer_of, *layers}:
         raise ValueError(
             f"{caller}: prior_scale must name layers or parameters of {of}, got {listed(unknown)}; layers: {listed(layers)}"
@@ -57,7 +64,7 @@ def given(prior_scale: GivenScale, layers: Mapping[str, Sequence[str]], caller: 
     keys = {name: name if name in prior_scale else layer for name, layer in layer_of.items()}
     if missing := [name for name, key in keys.items() if key not in prior_scale]:
         raise ValueError(f"{caller}: prior_scale must cover every parameter, got none for {listed(missing)}")
-    return {name: check_scale(f"prior_scale[{key!r}]", prior_scale[key], caller) for name, key in keys.items()}
+    return {name: checked_scale(caller, f"prior_scale[{key!r}]", prior_scale[key]) for name, key in keys.items()}
 
 
 def scale_in_words(prior_scale: PriorScale) -> str:
@@ -72,7 +79,7 @@ def in_words(prior_scale: PriorScale, centered: bool) -> str:
     return f"{scale_in_words(prior_scale)} around {'the given center' if centered else '0'}"
 
 
-def of_block(spectrum: Spectrum, scales: Mapping[str, float], caller: str = _CALLER) -> float:
+def of_block(caller: str, spectrum: Spectrum, scales: Mapping[str, float]) -> float:
     """The one lambda of a block's parameters. Errors: ValueError if they have several."""
     scale, *others = (scales[name] for name in spectrum.parameters)
     if any(other != scale for other in others):
@@ -83,7 +90,7 @@ def of_block(spectrum: Spectrum, scales: Mapping[str, float], caller: str = _CAL
     return scale
 
 
-def fitted(spectra: Sequence[Spectrum], squared_distance: float, temperature: float) -> float:
+def fitted(caller: str, spectra: Sequence[Spectrum], squared_distance: float, temperature: float) -> float:
     """The lambda of one layer that minimises the Lagrangian: the fixed point of ``lambda^2 = (||w - c||^2 + tr Sigma) / k``.
 
     With Sigma at its own optimum this reads ``lambda^2 sum_j u_j = ||w - c||^2``, u_j the share of direction j. The left
@@ -95,15 +102,20 @@ def fitted(spectra: Sequence[Spectrum], squared_distance: float, temperature: fl
         return 0.0
     log_distance = math.log(squared_distance)
     start = log_distance - math.log(sum(spectrum.num_parameters for spectrum in spectra)), _MIDDLE_SLOPE
-    sampled = _solved([_series.thinned(spectrum) for spectrum in spectra], log_distance, temperature, *start)
+    sampled = _solved(caller, [_series.thinned(spectrum) for spectrum in spectra], log_distance, temperature, *start)
     if not math.isfinite(sampled[0]):
         sampled = start
-    log_square, _ = _solved([(spectrum, 1.0) for spectrum in spectra], log_distance, temperature, *sampled)
+    log_square, _ = _solved(caller, [(spectrum, 1.0) for spectrum in spectra], log_distance, temperature, *sampled)
     return math.exp(log_square / 2)
 
 
 def _solved(
-    spectra: Sequence[tuple[Spectrum, float]], log_distance: float, temperature: float, log_square: float, slope: float
+    caller: str,
+    spectra: Sequence[tuple[Spectrum, float]],
+    log_distance: float,
+    temperature: float,
+    log_square: float,
+    slope: float,
 ) -> tuple[float, float]:
     """``log lambda^2`` and the slope there, by the secant method from a guess of both; inf if every eigenvalue is zero.
 
@@ -126,5 +138,5 @@ def _solved(
             return log_square, slope
         previous = value
     raise ValueError(
-        f"information_in_weights: prior_scale must be a number for a beta this far from the Fisher's eigenvalues, got 'fit' at {temperature:g}"
+        f"{caller}: prior_scale must be a number for a beta this far from the Fisher's eigenvalues, got 'fit' at {temperature:g}"
     )

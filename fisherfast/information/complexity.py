@@ -141,7 +141,9 @@ class LossSource:
     ) -> list[Complexity]:
         """``task_complexity`` at several betas, with the same random numbers."""
         loss = self._loss_of(model, loss)
-        infos = information_at_betas(F, model, betas, prior_scale=prior_scale, center=center, variant=variant, loss=loss)
+        infos = information_at_betas(
+            self.caller, F, model, betas, prior_scale=prior_scale, center=center, variant=variant, loss=loss
+        )
         return [self._complexity(info, loss, model) for info in infos]
 
     def _loss_of(self, model: Weights, given: float | None) -> float:
@@ -161,7 +163,9 @@ class LossSource:
             return Complexity(loss, loss + info.loss_rise, 0.0, "by formula", info)
         data, network = self._runnable(model, "method='monte-carlo' must have")
         posterior = Posterior.of(info, model)
-        estimate = loss_under_noise(posterior, network, data, self.likelihood, self.draws, self.seed, None, self.output)
+        estimate = loss_under_noise(
+            self.caller, posterior, network, data, self.likelihood, self.draws, self.seed, None, self.output
+        )
         return Complexity(loss, estimate.value, estimate.stderr, _measured(self.likelihood, self.draws, self.seed), info)
 
     def _runnable(self, model: Weights, rule: str) -> tuple[Iterable[Any], nn.Module]:
@@ -194,7 +198,7 @@ def measured_complexity(
     """
     check_rereadable("measured_complexity", data)
     chosen = likelihood_beside("measured_complexity", posterior, likelihood)
-    estimate = loss_under_noise(posterior, model, data, chosen, draws, seed, None, output)
+    estimate = loss_under_noise("measured_complexity", posterior, model, data, chosen, draws, seed, None, output)
     loss = mean_loss(model, data, chosen, weights=posterior.mean, output=output)
     source = posterior.information if isinstance(posterior, Posterior) else posterior
     return Complexity(loss, estimate.value, estimate.stderr, _measured(chosen, draws, seed), source)

@@ -61,7 +61,7 @@ def expected_loss(
     Source:   the first term of Definition 2.1 of arXiv:1905.12213.
     """
     chosen = likelihood_beside("expected_loss", posterior, likelihood)
-    return loss_under_noise(posterior, model, data, chosen, draws, seed, loss, output)
+    return loss_under_noise("expected_loss", posterior, model, data, chosen, draws, seed, loss, output)
 
 
 def likelihood_beside(caller: str, posterior: GaussianPosterior, given: str | Likelihood | None) -> Likelihood:
@@ -74,6 +74,7 @@ def likelihood_beside(caller: str, posterior: GaussianPosterior, given: str | Li
 
 
 def loss_under_noise(
+    caller: str,
     posterior: GaussianPosterior,
     model: nn.Module,
     data: Iterable[Any],
@@ -84,10 +85,10 @@ def loss_under_noise(
     output: Output,
 ) -> Estimate:
     """``expected_loss`` of a likelihood that is known."""
-    draws = _checks.integer("expected_loss", "draws", draws, 1)
-    check_rereadable("expected_loss", data)
-    _check_model("expected_loss", model, posterior.mean)
-    losses = SampleLosses.of("expected_loss", model, likelihood, loss, output)
+    draws = _checks.integer(caller, "draws", draws, 1)
+    check_rereadable(caller, data)
+    _check_model(caller, model, posterior.mean)
+    losses = SampleLosses.of(caller, model, likelihood, loss, output)
     each = []
     for n, weights in enumerate(posterior.draws(draws, seed=seed)):
         there = losses.mean(data, weights, f"of draw {n}")

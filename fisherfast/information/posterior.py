@@ -18,7 +18,7 @@ from fisherfast.fisher import Fisher
 from fisherfast.information._prior import PriorScale
 from fisherfast.information._weights import Weights, tensors
 from fisherfast.information.result import Information
-from fisherfast.information.weights import information_in_weights
+from fisherfast.information.weights import information_at_betas
 
 _LEAST = 1e-60  # damping of draws in float32
 
@@ -170,5 +170,7 @@ def optimal_posterior(
               not change it.
     Source:   Proposition 2.5 of Achille, Paolini and Soatto (arXiv:1905.12213).
     """
-    info = information_in_weights(F, model, prior_scale=prior_scale, beta=beta, center=center, variant=variant)
+    (info,) = information_at_betas(
+        "optimal_posterior", F, model, (beta,), prior_scale=prior_scale, center=center, variant=variant
+    )
     return Posterior.of(info, model)

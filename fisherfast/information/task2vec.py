@@ -65,7 +65,7 @@ class TaskEmbedding:
         Source:   Achille et al. 2019 (arXiv:1902.03545), with the scale of Proposition 2.5 of arXiv:1905.12213.
         """
         beta = _checks.positive("from_variance", "beta", beta, "it is the price of a nat that the posterior was trained with")
-        scales = _prior.given(prior_scale, names_by_layer(variance), "from_variance", "variance")
+        scales = _prior.given("from_variance", prior_scale, names_by_layer(variance), "variance")
         for name, values in variance.items():
             _checks.real("from_variance", f"variance[{name!r}]", values)
         if bad := [name for name, values in variance.items() if not (values.isfinite() & (values > 0)).all()]:

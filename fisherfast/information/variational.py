@@ -155,7 +155,7 @@ def variational_posterior(
               al. 2019), whose divergence lacks the factor 1/2, so that its beta is half of this one.
     """
     beta = _arguments.beta(_CALLER, beta)
-    prior_scale = _prior.checked(prior_scale, _CALLER)
+    prior_scale = _prior.checked(_CALLER, prior_scale)
     lr = _checks.positive(_CALLER, "lr", lr, "it is Adam's step on log sigma")
     mean_lr = _checks.positive(_CALLER, "mean_lr", mean_lr, "it is Adam's step on the means")
     _checks.one_of(_CALLER, "noise", noise, NOISES)

@@ -10,7 +10,6 @@ singular Fisher costs nothing where it is flat. The formulas as printed are the 
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -25,8 +24,6 @@ from fisherfast.information import _arguments, _prior, _series
 from fisherfast.information._prior import PriorScale
 from fisherfast.information._weights import VARIANTS, Weights, tensors
 from fisherfast.information.result import Information, LayerInformation
-
-_CALLER = "information_in_weights"
 
 
 @torch.no_grad()
@@ -64,38 +61,42 @@ def information_in_weights(
               is right to 1e-11.
     Source:   Proposition 2.5 and eq. 8 of Achille, Paolini and Soatto (arXiv:1905.12213).
     """
-    (info,) = information_at_betas(F, model, (beta,), prior_scale=prior_scale, center=center, variant=variant, loss=loss)
+    (info,) = information_at_betas(
+        "information_in_weights", F, model, (beta,), prior_scale=prior_scale, center=center, variant=variant, loss=loss
+    )
     return info
 
 
 def information_at_betas(
+    caller: str,
     F: Fisher,
     model: Weights,
     betas: Sequence[float],
     *,
     prior_scale: PriorScale,
-    center: Weights | None,
-    variant: str,
-    loss: float | None,
+    center: Weights | None = None,
+    variant: str = "exact",
+    loss: float | None = None,
 ) -> list[Information]:
     """``information_in_weights`` at several betas: every spectrum is asked for once, and one layer's is in memory at a time."""
-    _arguments.check_fisher(_CALLER, F)
-    betas = [_arguments.beta(_CALLER, beta) for beta in betas]
-    _checks.one_of(_CALLER, "variant", variant, VARIANTS)
-    prior_scale = _prior.checked(prior_scale)
-    loss = None if loss is None else _checks.number(_CALLER, "loss", loss, "it is the mean loss at the weights")
+    _arguments.check_fisher(caller, F)
+    betas = [_arguments.beta(caller, beta) for beta in betas]
+    _checks.one_of(caller, "variant", variant, VARIANTS)
+    prior_scale = _prior.checked(caller, prior_scale)
+    loss = None if loss is None else _checks.number(caller, "loss", loss, "it is the mean loss at the weights")
     summaries = F.by_layer()
     given_scales = (
         {}
         if isinstance(prior_scale, str)
-        else _prior.given(prior_scale, {name: layer.parameters for name, layer in summaries.items()})
+        else _prior.given(caller, prior_scale, {name: layer.parameters for name, layer in summaries.items()})
     )
-    weights, centers = tensors(_CALLER, model), None if center is None else tensors(_CALLER, center)
-    excluded, frozen = _check_names(F, model, weights)
-    _check_center(F, weights, centers)
-    _check_ratios(betas, given_scales)
-    at_betas = [_AtBeta(beta, variant, dict(given_scales)) for beta in betas]
-    for layer, blocks in _blocks_by_layer(F, summaries, weights, centers):
+    weights, centers = tensors(caller, model), None if center is None else tensors(caller, center)
+    excluded, frozen = _check_names(caller, F, model, weights)
+    _check_center(caller, F, centers)
+    for beta in betas:
+        _prior.square_over(caller, max(given_scales.values(), default=0.0), beta, "beta")
+    at_betas = [_AtBeta(caller, beta, variant, dict(given_scales)) for beta in betas]
+    for layer, blocks in _blocks_by_layer(caller, F, summaries, weights, centers):
         for at_beta in at_betas:
             at_beta.measure(layer, summaries[layer], blocks, fit=isinstance(prior_scale, str))
     norm = math.sqrt(math.fsum(_series.squared_distance(centers[name], None) for name in F.names)) if centers else 0.0
@@ -117,17 +118,11 @@ def information_at_betas(
     ]
 
 
-def _check_ratios(betas: Iterable[float], scales: Mapping[str, float]) -> None:
-    """Raise ValueError for a beta and given prior scales, none where they are fitted, whose ``lambda^2 / beta`` overflows."""
-    for beta in betas:
-        if beta / 2 == 0 or max(scales.values(), default=0.0) ** 2 / beta > sys.float_info.max / 4:
-            raise ValueError(f"{_CALLER}: prior_scale^2 / beta must be finite, got beta = {beta} with {max(scales.values())}")
-
-
 @dataclass
 class _AtBeta:
     """The layers measured so far at one beta, and the prior scale of each parameter."""
 
+    caller: str
     beta: float
     variant: str
     scales: dict[str, float]
@@ -137,12 +132,12 @@ class _AtBeta:
         """Add one layer, with a prior scale that is fitted first if ``fit`` says so."""
         temperature = self.beta if self.variant == "exact" else self.beta / 2
         if fit:
-            self.scales |= dict.fromkeys(summary.parameters, _fitted(blocks, temperature))
-        self.layers[layer] = _measured(summary, blocks, self.scales, temperature, self.variant)
+            self.scales |= dict.fromkeys(summary.parameters, _fitted(self.caller, blocks, temperature))
+        self.layers[layer] = _measured(self.caller, summary, blocks, self.scales, temperature, self.variant)
         if not math.isfinite(self.layers[layer].kl):
             largest = max(self.scales[name] for name in summary.parameters)
             raise ValueError(
-                f"{_CALLER}: prior_scale^2 f / beta must be finite for every eigenvalue f, got others in {[*summary.parameters]} with beta = {self.beta} "
+                f"{self.caller}: prior_scale^2 f / beta must be finite for every eigenvalue f, got others in {[*summary.parameters]} with beta = {self.beta} "
                 f"and prior_scale = {largest}"
             )
 
@@ -160,40 +155,46 @@ class _Block:
     squared_distance: float
 
 
-def _check_names(F: Fisher, model: Weights, weights: Mapping[str, Tensor]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def _check_names(
+    caller: str, F: Fisher, model: Weights, weights: Mapping[str, Tensor]
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The parameters F says it lacks, warned of, and the frozen ones; raise ValueError unless F and the model have the same others, as large."""
     excluded = tuple(F.coverage.missing)
-    _checks.named(_CALLER, "model", weights, F.names, "F")
-    _check_floating("model", F, weights)
-    _checks.shaped(_CALLER, "model", weights, F.shapes, "F")
+    _checks.named(caller, "model", weights, F.names, "F")
+    _check_floating(caller, "model", F, weights)
+    _checks.shaped(caller, "model", weights, F.shapes, "F")
     covered = {*F.names, *F.aliases, *excluded}
     # A frozen parameter asks for no Fisher; in a mapping there is no such mark, and everything counts.
     wanted = [name for name, tensor in weights.items() if tensor.requires_grad or not isinstance(model, nn.Module)]
     if unknown := [name for name in wanted if name not in covered]:
-        raise ValueError(f"{_CALLER}: F must cover every parameter of model, lacks {listed(unknown)}; leave them out")
+        raise ValueError(f"{caller}: F must cover every parameter of model, lacks {listed(unknown)}; leave them out")
     if excluded:
-        message = f"{_CALLER}: the nats exclude parameters that the Fisher lacks: {listed(excluded)}"
+        message = f"{caller}: the nats exclude parameters that the Fisher lacks: {listed(excluded)}"
         warn(message)
     return excluded, tuple(name for name in weights if name not in covered)
 
 
-def _check_floating(role: str, F: Fisher, tensors: Mapping[str, Tensor]) -> None:
+def _check_floating(caller: str, role: str, F: Fisher, tensors: Mapping[str, Tensor]) -> None:
     for name in F.names:
         if not (dtype := tensors[name].dtype).is_floating_point:
-            raise ValueError(f"{_CALLER}: {role}[{name!r}] must be floating, got {dtype}; convert it with .float()")
+            raise ValueError(f"{caller}: {role}[{name!r}] must be floating, got {dtype}; convert it with .float()")
 
 
-def _check_center(F: Fisher, weights: Mapping[str, Tensor], centers: Mapping[str, Tensor] | None) -> None:
+def _check_center(caller: str, F: Fisher, centers: Mapping[str, Tensor] | None) -> None:
     """Raise ValueError unless the center, if there is one, has every parameter of F in the model's shape."""
     if centers is None:
         return
-    _checks.named(_CALLER, "center", centers, F.names, "F")
-    _check_floating("center", F, centers)
-    _checks.shaped(_CALLER, "center", centers, F.shapes, "model")
+    _checks.named(caller, "center", centers, F.names, "F")
+    _check_floating(caller, "center", F, centers)
+    _checks.shaped(caller, "center", centers, F.shapes, "model")
 
 
 def _blocks_by_layer(
-    F: Fisher, summaries: Mapping[str, LayerSummary], weights: Mapping[str, Tensor], centers: Mapping[str, Tensor] | None
+    caller: str,
+    F: Fisher,
+    summaries: Mapping[str, LayerSummary],
+    weights: Mapping[str, Tensor],
+    centers: Mapping[str, Tensor] | None,
 ) -> Iterator[tuple[str, list[_Block]]]:
     """Each layer with its blocks, as soon as F has given the last of them: one layer's spectrum is in memory at a time."""
     waiting = {layer: set(summary.parameters) for layer, summary in summaries.items()}
@@ -205,7 +206,7 @@ def _blocks_by_layer(
         origins = [None if centers is None else centers[name] for name in new]
         distance = math.fsum(map(_series.squared_distance, (weights[name] for name in new), origins))
         if not math.isfinite(distance):
-            raise ValueError(f"{_CALLER}: weights must be finite, got NaN or infinity in {list(spectrum.parameters)}")
+            raise ValueError(f"{caller}: weights must be finite, got NaN or infinity in {list(spectrum.parameters)}")
         blocks[layer].append(_Block(spectrum, distance))
         waiting[layer] -= new
         numbers[layer] -= spectrum.num_parameters
@@ -213,17 +214,18 @@ def _blocks_by_layer(
             yield layer, blocks.pop(layer)
 
 
-def _fitted(blocks: Sequence[_Block], temperature: float) -> float:
-    return _prior.fitted([block.spectrum for block in blocks], math.fsum(block.squared_distance for block in blocks), temperature)
+def _fitted(caller: str, blocks: Sequence[_Block], temperature: float) -> float:
+    distance = math.fsum(block.squared_distance for block in blocks)
+    return _prior.fitted(caller, [block.spectrum for block in blocks], distance, temperature)
 
 
 def _measured(
-    summary: LayerSummary, blocks: Sequence[_Block], scales: Mapping[str, float], temperature: float, variant: str
+    caller: str, summary: LayerSummary, blocks: Sequence[_Block], scales: Mapping[str, float], temperature: float, variant: str
 ) -> LayerInformation:
     """Everything but the layer's share of the whole network."""
     kl, dimension = 0.0, 0.0
     for block in blocks:
-        scale = _prior.of_block(block.spectrum, scales)
+        scale = _prior.of_block(caller, block.spectrum, scales)
         # At a fitted limit (scale 0 or inf) the block is at its center or its Fisher is zero, and the terms below vanish.
         if block.squared_distance:
             kl += block.squared_distance / (2 * scale**2)
