@@ -18,7 +18,7 @@ _COMPARED = {">": operator.gt, ">=": operator.ge, "<": operator.lt}
 
 
 def integer(caller: str, name: str, value: Any, least: int | None = None, advice: str = "") -> int:
-    """The integer, of ``least`` or more, that ``value`` is, of Python, numpy or a tensor without axes, or ValueError."""
+    """``value`` as an int (of Python, NumPy or a tensor without axes). Errors: ValueError if it is none, or below ``least``."""
     try:
         number = operator.index(value)
     except TypeError:

@@ -179,7 +179,7 @@ def info(
             ratio = timing.against_plain(measure, network, _first(batches), resolved, rounds)
     console.print(report.render(F, information, ratio))
     command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
-    for path in report.write_report(out, F, information, ratio, curve=curve, command=command):
+    for path in (kept, *report.write_report(out, F, information, ratio, curve=curve, command=command)):
         console.print(f"wrote {path}", soft_wrap=True, highlight=False)
 
 
@@ -256,10 +256,6 @@ def _kept(out: Path | None = None, done: Path | None = None) -> Iterator[None]:
     """
     try:
         yield
-    except typer.BadParameter:
-        if done is not None:
-            typer.echo(f"the measured Fisher is kept in {done}", err=True)
-        raise
     except (KeyboardInterrupt, Exception) as error:
         partial = getattr(error, "fisher", None)
         if out is not None and partial is not None and partial.num_samples:
@@ -269,7 +265,7 @@ def _kept(out: Path | None = None, done: Path | None = None) -> Iterator[None]:
             typer.echo(f"the measured Fisher is kept in {done}", err=True)
         if isinstance(error, KeyboardInterrupt):
             raise typer.Exit(130) from None  # what shells expect of a process stopped by Ctrl-C
-        if not raised_here(error):
+        if isinstance(error, typer.BadParameter) or not raised_here(error):
             raise
         typer.echo(f"Error: {error}", err=True)
         raise typer.Exit(2) from None

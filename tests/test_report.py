@@ -80,7 +80,8 @@ def test_a_parameter_has_the_name_of_its_layer(name, layer):
 
 def test_files_can_be_read_back(tmp_path):
     F, info = measured()
-    paths = report.write_report(tmp_path / "new" / "folder", F, info, RATIO)
+    folder = tmp_path / "new" / "folder"
+    paths = [report.save_alone(folder, F), *report.write_report(folder, F, info, RATIO)]
     assert [path.name for path in paths] == ["fisher.safetensors", "information.png", "report.json", "report.html"]
     assert all(torch.equal(f, F.diagonal()[name]) for name, f in ff.load(paths[0]).diagonal().items())
     assert paths[1].read_bytes().startswith(b"\x89PNG")
@@ -96,8 +97,10 @@ def test_files_can_be_read_back(tmp_path):
 
 def test_a_report_that_fails_leaves_none_of_another_fisher(tmp_path, monkeypatch):
     F, info = measured()
+    report.save_alone(tmp_path, F)
     report.write_report(tmp_path, F, info)
     monkeypatch.setattr(type(info), "plot", lambda *_: 1 / 0)
+    report.save_alone(tmp_path, F)
     with pytest.raises(ZeroDivisionError):
         report.write_report(tmp_path, F, info)
     assert [path.name for path in tmp_path.iterdir()] == ["fisher.safetensors"]
@@ -106,6 +109,6 @@ def test_a_report_that_fails_leaves_none_of_another_fisher(tmp_path, monkeypatch
 def test_limits_of_a_fitted_prior_can_be_written(tmp_path):
     F = ff.DiagonalFisher({"a.w": torch.zeros(3), "b.w": torch.ones(3)}, 7)
     info = ff.information_in_weights(F, {"a.w": torch.ones(3), "b.w": torch.zeros(3)}, prior_scale="fit", beta=0.1)
-    numbers = json.loads(report.write_report(tmp_path, F, info)[2].read_text())
+    numbers = json.loads(report.write_report(tmp_path, F, info)[1].read_text())
     assert [numbers["layers"][name]["prior_scale"] for name in "ab"] == ["inf", 0.0]
     assert math.isfinite(numbers["information"]["nats"]) and numbers["time"] is None

@@ -7,9 +7,7 @@ different numbers of samples for different parameters, and each mean is right wi
 
 from __future__ import annotations
 
-import dataclasses
 import math
-import operator
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -22,7 +20,6 @@ from fisherfast import _checks
 from fisherfast.accumulator import Accumulator
 from fisherfast.fisher import arguments, logdet, pooling, serialize
 from fisherfast.fisher.counts import Counts
-from fisherfast.fisher.coverage import Coverage
 from fisherfast.fisher.engine import Engine
 from fisherfast.fisher.inference_mode import outside_inference_mode
 from fisherfast.fisher.layers import Layered
@@ -83,14 +80,12 @@ class DiagonalFisher(Layered, Plotted):
         coverage: Mapping[str, str] | None = None,
         aliases: Mapping[str, str] | None = None,
     ) -> None:
-        samples = operator.index(num_samples)
-        if samples < 1:
-            raise ValueError(f"DiagonalFisher: num_samples must be an integer > 0, got {num_samples}")
-        positions = samples if num_positions is None else _checks.integer("DiagonalFisher", "num_positions", num_positions, 0)
         for name, mean in diagonal.items():
             arguments.check_mean(name, mean)
-        sums = {name: Accumulator(mean.detach().double() * samples, samples) for name, mean in diagonal.items()}
-        self._hold(sums, Counts(samples, positions, 0, provenance or Provenance(), Coverage(coverage), dict(aliases or {})), None)
+        shapes = {name: mean.shape for name, mean in diagonal.items()}
+        counts = Counts.given("DiagonalFisher", shapes, num_samples, num_positions, provenance, coverage, aliases)
+        N = counts.num_samples
+        self._hold({name: Accumulator(mean.detach().double() * N, N) for name, mean in diagonal.items()}, counts, None)
 
     @classmethod
     def _of(cls, sums: Mapping[str, Accumulator], counts: Counts, spread: Spread | None) -> DiagonalFisher:
@@ -103,13 +98,8 @@ class DiagonalFisher(Layered, Plotted):
         if not sums:
             raise ValueError("DiagonalFisher: must hold at least one parameter, got none")
         arguments.check_distinct(sums)
-        self._sums, self.spread = dict(sums), spread
+        self._sums, self._counts, self.spread = dict(sums), counts, spread
         self.shapes = {name: accumulator.shape for name, accumulator in sums.items()}
-        covered = Coverage(counts.coverage, {name: shape.numel() for name, shape in self.shapes.items()})
-        self._counts = dataclasses.replace(counts, coverage=covered)
-        for alias, name in self.aliases.items():
-            if alias in sums or name not in sums:
-                raise ValueError(f"DiagonalFisher: aliases must map other names to {self.names}, got {alias!r}: {name!r}")
 
     def accumulators(self) -> dict[str, Accumulator]:
         """The sums and weights themselves, not copies: what a resumed run goes on from."""
@@ -146,8 +136,7 @@ class DiagonalFisher(Layered, Plotted):
         Errors: ValueError below two samples, and where the sums were not recorded: ``Diagonal(stderr=False)``, a Fisher built
         from tensors, or one pooled with such.
         """
-        if what not in ("trace", "by_layer"):
-            raise ValueError(f"stderr: must be of 'trace' or 'by_layer', got {what!r}")
+        _checks.one_of("stderr", "what", what, ("trace", "by_layer"))
         if self.spread is None:
             raise ValueError(
                 "stderr: the trace's sums over samples must have been recorded, got none; measure with ff.fisher or ff.collect(model, "

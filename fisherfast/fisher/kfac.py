@@ -51,8 +51,7 @@ class KFAC(Request["KFACFisher"]):
     keep_rows: bool = False
 
     def __post_init__(self) -> None:
-        if self.sharing not in ("expand", "reduce"):
-            raise ValueError(f"KFAC: sharing must be 'expand' or 'reduce', got {self.sharing!r}")
+        _checks.one_of("KFAC", "sharing", self.sharing, ("expand", "reduce"))
         _checks.integer("KFAC", "max_factor_dim", self.max_factor_dim, 1)
         _checks.integer("KFAC", "max_exact_dim", self.max_exact_dim, 0)
 

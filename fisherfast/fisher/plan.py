@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import nn
 
+from fisherfast import _checks
 from fisherfast.batches import Batch, Output
 from fisherfast.capture.backward import Pass
 from fisherfast.capture.collector import Cost, Held, Samples
@@ -181,8 +182,8 @@ def plan(
     structures = parse("plan", structure)
     labelling = Labelling.of("plan", fisher_type, likelihood, draws, seed, max_passes)
     settings = Settings.of(labelling, sample_offset=sample_offset, output=output, loss_scale=loss_scale)
-    if num_samples is not None and num_samples < 1:
-        raise ValueError(f"plan: num_samples must be >= 1, got {num_samples}; pass how many samples the data hold")
+    if num_samples is not None:
+        num_samples = _checks.integer("plan", "num_samples", num_samples, 1, "it is how many samples the data hold")
     refuse_train_mode(model)
     first, staged = tuple(map(factors_first, structures)), checkpoint is not None and checkpoint is not False
     measurement = Measurement(model, first, settings, allow_missing=allow_missing, transactional=staged)

@@ -25,6 +25,7 @@ _FILES = ("fisher.safetensors", "information.png", "report.json", "report.html")
 
 def save_alone(out: str | Path, F: Fisher) -> Path:
     """Save the Fisher into the folder ``out``, without the report of another that lies there; returns its path."""
+    Path(out).mkdir(parents=True, exist_ok=True)
     fisher, *others = (Path(out) / name for name in _FILES)
     for path in others:
         path.unlink(missing_ok=True)
@@ -41,19 +42,15 @@ def write_report(
     curve: RateDistortion | None = None,
     command: str | None = None,
 ) -> list[Path]:
-    """Write the Fisher, the picture, the numbers and the page into the folder ``out``; returns the paths.
-
-    A report that is there already goes first: what an error leaves is of one Fisher.
+    """Write the picture, the numbers and the page into the folder ``out``, where ``save_alone`` put the Fisher; returns their paths.
 
     ``curve`` (``rate_distortion(F, model, info)``) and the ``command`` that was run are shown on the page if given.
 
     Errors:   OSError where the folder cannot be written; ImportError if matplotlib is not installed.
     """
-    folder = Path(out)
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / name for name in _FILES]
-    save_alone(folder, F)
-    info.plot(paths[1])
-    paths[2].write_text(json.dumps(as_dict(F, info, ratio), indent=2, allow_nan=False) + "\n")
-    paths[3].write_text(page(F, info, ratio, curve=curve, command=command), encoding="utf-8")
+    _, *paths = (Path(out) / name for name in _FILES)
+    picture, numbers, html = paths
+    info.plot(picture)
+    numbers.write_text(json.dumps(as_dict(F, info, ratio), indent=2, allow_nan=False) + "\n")
+    html.write_text(page(F, info, ratio, curve=curve, command=command), encoding="utf-8")
     return paths
