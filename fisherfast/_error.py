@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The error that this library adds to Python's, and which errors are of this library."""
+"""``NonFiniteError``, and which errors fisherfast raised itself."""
 
 import linecache
 

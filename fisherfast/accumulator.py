@@ -84,33 +84,17 @@ class Accumulator:
         """The sum in the narrowest dtype that has all its digits, to be read only."""
         return self.parts[0] if len(self.parts) == 1 else self.sum
 
-    def _widened(self) -> Tensor:
-        """The float64 tensor that the sum is in from now on."""
-        self.parts = (self.sum,)
-        return self.parts[0]
-
     def _chunks(self) -> Iterator[Tensor]:
         """The sum in float64, flat, some of it at a time, to be read only."""
         for pieces in zip(*(part.view(-1).split(_CHUNK) for part in self.parts), strict=True):
             yield Accumulator.of_parts(pieces, 0.0).sum
 
-    def fold(self, partial: Tensor, weight: float) -> Accumulator:
-        """Add, in place, a partial sum of ``weight`` samples in any floating dtype; returns self."""
-        if partial.shape != self.shape:
-            raise ValueError(f"Accumulator: sums must have one shape, got {tuple(self.shape)} and {tuple(partial.shape)}")
-        weight = _checks.non_negative("Accumulator", "weight", weight)
-        self._widened().add_(partial.detach().to(self.device))
-        self.weight += weight
-        return self
-
-    def add(self, other: Accumulator) -> Accumulator:
-        """Pool ``other`` into this one, in place; returns self."""
-        return self.fold(other.sum, other.weight)
-
     def __add__(self, other: Accumulator) -> Accumulator:
         if not isinstance(other, Accumulator):
             return NotImplemented
-        return Accumulator(self.sum.clone(), self.weight).add(other)
+        if other.shape != self.shape:
+            raise ValueError(f"Accumulator: sums must have one shape, got {tuple(self.shape)} and {tuple(other.shape)}")
+        return Accumulator(self.sum + other.sum.to(self.device), self.weight + other.weight)
 
     def mean(self, dtype: torch.dtype | None = None) -> Tensor:
         """``sum / weight``, divided in float64 and then cast to ``dtype`` (float64 if not given)."""
@@ -133,7 +117,8 @@ class Accumulator:
     def all_reduce(self, group: dist.ProcessGroup | None = None) -> Accumulator:
         """Pool the accumulators of all ranks of ``group``, in place on every rank; returns self."""
         weight = torch.tensor(self.weight, dtype=torch.float64, device=self.device)
-        dist.all_reduce(self._widened(), group=group)
+        self.parts = (self.sum,)
+        dist.all_reduce(self.parts[0], group=group)
         dist.all_reduce(weight, group=group)
         self.weight = float(weight)
         return self

@@ -48,7 +48,7 @@ def test_matches_autograd():
         for (name, _), g in zip(
             layer.named_parameters(), torch.autograd.grad(layer(x[n]) @ c[n], layer.parameters()), strict=True
         ):
-            totals[name].fold(g.square(), 1)
+            totals[name] += Accumulator(g.square(), 1)
     F = of_sums(totals, num_samples=N)
     expected = {"weight": (c.square().mT @ x.square()) / N, "bias": c.square().mean(0)}
     for name, f in F.diagonal(dtype=torch.float64).items():

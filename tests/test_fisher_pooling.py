@@ -29,7 +29,7 @@ def test_pooling_equals_one_pass(first, second, third):
     def measured(*rows, samples):
         total = Accumulator.zeros((4,))
         for row in rows:
-            total.fold(torch.tensor(row, dtype=torch.float64), samples)
+            total += Accumulator(torch.tensor(row, dtype=torch.float64), samples)
         return of_sums({"w": total}, num_samples=samples * len(rows), num_positions=5 * samples * len(rows), batches=len(rows))
 
     a, b, c = (measured(part, samples=3) for part in parts)

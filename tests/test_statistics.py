@@ -139,7 +139,7 @@ def test_what_has_no_meaning_is_refused():
         fisher.stderr("trace")
     with pytest.raises(ValueError, match=r"ask for ff\.PerSampleNorm\(by_layer=True\)"):
         norms.by_layer()
-    with pytest.raises(ValueError, match="what must be one of .*, got 'logdet'"):
+    with pytest.raises(ValueError, match=r"what must be one of .*, got 'logdet'"):
         measure(model, [(x, y)]).stderr("logdet")
     with pytest.raises(ValueError, match="at least two samples"):
         measure(model, [(x[:1], y[:1])]).stderr("trace")

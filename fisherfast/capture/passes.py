@@ -92,8 +92,8 @@ class Passes:
         """Back-propagate the passes of a batch, as many as ``samples`` says, and hand each parameter's rows, all its uses joined, to the
         collectors.
 
-        ``support``: makes a pass that gives a gradient to every row that any of several passes gives one; rows chosen by the data are
-        those, in each of them.
+        ``support``: makes a pass in which every row has a gradient that has one in any of the others; where data choose rows, each pass
+        has these rows.
         """
         root = uses.root
         self.route_mixed_forms(uses)

@@ -134,7 +134,7 @@ def _dense_parts(value: Tensor) -> list[Tensor]:
 
 
 def digest_of_function(function: Callable[..., object]) -> str:
-    """Of its name and what it computes, wherever it is in its file; of an object that is called, of its class."""
+    """A digest of its name and its code, wherever it is in its file; of a callable object, of its class."""
     name = getattr(function, "__qualname__", type(function).__qualname__)
     return digest(f"{name} {_computed(getattr(function, '__code__', None))}")
 

@@ -185,7 +185,7 @@ def _without_state(model: nn.Module) -> nn.Module:
 
 
 def _may_hide_a_table(calls: Sequence[Call]) -> bool:
-    """Whether a use in a batch of one sample may be of none: it has no axis of one, or there is another of the same parameter, of samples."""
+    """Whether, in a batch of one sample, some use may lack the sample axis: its first axis is not 1, or its parameter has several uses."""
     uses = Counter((use.tracked.name, use.form.op) for call in calls for use in call.uses)
     return any(call.shape[:1] != (1,) for call in calls) or max(uses.values(), default=0) > 1
 

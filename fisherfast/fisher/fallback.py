@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The fallback: sample gradients of the few parameters that no rule covers, by autograd itself.
+"""Sample gradients by ``torch.func``, the fallback's fast way: of several samples at once, in chunks whose gradients fit a fixed budget.
 
-``torch.func`` computes them for several samples at once, in chunks whose gradients fit a fixed budget. Where vmap cannot
-(control flow that depends on data) or does not give what autograd gives, a loop over samples does, which is always right.
+Where vmap cannot (control flow that depends on data), or does not give what autograd gives, a loop over samples does, which is always right.
 """
 
 from __future__ import annotations

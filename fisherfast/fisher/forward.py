@@ -50,7 +50,7 @@ class Forward:
             )
 
     def precision(self, values: Tensor) -> float:
-        """Of the digits of what the model returns."""
+        """The relative rounding error of what the model returns."""
         return precision(self.model, values)
 
     def values(self, batch: Batch, model: nn.Module | None = None) -> Tensor:

@@ -337,7 +337,7 @@ class GramFisher(Plotted, Measured):
 
 
 def _cholesky(inner: Tensor, dampings: Mapping[str, float]) -> Tensor:
-    """Of ``I + G D^-1 G^T``. Errors: ValueError where the 1 is lost beside the rest."""
+    """The Cholesky factor of ``I + G D^-1 G^T``. Errors: ValueError where the 1 is lost beside the rest."""
     try:
         return torch.linalg.cholesky(inner)
     except torch.linalg.LinAlgError as error:

@@ -92,7 +92,7 @@ class _Saved:
 
 
 class SavedBytes:
-    """The memory of what autograd saves of what is computed inside, each once; what is ``given`` is there anyway."""
+    """The bytes that autograd saves of what is computed inside ``noted()``: each storage once, and none of ``given``."""
 
     def __init__(self, given: Iterable[Tensor]) -> None:
         self._given = {tensor.untyped_storage().data_ptr() for tensor in given}

@@ -194,7 +194,7 @@ def plan(
 
 
 def _planned(measurement: Measurement, whole: Batch, every: int, readings: int, structure: str) -> Plan:
-    """Of so many samples in all, in batches like ``whole``."""
+    """The plan for ``every`` samples in batches like ``whole``."""
     run, device = measurement.run, measurement.capture.device
     few = whole.cut(0, min(whole.N, PROBED))
     measurement.exploration.explore(whole)

@@ -45,7 +45,7 @@ def options(
 
 
 def check_reach(op: str, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]) -> None:
-    """Raise ValueError for numbers that no image needs and that sums of products of them do not fit into 64 bits with."""
+    """Raise ValueError for numbers of 2^31 and more: sums of products of them would not fit into 64 bits."""
     require(
         max(map(abs, (*stride, *padding, *dilation, 0))) < 2**31,
         lambda: f"{op}: stride, padding and dilation must be below 2^31, got {list(stride)}, {list(padding)}, {list(dilation)}",

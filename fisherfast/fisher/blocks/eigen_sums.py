@@ -323,7 +323,7 @@ def _cheapest(products: dict[Order, int]) -> Order:
 
 
 def _samples_at_a_time(floats: int) -> int:
-    """Of each of which so many numbers are made."""
+    """How many samples a chunk has, if ``floats`` numbers are made of each."""
     return max(1, _CHUNK_BYTES // (4 * max(1, floats)))
 
 
