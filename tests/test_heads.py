@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights that are stored by heads, ``[H, D, K]``, and used as one matrix: what is measured is that matrix's, numbered as it is stored."""
+"""Weights that are stored by heads, ``[H, D, K]``, and used as one matrix: what is measured is that matrix's, numbered as it is stored.
+
+And other copies of weights that are turned or cut before they are used.
+"""
 
 import itertools
 import math
@@ -189,3 +192,48 @@ def test_matrix_finds_the_axes_of_rows(shape):
             part = entries.of(whole)
             first = part.permute(*rows, *(axis for axis in range(part.dim()) if axis not in rows))
             assert torch.equal(first.reshape(used.shape), used)
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda x, w: x @ w.to(x.dtype).t(),
+        lambda x, w: functional.linear(x, w.double().unsqueeze(0).flatten(0, 1)),
+        lambda x, w: torch.cat([x @ part.mT for part in w.to(x.dtype).chunk(2)], 1),
+    ],
+)
+def test_views_of_copies_are_parts_of_the_parameter(use):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(V, D))  # a copy in float64 where it is used
+
+        def forward(self, x):
+            """Logits ``[N, V]``."""
+            return use(x, self.w)
+
+    model, x, y = Model(), torch.randn(6, D, dtype=torch.float64), torch.randint(V, (6,))
+    before = model.w.detach().clone()
+    found = measured(model, [(x, y)])
+    expected = torch.stack([gradient["w"] for [(_, gradient)] in oracle.sample_gradients(model, x, y)]).double()
+    assert oracle.error(found.diagonal(), {"w": expected.square().mean(0).float()}) < 1e-6
+    assert found.coverage == {"w": "linear_sq_"} and torch.equal(model.w, before)
+
+
+def test_a_copy_that_is_written_into_leaves_the_parameter_as_it_is():
+    model = nn.Linear(D, V, bias=False)
+    before = model.weight.detach().clone()
+
+    class Zeroed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = model
+
+        def forward(self, x):
+            """Logits ``[N, V]``."""
+            w = self.inner.weight.clone()
+            w.t_().mul_(0.5)
+            return x @ w + x @ self.inner.weight.clone().relu_().T
+
+    measured(Zeroed(), [(torch.randn(3, D), torch.randint(V, (3,)))])
+    assert torch.equal(model.weight, before)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fisherfast._nested import tensors
 from fisherfast.capture.tracked import Derived, Tracked
 from fisherfast.rules import Window
 
@@ -49,6 +50,10 @@ class Alias:
     def outside(self) -> Tensor:
         """The tensor that takes its place elsewhere; a copy is itself, for it may be changed."""
         return self.tensor if self.made else self._part_of(self.tracked.outer)
+
+    def part(self) -> Tensor:
+        """The part of the parameter, which autograd does not differentiate."""
+        return self._part_of(self.tracked.detached)
 
     def _part_of(self, whole: Tensor) -> Tensor:
         return whole if self.window is None else self.window.of_tensor(whole)
@@ -145,3 +150,20 @@ def reshaped(func: Any, alias: Alias, out: Any) -> Window | None:
     if func not in _RESHAPES or not isinstance(out, Tensor) or out.dtype != alias.tensor.dtype or not whole.is_contiguous():
         return None
     return (alias.window or Window.of(whole, whole)).reshaped(tuple(out.shape))
+
+
+def views_of_copy(alias: Alias, outputs: list[Tensor], make: Callable[[Tensor], Any]) -> list[Window]:
+    """Which parts of the parameter the views are that ``make`` has made of a copy of it: those that it makes of what was copied, for what
+    copies can as well come last. None where they are no views, or lie in memory in another order.
+    """
+    if alias.changed or any(out is alias.tensor for out in outputs):
+        return []  # what writes into the copy would write into the parameter
+    part = alias.part()
+    if not alias.made or part.shape != alias.tensor.shape or part.stride() != alias.tensor.stride():
+        return []
+    memory = alias.tensor.untyped_storage().data_ptr()
+    if any(out.layout is not torch.strided or out.untyped_storage().data_ptr() != memory for out in outputs):
+        return []
+    parts, whole = tensors(make(part)), alias.tracked.parameter
+    found = [Window.of(one, whole) for one in parts if is_part(one, whole)]
+    return found if len(found) == len(outputs) else []

@@ -27,7 +27,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from fisherfast._nested import replaced, tensors
-from fisherfast.capture.alias import Alias, Aliases, is_part, keeps_derivative, reshaped
+from fisherfast.capture.alias import Alias, Aliases, is_part, keeps_derivative, reshaped, views_of_copy
 from fisherfast.capture.calls import Call, CallUse, ForwardSettings, Site, Tap, TapOwner, nodes, tapped, writable
 from fisherfast.capture.chosen_rows import Chosen, ChosenRows
 from fisherfast.capture.parameters import is_parameter
@@ -194,6 +194,9 @@ class Mode(TorchFunctionMode):
         elif len(found) == 1 and outputs and keeps_derivative(func, args, kwargs, out):
             made = (*found[0].made, make)
             self._aliases.add(replace(found[0], tensor=out, made=made, version=out._version))
+        elif len(found) == 1 and outputs and (windows := views_of_copy(found[0], outputs, make)):
+            for o, window in zip(outputs, windows, strict=True):
+                self._aliases.add(replace(found[0], tensor=o, window=window, version=o._version))
         elif len(found) == 1 and outputs and (part_of := reshaped(func, found[0], out)):
             made = (*found[0].made, make)
             self._aliases.add(replace(found[0], tensor=out, window=part_of, made=made, version=out._version))
