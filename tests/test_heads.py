@@ -147,6 +147,27 @@ def test_sample_gradients_are_those_of_the_matrix(einsum):
     assert torch.allclose(*norms, rtol=EXACT)
 
 
+class Turned(nn.Module):
+    """One matrix, a view of a copy of the parameter, that is used as it is and turned."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(D, H, K))
+
+    def forward(self, x):
+        """Logits ``[N, H K]``."""
+        matrix = self.w.permute(1, 2, 0).clone().reshape(H * K, D)
+        return x @ matrix.T + functional.linear(x.sin(), matrix)
+
+
+def test_what_a_view_is_of_is_no_view_of_the_parameter():
+    """Torch asks a view for its base, which is the copy, and not laid out as the parameter."""
+    model, x, y = Turned().double(), torch.randn(6, D, dtype=torch.float64), torch.randint(V, (6,))
+    gradients = torch.stack([gradient["w"] for [(_, gradient)] in oracle.sample_gradients(model, x, y)])
+    found = measured(model, [(x, y)]).diagonal(dtype=torch.float64)
+    assert oracle.error(found, {"w": gradients.square().mean(0)}) < EXACT
+
+
 class Packed(nn.Module):
     """Queries, keys and values in one parameter ``[3, H, D, K]``."""
 

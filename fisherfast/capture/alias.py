@@ -165,5 +165,10 @@ def views_of_copy(alias: Alias, outputs: list[Tensor], make: Callable[[Tensor], 
     if any(out.layout is not torch.strided or out.untyped_storage().data_ptr() != memory for out in outputs):
         return []
     parts, whole = tensors(make(part)), alias.tracked.parameter
-    found = [Window.of(one, whole) for one in parts if is_part(one, whole)]
-    return found if len(found) == len(outputs) else []
+    if not all(is_part(one, whole) for one in parts) or [*map(_lies, parts)] != [*map(_lies, outputs)]:
+        return []
+    return [Window.of(one, whole) for one in parts]
+
+
+def _lies(tensor: Tensor) -> tuple[torch.Size, tuple[int, ...]]:
+    return tensor.shape, tensor.stride()
