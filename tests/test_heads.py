@@ -148,7 +148,7 @@ def test_sample_gradients_are_those_of_the_matrix(einsum):
 
 
 class Turned(nn.Module):
-    """One matrix, a view of a copy of the parameter, that is used as it is and turned."""
+    """One matrix, a copy of the parameter's numbers, that is used as it is and turned."""
 
     def __init__(self):
         super().__init__()
@@ -156,7 +156,7 @@ class Turned(nn.Module):
 
     def forward(self, x):
         """Logits ``[N, H K]``."""
-        matrix = self.w.permute(1, 2, 0).clone().reshape(H * K, D)
+        matrix = self.w.permute(1, 2, 0).reshape(H * K, D).clone()
         return x @ matrix.T + functional.linear(x.sin(), matrix)
 
 
