@@ -156,10 +156,10 @@ def views_of_copy(alias: Alias, outputs: list[Tensor], make: Callable[[Tensor], 
     """Which parts of the parameter the views are that ``make`` has made of a copy of it: those that it makes of what was copied, for what
     copies can as well come last. None where they are no views, or lie in memory in another order.
     """
-    if alias.changed or any(out is alias.tensor for out in outputs):
+    if not alias.made or alias.changed or any(out is alias.tensor for out in outputs):
         return []  # what writes into the copy would write into the parameter
     part = alias.part()
-    if not alias.made or part.shape != alias.tensor.shape or part.stride() != alias.tensor.stride():
+    if _lies(part) != _lies(alias.tensor):
         return []
     memory = alias.tensor.untyped_storage().data_ptr()
     if any(out.layout is not torch.strided or out.untyped_storage().data_ptr() != memory for out in outputs):

@@ -73,9 +73,8 @@ class SampleLoop:
         for n in range(batch.N):
             one = batch.cut(n, n + 1)
             alone = self._forward.output_of(one, exploring=True)
-            if batch.offsets is None and not roughly_same(
-                alone, output[n : n + 1], eps
-            ):  # an input was cut that holds no samples
+            cut = batch.offsets is not None or roughly_same(alone, output[n : n + 1], eps)
+            if not cut:  # an input that is as long as the batch holds no samples
                 self._loop_over_losses(batch, output, predictions, tracked, first=n)
                 return
             values = self._forward.predictions(one, alone, first=n).values
