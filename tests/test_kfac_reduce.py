@@ -200,5 +200,5 @@ def test_what_has_no_mean_is_refused():
             kind(**{limit: -1})
         with pytest.raises(ValueError, match=f"{kind.__name__}: {limit} must be an integer, got 'many'"):
             kind(**{limit: "many"})
-    with pytest.raises(ValueError, match="sharing must be 'expand' or 'reduce', got 'sum'"):
+    with pytest.raises(ValueError, match=r"sharing must be one of \['expand', 'reduce'\], got 'sum'"):
         ff.KFAC(sharing="sum")
