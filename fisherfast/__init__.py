@@ -35,7 +35,7 @@ from fisherfast.fisher.moments import GradientMoments
 from fisherfast.fisher.norms import PerSampleNorm
 from fisherfast.fisher.operator import FisherOperator
 from fisherfast.fisher.plan import Plan, plan
-from fisherfast.fisher.run import Interrupted
+from fisherfast.fisher.run.run import Interrupted
 from fisherfast.information import (
     ActivationNoise,
     Bound,

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fisherfast.batches import Batch
+from fisherfast.data.batches import Batch
 from fisherfast.likelihood import Likelihood, predictions_of
 
 

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import fisherfast as ff
-from fisherfast.batches import Batch
+from fisherfast.data.batches import Batch
 
 CPU = torch.device("cpu")
 N, L = 4, 7

@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fisherfast as ff
-from fisherfast.fisher import fallback
+from fisherfast.fisher.run import fallback
 
 EXACT = 1e-12  # float64 rounding of a few hundred operations
 

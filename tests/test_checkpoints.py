@@ -275,7 +275,7 @@ def test_what_a_killed_process_was_writing_is_removed(tmp_path):
 
 def test_a_function_is_the_same_in_every_process():
     """Sets of texts come in another order in each."""
-    code = "import sys; sys.path.insert(0, 'tests'); import test_checkpoints as t; from fisherfast.fisher.checkpoint import digest_of_function as d; print(d(t.negated))"
+    code = "import sys; sys.path.insert(0, 'tests'); import test_checkpoints as t; from fisherfast.fisher.run.checkpoint import digest_of_function as d; print(d(t.negated))"
     found = {
         subprocess.run(
             [sys.executable, "-c", code],

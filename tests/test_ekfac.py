@@ -250,7 +250,7 @@ def test_another_second_pass_is_detected_and_what_was_added_is_kept():
 
 @pytest.mark.parametrize("change", ["value", "order", "dtype", "conjugate", "array", "text"])
 def test_a_batch_has_another_fingerprint_if_anything_changes(change):
-    batches = importlib.import_module("fisherfast.batches")
+    batches = importlib.import_module("fisherfast.data.batches")
     x, y = torch.randn(5, 3), torch.randint(0, 4, (5,))
     z, array = torch.view_as_complex(torch.randn(5, 3, 2)), np.arange(4.0)[::2]
     first, other = {
@@ -267,7 +267,7 @@ def test_a_batch_has_another_fingerprint_if_anything_changes(change):
 
 @pytest.mark.parametrize("other", [{"scale": [1.0, 3.0]}, {"scale": 1.0}, {"bias": [1.0, 2.0]}, {"scale": [["a"], [1.0]]}])
 def test_numbers_and_text_in_a_batch_are_in_its_fingerprint(other):
-    batches = importlib.import_module("fisherfast.batches")
+    batches = importlib.import_module("fisherfast.data.batches")
     x, y = torch.randn(2, 3), torch.zeros(2, dtype=torch.long)
     same = {"scale": [1.0, 2.0], "names": {"b": "one", "a": None}}
     again = {"names": {"a": None, "b": "one"}, "scale": [1.0, 2.0]}

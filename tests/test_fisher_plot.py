@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import fisherfast as ff
-from fisherfast.fisher import chart, histogram
+from fisherfast.fisher.plots import chart, histogram
 from fisherfast.fisher.protocol import Fisher, Spectrum
 
 HALF_A_BIN = 10 ** (0.5 / histogram.BINS_PER_DECADE) * (1 + 1e-9)

@@ -17,7 +17,7 @@ from torch import nn
 
 import fisherfast as ff
 from fisherfast import _random
-from fisherfast.batches import Batch
+from fisherfast.data.batches import Batch
 from fisherfast.likelihood import Draws, resolve, stored_name
 
 N, L, C, K = 7, 5, 11, 3

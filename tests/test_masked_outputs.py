@@ -10,7 +10,7 @@ from oracle import cross_entropy, diagonal, doubled, error
 from torch import nn
 
 import fisherfast as ff
-from fisherfast.fisher.dependence import check_alone, precision, same_but_rounding
+from fisherfast.fisher.run.dependence import check_alone, precision, same_but_rounding
 
 LOWEST = torch.finfo(torch.float32).min
 

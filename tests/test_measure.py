@@ -19,7 +19,7 @@ from torch import nn
 
 import fisherfast as ff
 from fisherfast.capture import folded
-from fisherfast.fisher import fallback
+from fisherfast.fisher.run import fallback
 
 EXACT = 1e-12
 FAMILIES = ["mlp-inplace-relu", "layer-norm", "embedding", "conv1d-addmm", "weight-used-twice", "positions-without-samples"]

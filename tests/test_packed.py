@@ -11,8 +11,9 @@ import transformers as hf
 from torch import nn
 
 import fisherfast as ff
-from fisherfast import packing, timing
-from fisherfast.batches import Batch
+from fisherfast import timing
+from fisherfast.data import packing
+from fisherfast.data.batches import Batch
 from fisherfast.likelihood import predictions_of
 
 EXACT = 1e-12

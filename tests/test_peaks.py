@@ -15,8 +15,8 @@ from torch import nn
 import fisherfast as ff
 from fisherfast._pieces import PIECE, pieces
 from fisherfast.capture import layout, tagging
-from fisherfast.fisher.dependence import dependent, same_but_rounding
-from fisherfast.fisher.exploration import noise
+from fisherfast.fisher.run.dependence import dependent, same_but_rounding
+from fisherfast.fisher.run.exploration import noise
 
 V, D, MIB = 2**15, 16, 2**20
 PIECES = 8 * PIECE  # one and what is made of it, in bytes

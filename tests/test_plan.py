@@ -23,8 +23,8 @@ from fisherfast.accumulator import Accumulator, RunningSum
 from fisherfast.capture.calls import graph
 from fisherfast.capture.passes import Passes
 from fisherfast.capture.tracked import Derived
-from fisherfast.fisher.measurement import Measurement
-from fisherfast.fisher.run import Run
+from fisherfast.fisher.run.measurement import Measurement
+from fisherfast.fisher.run.run import Run
 
 STRUCTURES = ["diagonal", "kfac", "ekfac"]
 MANY = 227  # samples: no factor of the networks has seen fewer rows than a third of its columns

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 import fisherfast as ff
 from fisherfast import cli
 from fisherfast.accumulator import RunningSum
-from fisherfast.fisher import memory
+from fisherfast.fisher.run import memory
 
 GIB = 2**30
 

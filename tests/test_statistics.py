@@ -13,7 +13,7 @@ from oracle import close
 from torch import nn
 
 import fisherfast as ff
-from fisherfast.fisher import fallback
+from fisherfast.fisher.run import fallback
 
 EXACT = 1e-11
 NAMES = [

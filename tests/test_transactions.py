@@ -9,11 +9,11 @@ from torch import nn
 
 import fisherfast as ff
 from fisherfast.accumulator import RunningSum
-from fisherfast.fisher import checkpoint, interrupts
 from fisherfast.fisher.blocks import eigen_sums
 from fisherfast.fisher.blocks.block_sums import BatchSum
 from fisherfast.fisher.blocks.few_rows import FewRows
 from fisherfast.fisher.engine import Engine
+from fisherfast.fisher.run import checkpoint, interrupts
 
 ASKED = {
     "diagonal": "diagonal",

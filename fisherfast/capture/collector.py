@@ -126,6 +126,10 @@ class Receiver(Protocol):
 class Collector(Receiver, Protocol):
     """What a Fisher structure does with the rows of a batch. One batch is ``begin``, any calls of a ``Receiver``, ``settle``."""
 
+    @property
+    def by_use(self) -> bool:
+        """Whether what a parameter gets depends on how the model uses it."""
+
     def explore(self, calls: list[Call]) -> None:
         """Look at how the model uses its parameters: once or more, before the batches that count."""
 

@@ -17,13 +17,13 @@ from fisherfast.capture.collector import Samples
 from fisherfast.capture.parameters import unwrapped
 from fisherfast.capture.refusals import refuse_train_mode
 from fisherfast.capture.running import InputShapes
-from fisherfast.fisher import loss_vector
-from fisherfast.fisher.labelling import known_type
 from fisherfast.fisher.parse import parse
 from fisherfast.fisher.protocol import Provenance
 from fisherfast.fisher.request import Request
-from fisherfast.fisher.routing import Routing
-from fisherfast.fisher.run import Interrupted, Run, model_name
+from fisherfast.fisher.run import loss_vector
+from fisherfast.fisher.run.labelling import known_type
+from fisherfast.fisher.run.routing import Routing
+from fisherfast.fisher.run.run import Interrupted, Run, model_name
 from fisherfast.likelihood import Likelihood, resolve, stored_name
 
 

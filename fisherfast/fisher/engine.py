@@ -102,6 +102,7 @@ class Engine:
     # -- one batch
 
     averages = False
+    by_use = False
 
     @property
     def separate(self) -> bool:

@@ -21,7 +21,7 @@ from fisherfast.fisher import arguments, logdet, pooling, serialize, spread
 from fisherfast.fisher.counts import Counts, Measured
 from fisherfast.fisher.gram_sums import GramCollector, Piece, Pieces
 from fisherfast.fisher.inference_mode import outside_inference_mode
-from fisherfast.fisher.plot import Plotted
+from fisherfast.fisher.plots.plot import Plotted
 from fisherfast.fisher.protocol import Damping, LayerSummary, Provenance, Spectrum, Vector
 from fisherfast.fisher.request import Request
 from fisherfast.rules import Elementwise, Rows

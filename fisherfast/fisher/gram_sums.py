@@ -121,6 +121,7 @@ class GramCollector:
 
     separate = True  # every pass is a row of its own
     averages = False
+    by_use = False
 
     def __init__(self, capture: Capture, max_rows: int) -> None:
         self._tracked, self._device = capture.tracked, capture.device

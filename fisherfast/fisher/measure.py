@@ -11,21 +11,21 @@ from typing import Any, Literal, TypeAlias, TypedDict, Unpack, overload
 
 from torch import nn
 
-from fisherfast.batches import Output
 from fisherfast.capture.eager import uncompiled
 from fisherfast.capture.refusals import refuse_train_mode
+from fisherfast.data.batches import Output
+from fisherfast.data.readings import SameReadings
 from fisherfast.fisher.diagonal import DiagonalFisher
 from fisherfast.fisher.ekfac import EKFACFisher
 from fisherfast.fisher.gram import GramFisher
 from fisherfast.fisher.kfac import KFACFisher
-from fisherfast.fisher.labelling import Labelling
-from fisherfast.fisher.measurement import Measurement
 from fisherfast.fisher.parse import Requests, factors_first, needs_basis, parse, with_basis
 from fisherfast.fisher.request import Request, Result
-from fisherfast.fisher.run import Explored
-from fisherfast.fisher.settings import Settings
+from fisherfast.fisher.run.labelling import Labelling
+from fisherfast.fisher.run.measurement import Measurement
+from fisherfast.fisher.run.run import Explored
+from fisherfast.fisher.run.settings import Settings
 from fisherfast.likelihood import Likelihood
-from fisherfast.readings import SameReadings
 
 
 class _Options(TypedDict, total=False):

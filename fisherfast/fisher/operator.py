@@ -13,17 +13,17 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from fisherfast import _checks, _nested
 from fisherfast._error import NonFiniteError
 from fisherfast._names import listed
-from fisherfast.batches import Batch, Output
 from fisherfast.capture.layout import PROBED
 from fisherfast.capture.parameters import measurable, unwrapped
 from fisherfast.capture.refusals import Refusals, refuse_train_mode
+from fisherfast.data.batches import Batch, Output
+from fisherfast.data.readings import SameReadings
 from fisherfast.fisher import arguments
-from fisherfast.fisher.dependence import check_alone, check_independent, precision
-from fisherfast.fisher.labelling import Labelling
 from fisherfast.fisher.protocol import Vector
-from fisherfast.fisher.run import model_name
+from fisherfast.fisher.run.dependence import check_alone, check_independent, precision
+from fisherfast.fisher.run.labelling import Labelling
+from fisherfast.fisher.run.run import model_name
 from fisherfast.likelihood import Likelihood, Predictions
-from fisherfast.readings import SameReadings
 
 
 class FisherOperator:

@@ -14,21 +14,21 @@ from rich.text import Text
 from torch import nn
 
 from fisherfast import _checks
-from fisherfast.batches import Batch, Output
 from fisherfast.capture.backward import Pass
 from fisherfast.capture.collector import Cost, Held, Samples
 from fisherfast.capture.eager import uncompiled
 from fisherfast.capture.layout import PROBED
 from fisherfast.capture.passes import Passes
 from fisherfast.capture.refusals import refuse_train_mode
-from fisherfast.fisher import memory
-from fisherfast.fisher.labelling import Labelling
-from fisherfast.fisher.ledger import Ledger
-from fisherfast.fisher.measurement import Measurement
-from fisherfast.fisher.memory import in_words
+from fisherfast.data.batches import Batch, Output
 from fisherfast.fisher.parse import Requests, factors_first, needs_basis, parse
-from fisherfast.fisher.run import Run
-from fisherfast.fisher.settings import Settings
+from fisherfast.fisher.run import memory
+from fisherfast.fisher.run.labelling import Labelling
+from fisherfast.fisher.run.ledger import Ledger
+from fisherfast.fisher.run.measurement import Measurement
+from fisherfast.fisher.run.memory import in_words
+from fisherfast.fisher.run.run import Run
+from fisherfast.fisher.run.settings import Settings
 from fisherfast.likelihood import Likelihood, Predictions
 
 

@@ -12,9 +12,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fisherfast import _checks
 from fisherfast._functional import call_with
-from fisherfast.batches import Batch, Output
 from fisherfast.capture.parameters import unwrapped
 from fisherfast.capture.refusals import Refusals, refuse_train_mode
+from fisherfast.data.batches import Batch, Output
 from fisherfast.fisher import Fisher
 
 MAX_NUMBERS = 2**28  # of what is held of one sample: 2 GiB in float64

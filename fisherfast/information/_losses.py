@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from fisherfast import _checks
 from fisherfast._error import NonFiniteError
 from fisherfast._functional import call_with
-from fisherfast.batches import IGNORED, Batch, Output
 from fisherfast.capture.parameters import unwrapped
 from fisherfast.capture.refusals import Refusals, refuse_train_mode
+from fisherfast.data.batches import IGNORED, Batch, Output
 from fisherfast.likelihood import Categorical, CausalLM, Likelihood, check_model, predictions_of, resolve
 
 Loss = Callable[[Tensor, Tensor], Tensor]

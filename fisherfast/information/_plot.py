@@ -7,8 +7,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-from fisherfast.fisher import chart
-from fisherfast.fisher.plot import TRACE_AXIS
+from fisherfast.fisher.plots import chart
+from fisherfast.fisher.plots.plot import TRACE_AXIS
 from fisherfast.information.result import Information
 
 

@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from fisherfast.fisher import chart
+from fisherfast.fisher.plots import chart
 from fisherfast.information.compare import Comparison
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from fisherfast.fisher import chart
+from fisherfast.fisher.plots import chart
 from fisherfast.information.rate_distortion import RateDistortion
 
 _LABELS = 6  # betas written beside their points: more would overlap

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from fisherfast.batches import Output
+from fisherfast.data.batches import Output
 from fisherfast.fisher import Fisher
 from fisherfast.information._activation import Activation
 from fisherfast.information._channel import Channel

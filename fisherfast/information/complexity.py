@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from fisherfast import _checks
-from fisherfast.batches import Output
+from fisherfast.data.batches import Output
+from fisherfast.data.readings import check_rereadable
 from fisherfast.fisher import Fisher
 from fisherfast.information._prior import PriorScale
 from fisherfast.information._weights import Weights
@@ -21,7 +22,6 @@ from fisherfast.information.posterior import GaussianPosterior, Posterior
 from fisherfast.information.result import Information
 from fisherfast.information.weights import information_at_betas
 from fisherfast.likelihood import Likelihood, beside
-from fisherfast.readings import check_rereadable
 
 METHODS = ("analytic", "monte-carlo")
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fisherfast import _checks
 from fisherfast._warning import warn
-from fisherfast.batches import Output
+from fisherfast.data.batches import Output
 from fisherfast.fisher import Fisher
 from fisherfast.fisher.lanczos import Estimate
 from fisherfast.information import _conditions, nuisances

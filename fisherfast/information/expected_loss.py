@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from fisherfast import _checks
-from fisherfast.batches import Output
+from fisherfast.data.batches import IGNORED, Output
+from fisherfast.data.readings import check_rereadable
 from fisherfast.fisher.lanczos import Estimate
 from fisherfast.information._losses import Loss, SampleLosses
 from fisherfast.information._weights import tensors
 from fisherfast.information.posterior import GaussianPosterior
 from fisherfast.likelihood import Likelihood, beside
-from fisherfast.readings import check_rereadable
 
 
 class LogLoss(Estimate):
@@ -148,7 +148,7 @@ def zero_one(output: Tensor, targets: Tensor) -> Tensor:
         raise ValueError(
             f"zero_one: targets must be {tuple(output.shape[:-1])}, the output without its class axis, got {tuple(targets.shape)}"
         )
-    counted = (targets != -100).flatten(1) if targets.dim() > 1 else (targets != -100).unsqueeze(1)
+    counted = (targets != IGNORED).flatten(1) if targets.dim() > 1 else (targets != IGNORED).unsqueeze(1)
     wrong = (output.argmax(-1) != targets).reshape(counted.shape) & counted
     unknown = output.isnan().any(-1).reshape(counted.shape) & counted  # argmax takes NaN for the largest
     return (wrong.sum(1) / counted.sum(1).clamp_min(1)).masked_fill(unknown.any(1), math.nan)

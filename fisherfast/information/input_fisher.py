@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fisherfast import _checks
 from fisherfast._precision import wide_dtype
-from fisherfast.batches import Output
+from fisherfast.data.batches import Output
 from fisherfast.fisher import Fisher
 from fisherfast.information import nuisances
 from fisherfast.information._activation import Activation, Jacobians

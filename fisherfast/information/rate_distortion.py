@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from fisherfast.batches import Output
+from fisherfast.data.batches import Output
 from fisherfast.fisher import Fisher
 from fisherfast.information import _arguments
 from fisherfast.information._prior import PriorScale

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from fisherfast import _checks
 from fisherfast._error import NonFiniteError
 from fisherfast._warning import warn
-from fisherfast.batches import Batch, Output
+from fisherfast.data.batches import Batch, Output
+from fisherfast.data.readings import check_rereadable
 from fisherfast.information import _arguments, _prior
 from fisherfast.information._diagonal_gaussian import DiagonalGaussian
 from fisherfast.information._local_noise import LocalNoise
@@ -27,7 +28,6 @@ from fisherfast.information._prior import PriorScale
 from fisherfast.information._weights import Weights
 from fisherfast.information.posterior import GaussianPosterior
 from fisherfast.likelihood import Likelihood, stored_name
-from fisherfast.readings import check_rereadable
 
 NOISES = ("local", "weight")
 # Gradients by log sigma are of order 1 at the optimum. Before it they are s = sigma^2 h / beta, which may be anything: all that they

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fisherfast.batches import IGNORED, Batch
+from fisherfast.data.batches import IGNORED, Batch
 from fisherfast.likelihood.doubts import point_out
 from fisherfast.likelihood.protocol import Likelihood, Predictions
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fisherfast._warning import warn
-from fisherfast.batches import Batch
+from fisherfast.data.batches import Batch
 from fisherfast.likelihood._tensors import add_up_to_one, symbolic
 from fisherfast.likelihood.bernoulli import Bernoulli
 from fisherfast.likelihood.categorical import Categorical, CausalLM

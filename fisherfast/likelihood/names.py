@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 from fisherfast._warning import warn
-from fisherfast.batches import IGNORED
+from fisherfast.data.batches import IGNORED
 from fisherfast.likelihood.bernoulli import Bernoulli
 from fisherfast.likelihood.categorical import Categorical, CausalLM
 from fisherfast.likelihood.gaussian import Gaussian

@@ -12,8 +12,9 @@ from typing import Any
 
 from markupsafe import Markup
 
-from fisherfast.fisher import Fisher, chart, plot
-from fisherfast.fisher.histogram import NEGLIGIBLE, Histogram, histogram
+from fisherfast.fisher import Fisher
+from fisherfast.fisher.plots import chart, plot
+from fisherfast.fisher.plots.histogram import NEGLIGIBLE, Histogram, histogram
 from fisherfast.information import Information, RateDistortion
 from fisherfast.report import svg
 

@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 
 from markupsafe import Markup
 
-from fisherfast.fisher import chart
+from fisherfast.fisher.plots import chart
 
 # What figures are drawn with; letters stay letters, which the page's own font is used for.
 STYLE: Any = {"svg.fonttype": "none", "svg.hashsalt": "fisherfast", "font.size": 9.5}

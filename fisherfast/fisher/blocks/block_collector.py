@@ -41,6 +41,7 @@ class BlockCollector:
 
     separate = True  # every pass has output gradients of its own
     averages = False
+    by_use = True
 
     def __init__(self, capture: Capture, transactional: bool, max_exact_dim: int) -> None:
         self._tracked, self._max_exact_dim = capture.tracked, max_exact_dim

@@ -23,7 +23,7 @@ from fisherfast.fisher.blocks.rank import Rounding
 from fisherfast.fisher.counts import Counts
 from fisherfast.fisher.inference_mode import outside_inference_mode
 from fisherfast.fisher.layers import Layered
-from fisherfast.fisher.plot import Plotted
+from fisherfast.fisher.plots.plot import Plotted
 from fisherfast.fisher.protocol import Damping, Spectrum, Vector, layer_of
 from fisherfast.rules import ALL
 

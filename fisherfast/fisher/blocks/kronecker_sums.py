@@ -18,7 +18,7 @@ from fisherfast.fisher.blocks.existing_rows import ExistingRows
 from fisherfast.fisher.blocks.few_rows import FewRows
 from fisherfast.fisher.blocks.kronecker import KroneckerBlock, Place
 from fisherfast.fisher.blocks.rank import Rounding
-from fisherfast.fisher.memory import in_words
+from fisherfast.fisher.run.memory import in_words
 from fisherfast.ops.conv_gram import conv_gram_
 from fisherfast.rules import Convolution, Form, Lookup, Rows
 

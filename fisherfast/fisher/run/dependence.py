@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fisherfast._pieces import pieces
-from fisherfast.batches import Batch
+from fisherfast.data.batches import Batch
 
 _PACKED = (
     "They are packed: in Hugging Face's attention position_ids that start again, no attention_mask and config.use_cache=False keep them "

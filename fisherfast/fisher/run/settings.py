@@ -6,8 +6,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fisherfast import _checks
-from fisherfast.batches import Output
-from fisherfast.fisher.labelling import Labelling
+from fisherfast.data.batches import Output
+from fisherfast.fisher.run.labelling import Labelling
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from fisherfast.batches import Batch
 from fisherfast.capture.tracked import Tracked
-from fisherfast.fisher.dependence import check_repeatable, roughly_same
-from fisherfast.fisher.fallback import SampleGradients
-from fisherfast.fisher.forward import Forward
-from fisherfast.fisher.run import Run
+from fisherfast.data.batches import Batch
+from fisherfast.fisher.run.dependence import check_repeatable, roughly_same
+from fisherfast.fisher.run.fallback import SampleGradients
+from fisherfast.fisher.run.forward import Forward
+from fisherfast.fisher.run.run import Run
 from fisherfast.likelihood import Predictions
 
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from fisherfast import _checks
-from fisherfast.batches import Batch
 from fisherfast.capture.backward import Pass
+from fisherfast.data.batches import Batch
 from fisherfast.fisher.protocol import Provenance
 from fisherfast.likelihood import (
     FISHER_TYPES,

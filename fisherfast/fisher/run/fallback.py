@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from torch.func import grad, vmap
 
 from fisherfast._functional import call_with
-from fisherfast.batches import Batch, Output
 from fisherfast.capture.parameters import unwrapped
 from fisherfast.capture.refusals import Refusals
 from fisherfast.capture.tracked import Tracked
-from fisherfast.fisher.dependence import check_alone, precision, roughly_same
+from fisherfast.data.batches import Batch, Output
+from fisherfast.fisher.run.dependence import check_alone, precision, roughly_same
 
 _BUDGET = 2**28  # bytes of sample gradients at a time
 _MOST = 16  # samples at a time: activations are held too

@@ -7,8 +7,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-from fisherfast.fisher import chart
-from fisherfast.fisher.histogram import Histogram, histogram
+from fisherfast.fisher.plots import chart
+from fisherfast.fisher.plots.histogram import Histogram, histogram
 from fisherfast.fisher.protocol import Fisher
 
 _MAX_MARKERS = 50

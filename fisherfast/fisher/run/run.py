@@ -16,15 +16,15 @@ from fisherfast.capture.capture import Capture
 from fisherfast.capture.collector import Collector, Held, Samples
 from fisherfast.capture.parameters import unwrapped
 from fisherfast.capture.passes import Passes
-from fisherfast.fisher import interrupts
 from fisherfast.fisher.counts import Counts
 from fisherfast.fisher.coverage import OPS
-from fisherfast.fisher.covered import Covered
 from fisherfast.fisher.engine import Engine
-from fisherfast.fisher.memory import check
 from fisherfast.fisher.protocol import Provenance
 from fisherfast.fisher.request import Request
-from fisherfast.fisher.tally import Tally
+from fisherfast.fisher.run import interrupts
+from fisherfast.fisher.run.covered import Covered
+from fisherfast.fisher.run.memory import check
+from fisherfast.fisher.run.tally import Tally
 
 
 class Interrupted(KeyboardInterrupt):

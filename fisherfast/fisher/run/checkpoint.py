@@ -13,9 +13,9 @@ from types import CodeType
 import torch
 from torch import Tensor, nn
 
-from fisherfast.batches import Batch
+from fisherfast.data.batches import Batch
 from fisherfast.fisher import serialize
-from fisherfast.fisher.run import Run
+from fisherfast.fisher.run.run import Run
 
 _SECONDS = 60.0  # between two writes
 

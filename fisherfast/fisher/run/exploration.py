@@ -14,17 +14,16 @@ from torch import Tensor, nn
 from fisherfast._error import raised_here
 from fisherfast._pieces import pieces
 from fisherfast._warning import warn
-from fisherfast.batches import Batch
 from fisherfast.capture.calls import Call
 from fisherfast.capture.layout import PROBED
 from fisherfast.capture.locator import NO_AXIS, mixing
 from fisherfast.capture.parameters import unwrapped
 from fisherfast.capture.tracked import Unbatched
 from fisherfast.capture.uses import Uses
-from fisherfast.fisher.blocks.block_collector import BlockCollector
-from fisherfast.fisher.dependence import check_alone, check_independent, dependent, same_but_rounding
-from fisherfast.fisher.forward import Forward
-from fisherfast.fisher.run import Run
+from fisherfast.data.batches import Batch
+from fisherfast.fisher.run.dependence import check_alone, check_independent, dependent, same_but_rounding
+from fisherfast.fisher.run.forward import Forward
+from fisherfast.fisher.run.run import Run
 from fisherfast.likelihood import Predictions
 
 _LARGE = 2**26  # bytes of a buffer
@@ -116,7 +115,7 @@ class Exploration:
 
         A copy of the model takes that batch, so that what it may keep of it is lost. A model that takes no such batch is left as it is.
         """
-        if not any(isinstance(collector, BlockCollector) for collector in self._run.collectors):
+        if not any(collector.by_use for collector in self._run.collectors):
             return
         model, two = self._forward.model, one.repeated(0, 2)
         try:

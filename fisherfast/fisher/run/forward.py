@@ -8,12 +8,12 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from fisherfast.batches import Batch
 from fisherfast.capture.backward import Pass
 from fisherfast.capture.uses import Uses
-from fisherfast.fisher.dependence import precision, same_but_rounding
-from fisherfast.fisher.run import Run
-from fisherfast.fisher.settings import Settings
+from fisherfast.data.batches import Batch
+from fisherfast.fisher.run.dependence import precision, same_but_rounding
+from fisherfast.fisher.run.run import Run
+from fisherfast.fisher.run.settings import Settings
 from fisherfast.likelihood import Predictions
 
 

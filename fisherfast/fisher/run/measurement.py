@@ -13,20 +13,20 @@ import torch
 from torch import nn
 
 from fisherfast._pieces import pieces
-from fisherfast.batches import Batch
 from fisherfast.capture.backward import Pass
 from fisherfast.capture.collector import Samples
 from fisherfast.capture.parameters import unwrapped
-from fisherfast.fisher.checkpoint import Checkpoint, digest, digest_of_function, digest_of_weights
+from fisherfast.data.batches import Batch
 from fisherfast.fisher.diagonal import Diagonal
-from fisherfast.fisher.exploration import Exploration, noise
-from fisherfast.fisher.fallback import SampleGradients
-from fisherfast.fisher.forward import Forward
-from fisherfast.fisher.progress import shown
 from fisherfast.fisher.request import Request
-from fisherfast.fisher.run import Explored, Run, model_name
-from fisherfast.fisher.sample_loop import SampleLoop
-from fisherfast.fisher.settings import Settings
+from fisherfast.fisher.run.checkpoint import Checkpoint, digest, digest_of_function, digest_of_weights
+from fisherfast.fisher.run.exploration import Exploration, noise
+from fisherfast.fisher.run.fallback import SampleGradients
+from fisherfast.fisher.run.forward import Forward
+from fisherfast.fisher.run.progress import shown
+from fisherfast.fisher.run.run import Explored, Run, model_name
+from fisherfast.fisher.run.sample_loop import SampleLoop
+from fisherfast.fisher.run.settings import Settings
 from fisherfast.likelihood import Predictions
 
 

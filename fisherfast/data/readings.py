@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from fisherfast.batches import Batch
+from fisherfast.data.batches import Batch
 
 
 def check_rereadable(caller: str, data: Any, otherwise: str = "") -> None:

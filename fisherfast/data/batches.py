@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fisherfast import _nested, items
+from fisherfast import _nested
 from fisherfast._random import GOLDEN
+from fisherfast.data import items
 
 IGNORED = -100  # torch's and Hugging Face's ignore_index, of a likelihood that has none
 Output = str | Callable[[Any], Tensor] | None

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils.data import DataLoader
 
-from fisherfast import _checks, _nested, packing
+from fisherfast import _checks, _nested
+from fisherfast.data import packing
 
 _OURS = ("labels", "sample_weight", "sample_offsets")  # keys of a dict batch that are not passed to the model
 

@@ -9,7 +9,7 @@ from fisherfast.capture.calls import Key
 from fisherfast.capture.layout import Finding
 from fisherfast.capture.locator import NO_AXIS, mixing
 from fisherfast.capture.uses import Uses
-from fisherfast.fisher.run import Run
+from fisherfast.fisher.run.run import Run
 
 
 class Routing:
