@@ -96,7 +96,7 @@ def test() -> list[Command]:
     limits = ["--timeout", "120", "--timeout-method", "thread"] if importlib.util.find_spec("pytest_timeout") else []
     # Test by test in the log: one that is ended at its limit has said what passed.
     pytest = [sys.executable, "-m", "pytest", "-v", "--tb=short", "-m", "not hypothesis", *workers, *limits]
-    ops = ("ops", "gram", "conv_sq", "conv_gram", "categorical_score", "log1p_sum")
+    ops = ("ops", "gram", "conv_sq", "conv_gram", "ghost_norm", "categorical_score", "log1p_sum")
     return [
         *(Command([*pytest, "tests/test_gpu.py", "-k", some], lasting=True) for some in GPU_TESTS),
         *(Command([*pytest, f"tests/test_{name}.py", "-k", "cuda"], lasting=True) for name in ops),

@@ -31,6 +31,7 @@ from fisherfast.kernels import (
     conv_gram,
     conv_sq,
     embedding_sq,
+    ghost_norm,
     gram,
     kron_log1p_sum,
     linear_sq,
@@ -41,7 +42,7 @@ from fisherfast.kernels import (
 sys.path.insert(0, str(Path(__file__).parent))  # run with PYTHONSAFEPATH, so that no folder here shadows a package
 import machine_code
 
-OPS = (categorical_score, conv_gram, conv_sq, embedding_sq, gram, kron_log1p_sum, linear_sq, log1p_sum, scale_sq)
+OPS = (categorical_score, conv_gram, conv_sq, embedding_sq, ghost_norm, gram, kron_log1p_sum, linear_sq, log1p_sum, scale_sq)
 AUTOTUNED = (conv_gram, conv_sq, gram, linear_sq)
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 
@@ -180,6 +181,14 @@ def conv_factor(
     conv_gram.conv_gram_(torch.empty(groups, D, D, dtype=acc), x, kernel=kernel, padding=padding, **geometry, **more)
 
 
+def ghost(dtype, N: int, C: int, O: int, S: tuple[int, ...], kernel: tuple[int, ...], *, rows=False, every=False, **geometry):
+    """``rows``: those of a linear layer, channels side by side."""
+    x, g = torch.empty(N, C, *S, dtype=dtype), torch.empty(N, O, *S, dtype=dtype)
+    x, g = (x.mT.contiguous().mT, g.mT.contiguous().mT) if rows else (x, g)
+    more = {"size": torch.zeros(N), "flag": torch.zeros(1, dtype=torch.int32)} if every else {}
+    ghost_norm.ghost_norm_(torch.zeros(N), x, g, kernel=kernel, padding=tuple(k // 2 for k in kernel), **geometry, **more)
+
+
 def calls() -> dict[str, Callable[[], None]]:
     """Calls as a decoder layer makes them, in each input dtype, and the shapes that take another path."""
     cases = {}
@@ -252,6 +261,12 @@ def calls() -> dict[str, Callable[[], None]]:
     cases["conv_gram fp32 1d every option"] = partial(conv_factor, FP32, 16, 80, (3000,), (3,), every=True)
     cases["conv_gram bf16 3d every option"] = partial(conv_factor, BF16, 8, 64, (16, 28, 28), (3, 3, 3), every=True)
     cases["conv_gram bf16 small every option"] = partial(conv_factor, BF16, 3, 5, (5, 5), k3, every=True)
+    for name, dtype in {"bf16": BF16, "fp16": FP16, "fp32": FP32, "fp64": FP64}.items():
+        cases[f"ghost_norm {name} rows every output"] = partial(ghost, dtype, 8, 4096, 4096, (512,), (1,), rows=True, every=True)
+        cases[f"ghost_norm {name} 3x3"] = partial(ghost, dtype, 64, 192, 192, (16, 16), k3)
+    cases["ghost_norm bf16 1d"] = partial(ghost, BF16, 16, 80, 384, (300,), (3,))
+    cases["ghost_norm bf16 3d"] = partial(ghost, BF16, 8, 64, 64, (4, 7, 7), (3, 3, 3), every=True)
+    cases["ghost_norm fp32 rows tf32 allowed"] = partial(with_tf32, ghost, 8, 4096, 4096, (512,), (1,), rows=True)
     cases["scale_sq fp32 T=1"] = partial(scale, FP32, 4096, 1, 1024)
     return cases
 

@@ -41,6 +41,8 @@ def arguments(op: _backend.Op) -> tuple[torch.Tensor, ...]:
         return torch.zeros(2, dtype=torch.float64), torch.ones(3), torch.ones(5)
     if op.name == "conv_sq_":
         return torch.zeros(5, 4, 3), torch.ones(2, 4, 6), torch.ones(2, 5, 4)
+    if op.name == "ghost_norm_":
+        return torch.zeros(2), torch.ones(2, 4, 3), torch.ones(2, 5, 3)
     if op.name == "conv_gram_":
         return torch.zeros(1, 4, 4), torch.ones(2, 4, 6)
     return torch.zeros(7, 5), torch.zeros(2, 3, dtype=torch.int64), g
@@ -203,7 +205,7 @@ def test_every_op_has_its_file_in_every_backend():
     assert modules == {f.stem for f in (ROOT / "kernels").glob("[!_]*.py")}
     assert modules <= {f.stem for f in (ROOT / "csrc/cpu").glob("*.cpp")}
     # Where one read of memory is the bound, Triton reaches what CUDA C++ would; convolutions have no CUDA C++.
-    triton_only = {"scale_sq", "categorical_score", "log1p_sum", "conv_sq", "conv_gram"}
+    triton_only = {"scale_sq", "categorical_score", "log1p_sum", "conv_sq", "conv_gram", "ghost_norm"}
     assert modules - triton_only <= {f.stem for f in (ROOT / "csrc/cuda").glob("*.cu")}
 
 

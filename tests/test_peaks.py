@@ -103,5 +103,5 @@ def test_outputs_that_round_differently_are_compared_in_little_memory():
     assert not torch.equal(values, other)
     assert peak_bytes(lambda: same_but_rounding(other, values, eps)) <= 3 * values.nbytes + PIECES
     assert same_but_rounding(other, values, eps) and not same_but_rounding(values.roll(1, 0), values, eps)
-    batch = ff.batches.Batch.of((torch.zeros(2, 1), torch.zeros(2)), torch.device("cpu"), nn.Linear(1, 1))
+    batch = ff.data.batches.Batch.of((torch.zeros(2, 1), torch.zeros(2)), torch.device("cpu"), nn.Linear(1, 1))
     assert peak_bytes(lambda: dependent(lambda few: other, batch, values, eps)) <= 3 * values.nbytes / 2 + PIECES

@@ -129,6 +129,15 @@ def conv_gram(draw: Draw, N: int, C: int, size: tuple[int, ...], K: int, step: i
     return Call(outputs, lambda out: ff.ops.conv_gram_(out["acc"], x, 0.5, flag=out["flag"], **options))
 
 
+def ghost(draw: Draw, N: int, C: int, O: int, size: tuple[int, ...], K: int, step: int) -> Call:
+    """``ghost_norm_`` with stride, padding and dilation ``step``."""
+    axes, reach = len(size), step * (K - 1)
+    x, g = draw.normal(N, C, *size), draw.normal(N, O, *((s + 2 * step - reach - 1) // step + 1 for s in size))
+    options = {"kernel": (K,) * axes} | {name: (step,) * axes for name in ("stride", "padding", "dilation")}
+    outputs = {"sqnorm": draw.zeros(N), "size": draw.zeros(N), "flag": draw.zeros(1, dtype=torch.int32)}
+    return Call(outputs, lambda out: ff.ops.ghost_norm_(out["sqnorm"], x, g, size=out["size"], flag=out["flag"], **options))
+
+
 def score(draw: Draw, R: int, C: int, drawn: bool) -> Call:
     """``categorical_score_``, labels given or drawn; the result is poisoned before."""
     logits, counted = draw.normal(R, C), draw.below(4, R) > 0
@@ -180,6 +189,10 @@ CALLS: dict[str, tuple[Callable[..., Call], list[tuple]]] = {
     "conv_gram_": (
         conv_gram,
         [(3, 4, (7, 5), 3, 1, 2, True), (2, 16, (9, 11), 3, 2, 1, False), (2, 3, (4, 5, 3), 2, 1, 1, False)],
+    ),
+    "ghost_norm_": (
+        ghost,
+        [(3, 4, 6, (7, 5), 3, 1), (2, 16, 32, (9, 11), 3, 2), (2, 136, 72, (70,), 1, 1), (2, 3, 4, (4, 5, 3), 2, 1)],
     ),
     "scale_sq_": (scale, [(3, 5, 7), (2, 37, 136), (9, 1, 17), (4, 0, 40)]),
     "embedding_sq_": (embedding, [(3, 5, 11, 7), (2, 70, 3, 136), (9, 1, 5, 17), (4, 0, 24, 40)]),

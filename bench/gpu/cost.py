@@ -92,6 +92,14 @@ def conv_gram(N: int, C: int, H: int, P: int, K: int, mode: str) -> Cost:
     return Cost(N * P * P * D * (D + 1), ELEMENT[mode] * N * C * H * H + ACCUMULATOR_BYTES * D * (D + 1), product_unit(mode))
 
 
+def ghost(N: int, C: int, O: int, H: int, K: int, mode: str) -> Cost:
+    """``N H^2 (H^2 + 1) (O + C K^2)``, half of two Gram matrices over positions H x H; x and g once."""
+    P = H * H
+    return Cost(
+        N * P * (P + 1) * (O + C * K * K), ELEMENT[mode] * N * P * (C + O) + 2 * ACCUMULATOR_BYTES * N, product_unit(mode)
+    )
+
+
 def score(R: int, C: int, mode: str) -> Cost:
     """A softmax; logits read once, as where a row stays on the chip, and written once; a label a row."""
     return Cost(SCORE_FLOPS * R * C, 2 * ELEMENT[mode] * R * C + ID_BYTES * R, "fp32")

@@ -71,6 +71,11 @@ CONV_GRAM = {  # N, C, H, K, stride: as above
     "resnet50-1x1": (64, 1024, 14, 1, 1),
     "resnet50-stem": (64, 3, 224, 7, 2),
 }
+GHOST = {  # N, C, O, H, K: fewer pairs of positions than weights
+    "decoder-529": (8, 4096, 4096, 23, 1),
+    "resnet50-14": (64, 256, 256, 14, 3),
+    "resnet50-7": (64, 512, 512, 7, 3),
+}
 SCORE = {  # R, C
     "llama-vocabulary": (4096, 128256),
     "gpt2-vocabulary": (8192, 50257),
@@ -304,6 +309,35 @@ def conv_gram(draw: Draw, N: int, C: int, H: int, K: int, stride: int) -> Proble
     )
 
 
+def ghost(draw: Draw, N: int, C: int, O: int, H: int, K: int) -> Problem:
+    """``ghost_norm_`` at stride 1 and one size against the same by pairs in plain torch, and against gradients formed and squared."""
+    x, g = draw.normal(N, C, H, H), draw.normal(N, O, H, H)
+
+    def gradients(acc: Tensor, x: Tensor, g: Tensor) -> Tensor:
+        for n in range(N):  # all patches at once would not fit
+            gradient = torch.zeros(O, C * K * K, dtype=acc.dtype, device=acc.device)
+            float_output(gradient, g[n].flatten(1), patches(x[n : n + 1], K, 1)[0].mT)
+            acc[n] += gradient.square().sum()
+        return acc
+
+    def pairs(acc: Tensor) -> Tensor:
+        u, rows = patches(x, K, 1).mT, g.flatten(2).mT
+        return acc.add_(((u @ u.mT).double() * (rows @ rows.mT)).sum((1, 2)))
+
+    return Problem(
+        op="ghost_norm_",
+        mode=draw.mode,
+        shape={"N": N, "C": C, "O": O, "H": H, "K": K},
+        acc=draw.zeros(N),
+        inputs=(x, g),
+        oracle=lambda: gradients(draw.zeros(N, wide=True), x.double(), g.double()),
+        plain=lambda: gradients(draw.zeros(N), x, g),
+        peers={"unfold and two bmm": pairs, "gradient per sample, squared": lambda acc: gradients(acc, x, g)},
+        cost=cost.ghost(N, C, O, H, K, draw.mode),
+        options={"kernel": (K, K), "padding": (border(K), border(K))},
+    )
+
+
 def score(draw: Draw, R: int, C: int) -> Problem:
     """``categorical_score_`` with labels given against softmax less one-hot; the result has the dtype of the logits."""
     logits, labels = draw.normal(R, C), torch.randint(C, (R,), device=draw.device)
@@ -385,6 +419,7 @@ CASES = {
     "gram_": Cases(gram, GRAM, EVERY, (3, 5, 7)),
     "conv_sq_": Cases(conv, CONV, EVERY, (3, 4, 6, 7, 3, 2, 2)),
     "conv_gram_": Cases(conv_gram, CONV_GRAM, EVERY, (3, 4, 7, 3, 2)),
+    "ghost_norm_": Cases(ghost, GHOST, EVERY, (3, 4, 6, 3, 3)),
     "scale_sq_": Cases(scale, SCALE, WITHOUT_PRODUCTS, (3, 5, 7, True)),
     "embedding_sq_": Cases(embedding, EMBEDDING, WITHOUT_PRODUCTS, (3, 5, 11, 7)),
     "categorical_score_": Cases(score, SCORE, WITHOUT_PRODUCTS, (5, 7)),

@@ -13,7 +13,7 @@ from gpu import calls
 
 from fisherfast import _backend
 
-GROUPS = {"products": ("linear_sq_", "gram_", "conv_sq_", "conv_gram_")}
+GROUPS = {"products": ("linear_sq_", "gram_", "conv_sq_", "conv_gram_", "ghost_norm_")}
 GROUPS["others"] = tuple(op for op in calls.CALLS if op not in GROUPS["products"])
 
 

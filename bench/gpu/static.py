@@ -93,6 +93,10 @@ def work(call: str, arguments: dict[str, tuple[list[int], str]]) -> cost.Cost:
         products = "fp32 as bf16x6" if "T=1" in call.split() and products != "fp64 product" else products  # of squares
     elif op == "conv_sq":
         flops = 2 * size["acc"] * size["g"] // shape["g"][1]
+    elif op == "ghost_norm":
+        T = math.prod(shape["g"][2:])
+        offsets = {"rows": 1, "3x3": 9, "1d": 3, "3d": 27}[call.split()[2]]
+        flops = shape["g"][0] * T * (T + 1) * (shape["g"][1] + shape["x"][1] * offsets)
     elif op in ("gram", "conv_gram"):
         D = shape["acc"][-1]
         rows = size["x"] // shape["x"][-1] if op == "gram" else size["x"] // shape["x"][1]  # a stride takes fewer

@@ -68,9 +68,9 @@ void fold(A* acc, const R* partials, int64_t shares, int64_t D, double scale) {
 }
 
 template <class S>
-void run(GramProblem<S> problem) {
+void run(GramProblem<S> problem, int64_t shares, int64_t threads) {
   using R = compute_t<S>;
-  const int64_t M = problem.layout.M, D = problem.D, shares = shares_of(M, D), threads = threads_for(M * D * D / 2);
+  const int64_t M = problem.layout.M, D = problem.D;
   std::vector<int64_t> pieces;
   for (int64_t row = 0; row < M; row += kDepth) pieces.push_back(row);
   pieces.push_back(M);
@@ -111,11 +111,28 @@ void gram(Tensor acc, Tensor x, double scale, OptionalTensor weight, bool bias, 
     problem.layout = layout;
     problem.row_weight = data_or_null<const float>(weight);
     problem.D = acc.size(0);
-    run(problem);
+    const int64_t M = layout.M, D = problem.D;
+    run(problem, shares_of(M, D), threads_for(M * D * D / 2));
   });
 }
 
 }  // namespace
+
+template <class S>
+void add_gram(const Rows<S>& x, int64_t M, compute_t<S>* out, int64_t threads) {
+  GramProblem<S> problem{};
+  problem.sums = {{out, std::is_same_v<compute_t<S>, double>}, 1.0};
+  problem.x = x;
+  problem.layout = {1, M, M, nullptr};
+  problem.D = x.width;
+  run(problem, 1, threads);
+}
+
+template void add_gram(const Rows<float>&, int64_t, float*, int64_t);
+template void add_gram(const Rows<double>&, int64_t, double*, int64_t);
+template void add_gram(const Rows<BFloat16>&, int64_t, float*, int64_t);
+template void add_gram(const Rows<Half>&, int64_t, float*, int64_t);
+
 }  // namespace fisherfast
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fisherfast_cpp, m) {

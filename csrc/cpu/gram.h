@@ -34,4 +34,8 @@ struct TilePosition {
   }
 };
 
+// out[i,j] += sum_m x[m,i] x[m,j] for j >= i, of M rows; out is [D, D] with D = x.width.
+template <class S>
+void add_gram(const Rows<S>& x, int64_t M, compute_t<S>* out, int64_t threads);
+
 }  // namespace fisherfast

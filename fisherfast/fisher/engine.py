@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -94,10 +95,12 @@ class Engine:
 
     def cost(self, tracked: Tracked, form: Form, rows: Rows) -> Cost:
         """See ``Collector``."""
-        parameter = tracked.parameter
-        unwanted = tracked.name not in self.squares and not ghost.applies(form, rows)
-        scratch = unwanted * parameter.numel() * wide_dtype(parameter.dtype).itemsize
-        return Cost(form.flops(rows, parameter.shape), scratch=scratch)
+        parameter, shape = tracked.parameter, tracked.parameter.shape
+        unwanted = tracked.name not in self.squares
+        by_ghosts = unwanted and not self._fills and ghost.applies(form, rows, shape)
+        room = unwanted and not (by_ghosts and ghost.is_outer(form, rows))
+        scratch = room * parameter.numel() * wide_dtype(parameter.dtype).itemsize
+        return Cost(ghost.flops(form, rows, shape) if by_ghosts else form.flops(rows, shape), scratch=scratch)
 
     # -- one batch
 
@@ -134,10 +137,9 @@ class Engine:
             acc = self._target(self.squares, self._staged_squares, name) if asked else self._scratch_like(tracked.parameter)
             total = self._total(name, scale) if self.totals or self._fills else None
             form.accumulate(acc, rows, scale, weight=self._samples.weight, total=total, sqnorm=sqnorm, flag=flag)
-        elif sqnorm is not None and ghost.applies(form, rows):
-            norms = ghost.squared_norms(rows)
-            flag |= ~norms.isfinite().all()
-            sqnorm += norms
+        elif sqnorm is not None and ghost.applies(form, rows, tracked.parameter.shape):
+            parameter = tracked.parameter
+            ghost.add_norms(sqnorm, form, rows, parameter.shape, flag, partial(self._scratch_like, parameter))
         else:
             form.accumulate(self._scratch_like(tracked.parameter), rows, scale, sqnorm=sqnorm, flag=flag)
 

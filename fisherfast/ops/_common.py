@@ -30,7 +30,7 @@ OUTPUTS = (
 )
 INPUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 ACCUMULATOR_DTYPES = (torch.float32, torch.float64)
-_WRITTEN = ("acc", "out", "drawn", "total", "sqnorm", "flag")
+_WRITTEN = ("acc", "out", "drawn", "total", "sqnorm", "size", "flag")
 
 
 def shape(tensor: Tensor) -> tuple[int, ...]:
