@@ -102,6 +102,12 @@ GFLOP/s count the products on and above the diagonal, `M D (D + 1)`, so plain to
 As above, D = C K K: the symmetric half of what unfolding and multiplying takes. Shifts of an image are shared between pairs of kernel
 offsets, so more than the peak is possible. The product of patches that are unfolded already is the yardstick.
 """,
+    "ghost_norm_": """\
+### `ghost_norm_`
+
+Squared norms alone. GFLOP/s count half of two Gram matrices over positions, `N P (P + 1) (C + O)`, and nothing for offsets of a kernel;
+"by squares" is `linear_sq_` or `conv_sq_` with squares that nobody wants. The gradient of the whole batch is the yardstick.
+""",
 }
 MEMORY = """\
 ### Ops bound by memory

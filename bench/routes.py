@@ -63,6 +63,15 @@ _CONV_GRAM = {  # N, C, H, K, stride: square maps and kernels, padding K // 2
     "resnet-4": (16, 512, 4, 3, 1),
     "resnet-stem": (16, 3, 64, 7, 2),
 }
+_GHOST = {  # N, C, O, H, W, K: maps and square kernels, padding K // 2; K = 1 is a linear layer at H W positions
+    "allcnn-16": (32, 192, 192, 16, 16, 3),
+    "allcnn-widen": (32, 96, 192, 16, 16, 3),
+    "allcnn-8": (32, 192, 192, 8, 8, 3),
+    "decoder-out": (8, 512, 512, 128, 1, 1),
+    "decoder-up": (8, 512, 2048, 128, 1, 1),
+    "decoder-head": (8, 512, 4096, 128, 1, 1),
+    "few-weights": (8, 64, 64, 256, 1, 1),  # where the gradient is formed faster
+}
 _CONV = {  # N, C, O, H, K, stride, groups: square maps and kernels, padding K // 2
     "allcnn-in": (32, 3, 96, 32, 3, 1, 1),
     "allcnn-32": (32, 96, 96, 32, 3, 1, 1),
@@ -271,11 +280,56 @@ def _conv_gram(N: int, C: int, H: int, K: int, stride: int) -> Problem:
     )
 
 
+def _ghost(N: int, C: int, O: int, H: int, W: int, K: int) -> Problem:
+    x, g, padding = torch.randn(N, H * W, C), torch.randn(N, H * W, O), K // 2
+    x, g = (rows.mT if K == 1 else rows.mT.contiguous() for rows in (x, g))  # of images pixels lie side by side
+    x, g = x.unflatten(2, (H, W)), g.unflatten(2, (H, W))
+    scratch = torch.zeros(O, C, K, K)
+
+    def gradient(_: Tensor) -> Tensor:
+        mask = [False, True, False]
+        return torch.ops.aten.convolution_backward(g, x, scratch, None, [1, 1], [padding] * 2, [1, 1], False, [0, 0], 1, mask)[1]
+
+    def patches(x: Tensor) -> Tensor:
+        return torch.nn.functional.unfold(x, K, padding=padding) if K > 1 else x.flatten(2)
+
+    def formed(acc: Tensor, x: Tensor, g: Tensor) -> Tensor:
+        return acc.add_(torch.bmm(g.flatten(2), patches(x).mT).square_().sum((1, 2)))
+
+    def pairs(acc: Tensor) -> Tensor:
+        u, rows = patches(x).mT, g.flatten(2).mT
+        return acc.add_(((u @ u.mT).double() * (rows @ rows.mT)).sum((1, 2)))
+
+    def squared(acc: Tensor) -> None:
+        if K > 1:
+            return ff.ops.conv_sq_(scratch, x, g, sqnorm=acc, padding=(padding, padding))
+        return ff.ops.linear_sq_(scratch.view(O, C), x.flatten(2).mT, g.flatten(2).mT, sqnorm=acc)
+
+    options = {"kernel": (K, K), "padding": (padding, padding)}
+    P = H * W
+    return Problem(
+        shape={"N": N, "C": C, "O": O, "H": H, "W": W, "K": K},
+        routes={
+            **_by_backend(lambda acc: ff.ops.ghost_norm_(acc, x, g, **options)),
+            "by squares": squared,
+            "form the gradients": lambda acc: formed(acc, x, g),
+            "unfold and two bmm": pairs,
+        },
+        plain="form the gradients",
+        yardstick=("dW of the batch", gradient),
+        acc=(N,),
+        oracle=lambda: formed(torch.zeros(N, dtype=torch.float64), x.double(), g.double()),
+        flops=N * P * (P + 1) * (O + C),
+        bytes=4 * (x.numel() + g.numel() + 2 * N),
+    )
+
+
 CASES = {
     "linear_sq_": _LINEAR,
     "conv_sq_": _CONV,
     "gram_": _GRAM,
     "conv_gram_": _CONV_GRAM,
+    "ghost_norm_": _GHOST,
     "scale_sq_": _SCALE,
     "embedding_sq_": _EMBEDDING,
 }
@@ -284,6 +338,7 @@ PROBLEMS: dict[str, Callable[..., Problem]] = {
     "conv_sq_": _conv,
     "gram_": _gram,
     "conv_gram_": _conv_gram,
+    "ghost_norm_": _ghost,
     "scale_sq_": _scale,
     "embedding_sq_": _embedding,
 }

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import fold_, is_raised, long, power_of_two, raise_flag_, zero_sums
+from ._common import architecture, fold_, has_warpgroups, is_raised, long, power_of_two, raise_flag_, zero_sums
 from ._conv import as_rows, digits, geometry_of, image_strides, kernel_offset, largest_index, look
 from ._products import all_chains, dot, end_chain, fold_size, precision
 
@@ -27,9 +27,12 @@ def why_not(sqnorm: Tensor, x: Tensor, g: Tensor, *, kernel=(), stride=(), paddi
     return None
 
 
-def tiles_of(T: int, dtype: torch.dtype) -> dict[str, int]:
+def tiles_of(T: int, dtype: torch.dtype, arch: int) -> dict[str, int]:
     """Tile sizes for pairs of T positions; a pure function."""
-    return {"BLOCK": power_of_two(T, 16, 64 if dtype.itemsize < 8 else 32), "BLOCK_C": 64 // dtype.itemsize, "num_warps": 4}
+    # Of float32 in parts, which all pass through registers before Hopper, a large tile would not fit into them.
+    largest = 64 if dtype.itemsize == 2 or (dtype.itemsize == 4 and has_warpgroups(arch)) else 32
+    BLOCK = power_of_two(T, 16, largest)
+    return {"BLOCK": BLOCK, "BLOCK_C": max(16, 64 // dtype.itemsize), "num_warps": 8 if BLOCK > 32 else 4}
 
 
 @triton.jit
@@ -91,11 +94,7 @@ def _ghost_norm_kernel(
         total, of_g = end_chain(total, of_g, o // BLOCK_C + 1, g_chain)
     of_g = all_chains(total, of_g)
 
-    factor = of_g.to(tl.float64)
-    if row < column:
-        factor *= 2.0
-
-    sqnorm = tl.zeros([BLOCK], tl.float64)
+    sqnorm = tl.full((), 0.0, tl.float64)
     size = sqnorm
     for k in range(K):
         at0, at1, at2 = kernel_offset(k, geometry)
@@ -109,12 +108,13 @@ def _ghost_norm_kernel(
             right = _rows(x, start + q_offset, c + down, C, x_strides[1], q_inside & (q < T))
             of_x = dot(left, right, of_x, PRECISION)
             total, of_x = end_chain(total, of_x, c // BLOCK_C + 1, x_chain)
-        products = factor * all_chains(total, of_x)
-        sqnorm += tl.sum(products, 1)
-        size += tl.sum(tl.abs(products), 1)
+        products = of_g.to(tl.float64) * all_chains(total, of_x).to(tl.float64)
+        sqnorm += tl.sum(products)
+        size += tl.sum(tl.abs(products))
+    twice = tl.where(row < column, 2.0, 1.0)
     out = partial + long(tile) * 2 * N + n
-    tl.store(out, tl.sum(sqnorm, 0))
-    tl.store(out + N, tl.sum(size, 0))
+    tl.store(out, sqnorm * twice)
+    tl.store(out + N, size * twice)
 
 
 def ghost_norm_(
@@ -136,7 +136,7 @@ def ghost_norm_(
         N, O, C, T, K = len(g), g.shape[1], x.shape[1], math.prod(geometry.positions), math.prod(geometry.kernel)
         if 0 in (g.numel(), x.numel()):
             return
-        blocks = tiles_of(T, g.dtype)
+        blocks = tiles_of(T, g.dtype, architecture(g.device))
         tiles = triton.cdiv(T, blocks["BLOCK"])
         partial = torch.zeros(tiles * tiles, 2, N, dtype=torch.float64, device=g.device)  # zeros below the diagonal
         _ghost_norm_kernel[(N * tiles * tiles,)](

@@ -17,6 +17,8 @@
 namespace fisherfast {
 namespace {
 
+constexpr int64_t kMostBytes = int64_t{48} << 20;  // of the Gram matrices of the samples at hand
+
 // Lines are joined where they can be, and where all of a grid's do with gaps between them, to one with a mask.
 template <class R>
 Meetings<R> joined(const std::vector<PositionLine>& lines, int64_t step, bool same_grid) {
@@ -137,10 +139,12 @@ void ghost_norm(Tensor sqnorm, Tensor x, Tensor g, OptionalTensor size, Optional
     const GhostNorm<S> norms{
         {x, geometry.input}, {g, geometry.positions}, meetings_of<compute_t<S>>(geometry), sink_of(sqnorm), sink_of(size)};
     const int64_t N = g.size(0), threads = threads_for(N * norms.gram_size() * (g.size(1) + x.size(1)) / 2);
-    const int64_t workers = N < threads ? 1 : threads, bytes = ceil_div(norms.bytes(), 64) * 64;
+    const int64_t bytes = ceil_div(norms.bytes(), 64) * 64;
+    // Samples are shared out; where they are few, or take much memory, each is.
+    const int64_t workers = N < threads || threads * bytes > kMostBytes ? 1 : threads;
     const SharedScratch memory(workers * bytes);
     std::atomic<int64_t> next{0}, slot{0};
-    torch::stable::parallel_for(0, workers, 1, [&](int64_t, int64_t) {  // samples are shared out, or, if few, each is
+    torch::stable::parallel_for(0, workers, 1, [&](int64_t, int64_t) {
       char* own = static_cast<char*>(memory.data()) + slot++ * bytes;
       for (int64_t n = next++; n < N; n = next++) norms.add(n, own, threads / workers);
     });

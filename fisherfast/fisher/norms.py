@@ -22,13 +22,14 @@ class PerSampleNorm(Request["SampleNorms"]):
     """Ask for the squared norm of every sample's gradient, of the whole model and, ``by_layer=True``, of each layer.
 
     Asked for alone it needs no sums shaped like the parameters: a weight that sees one position per sample needs the norms of
-    x and g only, and what other kernels add up goes to one scratch tensor.
+    x and g only, on the CPU one that sees few the dot products of pairs of positions (``ff.ops.ghost_norm_``), and what other
+    kernels add up goes to one scratch tensor.
 
     Shapes:   the result's ``squared_norms`` [num_samples], in the order in which the samples came.
     Scale:    ``E_y |s_n|^2``, per sample and unweighted; with drawn labels the mean over draws.
     Errors:   NonFiniteError as every run; a batch that does not complete adds no sample.
     Numerics: float32 within a sample's layer (float64 for float64 models), float64 from there on.
-    Source:   Goodfellow 2015 (arXiv:1510.01799).
+    Source:   Goodfellow 2015 (arXiv:1510.01799), Li et al. 2022 (arXiv:2110.05679).
     """
 
     by_layer: bool = False
