@@ -390,6 +390,34 @@ def test_norms_of_a_model_go_by_pairs_where_these_are_fewer(monkeypatch):
     torch.testing.assert_close(stats.result().squared_norms.double(), norms_by_autograd(model, x, targets), rtol=1e-6, atol=0)
 
 
+class Parts(nn.Module):
+    """Weights used in parts, and one stored by heads: each part has its own form."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernel = nn.Parameter(torch.randn(32, 16, 3, 3) / 12)
+        self.packed = nn.Parameter(torch.randn(80, 48) / 7)
+        self.heads = nn.Parameter(torch.randn(4, 40, 12) / 7)
+        self.kernel2 = nn.Parameter(torch.randn(16, 24, 3, 3) / 12)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        few, more = F.conv2d(x, self.kernel[:24], padding=1), F.conv2d(x, self.kernel[24:, :, 1:, :2], padding=1)
+        x = F.conv_transpose2d(F.conv2d(few.tanh(), self.kernel2).tanh(), self.kernel2)
+        rows = torch.cat([x, few], 1).flatten(2).mT
+        one, two = rows @ self.packed[:40].mT, rows @ self.packed[40:].mT
+        heads = torch.einsum("ntd,hdk->nthk", one.tanh() * two, self.heads)
+        return torch.stack([heads.flatten(1).mean(1), more.flatten(1).mean(1), two.flatten(1).mean(1)], 1)
+
+
+def test_parts_of_weights_and_transposed_uses(monkeypatch):
+    calls, model = counted(monkeypatch), Parts().eval()
+    x, targets = torch.randn(4, 16, 6, 6), torch.randint(3, (4,))
+    with ff.collect(model, ff.PerSampleNorm(), fisher_type="empirical") as stats:
+        stats.backward(F.cross_entropy(model(x), targets, reduction="none"))
+    assert len(calls) >= 4, calls
+    torch.testing.assert_close(stats.result().squared_norms.double(), norms_by_autograd(model, x, targets), rtol=1e-6, atol=0)
+
+
 def test_squares_do_not(monkeypatch):
     calls, model = counted(monkeypatch), Layers().eval()
     data = [(torch.randn(5, 16, 6, 6), torch.randint(3, (5,)))]

@@ -9,23 +9,27 @@ for float32, gradients are formed after all.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from operator import itemgetter
 
 from torch import Tensor
 
 from fisherfast._precision import wide
 from fisherfast.ops.ghost_norm import ghost_norm_
-from fisherfast.rules import Convolution, Form, Rows
+from fisherfast.rules import Form, Images, Rows
 
 _MOST_CANCELLED = 32.0  # of the magnitude that is added up to what is left
 _MOST_PIXELS = 2048  # whose Gram matrix takes 16 MiB a thread
+_GEOMETRY = Images._fields[2:]
 _TERM, _APART = 10, 50  # what a pair of positions takes at an offset of a kernel, in multiply-adds; where strides keep them apart
 
 
-def applies(form: Form, rows: Rows, shape: Sequence[int]) -> bool:
+def applies(form: Form, rows: Rows, shape: tuple[int, ...]) -> bool:
     """Whether the norms of a parameter of this shape take fewer operations without the gradients."""
-    return is_outer(form, rows) or _few_pairs(form, rows, shape)
+    if is_outer(form, rows):
+        return True
+    images = form.images(rows, shape)
+    return images is not None and _few_pairs(images)
 
 
 def is_outer(form: Form, rows: Rows) -> bool:
@@ -33,15 +37,17 @@ def is_outer(form: Form, rows: Rows) -> bool:
     return form.op == "linear_sq_" and rows.offsets is None and rows.x is not None and rows.g.shape[1] == 1
 
 
-def flops(form: Form, rows: Rows, shape: Sequence[int]) -> int:
+def flops(form: Form, rows: Rows, shape: tuple[int, ...]) -> int:
     """Of the norms of a parameter of this shape, for which this way ``applies``."""
-    x, g = _images(form, rows)
-    pixels, positions = math.prod(x.shape[2:]), math.prod(g.shape[2:])
-    offsets = math.prod(shape[2:])
-    return len(g) * (pixels**2 * x.shape[1] + positions**2 * (g.shape[1] + 2 * offsets))
+    images = form.images(rows, shape)
+    assert images is not None
+    pixels, positions, offsets = _sizes(images)
+    return rows.num_samples * (pixels**2 * images.x.shape[1] + positions**2 * (images.g.shape[1] + 2 * offsets))
 
 
-def add_norms(sqnorm: Tensor, form: Form, rows: Rows, shape: Sequence[int], flag: Tensor, unwanted: Callable[[], Tensor]) -> None:
+def add_norms(
+    sqnorm: Tensor, form: Form, rows: Rows, shape: tuple[int, ...], flag: Tensor, unwanted: Callable[[], Tensor]
+) -> None:
     """``sqnorm[n] += |sample gradient|^2`` of a parameter of this shape; ``unwanted``: where an op may add squares, if it has to.
 
     Shapes:   sqnorm [N]; flag [1], set where something is not finite, and then nothing is added.
@@ -53,8 +59,11 @@ def add_norms(sqnorm: Tensor, form: Form, rows: Rows, shape: Sequence[int], flag
         norms = _outer_norms(rows)
         flag |= ~norms.isfinite().all()
     else:
+        images = form.images(rows, shape)
+        assert images is not None
+        x, g, *geometry = images
         norms, size = sqnorm.new_zeros(2, len(sqnorm))
-        ghost_norm_(norms, *_images(form, rows), size=size, flag=flag, **_geometry(form, shape))
+        ghost_norm_(norms, x, g, size=size, flag=flag, **dict(zip(_GEOMETRY, geometry, strict=True)))
         cancelled = ~(size <= _MOST_CANCELLED * norms)
         if cancelled.any():
             again = sqnorm.new_zeros(int(cancelled.sum()))
@@ -68,26 +77,16 @@ def _outer_norms(rows: Rows) -> Tensor:
     return wide(rows.g[:, 0]).square().sum(1) * wide(rows.inputs[:, 0]).square().sum(1)
 
 
-def _few_pairs(form: Form, rows: Rows, shape: Sequence[int]) -> bool:
-    if form.op not in ("linear_sq_", "conv_sq_") or rows.offsets is not None or rows.x is None:
+def _few_pairs(images: Images) -> bool:
+    x, g = images.x, images.g
+    if g.device.type != "cpu" or 0 in x.shape or 0 in g.shape:  # on a GPU nothing was measured
         return False
-    if rows.g.device.type != "cpu" or 0 in rows.g.shape or 0 in rows.x.shape:  # on a GPU nothing was measured
-        return False
-    if isinstance(form, Convolution) and form.groups != 1:
-        return False
-    x, g = _images(form, rows)
-    pixels, positions, offsets = math.prod(x.shape[2:]), math.prod(g.shape[2:]), math.prod(shape[2:])
-    term = _TERM if max(_geometry(form, shape).get("stride", (1,))) == 1 else _APART
+    pixels, positions, offsets = _sizes(images)
+    term = _APART if max(images.stride, default=1) > 1 else _TERM
     pairs = (pixels**2 * x.shape[1] + positions**2 * (g.shape[1] + offsets * term)) / 2
     return max(pixels, positions) <= _MOST_PIXELS and pairs < positions * g.shape[1] * x.shape[1] * offsets
 
 
-def _images(form: Form, rows: Rows) -> tuple[Tensor, Tensor]:
-    """X ``[N, C, *S]`` and g ``[N, O, *P]``."""
-    return (rows.inputs, rows.g) if isinstance(form, Convolution) else (rows.inputs.mT, rows.g.mT)
-
-
-def _geometry(form: Form, shape: Sequence[int]) -> dict[str, Sequence[int]]:
-    if not isinstance(form, Convolution):
-        return {}
-    return {"kernel": shape[2:], "stride": form.stride, "padding": form.padding, "dilation": form.dilation}
+def _sizes(images: Images) -> tuple[int, int, int]:
+    """How many pixels, positions and offsets of the kernel there are."""
+    return math.prod(images.x.shape[2:]), math.prod(images.g.shape[2:]), math.prod(images.kernel)

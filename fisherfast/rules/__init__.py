@@ -11,7 +11,7 @@ from fisherfast.rules.convolution import Convolution
 from fisherfast.rules.decompositions import DECOMPOSITIONS
 from fisherfast.rules.forms import Elementwise, Form, Lookup, MatMul, Part, part
 from fisherfast.rules.joining import Tied, combines, joined
-from fisherfast.rules.rows import Rows
+from fisherfast.rules.rows import Images, Rows
 from fisherfast.rules.table import RULES, Use, rule
 from fisherfast.rules.windows import ALL, Entries, Window
 
@@ -23,6 +23,7 @@ __all__ = [
     "Elementwise",
     "Entries",
     "Form",
+    "Images",
     "Lookup",
     "MatMul",
     "Part",

@@ -15,7 +15,7 @@ from torch import Tensor
 from fisherfast.ops import _conv as conv
 from fisherfast.ops.conv_sq import conv_sq_
 from fisherfast.rules.forms import Form
-from fisherfast.rules.rows import Rows, merged
+from fisherfast.rules.rows import Images, Rows, merged
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,12 @@ class Convolution(Form):
     def flops(self, rows: Rows, shape: tuple[int, ...]) -> int:
         """See ``Form``."""
         return 2 * rows.g.numel() * math.prod(shape[1:])
+
+    def images(self, rows: Rows, shape: tuple[int, ...]) -> Images | None:
+        """See ``Form``."""
+        if rows.offsets is not None or self.groups != 1:
+            return None
+        return Images(rows.inputs, rows.g, tuple(shape[2:]), self.stride, self.padding, self.dilation)
 
     def accumulate(self, acc: Tensor, rows: Rows, scale: float, **outputs: Tensor | None) -> None:
         """See ``Form``."""

@@ -24,7 +24,7 @@ from fisherfast._precision import wide
 from fisherfast.ops.embedding_sq import embedding_sq_
 from fisherfast.ops.linear_sq import linear_sq_
 from fisherfast.ops.scale_sq import scale_sq_
-from fisherfast.rules.rows import Rows, merged
+from fisherfast.rules.rows import Images, Rows, merged
 from fisherfast.rules.windows import Window
 
 
@@ -73,6 +73,10 @@ class Form:
     def flops(self, rows: Rows, shape: tuple[int, ...]) -> int:
         """What the op takes for oriented rows of a parameter of this shape."""
         return 2 * rows.g.numel()
+
+    def images(self, rows: Rows, shape: tuple[int, ...]) -> Images | None:
+        """Oriented rows as those of a convolution, of which a product of matrices is one, or None where they are not."""
+        return None
 
     def accumulate(self, acc: Tensor, rows: Rows, scale: float, **outputs: Tensor | None) -> None:
         """Add ``scale * sum_n w_n (sample gradient)^2`` of oriented rows into ``acc``; ``outputs`` as for the ops."""
@@ -129,6 +133,10 @@ class MatMul(Form):
     def flops(self, rows: Rows, shape: tuple[int, ...]) -> int:
         """See ``Form``."""
         return 2 * rows.g.numel() * rows.inputs.shape[-1]
+
+    def images(self, rows: Rows, shape: tuple[int, ...]) -> Images | None:
+        """See ``Form``: features are the channels of images with one axis."""
+        return Images(rows.inputs.mT, rows.g.mT) if rows.offsets is None else None
 
     def accumulate(self, acc: Tensor, rows: Rows, scale: float, **outputs: Tensor | None) -> None:
         """See ``Form``."""
@@ -251,6 +259,10 @@ class Part(Form):
     def flops(self, rows: Rows, shape: tuple[int, ...]) -> int:
         """See ``Form``."""
         return self.form.flops(rows, self.window.used_shape)
+
+    def images(self, rows: Rows, shape: tuple[int, ...]) -> Images | None:
+        """See ``Form``."""
+        return self.form.images(rows, self.window.used_shape)
 
     def accumulate(self, acc: Tensor, rows: Rows, scale: float, **outputs: Tensor | None) -> None:
         """See ``Form``: where the part does not lie in one piece, by way of a tensor that does."""

@@ -77,6 +77,17 @@ class Rows(NamedTuple):
         return self.each(lambda rows: rows[alive], counts)
 
 
+class Images(NamedTuple):
+    """Rows of a convolution without groups: x ``[N, C, *S]``, g ``[N, O, *P]``, and how positions meet pixels; empty for one pixel each."""
+
+    x: Tensor
+    g: Tensor
+    kernel: tuple[int, ...] = ()
+    stride: tuple[int, ...] = ()
+    padding: tuple[int, ...] = ()
+    dilation: tuple[int, ...] = ()
+
+
 def _nothing(N: int, like: Tensor) -> Tensor:
     return torch.zeros(N + 1, dtype=torch.int64, device=like.device)
 
