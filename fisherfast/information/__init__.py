@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The estimators: what a Fisher says about the information a network holds. Each needs only the Fisher protocol."""
 
+from fisherfast.information._network import Weights
 from fisherfast.information._prior import checked_scale as checked_prior_scale
-from fisherfast.information._weights import Weights
 from fisherfast.information.activation_noise import ActivationNoise, activation_noise
 from fisherfast.information.compare import Comparison, LayerDifference, compare
 from fisherfast.information.complexity import Complexity, measured_complexity, task_complexity

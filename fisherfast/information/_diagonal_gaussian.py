@@ -14,8 +14,8 @@ from fisherfast._names import listed
 from fisherfast._precision import wide_dtype
 from fisherfast.fisher.protocol import names_by_layer
 from fisherfast.information import _prior, _series
+from fisherfast.information._network import Weights, tensors
 from fisherfast.information._prior import PriorScale
-from fisherfast.information._weights import Weights, tensors
 
 _START = 0.1  # the first std, in units of the weights or the prior, whichever is smaller
 

@@ -15,8 +15,8 @@ from fisherfast import _checks
 from fisherfast.data.batches import Output
 from fisherfast.data.readings import check_rereadable
 from fisherfast.fisher import Fisher
+from fisherfast.information._network import Weights
 from fisherfast.information._prior import PriorScale
-from fisherfast.information._weights import Weights
 from fisherfast.information.expected_loss import likelihood_beside, loss_under_noise, mean_loss
 from fisherfast.information.posterior import GaussianPosterior, Posterior
 from fisherfast.information.result import Information

@@ -15,7 +15,7 @@ from fisherfast.data.batches import IGNORED, Output
 from fisherfast.data.readings import check_rereadable
 from fisherfast.fisher.lanczos import Estimate
 from fisherfast.information._losses import Loss, SampleLosses
-from fisherfast.information._weights import tensors
+from fisherfast.information._network import tensors
 from fisherfast.information.posterior import GaussianPosterior
 from fisherfast.likelihood import Likelihood, beside
 

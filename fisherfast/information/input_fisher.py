@@ -17,8 +17,8 @@ from fisherfast.fisher import Fisher
 from fisherfast.information import nuisances
 from fisherfast.information._activation import Activation, Jacobians
 from fisherfast.information._channel import Channel, Whitening
+from fisherfast.information._network import VARIANTS
 from fisherfast.information._prior import PriorScale
-from fisherfast.information._weights import VARIANTS
 from fisherfast.information.activation_noise import covariance
 
 TERMS = ("mean", "both")

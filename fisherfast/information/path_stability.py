@@ -17,7 +17,7 @@ from torch import Tensor
 from fisherfast import _checks
 from fisherfast.fisher import Fisher
 from fisherfast.information import _arguments, _conditions
-from fisherfast.information._weights import Weights, tensors
+from fisherfast.information._network import Weights, tensors
 
 _CALLER = "path_stability"
 

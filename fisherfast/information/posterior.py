@@ -15,8 +15,8 @@ from fisherfast import _checks
 from fisherfast._names import listed
 from fisherfast._precision import wide, wide_dtype
 from fisherfast.fisher import Fisher
+from fisherfast.information._network import Weights, tensors
 from fisherfast.information._prior import PriorScale
-from fisherfast.information._weights import Weights, tensors
 from fisherfast.information.result import Information
 from fisherfast.information.weights import information_at_betas
 

@@ -13,8 +13,8 @@ import torch
 from fisherfast.data.batches import Output
 from fisherfast.fisher import Fisher
 from fisherfast.information import _arguments
+from fisherfast.information._network import Weights
 from fisherfast.information._prior import PriorScale
-from fisherfast.information._weights import Weights
 from fisherfast.information.complexity import Complexity, LossSource
 from fisherfast.likelihood import Likelihood
 

@@ -14,7 +14,7 @@ from fisherfast import _checks
 from fisherfast._names import listed
 from fisherfast.fisher import Fisher
 from fisherfast.information import _arguments, _conditions
-from fisherfast.information._weights import VARIANTS
+from fisherfast.information._network import VARIANTS
 
 _CALLER = "shannon_from_stability"
 _SINGULAR = 1e-13  # of the largest eigenvalue, at unit diagonal: rounding of a sum of many products in float64

@@ -24,8 +24,8 @@ from fisherfast.information import _arguments, _prior
 from fisherfast.information._diagonal_gaussian import DiagonalGaussian
 from fisherfast.information._local_noise import LocalNoise
 from fisherfast.information._losses import SampleLosses
+from fisherfast.information._network import Weights
 from fisherfast.information._prior import PriorScale
-from fisherfast.information._weights import Weights
 from fisherfast.information.posterior import GaussianPosterior
 from fisherfast.likelihood import Likelihood, stored_name
 

@@ -21,8 +21,8 @@ from fisherfast._names import listed
 from fisherfast._warning import warn
 from fisherfast.fisher import Fisher, LayerSummary, Spectrum
 from fisherfast.information import _arguments, _prior, _series
+from fisherfast.information._network import VARIANTS, Weights, tensors
 from fisherfast.information._prior import PriorScale
-from fisherfast.information._weights import VARIANTS, Weights, tensors
 from fisherfast.information.result import Information, LayerInformation
 
 
