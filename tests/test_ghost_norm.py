@@ -418,6 +418,21 @@ def test_parts_of_weights_and_transposed_uses(monkeypatch):
     torch.testing.assert_close(stats.result().squared_norms.double(), norms_by_autograd(model, x, targets), rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("length", [1, 9])
+def test_of_padded_samples_whatever_takes_fewer_operations(monkeypatch, length):
+    """Pairs of all 12 positions, or the squares of the rows that have a gradient: one of 12, or nine."""
+    calls, model = counted(monkeypatch), nn.Linear(40, 48)
+    x, targets = torch.randn(4, 12, 40), torch.randint(48, (4, 12))
+    targets[:, length:] = -100
+    norms = ff.fisher(model, [(x, targets)], ff.PerSampleNorm(), fisher_type="empirical", progress=False).squared_norms
+    assert bool(calls) == (length == 9)
+    model = model.double()
+    for n in range(4):
+        loss = F.cross_entropy(model(x[n].double()), targets[n], reduction="sum")
+        expected = sum(g.square().sum() for g in torch.autograd.grad(loss, list(model.parameters())))
+        torch.testing.assert_close(norms[n], expected, rtol=1e-6, atol=0)
+
+
 def test_squares_do_not(monkeypatch):
     calls, model = counted(monkeypatch), Layers().eval()
     data = [(torch.randn(5, 16, 6, 6), torch.randint(3, (5,)))]

@@ -96,9 +96,8 @@ class Engine:
     def cost(self, tracked: Tracked, form: Form, rows: Rows) -> Cost:
         """See ``Collector``."""
         parameter, shape = tracked.parameter, tracked.parameter.shape
-        unwanted = tracked.name not in self.squares
-        by_ghosts = unwanted and not self._fills and ghost.applies(form, rows, shape)
-        room = unwanted and not (by_ghosts and ghost.is_outer(form, rows))
+        by_ghosts = self._by_ghosts(tracked, form, rows)
+        room = tracked.name not in self.squares and not (by_ghosts and ghost.is_outer(form, rows))
         scratch = room * parameter.numel() * wide_dtype(parameter.dtype).itemsize
         return Cost(ghost.flops(form, rows, shape) if by_ghosts else form.flops(rows, shape), scratch=scratch)
 
@@ -125,10 +124,21 @@ class Engine:
     def add(self, tracked: Tracked, form: Form, rows: Rows, scale: float, number: int) -> None:
         """See ``Collector``."""
         if self._samples.sparse and form.op == "linear_sq_" and rows.g.shape[-2] > 1:
-            rows = rows.without_zeros()
+            rows = self._without_zeros(tracked, form, rows)
         name, flag, sqnorm = tracked.name, self._flag[tracked.name], self.values.target(tracked.name, scale)
         self._accumulate(tracked, form, rows, scale, sqnorm, flag)
         self._touched[name] = None  # afterwards, so that what fails has no weight
+
+    def _without_zeros(self, tracked: Tracked, form: Form, rows: Rows) -> Rows:
+        """Rows of the positions that have a gradient, unless pairs of all positions take fewer operations."""
+        packed, shape = rows.without_zeros(), tracked.parameter.shape
+        pairs = self._by_ghosts(tracked, form, rows) and ghost.flops(form, rows, shape) < form.flops(packed, shape)
+        return rows if pairs else packed
+
+    def _by_ghosts(self, tracked: Tracked, form: Form, rows: Rows) -> bool:
+        """Whether norms alone are asked for, and take fewer operations without the gradients."""
+        alone = tracked.name not in self.squares and not self._fills
+        return alone and ghost.applies(form, rows, tracked.parameter.shape)
 
     def _accumulate(self, tracked: Tracked, form: Form, rows: Rows, scale: float, sqnorm: Tensor | None, flag: Tensor) -> None:
         name = tracked.name
@@ -137,7 +147,7 @@ class Engine:
             acc = self._target(self.squares, self._staged_squares, name) if asked else self._scratch_like(tracked.parameter)
             total = self._total(name, scale) if self.totals or self._fills else None
             form.accumulate(acc, rows, scale, weight=self._samples.weight, total=total, sqnorm=sqnorm, flag=flag)
-        elif sqnorm is not None and ghost.applies(form, rows, tracked.parameter.shape):
+        elif sqnorm is not None and self._by_ghosts(tracked, form, rows):
             parameter = tracked.parameter
             ghost.add_norms(sqnorm, form, rows, parameter.shape, flag, partial(self._scratch_like, parameter))
         else:
