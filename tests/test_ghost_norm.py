@@ -21,11 +21,12 @@ from gate import passes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from op_cases import NONFINITE, error
-from targets import DEVICES, ISAS, every_dtype
+from targets import DEVICES, ISAS, SHORT, every_dtype
 from torch import nn
 
 import fisherfast as ff
 from fisherfast import _backend
+from fisherfast.rules import Convolution, MatMul, Rows
 
 OP = "ghost_norm_"
 ghost = importlib.import_module("fisherfast.fisher.ghost")
@@ -344,6 +345,36 @@ def test_rejects(message):
     with pytest.raises(kind) as caught:
         ff.ops.ghost_norm_(*args, **keywords)
     assert str(caught.value).startswith("ghost_norm_: ") and message in str(caught.value)
+
+
+# ---- of one position
+
+ONE = torch.randn(5, 1, 37), torch.randn(5, 1, 41)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=SHORT.get)
+def test_outer_products(dtype):
+    rows, flag = Rows(*(one.to(dtype) for one in ONE)), torch.zeros(1, dtype=torch.int32)
+    assert ghost.is_outer(MatMul(), rows) and ghost.applies(MatMul(), rows, (41, 37))
+    expected = (rows.g.double().mT @ rows.inputs.double()).square().sum((1, 2))
+    norms = torch.zeros(5, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    ghost.add_norms(norms, MatMul(), rows, (41, 37), flag, nothing)
+    assert (norms.double() / expected - 1).abs().max() <= (1e-12 if dtype == torch.float64 else 1e-6) and flag.item() == 0
+
+
+def nothing() -> torch.Tensor:
+    raise AssertionError("squares are not needed")
+
+
+def test_what_ghosts_do_not_take():
+    T9, packed = torch.randn(2, 9, 4), torch.randn(9, 4)
+    assert not ghost.applies(MatMul(), Rows(T9, T9), (4, 4))  # 81 pairs, 16 weights
+    assert not ghost.applies(MatMul(), Rows(packed, packed, torch.tensor([0, 9])), (4, 4))
+    images = torch.randn(2, 8, 3, 3)
+    convolution = Convolution(stride=(1, 1), padding=(1, 1), dilation=(1, 1))
+    assert ghost.applies(convolution, Rows(images, images), (8, 8, 3, 3))
+    assert not ghost.applies(replace(convolution, groups=2), Rows(images, images), (8, 4, 3, 3))
+    assert not ghost.applies(convolution, Rows(images[:0], images[:0]), (8, 8, 3, 3))
 
 
 # ---- where norms go by pairs of positions

@@ -24,6 +24,7 @@ from fisherfast.kernels import (  # noqa: E402
     conv_gram,
     conv_sq,
     embedding_sq,
+    ghost_norm,
     gram,
     kron_log1p_sum,
     linear_sq,
@@ -102,9 +103,16 @@ def test_what_autotuning_may_choose_does_not_spill(target, report):
 def test_matrix_units_are_used(compiled):
     target, rows = compiled
     # "small" and "groups" fill no more than Ampere's instructions.
-    kernels = ("_linear_sq_kernel", "_linear_sq_flat_kernel", "_conv_sq_kernel", "_gram_kernel", "_conv_gram_kernel")
+    kernels = (
+        "_linear_sq_kernel",
+        "_linear_sq_flat_kernel",
+        "_conv_sq_kernel",
+        "_gram_kernel",
+        "_conv_gram_kernel",
+        "_ghost_norm_kernel",
+    )
     gemms = [r for r in rows if r["kernel"] in kernels and r["call"].split()[2] not in ("small", "groups", "depthwise")]
-    assert len(gemms) >= 13 + 20 + 17 + 17
+    assert len(gemms) >= 13 + 20 + 17 + 17 + 11
     used = [(r["call"], sorted({machine_code.base(name) for name in r["matrix"]})) for r in gemms]
     wrong = [(call, found) for call, found in used if found != MATRIX[target][call.split()[1]]]
     assert wrong == []
@@ -117,7 +125,7 @@ def test_every_kernel_is_compiled(compiled):
         name
         for file in (
             *(_common, _squares, categorical_score, conv_gram, conv_sq, gram, linear_sq, scale_sq, embedding_sq),
-            *(log1p_sum, kron_log1p_sum),
+            *(ghost_norm, log1p_sum, kron_log1p_sum),
         )
         for name in vars(file)
         if name.endswith("_kernel")

@@ -12,7 +12,6 @@ from torch import nn
 import fisherfast as ff
 from fisherfast.capture.capture import Capture
 from fisherfast.capture.collector import Samples
-from fisherfast.fisher import ghost
 from fisherfast.fisher.engine import Engine
 from fisherfast.fisher.spread import Spread
 from fisherfast.rules import MatMul, Rows
@@ -131,21 +130,3 @@ def test_a_copy_of_a_spread_goes_on_by_itself(weight):
     before = spread.add(t, weight).stderr()
     assert spread.copy().add(2 * t, weight).stderr() != before
     assert spread.stderr() == before
-
-
-# -- ghost norms
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-def test_ghost_norms(dtype):
-    rows = Rows(torch.randn(5, 1, 37).to(dtype), torch.randn(5, 1, 41).to(dtype))
-    assert ghost.applies(MatMul(), rows)
-    expected = (rows.g.double().mT @ rows.x.double()).square().sum((1, 2))
-    result = ghost.squared_norms(rows)
-    assert result.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-    assert close(result.double(), expected, 1e-12 if dtype == torch.float64 else 1e-6)
-
-
-def test_ghost_norms_of_one_position_only():
-    assert not ghost.applies(MatMul(), Rows(torch.randn(2, 9, 4), torch.randn(2, 9, 4)))
-    assert not ghost.applies(MatMul(), Rows(torch.randn(9, 4), torch.randn(9, 4), torch.tensor([0, 9])))
