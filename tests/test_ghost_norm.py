@@ -11,7 +11,6 @@ import importlib
 import itertools
 import math
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import pytest
 import torch
@@ -20,7 +19,7 @@ from conv_cases import LAYOUTS, Geometry
 from gate import passes
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from op_cases import NONFINITE, error
+from op_cases import NONFINITE, Target, error
 from targets import DEVICES, ISAS, SHORT, every_dtype
 from torch import nn
 
@@ -32,21 +31,7 @@ OP = "ghost_norm_"
 ghost = importlib.import_module("fisherfast.fisher.ghost")
 
 
-class Target(NamedTuple):
-    """Where the op runs."""
-
-    backend: str
-    device: str
-
-    @property
-    def emulated(self) -> bool:
-        return self.backend == "triton" and self.device == "cpu"
-
-    def __str__(self) -> str:
-        return self.backend if self.device == "cpu" else f"{self.backend}@{self.device}"
-
-
-TARGETS = [Target(backend, device) for device in DEVICES for backend in _backend.OPS[OP].usable(device)]
+TARGETS = [Target(OP, backend, device) for device in DEVICES for backend in _backend.OPS[OP].usable(device)]
 every_target = pytest.mark.parametrize("target", TARGETS, ids=str)
 
 
@@ -217,7 +202,10 @@ def test_absent_options(target):
 @given(data=st.data())
 def test_any_geometry_is_exact(target, data):
     axes = data.draw(st.integers(1, 3))
-    each = lambda low, high: tuple(data.draw(st.lists(st.integers(low, high), min_size=axes, max_size=axes)))  # noqa: E731
+
+    def each(low: int, high: int) -> tuple[int, ...]:
+        return tuple(data.draw(st.lists(st.integers(low, high), min_size=axes, max_size=axes)))
+
     N, C, O = (data.draw(st.integers(0, 4)) for _ in range(3))
     S, K, stride, before, dilation = each(1, 8), each(1, 4), each(1, 3), each(-2, 3), each(1, 3)
     shape = Geometry(N, C, O, S, K, stride, before, before, dilation)
@@ -269,7 +257,7 @@ def test_repeats_bitwise(target):
 @pytest.mark.parametrize("isa", ISAS)
 @every_dtype
 def test_every_instruction_set_is_exact_for_any_number_of_threads(isa, dtype):
-    target = Target("cpu", "cpu")
+    target = Target(OP, "cpu", "cpu")
     if target not in TARGETS:
         pytest.skip("fisherfast._C is not built")
     force = torch.ops.fisherfast_cpp.cpu_isa
@@ -485,6 +473,22 @@ def test_samples_whose_terms_cancel_are_squared_after_all(monkeypatch, cancelled
     for n in range(3):
         assert passes(error(mine[n], oracle[n]), error(plain[n], oracle[n]))
     assert error(pairs(x, g)[:cancelled], oracle[:cancelled]) > 1e-4  # what would have come out
+
+
+@pytest.mark.parametrize("left", [0.3, 0.6, 1.0])
+@pytest.mark.parametrize(("T", "I", "O"), [(16, 64, 48), (64, 512, 256), (8, 30, 30), (36, 192, 192)])
+def test_whatever_cancels_norms_are_as_exact_as_squares(T, I, O, left):
+    """Inputs that are nearly one, whose output gradients cancel to a part: on both sides of where gradients are formed."""
+    layer, mine, plain = nn.Linear(I, O, bias=False), 0.0, 0.0
+    for _ in range(6):
+        x, g = 0.2 * torch.randn(8, T, I) + torch.randn(8, 1, I), torch.randn(8, T, O)
+        g -= (1 - left) * g.mean(1, keepdim=True)
+        with ff.collect(layer, ff.PerSampleNorm(), fisher_type="empirical") as stats:
+            stats.backward((layer(x) * g).flatten(1).sum(1))
+        oracle, float32 = ((g.to(t).mT @ x.to(t)).square().sum((1, 2)) for t in (torch.float64, torch.float32))
+        mine = max(mine, float((stats.result().squared_norms / oracle - 1).abs().max()))
+        plain = max(plain, float((float32 / oracle - 1).abs().max()))
+    assert passes(mine, plain), f"error {mine:.2e}, plain torch {plain:.2e}"
 
 
 def pairs(x: torch.Tensor, g: torch.Tensor) -> torch.Tensor:

@@ -73,7 +73,7 @@ def ghost_norm_(
     Errors:   ValueError for shapes, strides, devices or geometry that do not fit; TypeError for dtypes; BackendError when
               a forced backend cannot run the call.
     Numerics: dot products in float32 (float64 for float64 inputs) in short chains, their products added up in float64. The terms
-              cancel: where size / sqnorm is below 32, the error is at most twice that of the gradient formed and squared in
+              cancel: where size / sqnorm is at most 4, the error is at most twice that of the gradient formed and squared in
               float32; beyond, form the gradient (``linear_sq_``, ``conv_sq_``). Repeats bit by bit.
     Source:   Li et al. 2022 (arXiv:2110.05679), section 4; of convolutions Bu et al. 2022 (arXiv:2205.10683), there unfolded.
     """
