@@ -475,13 +475,13 @@ def test_samples_whose_terms_cancel_are_squared_after_all(monkeypatch, cancelled
     assert error(pairs(x, g)[:cancelled], oracle[:cancelled]) > 1e-4  # what would have come out
 
 
-@pytest.mark.parametrize("left", [0.3, 0.6, 1.0])
+@pytest.mark.parametrize("left", [0.3, 0.5, 0.8])
 @pytest.mark.parametrize(("T", "I", "O"), [(16, 64, 48), (64, 512, 256), (8, 30, 30), (36, 192, 192)])
 def test_whatever_cancels_norms_are_as_exact_as_squares(T, I, O, left):
     """Inputs that are nearly one, whose output gradients cancel to a part: on both sides of where gradients are formed."""
     layer, mine, plain = nn.Linear(I, O, bias=False), 0.0, 0.0
     for _ in range(6):
-        x, g = 0.2 * torch.randn(8, T, I) + torch.randn(8, 1, I), torch.randn(8, T, O)
+        x, g = 0.05 * torch.randn(8, T, I) + torch.randn(8, 1, I), torch.randn(8, T, O)
         g -= (1 - left) * g.mean(1, keepdim=True)
         with ff.collect(layer, ff.PerSampleNorm(), fisher_type="empirical") as stats:
             stats.backward((layer(x) * g).flatten(1).sum(1))

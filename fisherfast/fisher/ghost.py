@@ -18,9 +18,7 @@ from fisherfast._precision import wide
 from fisherfast.ops.ghost_norm import ghost_norm_
 from fisherfast.rules import Form, Images, Rows
 
-_MOST_CANCELLED = (
-    4.0  # the magnitude that is added up, of what is left: beyond, float32 Gram matrices are less exact than squares
-)
+_MOST_CANCELLED = 4.0  # of what is left: where more was added up, float32 is less exact than squares
 _MOST_PIXELS = 2048  # whose Gram matrix takes 16 MiB a thread
 _GEOMETRY = Images._fields[2:]
 _TERM, _APART = 10, 50  # what a pair of positions takes at an offset of a kernel, in multiply-adds; where strides keep them apart
