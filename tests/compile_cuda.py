@@ -53,23 +53,28 @@ def setup_flags() -> list[str]:
     return [*names["NVCC"], names["SM90A"]]
 
 
-def compile_file(source: Path, folder: Path, architectures: Sequence[str]) -> tuple[Path, str]:
-    """The object file and what the compiler said."""
+def compiler_flags(architectures: Sequence[str]) -> list[str]:
+    """What nvcc is given for every file: setup.py's flags, torch's, the architectures, the folders of headers."""
     from torch.utils.cpp_extension import COMMON_NVCC_FLAGS, include_paths
 
-    target = folder / f"{source.stem}.o"
-    includes = [f"-I{path}" for path in (str(ROOT / "csrc"), *include_paths("cpu"))]
     targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in architectures]
-    flags = [*setup_flags(), *COMMON_NVCC_FLAGS, "--compiler-options", "-fPIC", "-Xptxas", "-v", *targets]
-    run = subprocess.run(["nvcc", "-c", str(source), "-o", str(target), *flags, *includes], capture_output=True, text=True)
+    includes = [f"-I{path}" for path in (str(ROOT / "csrc"), *include_paths("cpu"))]
+    return [*setup_flags(), *COMMON_NVCC_FLAGS, "--compiler-options", "-fPIC", "-Xptxas", "-v", *targets, *includes]
+
+
+def compile_file(source: Path, folder: Path, flags: Sequence[str]) -> tuple[Path, str]:
+    """The object file and what the compiler said."""
+    target = folder / f"{source.stem}.o"
+    run = subprocess.run(["nvcc", "-c", str(source), "-o", str(target), *flags], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     return target, run.stderr
 
 
 def compile_all(folder: Path, architectures: Sequence[str] = ARCHITECTURES) -> dict[str, tuple[Path, str]]:
     """``{file name: (object file, what the compiler said)}``, two files at a time."""
+    flags = compiler_flags(architectures)  # before the threads: Python 3.11 may fail when two parse at once
     with ThreadPoolExecutor(2) as pool:
-        results = pool.map(lambda source: compile_file(source, folder, architectures), SOURCES)
+        results = pool.map(lambda source: compile_file(source, folder, flags), SOURCES)
     return dict(zip((source.name for source in SOURCES), results, strict=True))
 
 
