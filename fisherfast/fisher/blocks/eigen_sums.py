@@ -33,6 +33,7 @@ from fisherfast.ops.scale_sq import scale_sq_
 from fisherfast.rules import Convolution, Form, Lookup, MatMul, Rows
 
 _CHUNK_BYTES = 2**24
+_LINE = 16  # float32 numbers of a cache line
 
 
 class Order(enum.Enum):
@@ -200,7 +201,7 @@ class EigenSums(WeightSums):
         gradients = self._gradients(rows)
         n, G, O, D = gradients.shape
         if U is not None:
-            gradients = (gradients.view(-1, D) @ U[0]).view(n, 1, O, -1) if G == 1 else gradients @ U
+            gradients = _turned(gradients, U[0]) if G == 1 else gradients @ U
         for k, values in enumerate(acc):
             if V is None:
                 scale_sq_(values.view(-1), None, gradients[:, k].reshape(n, 1, -1), scale, **options)
@@ -215,11 +216,12 @@ class _OfMatrix(EigenSums):
     def _add_rows(self, acc: Tensor, rows: Rows, scale: float, weight: Tensor | None) -> None:
         x = rows.inputs
         if self.U is not None:
-            x = x @ self.U[0, :-1] + self.U[0, -1] if self.place.bias is not None else x @ self.U[0]
+            U = self.U[0]
+            x = _turned(x, U) if self.place.bias is None else _turned(x, U[:-1]).add_(U[-1])
         linear_sq_(acc[0], x, self._turned(rows.g), scale, weight=weight, offsets=rows.offsets, flag=self.values.flag)
 
     def _turned(self, g: Tensor) -> Tensor:
-        return g if self.V is None else g @ self.V[0]
+        return g if self.V is None else _turned(g, self.V[0])
 
     def _gradients(self, rows: Rows) -> Tensor:
         gradients = rows.g.new_empty(len(rows.g), 1, rows.g.shape[2], self._sides[1][0])
@@ -255,7 +257,7 @@ class _OfTable(EigenSums):
 
     def _add_rows(self, acc: Tensor, rows: Rows, scale: float, weight: Tensor | None) -> None:
         assert isinstance(self.form, Lookup)
-        g = rows.g if self.V is None else rows.g @ self.V[0]
+        g = rows.g if self.V is None else _turned(rows.g, self.V[0])
         options = {"weight": weight, "offsets": rows.offsets, "flag": self.values.flag}
         embedding_sq_(acc[0], rows.inputs.squeeze(-1), g, scale, padding_idx=self.form.padding_idx, **options)
 
@@ -316,6 +318,13 @@ class _OfImages(EigenSums):
             sums = images if rows.offsets is None else torch.segment_reduce(images, "sum", offsets=rows.offsets)
             gradients[..., -1] = sums.view(gradients.shape[:-1])
         return gradients
+
+
+def _turned(rows: Tensor, basis: Tensor) -> Tensor:
+    """``rows @ basis``, ``[..., r]``, in rows that begin at cache lines: others BLAS writes up to a third slower."""
+    r = basis.shape[1]
+    out = rows.new_empty(math.prod(rows.shape[:-1]), -(-r // _LINE) * _LINE)[:, :r]
+    return torch.mm(rows.flatten(0, -2), basis, out=out).unflatten(0, rows.shape[:-1])
 
 
 def _cheapest(products: dict[Order, int]) -> Order:
