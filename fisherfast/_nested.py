@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import Tensor
@@ -12,14 +12,18 @@ from torch import Tensor
 def tensors(*trees: Any) -> list[Tensor]:
     """All tensors of trees of tuples, lists and dictionaries, from left to right."""
     found: list[Tensor] = []
+    _collect(trees, found)
+    return found
+
+
+def _collect(trees: Iterable[Any], found: list[Tensor]) -> None:
     for tree in trees:
         if isinstance(tree, Tensor):
             found.append(tree)
         elif isinstance(tree, (tuple, list)):
-            found += tensors(*tree)
+            _collect(tree, found)
         elif isinstance(tree, dict):
-            found += tensors(*tree.values())
-    return found
+            _collect(tree.values(), found)
 
 
 def is_tensor(tree: Any) -> bool:

@@ -33,7 +33,7 @@ from fisherfast.ops.scale_sq import scale_sq_
 from fisherfast.rules import Convolution, Form, Lookup, MatMul, Rows
 
 _CHUNK_BYTES = 2**24
-_LINE = 16  # float32 numbers of a cache line
+_LINE, _WIDE = 16, 256  # float32 numbers of a cache line; of a row that may be a few numbers longer
 
 
 class Order(enum.Enum):
@@ -321,8 +321,10 @@ class _OfImages(EigenSums):
 
 
 def _turned(rows: Tensor, basis: Tensor) -> Tensor:
-    """``rows @ basis``, ``[..., r]``, in rows that begin at cache lines: others BLAS writes up to a third slower."""
+    """``rows @ basis``, ``[..., r]``; wide rows begin at cache lines, for others BLAS writes up to a third slower."""
     r = basis.shape[1]
+    if r < _WIDE:
+        return rows @ basis
     out = rows.new_empty(math.prod(rows.shape[:-1]), -(-r // _LINE) * _LINE)[:, :r]
     return torch.mm(rows.flatten(0, -2), basis, out=out).unflatten(0, rows.shape[:-1])
 
