@@ -199,7 +199,7 @@ class EigenSums(WeightSums):
         if order is Order.HALF:
             rows, U, V = rows._replace(g=self._turned(rows.g)), None if self._swapped else U, V if self._swapped else None
         gradients = self._gradients(rows)
-        n, G, O, D = gradients.shape
+        n, G = gradients.shape[:2]
         if U is not None:
             gradients = _turned(gradients, U[0]) if G == 1 else gradients @ U
         for k, values in enumerate(acc):
