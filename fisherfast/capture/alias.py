@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tensors that stand for a parameter in a forward pass: views of one, casts and copies."""
+"""Tensors that stand for a parameter in a forward pass: views of one, casts, copies and multiples."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -17,11 +18,11 @@ from fisherfast.rules import Window
 
 @dataclass(frozen=True)
 class Alias:
-    """One tensor seen in the forward pass that stands for a parameter: the parameter itself, a view of it (``window``), or a cast, copy or
-    constant shift of such a view (``made``, the functions applied in order).
+    """One tensor seen in the forward pass that stands for a parameter: the parameter itself, a view of it (``window``), or a cast, copy,
+    constant shift or constant multiple of such a view (``made``, the functions applied in order).
 
-    What ``made`` makes of the part has the identity as its derivative, so a gradient of the one is a gradient of the other, as
-    long as nobody changes it in place: ``version`` is that of the tensor when it was made.
+    What ``made`` makes of the part has ``factor`` times the identity as its derivative, so a gradient of the one, times that, is a
+    gradient of the other, as long as nobody changes it in place: ``version`` is that of the tensor when it was made.
     """
 
     tensor: Tensor
@@ -29,6 +30,7 @@ class Alias:
     window: Window | None = None
     made: tuple[Callable[[Tensor], Tensor], ...] = ()
     version: int = 0
+    factor: float = 1.0
 
     @property
     def copied(self) -> bool:
@@ -136,12 +138,42 @@ _COPIES = {
 }
 _RESHAPES = {torch.reshape, Tensor.reshape, torch.flatten, Tensor.flatten, Tensor.view}
 _SUMS = {torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__}
+_NEGATIONS = {torch.neg, Tensor.neg, torch.negative, Tensor.negative, Tensor.__neg__}
+_PRODUCTS = {torch.mul, Tensor.mul, torch.multiply, Tensor.multiply, Tensor.__mul__, Tensor.__rmul__}
+_QUOTIENTS = {torch.div, Tensor.div, torch.divide, Tensor.divide, torch.true_divide, Tensor.true_divide, Tensor.__truediv__}
 
 
-def keeps_derivative(func: Any, args: Any, kwargs: Any, out: Any) -> bool:
-    """Whether a function of one parameter changes its dtype, its place in memory, or its values by a constant, only."""
-    constant = all(isinstance(a, (int, float)) for a in (*args[1:], *kwargs.values()))
-    return isinstance(out, Tensor) and (func in _COPIES or (func in _SUMS and constant))
+def derivative(func: Any, args: Any, kwargs: Any, out: Any) -> float | None:
+    """The derivative of a function of one parameter that changes its dtype, its place in memory, or its values by a constant summand or
+    factor, only; None of any other function.
+    """
+    if not isinstance(out, Tensor):
+        return None
+    if func in _COPIES:
+        return 1.0
+    if kwargs:
+        return None
+    if func in _SUMS:
+        return 1.0 if all(isinstance(a, (int, float)) for a in args[1:]) else None
+    if func in _NEGATIONS:
+        return -1.0
+    if func not in _PRODUCTS and func not in _QUOTIENTS:
+        return None
+    parameter, constant = args if func in _QUOTIENTS or _is_constant(args[1]) else reversed(args)
+    if not _is_constant(constant) or out.shape != parameter.shape:
+        return None
+    factor = float(constant)
+    if not math.isfinite(factor) or (factor == 0 and func in _QUOTIENTS):
+        return None
+    return 1 / factor if func in _QUOTIENTS else factor
+
+
+def _is_constant(value: Any) -> bool:
+    """Whether it is one real number that nothing is asked to differentiate."""
+    if isinstance(value, Tensor):
+        plain = value.layout is torch.strided and not torch._C._are_functorch_transforms_active()
+        return plain and value.numel() == 1 and not value.requires_grad and not value.is_complex()
+    return isinstance(value, (int, float))
 
 
 def reshaped(func: Any, alias: Alias, out: Any) -> Window | None:

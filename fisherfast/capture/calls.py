@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fisherfast._nested import tensors
+from fisherfast._precision import wide
 from fisherfast.capture.chosen_rows import Chosen
 from fisherfast.capture.tracked import Tracked, Ways
 from fisherfast.rules import Form, Rows, Window
@@ -62,6 +63,7 @@ class CallUse:
     key: Key = ("", None, 0, 0)
     chosen: Chosen = Chosen.NO  # whether its rows were by what the data holds
     differentiated: bool = True  # whether autograd can differentiate it, too
+    factor: float = 1.0  # what was used is so many times the parameter
 
     @property
     def gathered(self) -> bool:
@@ -70,6 +72,8 @@ class CallUse:
 
     def rows(self, g: Tensor, saved: tuple[Tensor, ...]) -> Rows:
         """Its rows, from the gradient of the call's output and all that the call saved."""
+        if self.factor != 1:
+            g = wide(g) * self.factor
         return self.form.rows(g, tuple([saved[i] for i in self.saved_at]))
 
     @property

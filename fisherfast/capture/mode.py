@@ -27,7 +27,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from fisherfast._nested import replaced, tensors
-from fisherfast.capture.alias import Alias, Aliases, is_part, keeps_derivative, reshaped, views_of_copy
+from fisherfast.capture.alias import Alias, Aliases, derivative, is_part, reshaped, views_of_copy
 from fisherfast.capture.calls import Call, CallUse, ForwardSettings, Site, Tap, TapOwner, nodes, tapped, writable
 from fisherfast.capture.chosen_rows import Chosen, ChosenRows
 from fisherfast.capture.parameters import is_parameter
@@ -191,9 +191,9 @@ class Mode(TorchFunctionMode):
             for o in outputs:
                 window = Window.of(o, found[0].tracked.parameter)
                 self._aliases.add(Alias(o, found[0].tracked, window, version=o._version))
-        elif len(found) == 1 and outputs and keeps_derivative(func, args, kwargs, out):
+        elif len(found) == 1 and outputs and (factor := derivative(func, args, kwargs, out)) is not None:
             made = (*found[0].made, make)
-            self._aliases.add(replace(found[0], tensor=out, made=made, version=out._version))
+            self._aliases.add(replace(found[0], tensor=out, made=made, version=out._version, factor=found[0].factor * factor))
         elif len(found) == 1 and outputs and (windows := views_of_copy(found[0], outputs, make)):
             for o, window in zip(outputs, windows, strict=True):
                 self._aliases.add(replace(found[0], tensor=o, window=window, version=o._version))
@@ -242,7 +242,9 @@ class Mode(TorchFunctionMode):
                 else ()
             )
             differentiated = alias.tracked.ways.differentiated
-            call.uses.append(CallUse(alias.tracked, form, saved_at, numbers, chosen=chosen, differentiated=differentiated))
+            call.uses.append(
+                CallUse(alias.tracked, form, saved_at, numbers, chosen=chosen, differentiated=differentiated, factor=alias.factor)
+            )
         saved = [tensor.detach() if tensor in self._aliases else tensor for tensor in saved]
         base = Tap.apply(writable(out, given), self.anchor, call, *saved)
         call.viewed = base.shape != out.shape
