@@ -72,10 +72,12 @@ NETWORKS = [
 ]  # fmt: skip
 
 
+@pytest.mark.parametrize("wide", [1, 10**9], ids=["padded", "dense"])  # as rows are of large factors, and of small ones
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("name", NETWORKS)
-def test_values_are_the_second_moments_along_the_basis_in_every_order(name, order, monkeypatch):
+def test_values_are_the_second_moments_along_the_basis_in_every_order(name, order, wide, monkeypatch):
     go(order, monkeypatch)
+    monkeypatch.setattr(eigen_sums, "_WIDE", wide)
     model, x, y = networks.doubles(name)
     E = measure(model, [(x[:2], y[:2]), (x[2:], y[2:])], "ekfac")
     assert E.blocks

@@ -201,7 +201,7 @@ class EigenSums(WeightSums):
         gradients = self._gradients(rows)
         n, G = gradients.shape[:2]
         if U is not None:
-            gradients = _turned(gradients, U[0]) if G == 1 else gradients @ U
+            gradients = _product(gradients, U[0]) if G == 1 else gradients @ U
         for k, values in enumerate(acc):
             if V is None:
                 scale_sq_(values.view(-1), None, gradients[:, k].reshape(n, 1, -1), scale, **options)
@@ -217,11 +217,11 @@ class _OfMatrix(EigenSums):
         x = rows.inputs
         if self.U is not None:
             U = self.U[0]
-            x = _turned(x, U) if self.place.bias is None else _turned(x, U[:-1]).add_(U[-1])
+            x = _product(x, U) if self.place.bias is None else _product(x, U[:-1]).add_(U[-1])
         linear_sq_(acc[0], x, self._turned(rows.g), scale, weight=weight, offsets=rows.offsets, flag=self.values.flag)
 
     def _turned(self, g: Tensor) -> Tensor:
-        return g if self.V is None else _turned(g, self.V[0])
+        return g if self.V is None else _product(g, self.V[0])
 
     def _gradients(self, rows: Rows) -> Tensor:
         gradients = rows.g.new_empty(len(rows.g), 1, rows.g.shape[2], self._sides[1][0])
@@ -257,7 +257,7 @@ class _OfTable(EigenSums):
 
     def _add_rows(self, acc: Tensor, rows: Rows, scale: float, weight: Tensor | None) -> None:
         assert isinstance(self.form, Lookup)
-        g = rows.g if self.V is None else _turned(rows.g, self.V[0])
+        g = rows.g if self.V is None else _product(rows.g, self.V[0])
         options = {"weight": weight, "offsets": rows.offsets, "flag": self.values.flag}
         embedding_sq_(acc[0], rows.inputs.squeeze(-1), g, scale, padding_idx=self.form.padding_idx, **options)
 
@@ -320,8 +320,8 @@ class _OfImages(EigenSums):
         return gradients
 
 
-def _turned(rows: Tensor, basis: Tensor) -> Tensor:
-    """``rows @ basis``, ``[..., r]``; wide rows begin at cache lines, for others BLAS writes up to a third slower."""
+def _product(rows: Tensor, basis: Tensor) -> Tensor:
+    """``rows @ basis``, ``[..., r]``; wide rows begin at cache lines, where BLAS writes faster than elsewhere."""
     r = basis.shape[1]
     if r < _WIDE:
         return rows @ basis

@@ -49,8 +49,8 @@ class Unit:
         return parameter if self.window is None else self.window.used(parameter)
 
     @property
-    def place(self) -> tuple[Any, ...]:
-        """What a weight and its bias have in common."""
+    def used_as(self) -> tuple[Any, ...]:
+        """Where it is used, and how many times itself: what a weight and its bias have in common."""
         return self.key, self.tracked.expand, tuple(use.factor for use in self.uses)
 
     @property
@@ -122,8 +122,8 @@ def _joined(weights: Sequence[Unit], biases: Sequence[Unit]) -> dict[str, Unit]:
     """
     # The outputs of a transposed convolution are not positions of its inputs: its bias is in no column.
     beside = [unit for unit in weights if not (isinstance(unit.form, Convolution) and unit.form.transposed)]
-    by_place = {unit.place: unit for unit in reversed(biases)}
-    pairs = ((unit, by_place.get(unit.place)) for unit in beside)
+    by_use = {unit.used_as: unit for unit in reversed(biases)}
+    pairs = ((unit, by_use.get(unit.used_as)) for unit in beside)
     found = {unit: bias for unit, bias in pairs if bias is not None and bias.tensor.numel() == unit.outputs}
     layers: defaultdict[str, list[str]] = defaultdict(list)
     for unit, bias in found.items():
